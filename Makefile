@@ -1,0 +1,42 @@
+# `make test` and `make quickstart` do all their own set-up, on a machine that has only Python 3.11 and pip.
+
+PYTHON := $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/installed
+CODE := minitron_megatron tests setup.py $(wildcard examples benchmarks)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install check test quickstart clean
+
+help:  ## what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+install: $(STAMP)  ## .venv with the pinned versions; at once where nothing changed
+
+$(STAMP): $(BIN)/python pyproject.toml setup.py constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Debian's python3 has no ensurepip without python3-venv: then the system's pip furnishes the environment
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "minitron-megatron needs Python 3.11 or later.")'
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --clear --without-pip .venv \
+		&& $(PYTHON) -m pip --python $@ install --quiet pip; }
+
+check: install  ## lint, format and types
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+test: check  ## everything that a change must pass
+	$(BIN)/python -m pytest --quiet
+
+quickstart: install  ## prune and distil a small model on this machine
+	$(BIN)/minitron run examples/quickstart/recipe.yaml
+
+clean:  ## remove what was built, not what was run
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

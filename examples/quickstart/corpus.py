@@ -1,0 +1,135 @@
+"""Makes the quickstart's two corpora from the source of the running Python's standard library: no download.
+
+    python examples/quickstart/corpus.py OUT
+
+writes `code.jsonl` (the modules without docstrings and comments) and `prose.jsonl` (their docstrings and comment
+blocks), one module a document, and the same of the held-out modules as `code.valid.jsonl` and `prose.valid.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import io
+import json
+import re
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+HELD_OUT = (
+    "argparse",
+    "asyncio/locks",
+    "asyncio/queues",
+    "bdb",
+    "calendar",
+    "configparser",
+    "csv",
+    "fractions",
+    "http/cookies",
+    "json",
+    "logging/handlers",
+    "shutil",
+    "statistics",
+    "textwrap",
+)
+"""Modules and packages that only the `valid` files hold: about 5 % of the text."""
+
+SKIPPED = re.compile(
+    r"test|tests|idle_test|site-packages|dist-packages|encodings|pydoc_data|config-.*|_sysconfigdata.*"
+)
+"""Folders and files that some machines lack, that are tables rather than code, or that belong to one machine."""
+
+Span = tuple[tuple[int, int], tuple[int, int]]
+"""(line, column) of a start and of an end; lines from 1, columns in characters."""
+
+GONE = "\0"
+"""Stands for a line that is to go; no source holds a null character."""
+
+
+def modules(root: Path) -> Iterator[tuple[str, str]]:
+    """(name, source) of every module under `root`, by name: `asyncio/queues` for `asyncio/queues.py`."""
+    files = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.py")}
+    for name in sorted(files):
+        if not any(SKIPPED.fullmatch(part) for part in name.split("/")):
+            with tokenize.open(files[name]) as stream:
+                yield name, stream.read()
+
+
+def held_out(name: str) -> bool:
+    return any(name == entry or name.startswith(f"{entry}/") for entry in HELD_OUT)
+
+
+def docstrings(source: str) -> dict[int, tuple[str, bool]]:
+    """First line of each docstring -> (its text, whether it is all that its body holds)."""
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node, clean=False)
+            if text is not None:
+                found[node.body[0].lineno] = text, len(node.body) == 1 and not isinstance(node, ast.Module)
+    return found
+
+
+def separate(source: str) -> tuple[str, str]:
+    """The code of a module without its words, and its words: docstrings and whole-line comments, in order."""
+    docs, cuts, words = docstrings(source), list[tuple[Span, str]](), list[str]()
+    previous_comment, in_docstring = 0, False
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        line = token.start[0]
+        if token.type == tokenize.COMMENT:
+            cuts.append(((token.start, token.end), ""))
+            if token.line.lstrip().startswith("#") and not token.string.startswith(("#!", "# -*-")):
+                gap = "" if line == previous_comment + 1 else "\n"
+                words.append(gap + token.string.lstrip("#").removeprefix(" "))
+                previous_comment = line
+        elif token.type == tokenize.STRING and line in docs:
+            text, alone = docs.pop(line)
+            cuts.append(((token.start, token.end), "pass" if alone else ""))
+            words.append("\n" + inspect.cleandoc(text))
+            in_docstring = True
+        elif token.type == tokenize.STRING and in_docstring:  # "written " "in parts"
+            cuts.append(((token.start, token.end), ""))
+        elif token.type == tokenize.NEWLINE:
+            in_docstring = False
+    return without(source, cuts), "\n".join(words).strip() + "\n"
+
+
+def without(source: str, cuts: list[tuple[Span, str]]) -> str:
+    """`source` with each span replaced; lines that this empties go, and at most two blank lines stay together."""
+    lines = source.split("\n")
+    for ((first, start), (last, end)), instead in reversed(cuts):
+        kept = (lines[first - 1][:start] + instead + lines[last - 1][end:]).rstrip()
+        lines[first - 1 : last] = [kept or GONE] + [GONE] * (last - first)
+    text = "\n".join(line for line in lines if line != GONE)
+    return re.sub(r"\n{4,}", "\n\n\n", text).strip() + "\n"
+
+
+def write(root: Path, out: Path) -> dict[str, int]:
+    """Writes the four files from the library at `root`; returns the bytes of text in each."""
+    out.mkdir(parents=True, exist_ok=True)
+    texts: dict[str, list[tuple[str, str]]] = {
+        f"{kind}{part}": [] for kind in ("code", "prose") for part in ("", ".valid")
+    }
+    for name, source in modules(root):
+        part = ".valid" if held_out(name) else ""
+        for kind, text in zip(("code", "prose"), separate(source), strict=True):
+            if text.strip():
+                texts[kind + part].append((name, text))
+    for file, documents in texts.items():
+        lines = (json.dumps({"text": text, "module": name}) + "\n" for name, text in documents)
+        (out / f"{file}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return {file: sum(len(text.encode()) for _, text in documents) for file, documents in texts.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Makes the quickstart's corpora from Python's standard library.")
+    parser.add_argument("out", type=Path, help="the folder to write to")
+    for file, size in write(Path(sysconfig.get_path("stdlib")), parser.parse_args().out).items():
+        print(f"{file}.jsonl: {size:,} bytes of text")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""The verbs. The list is frozen: `tests/cli/test_surface.py` holds it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="minitron",
+    help="Prune and distil a pretrained LLM on Megatron-Core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a recipe key; repeatable.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, instead of the recipe's.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say which stages would run, and why.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes; by default tp x pp.")]
+Mfu = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the peak FLOPs reached.")]
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Set = None, out: Out = None, dry_run: DryRun = False) -> None:
+    """Run every stage in order; done stages are skipped, a killed one resumes."""
+    if dry_run:
+        _print_steps(recipe, overrides, out)
+    else:
+        _run(recipe, overrides, out)
+
+
+def _verb(stage: str, help_text: str) -> None:
+    """Adds the verb that runs one stage."""
+
+    def command(recipe: RecipePath, overrides: Set = None, out: Out = None) -> None:
+        _run(recipe, overrides, out, only=stage)
+
+    app.command(stage, help=help_text)(command)
+
+
+_verb("prepare", "Text to tokens.")
+_verb("correct", "Fine-tune the teacher on the distillation data.")
+_verb("score", "Measure the importance of every unit.")
+_verb("prune", "Choose what stays and cut the rest.")
+_verb("distill", "Distil the teacher into the pruned student.")
+_verb("baseline", "Distil the teacher into a random student of the same shape.")
+_verb("evaluate", "Measure every model on held-out text.")
+_verb("export", "Write the student as a Hugging Face folder.")
+
+
+@app.command()
+def init(model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder.")]) -> None:
+    """Print a starter recipe for a Hugging Face folder."""
+    from ..recipe import starter_recipe
+
+    print(starter_recipe(model), end="")
+
+
+@app.command()
+def estimate(recipe: RecipePath, overrides: Set = None, out: Out = None, gpus: Gpus = None, mfu: Mfu = 0.4) -> None:
+    """Count shapes, parameters, bytes, FLOPs and hours; needs no GPU and no weights."""
+    from ..recipe import estimate as count
+    from ..recipe import load_recipe
+    from ..report import pairs_table
+
+    found = count(load_recipe(recipe, overrides or (), out), gpus=gpus, mfu=mfu)
+    Console().print(pairs_table(str(recipe), found.rows()))
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A scores, plan, model or run file or folder.")],
+) -> None:
+    """Say what a scores file, a plan, a model folder or a run folder holds."""
+    from ..report import describe
+
+    Console().print(describe(path))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Draw the tables and plots of a run."""
+    from ..report import report_run
+
+    print(report_run(run))
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema."""
+    from ..recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | None = None) -> None:
+    """Runs a recipe's stages over the processes that torchrun started, then draws the report on rank 0."""
+    from ..parallel import Topology
+    from ..recipe import load_recipe
+    from ..recipe import run as run_stages
+    from ..report import MetricsFile, Progress, fan_out
+
+    recipe = load_recipe(path, overrides or (), out)
+    keys = recipe.parallel
+    topology = Topology.start(keys.tp, keys.pp, keys.vp, sequence_parallel=keys.sequence_parallel)
+    if topology.rank != 0:
+        run_stages(recipe, topology, only=only)
+        return
+    with Progress() as progress:
+        run_stages(recipe, topology, only=only, listener=fan_out(progress, MetricsFile(recipe.out / "metrics.jsonl")))
+    if only is None:
+        _print_report(recipe.out)
+
+
+def _print_report(out: Path) -> None:
+    from ..files import read_json
+    from ..report import print_summary, report_run
+
+    print_summary(read_json(out / "summary.json"))
+    print(f"report: {report_run(out)}")
+    print(f"export: {out / 'export'}")
+
+
+def _print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
+    from ..recipe import dry_run, load_recipe
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for step in dry_run(load_recipe(path, overrides or (), out)):
+        print(f"{step.stage:<10} {step.state}{': ' + step.why if step.why else ''}")

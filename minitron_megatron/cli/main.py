@@ -1,0 +1,45 @@
+"""Exit codes: 0 done, 2 the user's input is wrong, 1 our fault, 130 interrupted."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+__all__ = ["main"]
+
+WRONG_INPUT, INTERRUPTED = 2, 130
+
+
+def main() -> None:
+    """Runs the command line and ends the process; a user's error is one message, of the first rank, without traceback."""
+    from ..errors import MinitronError
+
+    _quiet()
+    from .app import app
+
+    try:
+        app()
+    except MinitronError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _leave(WRONG_INPUT)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("Interrupted. Run the same command again to go on.", file=sys.stderr)
+        _leave(INTERRUPTED)
+
+
+def _leave(code: int) -> None:
+    """Ends at once: other ranks may be gone, and a clean shutdown would wait for them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _quiet() -> None:
+    """Keeps what megatron-core says at import, of packages that are optional here, from a user's terminal."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for module in ("megatron", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt).*")

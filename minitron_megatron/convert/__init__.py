@@ -1,0 +1,22 @@
+"""Hugging Face checkpoints in and out, a slice at a time: no rank ever holds a tensor it does not need.
+
+Knows: Hugging Face's names, configs and files. Must not know: scores, plans, losses, training.
+"""
+
+from .export import save_hf
+from .families import FAMILIES, Family, flat_config, read_config
+from .identity import folder_hash, model_hash
+from .load import load_hf
+from .weights import Weights
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Weights",
+    "flat_config",
+    "folder_hash",
+    "load_hf",
+    "model_hash",
+    "read_config",
+    "save_hf",
+]

@@ -1,0 +1,142 @@
+"""Shards -> a Hugging Face folder, one parameter at a time through one writer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..events import Event, Listener, silent
+from ..files import whole_folder, write_json
+from ..layout import lookup
+from ..model import ModelConfig, chunks_of, config_of, home_stage, named_shards
+from ..parallel import Topology, barrier, move
+from .families import WHOLE, family, flat_config
+from .weights import INDEX, SafetensorsWriter, split_files
+
+__all__ = ["full_tensors", "save_hf"]
+
+CARRIED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""Files beside the weights that go along unchanged."""
+
+FILE_BYTES = 5 * 10**9
+
+
+def save_hf(
+    model: Any,
+    folder: str | Path,
+    topology: Topology,
+    *,
+    dtype: torch.dtype | None = None,
+    files_from: str | Path | None = None,
+    file_bytes: int = FILE_BYTES,
+    listener: Listener = silent,
+) -> None:
+    """Writes a model as a Hugging Face folder, whole or not at all. Collective over the world.
+
+    dtype: of the tensors written; None keeps the model's. files_from: the folder whose tokenizer and generation
+    settings go along. file_bytes: where to start another weights file. Memory beyond the model: one tensor.
+    """
+    folder, config = Path(folder), config_of(chunks_of(model)[0])
+    dtype = dtype or next(chunks_of(model)[0].parameters()).dtype
+    stream = full_tensors(model, topology, dtype)
+    if topology.rank == 0:
+        with whole_folder(folder) as partial:
+            write_json(partial / "config.json", flat_config(config, str(dtype).removeprefix("torch.")))
+            for name in CARRIED:
+                if files_from is not None and (Path(files_from) / name).is_file():
+                    shutil.copyfile(Path(files_from) / name, partial / name)
+            _write_tensors(stream, partial, config, dtype, file_bytes, listener)
+    else:
+        for _ in stream:
+            pass
+    barrier()
+
+
+def _write_tensors(
+    stream: Iterator[tuple[str, Tensor]],
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    file_bytes: int,
+    listener: Listener,
+) -> None:
+    shapes = dict(family(config.source).tensors(config.shape))
+    weigh = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    files = split_files(weigh, file_bytes)
+    weight_map = {}
+    with ExitStack() as stack:
+        done = 0
+        for number, names in enumerate(files, 1):
+            file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
+            writer = stack.enter_context(SafetensorsWriter(folder / file, [(n, shapes[n]) for n in names], dtype))
+            for name in names:
+                got, tensor = next(stream)
+                assert got == name
+                writer.add(name, tensor)
+                weight_map[name] = file
+                done += 1
+                listener(Event("export", done, len(shapes), "tensors"))
+        next(stream, None)  # lets the generator end
+    if len(files) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(weigh.values())}, "weight_map": weight_map})
+
+
+def full_tensors(model: Any, topology: Topology, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor of a model, in the order of the layers, on global rank 0; other ranks only take part.
+
+    Collective over the world: every rank must run the iterator to its end. Vocabulary padding is cut off.
+    """
+    config = config_of(chunks_of(model)[0])
+    mine = {shard.name: shard for shard in named_shards(model) if not shard.second_home}
+    sizes = config.shape.sizes()
+    for name in config.shape.names():
+        local = mine[name].tensor.detach().to(dtype) if name in mine else None
+        full = _gather(local, name, config, topology, dtype)
+        if full is None:
+            continue
+        param = lookup(name)
+        for role, hf in family(config.source).hf_names(name).items():
+            if role == WHOLE:
+                yield hf, full[: param.shape(config.shape.sizes(padded=False))[0]]
+            else:
+                yield hf, full.index_select(0, param.role_rows(0, role, sizes).to(full.device))
+
+
+def _gather(
+    local: Tensor | None, name: str, config: ModelConfig, topology: Topology, dtype: torch.dtype
+) -> Tensor | None:
+    """The unsharded parameter on global rank 0, None elsewhere; only data-parallel rank 0 sends."""
+    if topology.dp_rank != 0:
+        return None
+    param, sizes = lookup(name), config.shape.sizes()
+    stage = home_stage(name, config.shape, topology)
+    writer = topology.rank == 0
+    if param.tp is None or topology.tp == 1:
+        return move(local, param.shape(sizes), dtype, topology.device, source=topology.rank_at(stage, 0))
+    full = torch.empty(param.shape(sizes), dtype=dtype, device=topology.device) if writer else None
+    assert param.tp_dim is not None
+    for tp_rank in range(topology.tp):
+        rows = param.shard_rows(param.tp_dim, sizes, tp_rank, topology.tp)
+        shape = list(param.shape(sizes))
+        shape[param.tp_dim] = len(rows)
+        part = move(local, tuple(shape), dtype, topology.device, source=topology.rank_at(stage, tp_rank))
+        if full is not None and part is not None:
+            full.index_copy_(param.tp_dim, rows.to(full.device), part)
+    return full

@@ -1,0 +1,42 @@
+"""Who a model is: a hash over its weights that no layout, file split or upcast changes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model import chunks_of
+from ..parallel import Topology, broadcast_object
+from .export import full_tensors
+from .families import family, read_config
+from .weights import Weights
+
+__all__ = ["folder_hash", "model_hash"]
+
+
+def model_hash(model: Any, topology: Topology) -> str:
+    """SHA-256 over the sorted Hugging Face names, shapes and fp32 values of a model. Collective over the world."""
+    dtype = next(chunks_of(model)[0].parameters()).dtype
+    lines = [_line(name, tensor) for name, tensor in full_tensors(model, topology, dtype)]
+    return broadcast_object(_combine(lines))
+
+
+def folder_hash(folder: Path) -> str:
+    """The `model_hash` of the weights in a Hugging Face folder, without building the model."""
+    config, weights = read_config(folder), Weights(folder)
+    return _combine(_line(hf, weights.read(hf)) for hf, _ in family(config.source).tensors(config.shape))
+
+
+def _line(name: str, tensor: Tensor) -> str:
+    values = tensor.to("cpu", torch.float32).contiguous()
+    digest = hashlib.sha256(values.numpy().data).hexdigest()
+    return f"{name} {tuple(values.shape)} {digest}\n"
+
+
+def _combine(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()

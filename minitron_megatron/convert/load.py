@@ -1,0 +1,98 @@
+"""Hugging Face safetensors -> this rank's shards, each rank asking only for its own slices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, did_you_mean
+from ..events import Event, Listener, silent
+from ..layout import Param, lookup
+from ..model import ModelConfig, adopt, build, named_shards
+from ..parallel import Topology, fail_together
+from .families import WHOLE, Family, family, read_config
+from .weights import Weights
+
+__all__ = ["load_hf"]
+
+IGNORED = ("rotary_emb.inv_freq",)
+"""Buffers that old exports carry and that are computed here."""
+
+
+def load_hf(
+    folder: str | Path,
+    topology: Topology,
+    dtype: torch.dtype = torch.float32,
+    *,
+    recompute: bool = False,
+    listener: Listener = silent,
+) -> list[Any]:
+    """A Hugging Face folder as this rank's chunks of an mcore GPTModel, with parameters of `dtype`.
+
+    Collective over the world only to fail together. Raises CheckpointError naming a missing, surplus or misshapen
+    tensor, and TopologyError where the shape does not fit the layout.
+    """
+    folder = Path(folder)
+    with fail_together():
+        config = read_config(folder)
+        weights = Weights(folder)
+        check_tensors(weights, config, family(config.source))
+        chunks = build(config, topology, dtype, recompute=recompute)
+    shards = list(named_shards(chunks))
+    for done, shard in enumerate(shards, 1):
+        tensor = read_shard(weights, shard.name, config, topology)
+        adopt(shard, tensor.to(topology.device, dtype))
+        listener(Event("import", done, len(shards), "tensors"))
+    return chunks
+
+
+def check_tensors(weights: Weights, config: ModelConfig, family: Family) -> None:
+    """Raises CheckpointError where the headers do not hold exactly this model's tensors."""
+    expected = dict(family.tensors(config.shape))
+    for hf, shape in expected.items():
+        if hf not in weights:
+            near = did_you_mean(hf, [name for name in weights.names() if name not in expected])
+            raise CheckpointError(f"{weights.folder} lacks the tensor {hf}.{near}")
+        if weights.shape(hf) != shape:
+            raise CheckpointError(
+                f"{weights.folder}: {hf} has shape {weights.shape(hf)}, and config.json makes it {shape}."
+            )
+    for hf in weights.names():
+        tied_copy = config.shape.tied and hf == "lm_head.weight"
+        if hf not in expected and not tied_copy and not hf.endswith(IGNORED):
+            raise CheckpointError(f"{weights.folder} holds a tensor that the model does not have: {hf}.")
+
+
+def read_shard(weights: Weights, name: str, config: ModelConfig, topology: Topology) -> Tensor:
+    """This rank's shard of one parameter, padding zero, in the file's dtype."""
+    param, sizes = lookup(name), config.shape.sizes()
+    rows = [param.shard_rows(dim, sizes, topology.tp_rank, topology.tp) for dim in range(len(param.dims))]
+    tail = [_range(dim_rows) for dim_rows in rows[1:]]
+    shard: Tensor | None = None
+    for role, hf in family(config.source).hf_names(name).items():
+        at, (start, stop) = role_slice(param, role, sizes, rows[0])
+        part = weights.read(hf, (start, min(stop, weights.shape(hf)[0])), *tail)
+        if shard is None:
+            shard = part.new_zeros([len(dim_rows) for dim_rows in rows])
+        shard[at[: len(part)]] = part
+    assert shard is not None
+    return shard
+
+
+def role_slice(param: Param, role: str, sizes: dict[str, int], rows: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Where a role's rows lie in a shard (positions: int64 [n]) and which range of its Hugging Face tensor they are."""
+    if role == WHOLE:
+        return torch.arange(len(rows)), _range(rows)
+    of_role = param.role_rows(0, role, sizes)
+    at = torch.isin(rows, of_role).nonzero().flatten()
+    return at, _range(torch.searchsorted(of_role, rows[at]))
+
+
+def _range(rows: Tensor) -> tuple[int, int]:
+    """Consecutive rows as [start, stop)."""
+    start, stop = int(rows[0]), int(rows[-1]) + 1
+    assert stop - start == len(rows), "a shard's slice of a Hugging Face tensor is one range"
+    return start, stop

@@ -1,0 +1,22 @@
+"""Text to tokens on disk, and tokens to batches, on megatron-core's indexed datasets.
+
+Knows: text files, tokenizers, `.bin/.idx` pairs, which sample belongs to which step and data-parallel rank. Must not
+know: models, losses, recipes. Every rank reads its own batches; nothing is broadcast.
+"""
+
+from .batches import Batch, calibration, calibration_batches, step_batches
+from .corpus import Corpus
+from .prepare import Prepared, PreparedSplit, prepare
+from .tokenizer import check_tokenizer
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "Prepared",
+    "PreparedSplit",
+    "calibration",
+    "calibration_batches",
+    "check_tokenizer",
+    "prepare",
+    "step_batches",
+]

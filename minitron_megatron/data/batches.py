@@ -1,0 +1,77 @@
+"""Which samples a data-parallel rank reads at a step, and the draw of calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import RecipeError
+from .corpus import Blend, Corpus
+
+__all__ = ["Batch", "calibration", "calibration_batches", "step_batches"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch."""
+
+    tokens: Tensor
+    """int64 [batch, seq]"""
+    labels: Tensor
+    """int64 [batch, seq]: the token after each token."""
+    mask: Tensor
+    """bool [batch, seq]: where the loss counts."""
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.tokens.to(device), self.labels.to(device), self.mask.to(device))
+
+
+def step_batches(
+    corpus: Corpus, step: int, *, global_batch: int, micro_batch: int, dp_rank: int, dp: int
+) -> list[Batch]:
+    """The micro-batches of a data-parallel rank at a step, counted from 0.
+
+    The ranks together read the samples `step * global_batch` and following at any `dp` and `micro_batch`.
+    RecipeError where `global_batch` cannot be split so.
+    """
+    _check_split("global_batch", global_batch, micro_batch, dp)
+    share = global_batch // dp
+    start = step * global_batch + dp_rank * share
+    return [_stack(corpus[i] for i in range(a, a + micro_batch)) for a in range(start, start + share, micro_batch)]
+
+
+def calibration(blend: Blend, *, samples: int, sequence: int, seed: int, cache: str | Path) -> Corpus:
+    """A random draw of `samples` different sequences from the training splits. Collective, as Corpus is.
+
+    Raises DataError where a corpus holds too few of them for its part.
+    """
+    return Corpus(blend, "train", sequence=sequence, samples=samples, seed=seed, cache=cache, repeat=False)
+
+
+def calibration_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int) -> list[Batch]:
+    """A data-parallel rank's share of all samples of `corpus`, the same number on every rank.
+
+    RecipeError where they cannot be split so.
+    """
+    _check_split("samples", len(corpus), micro_batch, dp)
+    return step_batches(corpus, 0, global_batch=len(corpus), micro_batch=micro_batch, dp_rank=dp_rank, dp=dp)
+
+
+def _check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
+    unit = micro_batch * dp
+    if total < 1 or total % unit:
+        below = total // unit * unit
+        near = f"{below} or {below + unit}" if below > 0 else f"{unit}"
+        raise RecipeError(
+            f"{name}={total} cannot be split into micro-batches of {micro_batch} on {dp} data-parallel ranks. "
+            f"Set it to a multiple of {unit}, such as {near}, or change micro_batch."
+        )
+
+
+def _stack(samples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Batch:
+    tokens, labels, mask = (torch.stack(parts) for parts in zip(*samples, strict=True))
+    return Batch(tokens, labels, mask)

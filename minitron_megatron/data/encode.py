@@ -1,0 +1,58 @@
+"""Tokenizing in many processes, in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+from tokenizers import Tokenizer
+
+__all__ = ["Encoder", "encode_all"]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Texts to token ids, each text ended by `end` and without other special tokens than those it spells out."""
+
+    tokenizer: Tokenizer
+    end: int
+    dtype: DTypeLike
+
+    def __call__(self, texts: Sequence[str]) -> list[NDArray]:
+        encode = self.tokenizer.encode
+        return [np.array([*encode(text, add_special_tokens=False).ids, self.end], self.dtype) for text in texts]
+
+
+def encode_all(batches: Iterable[Sequence[str]], encoder: Encoder, workers: int) -> Iterator[list[NDArray]]:
+    """`encoder` of each batch, in the order of `batches`, of which only a few a worker are held at a time."""
+    if workers == 1:
+        yield from map(encoder, batches)
+        return
+    context = multiprocessing.get_context("forkserver")  # fork would copy the threads of a training process
+    context.set_forkserver_preload([__name__])  # the imports are then paid once, not once a worker
+    with ProcessPoolExecutor(workers, context, _start, (encoder,)) as pool:
+        waiting: deque[Future[list[NDArray]]] = deque()
+        for batch in batches:
+            waiting.append(pool.submit(_encode, batch))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_encoder: Encoder
+
+
+def _start(encoder: Encoder) -> None:
+    """Gives a worker its encoder, once rather than with every batch."""
+    global _encoder
+    _encoder = encoder
+
+
+def _encode(texts: Sequence[str]) -> list[NDArray]:
+    return _encoder(texts)

@@ -1,0 +1,146 @@
+"""Text to `.bin/.idx` pairs of token ids, the same whatever the number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, tee
+from pathlib import Path
+
+from ..errors import DataError
+from ..events import Event, Listener, silent
+from .encode import Encoder, encode_all
+from .pair import SPLITS, PairWriter, pair_writers, token_dtype
+from .sources import Document, documents, text_files
+from .tokenizer import end_of_document, load_tokenizer, vocabulary
+
+__all__ = ["Prepared", "PreparedSplit", "prepare"]
+
+BATCH_CHARS = 1 << 20
+"""Text handed to a process at a time."""
+
+Assigned = tuple[str, Document]
+"""The split that a document goes to, and the document."""
+
+
+@dataclass(frozen=True)
+class PreparedSplit:
+    """A pair `<prefix>.bin` and `<prefix>.idx`."""
+
+    prefix: Path
+    documents: int
+    tokens: int
+    """Including the one that ends each document."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` wrote."""
+
+    train: PreparedSplit
+    valid: PreparedSplit | None
+    content: str
+    """SHA-256 over the token ids and the lengths of the documents of both splits: the same wherever they lie."""
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    tokenizer: str | Path,
+    out_prefix: str | Path,
+    *,
+    validation: float | Sequence[str | Path] = 0.01,
+    workers: int = 1,
+    text_key: str = "text",
+    separator: str = "<|endoftext|>",
+    seed: int = 0,
+    listener: Listener = silent,
+) -> Prepared:
+    """Tokenizes `.jsonl` (a `{text_key: ...}` a line) and `.txt` files (documents parted by `separator`), or folders.
+
+    Writes `<out_prefix>.train.bin/.idx` and `<out_prefix>.valid.bin/.idx`. `validation` is the share of the documents
+    that is held out, drawn by `seed` (0: no such split), or the sources to hold out instead. `tokenizer` is a Hugging
+    Face folder; each document ends with its end-of-sequence token and gets no other special token. Not collective: call
+    it in one process. Raises DataError where a source or the tokenizer cannot be read, or where a split would be empty.
+    """
+    reader = load_tokenizer(tokenizer)
+    encoder = Encoder(reader, end_of_document(tokenizer, reader), token_dtype(vocabulary(reader)))
+    share, held_out = _held_out(validation)
+    files = text_files(sources)
+    total = sum(file.stat().st_size for file in chain(files, held_out))
+
+    read = partial(_read, text_key=text_key, separator=separator)
+    drawn = (("valid" if _draw(seed, i) < share else "train", document) for i, document in enumerate(read(files)))
+    named = (("valid", document) for document in read(held_out))
+    with pair_writers(out_prefix, SPLITS if share or held_out else ("train",), encoder.dtype) as writers:
+        done = 0
+        for size in _write(writers, _batches(chain(drawn, named)), encoder, workers):
+            done = min(done + size, total)
+            listener(Event("prepare", done, total, "bytes", _counts(writers)))
+        listener(Event("prepare", total, total, "bytes", _counts(writers)))
+        _refuse_empty(writers, validation)
+    content = hashlib.sha256("".join(writer.content for writer in writers.values()).encode()).hexdigest()
+    splits = {name: PreparedSplit(Path(f"{out_prefix}.{name}"), w.documents, w.tokens) for name, w in writers.items()}
+    return Prepared(splits["train"], splits.get("valid"), content)
+
+
+def _held_out(validation: float | Sequence[str | Path]) -> tuple[float, list[Path]]:
+    """The share of documents to hold out, and the files to hold out whole: one of them is nothing."""
+    if not isinstance(validation, (int, float)):
+        return 0.0, text_files(validation)
+    if not 0 <= validation < 1:
+        raise DataError(f"validation={validation} is no share of the documents. Give 0, a number below 1, or files.")
+    return validation, []
+
+
+def _read(files: Iterable[Path], text_key: str, separator: str) -> Iterator[Document]:
+    return (document for file in files for document in documents(file, text_key, separator))
+
+
+def _draw(seed: int, index: int) -> float:
+    """A number in [0, 1) for a document, from its index alone."""
+    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _batches(items: Iterable[Assigned]) -> Iterator[list[Assigned]]:
+    batch: list[Assigned] = []
+    chars = 0
+    for item in items:
+        batch.append(item)
+        chars += len(item[1].text)
+        if chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _write(
+    writers: Mapping[str, PairWriter], batches: Iterator[list[Assigned]], encoder: Encoder, workers: int
+) -> Iterator[int]:
+    """Encodes and writes batch by batch; gives the bytes that each took up in its sources."""
+    batches, ahead = tee(batches)
+    texts = ([document.text for _, document in batch] for batch in ahead)
+    for encoded in encode_all(texts, encoder, workers):
+        batch = next(batches)
+        for (split, _), ids in zip(batch, encoded, strict=True):
+            writers[split].add(ids)
+        yield sum(document.source_bytes for _, document in batch)
+
+
+def _counts(writers: Mapping[str, PairWriter]) -> dict[str, float]:
+    return {
+        "documents": sum(writer.documents for writer in writers.values()),
+        "tokens": sum(writer.tokens for writer in writers.values()),
+    }
+
+
+def _refuse_empty(writers: Mapping[str, PairWriter], validation: object) -> None:
+    for split, writer in writers.items():
+        if not writer.documents:
+            raise DataError(
+                f"validation={validation} leaves no document for the {split} split of "
+                f"{sum(w.documents for w in writers.values())}. Name files to hold out, or set another share, or 0."
+            )

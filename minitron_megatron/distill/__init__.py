@@ -1,0 +1,8 @@
+"""Teacher and student on the same ranks, and what the student learns from the teacher.
+
+Knows: two plain models, a loss over their final hidden states. Must not know: how the student was made, recipes.
+"""
+
+from .objective import KDObjective
+
+__all__ = ["KDObjective"]

@@ -1,0 +1,56 @@
+"""The error kinds. Each message says what was asked, what is there and what to do, in at most three sentences.
+
+A `MinitronError` is the user's to mend: the command line prints its message and exits with 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "LayoutError",
+    "MinitronError",
+    "PlanError",
+    "RecipeError",
+    "TopologyError",
+    "did_you_mean",
+]
+
+
+class MinitronError(Exception):
+    """Something the user can mend."""
+
+
+class RecipeError(MinitronError, ValueError):
+    """The recipe, or a combination of its keys, cannot be run."""
+
+
+class LayoutError(MinitronError, KeyError):
+    """A parameter or an axis has no row in the layout table."""
+
+    __str__ = Exception.__str__  # KeyError would print the message's repr
+
+
+class PlanError(MinitronError, ValueError):
+    """A plan does not fit the model or the parallel layout."""
+
+
+class TopologyError(MinitronError, ValueError):
+    """The parallel layout does not fit the processes or the model."""
+
+
+class CheckpointError(MinitronError):
+    """A checkpoint is missing, torn, foreign or does not fit."""
+
+
+class DataError(MinitronError):
+    """A corpus, a tokenizer or a calibration set does not fit."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the nearest known word, or the empty string."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

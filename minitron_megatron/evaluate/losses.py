@@ -1,0 +1,37 @@
+"""Loss on held-out text, by source and over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..data import Batch
+from ..model import chunks_of
+from ..parallel import Topology
+from ..train import LMObjective, Objective, mean_loss
+
+__all__ = ["ValidationSet", "validation_loss"]
+
+ValidationSet = Mapping[str, Sequence[Batch]]
+"""Source -> this data-parallel rank's micro-batches of it."""
+
+
+def validation_loss(
+    model: Any, held_out: ValidationSet, topology: Topology, objective: Objective | None = None
+) -> dict[str, float]:
+    """Nats per token of each source, and of all their tokens together as `all`. Collective over the world.
+
+    objective: what is measured; by default cross-entropy.
+    """
+    modes = [chunk.training for chunk in chunks_of(model)]
+    for chunk in chunks_of(model):
+        chunk.eval()
+    sums = {
+        source: mean_loss(model, batches, objective or LMObjective(topology), topology)
+        for source, batches in held_out.items()
+    }
+    for chunk, mode in zip(chunks_of(model), modes, strict=True):
+        chunk.train(mode)
+    tokens = sum(count for _, count in sums.values())
+    total = sum(loss * count for loss, count in sums.values()) / max(tokens, 1)
+    return {source: loss for source, (loss, _) in sums.items()} | {"all": total}

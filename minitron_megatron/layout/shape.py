@@ -1,0 +1,70 @@
+"""The numbers that fix every parameter's shape. No model, no process is needed to know them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+__all__ = ["VOCAB_MULTIPLE", "Shape"]
+
+VOCAB_MULTIPLE = 128
+"""The embedding is padded to this multiple whatever the layout, so that a padded row never depends on TP."""
+
+ATTENTION = "self_attention"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The architecture of a decoder-only transformer, in units: layers, channels, neurons, heads, entries."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_groups: int
+    head_dim: int
+    vocab: int
+    tied: bool = False
+    gated: bool = True
+    norm_bias: bool = False
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding in memory; exports hold `vocab` of them."""
+        return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def sizes(self, *, padded: bool = True) -> dict[str, int]:
+        """The size of every axis of the table's words."""
+        return {
+            "vocab": self.padded_vocab if padded else self.vocab,
+            "hidden": self.hidden,
+            "ffn": self.ffn,
+            "kv_group": self.kv_groups,
+            "q": self.heads // self.kv_groups,
+            "head_dim": self.head_dim,
+            **({"gate": 1} if self.gated else {"gate": 0}),
+        }
+
+    def axis_size(self, axis: str) -> int:
+        """Units along a public axis: `layers`, `hidden`, `ffn`, `heads`, `kv_groups`."""
+        return int(getattr(self, axis))
+
+    def resized(self, **sizes: int) -> Shape:
+        """The same architecture with other sizes on some public axes."""
+        return replace(self, **sizes)  # type: ignore[arg-type]  # a public axis is an int field
+
+    def names(self) -> Iterator[str]:
+        """The global name of every parameter, layers numbered from 0; a tied output layer is not named twice."""
+        norm = ("weight", "bias") if self.norm_bias else ("weight",)
+        yield "embedding.word_embeddings.weight"
+        for layer in range(self.layers):
+            at = f"decoder.layers.{layer}"
+            yield from (f"{at}.input_layernorm.{leaf}" for leaf in norm)
+            yield f"{at}.{ATTENTION}.linear_qkv.weight"
+            yield f"{at}.{ATTENTION}.linear_proj.weight"
+            yield from (f"{at}.pre_mlp_layernorm.{leaf}" for leaf in norm)
+            yield f"{at}.mlp.linear_fc1.weight"
+            yield f"{at}.mlp.linear_fc2.weight"
+        yield from (f"decoder.final_layernorm.{leaf}" for leaf in norm)
+        if not self.tied:
+            yield "output_layer.weight"

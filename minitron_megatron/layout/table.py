@@ -1,0 +1,97 @@
+"""THE table: every parameter of the model as named axes, said once. A parameter without a row is an error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError
+from .param import ABSENT, Param, coords
+
+__all__ = ["PUBLIC_AXES", "TABLE", "Keep", "lookup", "markdown"]
+
+
+def P(dims: str, tp: str | None = None) -> Param:
+    return Param(tuple(dim.strip() for dim in dims.split(",")), tp)
+
+
+LAYER = "decoder.layers.*."
+TABLE: Mapping[str, Param] = {
+    "embedding.word_embeddings.weight": P("vocab, hidden", tp="vocab"),
+    LAYER + "input_layernorm.weight": P("hidden"),
+    LAYER + "input_layernorm.bias": P("hidden"),
+    LAYER + "self_attention.linear_qkv.weight": P("kv_group (q + k + v) head_dim, hidden", tp="kv_group"),
+    LAYER + "self_attention.linear_proj.weight": P("hidden, kv_group q head_dim", tp="kv_group"),
+    LAYER + "pre_mlp_layernorm.weight": P("hidden"),
+    LAYER + "pre_mlp_layernorm.bias": P("hidden"),
+    LAYER + "mlp.linear_fc1.weight": P("(gate + up) ffn, hidden", tp="ffn"),
+    LAYER + "mlp.linear_fc2.weight": P("hidden, ffn", tp="ffn"),
+    "decoder.final_layernorm.weight": P("hidden"),
+    "decoder.final_layernorm.bias": P("hidden"),
+    "output_layer.weight": P("vocab, hidden", tp="vocab"),
+}
+"""An ungated fc1 is the same row with a `gate` of size 0."""
+
+PUBLIC_AXES: Mapping[str, tuple[str, ...]] = {
+    "hidden": ("hidden",),
+    "ffn": ("ffn",),
+    "heads": ("kv_group", "q"),
+    "kv_groups": ("kv_group",),
+}
+"""A public axis as a product of the table's words. An index of `heads` is kv_group * q_per_group + q."""
+
+PER_LAYER = frozenset({"ffn", "heads", "kv_groups"})
+"""Axes on which every layer keeps its own units; the others share one choice because of the residual stream."""
+
+Keep = Mapping[str, Tensor]
+"""Public axis -> the global indices that stay, ascending: int64 [kept]. An axis that is absent stays whole."""
+
+
+@cache
+def lookup(name: str) -> Param:
+    """The row for a parameter's global name; raises LayoutError where the table has none."""
+    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    if pattern not in TABLE:
+        raise LayoutError(f"{name} has no row in the layout table. Add one to layout/table.py; see docs/layout.md.")
+    return TABLE[pattern]
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a parameter belongs to, from 0; None for the embedding, the final norm and the output layer."""
+    found = re.match(r"decoder\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def axis_coords(axis: str, dim: str, sizes: Mapping[str, int]) -> Tensor | None:
+    """The index on a public axis of every row of `dim`: int64 [rows], -1 where it does not reach; None: not at all."""
+    at = coords(dim, sizes)
+    if any(word not in at for word in PUBLIC_AXES[axis]):
+        return None
+    index = torch.zeros_like(next(iter(at.values())))
+    reached = torch.ones_like(index, dtype=torch.bool)
+    for word in PUBLIC_AXES[axis]:
+        index = index * sizes[word] + at[word]
+        reached &= at[word] != ABSENT
+    return torch.where(reached, index, ABSENT)
+
+
+def kept_rows(param: Param, dim: int, sizes: Mapping[str, int], keep: Keep) -> Tensor:
+    """The rows of `dim` whose index is kept on every axis that reaches them, in order: int64 [kept rows]."""
+    stays = torch.ones(param.shape(sizes)[dim], dtype=torch.bool)
+    for axis, kept in keep.items():
+        index = axis_coords(axis, param.dims[dim], sizes)
+        if index is not None:
+            stays &= (index == ABSENT) | torch.isin(index, kept)
+    return stays.nonzero().flatten()
+
+
+def markdown(rows: Sequence[tuple[str, Param]] | None = None) -> str:
+    """The table as Markdown, for docs/layout.md."""
+    lines = ["| parameter | dims | split by TP |", "|---|---|---|"]
+    for name, param in rows or tuple(TABLE.items()):
+        lines.append(f"| `{name}` | `{', '.join(param.dims)}` | {param.tp or '-'} |")
+    return "\n".join(lines) + "\n"

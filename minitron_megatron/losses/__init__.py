@@ -1,0 +1,10 @@
+"""Losses over a vocabulary that is split over ranks, fused with the output layers: full logits never exist.
+
+Knows: hidden states, output weights, masks, the group that splits the vocabulary. Must not know: models, data.
+
+Letters: s sequence, b batch, n tokens (s * b), h hidden, v this rank's vocabulary entries.
+"""
+
+from .fused import chunk_tokens, distill_loss, lm_loss
+
+__all__ = ["chunk_tokens", "distill_loss", "lm_loss"]

@@ -1,0 +1,160 @@
+"""Output layer and loss over chunks of tokens, forward and backward in one sweep.
+
+The gradients of the hidden states and of the output weight are formed while a chunk's logits are alive, so memory is a
+few chunks of logits and never one [n, v] tensor, and no logits are computed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..parallel import Group, all_reduce, gather_sequence, scatter_sequence
+from .vocab import CrossEntropy, ForwardKL, Vocabulary
+
+__all__ = ["chunk_tokens", "distill_loss", "lm_loss"]
+
+LIVE_CHUNKS = 3
+"""Tensors of [chunk, v] alive at once in the divergence that needs most."""
+
+Divergence = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+
+
+def chunk_tokens(held: int, budget_bytes: int = 64 * 2**20) -> int:
+    """Tokens a chunk, so that its live fp32 logits over `held` vocabulary entries stay within `budget_bytes`."""
+    return max(16, budget_bytes // (LIVE_CHUNKS * 4 * max(held, 1)))
+
+
+def lm_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    *,
+    vocab: int,
+    group: Group,
+    sequence_parallel: bool = False,
+    chunk: int | None = None,
+) -> Tensor:
+    """Cross-entropy in nats, summed over the tokens whose mask is true: fp32 scalar, the same on every rank of `group`.
+
+    hidden: [s, b, h], with sequence parallelism this rank's part of s. weight: [v held, h], padding at the end of the
+    last rank's. labels, mask: [b, s]. vocab: entries without padding. Collective over `group`, which splits
+    the vocabulary.
+    """
+    tokens = _tokens(mask)
+    vocabulary = Vocabulary(vocab, group)
+    divergence = CrossEntropy(vocabulary, _flat(labels)[tokens], weight.shape[0])
+    chunk = chunk or chunk_tokens(weight.shape[0])
+    return _Fused.apply(hidden, weight, tokens, divergence, vocabulary, sequence_parallel, chunk)
+
+
+def distill_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    mask: Tensor,
+    *,
+    vocab: int,
+    group: Group,
+    temperature: float = 1.0,
+    sequence_parallel: bool = False,
+    chunk: int | None = None,
+) -> Tensor:
+    """KL(teacher || student) in nats, summed over the tokens whose mask is true: fp32 scalar, the same on every rank.
+
+    Arguments as for `lm_loss`; the teacher's hidden states and output weight may have another width and are constants.
+    """
+    tokens = _tokens(mask)
+    vocabulary = Vocabulary(vocab, group)
+    with torch.no_grad():
+        states = _states(teacher_hidden, group, sequence_parallel)
+        output = vocabulary.real(teacher_weight.detach())
+
+    def teacher(rows: slice) -> Tensor:
+        return (states[tokens[rows]] @ output.t()).float()
+
+    divergence = ForwardKL(vocabulary, teacher, temperature)
+    chunk = chunk or chunk_tokens(weight.shape[0])
+    return _Fused.apply(hidden, weight, tokens, divergence, vocabulary, sequence_parallel, chunk)
+
+
+def _flat(values: Tensor) -> Tensor:
+    """[b, s] -> [n] in the order of the hidden states."""
+    return values.t().reshape(-1)
+
+
+def _tokens(mask: Tensor) -> Tensor:
+    """Which of the n tokens count: int64 [counted]."""
+    return _flat(mask).nonzero().flatten()
+
+
+def _states(hidden: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
+    """[s, b, h] -> [n, h], gathered over the ranks that share the sequence."""
+    full = gather_sequence(hidden, group) if sequence_parallel else hidden
+    return full.reshape(-1, full.shape[-1])
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        divergence: Divergence,
+        vocabulary: Vocabulary,
+        sequence_parallel: bool,
+        chunk: int,
+    ) -> Tensor:
+        """Sums the loss; where gradients will be wanted, forms them on the way and keeps them for backward."""
+        states = _states(hidden, vocabulary.group, sequence_parallel)
+        wants_grad = any(ctx.needs_input_grad[:2])
+        d_states = torch.zeros_like(states) if wants_grad else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
+        total = _sweep(states, weight, tokens, divergence, vocabulary, chunk, d_states, d_weight)
+        all_reduce(total, vocabulary.group)
+        if d_states is not None and d_weight is not None:
+            d_hidden = d_states.view(-1, *hidden.shape[1:])
+            if sequence_parallel:
+                d_hidden = scatter_sequence(d_hidden, vocabulary.group)
+            else:
+                all_reduce(d_hidden, vocabulary.group)
+            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Both gradients are ready and only scaled, in place: they are used once."""
+        d_hidden, d_weight = (saved.mul_(upstream[0]) for saved in ctx.saved_tensors)
+        return d_hidden, d_weight, None, None, None, None, None
+
+
+def _sweep(
+    states: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    divergence: Divergence,
+    vocabulary: Vocabulary,
+    chunk: int,
+    d_states: Tensor | None,
+    d_weight: Tensor | None,
+) -> Tensor:
+    """This rank's part of the summed loss (fp32 scalar); adds into the gradients where they are given."""
+    real = vocabulary.real(weight)
+    total = states.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(tokens), chunk):
+        rows = slice(start, start + chunk)
+        at = tokens[rows]
+        part = states[at]
+        loss, gradient = divergence((part @ real.t()).float(), rows)
+        total += loss.sum()
+        if d_states is not None and d_weight is not None:
+            gradient = gradient.to(weight.dtype)
+            d_states[at] = gradient @ real
+            d_weight[: len(real)] += gradient.t() @ part
+    return total

@@ -1,0 +1,34 @@
+"""A config becomes a Megatron-Core model, on `meta` first; its shards are named globally and adopted one by one; its
+pipeline schedules run it.
+
+Knows: mcore's modules, configs and schedules, training checkpoints. Must not know: Hugging Face files, scores, losses.
+"""
+
+from .build import build, chunks_of, rebuild
+from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .config import ModelConfig, check_fits, config_of
+from .initial import fill_initial
+from .schedule import MicroBatch, forward_backward, forward_only, windows
+from .shards import NamedShard, adopt, home_stage, named_shards, output_weight
+
+__all__ = [
+    "MicroBatch",
+    "ModelConfig",
+    "NamedShard",
+    "adopt",
+    "build",
+    "check_fits",
+    "chunks_of",
+    "config_of",
+    "fill_initial",
+    "forward_backward",
+    "forward_only",
+    "home_stage",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "named_shards",
+    "output_weight",
+    "rebuild",
+    "save_checkpoint",
+    "windows",
+]

@@ -1,0 +1,99 @@
+"""A model is always built on `meta` and filled afterwards: from Hugging Face slices, trimmed shards or a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import torch
+
+from ..parallel import Topology
+from .config import ModelConfig, rotary_frequencies, transformer_config
+from .spec import block_spec
+
+__all__ = ["build", "chunks_of", "rebuild"]
+
+
+def chunks_of(model: Any) -> list[Any]:
+    """A model as the list of its chunks (several only with virtual pipeline stages)."""
+    return list(model) if isinstance(model, Sequence) else [model]
+
+
+def build(
+    config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32, *, recompute: bool = False
+) -> list[Any]:
+    """This rank's chunks of an mcore GPTModel, every parameter on `meta`. Not collective."""
+    mcore = transformer_config(config, topology, dtype, recompute=recompute)
+    stages = topology.stages(config.shape.layers)
+    chunks: list[Any] = []
+    for virtual in range(topology.vp):
+        at = virtual * topology.pp + topology.pp_rank
+        spec = block_spec(config.norm, len(stages[at]))
+        chunk = _gpt(
+            mcore,
+            spec,
+            vocab_size=config.shape.padded_vocab,
+            max_sequence_length=config.max_positions,
+            pre_process=at == 0,
+            post_process=at == len(stages) - 1,
+            share_embeddings_and_output_weights=config.shape.tied,
+            position_embedding_type="rope",
+            vp_stage=virtual if topology.vp > 1 else None,
+        )
+        chunk.rotary_pos_emb.inv_freq = rotary_frequencies(config).to(topology.device)
+        chunk.minitron = config
+        chunks.append(chunk)
+    return chunks
+
+
+def rebuild(model: Any, config: ModelConfig, topology: Topology) -> list[Any]:
+    """New chunks on `meta` like those of `model` (anybody's GPTModel), in the sizes of `config`. Not collective."""
+    stages = topology.stages(config.shape.layers)
+    chunks: list[Any] = []
+    for virtual, old in enumerate(chunks_of(model)):
+        at = virtual * topology.pp + topology.pp_rank
+        spec = copy(old.decoder.submodules)
+        spec.layer_specs = [spec.layer_specs[0]] * len(stages[at])
+        chunk = _gpt(
+            _resized(old.config, config, topology),
+            spec,
+            vocab_size=old.vocab_size,
+            max_sequence_length=old.max_sequence_length,
+            pre_process=old.pre_process,
+            post_process=old.post_process,
+            share_embeddings_and_output_weights=old.share_embeddings_and_output_weights,
+            position_embedding_type=old.position_embedding_type,
+            vp_stage=old.vp_stage,
+        )
+        chunk.rotary_pos_emb = old.rotary_pos_emb
+        if getattr(old, "minitron", None) is not None:
+            chunk.minitron = config
+        chunks.append(chunk)
+    return chunks
+
+
+def _resized(mcore: Any, config: ModelConfig, topology: Topology) -> Any:
+    """A copy of mcore's config in new sizes, at the same layout and with the same functions."""
+    from .config import check_fits, pipeline_layout
+
+    check_fits(config.shape, topology)
+    new, shape = copy(mcore), config.shape
+    new.num_layers, new.hidden_size, new.ffn_hidden_size = shape.layers, shape.hidden, shape.ffn
+    new.num_attention_heads, new.num_query_groups = shape.heads, shape.kv_groups
+    new.pipeline_model_parallel_layout = pipeline_layout(shape.layers, topology)
+    new.__post_init__()
+    return new
+
+
+def _gpt(mcore: Any, spec: Any, **arguments: Any) -> Any:
+    """mcore's GPTModel on `meta`. The embedding group is held back: mcore would reduce a tied copy without data."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    embedding_group, groups.embd = groups.embd, None
+    with torch.device("meta"):
+        gpt = GPTModel(mcore, spec, pg_collection=groups, **arguments)
+    gpt.pg_collection.embd = gpt.embd_group = embedding_group
+    return gpt

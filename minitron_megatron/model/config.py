@@ -1,0 +1,159 @@
+"""What a model is beyond its shape, and how that is said to Megatron-Core."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import TopologyError
+from ..layout import Shape
+from ..parallel import Topology
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+__all__ = ["ModelConfig", "check_fits", "config_of", "rotary_frequencies", "transformer_config"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer: its shape and the constants of its functions."""
+
+    shape: Shape
+    norm: str = "RMSNorm"
+    norm_eps: float = 1e-5
+    rotary_base: float = 10000.0
+    rotary_scaling: Mapping[str, Any] | None = None
+    """Hugging Face's `rope_scaling`: `rope_type` of `linear` or `llama3` and its factors; None: no scaling."""
+    max_positions: int = 2048
+    init_std: float = 0.02
+    source: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The Hugging Face config that this came from, carried to the export."""
+
+    def resized(self, **sizes: int) -> ModelConfig:
+        """The same model with other sizes on some public axes."""
+        return replace(self, shape=self.shape.resized(**sizes))
+
+
+def check_fits(shape: Shape, topology: Topology) -> None:
+    """Raises TopologyError where a shape cannot be spread over a layout; says which tp would do."""
+    topology.stages(shape.layers)
+    for axis in ("kv_groups", "ffn"):
+        size = shape.axis_size(axis)
+        if size % topology.tp:
+            fits = [str(tp) for tp in range(1, 9) if size % tp == 0]
+            raise TopologyError(
+                f"axis {axis} has {size} units, which cannot be split over TP={topology.tp}. "
+                f"Run with TP {' or '.join(fits)}, or choose a multiple of {topology.tp}."
+            )
+
+
+def transformer_config(
+    config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32, *, recompute: bool = False
+) -> TransformerConfig:
+    """mcore's config for this model at this layout. Parameters are of `dtype`; `recompute` keeps only layer inputs.
+
+    Raises TopologyError where the shape does not fit the layout.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    shape = config.shape
+    check_fits(shape, topology)
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_groups,
+        kv_channels=shape.head_dim,
+        gated_linear_unit=shape.gated,
+        activation_func=F.silu,
+        normalization=config.norm,
+        layernorm_epsilon=config.norm_eps,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=topology.tp,
+        pipeline_model_parallel_size=topology.pp,
+        virtual_pipeline_model_parallel_size=topology.vp if topology.vp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(shape.layers, topology),
+        sequence_parallel=topology.sequence_parallel,
+        # interleaved over two stages, both neighbours are one rank: batched sends would be received in the wrong order
+        overlap_p2p_comm=topology.vp > 1,
+        batch_p2p_comm=topology.vp == 1,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=True,  # names no device, so that torch.device("meta") decides
+        perform_initialization=True,  # on meta it costs nothing, and only it marks the parameters as parallel
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+    )
+
+
+def pipeline_layout(layers: int, topology: Topology) -> list[list[str]] | None:
+    """mcore's explicit layer placement, so that any number of layers fits any number of stages; None on one stage."""
+    if topology.pp == 1:
+        return None
+    stages = [["decoder"] * len(stage) for stage in topology.stages(layers)]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """Inverse frequencies of the rotary embedding, radians a position: fp32 [head_dim / 2].
+
+    Computed here for mcore 0.16 fixes Llama 3's low, high and original-length constants. Source: Llama 3.1 reference
+    code, as in transformers' `_compute_llama3_parameters`.
+    """
+    half = torch.arange(0, config.shape.head_dim, 2, dtype=torch.int64).float() / config.shape.head_dim
+    frequencies = 1.0 / (config.rotary_base**half)
+    scaling = dict(config.rotary_scaling or {})
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        share = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - share) * frequencies / scaling["factor"] + share * frequencies
+    return frequencies
+
+
+def config_of(model: Any) -> ModelConfig:
+    """The config of an mcore GPTModel that somebody else built; ours carry theirs as `minitron`."""
+    ours = getattr(model, "minitron", None)
+    if ours is not None:
+        return ours
+    mcore = model.config
+    shape = Shape(
+        layers=mcore.num_layers,
+        hidden=mcore.hidden_size,
+        ffn=mcore.ffn_hidden_size,
+        heads=mcore.num_attention_heads,
+        kv_groups=mcore.num_query_groups or mcore.num_attention_heads,
+        head_dim=mcore.kv_channels,
+        vocab=model.vocab_size,
+        tied=model.share_embeddings_and_output_weights,
+        gated=mcore.gated_linear_unit,
+        norm_bias=mcore.normalization == "LayerNorm",
+    )
+    return ModelConfig(
+        shape=shape,
+        norm=mcore.normalization,
+        norm_eps=mcore.layernorm_epsilon,
+        rotary_base=getattr(model, "rotary_base", 10000.0),
+        max_positions=model.max_sequence_length,
+    )

@@ -1,0 +1,45 @@
+"""Random weights that depend on a seed and a name, never on the layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import Shape, lookup
+from ..parallel import Topology
+from .config import config_of
+from .shards import adopt, named_shards
+
+__all__ = ["fill_initial"]
+
+RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
+"""Written into the residual stream: their spread is divided by sqrt(2 layers), as in GPT-2 and Megatron-LM."""
+
+
+def fill_initial(model: Any, topology: Topology, seed: int) -> None:
+    """Gives every parameter of `model` (on `meta`) a normal draw: the same global values at every layout."""
+    for shard in named_shards(model):
+        config = config_of(model[0] if isinstance(model, list) else model)
+        full = _draw(shard.name, config.shape, config.init_std, seed)
+        param, sizes = lookup(shard.name), config.shape.sizes()
+        for dim in range(full.dim()):
+            full = full.index_select(dim, param.shard_rows(dim, sizes, topology.tp_rank, topology.tp))
+        adopt(shard, full.to(topology.device, shard.tensor.dtype))
+
+
+def _draw(name: str, shape: Shape, std: float, seed: int) -> Tensor:
+    """The unsharded tensor of one name, vocabulary padding zero: fp32."""
+    param = lookup(name)
+    size = param.shape(shape.sizes(padded=False))
+    if "norm" in name:
+        return torch.zeros(size) if name.endswith("bias") else torch.ones(size)
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
+    if name.endswith(RESIDUAL):
+        std /= math.sqrt(2 * shape.layers)
+    full = torch.randn(size, generator=generator) * std
+    padding = param.shape(shape.sizes())[0] - size[0]
+    return torch.cat([full, full.new_zeros(padding, *size[1:])]) if padding else full

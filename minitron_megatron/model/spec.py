@@ -1,0 +1,49 @@
+"""The `local` layer spec: mcore's layers with our norm and core attention, on CPU and GPU alike."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["CoreAttention", "Norm", "block_spec"]
+
+
+class Norm(nn.Module):
+    """RMSNorm over the last dim; unlike mcore's torch norm it knows sequence parallelism."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # its gradient is summed over tp
+        self.eps = eps
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.rms_norm(states, (states.shape[-1],), self.weight, self.eps)
+
+
+class CoreAttention(nn.Module):
+    """Causal attention by torch's scaled_dot_product_attention: flash on a GPU, and works on a CPU."""
+
+    def __init__(self, config: Any, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """query: [s, b, heads, head_dim]; key, value: [s, b, kv_groups, head_dim]. Returns [s, b, heads * head_dim]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def block_spec(normalization: str, layers: int) -> Any:
+    """mcore's TransformerBlockSubmodules for a stage of `layers` layers."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    layer = get_gpt_layer_local_spec(normalization=normalization)
+    layer.submodules.input_layernorm = Norm
+    layer.submodules.pre_mlp_layernorm = Norm
+    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)

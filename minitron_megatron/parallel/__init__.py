@@ -1,0 +1,45 @@
+"""Processes and their groups: the only room that talks to torch.distributed and to mcore's parallel_state.
+
+Knows: ranks, groups, devices, which layer lives on which pipeline stage, what mcore needs on a CPU and where its
+versions differ. Must not know: scores, plans, losses, recipes.
+"""
+
+from .backend import install_cpu_backend
+from .collectives import (
+    Group,
+    all_reduce,
+    all_to_all,
+    barrier,
+    broadcast_object,
+    fail_together,
+    gather_objects,
+    gather_sequence,
+    group_rank,
+    group_size,
+    move,
+    scatter_sequence,
+    sum_over_world,
+)
+from .topology import Topology
+from .versions import final_hidden, mend_distributed_optimizer, separate_steps
+
+__all__ = [
+    "Group",
+    "Topology",
+    "all_reduce",
+    "all_to_all",
+    "barrier",
+    "broadcast_object",
+    "fail_together",
+    "final_hidden",
+    "gather_objects",
+    "gather_sequence",
+    "group_rank",
+    "group_size",
+    "install_cpu_backend",
+    "mend_distributed_optimizer",
+    "move",
+    "scatter_sequence",
+    "separate_steps",
+    "sum_over_world",
+]

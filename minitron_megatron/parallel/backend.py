@@ -1,0 +1,69 @@
+"""What megatron-core needs to run on gloo where CUDA is absent. Fits 0.16.1 (`tests/parallel/test_backend.py` says so).
+
+mcore asks for CUDA by device argument, by `.cuda()` and by type name. One function mode answers the first two for
+tensors; the rest are module attributes, each with the line of mcore that it answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["install_cpu_backend"]
+
+CPU = torch.device("cpu")
+
+
+def _on_cpu(device: Any) -> Any:
+    """Any spelling of a CUDA device -> the CPU; everything else unchanged."""
+    if isinstance(device, int) and not isinstance(device, bool):
+        return CPU
+    if isinstance(device, (str, torch.device)) and str(device).startswith("cuda"):
+        return CPU
+    return device
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Rewrites CUDA devices in factory calls, `.cuda()`, `.to()` and `.type()`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs:  # optimizer/clip_grads.py:90, optimizer/optimizer.py:473, tensor_parallel/mappings.py:91
+            kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
+        if func is torch.Tensor.cuda:  # models/common/language_module/language_module.py:261
+            return args[0]
+        if func is torch.Tensor.to and len(args) > 1:
+            args = (args[0], *(a if isinstance(a, torch.Tensor) else _on_cpu(a) for a in args[1:]))
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # optimizer/distrib_optimizer.py:361 accepts only "torch.cuda.*Tensor" type names
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+_installed = False
+
+
+def install_cpu_backend() -> None:
+    """Makes mcore run on the CPU, once a process; nothing at all where CUDA is present."""
+    global _installed
+    if _installed or torch.cuda.is_available():
+        return
+    _installed = True
+    _CudaIsCpu().__enter__()
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU  # tensor_parallel/layers.py:552 and fifty more
+    cuda.synchronize = lambda *args, **kwargs: None  # dist_checkpointing/strategies/async_utils.py
+    cuda.current_stream = lambda *args, **kwargs: None  # pipeline_parallel/combined_1f1b.py:408
+    cuda.manual_seed = torch.manual_seed  # tensor_parallel/random.py:237
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # random.py:55
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # random.py:41
+    mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # random.py:72
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # moe/moe_utils.py names it, but defines it only beside TE
+        moe_utils.te_general_gemm = None

@@ -1,0 +1,165 @@
+"""This process's place in the parallel layout, and its process groups. Always passed, never global."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import TopologyError
+from .backend import install_cpu_backend
+
+__all__ = ["Topology"]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Sizes and ranks of tensor (tp), pipeline (pp), virtual pipeline (vp), data (dp) and expert (ep) parallelism.
+
+    The groups are mcore's own: `Topology.start` is the only call that makes them, `stop` the only one that ends them.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vp: int = 1
+    ep: int = 1
+    sequence_parallel: bool = False
+
+    @classmethod
+    def start(cls, tp: int = 1, pp: int = 1, vp: int = 1, ep: int = 1, sequence_parallel: bool = False) -> Topology:
+        """Joins the processes that torchrun started (or this one alone) and lays them out. Collective over the world.
+
+        Raises TopologyError where the processes cannot be divided as asked.
+        """
+        install_cpu_backend()
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        topology = cls(tp, pp, vp, ep, sequence_parallel)
+        topology.check(int(os.environ.get("WORLD_SIZE", 1)) if not dist.is_initialized() else dist.get_world_size())
+        if not dist.is_initialized():
+            _join()
+        parallel_state.initialize_model_parallel(
+            tp, pp, virtual_pipeline_model_parallel_size=vp if vp > 1 else None, expert_model_parallel_size=ep
+        )
+        model_parallel_cuda_manual_seed(1)
+        return topology
+
+    def stop(self) -> None:
+        """Ends the layout; the processes stay joined, so that another layout may follow."""
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+
+    def check(self, world: int) -> None:
+        """Raises TopologyError where `world` processes cannot hold this layout."""
+        for name in ("tp", "pp", "vp", "ep"):
+            if getattr(self, name) < 1:
+                raise TopologyError(f"{name} is {getattr(self, name)}. It must be 1 or more.")
+        if world % (self.tp * self.pp):
+            raise TopologyError(
+                f"tp={self.tp} x pp={self.pp} needs a multiple of {self.tp * self.pp} processes, not {world}. "
+                f"Start {self.tp * self.pp} of them: launch/local.sh {self.tp * self.pp} run RECIPE."
+            )
+        if self.vp > 1 and self.pp == 1:
+            raise TopologyError(f"vp={self.vp} needs pp of 2 or more. Set vp to 1.")
+        if self.sequence_parallel and self.tp == 1:
+            raise TopologyError("sequence_parallel has no effect at tp=1. Set it to false.")
+
+    @property
+    def world(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where this rank's tensors live."""
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    @cached_property
+    def tp_group(self) -> dist.ProcessGroup:
+        return _state().get_tensor_model_parallel_group()
+
+    @cached_property
+    def pp_group(self) -> dist.ProcessGroup:
+        return _state().get_pipeline_model_parallel_group()
+
+    @cached_property
+    def dp_group(self) -> dist.ProcessGroup:
+        return _state().get_data_parallel_group()
+
+    @cached_property
+    def model_group(self) -> dist.ProcessGroup:
+        """The tp x pp ranks that hold one copy of the model between them."""
+        return _state().get_model_parallel_group()
+
+    @cached_property
+    def tp_rank(self) -> int:
+        return dist.get_rank(self.tp_group)
+
+    @cached_property
+    def pp_rank(self) -> int:
+        return dist.get_rank(self.pp_group)
+
+    @cached_property
+    def dp_rank(self) -> int:
+        return dist.get_rank(self.dp_group)
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the final norm and the output layer."""
+        return self.pp_rank == self.pp - 1
+
+    def rank_at(self, pp_rank: int, tp_rank: int, dp_rank: int = 0) -> int:
+        """The global rank at a place (mcore's order: tp fastest, then dp, then pp)."""
+        return tp_rank + self.tp * (dp_rank + self.dp * pp_rank)
+
+    def stages(self, layers: int) -> list[list[int]]:
+        """The layers of each model chunk in pipeline order: `pp * vp` lists, sizes equal but for one, larger first.
+
+        Chunk c lives on pipeline rank `c % pp` as its virtual stage `c // pp`. Raises TopologyError if one were empty.
+        """
+        chunks = self.pp * self.vp
+        if layers < chunks:
+            raise TopologyError(
+                f"{layers} layers cannot fill {chunks} pipeline stages (pp={self.pp} x vp={self.vp}). "
+                f"Use at most {layers} stages."
+            )
+        short, longer = divmod(layers, chunks)
+        ends = [0]
+        for chunk in range(chunks):
+            ends.append(ends[-1] + short + (chunk < longer))
+        return [list(range(a, b)) for a, b in pairwise(ends)]
+
+    def stage_of(self, layer: int, layers: int) -> int:
+        """The pipeline rank that holds a layer."""
+        return next(c % self.pp for c, stage in enumerate(self.stages(layers)) if layer in stage)
+
+
+def _state() -> Any:
+    from megatron.core import parallel_state
+
+    return parallel_state
+
+
+def _join() -> None:
+    """Joins the process group: torchrun's where its variables are set, else one process by itself."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,53 @@
+"""Where megatron-core's versions differ, or where it must be mended: nowhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["final_hidden", "mend_distributed_optimizer", "separate_steps"]
+
+
+def final_hidden(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Runs a GPTModel up to its last layer and final norm, and no further: `GPTModel.forward` has no such switch.
+
+    tokens: int64 [batch, seq]. Returns [seq (over tp, with sequence parallelism), batch, hidden]; before the last
+    pipeline stage it is that stage's output. The model may be wrapped (DDP, Float16Module).
+    """
+    from megatron.core.utils import get_attr_wrapped_model
+
+    gpt = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
+    # mcore 0.16-0.19: _preprocess returns (decoder_input, rotary_pos_emb, cos, sin, sequence_len_offset, padding_mask)
+    states, rotary = gpt._preprocess(input_ids=tokens, position_ids=positions)[:2]
+    return gpt.decoder(hidden_states=states, attention_mask=None, rotary_pos_emb=rotary)
+
+
+def mend_distributed_optimizer() -> None:
+    """Mends two faults of mcore 0.16's DistributedOptimizer with torch's Adam, which has no TE or apex to help it.
+
+    Loading a checkpoint raises KeyError("step"), since only `param` and the moments are saved
+    (optimizer/distrib_optimizer.py, `_set_main_param_and_optimizer_states`).
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    def copy_states(self: Any, model_param: Any, tensors: dict[str, Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        for name, state in {"param": main, **self.optimizer.state[main]}.items():
+            if name in tensors:
+                state.copy_(tensors[name])
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = copy_states
+
+
+def separate_steps(optimizer: Any) -> None:
+    """Gives each parameter its own Adam step count after a load.
+
+    mcore leaves all of them sharing one tensor, which torch's Adam then advances once a parameter, so that the bias
+    correction runs away silently.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()

@@ -1,0 +1,9 @@
+"""Scores -> Plan -> a smaller model, its shards cut in place.
+
+Knows: scores, plans, shards. Must not know: how scores were made, losses, Hugging Face.
+"""
+
+from .choose import SAFE_MARGIN, check_sizes, choose
+from .trim import trim
+
+__all__ = ["SAFE_MARGIN", "check_sizes", "choose", "trim"]

@@ -1,0 +1,23 @@
+"""The recipe of a run: its keys, its stages, what each stage reads, what is done and what must be done again.
+
+Knows: the schema, the order of the stages, the run folder. Must not know: terminals, plots, command lines.
+"""
+
+from .estimate import Estimate, estimate
+from .run import Step, dry_run, run
+from .schema import Recipe, json_schema, load_recipe
+from .stages import STAGES
+from .starter import starter_recipe
+
+__all__ = [
+    "STAGES",
+    "Estimate",
+    "Recipe",
+    "Step",
+    "dry_run",
+    "estimate",
+    "json_schema",
+    "load_recipe",
+    "run",
+    "starter_recipe",
+]

@@ -1,0 +1,199 @@
+"""What a stage is given, and the models and data that several stages need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..convert import folder_hash, load_hf, model_hash, read_config, save_hf
+from ..data import Batch, Corpus, calibration, calibration_batches, step_batches
+from ..errors import CheckpointError
+from ..evaluate import ValidationSet
+from ..events import Listener
+from ..parallel import Topology
+from .schema import Recipe, TrainingKeys
+
+__all__ = ["Context", "Folders"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where things lie in a run folder."""
+
+    run: Path
+
+    @property
+    def data(self) -> Path:
+        return self.run / "data"
+
+    @property
+    def corrected(self) -> Path:
+        return self.run / "corrected"
+
+    @property
+    def scores(self) -> Path:
+        return self.run / "scores" / "scores.safetensors"
+
+    @property
+    def plan(self) -> Path:
+        return self.run / "pruned" / "plan.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.run / "summary.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.run / "metrics.jsonl"
+
+    def model(self, name: str) -> Path:
+        """The Hugging Face folder of a model of the run: `corrected`, `pruned`, `distilled`, `random`, `export`."""
+        return self.run / name
+
+    @property
+    def checkpoints(self) -> Path:
+        """What unfinished training left to resume from."""
+        return self.run / "checkpoints"
+
+    def record(self, stage: str) -> Path:
+        """What a finished stage left: its fingerprint, results and seconds."""
+        return self.run / "stages" / f"{stage}.json"
+
+
+@dataclass(frozen=True)
+class Context:
+    """A stage's view of the run. `done` holds the results of the stages before it."""
+
+    recipe: Recipe
+    topology: Topology
+    listener: Listener
+    done: Mapping[str, Mapping[str, Any]]
+    fingerprint: str
+    """Of the stage at work."""
+
+    @cached_property
+    def folders(self) -> Folders:
+        return Folders(self.recipe.out)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in training."""
+        return DTYPES[self.recipe.dtype]
+
+    @property
+    def teacher(self) -> Path:
+        """The folder of the model that is pruned and teaches: corrected, where the recipe corrects it."""
+        return self.folders.corrected if self.recipe.correct else self.recipe.model
+
+    @property
+    def teacher_hash(self) -> str:
+        """Who the teacher must be."""
+        return str(self.done["correct"]["hash"] if self.recipe.correct else self.done["prepare"]["model_hash"])
+
+    def load(self, folder: Path, dtype: torch.dtype | None = None, *, trains: bool = False) -> list[Any]:
+        """A model of the run, in the training dtype unless said otherwise. Collective over the world."""
+        recompute = trains and self.recipe.recompute
+        return load_hf(folder, self.topology, dtype or self.dtype, recompute=recompute, listener=self.listener)
+
+    def load_teacher(self, dtype: torch.dtype | None = None) -> list[Any]:
+        """The teacher, verified. Raises CheckpointError where its weights are not those that the run recorded."""
+        dtype = dtype or self.dtype
+        model = self.load(self.teacher, dtype)
+        if self._hash(model, dtype) != self.teacher_hash:
+            raise CheckpointError(f"the weights in {self.teacher} changed since the run began. Give another --out.")
+        return model
+
+    def _hash(self, model: list[Any], dtype: torch.dtype) -> str:
+        """Of the loaded weights, or of the file where loading rounded them. Collective over the world."""
+        stored = read_config(self.teacher).source
+        exact = dtype == torch.float32 or DTYPES.get(stored.get("torch_dtype") or stored.get("dtype", "")) == dtype
+        return model_hash(model, self.topology) if exact else folder_hash(self.teacher)
+
+    def save(self, model: Any, folder: Path, dtype: torch.dtype | None = None) -> str:
+        """Writes a model with the teacher's tokenizer and returns its hash. Collective over the world."""
+        save_hf(model, folder, self.topology, dtype=dtype, files_from=self.recipe.model, listener=self.listener)
+        return model_hash(model, self.topology)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the stage at work keeps its checkpoints: another recipe's are elsewhere."""
+        return self.folders.checkpoints / self.fingerprint[:16]
+
+    @property
+    def blend(self) -> list[tuple[Path, float]]:
+        """(prefix of the prepared corpus, weight) of each source."""
+        return [
+            (self.folders.data / name, source.weight)
+            for name, source in zip(self.done["prepare"]["sources"], self.recipe.data.sources, strict=True)
+        ]
+
+    def training_batches(self, keys: TrainingKeys) -> Any:
+        """step -> this rank's micro-batches of the blend. Collective over the world."""
+        corpus = Corpus(
+            self.blend,
+            sequence=self.recipe.data.sequence,
+            samples=keys.steps(self.recipe.data.sequence) * keys.global_batch,
+            seed=self.recipe.seed,
+            cache=self.folders.data / "index",
+        )
+
+        def batches(step: int) -> list[Batch]:
+            found = step_batches(
+                corpus,
+                step,
+                global_batch=keys.global_batch,
+                micro_batch=keys.micro_batch,
+                dp_rank=self.topology.dp_rank,
+                dp=self.topology.dp,
+            )
+            return self._placed(found)
+
+        return batches
+
+    def calibration_batches(self) -> list[Batch]:
+        """This rank's share of the calibration samples. Collective over the world."""
+        keys = self.recipe.score
+        corpus = calibration(
+            self.blend,
+            samples=keys.samples,
+            sequence=self.recipe.data.sequence,
+            seed=self.recipe.seed,
+            cache=self.folders.data / "index",
+        )
+        return self._share(corpus, keys.micro_batch)
+
+    def held_out(self) -> ValidationSet:
+        """This rank's share of the held-out samples of each source, as many as there are up to what the recipe asks.
+
+        Collective over the world.
+        """
+        keys, sequence = self.recipe.evaluate, self.recipe.data.sequence
+        unit = keys.micro_batch * self.topology.dp
+        out = {}
+        for prefix, _ in self.blend:
+            held = (self.done["prepare"]["sources"][prefix.name]["validation_tokens"] - 1) // sequence
+            samples = min(keys.samples, held) // unit * unit
+            corpus = Corpus(
+                [(prefix, 1.0)],
+                "valid",
+                sequence=sequence,
+                samples=max(samples, unit),
+                seed=self.recipe.seed,
+                cache=self.folders.data / "index",
+            )
+            out[prefix.name] = self._share(corpus, keys.micro_batch)
+        return out
+
+    def _share(self, corpus: Corpus, micro_batch: int) -> list[Batch]:
+        found = calibration_batches(corpus, micro_batch=micro_batch, dp_rank=self.topology.dp_rank, dp=self.topology.dp)
+        return self._placed(found)
+
+    def _placed(self, batches: list[Batch]) -> list[Batch]:
+        return [batch.to(self.topology.device) for batch in batches]

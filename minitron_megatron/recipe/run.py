@@ -1,0 +1,205 @@
+"""The stages in order: done ones are skipped, edited ones run again, a killed one resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..convert import read_config
+from ..data import check_tokenizer
+from ..errors import DataError, RecipeError
+from ..events import Listener, silent
+from ..files import read_json, whole_file, write_json
+from ..layout import Shape
+from ..model import check_fits
+from ..parallel import Topology, barrier, broadcast_object, fail_together
+from ..prune import check_sizes
+from ..records import Plan
+from .context import Context, Folders
+from .schema import Recipe
+from .stages import STAGES, Stage
+from .versions import versions
+
+__all__ = ["Step", "dry_run", "run"]
+
+Results = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage as a run would find it."""
+
+    stage: str
+    state: str
+    """`done`, `run` or `resume`."""
+    why: str
+
+
+def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener: Listener = silent) -> Results:
+    """Runs every stage that is not done, or `only` one, and returns the results by stage. Collective over the world.
+
+    Raises MinitronErrors on every rank alike, before anything is written where the recipe can tell.
+    """
+    with fail_together():
+        check(recipe, topology)
+        _claim(recipe, topology)
+    barrier()
+    done: Results = {}
+    for stage in wanted(recipe):
+        mark = fingerprint(stage, recipe, done)
+        record = broadcast_object(_record(recipe, stage, mark))
+        if record is None:
+            if only not in (None, stage.name):
+                raise RecipeError(
+                    f"{only} needs the stage {stage.name}, which is not done. Run `minitron {stage.name}` first."
+                )
+            record = _run_stage(stage, mark, Context(recipe, topology, listener, done, mark))
+        done[stage.name] = record["result"] | {"seconds": record["seconds"]}
+        if stage.name == only:
+            break
+    return done
+
+
+def dry_run(recipe: Recipe) -> list[Step]:
+    """What a run would do, stage by stage, from the records alone."""
+    steps: list[Step] = []
+    done: Results = {}
+    stale: set[str] = set()
+    for stage in wanted(recipe):
+        before = [name for name in stage.after if name in stale]
+        mark = fingerprint(stage, recipe, done) if not before else ""
+        record = _record(recipe, stage, mark) if mark else None
+        if record is not None:
+            done[stage.name] = record["result"]
+            steps.append(Step(stage.name, "done", ""))
+            continue
+        stale.add(stage.name)
+        if before:
+            steps.append(Step(stage.name, "run", f"after {', '.join(before)}"))
+        elif (Folders(recipe.out).checkpoints / mark[:16]).is_dir():
+            steps.append(Step(stage.name, "resume", "from a checkpoint"))
+        else:
+            known = Folders(recipe.out).record(stage.name).is_file()
+            steps.append(Step(stage.name, "run", "its inputs changed" if known else "not done yet"))
+    return steps
+
+
+def wanted(recipe: Recipe) -> list[Stage]:
+    """The stages of this recipe, in order."""
+    return [stage for stage in STAGES.values() if stage.wanted(recipe)]
+
+
+def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, Any]]) -> str:
+    """SHA-256 over the recipe keys that a stage reads, the files behind them and the results that it uses."""
+    keys = recipe.model_dump(mode="json")
+    read = {
+        "stage": stage.name,
+        "keys": {name: keys[name] for name in stage.reads},
+        "files": [_file_marks(recipe)] if "data" in stage.reads else [],
+        "results": {
+            name: {k: v for k, v in done[name].items() if k != "seconds"} for name in stage.after if name in done
+        },
+    }
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+def _file_marks(recipe: Recipe) -> list[Any]:
+    """Name, size and time of every source and weights file: cheap to see, and changed when they are."""
+    paths = [recipe.model, *(source.path for source in recipe.data.sources)]
+    paths += [source.validation for source in recipe.data.sources if isinstance(source.validation, Path)]
+    files = [
+        file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()
+    ]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _record(recipe: Recipe, stage: Stage, mark: str) -> dict[str, Any] | None:
+    """What a stage left, if it is done by this fingerprint and its output is still there."""
+    path = Folders(recipe.out).record(stage.name)
+    if not path.is_file() or not (recipe.out / stage.makes).exists():
+        return None
+    record = read_json(path)
+    return record if record["fingerprint"] == mark else None
+
+
+def _run_stage(stage: Stage, mark: str, context: Context) -> dict[str, Any]:
+    began = time.perf_counter()
+    result = stage.does(context)
+    barrier()
+    record = {"fingerprint": mark, "result": result, "seconds": round(time.perf_counter() - began, 3)}
+    if context.topology.rank == 0:
+        write_json(context.folders.record(stage.name), record)
+        shutil.rmtree(context.checkpoints, ignore_errors=True)
+    barrier()
+    return record
+
+
+def check(recipe: Recipe, topology: Topology) -> None:
+    """Everything that can be known to be wrong before work begins. Raises MinitronErrors. Not collective."""
+    shape = read_config(recipe.model).shape
+    check_tokenizer(recipe.model, shape.vocab)
+    check_fits(shape, topology)
+    check_fits(student_shape(recipe, shape), topology)
+    _check_batches(recipe, topology)
+    for source in recipe.data.sources:
+        for path in (source.path, source.validation):
+            if isinstance(path, Path) and not path.exists():
+                raise DataError(f"data source {path} does not exist. Check data.sources.")
+            if isinstance(path, Path) and path.is_file() and path.stat().st_size == 0:
+                raise DataError(f"data source {path} is empty. Check data.sources.")
+
+
+def student_shape(recipe: Recipe, teacher: Shape) -> Shape:
+    """What the recipe makes of a teacher. Raises PlanError where it cannot."""
+    check_sizes(teacher, recipe.prune.sizes())
+    layers = None if recipe.prune.layers is None else tuple(recipe.prune.layers)
+    return Plan(teacher, layers=layers).target.resized(**recipe.prune.sizes())
+
+
+def _check_batches(recipe: Recipe, topology: Topology) -> None:
+    batches = {"distill.global_batch": (recipe.distill.global_batch, recipe.distill.micro_batch)}
+    batches["score.samples"] = (recipe.score.samples, recipe.score.micro_batch)
+    if recipe.correct:
+        batches["correct.global_batch"] = (recipe.correct.global_batch, recipe.correct.micro_batch)
+    for key, (total, micro) in batches.items():
+        unit = micro * topology.dp
+        if total % unit:
+            raise RecipeError(
+                f"{key} is {total}, which cannot be split into micro-batches of {micro} on {topology.dp} data-parallel "
+                f"ranks. Choose a multiple of {unit}."
+            )
+        if topology.vp > 1 and total // unit < topology.pp:
+            raise RecipeError(
+                f"{key} gives {total // unit} micro-batches, and interleaving over pp={topology.pp} needs as many. "
+                f"Choose {unit * topology.pp} or more, or vp: 1."
+            )
+    if topology.sequence_parallel and recipe.data.sequence % topology.tp:
+        raise RecipeError(
+            f"data.sequence is {recipe.data.sequence}, which sequence_parallel cannot split over tp={topology.tp}."
+        )
+
+
+def _claim(recipe: Recipe, topology: Topology) -> None:
+    """Makes the run folder this recipe's, on rank 0. Raises RecipeError where it is another's."""
+    if topology.rank != 0:
+        return
+    out, mine = recipe.out, recipe.model_dump(mode="json")
+    saved = out / "recipe.yaml"
+    if saved.is_file():
+        theirs: Sequence[Any] | dict[str, Any] = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        other = theirs.get("model") if isinstance(theirs, dict) else None
+        if other != mine["model"]:
+            raise RecipeError(f"{out} belongs to a recipe for the model {other}. Give another folder with --out.")
+    elif out.is_dir() and any(out.iterdir()):
+        raise RecipeError(f"{out} is not empty and was not made by a run. Give another folder with --out.")
+    with whole_file(saved) as partial:
+        partial.write_text(yaml.safe_dump(mine, sort_keys=False), encoding="utf-8")
+    write_json(out / "versions.json", versions() | {"processes": topology.world})

@@ -1,0 +1,265 @@
+"""The recipe: everything a run is told, as a frozen tree. Unknown keys are errors; the defaults are the papers'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ..errors import RecipeError, did_you_mean
+
+__all__ = ["Data", "Recipe", "Source", "TrainingKeys", "json_schema", "load_recipe"]
+
+DType = Literal["float32", "bfloat16"]
+
+
+def _whole(value: Any) -> Any:
+    """YAML reads `94e9` as text and `94.0e9` as a float: both are whole numbers here."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Keys(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Parallel(Keys):
+    """How the model is spread. Data parallelism is what the processes leave over. No result depends on it."""
+
+    tp: Count = 1
+    """Tensor-parallel ranks."""
+    pp: Count = 1
+    """Pipeline stages."""
+    vp: Count = 1
+    """Virtual pipeline stages a rank; above 1 the schedule is interleaved."""
+    sequence_parallel: bool = False
+    """Split the norms' activations over the tensor-parallel ranks."""
+
+
+class Source(Keys):
+    """A part of the blend."""
+
+    path: Path
+    """A .jsonl or .txt file, or a folder of them."""
+    weight: Positive = 1.0
+    """Share of the samples, relative to the other sources."""
+    validation: Path | float = 0.01
+    """Held-out files, or the share of documents to hold out."""
+
+
+class Data(Keys):
+    """The distillation corpus; teacher correction and calibration draw from it too."""
+
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sequence: Count = 8192
+    """Tokens a sample."""
+    text_key: str = "text"
+    """The field of a .jsonl line that holds the text."""
+    separator: str = "<|endoftext|>"
+    """Stands between the documents of a .txt file."""
+    workers: Count = 1
+    """Processes that tokenize."""
+
+
+class TrainingKeys(Keys):
+    """How long and how fast a model is trained."""
+
+    tokens: Count = 94_000_000_000
+    """Budget; rounded up to whole steps."""
+    global_batch: Count = 1152
+    """Samples a step."""
+    micro_batch: Count = 1
+    """Samples a forward pass of one data-parallel rank."""
+    lr: Positive = 1e-4
+    """Peak learning rate."""
+    min_lr: NotNegative = 1e-5
+    """Learning rate at the end of the cosine."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    weight_decay: NotNegative = 0.1
+    clip: Positive = 1.0
+    """Largest global norm of a step's gradient."""
+    save_every: Count = 100
+    """Steps between checkpoints."""
+    validate_every: Count = 100
+    """Steps between validations."""
+
+    def steps(self, sequence: int) -> int:
+        """Steps that see `tokens` tokens."""
+        return -(-self.tokens // (self.global_batch * sequence))
+
+
+class Correct(TrainingKeys):
+    """Teacher correction: cross-entropy on the distillation data before anything is pruned."""
+
+    tokens: Count = 100_000_000_000
+    lr: Positive = 6e-5
+    """Peak learning rate: a fifth of the one the teacher was pretrained with (here Llama 3.1's 3e-4)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 120
+
+
+class StatisticKeys(Keys):
+    """How activations add up to a score."""
+
+    batch: Literal["l2", "mean", "var"] = "l2"
+    """Over samples."""
+    sequence: Literal["l2", "mean", "var"] = "mean"
+    """Over the positions of a sample, first; `mean` is of absolute values."""
+
+
+class Score(Keys):
+    """Importance from forward passes over calibration samples."""
+
+    samples: Count = 1024
+    micro_batch: Count = 1
+    statistic: StatisticKeys = StatisticKeys()
+    dtype: DType = "float32"
+
+
+class Prune(Keys):
+    """The sizes to keep; an axis left out stays whole."""
+
+    hidden: Count | None = None
+    """Channels of the residual stream."""
+    ffn: Count | None = None
+    """Neurons a layer."""
+    heads: Count | None = None
+    """Query heads in total, as many from each kv_group."""
+    layers: tuple[int, ...] | None = None
+    """Layers to keep, numbered from 0."""
+
+    def sizes(self) -> dict[str, int]:
+        """The width axes that are cut."""
+        return {axis: size for axis in ("hidden", "ffn", "heads") if (size := getattr(self, axis)) is not None}
+
+
+class Distill(TrainingKeys):
+    """Forward KL on the logits of the teacher."""
+
+    temperature: Positive = 1.0
+
+
+class Evaluate(Keys):
+    """Loss on held-out text."""
+
+    samples: Count = 256
+    """Held-out sequences of each source."""
+    micro_batch: Count = 1
+
+
+class Export(Keys):
+    """The Hugging Face folder that is served."""
+
+    dtype: DType = "bfloat16"
+
+
+class Recipe(Keys):
+    """A run from a pretrained checkpoint to a smaller one. Paths are relative to where the command runs."""
+
+    model: Path
+    """The Hugging Face folder of the teacher."""
+    out: Path
+    """The run folder."""
+    seed: int = 1
+    dtype: DType = "bfloat16"
+    """Of the weights in training; the optimizer keeps fp32."""
+    recompute: bool = False
+    """Keep only each layer's input for the backward pass: less memory, a third more time."""
+    parallel: Parallel = Parallel()
+    data: Data
+    correct: Correct | None = None
+    """Left out: the teacher is used as it is."""
+    score: Score = Score()
+    prune: Prune
+    distill: Distill = Distill()
+    random_baseline: bool = False
+    """Also distil into a randomly initialised student of the same shape on the same tokens, for comparison."""
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Recipe:
+    """Reads a YAML recipe; `overrides` are `a.b=value` with YAML values. Raises RecipeError in the user's words."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"recipe {path} is not a mapping of keys. Start from `minitron init MODEL`.")
+    for override in overrides:
+        _override(raw, override)
+    if out is not None:
+        raw["out"] = str(out)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {path}: {_explain(error)}") from error
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {text!r} is not of the form a.b=value.")
+    *path, last = key.split(".")
+    at = raw
+    for part in path:
+        at = at.setdefault(part, {})
+        if not isinstance(at, dict):
+            raise RecipeError(f"--set {text!r}: {part} is not a block of keys.")
+    try:
+        at[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text!r}: {value!r} is not a YAML value.") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong, with the nearest name for an unknown key, and how many more there are."""
+    problems = error.errors()
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        text = f"{where} is not a known key.{did_you_mean(str(first['loc'][-1]), known)}"
+    elif first["type"] == "missing":
+        text = f"{where} is missing."
+    else:
+        message = first["msg"]
+        text = f"{where} is {first['input']!r}: {message[0].lower()}{message[1:]}."
+    return text + (f" ({len(problems) - 1} more like this.)" if len(problems) > 1 else "")
+
+
+def _known_keys(place: Sequence[int | str]) -> list[str]:
+    """The keys that the schema has at a place in the tree."""
+    schema = json_schema()
+    at: Mapping[str, Any] = schema
+    for part in place:
+        at = _resolve(at["items"] if isinstance(part, int) else at["properties"][part], schema)
+    return list(at.get("properties", ()))
+
+
+def _resolve(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Follows references and the non-null side of an optional block."""
+    for choice in node.get("anyOf", ()):
+        if "$ref" in choice:
+            node = choice
+    if "$ref" in node:
+        node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
+    return node
+
+
+def json_schema() -> dict[str, Any]:
+    """The recipe's JSON Schema, with every key's help."""
+    return Recipe.model_json_schema()

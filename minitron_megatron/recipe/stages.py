@@ -1,0 +1,244 @@
+"""The stages of a run, in order: what each one reads, and what it does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..convert import folder_hash, read_config
+from ..data import check_tokenizer, prepare
+from ..distill import KDObjective
+from ..evaluate import validation_loss
+from ..events import Event
+from ..files import write_json
+from ..layout import parameters
+from ..model import build, chunks_of, config_of, fill_initial
+from ..parallel import broadcast_object, fail_together
+from ..prune import choose, trim
+from ..records import Scores, Statistic
+from ..score import score
+from ..train import LMObjective, Objective, Training, train
+from .context import DTYPES, Context
+from .schema import Recipe, TrainingKeys
+
+__all__ = ["STAGES", "Stage"]
+
+Result = dict[str, Any]
+"""What a stage leaves for those after it, as JSON. Those that read it run again when it changes."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run."""
+
+    name: str
+    does: Callable[[Context], Result]
+    makes: str
+    """What it leaves in the run folder."""
+    reads: tuple[str, ...]
+    """Keys of the recipe whose change makes it run again."""
+    after: tuple[str, ...] = ()
+    """Stages whose results it uses, and whose change makes it run again."""
+    wanted: Callable[[Recipe], bool] = lambda recipe: True
+
+
+def do_prepare(context: Context) -> Result:
+    """Text -> tokens, one corpus a source, on rank 0; says who the teacher is."""
+    recipe, result = context.recipe, None
+    with fail_together():
+        if context.topology.rank == 0:
+            check_tokenizer(recipe.model, read_config(recipe.model).shape.vocab)
+            result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context)}
+    return broadcast_object(result)
+
+
+def _prepare_sources(context: Context) -> Result:
+    data, sources = context.recipe.data, {}
+    for number, source in enumerate(data.sources):
+        name = f"{number}-{source.path.stem}"
+        held_out = source.validation if isinstance(source.validation, float) else [source.validation]
+        made = prepare(
+            [source.path],
+            context.recipe.model,
+            context.folders.data / name,
+            validation=held_out,
+            workers=data.workers,
+            text_key=data.text_key,
+            separator=data.separator,
+            seed=context.recipe.seed,
+            listener=context.listener,
+        )
+        validation_tokens = made.valid.tokens if made.valid else 0
+        sources[name] = {"tokens": made.train.tokens, "validation_tokens": validation_tokens, "content": made.content}
+    return sources
+
+
+def do_correct(context: Context) -> Result:
+    """Fine-tunes the teacher with cross-entropy on the distillation data."""
+    keys = context.recipe.correct
+    assert keys is not None
+    model = context.load(context.recipe.model, trains=True)
+    tokens = _train(context, model, LMObjective(context.topology), keys, "correct")
+    return {"hash": context.save(model, context.folders.corrected), "tokens": tokens}
+
+
+def do_score(context: Context) -> Result:
+    """Importance of every axis that the recipe may cut."""
+    keys = context.recipe.score
+    model = context.load_teacher(DTYPES[keys.dtype])
+    scores = score(
+        model,
+        context.calibration_batches(),
+        topology=context.topology,
+        statistic=Statistic(keys.statistic.batch, keys.statistic.sequence),
+        model_hash=context.teacher_hash,
+        listener=context.listener,
+    )
+    if context.topology.rank == 0:
+        scores.save(context.folders.scores)
+    return {"samples": scores.samples, "tokens": scores.tokens, "statistic": keys.statistic.model_dump()}
+
+
+def do_prune(context: Context) -> Result:
+    """Chooses what stays and cuts the teacher to it."""
+    prune = context.recipe.prune
+    with fail_together():
+        plan = choose(Scores.load(context.folders.scores), layers=prune.layers, **prune.sizes())
+    model = trim(context.load_teacher(), plan, context.topology)
+    digest = context.save(model, context.folders.model("pruned"))
+    if context.topology.rank == 0:
+        plan.save(context.folders.plan)
+    return {"hash": digest, "margins": {axis: min(by.values()) for axis, by in plan.margins.items()}}
+
+
+def do_distill(context: Context) -> Result:
+    """Distils the teacher into the pruned student."""
+    student = context.load(context.folders.model("pruned"), trains=True)
+    return _distill(context, student, "distilled")
+
+
+def do_baseline(context: Context) -> Result:
+    """Distils the teacher into a random student of the same shape, on the same tokens."""
+    config = read_config(context.folders.model("pruned"))
+    student = build(config, context.topology, context.dtype, recompute=context.recipe.recompute)
+    fill_initial(student, context.topology, context.recipe.seed)
+    return _distill(context, student, "random")
+
+
+def _distill(context: Context, student: list[Any], name: str) -> Result:
+    keys, topology = context.recipe.distill, context.topology
+    vocab = config_of(student[0]).shape.vocab
+    objective = KDObjective(context.load_teacher(), topology, vocab=vocab, temperature=keys.temperature)
+    label = "distill" if name == "distilled" else "baseline"
+    tokens = _train(context, student, objective, keys, label)
+    return {"hash": context.save(student, context.folders.model(name)), "tokens": tokens}
+
+
+def _train(context: Context, model: list[Any], objective: Objective, keys: TrainingKeys, label: str) -> int:
+    """Trains in place with checkpoints and validation; returns the tokens seen."""
+    held_out = context.held_out()
+
+    def validate() -> dict[str, float]:
+        losses = validation_loss(model, held_out, context.topology)
+        return {"validation_loss": losses["all"]} | {f"validation_loss/{k}": v for k, v in losses.items() if k != "all"}
+
+    training = Training(
+        steps=keys.steps(context.recipe.data.sequence),
+        lr=keys.lr,
+        min_lr=keys.min_lr,
+        warmup_steps=keys.warmup_steps,
+        weight_decay=keys.weight_decay,
+        clip=keys.clip,
+        save_every=keys.save_every,
+        validate_every=keys.validate_every,
+    )
+    values = train(
+        model,
+        objective,
+        context.training_batches(keys),
+        training,
+        context.topology,
+        label=label,
+        checkpoints=context.checkpoints,
+        identity=context.fingerprint,
+        validate=validate,
+        listener=context.listener,
+    )
+    return int(values["tokens"])
+
+
+def do_evaluate(context: Context) -> Result:
+    """Loss of every model of the run on the held-out text."""
+    held_out = context.held_out()
+    models: dict[str, tuple[Path, str]] = {"teacher": (context.recipe.model, "")}
+    if context.recipe.correct:
+        models["corrected teacher"] = (context.folders.corrected, "correct")
+    models |= {
+        "pruned": (context.folders.model("pruned"), "prune"),
+        "distilled": (context.folders.model("distilled"), "distill"),
+    }
+    if context.recipe.random_baseline:
+        models["random init"] = (context.folders.model("random"), "baseline")
+    rows = []
+    for number, (name, (folder, stage)) in enumerate(models.items(), 1):
+        model = context.load(folder)
+        losses = validation_loss(model, held_out, context.topology)
+        context.listener(Event("evaluate", number, len(models), "models", {f"loss/{name}": losses["all"]}))
+        done = context.done.get(stage, {})
+        rows.append(
+            {
+                "model": name,
+                "parameters": parameters(config_of(chunks_of(model)[0]).shape),
+                "loss_nats_per_token": losses["all"],
+                "perplexity": math.exp(min(losses["all"], 700.0)),
+                "tokens": done.get("tokens", 0),
+                "seconds": done.get("seconds", 0.0),
+                "loss_by_source": {source: loss for source, loss in losses.items() if source != "all"},
+            }
+        )
+    if context.topology.rank == 0:
+        write_json(context.folders.summary, rows)
+    return {"loss": {row["model"]: row["loss_nats_per_token"] for row in rows}}
+
+
+def do_export(context: Context) -> Result:
+    """Writes the student as the Hugging Face folder that is served."""
+    dtype = DTYPES[context.recipe.export.dtype]
+    model = context.load(context.folders.model("distilled"))
+    save = context.save(model, context.folders.model("export"), dtype)
+    return {"hash": save, "dtype": context.recipe.export.dtype}
+
+
+DATA = ("model", "data", "seed")
+TRAINS = ("dtype", "evaluate")  # validation during training draws from the same held-out samples
+STAGES: Mapping[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("prepare", do_prepare, "data", DATA),
+        Stage(
+            "correct", do_correct, "corrected", ("correct", *TRAINS), ("prepare",), lambda recipe: bool(recipe.correct)
+        ),
+        Stage("score", do_score, "scores", ("score",), ("prepare", "correct")),
+        Stage("prune", do_prune, "pruned", ("prune", "dtype"), ("prepare", "correct", "score")),
+        Stage("distill", do_distill, "distilled", ("distill", *TRAINS), ("prepare", "correct", "prune")),
+        Stage(
+            "baseline",
+            do_baseline,
+            "random",
+            ("distill", *TRAINS),
+            ("prepare", "correct", "prune"),
+            lambda recipe: recipe.random_baseline,
+        ),
+        Stage(
+            "evaluate",
+            do_evaluate,
+            "summary.json",
+            ("evaluate",),
+            ("prepare", "correct", "prune", "distill", "baseline"),
+        ),
+        Stage("export", do_export, "export", ("export",), ("distill",)),
+    )
+}

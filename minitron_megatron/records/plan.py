@@ -1,0 +1,112 @@
+"""What stays: kept global indices for each axis and layer, and kept layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, PlanError, did_you_mean
+from ..files import read_json, write_json
+from ..layout import PER_LAYER, Keep, Shape
+
+__all__ = ["Plan"]
+
+CUT = ("ffn", "heads", "hidden")
+"""Axes whose units a plan may choose. kv_groups all stay: query heads are cut inside them."""
+
+Indices = Mapping[str, Mapping[int | None, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cut of a model of `shape`: validated when made, before anything is touched.
+
+    Raises PlanError for an axis that cannot be cut, indices out of range, unsorted or repeated, a layer without its
+    choice, sizes that differ between layers, or query heads spread unevenly over their groups.
+    """
+
+    shape: Shape
+    keep: Indices = field(default_factory=dict)
+    """Axis -> layer (of the source; None: shared) -> kept indices, ascending. An axis that is absent stays whole."""
+    layers: tuple[int, ...] | None = None
+    """Kept layers, ascending; None: all."""
+    margins: Mapping[str, Mapping[int | None, float]] = field(default_factory=dict)
+    """Of each cut: (score of the last kept unit - that of the first cut one) / the former; the least over groups."""
+    model_hash: str = ""
+    """Of the model that was scored; empty where no scores were used."""
+
+    def __post_init__(self) -> None:
+        _check_indices("layers", self.kept_layers, self.shape.layers)
+        for axis, by_layer in self.keep.items():
+            if axis not in CUT:
+                raise PlanError(f"axis {axis!r} cannot be cut.{did_you_mean(axis, CUT)} Known: {', '.join(CUT)}.")
+            size = self.shape.axis_size(axis)
+            wanted: list[int | None] = list(self.kept_layers) if axis in PER_LAYER else [None]
+            if sorted(by_layer, key=str) != sorted(wanted, key=str):
+                raise PlanError(
+                    f"axis {axis} must say what stays in layers {wanted}, and says it for {sorted(by_layer, key=str)}."
+                )
+            for kept in by_layer.values():
+                _check_indices(axis, kept, size)
+            if len({len(kept) for kept in by_layer.values()}) != 1:
+                raise PlanError(
+                    f"axis {axis} keeps different sizes in different layers. Every layer must keep as many."
+                )
+        for kept in self.keep.get("heads", {}).values():
+            self._check_groups(kept)
+
+    def _check_groups(self, heads: tuple[int, ...]) -> None:
+        per_group = self.shape.heads // self.shape.kv_groups
+        counts = {sum(head // per_group == group for head in heads) for group in range(self.shape.kv_groups)}
+        if len(counts) != 1:
+            raise PlanError(f"axis heads keeps {sorted(counts)} query heads in different groups. Keep as many in each.")
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        return tuple(range(self.shape.layers)) if self.layers is None else self.layers
+
+    @property
+    def target(self) -> Shape:
+        """The shape after the cut."""
+        sizes = {axis: len(next(iter(by_layer.values()))) for axis, by_layer in self.keep.items()}
+        return self.shape.resized(layers=len(self.kept_layers), **sizes)
+
+    def keep_at(self, layer: int | None) -> Keep:
+        """What stays in a source layer's parameters (None: outside the layers): axis -> int64 [kept]."""
+        kept = {axis: by_layer.get(layer, by_layer.get(None)) for axis, by_layer in self.keep.items()}
+        return {axis: torch.tensor(indices) for axis, indices in kept.items() if indices is not None}
+
+    def save(self, path: Path) -> None:
+        """Writes JSON."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Raises CheckpointError where the file holds no plan, and PlanError where the plan is not valid."""
+        try:
+            raw = read_json(path)
+            keep = {axis: _by_layer(indices, tuple) for axis, indices in raw["keep"].items()}
+            margins = {axis: _by_layer(values, float) for axis, values in raw["margins"].items()}
+            layers = None if raw["layers"] is None else tuple(raw["layers"])
+            shape, model_hash = Shape(**raw["shape"]), raw["model_hash"]
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} holds no plan ({error}). Run `minitron prune` again.") from error
+        return cls(shape, keep, layers, margins, model_hash)
+
+
+def _by_layer(values: Mapping[str, Any], of: Any) -> dict[int | None, Any]:
+    """JSON's string keys back to layers."""
+    return {None if key == "null" else int(key): of(value) for key, value in values.items()}
+
+
+def _check_indices(axis: str, kept: tuple[int, ...], size: int) -> None:
+    if not kept:
+        raise PlanError(f"axis {axis} keeps nothing of {size}. Keep one at least.")
+    if list(kept) != sorted(set(kept)):
+        raise PlanError(f"axis {axis}: kept indices must ascend without repeats.")
+    if kept[0] < 0 or kept[-1] >= size:
+        raise PlanError(f"axis {axis} keeps indices from {kept[0]} to {kept[-1]}. They run from 0 to {size - 1}.")

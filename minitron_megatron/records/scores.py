@@ -1,0 +1,103 @@
+"""Importance: one number a unit, for each axis and layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, RecipeError, did_you_mean
+from ..files import whole_file
+from ..layout import Shape
+
+__all__ = ["Scores", "Statistic"]
+
+REDUCTIONS = ("l2", "mean", "var")
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """How activations add up: first over the positions of a sample, then over samples. Source: Minitron section 2.2.
+
+    `mean` is of absolute values over positions, and plain over samples; `l2` is the root of the summed squares;
+    `var` the population variance. The papers' choice is the default.
+    """
+
+    batch: str = "l2"
+    sequence: str = "mean"
+
+    def __post_init__(self) -> None:
+        for reduction in (self.batch, self.sequence):
+            if reduction not in REDUCTIONS:
+                raise RecipeError(
+                    f"statistic {reduction!r} is not known.{did_you_mean(reduction, REDUCTIONS)} "
+                    f"Use one of {', '.join(REDUCTIONS)}."
+                )
+
+
+Values = Mapping[str, Mapping[int | None, Tensor]]
+"""Axis -> layer -> score of each unit: fp64 [units]. The layer is None on an axis that all layers share."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a sweep over a calibration set found."""
+
+    values: Values
+    shape: Shape
+    """Of the model that was scored."""
+    statistic: Statistic
+    samples: int
+    tokens: int
+    model_hash: str
+
+    def save(self, path: Path) -> None:
+        """Writes safetensors, the same bytes for the same scores."""
+        from safetensors.torch import save_file
+
+        tensors = {_key(axis, layer): value for axis, layers in self.values.items() for layer, value in layers.items()}
+        about = {
+            "shape": asdict(self.shape),
+            "statistic": asdict(self.statistic),
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "model_hash": self.model_hash,
+        }
+        with whole_file(path) as partial:
+            save_file(dict(sorted(tensors.items())), str(partial), {"scores": json.dumps(about, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Raises CheckpointError where the file is missing, torn or holds no scores."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = json.loads((file.metadata() or {})["scores"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            values: dict[str, dict[int | None, Tensor]] = {}
+            for key in sorted(tensors, key=_order):
+                axis, layer = _parse(key)
+                values.setdefault(axis, {})[layer] = tensors[key].to(torch.float64)
+            shape, statistic = Shape(**about["shape"]), Statistic(**about["statistic"])
+            return cls(values, shape, statistic, about["samples"], about["tokens"], about["model_hash"])
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{path} holds no scores ({error}). Run `minitron score` again.") from error
+
+
+def _key(axis: str, layer: int | None) -> str:
+    return axis if layer is None else f"{axis}.{layer}"
+
+
+def _parse(key: str) -> tuple[str, int | None]:
+    axis, _, layer = key.partition(".")
+    return axis, int(layer) if layer else None
+
+
+def _order(key: str) -> tuple[str, int]:
+    axis, layer = _parse(key)
+    return axis, -1 if layer is None else layer

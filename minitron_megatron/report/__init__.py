@@ -1,0 +1,23 @@
+"""What a run shows of itself: progress, metrics, tables, plots and a page.
+
+Knows: events, the names of files in a run folder, rich and matplotlib (imported when a plot is drawn). Must not know:
+models, processes, recipes.
+"""
+
+from .listeners import MetricsFile, Progress, fan_out, read_metrics
+from .page import write_report
+from .records import describe, pairs_table, report_run
+from .tables import print_summary, summary_table
+
+__all__ = [
+    "MetricsFile",
+    "Progress",
+    "describe",
+    "fan_out",
+    "pairs_table",
+    "print_summary",
+    "read_metrics",
+    "report_run",
+    "summary_table",
+    "write_report",
+]

@@ -1,0 +1,214 @@
+"""What listens to events: progress on the terminal, and the lines of `metrics.jsonl`.
+
+Knows: events, and how they are shown and written. Must not know: who sends them, which rank it is (the caller gives
+rank 0 real listeners and the others `silent`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from operator import itemgetter
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich import progress as bars
+from rich.console import Console
+from rich.table import Column
+from rich.text import Text
+
+from ..events import Event, Listener
+from . import numbers
+
+__all__ = ["MetricsFile", "Progress", "fan_out", "read_metrics"]
+
+
+def fan_out(*listeners: Listener) -> Listener:
+    """One listener that tells each of `listeners`, in order."""
+
+    def tell(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return tell
+
+
+def _amount(task: bars.Task) -> str:
+    return f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}"
+
+
+def _speed(task: bars.Task) -> str:
+    tokens = task.fields["values"].get("tokens_per_second")
+    if tokens is not None:
+        return f"{numbers.count(tokens)} tokens/s"
+    speed = task.finished_speed or task.speed
+    return f"{speed:.3g} {task.fields['unit']}/s" if speed else ""
+
+
+def _loss(task: bars.Task) -> str:
+    values = task.fields["values"]
+    return f"loss {numbers.loss(values['loss'])}" if "loss" in values else ""
+
+
+def _remaining(task: bars.Task) -> str:
+    return f"{numbers.duration(task.time_remaining)} left" if task.time_remaining else ""
+
+
+_PARTS = (_amount, _speed, _loss, _remaining)
+
+
+class _Part(bars.ProgressColumn):
+    """A column of a bar that shows one part of the line."""
+
+    def __init__(self, part: Callable[[bars.Task], str]):
+        super().__init__(Column(no_wrap=True))
+        self._part = part
+
+    def render(self, task: bars.Task) -> Text:
+        return Text(self._part(task))
+
+
+class Progress:
+    """Shows events: on a terminal one live bar a label; elsewhere a plain line a label, at most every `every_seconds`.
+
+    The last event of a label is always shown. A label that starts over (its `done` goes back) gets a fresh bar.
+    """
+
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        every_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._console = console or Console()
+        self._bars = bars.Progress(
+            bars.TextColumn("{task.description}", markup=False, style="bold", table_column=Column(no_wrap=True)),
+            bars.BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8)),
+            *map(_Part, _PARTS),
+            console=self._console,
+            expand=True,
+            get_time=clock,
+            disable=not self._console.is_terminal,
+        )
+        self._clock = clock
+        self._every_seconds = every_seconds
+        self._tasks: dict[str, bars.Task] = {}
+        self._printed: dict[str, tuple[float, float]] = {}
+        """Label -> when its last plain line was printed, and `done` in that line."""
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+        for label in self._tasks:
+            self._print(label, wait=0.0)
+
+    def __call__(self, event: Event) -> None:
+        task = self._task(event)
+        values = task.fields["values"] | event.values  # what is measured rarely stays in sight
+        self._bars.update(task.id, completed=event.done, total=event.total, unit=event.unit, values=values)
+        self._print(event.label, wait=0.0 if event.done >= event.total else self._every_seconds)
+
+    def _task(self, event: Event) -> bars.Task:
+        """The label's bar; what was done before its first event counts for no speed."""
+        task = self._tasks.get(event.label)
+        if task is not None and event.done >= task.completed:
+            return task
+        if task is not None:
+            self._bars.remove_task(task.id)
+            self._printed.pop(event.label, None)
+        self._bars.add_task(event.label, completed=event.done, total=event.total, unit=event.unit, values={})
+        self._tasks[event.label] = self._bars.tasks[-1]
+        return self._tasks[event.label]
+
+    def _print(self, label: str, *, wait: float) -> None:
+        """A plain line, off the terminal only, if there is news and the label's last line is `wait` seconds old."""
+        task, now = self._tasks[label], self._clock()
+        when, done = self._printed.get(label, (-math.inf, -math.inf))
+        if self._console.is_terminal or task.completed == done or now - when < wait:
+            return
+        self._printed[label] = now, task.completed
+        parts = [label, f"{task.percentage:.0f}%", *(part(task) for part in _PARTS)]
+        self._console.print("  ".join(filter(None, parts)), markup=False, highlight=False, soft_wrap=True)
+
+
+def _number(value: float) -> float | None:
+    """As JSON has it: a loss that is not finite becomes null, so that any reader of JSON takes the line."""
+    if isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+class MetricsFile:
+    """Appends each event that measured something as a JSON line, in one write: a kill tears the last line at most.
+
+    At the first event, and not before, the folder is made and a torn last line of a killed run is cut off.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._is_open = False
+
+    def _open(self) -> None:
+        self._is_open = True
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+    def __call__(self, event: Event) -> None:
+        if not event.values:
+            return
+        if not self._is_open:
+            self._open()
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "stage": event.label,
+            "done": event.done,
+            "total": event.total,
+            "unit": event.unit,
+            **{name: _number(value) for name, value in event.values.items()},
+        }
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, json.dumps(line, allow_nan=False).encode() + b"\n")
+        finally:
+            os.close(handle)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file; torn and foreign ones are skipped."""
+    if not path.exists():
+        return
+    for text in path.read_bytes().split(b"\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "stage" in line and "done" in line:
+            yield line
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` that count, oldest first; an absent file has none.
+
+    A stage that resumed or began anew supersedes its own lines from that step on, whether or not it reached them again.
+    """
+    kept: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    for position, line in enumerate(_lines(path)):
+        earlier = kept[line["stage"]]
+        while earlier and earlier[-1][1]["done"] >= line["done"]:
+            earlier.pop()
+        earlier.append((position, line))
+    return [line for _, line in sorted((entry for lines in kept.values() for entry in lines), key=itemgetter(0))]

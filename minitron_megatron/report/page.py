@@ -1,0 +1,228 @@
+"""The page of a run: one HTML file and its plots, made from whatever the run folder holds.
+
+Knows: the names of files in a run folder. Must not know: how scores and plans are stored (the caller hands them over as
+plain mappings). What is missing or torn is left out; a report never fails a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from string import Template
+from typing import Any
+
+from ..files import read_json, whole_file
+from . import numbers, plots
+from .listeners import read_metrics
+from .plots import ByLayer
+from .tables import COLUMNS, cells
+
+__all__ = ["write_report"]
+
+
+def write_report(
+    run: Path,
+    *,
+    scores: ByLayer[Sequence[float]] | None = None,
+    plan: ByLayer[Sequence[int]] | None = None,
+    margins: ByLayer[float] | None = None,
+) -> Path:
+    """Writes `report.html` and `plots/*.png` into a run folder; returns the page's path.
+
+    scores, plan, margins: axis -> layer (None where all layers share the axis) -> scores, kept units, the cut's margin.
+    """
+    scores, plan, margins = scores or {}, plan or {}, margins or {}
+    summary, metrics = _rows(_json(run / "summary.json")), read_metrics(run / "metrics.jsonl")
+    warnings = [*_close_cuts(margins), *_lost_losses(metrics)]
+    figures = {
+        "losses": lambda path: plots.loss_curves(metrics, summary, path),
+        "models": lambda path: plots.bars(summary, path),
+        "importance": lambda path: plots.importance(scores, plan, path),
+        "margins": lambda path: plots.margins(margins, path),
+    }
+    drawn = {name: _figure(run, name, draw, warnings) for name, draw in figures.items()}
+    sections = [
+        _section("Models", _summary(summary) + drawn["models"]),
+        _section("Training", drawn["losses"]),
+        _section("What was kept", _plan(plan, scores, margins) + drawn["importance"] + drawn["margins"]),
+        _section("Stages", _stages(run / "stages", metrics)),
+        _section("Recipe", _recipe(run / "recipe.yaml")),
+        _section("Versions", _pairs(_json(run / "versions.json"))),
+    ]
+    body = _warnings(warnings) + "".join(sections)
+    page = run / "report.html"
+    with whole_file(page) as partial:
+        name = escape(run.resolve().name)
+        partial.write_text(_PAGE.substitute(name=name, body=body or "<p>Nothing here yet.</p>"), encoding="utf-8")
+    return page
+
+
+# -------------------------------------------------------------------------------------------------------- what is there
+
+
+def _json(path: Path) -> Any:
+    """What a JSON file holds, or None where it is absent or torn."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+
+
+def _close_cuts(margins: ByLayer[float]) -> list[str]:
+    """A sentence for each cut that another parallel layout may make otherwise."""
+    return [
+        f"The cut of {_cut(axis, layer)} has a relative margin of {margin:.1e}, below {plots.LEAST_MARGIN:g}: "
+        "another parallel layout may keep other units."
+        for axis, layers in margins.items()
+        for layer, margin in layers.items()
+        if margin < plots.LEAST_MARGIN
+    ]
+
+
+def _cut(axis: str, layer: int | None) -> str:
+    return axis if layer is None else f"{axis} in layer {layer}"
+
+
+def _lost_losses(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each stage whose loss was not finite: `MetricsFile` writes null for it."""
+    lost: dict[str, list[int]] = {}
+    for line in metrics:
+        if "loss" in line and line["loss"] is None:
+            lost.setdefault(line["stage"], []).append(line["done"])
+    return [
+        f"The loss of {stage} was not finite at step {first}" + (f" and at {len(more)} more." if more else ".")
+        for stage, (first, *more) in lost.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- pieces of HTML
+
+_CAPTIONS = {
+    "models": "Cross-entropy of each model on the same validation tokens. Lower is better.",
+    "losses": "Thin lines are single steps, thick ones a running mean over a fortieth of the curve. "
+    "Cross-entropy and KL divergence do not compare, so each has its own panel.",
+    "importance": "Scores sorted from the best unit to the worst. Kept units are drawn strongly, cut ones faintly; "
+    "the dashed line stands where every layer keeps its best.",
+    "margins": "Relative distance between the score of the last kept unit and the first cut one. "
+    "An exact tie stands at the lower edge.",
+}
+
+
+def _figure(run: Path, name: str, draw: Callable[[Path], Path | None], warnings: list[str]) -> str:
+    """Draws `plots/<name>.png`; where that fails the page goes without and says so."""
+    try:
+        path = draw(run / "plots" / f"{name}.png")
+    except Exception as error:
+        warnings.append(f"The plot of {name} could not be drawn: {type(error).__name__}: {error}")
+        return ""
+    if path is None:
+        return ""
+    caption = escape(_CAPTIONS[name])
+    return f'<figure><img src="plots/{path.name}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>\n" if body else ""
+
+
+def _warnings(sentences: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f'<section class="warning"><h2>Warnings</h2><ul>{items}</ul></section>\n' if items else ""
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers; empty without rows."""
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if body else ""
+
+
+def _summary(rows: Iterable[Mapping[str, Any]]) -> str:
+    return _table([title for title, _ in COLUMNS.values()], map(cells, rows))
+
+
+def _plan(plan: ByLayer[Sequence[int]], scores: ByLayer[Sequence[float]], margins: ByLayer[float]) -> str:
+    """A row an axis: kept units, units there were, and the closest cut."""
+    rows = []
+    for axis, layers in plan.items():
+        kept = sorted({len(units) for units in layers.values()}) or [0]
+        there = max(map(len, scores.get(axis, {}).values()), default=None)
+        closest = min(filter(math.isfinite, margins.get(axis, {}).values()), default=None)
+        span = numbers.count(kept[0]) + (f" to {numbers.count(kept[-1])}" if len(kept) > 1 else "")
+        rows.append((axis, span, numbers.count(there), numbers.ABSENT if closest is None else f"{closest:.1e}"))
+    return _table(("axis", "kept", "of", "closest cut's margin"), rows)
+
+
+def _stages(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> str:
+    """A row a stage, in the order in which they ended: its time, and what its lines of metrics say of its work."""
+    done = [(path.stem, _json(path)) for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)]
+    times = [(name, stage.get("seconds")) for name, stage in done if isinstance(stage, dict)]
+    rows = [(name, numbers.duration(seconds), *_work(name, metrics)) for name, seconds in times]
+    if len(rows) > 1:
+        rows.append(("all", numbers.duration(sum(seconds or 0.0 for _, seconds in times)), "", "", ""))
+    return _table(("stage", "time", "work", "tokens", "tokens/s (median)"), rows)
+
+
+def _work(stage: str, metrics: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    """A stage's `200 steps`, its tokens and its speed, as text."""
+    lines = [line for line in metrics if line["stage"] == stage]
+    if not lines:
+        return (numbers.ABSENT,) * 3
+    speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second") is not None]
+    work = f"{numbers.count(lines[-1]['done'])} {lines[-1].get('unit', '')}"
+    return work, numbers.count(lines[-1].get("tokens")), numbers.count(median(speeds) if speeds else None)
+
+
+def _recipe(path: Path) -> str:
+    try:
+        return f"<pre>{escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>"
+    except OSError:
+        return ""
+
+
+def _pairs(value: Any) -> str:
+    """A mapping as a table of two columns."""
+    pairs = value.items() if isinstance(value, dict) else ()
+    return _table(("name", "version"), ((str(name), numbers.ABSENT if it is None else str(it)) for name, it in pairs))
+
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$name - minitron report</title>
+<style>
+body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.5rem 5rem; color: #222; background: #f6f7f8;
+       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { margin: 0 0 1.5rem; font-size: 1.7rem; }
+h1 small { display: block; color: #777; font-size: 0.9rem; font-weight: normal; }
+h2 { margin: 0 0 0.9rem; font-size: 1.15rem; }
+section { margin: 0 0 1.25rem; padding: 1.25rem 1.5rem;
+          background: #fff; border: 1px solid #e3e5e8; border-radius: 8px; }
+section.warning { background: #fff8f0; border-color: #e8a35c; }
+section.warning ul { margin: 0; padding-left: 1.2rem; }
+table { border-collapse: collapse; font-size: 0.93rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.35rem 1.6rem 0.35rem 0; text-align: right; border-bottom: 1px solid #ececec; }
+th { color: #666; font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
+tbody tr:last-child td { border-bottom: 0; }
+figure { margin: 1.25rem 0 0; }
+section > figure:first-of-type:nth-child(2) { margin-top: 0; }
+img { display: block; max-width: 100%; height: auto; }
+figcaption { margin-top: 0.4rem; color: #666; font-size: 0.87rem; }
+pre { margin: 0; overflow-x: auto; font: 0.85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
+</style>
+</head>
+<body>
+<h1>$name<small>minitron report</small></h1>
+$body</body>
+</html>
+""")

@@ -1,0 +1,146 @@
+"""How the plots look: one style, colours that the colour-blind tell apart, and a figure that is written whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...files import whole_file
+from .. import numbers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "ALARM",
+    "COLOURS",
+    "GREY",
+    "PALE",
+    "count_axis",
+    "heat_map",
+    "layer_bar",
+    "layer_colours",
+    "legend_outside",
+    "new_figure",
+]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, in the order of use."""
+GREY = "#8A8A8A"
+PALE = "#C9CDD2"
+ALARM = "#C0392B"
+
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": "#222222",
+    "axes.labelcolor": "#222222",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.edgecolor": "#666666",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": False,
+    "lines.linewidth": 1.7,
+    "figure.dpi": 144,
+    "savefig.dpi": 144,
+}
+
+
+@contextmanager
+def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches, written to `path` as PNG when the block ends well. Leaves matplotlib as it was."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+        FigureCanvasAgg(figure)
+        yield figure
+        with whole_file(path) as beside:
+            figure.savefig(beside, format="png")
+
+
+def count_axis(axes: Axes, name: str) -> None:
+    """Labels an x axis that counts things, its ticks whole and written as `250 k`."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlabel(name)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.count(value)))
+
+
+def legend_outside(axes: Axes) -> None:
+    """The legend to the right of the data."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0)
+
+
+def layer_colours(layers: Sequence[int | None]) -> dict[int | None, Any]:
+    """A colour a layer, from dark at the first to light at the last; the first of `COLOURS` for a lone one."""
+    from matplotlib import colormaps
+
+    if len(layers) == 1:
+        return {layers[0]: COLOURS[0]}
+    return {layer: colormaps["viridis"](0.9 * place / (len(layers) - 1)) for place, layer in enumerate(layers)}
+
+
+def layer_bar(axes: Axes, layers: Sequence[int | None]) -> None:
+    """The legend of `layer_colours` as a bar, for many layers."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    colours = ListedColormap(list(layer_colours(layers).values()))
+    shades = ScalarMappable(Normalize(-0.5, len(layers) - 0.5), colours)
+    bar = axes.figure.colorbar(shades, ax=axes, pad=0.02)
+    bar.ax.set_title("layer", loc="center", fontsize=9, fontweight="normal", pad=6)
+    step = max(1, len(layers) // 8)
+    bar.set_ticks(list(range(0, len(layers), step)), labels=[str(layer) for layer in layers[::step]])
+    bar.outline.set_visible(False)
+
+
+def heat_map(
+    axes: Axes,
+    strong: Sequence[Sequence[float]],
+    faint: Sequence[Sequence[float]],
+    *,
+    extent: tuple[float, float, float, float],
+) -> None:
+    """Shares of one as colours on a log scale down to a thousandth: `strong` ones in colour, `faint` ones in grey.
+
+    Each is a matrix with NaN where the other stands.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    shares = [share for row in (*strong, *faint) for share in row if not math.isnan(share)]
+    least = min(max(min(shares), 1e-3), 0.5)
+    greys = ListedColormap(colormaps["gray"]([0.72 + 0.25 * place / 255 for place in range(256)]))
+    for matrix, colours in ((faint, greys), (strong, colormaps["viridis"])):
+        image = axes.imshow(
+            [[max(share, least) for share in row] for row in matrix],
+            norm=LogNorm(least, 1.0),
+            cmap=colours,
+            aspect="auto",
+            interpolation="nearest",
+            extent=extent,
+        )
+    axes.grid(visible=False)
+    bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
+    bar.set_ticks([tick for tick in (1, 0.5, 0.2, 0.1, 0.05, 0.01, 0.001) if tick >= least])
+    bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    bar.minorticks_off()
+    bar.outline.set_visible(False)

@@ -1,0 +1,92 @@
+"""A run's records as the page and the terminal want them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ..errors import CheckpointError
+from ..files import read_json
+from ..records import Plan, Scores
+from . import numbers
+from .page import write_report
+from .tables import summary_table
+
+__all__ = ["describe", "pairs_table", "report_run"]
+
+SCORES, PLAN = Path("scores", "scores.safetensors"), Path("pruned", "plan.json")
+
+
+def report_run(run: Path) -> Path:
+    """Writes the page and the plots of a run folder; returns the page. Raises CheckpointError where it is none."""
+    if not (run / "recipe.yaml").is_file():
+        raise CheckpointError(f"{run} is not a run folder: it has no recipe.yaml. Give the `out` of a recipe.")
+    scores = Scores.load(run / SCORES) if (run / SCORES).is_file() else None
+    plan = Plan.load(run / PLAN) if (run / PLAN).is_file() else None
+    values = {axis: {k: v.tolist() for k, v in by.items()} for axis, by in scores.values.items()} if scores else None
+    if plan is None:
+        return write_report(run, scores=values)
+    return write_report(
+        run, scores=values, plan={**plan.keep, "layers": {None: plan.kept_layers}}, margins=plan.margins
+    )
+
+
+def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
+    """Names and values side by side."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
+    for name, value in pairs.items():
+        table.add_row(name.replace("_", " "), value if isinstance(value, str) else str(value))
+    return table
+
+
+def describe(path: Path) -> Table:
+    """What a scores file, a plan, a Hugging Face folder or a run folder holds; anything else is a CheckpointError."""
+    if (path / "summary.json").is_file():
+        return summary_table(read_json(path / "summary.json"))
+    if path.suffix == ".safetensors":
+        return _scores(Scores.load(path))
+    if path.suffix == ".json" and path.is_file():
+        return _plan(Plan.load(path))
+    for inside in ("scores.safetensors", "plan.json"):
+        if (path / inside).is_file():
+            return describe(path / inside)
+    if (path / "config.json").is_file():
+        return pairs_table(f"model {path}", _config(path / "config.json"))
+    if (path / "stages").is_dir():
+        return pairs_table(f"run {path}", {record.stem: _stage(record) for record in _by_age(path / "stages")})
+    raise CheckpointError(f"{path} is not a scores file, a plan, a model folder or a run folder.")
+
+
+def _scores(scores: Scores) -> Table:
+    axes = {axis: f"{len(next(iter(by.values())))} units x {len(by)}" for axis, by in scores.values.items()}
+    about = {"statistic": f"{scores.statistic.sequence} over positions, {scores.statistic.batch} over samples"}
+    counts = {"samples": f"{scores.samples:,}", "tokens": f"{scores.tokens:,}", "model hash": scores.model_hash[:16]}
+    return pairs_table("scores", about | counts | axes)
+
+
+def _plan(plan: Plan) -> Table:
+    target = {axis: f"{plan.shape.axis_size(axis)} -> {plan.target.axis_size(axis)}" for axis in plan.keep}
+    layers = {"layers": f"{plan.shape.layers} -> {plan.target.layers}"}
+    margins = {f"{axis} margin": numbers.loss(min(by.values())) for axis, by in plan.margins.items() if by}
+    return pairs_table("plan", layers | target | margins)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    keys: Sequence[str] = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    keys = (*keys, "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "torch_dtype")
+    config = read_json(path)
+    return {key: config[key] for key in keys if key in config}
+
+
+def _by_age(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+
+
+def _stage(path: Path) -> str:
+    record = read_json(path)
+    return f"{numbers.duration(record['seconds'])}  {json.dumps(record['result'])[:100]}"

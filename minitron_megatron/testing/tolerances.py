@@ -1,0 +1,19 @@
+"""How far two right answers may lie apart, by dtype: the one table. Loosen a row only with its reason beside it."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["TOLERANCES", "tolerance"]
+
+TOLERANCES: dict[torch.dtype, dict[str, float]] = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-11},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+    torch.float16: {"rtol": 2e-3, "atol": 2e-3},
+}
+
+
+def tolerance(dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """`rtol` and `atol` for `torch.testing.assert_close` of sums that were added in another order."""
+    return TOLERANCES[dtype]

@@ -1,0 +1,10 @@
+"""The training loop: one for correction, baselines and distillation; what a step minimises is passed in.
+
+Knows: mcore's DDP, optimizer, scheduler and pipeline schedules. Must not know: teachers, recipes, reports.
+"""
+
+from .evaluate import mean_loss
+from .loop import Training, train
+from .objective import LMObjective, Objective
+
+__all__ = ["LMObjective", "Objective", "Training", "mean_loss", "train"]

@@ -1,0 +1,37 @@
+"""The mean loss of a model over a fixed set of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Batch
+from ..model import forward_backward, windows
+from ..parallel import Topology, sum_over_world
+from .objective import Objective
+
+__all__ = ["global_sums", "mean_loss"]
+
+
+def mean_loss(model: Any, batches: Sequence[Batch], objective: Objective, topology: Topology) -> tuple[float, int]:
+    """(nats per token, counted tokens) over all data-parallel ranks' batches, on every rank. Collective."""
+    loss = torch.zeros((), dtype=torch.float64, device=topology.device)
+    tokens = torch.zeros((), dtype=torch.int64, device=topology.device)
+    with torch.no_grad():
+        for window in windows(batches, topology.pp):
+            objective.prepare(window)
+            more_loss, more_tokens = forward_backward(model, window, objective.loss, backward=False)
+            loss, tokens = loss + more_loss, tokens + more_tokens
+    total, counted = global_sums(loss, tokens, topology)
+    return total / max(counted, 1), counted
+
+
+def global_sums(loss: Tensor, tokens: Tensor, topology: Topology) -> tuple[float, int]:
+    """Sums of loss and tokens over the data-parallel ranks of the last stage, on every rank. Collective."""
+    counted = topology.is_last_stage and topology.tp_rank == 0
+    pair = torch.stack([loss.double(), tokens.double()]) * counted
+    total = sum_over_world(pair)
+    return float(total[0]), int(total[1])

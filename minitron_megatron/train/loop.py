@@ -1,0 +1,153 @@
+"""One loop for everything that trains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data import Batch
+from ..errors import CheckpointError
+from ..events import Event, Listener, silent
+from ..model import chunks_of, forward_backward, latest_checkpoint, load_checkpoint, save_checkpoint
+from ..parallel import Topology, mend_distributed_optimizer
+from .evaluate import global_sums
+from .objective import Objective
+
+__all__ = ["Training", "train"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast. The defaults of the optimizer are NeMo's for these models; the papers name none."""
+
+    steps: int
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """At the end of the cosine."""
+    warmup_steps: int = 40
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    clip: float = 1.0
+    """Largest global norm of a step's gradient."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    validate_every: int = 100
+    """Steps between validations."""
+
+
+def train(
+    model: Any,
+    objective: Objective,
+    batches_of: Callable[[int], Sequence[Batch]],
+    training: Training,
+    topology: Topology,
+    *,
+    label: str = "train",
+    checkpoints: Path | None = None,
+    identity: str = "",
+    validate: Callable[[], dict[str, float]] | None = None,
+    listener: Listener = silent,
+) -> dict[str, float]:
+    """Trains the chunks of `model` in place for `training.steps` steps. Collective over the world.
+
+    batches_of: step from 0 -> this rank's micro-batches. checkpoints: where to save every `save_every` steps, and to
+    resume from if something is there; `identity` names the run they belong to. validate: measurements after every
+    `validate_every` steps and at the end. Returns the last step's values: `loss` (nats per token), `tokens` seen.
+    """
+    chunks, optimizer, scheduler = _set_up(chunks_of(model), training, topology)
+    start, tokens = _resume(checkpoints, identity, chunks, optimizer, scheduler)
+    values: dict[str, float] = {"tokens": tokens}
+    for step in range(start, training.steps):
+        began = time.perf_counter()
+        batches = batches_of(step)
+        objective.prepare(batches)
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss, counted = global_sums(*forward_backward(chunks, batches, objective.loss), topology)
+        scheduler.step(increment=1)  # before the update, so that the first step has lr / warmup_steps and not zero
+        _, norm, _ = optimizer.step()
+        tokens += counted
+        seconds = time.perf_counter() - began
+        values = {
+            "loss": loss / max(counted, 1),
+            "lr": optimizer.param_groups[0]["lr"],
+            "grad_norm": float(norm or 0.0),
+            "tokens": tokens,
+            "tokens_per_second": counted / seconds,
+        }
+        done = step + 1
+        if validate and (done % training.validate_every == 0 or done == training.steps):
+            values |= validate()
+        listener(Event(label, done, training.steps, "steps", values))
+        if checkpoints and done % training.save_every == 0 and done < training.steps:
+            state = {"identity": identity, "tokens": tokens, "scheduler": scheduler.state_dict()}
+            save_checkpoint(checkpoints, done, chunks, optimizer, state, topology)
+    return values
+
+
+def _set_up(chunks: Sequence[Any], training: Training, topology: Topology) -> tuple[list[Any], Any, Any]:
+    """mcore's DDP around each chunk, its distributed optimizer and its scheduler."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    mend_distributed_optimizer()
+    config = chunks[0].config
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    wrapped = [DistributedDataParallel(config, ddp, chunk.train()) for chunk in chunks]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=training.lr,
+            min_lr=training.min_lr,
+            weight_decay=training.weight_decay,
+            adam_beta1=training.beta1,
+            adam_beta2=training.beta2,
+            adam_eps=training.eps,
+            clip_grad=training.clip,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=True,
+        ),
+        wrapped,
+    )
+    for each in chunks:
+        each.config.finalize_model_grads_func = finalize_model_grads
+        each.config.grad_scale_func = optimizer.scale_loss
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.lr,
+        min_lr=training.min_lr,
+        lr_warmup_steps=training.warmup_steps,
+        lr_decay_steps=max(training.steps, training.warmup_steps + 1),
+        lr_decay_style="cosine",
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=training.steps,
+        wd_incr_style="constant",
+    )
+    return wrapped, optimizer, scheduler
+
+
+def _resume(folder: Path | None, identity: str, chunks: Any, optimizer: Any, scheduler: Any) -> tuple[int, int]:
+    """(steps done, tokens seen) of the newest checkpoint, now loaded; zeros where there is none."""
+    path = latest_checkpoint(folder) if folder else None
+    if path is None:
+        return 0, 0
+    state = load_checkpoint(path, chunks, optimizer)
+    if state["identity"] != identity:
+        raise CheckpointError(f"checkpoint {path} belongs to another run. Remove {path.parent} or give another --out.")
+    scheduler.load_state_dict(state["scheduler"])
+    return state["step"], state["tokens"]

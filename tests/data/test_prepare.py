@@ -1,0 +1,208 @@
+"""Text becomes the tokens that one would write by hand, whatever the number of processes, or a clear error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minitron_megatron.data import prepare
+from minitron_megatron.errors import DataError
+from minitron_megatron.events import Event
+
+Lines = Callable[..., Path]
+
+
+def stored(prefix: object) -> list[list[int]]:
+    """The documents of a pair, by megatron's own reader."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    pair = IndexedDataset(str(prefix))
+    return [pair[i].tolist() for i in range(len(pair))]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_documents_end_with_the_end_token_and_get_no_other(tokenizer: Path, lines: Lines, tmp_path: Path) -> None:
+    source = lines("a.jsonl", '{"text": "w5 w6 w7"}', "", '{"text": "w8", "more": 1}', '{"text": " "}')
+    result = prepare([source], tokenizer, tmp_path / "out" / "a", validation=0)
+    assert stored(result.train.prefix) == [[5, 6, 7, 0], [8, 0]]
+    assert (result.train.documents, result.train.tokens, result.valid) == (2, 6, None)
+    assert (tmp_path / "out" / "a.train.bin").stat().st_size == 6 * 2  # uint16
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.train.bin", "a.train.idx"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("w1 w2\n<|endoftext|>\nw3<|endoftext|>", [[1, 2, 0], [3, 0]]),
+        ("w1 w2\n\nw3", [[1, 2, 3, 0]]),
+        ("w4 <|end", [[4, 0, 0]]),  # no separator, but a word that the tokenizer does not know
+    ],
+)
+def test_text_files_are_parted_at_the_separator(
+    text: str, expected: list[list[int]], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron_megatron.data.sources.CHUNK_CHARS", 5)  # separators straddle the chunks
+    (tmp_path / "a.txt").write_text(text)
+    assert stored(prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "a", validation=0).train.prefix) == expected
+
+
+def test_folders_are_read_at_any_depth_by_name_and_the_key_and_separator_can_be_set(
+    tokenizer: Path, lines: Lines, tmp_path: Path
+) -> None:
+    lines("in/b/two.jsonl", '{"body": "w2"}')
+    lines("in/a.txt", "w1 --- w9")
+    lines("in/c.jsonl", '{"body": "w3"}')
+    lines("in/readme.md", "w4")
+    result = prepare([tmp_path / "in"], tokenizer, tmp_path / "a", validation=0, text_key="body", separator="---")
+    assert stored(result.train.prefix) == [[1, 0], [9, 0], [2, 0], [3, 0]]
+
+
+def test_the_result_does_not_depend_on_the_number_of_workers(
+    tokenizer: Path, lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[prepare.__module__], "BATCH_CHARS", 100)
+    source = lines("a.jsonl", *(json.dumps({"text": f"w{1 + i} " * (1 + i % 17)}) for i in range(300)))
+    results = [prepare([source], tokenizer, tmp_path / f"{w}" / "a", validation=0.1, workers=w) for w in (1, 2)]
+    assert snapshot(tmp_path / "1") == snapshot(tmp_path / "2")
+    assert results[0].content == results[1].content
+
+
+def test_validation_documents_are_drawn_by_index_and_seed(tokenizer: Path, lines: Lines, tmp_path: Path) -> None:
+    source = lines("a.jsonl", *(json.dumps({"text": f"w{1 + i}"}) for i in range(1000)))
+
+    def valid(name: str, seed: int, *sources: Path) -> list[int]:
+        result = prepare(sources, tokenizer, tmp_path / name, validation=0.1, seed=seed)
+        assert result.valid is not None
+        held, trained = ([document[0] for document in stored(s.prefix)] for s in (result.valid, result.train))
+        assert sorted([*held, *trained]) == sorted(range(1, 1001 + 10 * (len(sources) - 1)))
+        return held
+
+    assert 60 < len(valid("a", 0, source)) < 140  # 4 sigma
+    assert valid("b", 1, source) != valid("a", 0, source)
+    longer = lines("b.jsonl", *(json.dumps({"text": f"w{1001 + i}"}) for i in range(10)))
+    assert [i for i in valid("c", 0, source, longer) if i <= 1000] == valid("a", 0, source)
+
+
+def test_named_validation_sources_override_the_draw(tokenizer: Path, lines: Lines, tmp_path: Path) -> None:
+    train, valid = lines("a.jsonl", '{"text": "w1"}', '{"text": "w2"}'), lines("v.jsonl", '{"text": "w3"}')
+    result = prepare([train], tokenizer, tmp_path / "a", validation=[valid])
+    assert result.valid is not None
+    assert (stored(result.train.prefix), stored(result.valid.prefix)) == ([[1, 0], [2, 0]], [[3, 0]])
+
+
+def test_the_content_hash_tells_tokens_and_boundaries_not_places(tokenizer: Path, lines: Lines, tmp_path: Path) -> None:
+    def content(name: str, *texts: str) -> str:
+        source = lines(f"{name}.jsonl", *(json.dumps({"text": text}) for text in texts))
+        return prepare([source], tokenizer, tmp_path / name, validation=0).content
+
+    assert content("a", "w1 w2", "w3") == content("b", "w1 w2", "w3")
+    assert len({content("a", "w1 w2", "w3"), content("c", "w1 w2", "w4"), content("d", "w1 <end> w2", "w3")}) == 3
+    assert content("e", "w1 <end> w2") != content("f", "w1", "w2")
+
+
+def test_progress_reaches_the_bytes_of_the_sources(
+    tokenizer: Path, lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[prepare.__module__], "BATCH_CHARS", 50)
+    source = lines("a.jsonl", *(json.dumps({"text": "w1 w2 w3 w4"}) for _ in range(20)))
+    events: list[Event] = []
+    prepare([source], tokenizer, tmp_path / "a", validation=0, listener=events.append)
+    done = [event.done for event in events]
+    assert len(events) == 5 and done == sorted(done) and 0 < done[0] < done[-1]
+    assert {event.total for event in events} == {source.stat().st_size} == {done[-1]}
+    assert events[-1].values == {"documents": 20, "tokens": 100}
+    assert {(event.label, event.unit) for event in events} == {("prepare", "bytes")}
+
+
+def test_a_failed_run_leaves_what_was_there(tokenizer: Path, lines: Lines, tmp_path: Path) -> None:
+    good, bad = lines("g.jsonl", '{"text": "w1"}'), lines("b.jsonl", '{"text": "w2"}', '{"text": "w3"')
+    prepare([good], tokenizer, tmp_path / "out" / "a", validation=0)
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(DataError):
+        prepare([bad], tokenizer, tmp_path / "out" / "a", validation=0)
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_a_later_run_leaves_no_split_of_an_earlier_one(tokenizer: Path, lines: Lines, tmp_path: Path) -> None:
+    source = lines("a.jsonl", '{"text": "w1"}')
+    prepare([source], tokenizer, tmp_path / "out" / "a", validation=[source])
+    prepare([source], tokenizer, tmp_path / "out" / "a", validation=0)
+    assert set(snapshot(tmp_path / "out")) == {"a.train.bin", "a.train.idx"}
+
+
+def test_a_run_killed_while_publishing_leaves_no_pair_of_two_runs(
+    tokenizer: Path, lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare([lines("a.jsonl", '{"text": "w1"}')], tokenizer, tmp_path / "out" / "a", validation=0)
+    replace = Path.replace
+
+    def killed(self: Path, target: Path) -> Path:
+        if target.suffix == ".idx":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([lines("b.jsonl", '{"text": "w2 w3"}')], tokenizer, tmp_path / "out" / "a", validation=0)
+    assert not (tmp_path / "out" / "a.train.idx").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "in.jsonl holds no documents"),
+        ('{"text": "  "}\n\n', "in.jsonl holds no documents"),
+        ('{"text": "w1"}\n{"text": \n', "in.jsonl:2 is not valid JSON"),
+        ('{"body": "w1", "id": 3}\n', "in.jsonl:1 has no text under the key 'text'; it holds the keys 'body', 'id'"),
+        ('{"text": 3}\n', "in.jsonl:1 has no text under the key 'text'"),
+        ("[1]\n", "in.jsonl:1 has no text under the key 'text'; it holds a list"),
+    ],
+)
+def test_bad_lines_are_named(content: str, message: str, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(content)
+    with pytest.raises(DataError) as caught:
+        prepare([tmp_path / "in.jsonl"], tokenizer, tmp_path / "a", validation=0)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, "There is no file or folder"),
+        ("table.csv", b"a,b", "neither .jsonl nor .txt"),
+        ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8"),
+        ("latin.jsonl", b'{"text": "caf\xe9"}', "latin.jsonl:1 is not valid JSON"),
+        ("folder/table.csv", b"a,b", "holds no .jsonl or .txt files"),
+    ],
+)
+def test_bad_files_are_named(name: str, content: bytes | None, message: str, tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if content is not None:
+        path.write_bytes(content)
+    source = path.parent if path.parent != tmp_path else path
+    with pytest.raises(DataError, match=message):
+        prepare([source], tokenizer, tmp_path / "a", validation=0)
+
+
+def test_a_share_that_leaves_a_split_empty_is_refused(tokenizer: Path, lines: Lines, tmp_path: Path) -> None:
+    source = lines("a.jsonl", '{"text": "w1"}', '{"text": "w2"}')
+    with pytest.raises(DataError, match="validation=1e-09 leaves no document for the valid split of 2"):
+        prepare([source], tokenizer, tmp_path / "a", validation=1e-9)
+    with pytest.raises(DataError, match=r"validation=1\.5 is no share"):
+        prepare([source], tokenizer, tmp_path / "a", validation=1.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_the_token_dtype_follows_the_vocabulary() -> None:
+    from minitron_megatron.data.pair import token_dtype
+
+    assert [np.dtype(token_dtype(vocab)) for vocab in (1536, 128256)] == [np.uint16, np.int32]

@@ -1,0 +1,123 @@
+"""A plan that would not fit its shape is never made, and a file that is no plan never becomes one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_megatron.errors import CheckpointError, PlanError
+from minitron_megatron.layout import Shape
+from minitron_megatron.records import Plan
+
+SHAPE = Shape(layers=3, hidden=8, ffn=6, heads=4, kv_groups=2, head_dim=4, vocab=11)
+FULL = {
+    "keep": {"ffn": {0: (0, 5), 2: (1, 2)}, "heads": {0: (0, 3), 2: (1, 2)}, "hidden": {None: (0, 2, 7)}},
+    "layers": (0, 2),
+    "margins": {"ffn": {0: 0.25, 2: 1e-7}, "hidden": {None: 1 / 3}},
+    "model_hash": "abc",
+}
+
+
+def test_a_plan_says_what_it_leaves() -> None:
+    plan = Plan(SHAPE, **FULL)
+    assert plan.kept_layers == (0, 2)
+    assert plan.target == Shape(layers=2, hidden=3, ffn=2, heads=2, kv_groups=2, head_dim=4, vocab=11)
+    assert Plan(SHAPE).target == SHAPE
+    assert Plan(SHAPE).kept_layers == (0, 1, 2)
+
+
+def test_a_layers_parameters_keep_its_own_units_and_the_shared_ones() -> None:
+    plan = Plan(SHAPE, **FULL)
+    inside, outside = plan.keep_at(2), plan.keep_at(None)
+    assert {axis: kept.tolist() for axis, kept in inside.items()} == {
+        "ffn": [1, 2],
+        "heads": [1, 2],
+        "hidden": [0, 2, 7],
+    }
+    assert {axis: kept.tolist() for axis, kept in outside.items()} == {"hidden": [0, 2, 7]}
+    assert all(kept.dtype is torch.int64 for kept in inside.values())
+    assert Plan(SHAPE).keep_at(1) == {}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"layers": ()}, r"axis layers keeps nothing of 3\. Keep one at least"),
+        ({"layers": (2, 1)}, "axis layers: kept indices must ascend without repeats"),
+        ({"layers": (1, 3)}, r"axis layers keeps indices from 1 to 3\. They run from 0 to 2"),
+        ({"keep": {"hidden": {None: ()}}}, "axis hidden keeps nothing of 8"),
+        ({"keep": {"hidden": {None: (3, 3)}}}, "axis hidden: kept indices must ascend without repeats"),
+        ({"keep": {"hidden": {None: (4, 3)}}}, "axis hidden: kept indices must ascend without repeats"),
+        ({"keep": {"hidden": {None: (0, 8)}}}, r"axis hidden keeps indices from 0 to 8\. They run from 0 to 7"),
+        ({"keep": {"hidden": {None: (-1, 3)}}}, r"axis hidden keeps indices from -1 to 3\. They run from 0 to 7"),
+        ({"keep": {"hidden": {0: (1,)}}}, r"axis hidden must say what stays in layers \[None\], .* for \[0\]"),
+        ({"keep": {"ffn": {0: (1,), 1: (1,)}}}, r"axis ffn must say what stays in layers \[0, 1, 2\], .* for \[0, 1\]"),
+        ({"keep": {"ffn": {0: (1,), 1: (1,)}}, "layers": (0, 2)}, r"in layers \[0, 2\], and says it for \[0, 1\]"),
+        ({"keep": {"ffn": {None: (1,)}}}, r"and says it for \[None\]"),
+        ({"keep": {"ffn": {0: (1,), 1: (1,), 2: (1, 2)}}}, r"axis ffn keeps different sizes in different layers"),
+        ({"keep": {"heads": {i: (0, 1) for i in range(3)}}}, r"axis heads keeps \[0, 2\] query heads in different"),
+        ({"keep": {"fnn": {None: (1,)}}}, r"axis 'fnn' cannot be cut\. Did you mean 'ffn'\?"),
+        ({"keep": {"vocab": {None: (1,)}}}, "axis 'vocab' cannot be cut"),
+        ({"keep": {"layers": {None: (1,)}}}, "axis 'layers' cannot be cut"),
+        ({"keep": {"kv_groups": {i: (0,) for i in range(3)}}}, "axis 'kv_groups' cannot be cut"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_made(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(PlanError, match=says):
+        Plan(SHAPE, **wrong)
+
+
+@pytest.mark.parametrize("content", [FULL, {}])
+def test_a_plan_comes_back_as_it_was(tmp_path: Path, content: dict[str, Any]) -> None:
+    plan = Plan(SHAPE, **content)
+    plan.save(tmp_path / "plan.json")
+    back = Plan.load(tmp_path / "plan.json")
+    assert back == plan
+    back.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "plan.json").read_bytes()
+
+
+def drop(key: str) -> Any:
+    return lambda raw: {name: value for name, value in raw.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(drop(key) for key in ("shape", "keep", "layers", "margins", "model_hash")),
+        lambda raw: [],
+        lambda raw: {**raw, "keep": []},
+        lambda raw: {**raw, "keep": {"ffn": {"first": [1]}}},
+        lambda raw: {**raw, "shape": {"layers": 1}},
+    ],
+)
+def test_a_foreign_file_holds_no_plan(tmp_path: Path, change: Any) -> None:
+    path = tmp_path / "plan.json"
+    Plan(SHAPE, **FULL).save(path)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(CheckpointError, match=r"holds no plan .* Run `minitron prune` again"):
+        Plan.load(path)
+
+
+def test_a_missing_or_torn_file_holds_no_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with pytest.raises(CheckpointError, match="holds no plan"):
+        Plan.load(path)
+    Plan(SHAPE, **FULL).save(path)
+    whole = path.read_text()
+    for length in (0, 50, len(whole) - 3):
+        path.write_text(whole[:length])
+        with pytest.raises(CheckpointError, match="holds no plan"):
+            Plan.load(path)
+
+
+def test_a_file_with_an_impossible_plan_says_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    Plan(SHAPE, **FULL).save(path)
+    path.write_text(path.read_text().replace('"hidden": 8', '"hidden": 7'))
+    with pytest.raises(PlanError, match="axis hidden keeps indices from 0 to 7"):
+        Plan.load(path)

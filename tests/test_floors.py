@@ -1,0 +1,222 @@
+"""Imports go down only: the floors of docs/architecture.md, section 2, as data, and the check that holds them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "minitron_megatron"
+ROOT = Path(__file__).parents[1] / PACKAGE
+
+FLOORS: tuple[frozenset[str], ...] = (
+    frozenset({"errors", "events", "files"}),
+    frozenset({"layout"}),
+    frozenset({"parallel"}),
+    frozenset({"records"}),
+    frozenset({"model", "data", "losses"}),
+    frozenset({"score", "prune", "train", "convert"}),
+    frozenset({"distill", "search", "evaluate", "serve", "align"}),
+    frozenset({"recipe", "report"}),
+    frozenset({"cli"}),
+    frozenset({"testing", "__main__"}),  # above everything: nobody in the package imports them
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+OUTSIDE: dict[str, frozenset[str]] = {
+    "torch.distributed": frozenset({"parallel", "testing"}),
+    "megatron.core.parallel_state": frozenset({"parallel"}),
+    "megatron": frozenset({"parallel", "model", "data", "losses", "score", "prune", "train", "distill", "testing"}),
+    "transformers": frozenset({"convert", "data"}),  # data: tokenizers that have no tokenizer.json
+    "safetensors": frozenset({"records", "convert"}),
+    "tokenizers": frozenset({"data"}),
+    "pydantic": frozenset({"recipe"}),
+    "yaml": frozenset({"recipe"}),
+    "typer": frozenset({"cli"}),
+    "rich": frozenset({"cli", "report"}),
+    "matplotlib": frozenset({"report"}),
+    "wandb": frozenset({"report"}),
+    "tensorboard": frozenset({"report"}),
+    "lm_eval": frozenset({"evaluate"}),
+    "modelopt": frozenset({"serve"}),
+    "tensorrt_llm": frozenset({"serve"}),
+}
+"""Third-party module -> the rooms that may import it. The longest fitting name decides; one without a row is free."""
+
+LAZY = ("megatron", "transformers", "matplotlib", "wandb", "tensorboard", "lm_eval", "modelopt")
+"""Heavy: never imported by importing a module of ours, only inside the function that needs it."""
+
+FORBIDDEN = ("transformer_engine", "apex", "triton", "tensorrt_llm")
+"""Optional and perhaps broken: never imported by importing a module of ours either."""
+
+MOST_LINES_A_FILE, MOST_LINES_A_FUNCTION = 400, 60
+
+
+@dataclass(frozen=True)
+class Import:
+    line: int
+    name: str
+    """Absolute and dotted; `from a import b` is `a.b`, whether b is a module or not."""
+    lazy: bool
+    """Inside a function, or for type checkers only."""
+
+
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[Import]:
+    """Every import in a module's source, and every use of `torch.distributed` as an attribute of torch."""
+    tree = ast.parse(source)
+    here = module.split(".") if is_package else module.split(".")[:-1]
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            yield from (Import(node.lineno, alias.name, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (Import(node.lineno, f"{start}.{alias.name}", lazy) for alias in node.names)
+        elif isinstance(node, ast.Attribute) and (chain := ast.unparse(node)).startswith("torch.distributed"):
+            yield Import(node.lineno, chain, True)
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inside = inside or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for kid in ast.iter_child_nodes(node):
+            yield from walk(kid, inside)
+
+    yield from walk(tree, False)
+
+
+def within(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")
+
+
+def climbs(source: str, module: str, is_package: bool = False) -> Iterator[str]:
+    """What a module of the package imports though it may not."""
+    room = module.split(".")[1]
+    for each in imports(source, module, is_package):
+        if within(each.name, PACKAGE):
+            yield from (f"{module}:{each.line}: {why}" for why in _inside(room, each.name.split(".")[1:]))
+        else:
+            yield from (f"{module}:{each.line}: {why}" for why in _outside(room, each))
+
+
+def _inside(room: str, target: list[str]) -> Iterator[str]:
+    there = target[0] if target else ""
+    if there in ("", room, "__version__"):
+        return
+    if there not in FLOOR:
+        yield f"{there} stands on no floor"
+    elif FLOOR[there] >= FLOOR[room]:
+        yield f"{room} (floor {FLOOR[room]}) may not import {there} (floor {FLOOR[there]})"
+    elif len(target) > 1 and target[1:] not in ([name] for name in public(there)):
+        yield f"{room} enters {there} by {'.'.join(target)}, which is not in its __all__"
+
+
+@cache
+def public(room: str) -> tuple[str, ...]:
+    """The `__all__` of a room, or of a module that is one file."""
+    doors = [path for path in (ROOT / room / "__init__.py", ROOT / f"{room}.py") if path.exists()]
+    tree = ast.parse("".join(path.read_text() for path in doors))
+    lists = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+    return tuple(ast.literal_eval(lists[0])) if lists else ()
+
+
+def _outside(room: str, each: Import) -> Iterator[str]:
+    row = max((name for name in OUTSIDE if within(each.name, name)), key=len, default=None)
+    if row and room not in OUTSIDE[row]:
+        yield f"{room} may not import {row}; {', '.join(sorted(OUTSIDE[row]))} may"
+    if not each.lazy and any(within(each.name, name) for name in LAZY + FORBIDDEN):
+        yield f"{each.name} must be imported inside the function that needs it"
+
+
+def modules() -> Iterator[tuple[Path, str]]:
+    """Every file of the package below its root, and its dotted name."""
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        if parts != (PACKAGE, "__init__"):
+            yield path, ".".join(part for part in parts if part != "__init__")
+
+
+def test_every_room_stands_on_one_floor() -> None:
+    rooms = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path, _ in modules()}
+    assert rooms <= set(FLOOR)
+    assert len(FLOOR) == sum(map(len, FLOORS))
+
+
+def test_imports_go_down() -> None:
+    found = [why for path, name in modules() for why in climbs(path.read_text(), name, path.name == "__init__.py")]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_importing_the_package_imports_nothing() -> None:
+    assert not list(imports((ROOT / "__init__.py").read_text(), PACKAGE, is_package=True))
+
+
+def test_files_and_functions_stay_small() -> None:
+    long = []
+    for path, name in modules():
+        source = path.read_text()
+        if (lines := source.count("\n")) > MOST_LINES_A_FILE:
+            long.append(f"{name}: {lines} lines")
+        for node in ast.walk(ast.parse(source)):
+            if (
+                isinstance(node, ast.FunctionDef)
+                and (lines := (node.end_lineno or 0) - node.lineno + 1) > MOST_LINES_A_FUNCTION
+            ):
+                long.append(f"{name}.{node.name}: {lines} lines")
+    assert not long, long
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "why"),
+    [
+        ("layout.param", "from ..parallel import Topology", "layout (floor 1) may not import parallel (floor 2)"),
+        ("score.run", "from ..prune import trim", "score (floor 5) may not import prune (floor 5)"),
+        ("score.run", "from .. import prune", "score (floor 5) may not import prune"),
+        ("score.run", "import minitron_megatron.cli", "may not import cli"),
+        ("prune.trim", "def f():\n    from minitron_megatron.testing import Pool", "may not import testing"),
+        ("errors", "from .layout import Axis", "errors (floor 0) may not import layout"),
+        ("prune.trim", "from ..layout.table import lookup", "not in its __all__"),
+        ("prune.trim", "from ..layout import table", "not in its __all__"),
+        ("prune.trim", "from ..errors import difflib", "not in its __all__"),
+        ("prune.trim", "from ..attic import x", "attic stands on no floor"),
+        (
+            "train.loop",
+            "def f():\n    import torch\n    torch.distributed.barrier()",
+            "train may not import torch.distributed",
+        ),
+        ("train.loop", "import torch.distributed as dist", "train may not import torch.distributed"),
+        (
+            "model.build",
+            "def f():\n    from megatron.core import parallel_state",
+            "may not import megatron.core.parallel_state",
+        ),
+        ("layout.table", "def f():\n    import megatron.core", "layout may not import megatron"),
+        ("model.build", "from megatron.core.models.gpt import GPTModel", "inside the function"),
+        ("convert.load", "import transformers", "inside the function"),
+        ("model.spec", "import transformer_engine.pytorch", "inside the function"),
+        ("train.loop", "def f():\n    from rich import print", "train may not import rich"),
+    ],
+)
+def test_the_check_bites(room: str, source: str, why: str) -> None:
+    found = list(climbs(source, f"{PACKAGE}.{room}"))
+    assert any(why in each for each in found), found
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("prune.trim", "from ..layout import Keep, lookup\nfrom .plan import choose\nfrom ..errors import PlanError"),
+        ("records.plan", "from .. import __version__\nfrom ..errors import PlanError"),
+        ("model.build", "def f():\n    from megatron.core.models.gpt.gpt_model import GPTModel"),
+        ("model.build", "if TYPE_CHECKING:\n    from megatron.core.models.gpt.gpt_model import GPTModel"),
+        (
+            "parallel.topology",
+            "import torch.distributed as dist\ndef f():\n    from megatron.core import parallel_state",
+        ),
+        ("cli.main", "import typer\nfrom ..layout import Shape"),
+    ],
+)
+def test_the_check_lets_good_imports_pass(room: str, source: str) -> None:
+    assert not list(climbs(source, f"{PACKAGE}.{room}"))

@@ -1,0 +1,133 @@
+"""Tiny Llamas in which nothing is round, and data for them: what the rooms above `convert` are tested on.
+
+The checkpoints are written by transformers, and the truths are computed by it: nothing of megatron is in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitron_megatron.data import Batch
+from minitron_megatron.layout import Shape
+from minitron_megatron.parallel import Topology
+
+SHAPE = Shape(layers=5, hidden=48, ffn=64, heads=8, kv_groups=2, head_dim=8, vocab=131)
+SHAPES = {
+    "untied": SHAPE,
+    "tied": replace(SHAPE, tied=True),
+    "student": replace(SHAPE, layers=4, hidden=32, ffn=48, heads=4),
+}
+SEQUENCE = 12
+
+LAYOUTS: Mapping[str, dict[str, Any]] = {
+    "tp1": {},
+    "tp2": {"tp": 2},
+    "tp2-sp": {"tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "pp2-vp2": {"pp": 2, "vp": 2},
+    "tp2-pp2": {"tp": 2, "pp": 2},
+    "dp2": {"dp": 2},
+}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name -> the Hugging Face folder of `SHAPES[name]`."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {name: write_llama(root / name, shape, seed) for seed, (name, shape) in enumerate(SHAPES.items())}
+
+
+def write_llama(folder: Path, shape: Shape, seed: int) -> Path:
+    """Random weights, large enough to matter, and norms that are not all one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocab,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_groups,
+            head_dim=shape.head_dim,
+            max_position_embeddings=64,
+            initializer_range=0.15,
+            tie_word_embeddings=shape.tied,
+        )
+    )
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.data.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def transformer(folder: Path) -> Any:
+    """The checkpoint as a transformers model: fp32."""
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def samples(count: int, seed: int = 0, padded: bool = True) -> Batch:
+    """Random sequences; where `padded`, every second one ends early, each at its own place."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, SHAPE.vocab, (count, SEQUENCE + 1), generator=generator)
+    length = torch.full((count,), SEQUENCE)
+    if padded:
+        length[::2] = torch.randint(2, SEQUENCE, ((count + 1) // 2,), generator=generator)
+    return Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(SEQUENCE) < length.unsqueeze(1))
+
+
+def share(every: Batch, topology: Topology, micro_batch: int = 2) -> list[Batch]:
+    """A data-parallel rank's micro-batches of all samples: consecutive ones."""
+    each = len(every.tokens) // topology.dp
+    starts = range(topology.dp_rank * each, (topology.dp_rank + 1) * each, micro_batch)
+    return [Batch(*(part[a : a + micro_batch] for part in (every.tokens, every.labels, every.mask))) for a in starts]
+
+
+def cross_entropy(model: Any, batch: Batch) -> Tensor:
+    """Of a transformers model: nats per counted token."""
+    logits = model(batch.tokens).logits
+    return F.cross_entropy(logits[batch.mask], batch.labels[batch.mask])
+
+
+LossOf = Callable[[Any, Batch], Tensor]
+
+
+def learning_rate(step: int, training: Any) -> float:
+    """At a step from 1: a line up to the peak, then a cosine down to `min_lr`."""
+    if step <= training.warmup_steps:
+        return training.lr * step / training.warmup_steps
+    through = (step - training.warmup_steps) / (training.steps - training.warmup_steps)
+    cosine = (1 + torch.cos(torch.tensor(torch.pi * through, dtype=torch.float64)).item()) / 2
+    return training.min_lr + (training.lr - training.min_lr) * cosine
+
+
+def naive_training(model: Any, batch_of: Callable[[int], Batch], training: Any, loss_of: LossOf) -> list[dict]:
+    """Plain torch: AdamW, no decay on vectors, gradient clipped by its global norm. Trains `model`; one dict a step."""
+    decays = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decays, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(training.beta1, training.beta2), eps=training.eps)
+    curve = []
+    for step in range(1, training.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, training)
+        optimizer.zero_grad()
+        loss = loss_of(model, batch_of(step - 1))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
+        optimizer.step()
+        curve.append({"loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, training)})
+    return curve
