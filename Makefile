@@ -34,8 +34,12 @@ check: install  ## lint, format and types
 test: check  ## everything that a change must pass
 	$(BIN)/python -m pytest --quiet
 
-quickstart: install  ## prune and distil a small model on this machine
+quickstart: install runs/corpus  ## prune and distil a small model on this machine
 	$(BIN)/minitron run examples/quickstart/recipe.yaml
+
+runs/corpus:
+	$(BIN)/python examples/quickstart/corpus.py $@.partial
+	mv $@.partial $@
 
 clean:  ## remove what was built, not what was run
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

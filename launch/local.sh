@@ -19,33 +19,29 @@ export MASTER_PORT
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > WORLD_SIZE ? cores / WORLD_SIZE : 1))}
 
-ranks=()
-stop() { kill -"$1" "${ranks[@]}" 2>/dev/null; }
+declare -A alive=()
+stop() { [ "${#alive[@]}" -eq 0 ] || kill -"$1" "${!alive[@]}" 2>/dev/null; }
 trap 'stop INT' INT
 trap 'stop TERM' TERM
 trap 'stop USR1' USR1
 for ((rank = 0; rank < WORLD_SIZE; rank++)); do
     RANK=$rank LOCAL_RANK=$rank "$PYTHON" -m minitron_megatron "$@" &
-    ranks+=($!)
+    alive[$!]=$rank
 done
 
 code=0
-left=$WORLD_SIZE
-while [ "$left" -gt 0 ]; do
-    wait -n "${ranks[@]}"
-    ended=$?
-    alive=0
-    for pid in "${ranks[@]}"; do kill -0 "$pid" 2>/dev/null && alive=$((alive + 1)); done
-    if [ "$ended" -gt 128 ] && [ "$alive" -eq "$left" ]; then
-        continue # a signal ended the wait, not a rank
-    fi
-    if [ "$ended" -ne 0 ] && [ "$code" -eq 0 ]; then
-        code=$ended
-        # the others end by themselves where they failed together; where they hang on the dead rank, they are ended
-        (sleep "${GRACE_SECONDS:-10}" && stop KILL) &
+while [ "${#alive[@]}" -gt 0 ]; do
+    ended=
+    wait -n -p ended "${!alive[@]}"
+    status=$?
+    [ -n "$ended" ] || continue # a signal ended the wait, not a rank
+    unset "alive[$ended]"
+    if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
+        code=$status
+        # ranks that failed together end by themselves; one that hangs on a dead rank is ended
+        { sleep "${GRACE_SECONDS:-10}" && stop KILL; } &
         reaper=$!
     fi
-    left=$alive
 done
-[ -n "${reaper:-}" ] && kill "$reaper" 2>/dev/null
+[ -z "${reaper:-}" ] || kill "$reaper" 2>/dev/null
 exit "$code"

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-__all__ = ["app"]
+__all__ = ["Interrupted", "app"]
 
 app = typer.Typer(
     name="minitron",
@@ -19,6 +19,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class Interrupted(Exception):
+    """Ctrl-C during a run; typer would swallow a KeyboardInterrupt and say nothing of how to go on."""
+
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a recipe key; repeatable.")]
@@ -102,7 +107,14 @@ def schema() -> None:
 
 
 def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | None = None) -> None:
-    """Runs a recipe's stages over the processes that torchrun started, then draws the report on rank 0."""
+    """Runs a recipe's stages over the processes that were started, then draws the report on the first."""
+    try:
+        _run_stages(path, overrides, out, only)
+    except KeyboardInterrupt:
+        raise Interrupted from None
+
+
+def _run_stages(path: Path, overrides: list[str] | None, out: Path | None, only: str | None) -> None:
     from ..parallel import Topology
     from ..recipe import load_recipe
     from ..recipe import run as run_stages

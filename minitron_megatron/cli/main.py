@@ -12,22 +12,24 @@ WRONG_INPUT, INTERRUPTED = 2, 130
 
 
 def main() -> None:
-    """Runs the command line and ends the process; a user's error is one message, of the first rank, without traceback."""
-    from ..errors import MinitronError
-
+    """Runs the command line and ends the process. An error of the user's is one message, on the first rank only."""
     _quiet()
-    from .app import app
+    from ..errors import MinitronError
+    from .app import Interrupted, app
 
     try:
         app()
     except MinitronError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _say(f"{type(error).__name__}: {error}")
         _leave(WRONG_INPUT)
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("Interrupted. Run the same command again to go on.", file=sys.stderr)
+    except Interrupted:
+        _say("Interrupted. Run the same command again to go on.")
         _leave(INTERRUPTED)
+
+
+def _say(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def _leave(code: int) -> None:
@@ -42,4 +44,4 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for module in ("megatron", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt).*")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt|not a leaf Tensor).*")

@@ -3,8 +3,9 @@
 Knows: Hugging Face's names, configs and files. Must not know: scores, plans, losses, training.
 """
 
+from .config import flat_config, read_config
 from .export import save_hf
-from .families import FAMILIES, Family, flat_config, read_config
+from .families import FAMILIES, Family
 from .identity import folder_hash, model_hash
 from .load import load_hf
 from .weights import Weights

@@ -16,7 +16,8 @@ from ..files import whole_folder, write_json
 from ..layout import lookup
 from ..model import ModelConfig, chunks_of, config_of, home_stage, named_shards
 from ..parallel import Topology, barrier, move
-from .families import WHOLE, family, flat_config
+from .config import flat_config
+from .families import WHOLE, family_of
 from .weights import INDEX, SafetensorsWriter, split_files
 
 __all__ = ["full_tensors", "save_hf"]
@@ -77,7 +78,7 @@ def _write_tensors(
     file_bytes: int,
     listener: Listener,
 ) -> None:
-    shapes = dict(family(config.source).tensors(config.shape))
+    shapes = dict(family_of(config.source).tensors(config.shape))
     weigh = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     files = split_files(weigh, file_bytes)
     weight_map = {}
@@ -112,7 +113,7 @@ def full_tensors(model: Any, topology: Topology, dtype: torch.dtype) -> Iterator
         if full is None:
             continue
         param = lookup(name)
-        for role, hf in family(config.source).hf_names(name).items():
+        for role, hf in family_of(config.source).hf_names(name).items():
             if role == WHOLE:
                 yield hf, full[: param.shape(config.shape.sizes(padded=False))[0]]
             else:

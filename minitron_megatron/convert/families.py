@@ -1,24 +1,29 @@
-"""The model families: what Hugging Face calls each parameter, and what its config says."""
+"""The model families: what Hugging Face calls each parameter, and what makes a family different."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CheckpointError, did_you_mean
 from ..layout import Shape, lookup
-from ..model import ModelConfig
 
-__all__ = ["FAMILIES", "Family", "flat_config", "read_config"]
+__all__ = ["FAMILIES", "WHOLE", "Family", "family_of"]
 
 WHOLE = ""
 """The role of a Hugging Face tensor that is all of a Megatron one."""
 
 Names = Mapping[str, Mapping[str, str]]
 """Megatron pattern -> role -> Hugging Face pattern."""
+
+
+Only = Mapping[str, tuple[Any, ...]]
+"""Setting -> the values that are supported; the first is what an absent one means."""
+
+LLAMA_ONLY: Only = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)}
+NEMOTRON_ONLY: Only = {"hidden_act": ("relu2",), "attention_bias": (False,), "mlp_bias": (False,)}
+QWEN_ONLY: Only = {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,16 @@ class Family:
     model_type: str
     architecture: str
     names: Names
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    """What its config does not say of `Shape`."""
+    functions: Mapping[str, Any] = field(default_factory=dict)
+    """What its config does not say of `ModelConfig`."""
+    eps: str = "rms_norm_eps"
+    """The config's key for the norm's epsilon."""
+    rotary_share: float = 1.0
+    """The share of each head that is rotated where its config does not say."""
+    only: Only = field(default_factory=lambda: LLAMA_ONLY)
+    """Settings that change the function."""
 
     def hf_names(self, name: str) -> dict[str, str]:
         """role -> Hugging Face tensor, for a parameter's global Megatron name."""
@@ -61,39 +76,47 @@ LLAMA_NAMES: Names = {
     "output_layer.weight": {WHOLE: "lm_head.weight"},
 }
 
+QWEN2_NAMES: Names = {
+    **LLAMA_NAMES,
+    LAYER + "self_attention.linear_qkv.bias": {
+        role: f"{HF_LAYER}self_attn.{role}_proj.bias" for role in ("q", "k", "v")
+    },
+}
+QWEN3_NAMES: Names = {
+    **LLAMA_NAMES,
+    LAYER + "self_attention.q_layernorm.weight": {WHOLE: HF_LAYER + "self_attn.q_norm.weight"},
+    LAYER + "self_attention.k_layernorm.weight": {WHOLE: HF_LAYER + "self_attn.k_norm.weight"},
+}
+NEMOTRON_NAMES: Names = {
+    **LLAMA_NAMES,
+    LAYER + "input_layernorm.bias": {WHOLE: HF_LAYER + "input_layernorm.bias"},
+    LAYER + "pre_mlp_layernorm.bias": {WHOLE: HF_LAYER + "post_attention_layernorm.bias"},
+    LAYER + "mlp.linear_fc1.weight": {"up": HF_LAYER + "mlp.up_proj.weight"},
+    "decoder.final_layernorm.bias": {WHOLE: "model.norm.bias"},
+}
+
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaForCausalLM", LLAMA_NAMES),
         Family("mistral", "MistralForCausalLM", LLAMA_NAMES),
+        Family("qwen2", "Qwen2ForCausalLM", QWEN2_NAMES, {"qkv_bias": True}, only=QWEN_ONLY),
+        Family("qwen3", "Qwen3ForCausalLM", QWEN3_NAMES, {"qk_norm": True}, only=QWEN_ONLY),
+        Family(
+            "nemotron",
+            "NemotronForCausalLM",
+            NEMOTRON_NAMES,
+            {"gated": False, "norm_bias": True},
+            {"norm": "LayerNorm", "zero_centered_norm": True, "activation": "relu2"},
+            eps="norm_eps",
+            rotary_share=0.5,
+            only=NEMOTRON_ONLY,
+        ),
     )
 }
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The config of a Hugging Face folder, in the flat form of transformers 4.x or the nested one of 5.x.
-
-    Raises CheckpointError where the folder, its config or its family is not what we can load.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        have = "it has no config.json" if folder.is_dir() else "there is no such folder"
-        raise CheckpointError(
-            f"model {folder} is not a Hugging Face folder: {have}. Give a folder that save_pretrained wrote."
-        )
-    try:
-        hf = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.") from error
-    family(hf)
-    _refuse_unsupported(path, hf)
-    try:
-        return _model_config(hf)
-    except KeyError as error:
-        raise CheckpointError(f"{path} does not say {error}. A {hf['model_type']} config must.") from error
-
-
-def family(hf: Mapping[str, Any]) -> Family:
+def family_of(hf: Mapping[str, Any]) -> Family:
     """The family of a Hugging Face config; raises CheckpointError where there is none."""
     model_type = str(hf.get("model_type"))
     if model_type not in FAMILIES:
@@ -102,84 +125,3 @@ def family(hf: Mapping[str, Any]) -> Family:
             f"Known: {', '.join(FAMILIES)}."
         )
     return FAMILIES[model_type]
-
-
-def _refuse_unsupported(path: Path, hf: Mapping[str, Any]) -> None:
-    """A setting that would change the function silently is an error."""
-    wanted = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)}
-    for key, allowed in wanted.items():
-        if hf.get(key, allowed[0]) not in allowed:
-            raise CheckpointError(f"{path} says {key}: {hf[key]!r}, which is not supported; only {allowed[0]!r} is.")
-    kind = _rope(hf)[1].get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3"):
-        raise CheckpointError(
-            f"{path} says rope_type: {kind!r}, which is not supported; default, linear and llama3 are."
-        )
-    window = hf.get("sliding_window")
-    if window is not None and window < hf.get("max_position_embeddings", 2048):
-        raise CheckpointError(
-            f"{path} says sliding_window: {window}, and attention here is over the whole sequence. "
-            f"Set it to null and max_position_embeddings to {window} to go on with shorter sequences."
-        )
-
-
-def _rope(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-    """Rotary base, and the scaling parameters without it."""
-    nested = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    base = nested.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
-    nested.setdefault("rope_type", nested.pop("type", "default"))
-    return float(base), nested
-
-
-def _model_config(hf: Mapping[str, Any]) -> ModelConfig:
-    heads = hf["num_attention_heads"]
-    base, scaling = _rope(hf)
-    shape = Shape(
-        layers=hf["num_hidden_layers"],
-        hidden=hf["hidden_size"],
-        ffn=hf["intermediate_size"],
-        heads=heads,
-        kv_groups=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
-        vocab=hf["vocab_size"],
-        tied=hf.get("tie_word_embeddings", False),
-    )
-    return ModelConfig(
-        shape=shape,
-        norm_eps=hf["rms_norm_eps"],
-        rotary_base=base,
-        rotary_scaling=scaling if scaling["rope_type"] != "default" else None,
-        max_positions=hf.get("max_position_embeddings", 2048),
-        init_std=hf.get("initializer_range", 0.02),
-        source=hf,
-    )
-
-
-def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """`config.json` in the flat form that transformers 4.x and 5.x, vLLM and TensorRT-LLM read alike.
-
-    A config as transformers 5 saves it (`rope_parameters`) loads in 4.57 with a wrong rotary base, silently.
-    """
-    shape, source = config.shape, dict(config.source)
-    for nested in ("rope_parameters", "dtype", "transformers_version", "_name_or_path", "layer_types"):
-        source.pop(nested, None)
-    source.setdefault("model_type", "llama")
-    return {
-        **source,
-        "architectures": [FAMILIES[source["model_type"]].architecture],
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_groups,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab,
-        "tie_word_embeddings": shape.tied,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rotary_base,
-        "rope_scaling": dict(config.rotary_scaling) if config.rotary_scaling else None,
-        "max_position_embeddings": config.max_positions,
-        "initializer_range": config.init_std,
-        "torch_dtype": dtype,
-    }

@@ -13,7 +13,8 @@ from ..events import Event, Listener, silent
 from ..layout import Param, lookup
 from ..model import ModelConfig, adopt, build, named_shards
 from ..parallel import Topology, fail_together
-from .families import WHOLE, Family, family, read_config
+from .config import read_config
+from .families import WHOLE, Family, family_of
 from .weights import Weights
 
 __all__ = ["load_hf"]
@@ -39,7 +40,7 @@ def load_hf(
     with fail_together():
         config = read_config(folder)
         weights = Weights(folder)
-        check_tensors(weights, config, family(config.source))
+        check_tensors(weights, config, family_of(config.source))
         chunks = build(config, topology, dtype, recompute=recompute)
     shards = list(named_shards(chunks))
     for done, shard in enumerate(shards, 1):
@@ -72,7 +73,7 @@ def read_shard(weights: Weights, name: str, config: ModelConfig, topology: Topol
     rows = [param.shard_rows(dim, sizes, topology.tp_rank, topology.tp) for dim in range(len(param.dims))]
     tail = [_range(dim_rows) for dim_rows in rows[1:]]
     shard: Tensor | None = None
-    for role, hf in family(config.source).hf_names(name).items():
+    for role, hf in family_of(config.source).hf_names(name).items():
         at, (start, stop) = role_slice(param, role, sizes, rows[0])
         part = weights.read(hf, (start, min(stop, weights.shape(hf)[0])), *tail)
         if shard is None:

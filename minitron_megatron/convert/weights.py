@@ -54,7 +54,11 @@ class Weights:
 def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        try:
+            names = set(read_json(index)["weight_map"].values())
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{index} is torn or not an index ({error}). Copy it again.") from error
+        return [folder / name for name in sorted(names)]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     raise CheckpointError(

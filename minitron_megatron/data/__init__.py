@@ -4,7 +4,7 @@ Knows: text files, tokenizers, `.bin/.idx` pairs, which sample belongs to which 
 know: models, losses, recipes. Every rank reads its own batches; nothing is broadcast.
 """
 
-from .batches import Batch, calibration, calibration_batches, step_batches
+from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches
 from .corpus import Corpus
 from .prepare import Prepared, PreparedSplit, prepare
 from .tokenizer import check_tokenizer
@@ -17,6 +17,7 @@ __all__ = [
     "calibration",
     "calibration_batches",
     "check_tokenizer",
+    "held_out_batches",
     "prepare",
     "step_batches",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import RecipeError
 from .corpus import Blend, Corpus
 
-__all__ = ["Batch", "calibration", "calibration_batches", "step_batches"]
+__all__ = ["Batch", "calibration", "calibration_batches", "held_out_batches", "step_batches"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,22 @@ def calibration_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: i
     """
     _check_split("samples", len(corpus), micro_batch, dp)
     return step_batches(corpus, 0, global_batch=len(corpus), micro_batch=micro_batch, dp_rank=dp_rank, dp=dp)
+
+
+def held_out_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int) -> list[Batch]:
+    """A data-parallel rank's share of all samples of `corpus`, however many: ranks get as many micro-batches each.
+
+    What is lacking for that is filled with samples whose mask is false, so that every sample counts once at any `dp`.
+    """
+    unit = micro_batch * dp
+    share = -(-len(corpus) // unit) * micro_batch
+
+    def sample(index: int) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, labels, mask = corpus[min(index, len(corpus) - 1)]
+        return tokens, labels, mask if index < len(corpus) else torch.zeros_like(mask)
+
+    starts = range(dp_rank * share, (dp_rank + 1) * share, micro_batch)
+    return [_stack(sample(i) for i in range(a, a + micro_batch)) for a in starts]
 
 
 def _check_split(name: str, total: int, micro_batch: int, dp: int) -> None:

@@ -26,7 +26,11 @@ class Shape:
     vocab: int
     tied: bool = False
     gated: bool = True
+    """Whether the MLP has a gate beside `up` (SwiGLU)."""
     norm_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """Whether queries and keys are normalised, a head at a time."""
 
     @property
     def padded_vocab(self) -> int:
@@ -61,6 +65,10 @@ class Shape:
             at = f"decoder.layers.{layer}"
             yield from (f"{at}.input_layernorm.{leaf}" for leaf in norm)
             yield f"{at}.{ATTENTION}.linear_qkv.weight"
+            if self.qkv_bias:
+                yield f"{at}.{ATTENTION}.linear_qkv.bias"
+            if self.qk_norm:
+                yield from (f"{at}.{ATTENTION}.{which}_layernorm.weight" for which in ("q", "k"))
             yield f"{at}.{ATTENTION}.linear_proj.weight"
             yield from (f"{at}.pre_mlp_layernorm.{leaf}" for leaf in norm)
             yield f"{at}.mlp.linear_fc1.weight"

@@ -157,4 +157,5 @@ def _sweep(
             gradient = gradient.to(weight.dtype)
             d_states[at] = gradient @ real
             d_weight[: len(real)] += gradient.t() @ part
+        del gradient  # before the next chunk's logits
     return total

@@ -8,13 +8,14 @@ from .build import build, chunks_of, rebuild
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import ModelConfig, check_fits, config_of
 from .initial import fill_initial
-from .schedule import MicroBatch, forward_backward, forward_only, windows
+from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
 from .shards import NamedShard, adopt, home_stage, named_shards, output_weight
 
 __all__ = [
     "MicroBatch",
     "ModelConfig",
     "NamedShard",
+    "States",
     "adopt",
     "build",
     "check_fits",
@@ -22,7 +23,9 @@ __all__ = [
     "config_of",
     "fill_initial",
     "forward_backward",
+    "forward_kept",
     "forward_only",
+    "forward_rest",
     "home_stage",
     "latest_checkpoint",
     "load_checkpoint",

@@ -29,7 +29,7 @@ def build(
     chunks: list[Any] = []
     for virtual in range(topology.vp):
         at = virtual * topology.pp + topology.pp_rank
-        spec = block_spec(config.norm, len(stages[at]))
+        spec = block_spec(config.norm, len(stages[at]), qk_norm=config.shape.qk_norm)
         chunk = _gpt(
             mcore,
             spec,
@@ -39,6 +39,7 @@ def build(
             post_process=at == len(stages) - 1,
             share_embeddings_and_output_weights=config.shape.tied,
             position_embedding_type="rope",
+            rotary_percent=config.rotary_share,
             vp_stage=virtual if topology.vp > 1 else None,
         )
         chunk.rotary_pos_emb.inv_freq = rotary_frequencies(config).to(topology.device)
@@ -64,6 +65,7 @@ def rebuild(model: Any, config: ModelConfig, topology: Topology) -> list[Any]:
             post_process=old.post_process,
             share_embeddings_and_output_weights=old.share_embeddings_and_output_weights,
             position_embedding_type=old.position_embedding_type,
+            rotary_percent=old.rotary_percent,
             vp_stage=old.vp_stage,
         )
         chunk.rotary_pos_emb = old.rotary_pos_emb

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files import PARTIAL, read_json, write_json
-from ..parallel import Topology, barrier, separate_steps
+from ..parallel import Topology, barrier, separate_steps, torn_checkpoint_errors
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -60,16 +60,24 @@ def load_checkpoint(path: Path, chunks: Sequence[Any], optimizer: Any) -> dict[s
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part._init_optimizer_states_with_dummy_values()  # mcore loads into states and makes none
     try:
-        loaded = dist_checkpointing.load(_sharded(chunks, optimizer, is_loading=True), str(path))
-    except (OSError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        state: dict[str, Any] = read_json(path / STATE)
+        loaded = dist_checkpointing.load(_sharded(chunks, optimizer, is_loading=True), path)
+    except torn_checkpoint_errors() as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read: {error}. Remove it to use the one before it."
+            f"checkpoint {path} cannot be read: {_cause(error)}. Remove it to use the one before it."
         ) from error
     for number, chunk in enumerate(chunks):
         chunk.module.load_state_dict(loaded[_key(number)])
     optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(optimizer)
-    return read_json(path / STATE)
+    return state
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of the first rank that torch reports on, which it would print with whole tracebacks; else `error`."""
+    for cause, _ in getattr(error, "failures", {}).values():
+        return cause
+    return error
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -81,22 +89,28 @@ def _key(number: int) -> str:
 
 
 def _sharded(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    """mcore's sharded state dict of the chunks (each wrapped by DDP) and the optimizer."""
+    """mcore's sharded state dict of the chunks (each wrapped by DDP) and the optimizer, without objects."""
     about = dict(RESHARDABLE)  # mcore writes this layout's groups into it
     state: dict[str, Any] = {
-        _key(number): chunk.module.sharded_state_dict(metadata=about) for number, chunk in enumerate(chunks)
+        _key(number): _tensors(chunk.module.sharded_state_dict(metadata=about)) for number, chunk in enumerate(chunks)
     }
     model = state[_key(0)] if len(chunks) == 1 else dict(state)
     state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=about)
     return state
 
 
-ALLOWED = {
+def _tensors(sharded: Mapping[str, Any]) -> dict[str, Any]:
+    """Without mcore's `_extra_state` objects: they are empty here, and torch unpickles objects without any check."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    return {name: value for name, value in sharded.items() if not isinstance(value, ShardedObject)}
+
+
+ALLOWED = {  # not BytesStorageMetadata: what it names, torch unpickles without any check
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "PurePosixPath"},
     "torch": {"Size", "device"},
     "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -134,5 +148,5 @@ def check_metadata(path: Path) -> None:
     try:
         with path.open("rb") as file:
             _MetadataUnpickler(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ValueError, IndexError) as error:
+    except Exception as error:  # a spoilt pickle may raise anything
         raise CheckpointError(f"checkpoint index {path} is torn or not safe to open: {error}.") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +21,29 @@ if TYPE_CHECKING:
 __all__ = ["ModelConfig", "check_fits", "config_of", "rotary_frequencies", "transformer_config"]
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x) ** 2, as Nemotron-4 has it."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu2": squared_relu}
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer: its shape and the constants of its functions."""
 
     shape: Shape
     norm: str = "RMSNorm"
+    """`RMSNorm`, or `LayerNorm`, which has a bias."""
     norm_eps: float = 1e-5
+    zero_centered_norm: bool = False
+    """Whether the stored norm weight is gamma - 1 (Nemotron's LayerNorm1p)."""
+    activation: str = "silu"
+    """`silu`, or `relu2`: squared ReLU."""
     rotary_base: float = 10000.0
+    rotary_share: float = 1.0
+    """The share of each head that is rotated."""
     rotary_scaling: Mapping[str, Any] | None = None
     """Hugging Face's `rope_scaling`: `rope_type` of `linear` or `llama3` and its factors; None: no scaling."""
     max_positions: int = 2048
@@ -44,10 +59,10 @@ class ModelConfig:
 def check_fits(shape: Shape, topology: Topology) -> None:
     """Raises TopologyError where a shape cannot be spread over a layout; says which tp would do."""
     topology.stages(shape.layers)
-    for axis in ("kv_groups", "ffn"):
-        size = shape.axis_size(axis)
+    sizes = {"kv_groups": shape.kv_groups, "ffn": shape.ffn, "vocab": shape.padded_vocab}
+    for axis, size in sizes.items():
         if size % topology.tp:
-            fits = [str(tp) for tp in range(1, 9) if size % tp == 0]
+            fits = [str(tp) for tp in range(1, 9) if all(each % tp == 0 for each in sizes.values())]
             raise TopologyError(
                 f"axis {axis} has {size} units, which cannot be split over TP={topology.tp}. "
                 f"Run with TP {' or '.join(fits)}, or choose a multiple of {topology.tp}."
@@ -73,10 +88,13 @@ def transformer_config(
         num_query_groups=shape.kv_groups,
         kv_channels=shape.head_dim,
         gated_linear_unit=shape.gated,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[config.activation],
         normalization=config.norm,
         layernorm_epsilon=config.norm_eps,
+        layernorm_zero_centered_gamma=config.zero_centered_norm,
         add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -113,12 +131,13 @@ def pipeline_layout(layers: int, topology: Topology) -> list[list[str]] | None:
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse frequencies of the rotary embedding, radians a position: fp32 [head_dim / 2].
+    """Inverse frequencies of the rotary embedding, radians a position: fp32 [rotated channels of a head / 2].
 
     Computed here for mcore 0.16 fixes Llama 3's low, high and original-length constants. Source: Llama 3.1 reference
     code, as in transformers' `_compute_llama3_parameters`.
     """
-    half = torch.arange(0, config.shape.head_dim, 2, dtype=torch.int64).float() / config.shape.head_dim
+    rotated = int(config.shape.head_dim * config.rotary_share)
+    half = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
     frequencies = 1.0 / (config.rotary_base**half)
     scaling = dict(config.rotary_scaling or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -149,11 +168,15 @@ def config_of(model: Any) -> ModelConfig:
         tied=model.share_embeddings_and_output_weights,
         gated=mcore.gated_linear_unit,
         norm_bias=mcore.normalization == "LayerNorm",
+        qkv_bias=mcore.add_qkv_bias,
+        qk_norm=mcore.qk_layernorm,
     )
     return ModelConfig(
         shape=shape,
         norm=mcore.normalization,
         norm_eps=mcore.layernorm_epsilon,
+        zero_centered_norm=mcore.layernorm_zero_centered_gamma,
+        rotary_share=getattr(model, "rotary_percent", 1.0),
         rotary_base=getattr(model, "rotary_base", 10000.0),
         max_positions=model.max_sequence_length,
     )

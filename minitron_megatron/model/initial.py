@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layout import Shape, lookup
+from ..layout import lookup
 from ..parallel import Topology
-from .config import config_of
+from .build import chunks_of
+from .config import ModelConfig, config_of
 from .shards import adopt, named_shards
 
 __all__ = ["fill_initial"]
@@ -22,21 +23,21 @@ RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 def fill_initial(model: Any, topology: Topology, seed: int) -> None:
     """Gives every parameter of `model` (on `meta`) a normal draw: the same global values at every layout."""
+    config = config_of(chunks_of(model)[0])
     for shard in named_shards(model):
-        config = config_of(model[0] if isinstance(model, list) else model)
-        full = _draw(shard.name, config.shape, config.init_std, seed)
+        full = _draw(shard.name, config, seed)
         param, sizes = lookup(shard.name), config.shape.sizes()
         for dim in range(full.dim()):
             full = full.index_select(dim, param.shard_rows(dim, sizes, topology.tp_rank, topology.tp))
         adopt(shard, full.to(topology.device, shard.tensor.dtype))
 
 
-def _draw(name: str, shape: Shape, std: float, seed: int) -> Tensor:
-    """The unsharded tensor of one name, vocabulary padding zero: fp32."""
-    param = lookup(name)
+def _draw(name: str, config: ModelConfig, seed: int) -> Tensor:
+    """The unsharded tensor of one name: a norm that changes nothing, no bias, vocabulary padding zero; fp32."""
+    param, shape, std = lookup(name), config.shape, config.init_std
     size = param.shape(shape.sizes(padded=False))
-    if "norm" in name:
-        return torch.zeros(size) if name.endswith("bias") else torch.ones(size)
+    if "norm" in name or name.endswith("bias"):
+        return torch.full(size, float(name.endswith("weight") and not config.zero_centered_norm))
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
     if name.endswith(RESIDUAL):
         std /= math.sqrt(2 * shape.layers)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..parallel import final_hidden
 from .build import chunks_of
 
-__all__ = ["MicroBatch", "forward_backward", "forward_only", "windows"]
+__all__ = ["MicroBatch", "States", "forward_backward", "forward_kept", "forward_only", "forward_rest", "windows"]
 
 
 class MicroBatch(Protocol):
@@ -32,6 +32,13 @@ class MicroBatch(Protocol):
 LossOf = Callable[[Any, Tensor, Any, int], Tensor]
 """(chunk, hidden, batch, index of the micro-batch) -> summed loss."""
 
+States = Mapping[int, Tensor]
+"""Layer -> the hidden states that enter it: [seq (over tp with sequence parallelism), batch, hidden]. What leaves the
+last layer of a chunk stands under the next number."""
+
+Forward = Callable[[Any, Any, int], Tensor]
+"""(chunk, batch, index of the micro-batch) -> the chunk's output."""
+
 Indexed = Iterator[tuple[int, MicroBatch]]
 
 
@@ -49,25 +56,84 @@ def forward_backward(
         return loss, tokens.int(), torch.stack([loss.detach().double(), tokens.double()])
 
     sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
-    for pair in _run(model, batches, last, None, forward_only=not backward):
+    for pair in _run(model, batches, last, _whole, forward_only=not backward):
         sums += pair
     return sums[0], sums[1].long()
 
 
 def forward_only(
-    model: Any, batches: Sequence[MicroBatch], *, before: Callable[[MicroBatch], None] | None = None
+    model: Any,
+    batches: Sequence[MicroBatch],
+    *,
+    before: Callable[[MicroBatch], None] | None = None,
+    without: Collection[int] = (),
 ) -> list[Tensor]:
     """The final hidden states of each micro-batch, in order, without gradients; empty before the last pipeline stage.
 
-    before: called with a micro-batch each time one of this rank's chunks is about to run it. Collective over the
-    model's ranks.
+    before: called with a micro-batch each time one of this rank's chunks is about to run it. without: layers to leave
+    out. Collective over the model's ranks.
     """
 
-    def last(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
-        return hidden
+    def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
+        if before:
+            before(batch)
+        return _through(chunk, batch, _layers(chunk, without)) if without else _whole(chunk, batch, index)
 
-    with torch.no_grad():
-        return _run(model, batches, last, before, forward_only=True, collect_non_loss_data=True)
+    return _collect(model, batches, _hidden, forward)
+
+
+def forward_kept(
+    model: Any, batches: Sequence[MicroBatch], *, without: Collection[int] = ()
+) -> tuple[list[Tensor], list[States]]:
+    """`forward_only`, and of each micro-batch the states that enter this rank's layers, but for those left out.
+
+    What is kept weighs (layers of the rank + 1) x micro-batches x seq x batch x hidden numbers.
+    """
+    kept: list[dict[int, Tensor]] = [{} for _ in batches]
+
+    def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
+        layers = _layers(chunk, without)
+        keep = partial(_keep, kept[index])
+        handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers.values()]
+        try:
+            return _through(chunk, batch, layers)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return _collect(model, batches, _hidden, forward), list(kept)
+
+
+def forward_rest(
+    model: Any,
+    batches: Sequence[MicroBatch],
+    kept: Sequence[States],
+    blocks: Sequence[Collection[int]],
+    value_of: LossOf,
+    *,
+    without: Collection[int] = (),
+) -> Tensor:
+    """`value_of` the network without each of `blocks` besides `without`, a block at a time: [blocks, micro-batches].
+
+    kept: what `forward_kept` gave for these batches and `without`. No layer before a block's first runs again: the
+    stage that holds it starts from what was kept, and what the stages before it send is never read. A value is one
+    number; before the last pipeline stage it is zero. Collective over the model's ranks.
+    """
+
+    def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
+        block, first = blocks[index // len(batches)], min(blocks[index // len(batches)])
+        rest = {at: layer for at, layer in _layers(chunk, (*without, *block)).items() if at > first}
+        if first in _layers(chunk):
+            rest = {first: _Recall(kept[index % len(batches)][first])} | rest
+        return _through(chunk, batch, rest)
+
+    def last(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+        return value_of(chunk, hidden, batch, index % len(batches))
+
+    values = _collect(model, [*batches] * len(blocks), last, forward)
+    if not values:
+        return torch.zeros(len(blocks), len(batches), device=batches[0].tokens.device)
+    return torch.stack(values).view(len(blocks), len(batches))
 
 
 def windows(batches: Sequence[Any], pp: int, rounds: int = 4) -> list[Sequence[Any]]:
@@ -78,22 +144,65 @@ def windows(batches: Sequence[Any], pp: int, rounds: int = 4) -> list[Sequence[A
     return [batches[a:b] for a, b in zip(cuts, [*cuts[1:], len(batches)], strict=True)]
 
 
+class _Recall(nn.Module):
+    """Stands where a layer did and gives the states that were kept, whatever enters it."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, **_: Any) -> tuple[Tensor, None]:
+        return self.states.detach(), None  # another object: mcore may empty what it has sent
+
+
+def _keep(
+    states: dict[int, Tensor], layer: Any, args: Any, inputs: Mapping[str, Any], outputs: tuple[Any, ...]
+) -> None:
+    """A layer's hook: stores what enters and what leaves it."""
+    at = layer.layer_number - 1
+    states[at], states[at + 1] = inputs["hidden_states"].detach(), outputs[0].detach()
+
+
+def _layers(chunk: Any, without: Collection[int] = ()) -> dict[int, Any]:
+    """The layers of a chunk by their number in the whole model, from 0, but for some."""
+    numbered = {layer.layer_number - 1: layer for layer in chunk.decoder.layers}
+    return {at: layer for at, layer in numbered.items() if at not in without}
+
+
+def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> Tensor:
+    """A chunk's output with these layers in the place of its own."""
+    whole = chunk.decoder.layers
+    chunk.decoder.layers = nn.ModuleList(layers.values())
+    try:
+        return final_hidden(chunk, batch.tokens)
+    finally:
+        chunk.decoder.layers = whole
+
+
+def _whole(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
+    return final_hidden(chunk, batch.tokens)
+
+
+def _hidden(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+    return hidden
+
+
+def _collect(model: Any, batches: Sequence[MicroBatch], last: Callable[..., Tensor], forward: Forward) -> list[Tensor]:
+    """What `last` makes of each micro-batch's final hidden states, without gradients."""
+    with torch.no_grad():
+        return _run(model, batches, last, forward, forward_only=True, collect_non_loss_data=True)
+
+
 def _run(
-    model: Any,
-    batches: Sequence[MicroBatch],
-    last: Callable[..., Any],
-    before: Callable[[MicroBatch], None] | None,
-    **options: Any,
+    model: Any, batches: Sequence[MicroBatch], last: Callable[..., Any], forward: Forward, **options: Any
 ) -> list[Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_attr_wrapped_model
 
     def step(iterator: Indexed, chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
         index, batch = next(iterator)
-        if before:
-            before(batch)
         gpt = get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
-        return final_hidden(gpt, batch.tokens), partial(last, gpt, batch, index)
+        return forward(gpt, batch, index), partial(last, gpt, batch, index)
 
     chunks = chunks_of(model)
     iterators = [iter(enumerate(batches)) for _ in chunks]

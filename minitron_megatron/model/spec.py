@@ -12,16 +12,24 @@ __all__ = ["CoreAttention", "Norm", "block_spec"]
 
 
 class Norm(nn.Module):
-    """RMSNorm over the last dim; unlike mcore's torch norm it knows sequence parallelism."""
+    """RMSNorm or LayerNorm over the last dim; unlike mcore's torch norm it knows sequence parallelism and gamma - 1."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # its gradient is summed over tp
         self.eps = eps
+        self.centred = int(config.layernorm_zero_centered_gamma)
+        self.weight = nn.Parameter(torch.full((hidden_size,), 1.0 - self.centred, dtype=config.params_dtype))
+        self.bias = None
+        if config.normalization == "LayerNorm":
+            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in self.parameters():  # its gradient is summed over tp
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, states: Tensor) -> Tensor:
-        return F.rms_norm(states, (states.shape[-1],), self.weight, self.eps)
+        weight = self.weight + self.centred if self.centred else self.weight
+        if self.bias is None:
+            return F.rms_norm(states, weight.shape, weight, self.eps)
+        return F.layer_norm(states, weight.shape, weight, self.bias, self.eps)
 
 
 class CoreAttention(nn.Module):
@@ -37,13 +45,16 @@ class CoreAttention(nn.Module):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def block_spec(normalization: str, layers: int) -> Any:
+def block_spec(normalization: str, layers: int, *, qk_norm: bool = False) -> Any:
     """mcore's TransformerBlockSubmodules for a stage of `layers` layers."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    layer = get_gpt_layer_local_spec(normalization=normalization)
+    layer = get_gpt_layer_local_spec(normalization=normalization, qk_layernorm=qk_norm)
+    attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm
-    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    attention.core_attention = CoreAttention
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = Norm
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)

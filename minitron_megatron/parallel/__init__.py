@@ -21,7 +21,7 @@ from .collectives import (
     sum_over_world,
 )
 from .topology import Topology
-from .versions import final_hidden, mend_distributed_optimizer, separate_steps
+from .versions import final_hidden, mend_distributed_optimizer, separate_steps, torn_checkpoint_errors
 
 __all__ = [
     "Group",
@@ -42,4 +42,5 @@ __all__ = [
     "scatter_sequence",
     "separate_steps",
     "sum_over_world",
+    "torn_checkpoint_errors",
 ]

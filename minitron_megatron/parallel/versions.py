@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["final_hidden", "mend_distributed_optimizer", "separate_steps"]
+__all__ = ["final_hidden", "mend_distributed_optimizer", "separate_steps", "torn_checkpoint_errors"]
 
 
 def final_hidden(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -51,3 +52,12 @@ def separate_steps(optimizer: Any) -> None:
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
+
+
+def torn_checkpoint_errors() -> tuple[type[BaseException], ...]:
+    """All that mcore and torch raise at a distributed checkpoint that is not whole; torch's is no Exception."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    plain = (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError)
+    return (*plain, CheckpointingException, CheckpointException)

@@ -4,6 +4,7 @@ Knows: scores, plans, shards. Must not know: how scores were made, losses, Huggi
 """
 
 from .choose import SAFE_MARGIN, check_sizes, choose
+from .depth import choose_layers
 from .trim import trim
 
-__all__ = ["SAFE_MARGIN", "check_sizes", "choose", "trim"]
+__all__ = ["SAFE_MARGIN", "check_sizes", "choose", "choose_layers", "trim"]

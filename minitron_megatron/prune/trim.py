@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..layout import Shape, kept_rows, layer_of, lookup
+from ..layout import Param, Shape, kept_rows, layer_of, lookup
 from ..model import NamedShard, adopt, chunks_of, config_of, home_stage, named_shards, rebuild
 from ..parallel import Topology, all_to_all, fail_together, move
 from ..records import Plan
 
 __all__ = ["trim"]
+
+BLOCKS = 16
+"""A parameter is cut, and sent to other ranks, in so many pieces: what that takes besides is a few times 1/16 of it."""
 
 
 def trim(model: Any, plan: Plan, topology: Topology) -> list[Any]:
@@ -102,44 +105,51 @@ def _free(shard: NamedShard) -> None:
 
 
 def _trimmed(shard: NamedShard, plan: Plan, topology: Topology) -> Tensor:
-    """This rank's part of the trimmed parameter, at the new sizes. Collective over tp where rows change their rank."""
-    param, keep = lookup(shard.name), plan.keep_at(layer_of(shard.name))
-    old_sizes, new_sizes = plan.shape.sizes(), plan.target.sizes()
-    tensor = shard.tensor.detach()
-    for dim in range(len(param.dims)):
-        kept = kept_rows(param, dim, old_sizes, keep)
-        if len(kept) == param.shape(old_sizes)[dim]:
-            continue
-        owners = param.owner(dim, old_sizes, topology.tp)
-        if owners is None:
-            tensor = tensor.index_select(dim, kept.to(tensor.device))
-            continue
-        becomes = param.owner(dim, new_sizes, topology.tp)
-        assert becomes is not None
-        held = param.shard_rows(dim, old_sizes, topology.tp_rank, topology.tp)
-        tensor = _reshard(tensor, dim, kept, held, owners[kept], becomes, topology)
-    return tensor
+    """This rank's part of the trimmed parameter, at the new sizes. Collective over tp where rows change their rank.
 
-
-def _reshard(
-    tensor: Tensor, dim: int, kept: Tensor, held: Tensor, was: Tensor, becomes: Tensor, topology: Topology
-) -> Tensor:
-    """Keeps rows of a split dim and hands each to its new rank, in order.
-
-    kept: unsharded rows that stay; held: those that this rank has; was, becomes: the rank of each kept row. Collective
-    over tp unless no row changes its rank, which every rank sees alike.
+    Made in blocks along a dim that is not split, so that only the old and the new part are ever alive.
     """
-    me = topology.tp_rank
-    mine = torch.searchsorted(held, kept[was == me]).to(tensor.device)
-    rows = tensor.index_select(dim, mine)
+    param, sizes, keep = lookup(shard.name), plan.shape.sizes(), plan.keep_at(layer_of(shard.name))
+    old = shard.tensor.detach()
+    kept = [kept_rows(param, dim, sizes, keep) for dim in range(old.dim())]
+    cut = {dim for dim, rows in enumerate(kept) if len(rows) < param.shape(sizes)[dim]}
+    if not cut:
+        return old
+    along = next(dim for dim in range(old.dim()) if dim != param.tp_dim)
+    rows = kept[along] if along in cut else torch.arange(old.shape[along])
+    new, done = None, 0
+    for block in rows.chunk(BLOCKS):
+        part = old.index_select(along, block.to(old.device))
+        if param.tp_dim in cut:
+            part = _cut_split(part, param, kept[param.tp_dim], plan, topology)
+        if new is None:
+            new = part.new_empty([len(rows) if dim == along else size for dim, size in enumerate(part.shape)])
+        new.narrow(along, done, len(block)).copy_(part)
+        done += len(block)
+    assert new is not None
+    return new
+
+
+def _cut_split(part: Tensor, param: Param, kept: Tensor, plan: Plan, topology: Topology) -> Tensor:
+    """Keeps rows of the dim that tp splits, and hands each to its new rank, in order; kept: unsharded rows.
+
+    Collective over tp unless no row changes its rank, which every rank sees alike.
+    """
+    dim, me = param.tp_dim, topology.tp_rank
+    assert dim is not None
+    was = param.owner(dim, plan.shape.sizes(), topology.tp)
+    becomes = param.owner(dim, plan.target.sizes(), topology.tp)
+    if was is None or becomes is None:
+        return part.index_select(dim, kept.to(part.device))
+    was = was[kept]
+    held = param.shard_rows(dim, plan.shape.sizes(), me, topology.tp)
+    mine = part.index_select(dim, torch.searchsorted(held, kept[was == me]).to(part.device))
     if torch.equal(was, becomes):
-        return rows
-    rows = rows.movedim(dim, 0)
-    goes, comes = becomes[was == me], was[becomes == me]
-    parts = [rows[(goes == rank).to(rows.device)] for rank in range(topology.tp)]
-    counts = [int((comes == rank).sum()) for rank in range(topology.tp)]
-    received = all_to_all(parts, counts, topology.tp_group)
-    out = rows.new_empty((len(comes), *rows.shape[1:]))
-    for rank, part in enumerate(received):
-        out[(comes == rank).to(rows.device)] = part
-    return out.movedim(0, dim).contiguous()
+        return mine
+    mine, goes, comes = mine.movedim(dim, 0), becomes[was == me], was[becomes == me]
+    sent = [mine[(goes == rank).to(mine.device)] for rank in range(topology.tp)]
+    received = all_to_all(sent, [int((comes == rank).sum()) for rank in range(topology.tp)], topology.tp_group)
+    out = mine.new_empty((len(comes), *mine.shape[1:]))
+    for rank, rows in enumerate(received):
+        out[(comes == rank).to(out.device)] = rows
+    return out.movedim(0, dim)

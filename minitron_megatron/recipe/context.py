@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..convert import folder_hash, load_hf, model_hash, read_config, save_hf
-from ..data import Batch, Corpus, calibration, calibration_batches, step_batches
+from ..data import Batch, Corpus, calibration, calibration_batches, held_out_batches, step_batches
 from ..errors import CheckpointError
 from ..evaluate import ValidationSet
 from ..events import Listener
@@ -145,15 +145,8 @@ class Context:
         )
 
         def batches(step: int) -> list[Batch]:
-            found = step_batches(
-                corpus,
-                step,
-                global_batch=keys.global_batch,
-                micro_batch=keys.micro_batch,
-                dp_rank=self.topology.dp_rank,
-                dp=self.topology.dp,
-            )
-            return self._placed(found)
+            share = self._share(keys.micro_batch)
+            return self._placed(step_batches(corpus, step, global_batch=keys.global_batch, **share))
 
         return batches
 
@@ -167,7 +160,7 @@ class Context:
             seed=self.recipe.seed,
             cache=self.folders.data / "index",
         )
-        return self._share(corpus, keys.micro_batch)
+        return self._placed(calibration_batches(corpus, **self._share(keys.micro_batch)))
 
     def held_out(self) -> ValidationSet:
         """This rank's share of the held-out samples of each source, as many as there are up to what the recipe asks.
@@ -175,25 +168,23 @@ class Context:
         Collective over the world.
         """
         keys, sequence = self.recipe.evaluate, self.recipe.data.sequence
-        unit = keys.micro_batch * self.topology.dp
         out = {}
         for prefix, _ in self.blend:
             held = (self.done["prepare"]["sources"][prefix.name]["validation_tokens"] - 1) // sequence
-            samples = min(keys.samples, held) // unit * unit
             corpus = Corpus(
                 [(prefix, 1.0)],
                 "valid",
                 sequence=sequence,
-                samples=max(samples, unit),
+                samples=max(1, min(keys.samples, held)),
                 seed=self.recipe.seed,
                 cache=self.folders.data / "index",
             )
-            out[prefix.name] = self._share(corpus, keys.micro_batch)
+            out[prefix.name] = self._placed(held_out_batches(corpus, **self._share(keys.micro_batch)))
         return out
 
-    def _share(self, corpus: Corpus, micro_batch: int) -> list[Batch]:
-        found = calibration_batches(corpus, micro_batch=micro_batch, dp_rank=self.topology.dp_rank, dp=self.topology.dp)
-        return self._placed(found)
+    def _share(self, micro_batch: int) -> dict[str, int]:
+        """Which part of the samples is this rank's."""
+        return {"micro_batch": micro_batch, "dp_rank": self.topology.dp_rank, "dp": self.topology.dp}
 
     def _placed(self, batches: list[Batch]) -> list[Batch]:
         return [batch.to(self.topology.device) for batch in batches]

@@ -104,6 +104,7 @@ class Correct(TrainingKeys):
     """Teacher correction: cross-entropy on the distillation data before anything is pruned."""
 
     tokens: Count = 100_000_000_000
+    """Budget; rounded up to whole steps."""
     lr: Positive = 6e-5
     """Peak learning rate: a fifth of the one the teacher was pretrained with (here Llama 3.1's 3e-4)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 120
@@ -200,7 +201,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = No
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path} is not a mapping of keys. Start from `minitron init MODEL`.")
     for override in overrides:
-        _override(raw, override)
+        raw = _override(raw, override)
     if out is not None:
         raw["out"] = str(out)
     try:
@@ -209,20 +210,24 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = No
         raise RecipeError(f"recipe {path}: {_explain(error)}") from error
 
 
-def _override(raw: dict[str, Any], text: str) -> None:
+def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
+    """`raw` with one `a.b=value` said anew."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {text!r} is not of the form a.b=value.")
-    *path, last = key.split(".")
-    at = raw
-    for part in path:
-        at = at.setdefault(part, {})
-        if not isinstance(at, dict):
-            raise RecipeError(f"--set {text!r}: {part} is not a block of keys.")
     try:
-        at[last] = yaml.safe_load(value)
+        return _replaced(raw, key.split("."), yaml.safe_load(value), text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {text!r}: {value!r} is not a YAML value.") from error
+
+
+def _replaced(node: Any, path: Sequence[str], value: Any, text: str) -> dict[str, Any]:
+    """A copy with the value at `path` replaced: blocks that YAML aliases share must not change together."""
+    first, *rest = path
+    if node is not None and not isinstance(node, dict):
+        raise RecipeError(f"--set {text!r}: there is no block of keys that holds {first}.")
+    block = node or {}
+    return {**block, first: _replaced(block.get(first), rest, value, text) if rest else value}
 
 
 def _explain(error: ValidationError) -> str:

@@ -3,7 +3,8 @@
 Knows: axes, layers, indices. Must not know: models, processes, batches.
 """
 
+from .depth import DepthScores
 from .plan import Plan
 from .scores import Scores, Statistic
 
-__all__ = ["Plan", "Scores", "Statistic"]
+__all__ = ["DepthScores", "Plan", "Scores", "Statistic"]

@@ -17,7 +17,7 @@ from typing import Any
 from ..files import read_json, whole_file
 from . import numbers, plots
 from .listeners import read_metrics
-from .plots import ByLayer
+from .plots import ByLayer, DepthCurves
 from .tables import COLUMNS, cells
 
 __all__ = ["write_report"]
@@ -29,10 +29,12 @@ def write_report(
     scores: ByLayer[Sequence[float]] | None = None,
     plan: ByLayer[Sequence[int]] | None = None,
     margins: ByLayer[float] | None = None,
+    depth: DepthCurves | None = None,
 ) -> Path:
     """Writes `report.html` and `plots/*.png` into a run folder; returns the page's path.
 
     scores, plan, margins: axis -> layer (None where all layers share the axis) -> scores, kept units, the cut's margin.
+    depth: what the network is worth without some layers.
     """
     scores, plan, margins = scores or {}, plan or {}, margins or {}
     summary, metrics = _rows(_json(run / "summary.json")), read_metrics(run / "metrics.jsonl")
@@ -41,13 +43,15 @@ def write_report(
         "losses": lambda path: plots.loss_curves(metrics, summary, path),
         "models": lambda path: plots.bars(summary, path),
         "importance": lambda path: plots.importance(scores, plan, path),
+        "depth": lambda path: plots.depth_curves(depth, path),
         "margins": lambda path: plots.margins(margins, path),
     }
     drawn = {name: _figure(run, name, draw, warnings) for name, draw in figures.items()}
+    kept = _plan(plan, scores, margins) + drawn["depth"] + drawn["importance"] + drawn["margins"]
     sections = [
         _section("Models", _summary(summary) + drawn["models"]),
         _section("Training", drawn["losses"]),
-        _section("What was kept", _plan(plan, scores, margins) + drawn["importance"] + drawn["margins"]),
+        _section("What was kept", kept),
         _section("Stages", _stages(run / "stages", metrics)),
         _section("Recipe", _recipe(run / "recipe.yaml")),
         _section("Versions", _pairs(_json(run / "versions.json"))),
@@ -110,6 +114,8 @@ _CAPTIONS = {
     "Cross-entropy and KL divergence do not compare, so each has its own panel.",
     "importance": "Scores sorted from the best unit to the worst. Kept units are drawn strongly, cut ones faintly; "
     "the dashed line stands where every layer keeps its best.",
+    "depth": "What is measured with a block of layers left out (block importance: at its two ends), against the last "
+    "layer of the block. Dashed: as many layers, taken one by one wherever it hurts least.",
     "margins": "Relative distance between the score of the last kept unit and the first cut one. "
     "An exact tie stands at the lower edge.",
 }

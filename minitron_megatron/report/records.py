@@ -12,14 +12,16 @@ from rich.table import Table
 
 from ..errors import CheckpointError
 from ..files import read_json
-from ..records import Plan, Scores
+from ..records import DepthScores, Plan, Scores
 from . import numbers
 from .page import write_report
+from .plots import DepthCurves
 from .tables import summary_table
 
 __all__ = ["describe", "pairs_table", "report_run"]
 
 SCORES, PLAN = Path("scores", "scores.safetensors"), Path("pruned", "plan.json")
+DEPTH = Path("scores", "depth.json")
 
 
 def report_run(run: Path) -> Path:
@@ -29,11 +31,22 @@ def report_run(run: Path) -> Path:
     scores = Scores.load(run / SCORES) if (run / SCORES).is_file() else None
     plan = Plan.load(run / PLAN) if (run / PLAN).is_file() else None
     values = {axis: {k: v.tolist() for k, v in by.items()} for axis, by in scores.values.items()} if scores else None
+    depth = _curves(DepthScores.load(run / DEPTH)) if (run / DEPTH).is_file() else None
     if plan is None:
-        return write_report(run, scores=values)
+        return write_report(run, scores=values, depth=depth)
     return write_report(
-        run, scores=values, plan={**plan.keep, "layers": {None: plan.kept_layers}}, margins=plan.margins
+        run,
+        scores=values,
+        plan={**plan.keep, "layers": {None: plan.kept_layers}},
+        margins=plan.margins,
+        depth=depth,
     )
+
+
+def _curves(depth: DepthScores) -> DepthCurves:
+    """Blocks by their last layer, counted from 1."""
+    blocks = {n: {first + n: value for first, value in depth.of_length(n).items()} for n in depth.lengths}
+    return DepthCurves(depth.metric, depth.baseline, blocks, [value for _, value in depth.greedy])
 
 
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
@@ -50,6 +63,8 @@ def describe(path: Path) -> Table:
         return summary_table(read_json(path / "summary.json"))
     if path.suffix == ".safetensors":
         return _scores(Scores.load(path))
+    if path.name == DEPTH.name and path.is_file():
+        return _depth(DepthScores.load(path))
     if path.suffix == ".json" and path.is_file():
         return _plan(Plan.load(path))
     for inside in ("scores.safetensors", "plan.json"):
@@ -67,6 +82,20 @@ def _scores(scores: Scores) -> Table:
     about = {"statistic": f"{scores.statistic.sequence} over positions, {scores.statistic.batch} over samples"}
     counts = {"samples": f"{scores.samples:,}", "tokens": f"{scores.tokens:,}", "model hash": scores.model_hash[:16]}
     return pairs_table("scores", about | counts | axes)
+
+
+def _depth(depth: DepthScores) -> Table:
+    """Of each length the block that is best to lose."""
+    best = min if depth.lower_is_better else max
+    blocks = {}
+    for length in depth.lengths:
+        values = depth.of_length(length)
+        first = best(values, key=values.__getitem__)
+        blocks[f"without {length}"] = f"{numbers.loss(values[first])} (layers {first} to {first + length - 1})"
+    greedy = {"one by one": ", ".join(str(layer) for layer, _ in depth.greedy)} if depth.greedy else {}
+    about = {"metric": depth.metric, "all layers": numbers.loss(depth.baseline)}
+    counts = {"samples": f"{depth.samples:,}", "tokens": f"{depth.tokens:,}", "model hash": depth.model_hash[:16]}
+    return pairs_table("depth (layers count from 0)", about | counts | blocks | greedy)
 
 
 def _plan(plan: Plan) -> Table:

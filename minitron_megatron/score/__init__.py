@@ -1,8 +1,11 @@
-"""Forward hooks on a model -> Scores: which units matter, the same at every layout.
+"""Forward passes of a model -> Scores and DepthScores: which units and layers matter, the same at every layout.
 
-Knows: activations, taps, statistics. Must not know: what is cut, losses, recipes.
+Knows: activations, taps, statistics, the losses that a network without some layers is measured by. Must not know: what
+is cut, recipes.
 """
 
+from .depth import Metric, Run, leave_out
+from .similarity import block_importance
 from .sweep import score
 
-__all__ = ["score"]
+__all__ = ["Metric", "Run", "block_importance", "leave_out", "score"]

@@ -7,6 +7,7 @@ Messages travel as pickles over pipes between a process and its own children, ne
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -228,12 +229,20 @@ def _in_own_world(place: _Place, layout: Topology, fn: Callable[..., Any], args:
 
 
 def _forget() -> None:
-    """Resets what mcore keeps outside `parallel_state`: the micro-batch calculator and the rerun machine."""
+    """Resets what mcore keeps outside `parallel_state`, and lets go of models that would keep a job's groups, and a
+    hundred threads with them, alive: through DDP's autograd nodes and through the rotary embedding's cache."""
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 
     destroy_num_microbatches_calculator()
     destroy_rerun_state_machine()
+    RotaryEmbedding.forward.cache_clear()
+    for wrapped in [each for each in gc.get_objects() if type(each) is DistributedDataParallel]:
+        wrapped.grad_accs.clear()
+        wrapped.config.grad_scale_func = wrapped.config.finalize_model_grads_func = None
+    gc.collect()
 
 
 def _packed(value: Any) -> bytes:

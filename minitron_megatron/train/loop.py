@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,35 +62,59 @@ def train(
     `validate_every` steps and at the end. Returns the last step's values: `loss` (nats per token), `tokens` seen.
     """
     chunks, optimizer, scheduler = _set_up(chunks_of(model), training, topology)
-    start, tokens = _resume(checkpoints, identity, chunks, optimizer, scheduler)
-    values: dict[str, float] = {"tokens": tokens}
-    for step in range(start, training.steps):
-        began = time.perf_counter()
-        batches = batches_of(step)
-        objective.prepare(batches)
-        for chunk in chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        loss, counted = global_sums(*forward_backward(chunks, batches, objective.loss), topology)
-        scheduler.step(increment=1)  # before the update, so that the first step has lr / warmup_steps and not zero
-        _, norm, _ = optimizer.step()
-        tokens += counted
-        seconds = time.perf_counter() - began
-        values = {
-            "loss": loss / max(counted, 1),
-            "lr": optimizer.param_groups[0]["lr"],
-            "grad_norm": float(norm or 0.0),
-            "tokens": tokens,
-            "tokens_per_second": counted / seconds,
-        }
-        done = step + 1
-        if validate and (done % training.validate_every == 0 or done == training.steps):
-            values |= validate()
-        listener(Event(label, done, training.steps, "steps", values))
-        if checkpoints and done % training.save_every == 0 and done < training.steps:
-            state = {"identity": identity, "tokens": tokens, "scheduler": scheduler.state_dict()}
-            save_checkpoint(checkpoints, done, chunks, optimizer, state, topology)
-    return values
+    try:
+        start, tokens = _resume(checkpoints, identity, chunks, optimizer, scheduler)
+        values: dict[str, float] = {"tokens": tokens}
+        for done in range(start + 1, training.steps + 1):
+            began = time.perf_counter()
+            loss, counted, norm = _step(chunks, optimizer, scheduler, objective, batches_of(done - 1), topology)
+            tokens += counted
+            values = {
+                "loss": loss / max(counted, 1),
+                "lr": optimizer.param_groups[0]["lr"],
+                "grad_norm": norm,
+                "tokens": tokens,
+                "tokens_per_second": counted / (time.perf_counter() - began),
+            }
+            if validate and (done % training.validate_every == 0 or done == training.steps):
+                values |= validate()
+            listener(Event(label, done, training.steps, "steps", values))
+            if checkpoints and done % training.save_every == 0 and done < training.steps:
+                state = {"identity": identity, "tokens": tokens, "scheduler": scheduler.state_dict()}
+                save_checkpoint(checkpoints, done, chunks, optimizer, state, topology)
+        return values
+    finally:
+        _release(chunks)
+
+
+def _step(
+    chunks: Sequence[Any],
+    optimizer: Any,
+    scheduler: Any,
+    objective: Objective,
+    batches: Sequence[Batch],
+    topology: Topology,
+) -> tuple[float, int, float]:
+    """One update: (summed loss in nats, counted tokens, norm of the gradient), of the global batch."""
+    objective.prepare(batches)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss, counted = global_sums(*forward_backward(chunks, batches, objective.loss), topology)
+    scheduler.step(increment=1)  # before the update, so that the first step has lr / warmup_steps and not zero
+    _, norm, _ = optimizer.step()
+    return loss, counted, float(norm or 0.0)
+
+
+def _release(chunks: Sequence[Any]) -> None:
+    """Lets go of gradients, optimizer and groups: mcore ties them into cycles that run through autograd's own nodes,
+    which Python's collector cannot see, so that they would outlive the model."""
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        chunk.config.grad_scale_func = chunk.config.finalize_model_grads_func = None
+        for parameter in chunk.parameters():
+            parameter.main_grad = None
+    gc.collect()
 
 
 def _set_up(chunks: Sequence[Any], training: Training, topology: Topology) -> tuple[list[Any], Any, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from minitron_megatron.data import Corpus, calibration, calibration_batches, step_batches
+from minitron_megatron.data import Corpus, calibration, calibration_batches, held_out_batches, step_batches
 from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
@@ -223,3 +223,17 @@ def test_several_ranks_build_one_index_and_read_what_one_reads(
 def test_one_ranks_missing_corpus_is_every_ranks_error(corpora: Corpora, tmp_path: Path, pool: Pool) -> None:
     with pytest.raises(DataError, match="nowhere"):
         pool.run(fail_on_the_other_rank, corpora, str(tmp_path), dp=2)
+
+
+@pytest.mark.parametrize(("samples", "micro_batch", "dp"), [(7, 2, 1), (7, 2, 2), (1, 2, 2), (8, 1, 4), (5, 4, 1)])
+def test_every_held_out_sample_counts_once_at_any_split(
+    corpora: Corpora, tmp_path: Path, samples: int, micro_batch: int, dp: int
+) -> None:
+    corpus = open_corpus(corpora[0], tmp_path, samples, split="valid")
+    ranks = [held_out_batches(corpus, micro_batch=micro_batch, dp_rank=rank, dp=dp) for rank in range(dp)]
+    assert len({len(batches) for batches in ranks}) == 1
+    batches = [batch for rank in ranks for batch in rank]
+    assert {len(batch.tokens) for batch in batches} == {micro_batch}
+    counted = [tuple(row.tolist()) for batch in batches for row in batch.tokens[batch.mask.all(1)]]
+    assert counted == rows(corpus)
+    assert sum(int(batch.mask.sum()) for batch in batches) == samples * SEQUENCE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -106,9 +105,17 @@ def test_the_table_prints_a_line_for_every_row() -> None:
 # ---- megatron-core's own word
 
 
-def mcore_says(topology: Topology, shape: Shape) -> dict[str, Any]:
+CONFIGS = {
+    "untied": ModelConfig(SHAPE),
+    "tied": ModelConfig(SHAPE.resized(tied=True)),
+    "ungated with LayerNorm": ModelConfig(SHAPE.resized(gated=False, norm_bias=True), norm="LayerNorm"),
+    "with biases and norms of q, k": ModelConfig(SHAPE.resized(qkv_bias=True, qk_norm=True)),
+}
+
+
+def mcore_says(topology: Topology, config: ModelConfig) -> dict[str, Any]:
     """name -> (local shape, partition_dim, partition_stride), as megatron-core marks its parameters."""
-    [model] = build(ModelConfig(shape), topology)
+    [model] = build(config, topology)
     said = {}
     for shard in named_shards(model):
         tensor: Any = shard.tensor
@@ -126,25 +133,20 @@ def table_says(shape: Shape, rank: int, world: int) -> dict[str, Any]:
     return said
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_the_table_agrees_with_megatron(pool: Pool, tp: int, tied: bool) -> None:
-    shape = SHAPE.resized(tied=tied)
-    for rank, said in enumerate(pool.run(mcore_says, shape, tp=tp)):
-        assert said == table_says(shape, rank, tp)
+def test_the_table_agrees_with_megatron(pool: Pool, tp: int, kind: str) -> None:
+    config = CONFIGS[kind]
+    for rank, said in enumerate(pool.run(mcore_says, config, tp=tp)):
+        assert said == table_says(config.shape, rank, tp)
 
 
-def sizes_of(topology: Topology, shape: Shape) -> Mapping[str, int]:
-    [model] = build(ModelConfig(shape), topology)
-    return {shard.name: shard.tensor.numel() for shard in named_shards(model)}
-
-
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_counted_parameters_are_those_of_a_built_model(pool: Pool, tied: bool) -> None:
-    shape = SHAPE.resized(tied=tied)
-    [numel] = pool.run(sizes_of, shape)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_counted_parameters_are_those_of_a_built_model(pool: Pool, kind: str) -> None:
+    shape = CONFIGS[kind].shape
+    [said] = pool.run(mcore_says, CONFIGS[kind])
+    numel = {name: prod(local) for name, (local, *_) in said.items()}
     assert sorted(numel) == sorted(shape.names())
     assert shape.padded_vocab == 256
-    padding = (256 - 130) * 24 * (1 if tied else 2)
+    padding = (256 - 130) * 24 * (1 if shape.tied else 2)
     assert sum(numel.values()) - padding == parameters(shape)
-    assert numel == {name: prod(lookup(name).shape(shape.sizes())) for name in shape.names()}

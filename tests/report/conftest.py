@@ -87,7 +87,7 @@ def margins() -> dict[str, dict[int | None, float]]:
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every figure drawn in a test, to be asked what it shows."""
-    from minitron_megatron.report.plots import cuts, losses, scores, style
+    from minitron_megatron.report.plots import cuts, depth, losses, scores, style
 
     drawn: list[Any] = []
 
@@ -97,6 +97,6 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             drawn.append(figure)
             yield figure
 
-    for module in (cuts, losses, scores):
+    for module in (cuts, depth, losses, scores):
         monkeypatch.setattr(module, "new_figure", recorded)
     return drawn

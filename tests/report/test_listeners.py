@@ -96,8 +96,11 @@ def test_a_terminal_gets_one_bar_a_label() -> None:
 def test_metrics_come_back_as_they_were_sent(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     metrics = MetricsFile(path)
+    assert not path.parent.exists(), "a run folder is not made before there is something to write"
+    metrics(Event("import", 1, 50, "tensors"))
+    assert not path.parent.exists(), "what measures nothing leaves no line"
     metrics(Event("distill", 1, 200, values={"loss": 2.5, "tokens": 4096}))
-    metrics(Event("score", 1, 8, "batches"))
+    metrics(Event("score", 1, 8, "batches", {"tokens": 7}))
     first, second = read_metrics(path)
     assert first.pop("time").endswith("+00:00")
     assert first == {"stage": "distill", "done": 1, "total": 200, "unit": "steps", "loss": 2.5, "tokens": 4096}
@@ -118,11 +121,11 @@ def test_no_file_is_no_lines(tmp_path: Path) -> None:
 
 def test_a_torn_last_line_is_skipped_and_cut_off_on_reopening(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    MetricsFile(path)(Event("distill", 1, 200))
+    MetricsFile(path)(Event("distill", 1, 200, values={"loss": 2.0}))
     with path.open("a") as file:
         file.write('{"time": "2026-01-02T03:04:05+00:00", "stage": "dist')
     assert [line["done"] for line in read_metrics(path)] == [1]
-    MetricsFile(path)(Event("distill", 2, 200))
+    MetricsFile(path)(Event("distill", 2, 200, values={"loss": 1.0}))
     assert [json.loads(line)["done"] for line in path.read_text().splitlines()] == [1, 2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.data import Batch
 from minitron_megatron.errors import PlanError
 from minitron_megatron.events import Event
-from minitron_megatron.model import named_shards
 from minitron_megatron.parallel import Topology
 from minitron_megatron.records import Scores, Statistic
 from minitron_megatron.score import score
@@ -35,20 +35,20 @@ def activations(folder: Path, every: Batch) -> dict[tuple[str, int], list[Tensor
     """(module, layer) -> of each sample, what passes at the positions that count: [positions, units]."""
     model, seen = transformer(folder), {}
 
-    def keep(name: str, layer: int, states: Tensor, length: int) -> None:
-        seen.setdefault((name, layer), []).append(states[0, :length].double())
+    def keep(name: str, layer: int) -> Callable[..., None]:
+        def hook(module: Any, arguments: tuple[Tensor, ...], out: Tensor | None = None) -> None:
+            seen.setdefault((name, layer), []).append((arguments[0] if out is None else out)[0].double())
 
+        return hook
+
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.register_forward_pre_hook(keep("ffn", i))
+        layer.self_attn.o_proj.register_forward_pre_hook(keep("heads", i))
+        layer.input_layernorm.register_forward_hook(keep("norm1", i))
+        layer.post_attention_layernorm.register_forward_hook(keep("norm2", i))
     for tokens, mask in zip(every.tokens, every.mask, strict=True):
-        length, handles = int(mask.sum()), []
-        for i, layer in enumerate(model.model.layers):
-            for name, module in (("ffn", layer.mlp.down_proj), ("heads", layer.self_attn.o_proj)):
-                handles.append(module.register_forward_pre_hook(lambda _, a, n=name, i=i: keep(n, i, a[0], length)))
-            for name, module in (("norm1", layer.input_layernorm), ("norm2", layer.post_attention_layernorm)):
-                handles.append(module.register_forward_hook(lambda _, a, out, n=name, i=i: keep(n, i, out, length)))
         with torch.no_grad():
-            model(tokens.unsqueeze(0))
-        for handle in handles:
-            handle.remove()
+            model(tokens[mask].unsqueeze(0))
     return seen
 
 
@@ -115,8 +115,8 @@ def listen(topology: Topology, folder: Path, axes: list[str], micro_batch: int) 
     return score(model, mine, axes, topology=topology, listener=events.append), events
 
 
-def half_of_the_mask(topology: Topology, folder: Path) -> tuple[Tensor, Tensor]:
-    """Scores of padded samples, with two kinds of tokens in the padding."""
+def two_paddings(topology: Topology, folder: Path) -> tuple[Tensor, Tensor]:
+    """Scores of the same samples with different tokens in the padding."""
     model, every = load_hf(folder, topology), samples(SAMPLES)
     other = Batch(torch.where(every.mask, every.tokens, 0), every.labels, every.mask)
     scores = (score(model, share(each, topology), ["ffn"], topology=topology) for each in (every, other))
@@ -132,7 +132,7 @@ def test_scores_are_the_naive_truth(
     pool: Pool, checkpoints: dict[str, Path], seen: dict, layout: str, tmp_path: Path
 ) -> None:
     """All nine statistics, every axis, samples padded at the end; and the same file from every rank and every run."""
-    results = pool.run(sweep_all, checkpoints["untied"], 2, tmp_path, **LAYOUTS[layout])
+    results = pool.run(sweep_all, checkpoints["untied"], 3, tmp_path, **LAYOUTS[layout])
     found, files = results[0]
     for statistic, scores in zip(STATISTICS, found, strict=False):
         expect_truth(scores, truth(seen, statistic))
@@ -171,7 +171,7 @@ def test_all_ranks_samples_are_told(pool: Pool, checkpoints: dict[str, Path]) ->
 
 
 def test_what_stands_in_the_padding_counts_for_nothing(pool: Pool, checkpoints: dict[str, Path]) -> None:
-    ((a, b),) = pool.run(half_of_the_mask, checkpoints["untied"])
+    ((a, b),) = pool.run(two_paddings, checkpoints["untied"])
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["bars", "loss_curves"]
 
+DISTILLED = ("distill", "baseline")
+"""Stages whose loss is measured against the teacher, not against the text."""
+
 Line = Mapping[str, Any]
 """A line of metrics, or a row of the summary."""
 Points = list[tuple[float, float]]
@@ -65,10 +68,10 @@ def loss_curves(metrics: Sequence[Line], summary: Sequence[Line], path: Path) ->
 
 
 def _panels(metrics: Sequence[Line]) -> list[Panel]:
-    """A line with a learning rate is one of training; distillation's loss is measured against the teacher."""
+    """A line with a learning rate is one of training."""
     training = [line for line in metrics if "loss" in line and "lr" in line]
-    distilled = [line for line in training if line["stage"].startswith("distill")]
-    plain = [line for line in training if not line["stage"].startswith("distill")]
+    distilled = [line for line in training if line["stage"] in DISTILLED]
+    plain = [line for line in training if line["stage"] not in DISTILLED]
     return [
         Panel("Training loss against the text", "cross-entropy", "loss", plain),
         Panel("Training loss against the teacher", "KL divergence", "loss", distilled),

@@ -1,0 +1,101 @@
+"""Does a block sweep cost what the layers behind its blocks cost, and no more?
+
+    python benchmarks/depth_sweep.py
+
+The floor: one pass of the whole network, and of each block's network the layers behind the block, each at its share of
+a whole pass's time, and an output layer a network. Bound: the sweep's wall time at most 1.1 of it. Paired, the floor
+taken half before and half after the sweep; one thread; median of 5. The same ratio in CPU time stands beside it, for
+other work on the machine stretches wall times unevenly.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from record import record
+from torch import Tensor
+
+from minitron_megatron.data import Batch
+from minitron_megatron.layout import Shape
+from minitron_megatron.losses import lm_loss
+from minitron_megatron.model import ModelConfig, build, fill_initial, forward_only, output_weight
+from minitron_megatron.parallel import Topology
+from minitron_megatron.score import leave_out
+
+SHAPE = Shape(layers=8, hidden=256, ffn=768, heads=4, kv_groups=2, head_dim=64, vocab=8000)
+SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 256, 2, 4
+LENGTHS = (1, 2, 4)
+REPEATS, PASSES = 5, 4
+"""Passes over the micro-batches that the floor is taken from: half before the sweep, half after it."""
+
+
+def batches() -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    size = (MICRO_BATCH, SEQUENCE + 1)
+    drawn = [torch.randint(SHAPE.vocab, size, generator=generator) for _ in range(MICRO_BATCHES)]
+    return [Batch(t[:, :-1], t[:, 1:], torch.ones(MICRO_BATCH, SEQUENCE, dtype=torch.bool)) for t in drawn]
+
+
+def seconds(work: Callable[[], object]) -> Tensor:
+    """[wall, CPU]."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return torch.tensor([time.perf_counter() - wall, time.process_time() - cpu], dtype=torch.float64)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    topology, every = Topology.start(), batches()
+    model = build(ModelConfig(SHAPE), topology)
+    fill_initial(model, topology, seed=0)
+    model[0].eval()
+    states = forward_only(model, every)
+    weight = output_weight(model[0]).detach()
+
+    def whole() -> None:
+        for _ in range(PASSES // 2):
+            forward_only(model, every)
+
+    def output() -> None:
+        for _ in range(PASSES // 2):
+            for hidden, batch in zip(states, every, strict=True):
+                lm_loss(hidden, weight, batch.labels, batch.mask, vocab=SHAPE.vocab, group=topology.tp_group)
+
+    def sweep() -> None:
+        leave_out(model, every, topology=topology, lengths=LENGTHS)
+
+    blocks = [(first, n) for n in LENGTHS for first in range(SHAPE.layers - n + 1)]
+    passes = 1 + sum(SHAPE.layers - first - n for first, n in blocks) / SHAPE.layers
+    times = []
+    for _ in range(1 + REPEATS):  # the first one warms up
+        layers, outputs, swept = seconds(whole), seconds(output), seconds(sweep)
+        layers, outputs = layers + seconds(whole), outputs + seconds(output)
+        times.append(torch.stack([swept, (layers * passes + outputs * (1 + len(blocks))) / PASSES]))
+    taken, floor = torch.stack(times[1:], dim=1)
+    wall, cpu = (taken / floor).T.tolist()
+    record(
+        "depth_sweep",
+        layers=SHAPE.layers,
+        hidden=SHAPE.hidden,
+        vocab=SHAPE.vocab,
+        sequence=SEQUENCE,
+        micro_batch=MICRO_BATCH,
+        micro_batches=MICRO_BATCHES,
+        lengths=LENGTHS,
+        networks=1 + len(blocks),
+        whole_passes=passes,
+        floor_seconds=median(floor[:, 0].tolist()),
+        sweep_seconds=median(taken[:, 0].tolist()),
+        wall_over_floor=median(wall),
+        wall_over_floor_all=wall,
+        cpu_over_floor=median(cpu),
+        load=os.getloadavg()[0],
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""How a benchmark writes its line: what was measured, with the versions, commit and machine that it was measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from minitron_megatron.recipe.versions import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, **measured: Any) -> None:
+    """Appends a line to `results/NAME.jsonl` and prints it."""
+    line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **measured, "cores": os.cpu_count(), **versions()}
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(measured, indent=2))

@@ -1,0 +1,130 @@
+"""`config.json` in and out: what a Hugging Face config means here, and the form in which everyone reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..layout import Shape
+from ..model import ModelConfig
+from .families import family_of
+
+__all__ = ["flat_config", "read_config"]
+
+ROPE: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""The kinds of rotary embedding, and the constants that each needs."""
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of a Hugging Face folder, in the flat form of transformers 4.x or the nested one of 5.x.
+
+    Raises CheckpointError where the folder, its config or its family is not what we can load.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        have = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        raise CheckpointError(
+            f"model {folder} is not a Hugging Face folder: {have}. Give a folder that save_pretrained wrote."
+        )
+    try:
+        hf = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.") from error
+    family_of(hf)
+    _refuse_unsupported(path, hf)
+    try:
+        return _model_config(hf)
+    except KeyError as error:
+        raise CheckpointError(f"{path} does not say {error}. A {hf['model_type']} config must.") from error
+
+
+def _refuse_unsupported(path: Path, hf: Mapping[str, Any]) -> None:
+    """A setting that would change the function silently is an error."""
+    for key, allowed in family_of(hf).only.items():
+        if hf.get(key, allowed[0]) not in allowed:
+            raise CheckpointError(f"{path} says {key}: {hf[key]!r}, which is not supported; only {allowed[0]!r} is.")
+    kind = _rope(hf)[1].get("rope_type", "default")
+    if kind not in ROPE:
+        raise CheckpointError(f"{path} says rope_type: {kind!r}, which is not supported; {', '.join(ROPE)} are.")
+    window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
+    if window is not None and window < hf.get("max_position_embeddings", 2048):
+        raise CheckpointError(
+            f"{path} says sliding_window: {window}, and attention here is over the whole sequence. "
+            f"Set it to null and max_position_embeddings to {window} to go on with shorter sequences."
+        )
+
+
+def _rope(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Rotary base, and the scaling parameters without it."""
+    nested = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    base = nested.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
+    nested.setdefault("rope_type", nested.pop("type", "default"))
+    return float(base), nested
+
+
+def _model_config(hf: Mapping[str, Any]) -> ModelConfig:
+    heads = hf["num_attention_heads"]
+    base, rope = _rope(hf)
+    constants, family = ROPE[rope["rope_type"]], family_of(hf)
+    shape = Shape(
+        layers=hf["num_hidden_layers"],
+        hidden=hf["hidden_size"],
+        ffn=hf["intermediate_size"],
+        heads=heads,
+        kv_groups=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        vocab=hf["vocab_size"],
+        tied=hf.get("tie_word_embeddings", False),
+        **family.shape,
+    )
+    return ModelConfig(
+        shape=shape,
+        norm_eps=hf[family.eps],
+        rotary_base=base,
+        rotary_scaling={key: rope[key] for key in ("rope_type", *constants)} if constants else None,
+        rotary_share=rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor", family.rotary_share),
+        max_positions=hf.get("max_position_embeddings", 2048),
+        init_std=hf.get("initializer_range", 0.02),
+        source=hf,
+        **family.functions,
+    )
+
+
+def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """`config.json` in the flat form that transformers 4.x and 5.x, vLLM and TensorRT-LLM read alike.
+
+    A config as transformers 5 saves it (`rope_parameters`) loads in 4.57 with a wrong rotary base, silently.
+    """
+    shape, source = config.shape, dict(config.source)
+    for nested in ("rope_parameters", "dtype", "transformers_version", "_name_or_path", "layer_types"):
+        source.pop(nested, None)
+    source.setdefault("model_type", "llama")
+    family = family_of(source)
+    if (config.rotary_share, family.rotary_share) != (1, 1):
+        source["partial_rotary_factor"] = config.rotary_share
+    return {
+        **source,
+        "architectures": [family.architecture],
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_groups,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab,
+        "tie_word_embeddings": shape.tied,
+        "hidden_act": config.activation,
+        family.eps: config.norm_eps,
+        "rope_theta": config.rotary_base,
+        "rope_scaling": dict(config.rotary_scaling) if config.rotary_scaling else None,
+        "max_position_embeddings": config.max_positions,
+        "initializer_range": config.init_std,
+        "torch_dtype": dtype,
+    }

@@ -1,0 +1,67 @@
+"""What the network is worth without some of its layers: figures 8 and 9 of Minitron's second paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .. import numbers
+from .style import COLOURS, GREY, count_axis, legend_outside, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["DepthCurves", "depth_curves"]
+
+NAMES = {
+    "bi": "block importance",
+    "loss": "cross-entropy\n(nats per token)",
+    "kl": "KL divergence from the whole\n(nats per token)",
+}
+
+
+class DepthCurves(NamedTuple):
+    """A metric of the network without some layers."""
+
+    metric: str
+    baseline: float
+    """With every layer in its place."""
+    blocks: Mapping[int, Mapping[int, float]]
+    """Layers in a block -> the block's last layer, counted from 1 -> value."""
+    one_by_one: Sequence[float] = ()
+    """Once a layer is gone, once two are, ...: layers that need not be neighbours."""
+
+
+def depth_curves(depth: DepthCurves | None, path: Path) -> Path | None:
+    """The metric against the last layer of the block that is left out, a curve for each length of block.
+
+    A level line each: the whole network, and as many layers as a curve's blocks have, taken one by one.
+    """
+    if depth is None or not depth.blocks:
+        return None
+    colours = dict(zip(sorted(depth.blocks), COLOURS * 9, strict=False))
+    with new_figure(path, 9.0, 4.0) as figure:
+        axes = figure.subplots()
+        axes.set(title="Importance of blocks of layers", ylabel=NAMES.get(depth.metric, depth.metric))
+        for length, by_last in sorted(depth.blocks.items()):
+            last, values = zip(*sorted(by_last.items()), strict=True)
+            label = "1 layer" if length == 1 else f"{length} layers"
+            axes.plot(last, values, "o-", markersize=3.5, color=colours[length], label=label)
+        _levels(axes, depth, colours)
+        count_axis(axes, "last layer of the block (the first layer is 1)")
+        axes.margins(x=0.02)
+        legend_outside(axes)
+    return path
+
+
+def _levels(axes: Axes, depth: DepthCurves, colours: Mapping[int, str]) -> None:
+    """Dashed: layers taken one by one, for the lengths of the curves and for the last that was taken."""
+    taken = len(depth.one_by_one)
+    for count in sorted({*depth.blocks, taken}):
+        if 1 < count <= taken:
+            value = depth.one_by_one[count - 1]
+            label = f"{count} layers one by one: {numbers.loss(value)}"
+            axes.axhline(value, color=colours.get(count, GREY), linewidth=1.4, linestyle="--", label=label)
+    label = f"all layers: {numbers.loss(depth.baseline)}"
+    axes.axhline(depth.baseline, color=GREY, linewidth=1.2, linestyle=":", label=label)

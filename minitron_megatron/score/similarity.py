@@ -1,0 +1,86 @@
+"""Block importance: how far a block of layers turns the hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import Batch
+from ..events import Event, Listener, silent
+from ..model import MicroBatch, States, chunks_of, config_of, forward_kept, windows
+from ..parallel import Topology, move, sum_over_world
+from ..records import DepthScores
+from .depth import blocks_of, count, evaluating
+
+__all__ = ["block_importance"]
+
+Block = tuple[int, int]
+"""(first layer, how many)."""
+
+
+def block_importance(
+    model: Any,
+    batches: Sequence[Batch],
+    *,
+    topology: Topology,
+    lengths: Sequence[int] = (1,),
+    model_hash: str = "",
+    listener: Listener = silent,
+) -> DepthScores:
+    """1 - the mean cosine, over tokens, between what enters and what leaves each block of so many layers.
+
+    One forward pass over this data-parallel rank's batches; what it keeps weighs (layers of the rank + 1) x window of
+    micro-batches x seq x batch x hidden numbers. The states that enter a block travel to the pipeline stage of its last
+    layer. Every rank returns the same. Collective over the world. Raises PlanError for a length that leaves no layer.
+    Source: Minitron section 2.2, after ShortGPT; of several layers after Gromov et al.
+    """
+    shape = config_of(chunks_of(model)[0]).shape
+    blocks = blocks_of(shape, lengths)
+    samples, tokens = count(batches, topology)
+    sums = torch.zeros(len(blocks), dtype=torch.float64, device=topology.device)
+    done = 0
+    with evaluating(model):
+        for window in windows(batches, topology.pp):
+            _, kept = forward_kept(model, window)
+            for batch, states in zip(window, kept, strict=True):
+                sums += _cosines(states, batch, blocks, shape.layers, topology)
+            done += len(window)
+            listener(Event("depth", done * topology.dp, len(batches) * topology.dp, "passes"))
+    counts_here = topology.sequence_parallel or topology.tp_rank == 0
+    means = (sum_over_world(sums * counts_here) / max(tokens, 1)).tolist()
+    found = {block: 1 - mean for block, mean in zip(blocks, means, strict=True)}
+    return DepthScores(shape, "bi", True, 0.0, found, (), samples, tokens, model_hash)
+
+
+def _cosines(states: States, batch: MicroBatch, blocks: Sequence[Block], layers: int, topology: Topology) -> Tensor:
+    """For each block that ends on this pipeline stage, the sum of the cosines of this rank's counted tokens: fp64.
+
+    Collective over pp: every rank goes through all blocks in the same order, and each transfer has two ends.
+    """
+    sums = torch.zeros(len(blocks), dtype=torch.float64, device=topology.device)
+    mask, like = _local(batch.mask.t(), topology), next(iter(states.values()))
+    for first in range(layers):
+        ends = {at: topology.stage_of(a + n - 1, layers) for at, (a, n) in enumerate(blocks) if a == first}
+        home = _rank(topology.stage_of(first, layers), topology)
+        for stage in sorted(set(ends.values())):
+            entering = move(states.get(first), like.shape, like.dtype, like.device, home, _rank(stage, topology))
+            if entering is None:
+                continue
+            for at in (at for at, end in ends.items() if end == stage):
+                leaving = states[first + blocks[at][1]]
+                sums[at] = F.cosine_similarity(entering.double(), leaving.double(), dim=-1)[mask].sum()
+    return sums
+
+
+def _rank(stage: int, topology: Topology) -> int:
+    """This rank's counterpart on a pipeline stage."""
+    return topology.rank_at(stage, topology.tp_rank, topology.dp_rank)
+
+
+def _local(sequence_first: Tensor, topology: Topology) -> Tensor:
+    """This rank's part of [seq, batch]: all of it without sequence parallelism."""
+    return sequence_first.chunk(topology.tp)[topology.tp_rank] if topology.sequence_parallel else sequence_first

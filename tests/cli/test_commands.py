@@ -1,0 +1,110 @@
+"""The command line as a user meets it: exit codes, one message, no traceback; and the verbs that need no process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from minitron_megatron.cli import app
+from minitron_megatron.errors import CheckpointError
+from minitron_megatron.recipe import load_recipe
+from tests.recipe.conftest import material, recipe_file
+
+__all__ = ["material", "recipe_file"]
+
+Write = Callable[..., Path]
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def call(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "minitron_megatron"] if ranks == 1 else [str(ROOT / "launch/local.sh"), str(ranks)]
+    command = [*start, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
+
+
+def say(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_is_exit_2_and_one_message(recipe_file: Write, ranks: int) -> None:
+    done = call("run", recipe_file(), "--set", "prune.hiden=3", ranks=ranks)
+    assert done.returncode == 2
+    assert done.stderr.count("prune.hiden is not a known key. Did you mean 'hidden'?") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_an_error_that_only_the_models_know_is_one_message_too(recipe_file: Write) -> None:
+    done = call("run", recipe_file(prune={"ffn": 33}), "--set", "parallel.tp=2", ranks=2)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "TopologyError: axis ffn has 33 units, which cannot be split over TP=2. "
+        "Run with TP 1, or choose a multiple of 2."
+    ]
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(recipe_file: Write) -> None:
+    recipe = recipe_file()
+    command = [sys.executable, "-m", "minitron_megatron", "run", str(recipe)]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) as run:  # type: ignore[call-overload]
+        record = load_recipe(recipe).out / "stages" / "prepare.json"
+        until = time.monotonic() + 120
+        while not record.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Run the same command again" in said
+    assert "Traceback" not in said
+    done = call("run", recipe)
+    assert done.returncode == 0, done.stderr
+    assert "distilled" in done.stdout
+    assert (load_recipe(recipe).out / "report.html").is_file()
+
+
+def test_init_makes_a_recipe_that_loads(material: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(say("init", material / "model"))
+    recipe = load_recipe(path)
+    assert recipe.model == material / "model"
+    assert recipe.prune.hidden == 32  # three quarters of 48, to a multiple of 16
+
+
+def test_estimate_counts_what_is_built(recipe_file: Write) -> None:
+    said = say("estimate", recipe_file(), "--gpus", "2")
+    assert "parameters" in said and "hours on 2 GPUs" in said
+
+
+def test_schema_is_a_json_schema() -> None:
+    assert "prune" in json.loads(say("schema"))["properties"]
+
+
+def test_dry_run_touches_nothing(recipe_file: Write) -> None:
+    recipe = recipe_file()
+    assert say("run", recipe, "--dry-run").split()[:2] == ["prepare", "run:"]
+    assert not load_recipe(recipe).out.exists()
+
+
+def test_show_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a scores file"):
+        CliRunner().invoke(app, ["show", str(tmp_path)], catch_exceptions=False)
+
+
+def test_shipped_recipes_are_valid() -> None:
+    for path in (ROOT / "examples").rglob("*.yaml"):
+        assert load_recipe(path).prune.sizes(), path
+        assert yaml.safe_load(path.read_text())

@@ -1,0 +1,71 @@
+"""Tiny Hugging Face folders of every family, made by transformers itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+HALF_ROTATED = {"rope_theta": 1000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_theta": 500.0, **LLAMA3}},
+    "llama-tied": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"}},
+    "mistral-tied": {"sliding_window": None, "tie_word_embeddings": True},
+    "qwen2": {},
+    "qwen3-tied": {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"}},
+    "nemotron": {"norm_eps": 1e-5, "rope_parameters": HALF_ROTATED},
+}
+"""What each kind says beyond SIZES; its first word is the family."""
+
+SIZES = {
+    "vocab_size": 509,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+}
+
+
+def make_folder(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A model with weights large enough to matter, as save_pretrained writes it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {**SIZES, **KINDS[kind], **changes}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.split("-")[0], **settings))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape) * 0.2 + (1.0 if weight.dim() == 1 else 0.0))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """kind -> its folder, made once."""
+    root = tmp_path_factory.mktemp("hf")
+
+    def folder(kind: str) -> Path:
+        path = root / kind
+        return path if path.is_dir() else make_folder(path, kind)
+
+    return folder

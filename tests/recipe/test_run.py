@@ -1,0 +1,282 @@
+"""A run: its stages in order, what is skipped, what runs again, what a kill leaves, one table at every layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minitron_megatron.errors import CheckpointError, DataError, MinitronError, PlanError, RecipeError, TopologyError
+from minitron_megatron.events import Event
+from minitron_megatron.files import read_json, write_json
+from minitron_megatron.parallel import Topology
+from minitron_megatron.recipe import STAGES, dry_run, load_recipe, run
+from minitron_megatron.testing import Pool
+
+Write = Callable[..., Path]
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["minitron_megatron.recipe", "minitron_megatron.testing.pool", "tests.recipe.conftest"])
+
+
+def work(topology: Topology, recipe: Path, overrides: tuple[str, ...] = (), only: str | None = None) -> None:
+    """Runs a recipe on a rank of the pool."""
+    run(load_recipe(recipe, overrides), topology, only=only)
+
+
+def alone(recipe: Path, kill_at: tuple[str, str, int] | None = None) -> None:
+    """Runs a recipe in this process; `kill_at` (stage, label, n): kill -9 at that stage's n-th event of that label."""
+    import torch
+
+    torch.set_num_threads(1)
+    keys, seen = load_recipe(recipe), 0
+
+    def listener(event: Event) -> None:
+        nonlocal seen
+        if kill_at is None or event.label != kill_at[1]:
+            return
+        done = {path.stem for path in (keys.out / "stages").glob("*.json")}
+        stages = [stage.name for stage in STAGES.values() if stage.wanted(keys)]
+        if next(stage for stage in stages if stage not in done) == kill_at[0]:
+            seen += 1
+            if seen == kill_at[2]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    run(keys, Topology.start(), listener=listener)
+
+
+def in_a_process(recipe: Path, kill_at: tuple[str, str, int] | None = None) -> int | None:
+    process = FORKS.Process(target=alone, args=(recipe, kill_at))
+    process.start()
+    process.join(240)
+    return process.exitcode
+
+
+def table(recipe: Path) -> list[dict[str, Any]]:
+    """The summary without its times."""
+    rows = read_json(load_recipe(recipe).out / "summary.json")
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of a run that nothing disturbed."""
+    from tests.recipe.conftest import tiny_recipe
+
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(material) | {"out": str(folder / "run")}))
+    assert in_a_process(recipe) == 0
+    return recipe
+
+
+def test_a_run_leaves_a_table_a_plan_and_an_export_that_transformers_loads(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, rows = load_recipe(finished).out, table(finished)
+    assert [row["model"] for row in rows] == ["teacher", "corrected teacher", "pruned", "distilled", "random init"]
+    export = AutoModelForCausalLM.from_pretrained(out / "export")
+    assert sum(weight.numel() for weight in export.parameters()) == rows[3]["parameters"] < rows[0]["parameters"]
+    assert AutoTokenizer.from_pretrained(out / "export")("w3 w4").input_ids == [3, 4]
+    loss = {row["model"]: row["loss_nats_per_token"] for row in rows}
+    assert loss["corrected teacher"] < loss["teacher"]
+    assert loss["distilled"] < loss["pruned"]
+    assert not (out / "checkpoints").exists() or not list((out / "checkpoints").iterdir())
+
+
+def test_a_second_run_does_nothing(finished: Path) -> None:
+    out = load_recipe(finished).out
+    before = {path: path.stat().st_mtime_ns for path in (out / "stages").iterdir()}
+    assert all(step.state == "done" for step in dry_run(load_recipe(finished)))
+    assert in_a_process(finished) == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "stages").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("seed=2", "prepare"),
+        ("correct.lr=1.0e-3", "correct"),
+        ("score.samples=8", "score"),
+        ("prune.ffn=32", "prune"),
+        ("distill.lr=1.0e-3", "distill"),
+        ("export.dtype=float32", "export"),
+    ],
+)
+def test_an_edited_recipe_runs_what_it_changes_and_what_follows(finished: Path, override: str, first: str) -> None:
+    states = {step.stage: step.state for step in dry_run(load_recipe(finished, [override]))}
+    changed = {stage for stage, state in states.items() if state != "done"}
+    follows = {"baseline", "evaluate", "export"}
+    order = list(states)
+    if first in ("prepare", "correct", "score", "prune"):
+        assert changed == set(order[order.index(first) :])
+    else:
+        assert changed == ({first} | follows if first == "distill" else {first})
+
+
+def test_the_layout_reruns_nothing(finished: Path) -> None:
+    steps = dry_run(load_recipe(finished, ["parallel.tp=2", "parallel.pp=2"]))
+    assert {step.state for step in steps} == {"done"}
+
+
+KILLS = [
+    ("prepare", "prepare", 1),
+    ("correct", "correct", 6),
+    ("correct", "export", 5),
+    ("score", "score", 1),
+    ("prune", "export", 5),
+    ("distill", "distill", 9),
+    ("baseline", "baseline", 6),
+    ("evaluate", "evaluate", 2),
+    ("export", "export", 5),
+]
+
+
+@pytest.mark.parametrize("kill_at", KILLS, ids=["-".join(map(str, kill)) for kill in KILLS])
+def test_a_killed_run_goes_on_to_the_same_table(
+    finished: Path, recipe_file: Write, kill_at: tuple[str, str, int]
+) -> None:
+    recipe = recipe_file()
+    copy_until(finished, recipe, kill_at[0])
+    assert in_a_process(recipe, kill_at) == -signal.SIGKILL
+    states = {step.stage: step.state for step in dry_run(load_recipe(recipe))}
+    resumes = kill_at in (("correct", "correct", 6), ("distill", "distill", 9), ("baseline", "baseline", 6))
+    assert states[kill_at[0]] == ("resume" if resumes or kill_at[:2] == ("correct", "export") else "run")
+    assert in_a_process(recipe) == 0
+    assert table(recipe) == table(finished)
+    for stage in ("prune", "distill", "export"):
+        names = [load_recipe(path).out / "stages" / f"{stage}.json" for path in (recipe, finished)]
+        assert len({read_json(name)["result"]["hash"] for name in names}) == 1
+
+
+def copy_until(finished: Path, recipe: Path, stage: str) -> None:
+    """Gives a new run the finished one's stages before `stage`, so that only what is killed runs."""
+    import shutil
+
+    source, target = load_recipe(finished).out, load_recipe(recipe).out
+    shutil.copytree(source, target)
+    names = list(STAGES)
+    for name in names[names.index(stage) :]:
+        (target / "stages" / f"{name}.json").unlink()
+    keys = load_recipe(recipe).model_dump(mode="json")
+    (target / "recipe.yaml").write_text(yaml.safe_dump(keys))
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"dp": 2}], ids=str)
+def test_the_table_does_not_depend_on_the_layout(
+    finished: Path, recipe_file: Write, pool: Pool, layout: dict[str, int]
+) -> None:
+    recipe = recipe_file()
+    keys = tuple(f"parallel.{key}={value}" for key, value in layout.items() if key != "dp")
+    pool.run(work, recipe, keys, **layout)
+    for mine, theirs in zip(table(recipe), table(finished), strict=True):
+        assert mine["model"] == theirs["model"]
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["loss_nats_per_token"] == pytest.approx(theirs["loss_nats_per_token"], abs=1e-4)
+
+
+def test_one_stage_needs_those_before_it(recipe_file: Write, pool: Pool) -> None:
+    with pytest.raises(RecipeError, match="prune needs the stage prepare"):
+        pool.run(work, recipe_file(), (), "prune", tp=2)
+    pool.run(work, recipe_file(), (), "prepare", tp=2)
+    with pytest.raises(RecipeError, match="prune needs the stage correct"):
+        pool.run(work, recipe_file(), (), "prune", tp=2)
+
+
+def with_tokenizer(model: Path, folder: Path, ids: dict[str, int]) -> Path:
+    """A copy of a model with another tokenizer."""
+    import shutil
+
+    from tokenizers import Tokenizer, models
+
+    shutil.copytree(model, folder)
+    Tokenizer(models.WordLevel(ids, unk_token="<end>")).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+WRONG: list[tuple[str, dict[str, Any], dict[str, int], type[MinitronError], str]] = [
+    ("kept size larger than the teacher's", {"prune": {"hidden": 64}}, {}, PlanError, "hidden should keep 64 of 48"),
+    ("heads that do not divide", {"prune": {"heads": 3}}, {}, PlanError, "2 kv_groups"),
+    ("a layer that is not there", {"prune": {"layers": [0, 9]}}, {}, PlanError, "layers"),
+    ("a size that does not divide over tp", {"prune": {"ffn": 33}}, {"tp": 2}, TopologyError, "TP=2"),
+    ("more stages than layers", {"prune": {"layers": [0]}}, {"pp": 2}, TopologyError, "1 layers cannot fill 2"),
+    ("a batch that does not divide", {"score": {"samples": 3, "micro_batch": 2}}, {}, RecipeError, "samples is 3"),
+    ("a missing model", {"model": "nowhere"}, {}, CheckpointError, "no such folder"),
+    ("a missing corpus", {"data": {"sources": [{"path": "nowhere.jsonl"}]}}, {}, DataError, "nowhere.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("case", "changes", "layout", "kind", "said"), WRONG, ids=[case[0] for case in WRONG])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_is_one_error_on_every_rank_and_nothing_is_written(
+    recipe_file: Write,
+    pool: Pool,
+    ranks: int,
+    case: str,
+    changes: dict[str, Any],
+    layout: dict[str, int],
+    kind: type[MinitronError],
+    said: str,
+) -> None:
+    if ranks == 1 and layout:
+        pytest.skip("this error needs two ranks")
+    recipe = recipe_file(**changes)
+    keys = tuple(f"parallel.{key}={value}" for key, value in layout.items())
+    with pytest.raises(kind) as caught:
+        pool.run(work, recipe, keys, **(layout or {"dp": ranks}))
+    assert said in str(caught.value)
+    assert not (recipe.parent / "run").exists()
+
+
+def test_an_empty_corpus_and_a_foreign_tokenizer_are_refused(
+    recipe_file: Write, pool: Pool, material: Path, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(DataError, match="empty"):
+        pool.run(work, recipe_file(data={"sources": [{"path": str(empty)}]}), dp=2)
+    model = with_tokenizer(material / "model", tmp_path / "other", {"<end>": 0, **{f"x{i}": i for i in range(1, 500)}})
+    with pytest.raises(DataError, match="vocabulary"):
+        pool.run(work, recipe_file(model=str(model)), dp=2)
+
+
+def test_truncated_weights_are_refused(recipe_file: Write, pool: Pool, material: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(material / "model", tmp_path / "torn")
+    weights = tmp_path / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="torn"):
+        pool.run(work, recipe_file(model=str(tmp_path / "torn")), dp=2)
+
+
+def test_a_run_folder_of_another_model_or_of_nobody_is_refused(
+    finished: Path, recipe_file: Write, pool: Pool, tmp_path: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(load_recipe(finished).model, tmp_path / "other")
+    other = recipe_file(model=str(tmp_path / "other"), out=str(load_recipe(finished).out))
+    with pytest.raises(RecipeError, match="belongs to a recipe for the model"):
+        pool.run(work, other)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(RecipeError, match="not empty"):
+        pool.run(work, recipe_file(out=str(tmp_path / "full")))
+
+
+def test_a_teacher_that_changed_under_the_run_is_refused(finished: Path, recipe_file: Write, pool: Pool) -> None:
+    recipe = recipe_file()
+    copy_until(finished, recipe, "score")
+    record = load_recipe(recipe).out / "stages" / "correct.json"
+    saved = json.loads(record.read_text())
+    saved["result"]["hash"] = "0" * 64
+    write_json(record, saved)
+    with pytest.raises(CheckpointError, match="changed since the run began"):
+        pool.run(work, recipe, tp=2)

@@ -1,0 +1,99 @@
+"""The recipe's keys: the papers' defaults, strict names, errors in the user's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from minitron_megatron.errors import RecipeError
+from minitron_megatron.recipe import json_schema, load_recipe
+
+Write = Callable[..., Path]
+
+
+def test_the_defaults_are_those_of_llama_31_minitron(recipe_file: Write) -> None:
+    recipe = load_recipe(recipe_file(correct={}, distill=None, score=None, data={"sources": [{"path": "x"}]}))
+    distill, correct, score = recipe.distill, recipe.correct, recipe.score
+    assert correct is not None
+    assert (distill.tokens, distill.global_batch, distill.lr, distill.min_lr) == (94 * 10**9, 1152, 1e-4, 1e-5)
+    assert (distill.warmup_steps, correct.warmup_steps, correct.tokens) == (40, 120, 100 * 10**9)
+    assert (recipe.data.sequence, score.samples) == (8192, 1024)
+    assert (score.statistic.batch, score.statistic.sequence) == ("l2", "mean")
+    assert distill.steps(recipe.data.sequence) == 9961  # the papers' count
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("94e9", 94 * 10**9), ("1.5e3", 1500), ("7", 7)])
+def test_counts_may_be_written_as_powers(recipe_file: Write, text: str, tokens: int) -> None:
+    assert load_recipe(recipe_file(), [f"distill.tokens={text}"]).distill.tokens == tokens
+
+
+def test_overrides_and_out(recipe_file: Write) -> None:
+    recipe = load_recipe(recipe_file(), ["parallel.tp=2", "prune.layers=[0, 2]", "correct=null"], Path("elsewhere"))
+    assert (recipe.parallel.tp, recipe.prune.layers, recipe.correct) == (2, (0, 2), None)
+    assert recipe.out == Path("elsewhere")
+
+
+def test_an_override_changes_one_block_of_those_that_an_alias_shares(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: m\nout: o\ndata: {sources: [{path: x}]}\nprune: {}\ncorrect: &t {lr: 0.5}\ndistill: *t\n")
+    recipe = load_recipe(path, ["distill.lr=0.25"])
+    assert recipe.correct is not None
+    assert (recipe.correct.lr, recipe.distill.lr) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["prune.hiden=3"], "prune.hiden is not a known key. Did you mean 'hidden'?"),
+        (["data.sources=[{path: x, wieght: 2}]"], "data.sources.0.wieght is not a known key. Did you mean 'weight'?"),
+        (["corect.tokens=3"], "corect is not a known key. Did you mean 'correct'?"),
+        (["score.statistic.batch=l3"], "score.statistic.batch is 'l3'"),
+        (["distill.lr=-1"], "distill.lr is -1"),
+        (["distill.tokens=1.5"], "distill.tokens is 1.5"),
+        (["data.sources=[]"], "data.sources"),
+        (["data=null"], "data is None"),
+        (["prune.hidden"], "is not of the form a.b=value"),
+        (["out.x=1"], "there is no block of keys that holds x"),
+        (["prune.hidden=[1"], "is not a YAML value"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(recipe_file: Write, overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(), overrides)
+    assert said in str(caught.value)
+
+
+def test_a_missing_key_is_named(recipe_file: Write) -> None:
+    with pytest.raises(RecipeError, match=r"prune is missing"):
+        load_recipe(recipe_file(prune=None))
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b\n", "a: [", "\x00"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_recipe_is_frozen(recipe_file: Write) -> None:
+    with pytest.raises(ValidationError):
+        load_recipe(recipe_file()).seed = 2  # type: ignore[misc]
+
+
+def test_every_key_has_its_help() -> None:
+    schema = json_schema()
+    blocks = [schema, *schema["$defs"].values()]
+    described = {"warmup_steps", "lr", "min_lr", "weight_decay", "micro_batch", "global_batch"}
+    for block in blocks:
+        for key, about in block.get("properties", {}).items():
+            is_block = "$ref" in about or any("$ref" in choice for choice in about.get("anyOf", ()))
+            assert is_block or about.get("description") or key in described | {"seed", "dtype", "samples"}, key

@@ -1,0 +1,68 @@
+"""Every command and code block of the README runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_megatron.convert import load_hf
+from minitron_megatron.parallel import Topology
+from minitron_megatron.testing import Pool
+from tests.recipe.conftest import material, recipe_file
+from tests.tiny import samples, share
+
+__all__ = ["material", "recipe_file"]
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """The indented lines that start a program."""
+    return [line.split("#")[0].strip() for line in re.findall(r"^    ((?:make|minitron|launch)\b.*)$", README, re.M)]
+
+
+def test_the_two_make_commands_are_targets() -> None:
+    targets = re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.M)
+    assert {line.split()[1] for line in commands() if line.startswith("make")} == {"quickstart", "test"} <= set(targets)
+
+
+def test_the_commands_for_ones_own_model_run(material: Path, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    """In the order of the page, on a tiny model and the recipe made for it."""
+    recipe = recipe_file("recipe.yaml")
+    own = [line for line in commands() if not line.startswith("make")]
+    assert len(own) == 5
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+    environment["GRACE_SECONDS"] = "1"
+    for line in own:
+        line = line.replace("path/to/llama", str(material / "model")).replace("> recipe.yaml", f"> {tmp_path / 'init'}")
+        line = line.replace("recipe.yaml", str(recipe)).replace("launch/", f"{ROOT}/launch/")
+        line = re.sub(r"^minitron", f"{sys.executable} -m minitron_megatron", line)
+        done = subprocess.run(
+            line, shell=True, env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, (line, done.stderr)
+    assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+def job(topology: Topology, model_folder: Path, code: str) -> tuple[int, ...]:
+    model: Any = load_hf(model_folder, topology)
+    names: dict[str, Any] = {"model": model, "batches": share(samples(8), topology), "topology": topology}
+    exec(code, names)
+    shape = names["plan"].target
+    return shape.hidden, shape.ffn, sum(p.numel() for chunk in names["student"] for p in chunk.parameters())
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=["tp1", "tp2"])
+def test_the_python_block_runs(material: Path, pool: Pool, layout: dict[str, int]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = code.replace("3072", "32").replace("9216", "48")
+    hidden, ffn, _ = pool.run(job, material / "model", code, **layout)[0]
+    assert (hidden, ffn) == (32, 48)

@@ -1,0 +1,282 @@
+"""Training is plain torch's AdamW on the same model, at every layout; and a stopped run ends as an unbroken one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_megatron.convert import load_hf, model_hash, save_hf
+from minitron_megatron.errors import CheckpointError
+from minitron_megatron.events import Event
+from minitron_megatron.parallel import Topology
+from minitron_megatron.testing import Pool
+from minitron_megatron.train import LMObjective, Training, mean_loss, train
+from tests.tiny import LAYOUTS, cross_entropy, naive_training, samples, share, transformer
+
+TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, clip=1.0)
+BATCH = 8
+
+Curve = list[dict[str, float]]
+Result = tuple[Curve, str]
+"""A dict of values a step, and the hash of the final weights."""
+
+
+class Stop(Exception):
+    """A killed run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run of the Hugging Face model in `folder`."""
+
+    folder: Path
+    training: Training = TRAINING
+    micro_batch: int = 4
+    dtype: torch.dtype = torch.float32
+    checkpoints: Path | None = None
+    identity: str = "run"
+    stop_at: int | None = None
+    out: Path | None = None
+
+
+def run(topology: Topology, job: Job) -> Result:
+    model, curve = load_hf(job.folder, topology, job.dtype), []
+
+    def listen(event: Event) -> None:
+        assert (event.label, event.total, event.unit) == ("correct", job.training.steps, "steps")
+        curve.append({"step": event.done, **event.values})
+        if event.done == job.stop_at:
+            raise Stop
+
+    with suppress(Stop):
+        train(
+            model,
+            LMObjective(topology),
+            lambda step: share(samples(BATCH, seed=step), topology, job.micro_batch),
+            job.training,
+            topology,
+            label="correct",
+            checkpoints=job.checkpoints,
+            identity=job.identity,
+            listener=listen,
+        )
+    if job.out:
+        save_hf(model, job.out, topology, files_from=job.folder)
+    return curve, model_hash(model, topology)
+
+
+def column(curve: Curve, key: str) -> list[float]:
+    return [values[key] for values in curve]
+
+
+# ---- against plain torch
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoints: dict[str, Path]) -> dict[str, tuple[Curve, Any]]:
+    """name -> (the curve of plain torch, its trained transformers model)."""
+    found = {}
+    for name in ("untied", "tied"):
+        model = transformer(checkpoints[name])
+        found[name] = naive_training(model, lambda step: samples(BATCH, seed=step), TRAINING, cross_entropy), model
+    return found
+
+
+MODELS = [*(("untied", layout) for layout in LAYOUTS), *(("tied", layout) for layout in ("pp2-vp2", "tp2-pp2"))]
+
+
+@pytest.mark.parametrize(("name", "layout"), MODELS)
+def test_twenty_steps_are_those_of_plain_torch(
+    pool: Pool, checkpoints: dict[str, Path], truth: dict, name: str, layout: str, tmp_path: Path
+) -> None:
+    """Law 1 for training, and more: loss, learning rate, gradient norm and final weights, on every rank."""
+    results = pool.run(run, Job(checkpoints[name], out=tmp_path), **LAYOUTS[layout])
+    curve, model = truth[name]
+    for found, _ in results:
+        expect_same(found, curve)
+    for found, expected in zip(transformer(tmp_path).parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # Adam's steps are 2e-3 each
+
+
+def expect_same(found: Curve, expected: Curve) -> None:
+    """The loss to 1e-5."""
+    assert len(found) == len(expected)
+    for key in ("loss", "grad_norm", "lr"):
+        assert column(found, key) == pytest.approx(column(expected, key), rel=1e-5), key
+
+
+@pytest.mark.parametrize("layout", ["tp1", "dp2"])
+def test_micro_batches_change_nothing(pool: Pool, checkpoints: dict[str, Path], truth: dict, layout: str) -> None:
+    """The loss is a mean over the tokens of the global batch, however unevenly they fall to ranks and micro-batches."""
+    for micro_batch in (1, 2):
+        job = Job(checkpoints["untied"], micro_batch=micro_batch, stop_at=6)
+        for found, _ in pool.run(run, job, **LAYOUTS[layout]):
+            expect_same(found, truth["untied"][0][:6])
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "expected"),
+    [
+        (4, 2, [0.5e-3, 1e-3, 0.55e-3, 1e-4]),
+        (4, 0, [1e-4 + 9e-4 * (1 + math.cos(math.pi * k / 4)) / 2 for k in (1, 2, 3, 4)]),
+        (3, 3, [1e-3 / 3, 2e-3 / 3, 1e-3]),
+        (3, 40, [1e-3 / 40, 2e-3 / 40, 3e-3 / 40]),
+    ],
+)
+def test_the_learning_rate_warms_up_and_follows_a_cosine(
+    pool: Pool, checkpoints: dict[str, Path], steps: int, warmup: int, expected: list[float]
+) -> None:
+    """The first step has peak / warm-up and the last one the smallest."""
+    training = Training(steps=steps, lr=1e-3, min_lr=1e-4, warmup_steps=warmup)
+    ((curve, _),) = pool.run(run, Job(checkpoints["untied"], training, micro_batch=BATCH))
+    assert column(curve, "lr") == pytest.approx(expected, rel=1e-9)
+
+
+def twice(topology: Topology, job: Job) -> Curve:
+    model, curve = load_hf(job.folder, topology), []
+    for first in (0, 100):
+        train(
+            model,
+            LMObjective(topology),
+            lambda step, first=first: share(samples(BATCH, seed=first + step), topology, job.micro_batch),
+            job.training,
+            topology,
+            listener=lambda event: curve.append(dict(event.values)),
+        )
+    return curve
+
+
+def test_a_trained_model_trains_again(pool: Pool, checkpoints: dict[str, Path]) -> None:
+    """Nothing of the first run is left on the model but its weights."""
+    training = replace(TRAINING, steps=4, warmup_steps=2)
+    model = transformer(checkpoints["untied"])
+    truth = [
+        values
+        for first in (0, 100)
+        for values in naive_training(
+            model, lambda step, first=first: samples(BATCH, seed=first + step), training, cross_entropy
+        )
+    ]
+    for found in pool.run(twice, Job(checkpoints["untied"], training), dp=2):
+        expect_same(found, truth)
+
+
+# ---- stopped and resumed
+
+TWELVE = replace(TRAINING, steps=12, save_every=3)
+
+
+def broken(topology: Topology, job: Job, checkpoints: Path) -> tuple[Result, Result, Result, list[str]]:
+    """(unbroken, until it was stopped after step 7, resumed, the checkpoints that were left)."""
+    unbroken = run(topology, job)
+    stopped = run(topology, replace(job, checkpoints=checkpoints, stop_at=7))
+    left = sorted(path.name for path in checkpoints.iterdir())
+    return unbroken, stopped, run(topology, replace(job, checkpoints=checkpoints)), left
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        *((layout, torch.float32) for layout in ("tp2-sp", "pp2-vp2", "dp2")),
+        *((layout, torch.bfloat16) for layout in ("tp1", "dp2")),
+    ],
+)
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
+    pool: Pool, checkpoints: dict[str, Path], layout: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """bf16: the fp32 master weights come back too."""
+    job = Job(checkpoints["untied"], TWELVE, dtype=dtype)
+    for unbroken, stopped, resumed, left in pool.run(broken, job, tmp_path / "run", **LAYOUTS[layout]):
+        assert left == ["step_00000003", "step_00000006"]
+        assert timeless(stopped[0]) == timeless(unbroken[0])[:7]
+        assert timeless(resumed[0]) == timeless(unbroken[0])[6:]
+        assert resumed[1] == unbroken[1] != stopped[1]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step_00000006", "step_00000009"]
+
+
+def timeless(curve: Curve) -> Curve:
+    """What must be the same again, to the bit."""
+    return [{key: values[key] for key in ("step", "loss", "grad_norm", "lr", "tokens")} for values in curve]
+
+
+@pytest.mark.parametrize("saved_at", ["tp2", "pp2-vp2"])
+def test_a_run_resumes_at_another_layout(
+    pool: Pool, checkpoints: dict[str, Path], truth: dict, saved_at: str, tmp_path: Path
+) -> None:
+    job = Job(checkpoints["tied"], replace(TRAINING, save_every=3), checkpoints=tmp_path / "saved", stop_at=7)
+    pool.run(run, job, **LAYOUTS[saved_at])
+    for layout in ("tp1", "dp2", "pp2"):
+        shutil.copytree(tmp_path / "saved", tmp_path / layout)
+        (found, _), *_ = pool.run(run, replace(job, checkpoints=tmp_path / layout, stop_at=12), **LAYOUTS[layout])
+        assert [int(step) for step in column(found, "step")] == list(range(7, 13))
+        expect_same(found, truth["tied"][0][6:12])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("untied", r"belongs to another run\. Remove .*run or give"),
+        ("student", "cannot be read: Global shape mismatch"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused(
+    pool: Pool, checkpoints: dict[str, Path], name: str, says: str, tmp_path: Path
+) -> None:
+    job = Job(checkpoints["untied"], replace(TRAINING, save_every=1), checkpoints=tmp_path / "run", stop_at=2)
+    pool.run(run, job)
+    with pytest.raises(CheckpointError, match=f"step_00000001 {says}"):
+        pool.run(run, replace(job, folder=checkpoints[name], identity="another"))
+
+
+# ---- validation
+
+
+def validated(topology: Topology, job: Job) -> tuple[Curve, str, list[int], dict[str, float]]:
+    """Trains with a validation every four steps: (curve, hash, steps at which it was called, what train returned)."""
+    model, curve, called = load_hf(job.folder, topology), [], []
+    held_out = share(samples(BATCH, seed=99), topology)
+
+    def validate() -> dict[str, float]:
+        called.append(len(curve) + 1)
+        return {"valid_loss": mean_loss(model, held_out, LMObjective(topology), topology)[0]}
+
+    last = train(
+        model,
+        LMObjective(topology),
+        lambda step: share(samples(BATCH, seed=step), topology, job.micro_batch),
+        job.training,
+        topology,
+        validate=validate,
+        listener=lambda event: curve.append({"step": event.done, **event.values}),
+    )
+    return curve, model_hash(model, topology), called, last
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2-vp2"])
+def test_validation_is_called_on_time_and_changes_nothing(
+    pool: Pool, checkpoints: dict[str, Path], layout: str, tmp_path: Path
+) -> None:
+    job = Job(checkpoints["untied"], replace(TRAINING, steps=10, validate_every=4), out=tmp_path)
+    plain = pool.run(run, job, **LAYOUTS[layout])[0]
+    for curve, weights, called, last in pool.run(validated, job, **LAYOUTS[layout]):
+        assert called == [4, 8, 10]
+        assert [values["step"] for values in curve if "valid_loss" in values] == [4, 8, 10]
+        assert timeless(curve) == timeless(plain[0])
+        assert weights == plain[1]
+        assert {"step": 10, **last} == curve[-1]
+    with torch.no_grad():
+        truth = cross_entropy(transformer(tmp_path), samples(BATCH, seed=99)).item()
+    assert last["valid_loss"] == pytest.approx(truth, rel=1e-5)
+
+
+def test_tokens_are_those_that_count(pool: Pool, checkpoints: dict[str, Path]) -> None:
+    seen = [int(samples(BATCH, seed=step).mask.sum()) for step in range(3)]
+    for curve, _ in pool.run(run, Job(checkpoints["untied"], stop_at=3), dp=2):
+        assert column(curve, "tokens") == [sum(seen[: done + 1]) for done in range(3)]
