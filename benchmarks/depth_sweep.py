@@ -3,9 +3,9 @@
     python benchmarks/depth_sweep.py
 
 The floor: one pass of the whole network, and of each block's network the layers behind the block, each at its share of
-a whole pass's time, and an output layer a network. Bound: the sweep's wall time at most 1.1 of it. Paired, the floor
-taken half before and half after the sweep; one thread; median of 5. The same ratio in CPU time stands beside it, for
-other work on the machine stretches wall times unevenly.
+a whole pass's time, and an output layer a network. Bound: the sweep's wall time at most 1.1 of it. Paired a micro-batch
+at a time, the floor taken half before and half after the sweep; one thread; median of 5. The same ratio in CPU time
+stands beside it, for other work on the machine stretches wall times unevenly.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.score import leave_out
 
 SHAPE = Shape(layers=8, hidden=256, ffn=768, heads=4, kv_groups=2, head_dim=64, vocab=8000)
-SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 256, 2, 4
+SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 256, 1, 8
 LENGTHS = (1, 2, 4)
-REPEATS, PASSES = 5, 4
-"""Passes over the micro-batches that the floor is taken from: half before the sweep, half after it."""
+REPEATS, PASSES = 5, 8
+"""Passes over a micro-batch that its floor is taken from: half before its sweep, half after."""
 
 
 def batches() -> list[Batch]:
@@ -53,29 +53,30 @@ def main() -> None:
     model = build(ModelConfig(SHAPE), topology)
     fill_initial(model, topology, seed=0)
     model[0].eval()
-    states = forward_only(model, every)
     weight = output_weight(model[0]).detach()
-
-    def whole() -> None:
-        for _ in range(PASSES // 2):
-            forward_only(model, every)
-
-    def output() -> None:
-        for _ in range(PASSES // 2):
-            for hidden, batch in zip(states, every, strict=True):
-                lm_loss(hidden, weight, batch.labels, batch.mask, vocab=SHAPE.vocab, group=topology.tp_group)
-
-    def sweep() -> None:
-        leave_out(model, every, topology=topology, lengths=LENGTHS)
-
     blocks = [(first, n) for n in LENGTHS for first in range(SHAPE.layers - n + 1)]
     passes = 1 + sum(SHAPE.layers - first - n for first, n in blocks) / SHAPE.layers
-    times = []
-    for _ in range(1 + REPEATS):  # the first one warms up
-        layers, outputs, swept = seconds(whole), seconds(output), seconds(sweep)
+
+    def paired(batch: Batch) -> Tensor:
+        """[sweep, floor] x [wall, CPU], in seconds."""
+        (hidden,) = forward_only(model, [batch])
+
+        def whole() -> None:
+            for _ in range(PASSES // 2):
+                forward_only(model, [batch])
+
+        def output() -> None:
+            for _ in range(PASSES // 2):
+                lm_loss(hidden, weight, batch.labels, batch.mask, vocab=SHAPE.vocab, group=topology.tp_group)
+
+        layers, outputs = seconds(whole), seconds(output)
+        swept = seconds(lambda: leave_out(model, [batch], topology=topology, lengths=LENGTHS))
         layers, outputs = layers + seconds(whole), outputs + seconds(output)
-        times.append(torch.stack([swept, (layers * passes + outputs * (1 + len(blocks))) / PASSES]))
-    taken, floor = torch.stack(times[1:], dim=1)
+        return torch.stack([swept, (layers * passes + outputs * (1 + len(blocks))) / PASSES])
+
+    paired(every[0])  # warms up
+    times = [torch.stack([paired(batch) for batch in every]).sum(0) for _ in range(REPEATS)]
+    taken, floor = torch.stack(times, dim=1)
     wall, cpu = (taken / floor).T.tolist()
     record(
         "depth_sweep",

@@ -91,6 +91,7 @@ def _write_tensors(
                 got, tensor = next(stream)
                 assert got == name
                 writer.add(name, tensor)
+                del tensor  # before the next one comes
                 weight_map[name] = file
                 done += 1
                 listener(Event("export", done, len(shapes), "tensors"))
@@ -113,11 +114,13 @@ def full_tensors(model: Any, topology: Topology, dtype: torch.dtype) -> Iterator
         if full is None:
             continue
         param = lookup(name)
+        local = None
         for role, hf in family_of(config.source).hf_names(name).items():
             if role == WHOLE:
                 yield hf, full[: param.shape(config.shape.sizes(padded=False))[0]]
             else:
                 yield hf, full.index_select(0, param.role_rows(0, role, sizes).to(full.device))
+        del full  # before the next one comes
 
 
 def _gather(
@@ -137,7 +140,10 @@ def _gather(
         rows = param.shard_rows(param.tp_dim, sizes, tp_rank, topology.tp)
         shape = list(param.shape(sizes))
         shape[param.tp_dim] = len(rows)
-        part = move(local, tuple(shape), dtype, topology.device, source=topology.rank_at(stage, tp_rank))
-        if full is not None and part is not None:
+        place = full[int(rows[0]) : int(rows[-1]) + 1] if full is not None and param.tp_dim == 0 else None
+        into = place if place is not None and len(place) == len(rows) else None  # received where it belongs
+        source = topology.rank_at(stage, tp_rank)
+        part = move(local, tuple(shape), dtype, topology.device, source=source, into=into)
+        if full is not None and part is not None and part is not into:
             full.index_copy_(param.tp_dim, rows.to(full.device), part)
     return full

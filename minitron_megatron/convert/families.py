@@ -117,8 +117,11 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face config; raises CheckpointError where there is none."""
-    model_type = str(hf.get("model_type"))
+    """The family of a Hugging Face config, llama for the empty one of a model built elsewhere.
+
+    Raises CheckpointError where the config names no family that is known.
+    """
+    model_type = str(hf.get("model_type")) if hf else "llama"
     if model_type not in FAMILIES:
         raise CheckpointError(
             f"model_type {model_type!r} is not supported.{did_you_mean(model_type, FAMILIES)} "

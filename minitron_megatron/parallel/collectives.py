@@ -83,9 +83,18 @@ def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> l
 
 
 def move(
-    tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device, source: int, target: int = 0
+    tensor: Tensor | None,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    source: int,
+    target: int = 0,
+    into: Tensor | None = None,
 ) -> Tensor | None:
-    """The tensor of global rank `source` on global rank `target`; None on every other rank. Only these two wait."""
+    """The tensor of global rank `source` on global rank `target`; None on every other rank. Only these two wait.
+
+    into: where it shall lie on the target, contiguous; by default in new memory.
+    """
     me = dist.get_rank()
     if source == target:
         return tensor if me == target else None
@@ -94,7 +103,8 @@ def move(
         dist.send(tensor.contiguous(), dst=target)  # gloo ignores strides: contiguous or corrupted
     if me != target:
         return None
-    received = torch.empty(tuple(shape), dtype=dtype, device=device)
+    received = torch.empty(tuple(shape), dtype=dtype, device=device) if into is None else into
+    assert received.is_contiguous()
     dist.recv(received, src=source)
     return received
 

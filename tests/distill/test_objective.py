@@ -55,7 +55,7 @@ def distil(topology: Topology, job: Job) -> Result:
         listener=lambda event: curve.append(dict(event.values)),
     )
     save_hf(student, job.out, topology, files_from=job.student)
-    held_out = mean_loss(student, share(samples(20, seed=99), topology, 1), objective, topology)
+    held_out = mean_loss(student, share(samples(10, seed=99), topology, 1), objective, topology)
     weights = [weight for chunk in teacher for weight in chunk.parameters()]
     frozen = all(weight.grad is None and not weight.requires_grad for weight in weights)
     return Result(curve, held_out, model_hash(teacher, topology), frozen and not any(c.training for c in teacher))
@@ -101,7 +101,7 @@ def test_distillation_is_plain_torchs(
 
 
 def expect_held_out(result: Result, student: Any, teacher: Any, temperature: float) -> None:
-    every = samples(20, seed=99)
+    every = samples(10, seed=99)
     with torch.no_grad():
         expected = divergence(student, teacher, every, temperature).item()
     assert result.held_out[0] == pytest.approx(expected, rel=1e-5)

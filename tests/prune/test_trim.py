@@ -51,7 +51,6 @@ def plans(shape: Shape) -> dict[str, Plan]:
         "lopsided": lopsided(shape),
         # layer 2 changes its pipeline stage; with vp=2, layers 1, 2 and 3 do
         "early": Plan(shape, {"ffn": dict.fromkeys(range(4), LAST)}, (0, 1, 2, 3)),
-        "late": Plan(shape, {}, (1, 2, 3, 4)),
         # layer 3 goes up a stage
         "few": Plan(shape, {"hidden": {None: tuple(range(1, 48, 2))}}, (0, 3, 4)),
     }
