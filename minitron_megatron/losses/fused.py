@@ -49,7 +49,7 @@ def lm_loss(
     vocabulary = Vocabulary(vocab, group)
     divergence = CrossEntropy(vocabulary, _flat(labels)[tokens], weight.shape[0])
     chunk = chunk or chunk_tokens(weight.shape[0])
-    return _Fused.apply(hidden, weight, tokens, divergence, vocabulary, sequence_parallel, chunk)
+    return _fused(hidden, weight, tokens, divergence, vocabulary, sequence_parallel, chunk)
 
 
 def distill_loss(
@@ -80,7 +80,7 @@ def distill_loss(
 
     divergence = ForwardKL(vocabulary, teacher, temperature)
     chunk = chunk or chunk_tokens(weight.shape[0])
-    return _Fused.apply(hidden, weight, tokens, divergence, vocabulary, sequence_parallel, chunk)
+    return _fused(hidden, weight, tokens, divergence, vocabulary, sequence_parallel, chunk)
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -97,6 +97,13 @@ def _states(hidden: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
     """[s, b, h] -> [n, h], gathered over the ranks that share the sequence."""
     full = gather_sequence(hidden, group) if sequence_parallel else hidden
     return full.reshape(-1, full.shape[-1])
+
+
+def _fused(hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """`_Fused`, forming no gradients under `no_grad`, which a Function's `needs_input_grad` does not see."""
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    return _Fused.apply(hidden, weight, *rest)
 
 
 class _Fused(torch.autograd.Function):
