@@ -63,6 +63,7 @@ class Data(Keys):
     """The distillation corpus; teacher correction and calibration draw from it too."""
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """What is blended, by weight."""
     sequence: Count = 8192
     """Tokens a sample."""
     text_key: str = "text"
@@ -149,6 +150,7 @@ class Distill(TrainingKeys):
     """Forward KL on the logits of the teacher."""
 
     temperature: Positive = 1.0
+    """Divides both models' logits; the papers found 1 best."""
 
 
 class Evaluate(Keys):
