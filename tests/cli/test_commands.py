@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,9 @@ def test_an_error_that_only_the_models_know_is_one_message_too(recipe_file: Writ
 def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(recipe_file: Write) -> None:
     recipe = recipe_file()
     command = [sys.executable, "-m", "minitron_megatron", "run", str(recipe)]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) as run:  # type: ignore[call-overload]
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job is deaf to it
+    options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "preexec_fn": hears}
+    with subprocess.Popen(command, text=True, env=ENVIRONMENT, **options) as run:  # type: ignore[call-overload]
         record = load_recipe(recipe).out / "stages" / "prepare.json"
         until = time.monotonic() + 120
         while not record.exists() and time.monotonic() < until:
