@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,12 @@ def _model_config(hf: Mapping[str, Any]) -> ModelConfig:
     shape = Shape(
         layers=hf["num_hidden_layers"],
         hidden=hf["hidden_size"],
-        ffn=hf["intermediate_size"],
         heads=heads,
         kv_groups=hf.get("num_key_value_heads") or heads,
         head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
         vocab=hf["vocab_size"],
         tied=hf.get("tie_word_embeddings", False),
-        **family.shape,
+        **({"ffn": 0} | {field: _first(hf, keys) for field, keys in family.keys.items()} | dict(family.shape)),
     )
     return ModelConfig(
         shape=shape,
@@ -92,9 +91,15 @@ def _model_config(hf: Mapping[str, Any]) -> ModelConfig:
         rotary_share=rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor", family.rotary_share),
         max_positions=hf.get("max_position_embeddings", 2048),
         init_std=hf.get("initializer_range", 0.02),
+        router_pre_softmax=not hf.get("norm_topk_prob", family.renormalises),
         source=hf,
         **family.functions,
     )
+
+
+def _first(hf: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """What a config says under the first of these keys that it has."""
+    return hf[next((key for key in keys if key in hf), keys[0])]
 
 
 def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "architectures": [family.architecture],
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
+        **{key: getattr(shape, field) for field, keys in family.keys.items() for key in keys},
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_groups,
         "head_dim": shape.head_dim,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..events import Event, Listener, silent
 from ..files import whole_folder, write_json
 from ..layout import lookup
-from ..model import ModelConfig, chunks_of, config_of, home_stage, named_shards
+from ..model import ModelConfig, chunks_of, config_of, home, named_shards
 from ..parallel import Topology, barrier, move
 from .config import flat_config
 from .families import WHOLE, family_of
@@ -126,23 +126,20 @@ def full_tensors(model: Any, topology: Topology, dtype: torch.dtype) -> Iterator
 def _gather(
     local: Tensor | None, name: str, config: ModelConfig, topology: Topology, dtype: torch.dtype
 ) -> Tensor | None:
-    """The unsharded parameter on global rank 0, None elsewhere; only data-parallel rank 0 sends."""
-    if topology.dp_rank != 0:
-        return None
+    """The unsharded parameter on global rank 0, None elsewhere; only the first replica sends."""
     param, sizes = lookup(name), config.shape.sizes()
-    stage = home_stage(name, config.shape, topology)
+    sources = [home(name, config.shape, topology, tp_rank, replica=0) for tp_rank in range(topology.tp)]
     writer = topology.rank == 0
     if param.tp is None or topology.tp == 1:
-        return move(local, param.shape(sizes), dtype, topology.device, source=topology.rank_at(stage, 0))
+        return move(local, param.shape(sizes), dtype, topology.device, source=sources[0])
     full = torch.empty(param.shape(sizes), dtype=dtype, device=topology.device) if writer else None
     assert param.tp_dim is not None
-    for tp_rank in range(topology.tp):
+    for tp_rank, source in enumerate(sources):
         rows = param.shard_rows(param.tp_dim, sizes, tp_rank, topology.tp)
         shape = list(param.shape(sizes))
         shape[param.tp_dim] = len(rows)
         place = full[int(rows[0]) : int(rows[-1]) + 1] if full is not None and param.tp_dim == 0 else None
         into = place if place is not None and len(place) == len(rows) else None  # received where it belongs
-        source = topology.rank_at(stage, tp_rank)
         part = move(local, tuple(shape), dtype, topology.device, source=source, into=into)
         if full is not None and part is not None and part is not into:
             full.index_copy_(param.tp_dim, rows.to(full.device), part)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CheckpointError, did_you_mean
-from ..layout import Shape, lookup
+from ..layout import Shape, expert_of, layer_of, lookup
 
 __all__ = ["FAMILIES", "WHOLE", "Family", "family_of"]
 
@@ -18,12 +19,17 @@ Names = Mapping[str, Mapping[str, str]]
 """Megatron pattern -> role -> Hugging Face pattern."""
 
 
+Keys = Mapping[str, tuple[str, ...]]
+"""Field of `Shape` -> the config's names for it: the first that is there is read, all are written."""
+
 Only = Mapping[str, tuple[Any, ...]]
 """Setting -> the values that are supported; the first is what an absent one means."""
 
 LLAMA_ONLY: Only = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)}
 NEMOTRON_ONLY: Only = {"hidden_act": ("relu2",), "attention_bias": (False,), "mlp_bias": (False,)}
+MIXTRAL_ONLY: Only = {"hidden_act": ("silu",), "attention_bias": (False,)}
 QWEN_ONLY: Only = {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)}
+QWEN_MOE_ONLY: Only = {**QWEN_ONLY, "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,16 @@ class Family:
     """The share of each head that is rotated where its config does not say."""
     only: Only = field(default_factory=lambda: LLAMA_ONLY)
     """Settings that change the function."""
+    keys: Keys = field(default_factory=lambda: {"ffn": ("intermediate_size",)})
+    """How its config calls what is not alike in all families."""
+    renormalises: bool = True
+    """Whether a token's experts are weighed among themselves where its config does not say (`norm_topk_prob`)."""
 
     def hf_names(self, name: str) -> dict[str, str]:
         """role -> Hugging Face tensor, for a parameter's global Megatron name."""
-        parts = name.split(".")
-        layer = parts[2] if name.startswith("decoder.layers.") else ""
-        pattern = ".".join([*parts[:2], "*", *parts[3:]]) if layer else name
-        return {role: hf.replace("*", layer) for role, hf in self.names[pattern].items()}
+        numbers = [str(number) for number in (layer_of(name), expert_of(name)) if number is not None]
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        return {role: hf.replace("*", "{}").format(*numbers) for role, hf in self.names[pattern].items()}
 
     def tensors(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every Hugging Face tensor of a shape with its own shape, in the order of the layers."""
@@ -95,6 +104,44 @@ NEMOTRON_NAMES: Names = {
     "decoder.final_layernorm.bias": {WHOLE: "model.norm.bias"},
 }
 
+EXPERT, HF_MIXTURE = LAYER + "mlp.experts.local_experts.*.", HF_LAYER + "block_sparse_moe."
+
+
+def _mixture(dense: Names, names: Names) -> Names:
+    """The names of a family whose MLPs are mixtures."""
+    return {**{name: hf for name, hf in dense.items() if ".mlp." not in name}, **names}
+
+
+MIXTRAL_NAMES: Names = _mixture(
+    LLAMA_NAMES,
+    {
+        LAYER + "mlp.router.weight": {WHOLE: HF_MIXTURE + "gate.weight"},
+        EXPERT + "linear_fc1.weight": {
+            role: f"{HF_MIXTURE}experts.*.{hf}.weight" for role, hf in (("gate", "w1"), ("up", "w3"))
+        },
+        EXPERT + "linear_fc2.weight": {WHOLE: HF_MIXTURE + "experts.*.w2.weight"},
+    },
+)
+QWEN_EXPERTS: Names = {
+    LAYER + "mlp.router.weight": {WHOLE: HF_LAYER + "mlp.gate.weight"},
+    EXPERT + "linear_fc1.weight": {role: f"{HF_LAYER}mlp.experts.*.{role}_proj.weight" for role in ("gate", "up")},
+    EXPERT + "linear_fc2.weight": {WHOLE: HF_LAYER + "mlp.experts.*.down_proj.weight"},
+}
+QWEN_SHARED: Names = {
+    LAYER + "mlp.shared_experts.linear_fc1.weight": {
+        role: f"{HF_LAYER}mlp.shared_expert.{role}_proj.weight" for role in ("gate", "up")
+    },
+    LAYER + "mlp.shared_experts.linear_fc2.weight": {WHOLE: HF_LAYER + "mlp.shared_expert.down_proj.weight"},
+    LAYER + "mlp.shared_experts.gate_weight": {WHOLE: HF_LAYER + "mlp.shared_expert_gate.weight"},
+}
+EXPERT_KEYS: Keys = {"experts_per_token": ("num_experts_per_tok",)}
+MIXTRAL_KEYS: Keys = {**EXPERT_KEYS, "experts": ("num_local_experts",), "expert_ffn": ("intermediate_size",)}
+QWEN_MOE_KEYS: Keys = {
+    **EXPERT_KEYS,
+    "experts": ("num_experts", "num_local_experts"),  # of transformers 4.x and, for Qwen3, 5.x
+    "expert_ffn": ("moe_intermediate_size",),
+}
+
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
@@ -102,6 +149,25 @@ FAMILIES: Mapping[str, Family] = {
         Family("mistral", "MistralForCausalLM", LLAMA_NAMES),
         Family("qwen2", "Qwen2ForCausalLM", QWEN2_NAMES, {"qkv_bias": True}, only=QWEN_ONLY),
         Family("qwen3", "Qwen3ForCausalLM", QWEN3_NAMES, {"qk_norm": True}, only=QWEN_ONLY),
+        Family("mixtral", "MixtralForCausalLM", MIXTRAL_NAMES, only=MIXTRAL_ONLY, keys=MIXTRAL_KEYS),
+        Family(
+            "qwen2_moe",
+            "Qwen2MoeForCausalLM",
+            _mixture(QWEN2_NAMES, {**QWEN_EXPERTS, **QWEN_SHARED}),
+            {"qkv_bias": True, "shared_gate": True},
+            only={**QWEN_MOE_ONLY, "qkv_bias": (True,)},
+            keys={**QWEN_MOE_KEYS, "shared_ffn": ("shared_expert_intermediate_size",)},
+            renormalises=False,
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            _mixture(QWEN3_NAMES, QWEN_EXPERTS),
+            {"qk_norm": True},
+            only=QWEN_MOE_ONLY,
+            keys=QWEN_MOE_KEYS,
+            renormalises=False,
+        ),
         Family(
             "nemotron",
             "NemotronForCausalLM",

@@ -3,21 +3,36 @@
 Knows: names of Megatron-Core parameters, axes, sizes. Must not know: processes, modules, files.
 """
 
-from .count import flops_per_token, kv_cache_bytes, parameters
+from .count import active_parameters, flops_per_token, kv_cache_bytes, parameters
 from .param import Axis, Param, coords
 from .shape import Shape
-from .table import PER_LAYER, PUBLIC_AXES, TABLE, Keep, axis_coords, kept_rows, layer_of, lookup, markdown
+from .table import (
+    PER_LAYER,
+    PUBLIC_AXES,
+    TABLE,
+    WITHIN,
+    Keep,
+    axis_coords,
+    expert_of,
+    kept_rows,
+    layer_of,
+    lookup,
+    markdown,
+)
 
 __all__ = [
     "PER_LAYER",
     "PUBLIC_AXES",
     "TABLE",
+    "WITHIN",
     "Axis",
     "Keep",
     "Param",
     "Shape",
+    "active_parameters",
     "axis_coords",
     "coords",
+    "expert_of",
     "flops_per_token",
     "kept_rows",
     "kv_cache_bytes",

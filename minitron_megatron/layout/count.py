@@ -5,15 +5,28 @@ from __future__ import annotations
 from math import prod
 
 from .shape import Shape
-from .table import lookup
+from .table import expert_of, lookup
 
-__all__ = ["flops_per_token", "kv_cache_bytes", "parameters"]
+__all__ = ["active_parameters", "flops_per_token", "kv_cache_bytes", "parameters"]
 
 
 def parameters(shape: Shape) -> int:
     """Parameters of a shape, vocabulary unpadded, a tied embedding counted once."""
+    return sum(_weights(shape).values())
+
+
+def active_parameters(shape: Shape) -> int:
+    """Parameters that one token goes through: of a mixture, as many experts as it is sent to."""
+    return sum(_active(shape).values())
+
+
+def _weights(shape: Shape) -> dict[str, int]:
     sizes = shape.sizes(padded=False)
-    return sum(prod(lookup(name).shape(sizes)) for name in shape.names())
+    return {name: prod(lookup(name).shape(sizes)) for name in shape.names()}
+
+
+def _active(shape: Shape) -> dict[str, int]:
+    return {name: n for name, n in _weights(shape).items() if (expert_of(name) or 0) < max(shape.experts_per_token, 1)}
 
 
 def kv_cache_bytes(shape: Shape, batch: int, context: int, bytes_per_number: int = 2) -> int:
@@ -26,8 +39,7 @@ def flops_per_token(shape: Shape, sequence: int) -> int:
 
     A backward pass costs twice as much. Norms, softmax and the embedding look-up are left out.
     """
-    sizes = shape.sizes(padded=False)
-    matrices = sum(prod(lookup(name).shape(sizes)) for name in shape.names() if len(lookup(name).dims) == 2)
+    matrices = sum(n for name, n in _active(shape).items() if len(lookup(name).dims) == 2)
     if not shape.tied:  # the look-up costs nothing; a tied matrix is multiplied once, by the output layer
         matrices -= shape.vocab * shape.hidden
     attention = 2 * shape.layers * shape.heads * shape.head_dim * sequence  # q.k and p.v, half of each by causality

@@ -31,6 +31,15 @@ class Shape:
     qkv_bias: bool = False
     qk_norm: bool = False
     """Whether queries and keys are normalised, a head at a time."""
+    experts: int = 0
+    """Of each layer's mixture; 0: the MLP is dense. A mixture has no neurons on axis `ffn`."""
+    experts_per_token: int = 0
+    expert_ffn: int = 0
+    """Neurons of each expert."""
+    shared_ffn: int = 0
+    """Neurons of the experts that every token goes through, all together."""
+    shared_gate: bool = False
+    """Whether a gate weighs what the shared experts give."""
 
     @property
     def padded_vocab(self) -> int:
@@ -46,12 +55,19 @@ class Shape:
             "kv_group": self.kv_groups,
             "q": self.heads // self.kv_groups,
             "head_dim": self.head_dim,
+            "expert": self.experts,
+            "expert_ffn": self.expert_ffn,
+            "shared_ffn": self.shared_ffn,
             **({"gate": 1} if self.gated else {"gate": 0}),
         }
 
     def axis_size(self, axis: str) -> int:
-        """Units along a public axis: `layers`, `hidden`, `ffn`, `heads`, `kv_groups`."""
+        """The size of a public axis: `layers`, `hidden`, `ffn`, `heads`, `kv_groups`, `experts`, `expert_ffn`, ..."""
         return int(getattr(self, axis))
+
+    def units(self, axis: str) -> int:
+        """How many units an axis numbers in a layer: its size, of `expert_ffn` the neurons of all experts."""
+        return self.expert_ffn * self.experts if axis == "expert_ffn" else self.axis_size(axis)
 
     def resized(self, **sizes: int) -> Shape:
         """The same architecture with other sizes on some public axes."""
@@ -71,8 +87,20 @@ class Shape:
                 yield from (f"{at}.{ATTENTION}.{which}_layernorm.weight" for which in ("q", "k"))
             yield f"{at}.{ATTENTION}.linear_proj.weight"
             yield from (f"{at}.pre_mlp_layernorm.{leaf}" for leaf in norm)
-            yield f"{at}.mlp.linear_fc1.weight"
-            yield f"{at}.mlp.linear_fc2.weight"
+            yield from (f"{at}.mlp.{name}" for name in self._mlp_names())
         yield from (f"decoder.final_layernorm.{leaf}" for leaf in norm)
         if not self.tied:
             yield "output_layer.weight"
+
+    def _mlp_names(self) -> Iterator[str]:
+        linears = ("linear_fc1.weight", "linear_fc2.weight")
+        if not self.experts:
+            yield from linears
+            return
+        yield "router.weight"
+        for expert in range(self.experts):
+            yield from (f"experts.local_experts.{expert}.{linear}" for linear in linears)
+        if self.shared_ffn:
+            yield from (f"shared_experts.{linear}" for linear in linears)
+            if self.shared_gate:
+                yield "shared_experts.gate_weight"

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import LayoutError
 from .param import ABSENT, Param, coords
 
-__all__ = ["PUBLIC_AXES", "TABLE", "Keep", "lookup", "markdown"]
+__all__ = ["PUBLIC_AXES", "TABLE", "WITHIN", "Keep", "axis_coords", "expert_of", "kept_rows", "lookup", "markdown"]
 
 
 def P(dims: str, tp: str | None = None) -> Param:
@@ -20,6 +20,7 @@ def P(dims: str, tp: str | None = None) -> Param:
 
 
 LAYER = "decoder.layers.*."
+EXPERT = LAYER + "mlp.experts.local_experts.*."
 TABLE: Mapping[str, Param] = {
     "embedding.word_embeddings.weight": P("vocab, hidden", tp="vocab"),
     LAYER + "input_layernorm.weight": P("hidden"),
@@ -33,22 +34,34 @@ TABLE: Mapping[str, Param] = {
     LAYER + "pre_mlp_layernorm.bias": P("hidden"),
     LAYER + "mlp.linear_fc1.weight": P("(gate + up) ffn, hidden", tp="ffn"),
     LAYER + "mlp.linear_fc2.weight": P("hidden, ffn", tp="ffn"),
+    LAYER + "mlp.router.weight": P("expert, hidden"),
+    EXPERT + "linear_fc1.weight": P("(gate + up) expert_ffn, hidden"),
+    EXPERT + "linear_fc2.weight": P("hidden, expert_ffn"),
+    LAYER + "mlp.shared_experts.linear_fc1.weight": P("(gate + up) shared_ffn, hidden", tp="shared_ffn"),
+    LAYER + "mlp.shared_experts.linear_fc2.weight": P("hidden, shared_ffn", tp="shared_ffn"),
+    LAYER + "mlp.shared_experts.gate_weight": P("one, hidden"),
     "decoder.final_layernorm.weight": P("hidden"),
     "decoder.final_layernorm.bias": P("hidden"),
     "output_layer.weight": P("vocab, hidden", tp="vocab"),
 }
-"""An ungated fc1 is the same row with a `gate` of size 0."""
+"""An ungated fc1 is the same row with a `gate` of size 0. Experts are split over ranks whole, never by TP."""
 
 PUBLIC_AXES: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden",),
     "ffn": ("ffn",),
     "heads": ("kv_group", "q"),
     "kv_groups": ("kv_group",),
+    "experts": ("expert",),
+    "expert_ffn": ("expert", "expert_ffn"),
+    "shared_ffn": ("shared_ffn",),
 }
 """A public axis as a product of the table's words. An index of `heads` is kv_group * q_per_group + q."""
 
-PER_LAYER = frozenset({"ffn", "heads", "kv_groups"})
-"""Axes on which every layer keeps its own units; the others share one choice because of the residual stream."""
+WITHIN: Mapping[str, str] = {"heads": "kv_groups", "expert_ffn": "experts"}
+"""Axes whose units lie in those of another: as many stay in each that stays, and they go where it goes."""
+
+PER_LAYER = frozenset(PUBLIC_AXES) - {"hidden"}
+"""Axes on which every layer keeps its own units; `hidden` is one choice because of the residual stream."""
 
 Keep = Mapping[str, Tensor]
 """Public axis -> the global indices that stay, ascending: int64 [kept]. An axis that is absent stays whole."""
@@ -69,12 +82,26 @@ def layer_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def axis_coords(axis: str, dim: str, sizes: Mapping[str, int]) -> Tensor | None:
-    """The index on a public axis of every row of `dim`: int64 [rows], -1 where it does not reach; None: not at all."""
+def expert_of(name: str) -> int | None:
+    """The expert of its layer that a parameter belongs to, from 0; None outside the experts."""
+    found = re.search(r"\.local_experts\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def axis_coords(axis: str, dim: str, sizes: Mapping[str, int], expert: int | None = None) -> Tensor | None:
+    """The index on a public axis of every row of `dim`: int64 [rows], -1 where it does not reach; None: not at all.
+
+    expert: where the dim is that of one expert's parameter, which one.
+    """
     at = coords(dim, sizes)
-    if any(word not in at for word in PUBLIC_AXES[axis]):
+    *outer, last = PUBLIC_AXES[axis]
+    if last not in at:
         return None
-    index = torch.zeros_like(next(iter(at.values())))
+    if expert is not None:
+        at = {**at, "expert": torch.full_like(at[last], expert)}
+    if any(word not in at for word in outer):
+        return None
+    index = torch.zeros_like(at[last])
     reached = torch.ones_like(index, dtype=torch.bool)
     for word in PUBLIC_AXES[axis]:
         index = index * sizes[word] + at[word]
@@ -82,11 +109,14 @@ def axis_coords(axis: str, dim: str, sizes: Mapping[str, int]) -> Tensor | None:
     return torch.where(reached, index, ABSENT)
 
 
-def kept_rows(param: Param, dim: int, sizes: Mapping[str, int], keep: Keep) -> Tensor:
-    """The rows of `dim` whose index is kept on every axis that reaches them, in order: int64 [kept rows]."""
+def kept_rows(param: Param, dim: int, sizes: Mapping[str, int], keep: Keep, expert: int | None = None) -> Tensor:
+    """The rows of `dim` whose index is kept on every axis that reaches them, in order: int64 [kept rows].
+
+    expert: where the parameter is that of one expert, which one.
+    """
     stays = torch.ones(param.shape(sizes)[dim], dtype=torch.bool)
     for axis, kept in keep.items():
-        index = axis_coords(axis, param.dims[dim], sizes)
+        index = axis_coords(axis, param.dims[dim], sizes, expert)
         if index is not None:
             stays &= (index == ABSENT) | torch.isin(index, kept)
     return stays.nonzero().flatten()

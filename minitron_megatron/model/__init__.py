@@ -9,7 +9,7 @@ from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import ModelConfig, check_fits, config_of
 from .initial import fill_initial
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
-from .shards import NamedShard, adopt, home_stage, named_shards, output_weight
+from .shards import NamedShard, adopt, home, named_shards, output_weight
 
 __all__ = [
     "MicroBatch",
@@ -26,7 +26,7 @@ __all__ = [
     "forward_kept",
     "forward_only",
     "forward_rest",
-    "home_stage",
+    "home",
     "latest_checkpoint",
     "load_checkpoint",
     "named_shards",

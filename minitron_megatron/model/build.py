@@ -29,7 +29,7 @@ def build(
     chunks: list[Any] = []
     for virtual in range(topology.vp):
         at = virtual * topology.pp + topology.pp_rank
-        spec = block_spec(config.norm, len(stages[at]), qk_norm=config.shape.qk_norm)
+        spec = block_spec(config.norm, len(stages[at]), qk_norm=config.shape.qk_norm, experts=config.shape.experts)
         chunk = _gpt(
             mcore,
             spec,
@@ -81,8 +81,11 @@ def _resized(mcore: Any, config: ModelConfig, topology: Topology) -> Any:
 
     check_fits(config.shape, topology)
     new, shape = copy(mcore), config.shape
-    new.num_layers, new.hidden_size, new.ffn_hidden_size = shape.layers, shape.hidden, shape.ffn
+    new.num_layers, new.hidden_size, new.ffn_hidden_size = shape.layers, shape.hidden, shape.ffn or shape.expert_ffn
     new.num_attention_heads, new.num_query_groups = shape.heads, shape.kv_groups
+    if shape.experts:
+        new.num_moe_experts, new.moe_ffn_hidden_size = shape.experts, shape.expert_ffn
+        new.moe_shared_expert_intermediate_size = shape.shared_ffn or None
     new.pipeline_model_parallel_layout = pipeline_layout(shape.layers, topology)
     new.__post_init__()
     return new

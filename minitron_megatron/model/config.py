@@ -39,6 +39,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     zero_centered_norm: bool = False
     """Whether the stored norm weight is gamma - 1 (Nemotron's LayerNorm1p)."""
+    router_pre_softmax: bool = False
+    """Whether a token's experts are weighed by their share among all; otherwise among those that it is sent to."""
     activation: str = "silu"
     """`silu`, or `relu2`: squared ReLU."""
     rotary_base: float = 10000.0
@@ -59,7 +61,8 @@ class ModelConfig:
 def check_fits(shape: Shape, topology: Topology) -> None:
     """Raises TopologyError where a shape cannot be spread over a layout; says which tp would do."""
     topology.stages(shape.layers)
-    sizes = {"kv_groups": shape.kv_groups, "ffn": shape.ffn, "vocab": shape.padded_vocab}
+    _check_experts(shape, topology)
+    sizes = {axis: shape.axis_size(axis) for axis in ("kv_groups", "ffn", "shared_ffn")} | {"vocab": shape.padded_vocab}
     for axis, size in sizes.items():
         if size % topology.tp:
             fits = [str(tp) for tp in range(1, 9) if all(each % tp == 0 for each in sizes.values())]
@@ -67,6 +70,19 @@ def check_fits(shape: Shape, topology: Topology) -> None:
                 f"axis {axis} has {size} units, which cannot be split over TP={topology.tp}. "
                 f"Run with TP {' or '.join(fits)}, or choose a multiple of {topology.tp}."
             )
+
+
+def _check_experts(shape: Shape, topology: Topology) -> None:
+    if topology.ep > 1 and not shape.experts:
+        raise TopologyError(f"ep={topology.ep} spreads experts, and the model has none. Set ep to 1.")
+    if shape.experts % topology.ep:
+        fits = " or ".join(str(ep) for ep in range(1, topology.ep) if shape.experts % ep == 0)
+        raise TopologyError(
+            f"axis experts has {shape.experts} units, which cannot be split over EP={topology.ep}. "
+            f"Run with EP {fits}, or choose a multiple of {topology.ep}."
+        )
+    if shape.experts and topology.tp > 1 and not topology.sequence_parallel:
+        raise TopologyError("experts at tp of 2 or more need sequence parallelism. Set sequence_parallel to true.")
 
 
 def transformer_config(
@@ -83,7 +99,7 @@ def transformer_config(
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
-        ffn_hidden_size=shape.ffn,
+        ffn_hidden_size=shape.ffn or shape.expert_ffn,
         num_attention_heads=shape.heads,
         num_query_groups=shape.kv_groups,
         kv_channels=shape.head_dim,
@@ -95,6 +111,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,
+        **_mixture(config, topology),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -120,6 +137,25 @@ def transformer_config(
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
+
+
+def _mixture(config: ModelConfig, topology: Topology) -> dict[str, Any]:
+    """mcore's keys for a mixture of experts: no auxiliary loss, no token dropped, the router in fp32."""
+    shape = config.shape
+    if not shape.experts:
+        return {}
+    return {
+        "num_moe_experts": shape.experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.expert_ffn,
+        "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
+        "moe_shared_expert_gate": shape.shared_gate,
+        "moe_router_pre_softmax": config.router_pre_softmax,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall" if topology.device.type == "cuda" else "allgather",  # CUDA streams
+        "expert_model_parallel_size": topology.ep,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def pipeline_layout(layers: int, topology: Topology) -> list[list[str]] | None:
@@ -160,7 +196,7 @@ def config_of(model: Any) -> ModelConfig:
     shape = Shape(
         layers=mcore.num_layers,
         hidden=mcore.hidden_size,
-        ffn=mcore.ffn_hidden_size,
+        ffn=0 if mcore.num_moe_experts else mcore.ffn_hidden_size,
         heads=mcore.num_attention_heads,
         kv_groups=mcore.num_query_groups or mcore.num_attention_heads,
         head_dim=mcore.kv_channels,
@@ -170,6 +206,7 @@ def config_of(model: Any) -> ModelConfig:
         norm_bias=mcore.normalization == "LayerNorm",
         qkv_bias=mcore.add_qkv_bias,
         qk_norm=mcore.qk_layernorm,
+        **_experts(mcore),
     )
     return ModelConfig(
         shape=shape,
@@ -180,3 +217,16 @@ def config_of(model: Any) -> ModelConfig:
         rotary_base=getattr(model, "rotary_base", 10000.0),
         max_positions=model.max_sequence_length,
     )
+
+
+def _experts(mcore: Any) -> dict[str, Any]:
+    """The part of a shape that is about experts."""
+    if not mcore.num_moe_experts:
+        return {}
+    return {
+        "experts": mcore.num_moe_experts,
+        "experts_per_token": mcore.moe_router_topk,
+        "expert_ffn": mcore.moe_ffn_hidden_size,
+        "shared_ffn": mcore.moe_shared_expert_intermediate_size or 0,
+        "shared_gate": mcore.moe_shared_expert_gate,
+    }

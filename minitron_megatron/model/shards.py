@@ -9,10 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layout import Shape, layer_of
+from ..layout import Shape, expert_of, layer_of
 from ..parallel import Topology
 
-__all__ = ["NamedShard", "adopt", "home_stage", "named_shards", "output_weight"]
+__all__ = ["NamedShard", "adopt", "home", "named_shards", "output_weight"]
+
+FUSED_NORMS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
+"""Transformer Engine's linear layers that hold the norm before them, as `layer_norm_weight` and `layer_norm_bias`."""
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -48,8 +51,19 @@ def _global(local: str, gpt: Any) -> str:
     found = re.match(r"decoder\.layers\.(\d+)\.", local)
     if not found:
         return local
-    layer = gpt.decoder.layers[int(found[1])].layer_number - 1
-    return f"decoder.layers.{layer}.{local[found.end() :]}"
+    layer = gpt.decoder.layers[int(found[1])]
+    rest = _canonical(local[found.end() :])
+    expert = expert_of(f".{rest}")
+    if expert is not None:
+        rest = rest.replace(f".{expert}.", f".{expert + layer.mlp.local_expert_indices[0]}.", 1)
+    return f"decoder.layers.{layer.layer_number - 1}.{rest}"
+
+
+def _canonical(name: str) -> str:
+    """A parameter's name inside its layer as mcore's local spec has it, from Transformer Engine's."""
+    for module, norm in FUSED_NORMS.items():
+        name = re.sub(rf"^{module}\.layer_norm_(weight|bias)$", rf"{norm}.\1", name)
+    return re.sub(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$", r"mlp.experts.local_experts.\3.\1.\2", name)
 
 
 def output_weight(chunk: Any) -> Tensor:
@@ -61,12 +75,25 @@ def output_weight(chunk: Any) -> Tensor:
     )
 
 
-def home_stage(name: str, shape: Shape, topology: Topology) -> int:
-    """The pipeline rank that holds a parameter (of a tied embedding: the first home)."""
-    layer = layer_of(name)
+def home(name: str, shape: Shape, topology: Topology, tp_rank: int | None = None, replica: int | None = None) -> int:
+    """The global rank that holds a parameter's shard (of a tied embedding: the first home).
+
+    tp_rank: of which shard; replica: on which data-parallel rank, of an expert's parameter on which of the ranks that
+    hold the same experts. By default this rank's own.
+    """
+    layer, expert = layer_of(name), expert_of(name)
     if layer is None:
-        return 0 if name == EMBEDDING else topology.pp - 1
-    return topology.stage_of(layer, shape.layers)
+        stage = 0 if name == EMBEDDING else topology.pp - 1
+    else:
+        stage = topology.stage_of(layer, shape.layers)
+    if expert is not None:
+        ep_rank = expert * topology.ep // shape.experts
+        return topology.rank_of_expert(stage, ep_rank, topology.edp_rank if replica is None else replica)
+    return topology.rank_at(
+        stage,
+        topology.tp_rank if tp_rank is None else tp_rank,
+        topology.dp_rank if replica is None else replica,
+    )
 
 
 def adopt(shard: NamedShard, tensor: Tensor) -> None:

@@ -45,12 +45,12 @@ class CoreAttention(nn.Module):
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def block_spec(normalization: str, layers: int, *, qk_norm: bool = False) -> Any:
+def block_spec(normalization: str, layers: int, *, qk_norm: bool = False, experts: int = 0) -> Any:
     """mcore's TransformerBlockSubmodules for a stage of `layers` layers."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    layer = get_gpt_layer_local_spec(normalization=normalization, qk_layernorm=qk_norm)
+    layer = get_gpt_layer_local_spec(experts or None, normalization=normalization, qk_layernorm=qk_norm)
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = Norm
     layer.submodules.pre_mlp_layernorm = Norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +46,11 @@ class Topology:
         if not dist.is_initialized():
             _join()
         parallel_state.initialize_model_parallel(
-            tp, pp, virtual_pipeline_model_parallel_size=vp if vp > 1 else None, expert_model_parallel_size=ep
+            tp,
+            pp,
+            virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=1,  # an expert is small: split over ranks whole
         )
         model_parallel_cuda_manual_seed(1)
         return topology
@@ -65,6 +70,11 @@ class Topology:
             raise TopologyError(
                 f"tp={self.tp} x pp={self.pp} needs a multiple of {self.tp * self.pp} processes, not {world}. "
                 f"Start {self.tp * self.pp} of them: launch/local.sh {self.tp * self.pp} run RECIPE."
+            )
+        if world // self.pp % self.ep:
+            raise TopologyError(
+                f"ep={self.ep} needs a multiple of {self.ep} processes in each pipeline stage, not {world // self.pp}. "
+                f"Start {math.lcm(self.ep, self.tp) * self.pp} of them, or set ep to a divisor of {world // self.pp}."
             )
         if self.vp > 1 and self.pp == 1:
             raise TopologyError(f"vp={self.vp} needs pp of 2 or more. Set vp to 1.")
@@ -106,6 +116,24 @@ class Topology:
         return _state().get_model_parallel_group()
 
     @cached_property
+    def ep_group(self) -> dist.ProcessGroup:
+        """The ranks that hold all experts between them."""
+        return _state().get_expert_model_parallel_group()
+
+    @cached_property
+    def edp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same experts."""
+        return _state().get_expert_data_parallel_group()
+
+    @cached_property
+    def ep_rank(self) -> int:
+        return dist.get_rank(self.ep_group)
+
+    @cached_property
+    def edp_rank(self) -> int:
+        return dist.get_rank(self.edp_group)
+
+    @cached_property
     def tp_rank(self) -> int:
         return dist.get_rank(self.tp_group)
 
@@ -125,6 +153,10 @@ class Topology:
     def rank_at(self, pp_rank: int, tp_rank: int, dp_rank: int = 0) -> int:
         """The global rank at a place (mcore's order: tp fastest, then dp, then pp)."""
         return tp_rank + self.tp * (dp_rank + self.dp * pp_rank)
+
+    def rank_of_expert(self, pp_rank: int, ep_rank: int, edp_rank: int = 0) -> int:
+        """The global rank at a place among the experts (mcore's order: ep fastest, then expert-data, then pp)."""
+        return ep_rank + self.ep * edp_rank + self.world // self.pp * pp_rank
 
     def stages(self, layers: int) -> list[list[int]]:
         """The layers of each model chunk in pipeline order: `pp * vp` lists, sizes equal but for one, larger first.

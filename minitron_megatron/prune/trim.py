@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..layout import Param, Shape, kept_rows, layer_of, lookup
-from ..model import NamedShard, adopt, chunks_of, config_of, home_stage, named_shards, rebuild
+from ..layout import PUBLIC_AXES, Param, Shape, expert_of, kept_rows, layer_of, lookup
+from ..model import NamedShard, adopt, chunks_of, config_of, home, named_shards, rebuild
 from ..parallel import Topology, all_to_all, fail_together, move
 from ..records import Plan
 
@@ -36,9 +36,9 @@ def trim(model: Any, plan: Plan, topology: Topology) -> list[Any]:
         new_chunks = rebuild(old_chunks, config.resized(**_sizes(target)), topology)
     old = {(shard.name, shard.second_home): shard for shard in named_shards(old_chunks)}
     new = {(shard.name, shard.second_home): shard for shard in named_shards(new_chunks)}
+    stay = {_source_name(name, plan) for name in target.names()}
     for (name, _), shard in old.items():
-        layer = layer_of(name)
-        if layer is not None and layer not in plan.kept_layers:
+        if name not in stay:
             _free(shard)
     for name in target.names():
         _carry(name, plan, old, new, topology)
@@ -61,27 +61,25 @@ def _check(chunks: Sequence[Any], plan: Plan) -> None:
 
 
 def _sizes(shape: Shape) -> dict[str, int]:
-    return {axis: shape.axis_size(axis) for axis in ("layers", "hidden", "ffn", "heads", "kv_groups")}
+    return {axis: shape.axis_size(axis) for axis in ("layers", *PUBLIC_AXES)}
 
 
 Shards = dict[tuple[str, bool], NamedShard]
 
 
 def _carry(name: str, plan: Plan, old: Shards, new: Shards, topology: Topology) -> None:
-    """Brings one parameter of the new model from where it was to where it belongs. Only its two stages take part."""
+    """Brings one parameter of the new model from where it was to where it belongs. Only its two homes take part."""
     source_name = _source_name(name, plan)
-    source = home_stage(source_name, plan.shape, topology)
-    target = home_stage(name, plan.target, topology)
+    source, target = home(source_name, plan.shape, topology), home(name, plan.target, topology)
     tensor: Tensor | None = None
-    if topology.pp_rank == source:
+    if topology.rank == source:
         shard = old[source_name, False]
         tensor = _trimmed(shard, plan, topology)
         _free(shard)
-    if topology.pp_rank in (source, target):
-        at = [topology.rank_at(stage, topology.tp_rank, topology.dp_rank) for stage in (source, target)]
+    if topology.rank in (source, target):
         shape, dtype = _new_shape(name, new, tensor)
-        tensor = move(tensor, shape, dtype, topology.device, source=at[0], target=at[1])
-    if topology.pp_rank == target:
+        tensor = move(tensor, shape, dtype, topology.device, source=source, target=target)
+    if topology.rank == target:
         assert tensor is not None
         adopt(new[name, False], tensor)
 
@@ -94,10 +92,14 @@ def _new_shape(name: str, new: Shards, tensor: Tensor | None) -> tuple[tuple[int
 
 def _source_name(name: str, plan: Plan) -> str:
     """The old name of a new model's parameter."""
-    layer = layer_of(name)
+    layer, expert = layer_of(name), expert_of(name)
     if layer is None:
         return name
-    return name.replace(f"layers.{layer}.", f"layers.{plan.kept_layers[layer]}.", 1)
+    source = plan.kept_layers[layer]
+    name = name.replace(f"layers.{layer}.", f"layers.{source}.", 1)
+    if expert is None:
+        return name
+    return name.replace(f"local_experts.{expert}.", f"local_experts.{plan.kept_at('experts', source)[expert]}.", 1)
 
 
 def _free(shard: NamedShard) -> None:
@@ -111,17 +113,19 @@ def _trimmed(shard: NamedShard, plan: Plan, topology: Topology) -> Tensor:
     """
     param, sizes, keep = lookup(shard.name), plan.shape.sizes(), plan.keep_at(layer_of(shard.name))
     old = shard.tensor.detach()
-    kept = [kept_rows(param, dim, sizes, keep) for dim in range(old.dim())]
+    kept = [kept_rows(param, dim, sizes, keep, expert_of(shard.name)) for dim in range(old.dim())]
     cut = {dim for dim, rows in enumerate(kept) if len(rows) < param.shape(sizes)[dim]}
     if not cut:
         return old
-    along = next(dim for dim in range(old.dim()) if dim != param.tp_dim)
+    if old.dim() == 1:
+        return _cut_dim(old, 0, param, kept[0], plan, topology)
+    along = 1 if param.tp_dim == 0 else 0
     rows = kept[along] if along in cut else torch.arange(old.shape[along])
     new, done = None, 0
     for block in rows.chunk(BLOCKS):
         part = old.index_select(along, block.to(old.device))
-        if param.tp_dim in cut:
-            part = _cut_split(part, param, kept[param.tp_dim], plan, topology)
+        if 1 - along in cut:
+            part = _cut_dim(part, 1 - along, param, kept[1 - along], plan, topology)
         if new is None:
             new = part.new_empty([len(rows) if dim == along else size for dim, size in enumerate(part.shape)])
         new.narrow(along, done, len(block)).copy_(part)
@@ -130,13 +134,12 @@ def _trimmed(shard: NamedShard, plan: Plan, topology: Topology) -> Tensor:
     return new
 
 
-def _cut_split(part: Tensor, param: Param, kept: Tensor, plan: Plan, topology: Topology) -> Tensor:
-    """Keeps rows of the dim that tp splits, and hands each to its new rank, in order; kept: unsharded rows.
+def _cut_dim(part: Tensor, dim: int, param: Param, kept: Tensor, plan: Plan, topology: Topology) -> Tensor:
+    """Keeps rows of a dim, and where tp splits it hands each to its new rank, in order; kept: unsharded rows.
 
     Collective over tp unless no row changes its rank, which every rank sees alike.
     """
-    dim, me = param.tp_dim, topology.tp_rank
-    assert dim is not None
+    me = topology.tp_rank
     was = param.owner(dim, plan.shape.sizes(), topology.tp)
     becomes = param.owner(dim, plan.target.sizes(), topology.tp)
     if was is None or becomes is None:

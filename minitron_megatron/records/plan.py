@@ -11,12 +11,9 @@ import torch
 
 from ..errors import CheckpointError, PlanError, did_you_mean
 from ..files import read_json, write_json
-from ..layout import PER_LAYER, Keep, Shape
+from ..layout import PER_LAYER, PUBLIC_AXES, WITHIN, Keep, Shape
 
 __all__ = ["Plan"]
-
-CUT = ("ffn", "heads", "hidden")
-"""Axes whose units a plan may choose. kv_groups all stay: query heads are cut inside them."""
 
 Indices = Mapping[str, Mapping[int | None, tuple[int, ...]]]
 
@@ -25,8 +22,9 @@ Indices = Mapping[str, Mapping[int | None, tuple[int, ...]]]
 class Plan:
     """A cut of a model of `shape`: validated when made, before anything is touched.
 
-    Raises PlanError for an axis that cannot be cut, indices out of range, unsorted or repeated, a layer without its
-    choice, sizes that differ between layers, or query heads spread unevenly over their groups.
+    Raises PlanError for an unknown axis, indices out of range, unsorted or repeated, a layer without its choice, sizes
+    that differ between layers, and units spread unevenly over the groups they lie in (query heads over kv_groups,
+    neurons over experts).
     """
 
     shape: Shape
@@ -42,9 +40,11 @@ class Plan:
     def __post_init__(self) -> None:
         _check_indices("layers", self.kept_layers, self.shape.layers)
         for axis, by_layer in self.keep.items():
-            if axis not in CUT:
-                raise PlanError(f"axis {axis!r} cannot be cut.{did_you_mean(axis, CUT)} Known: {', '.join(CUT)}.")
-            size = self.shape.axis_size(axis)
+            if axis not in PUBLIC_AXES:
+                raise PlanError(
+                    f"axis {axis!r} is not known.{did_you_mean(axis, PUBLIC_AXES)} Known: {', '.join(PUBLIC_AXES)}."
+                )
+            size = self.shape.units(axis)
             wanted: list[int | None] = list(self.kept_layers) if axis in PER_LAYER else [None]
             if sorted(by_layer, key=str) != sorted(wanted, key=str):
                 raise PlanError(
@@ -56,14 +56,26 @@ class Plan:
                 raise PlanError(
                     f"axis {axis} keeps different sizes in different layers. Every layer must keep as many."
                 )
-        for kept in self.keep.get("heads", {}).values():
-            self._check_groups(kept)
+        for axis in WITHIN.keys() & self.keep.keys():
+            for layer, kept in self.keep[axis].items():
+                self._check_groups(axis, layer, kept)
+        if self.target.experts < self.target.experts_per_token:
+            raise PlanError(
+                f"axis experts keeps {self.target.experts}, and every token goes through "
+                f"{self.target.experts_per_token}. Keep as many at least."
+            )
 
-    def _check_groups(self, heads: tuple[int, ...]) -> None:
-        per_group = self.shape.heads // self.shape.kv_groups
-        counts = {sum(head // per_group == group for head in heads) for group in range(self.shape.kv_groups)}
-        if len(counts) != 1:
-            raise PlanError(f"axis heads keeps {sorted(counts)} query heads in different groups. Keep as many in each.")
+    def _check_groups(self, axis: str, layer: int | None, kept: tuple[int, ...]) -> None:
+        groups, each = WITHIN[axis], self.shape.units(axis) // self.shape.axis_size(WITHIN[axis])
+        counts = dict.fromkeys(self.kept_at(groups, layer), 0)
+        for unit in kept:
+            if unit // each not in counts:
+                raise PlanError(f"axis {axis} keeps unit {unit} of layer {layer}, and {groups} does not keep its own.")
+            counts[unit // each] += 1
+        if len({*counts.values()}) != 1:
+            raise PlanError(
+                f"axis {axis} keeps {sorted({*counts.values()})} units in different {groups}. Keep as many in each."
+            )
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
@@ -73,7 +85,16 @@ class Plan:
     def target(self) -> Shape:
         """The shape after the cut."""
         sizes = {axis: len(next(iter(by_layer.values()))) for axis, by_layer in self.keep.items()}
+        if "kv_groups" in sizes:
+            sizes.setdefault("heads", self.shape.heads // self.shape.kv_groups * sizes["kv_groups"])
+        if "expert_ffn" in sizes:
+            sizes["expert_ffn"] //= sizes.get("experts", self.shape.experts)
         return self.shape.resized(layers=len(self.kept_layers), **sizes)
+
+    def kept_at(self, axis: str, layer: int | None) -> tuple[int, ...]:
+        """The units of an axis that stay in a source layer (None: on an axis that all layers share)."""
+        by_layer = self.keep.get(axis)
+        return tuple(range(self.shape.units(axis))) if by_layer is None else by_layer[layer]
 
     def keep_at(self, layer: int | None) -> Keep:
         """What stays in a source layer's parameters (None: outside the layers): axis -> int64 [kept]."""

@@ -19,6 +19,9 @@ LLAMA3 = {
 
 HALF_ROTATED = {"rope_theta": 1000.0, "rope_type": "default", "partial_rotary_factor": 0.5}
 
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_theta": 500.0, **LLAMA3}},
     "llama-tied": {"tie_word_embeddings": True},
@@ -27,6 +30,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3-tied": {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"}},
     "nemotron": {"norm_eps": 1e-5, "rope_parameters": HALF_ROTATED},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2_moe": {**MIXTURE, "shared_expert_intermediate_size": 12},
+    "qwen3_moe": {**MIXTURE, "norm_topk_prob": True},
 }
 """What each kind says beyond SIZES; its first word is the family."""
 

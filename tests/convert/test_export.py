@@ -39,7 +39,7 @@ def loss_of_transformers(folder: Path) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_export_has_the_loss_of_its_source(pool: Pool, hf_folder: HfFolder, tmp_path: Path, kind: str) -> None:
-    pool.run(export_with, hf_folder(kind), tmp_path / "out", {}, tp=2)
+    pool.run(export_with, hf_folder(kind), tmp_path / "out", {}, tp=2, sequence_parallel=True)
     assert loss_of_transformers(tmp_path / "out") == pytest.approx(loss_of_transformers(hf_folder(kind)), rel=1e-5)
 
 

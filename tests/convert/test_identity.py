@@ -15,6 +15,7 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 
 from .conftest import make_folder
+from .test_round_trip import LAYOUTS
 
 HfFolder = Callable[[str], Path]
 
@@ -23,12 +24,13 @@ def loaded_hash(topology: Topology, folder: Path, dtype: torch.dtype) -> str:
     return model_hash(load_hf(folder, topology, dtype), topology)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral-tied"])
+@pytest.mark.parametrize("kind", ["llama", "mistral-tied", "mixtral"])
 def test_the_hash_is_the_same_at_every_layout_and_that_of_the_folder(
     pool: Pool, hf_folder: HfFolder, kind: str
 ) -> None:
     hashes = {folder_hash(hf_folder(kind))}
-    for layout in ({"tp": 1}, {"tp": 2}, {"pp": 2}, {"dp": 2}):
+    layouts = ("tp1", "tp2-sp", "pp2", *(("ep2", "ep2-tp2") if kind == "mixtral" else ("tp2",)))
+    for layout in (*(LAYOUTS[name] for name in layouts), {"dp": 2}):
         hashes.update(pool.run(loaded_hash, hf_folder(kind), torch.float32, **layout))
     assert len(hashes) == 1
     assert len(hashes.pop()) == 64

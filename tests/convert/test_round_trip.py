@@ -18,14 +18,30 @@ from minitron_megatron.model import config_of, forward_only, named_shards, outpu
 from minitron_megatron.parallel import Topology, gather_sequence
 from minitron_megatron.testing import Pool
 
-from .conftest import KINDS, make_folder
+from .conftest import KINDS, MIXTURES, make_folder
 
-LAYOUTS = {
-    "tp1": {"tp": 1},
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp1": {},
     "tp2": {"tp": 2},
+    "tp2-sp": {"tp": 2, "sequence_parallel": True},
     "pp2": {"pp": 2},
     "tp2-pp2": {"tp": 2, "pp": 2},
+    "ep2": {"ep": 2, "dp": 2},
+    "ep2-tp2": {"ep": 2, "tp": 2, "sequence_parallel": True},
+    "ep2-pp2": {"ep": 2, "pp": 2, "dp": 2},
+    "ep4-tp2": {"ep": 4, "tp": 2, "dp": 2, "sequence_parallel": True},
 }
+
+
+def fits(kind: str, layout: str) -> dict[str, Any]:
+    """The layout for a model of this kind: a mixture wants sequence parallelism beside tp."""
+    sizes = LAYOUTS[layout]
+    return {**sizes, "sequence_parallel": True} if kind in MIXTURES and "tp" in sizes else sizes
+
+
+EACH_KIND_AND_LAYOUT = pytest.mark.parametrize(
+    "kind, layout", [(kind, layout) for kind in KINDS for layout in LAYOUTS if kind in MIXTURES or "ep" not in layout]
+)
 HfFolder = Callable[[str], Path]
 
 
@@ -46,11 +62,10 @@ def there_and_back(topology: Topology, source: Path, target: Path, dtype: torch.
     return model_hash(model, topology)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@EACH_KIND_AND_LAYOUT
 def test_every_byte_comes_back(pool: Pool, hf_folder: HfFolder, tmp_path: Path, kind: str, layout: str) -> None:
     source = hf_folder(kind)
-    pool.run(there_and_back, source, tmp_path / "back", torch.float32, **LAYOUTS[layout])
+    pool.run(there_and_back, source, tmp_path / "back", torch.float32, **fits(kind, layout))
     want = tensors_of(source)
     assert ("lm_head.weight" in want) == ("tied" not in kind)
     assert want["model.embed_tokens.weight"].shape == (509, 40)
@@ -82,10 +97,11 @@ class Batch:
 
 
 def logits(topology: Topology, folder: Path, tokens: Tensor) -> Tensor | None:
-    """This rank's vocabulary entries, padding included, of the logits [s, b, v]; None before the last stage."""
+    """This rank's vocabulary entries, padding included, of the logits [s, b, v]; None before the last stage
+    and on other replicas."""
     model = load_hf(folder, topology)
     hidden = forward_only(model, [Batch(tokens, tokens > 0)])
-    if not topology.is_last_stage:
+    if not topology.is_last_stage or topology.dp_rank:
         return None
     states = gather_sequence(hidden[0], topology.tp_group) if topology.sequence_parallel else hidden[0]
     return states @ output_weight(model[-1]).detach().t()
@@ -102,14 +118,6 @@ def some_tokens(vocab: int, length: int = 48) -> Tensor:
     return torch.randint(0, vocab, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-WITH_LOGITS = [
-    pytest.param({"tp": 1}, id="tp1"),
-    pytest.param({"tp": 2}, id="tp2"),
-    pytest.param({"tp": 2, "sequence_parallel": True}, id="tp2-sp"),
-    pytest.param({"pp": 2}, id="pp2"),
-]
-
-
 def assert_same_logits(parts: list[Tensor | None], want: Tensor) -> None:
     got = torch.cat([part for part in parts if part is not None], dim=-1).transpose(0, 1)
     vocab = want.shape[-1]
@@ -118,20 +126,17 @@ def assert_same_logits(parts: list[Tensor | None], want: Tensor) -> None:
     assert not got[..., vocab:].any()
 
 
-@pytest.mark.parametrize("layout", WITH_LOGITS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_equal_those_of_transformers(pool: Pool, hf_folder: HfFolder, kind: str, layout: dict[str, Any]) -> None:
+@EACH_KIND_AND_LAYOUT
+def test_logits_equal_those_of_transformers(pool: Pool, hf_folder: HfFolder, kind: str, layout: str) -> None:
     tokens = some_tokens(509)
-    parts = pool.run(logits, hf_folder(kind), tokens, **layout)
+    parts = pool.run(logits, hf_folder(kind), tokens, **fits(kind, layout))
     assert_same_logits(parts, logits_of_transformers(hf_folder(kind), tokens))
 
 
-@pytest.mark.parametrize("layout", WITH_LOGITS)
-def test_logits_of_a_trained_model_equal_those_of_transformers(
-    pool: Pool, assets: Path, layout: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2-sp", "pp2"])
+def test_logits_of_a_trained_model_equal_those_of_transformers(pool: Pool, assets: Path, layout: str) -> None:
     folder, tokens = assets / "hf" / "stories260K", some_tokens(512)
-    assert_same_logits(pool.run(logits, folder, tokens, **layout), logits_of_transformers(folder, tokens))
+    assert_same_logits(pool.run(logits, folder, tokens, **LAYOUTS[layout]), logits_of_transformers(folder, tokens))
 
 
 # ---- what a rank reads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minitron_megatron.layout import Shape, flops_per_token, kv_cache_bytes, parameters
+from minitron_megatron.layout import Shape, active_parameters, flops_per_token, kv_cache_bytes, parameters
 
 
 def nemotron(layers: int, hidden: int, heads: int, kv_groups: int, ffn: int, vocab: int) -> Shape:
@@ -62,9 +62,29 @@ def test_flops_by_hand() -> None:
     assert flops_per_token(ungated, sequence=10) == 2 * (matrices - 2 * 5 * 6) + attention
 
 
+def test_a_mixture_by_hand() -> None:
+    mixture = TINY.resized(ffn=0, experts=8, experts_per_token=2, expert_ffn=5, shared_ffn=10, shared_gate=True)
+    router, expert, shared = 8 * 6, 3 * 5 * 6, 3 * 10 * 6 + 6
+    rest = 2 * (QKV + PROJ + 2 * 6) + 6 + 2 * EMBEDDING
+    assert parameters(mixture) == 2 * (router + 8 * expert + shared) + rest
+    assert active_parameters(mixture) == 2 * (router + 2 * expert + shared) + rest
+    assert active_parameters(TINY) == parameters(TINY)
+    dense = flops_per_token(TINY.resized(ffn=0), sequence=10)
+    assert flops_per_token(mixture, sequence=10) == dense + 2 * 2 * (router + 2 * expert + shared)
+    assert mixture.units("expert_ffn") == 40 and mixture.units("experts") == 8 and mixture.units("heads") == 4
+
+
+def test_published_mixtures() -> None:
+    mixtral = Shape(32, 4096, 0, 32, 8, 128, 32000, experts=8, experts_per_token=2, expert_ffn=14336)
+    assert (parameters(mixtral), active_parameters(mixtral)) == (46_702_792_704, 12_879_925_248)
+    qwen3 = Shape(48, 2048, 0, 32, 4, 128, 151936, qk_norm=True, experts=128, experts_per_token=8, expert_ffn=768)
+    assert (parameters(qwen3), active_parameters(qwen3)) == (30_532_122_624, 3_353_032_704)
+
+
 def test_sizes_by_hand() -> None:
     assert TINY.sizes() == {
-        "vocab": 128, "hidden": 6, "ffn": 5, "kv_group": 2, "q": 2, "head_dim": 3, "gate": 1
+        "vocab": 128, "hidden": 6, "ffn": 5, "kv_group": 2, "q": 2, "head_dim": 3, "gate": 1,
+        "expert": 0, "expert_ffn": 0, "shared_ffn": 0
     }  # fmt: skip
     assert TINY.sizes(padded=False)["vocab"] == 7
     assert TINY.resized(gated=False).sizes()["gate"] == 0

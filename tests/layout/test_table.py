@@ -14,6 +14,7 @@ from minitron_megatron.layout import (
     TABLE,
     Shape,
     axis_coords,
+    expert_of,
     kept_rows,
     layer_of,
     lookup,
@@ -92,7 +93,7 @@ def test_layers_are_read_from_names() -> None:
 def test_every_public_axis_is_somewhere_in_the_table() -> None:
     dims = {dim for param in TABLE.values() for dim in param.dims}
     for axis in PUBLIC_AXES:
-        assert any(axis_coords(axis, dim, SIZES) is not None for dim in dims), axis
+        assert any(axis_coords(axis, dim, SIZES, expert=0) is not None for dim in dims), axis
 
 
 def test_the_table_prints_a_line_for_every_row() -> None:
@@ -139,6 +140,32 @@ def test_the_table_agrees_with_megatron(pool: Pool, tp: int, kind: str) -> None:
     config = CONFIGS[kind]
     for rank, said in enumerate(pool.run(mcore_says, config, tp=tp)):
         assert said == table_says(config.shape, rank, tp)
+
+
+MIXTURE = SHAPE.resized(ffn=0, experts=8, experts_per_token=2, expert_ffn=10, shared_ffn=12, shared_gate=True)
+
+
+@pytest.mark.parametrize("ep, tp", [(1, 1), (2, 1), (2, 2), (4, 2), (1, 2)])
+def test_the_table_agrees_with_megatron_on_experts(pool: Pool, ep: int, tp: int) -> None:
+    ranks = pool.run(mcore_says, ModelConfig(MIXTURE), tp=tp, ep=ep, dp=max(ep // tp, 1), sequence_parallel=tp > 1)
+    for rank, said in enumerate(ranks):
+        want = {
+            name: place
+            for name, place in table_says(MIXTURE, rank % tp, tp).items()
+            if (expert := expert_of(name)) is None or expert // (8 // ep) == rank % ep
+        }
+        assert said.keys() == want.keys()
+        for name, place in want.items():  # mcore marks experts as split even where it splits them over one rank
+            assert said[name][: 1 if expert_of(name) is not None else None] == place, name
+
+
+def test_kept_neurons_of_an_expert_are_its_own() -> None:
+    sizes, fc1 = MIXTURE.sizes(), lookup(LAYER + "mlp.experts.local_experts.3.linear_fc1.weight")
+    keep = {"expert_ffn": torch.tensor([0, 9, 32, 39]), "experts": torch.tensor([0, 3])}
+    assert kept_rows(fc1, 0, sizes, keep, expert=3).tolist() == [2, 9, 12, 19]
+    assert kept_rows(fc1, 0, sizes, keep, expert=0).tolist() == [0, 9, 10, 19]
+    assert kept_rows(lookup(LAYER + "mlp.router.weight"), 0, sizes, keep).tolist() == [0, 3]
+    assert (expert_of(LAYER + "mlp.experts.local_experts.3.linear_fc1.weight"), expert_of("x.3.y")) == (3, None)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -18,7 +18,7 @@ from minitron_megatron.model import (
     check_fits,
     config_of,
     fill_initial,
-    home_stage,
+    home,
     named_shards,
 )
 from minitron_megatron.model.config import pipeline_layout, rotary_frequencies
@@ -93,10 +93,10 @@ def test_a_shape_that_fits_is_let_pass() -> None:
 
 
 def names_and_places(topology: Topology, shape: Shape) -> list[tuple[str, bool, int]]:
-    """(name, second home, home stage) of this rank's shards, which build leaves on `meta`."""
+    """(name, second home, home rank) of this rank's shards, which build leaves on `meta`."""
     shards = list(named_shards(build(ModelConfig(shape), topology)))
     assert all(shard.tensor.is_meta for shard in shards)
-    return [(shard.name, shard.second_home, home_stage(shard.name, shape, topology)) for shard in shards]
+    return [(shard.name, shard.second_home, home(shard.name, shape, topology)) for shard in shards]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -106,9 +106,8 @@ def test_every_parameter_has_one_name_and_one_home(pool: Pool, shape: Shape, lay
     pp = layout.get("pp", 1)
     homes = []
     for rank, shards in enumerate(ranks):
-        stage = rank if pp == 2 else 0
-        firsts = [(name, home) for name, second, home in shards if not second]
-        assert all(home == stage for _, home in firsts)
+        firsts = [(name, at) for name, second, at in shards if not second]
+        assert all(at == rank for _, at in firsts)
         homes.append([name for name, _ in firsts])
     held = list(chain(*homes)) if pp == 2 else homes[0]
     assert sorted(held) == sorted(shape.names())

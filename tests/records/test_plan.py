@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,25 @@ FULL = {
     "margins": {"ffn": {0: 0.25, 2: 1e-7}, "hidden": {None: 1 / 3}},
     "model_hash": "abc",
 }
+
+
+def EACH(kept: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """The same choice in every layer."""
+    return dict.fromkeys(range(3), kept)
+
+
+MIXTURE = replace(SHAPE, ffn=0, experts=3, experts_per_token=2, expert_ffn=6)
+CUT_GROUP = {"kv_groups": EACH((0,)), "heads": {0: (0,), 1: (2,), 2: (1,)}}
+
+
+def test_groups_take_what_lies_in_them_along() -> None:
+    plan = Plan(SHAPE, {"kv_groups": {0: (0,), 1: (1,), 2: (0,)}})
+    assert (plan.target.kv_groups, plan.target.heads) == (1, 2)
+    plan = Plan(SHAPE, {"kv_groups": {0: (0,), 1: (1,), 2: (0,)}, "heads": {0: (1,), 1: (2,), 2: (0,)}})
+    assert (plan.target.kv_groups, plan.target.heads) == (1, 1)
+    plan = Plan(MIXTURE, {"experts": EACH((0, 2)), "expert_ffn": EACH((0, 5, 12, 13))})
+    assert (plan.target.experts, plan.target.expert_ffn) == (2, 2)
+    assert Plan(MIXTURE, {"experts": EACH((0, 2))}).target == replace(MIXTURE, experts=2)
 
 
 def test_a_plan_says_what_it_leaves() -> None:
@@ -59,16 +79,21 @@ def test_a_layers_parameters_keep_its_own_units_and_the_shared_ones() -> None:
         ({"keep": {"ffn": {0: (1,), 1: (1,)}}, "layers": (0, 2)}, r"in layers \[0, 2\], and says it for \[0, 1\]"),
         ({"keep": {"ffn": {None: (1,)}}}, r"and says it for \[None\]"),
         ({"keep": {"ffn": {0: (1,), 1: (1,), 2: (1, 2)}}}, r"axis ffn keeps different sizes in different layers"),
-        ({"keep": {"heads": {i: (0, 1) for i in range(3)}}}, r"axis heads keeps \[0, 2\] query heads in different"),
-        ({"keep": {"fnn": {None: (1,)}}}, r"axis 'fnn' cannot be cut\. Did you mean 'ffn'\?"),
-        ({"keep": {"vocab": {None: (1,)}}}, "axis 'vocab' cannot be cut"),
-        ({"keep": {"layers": {None: (1,)}}}, "axis 'layers' cannot be cut"),
-        ({"keep": {"kv_groups": {i: (0,) for i in range(3)}}}, "axis 'kv_groups' cannot be cut"),
+        ({"keep": {"heads": {i: (0, 1) for i in range(3)}}}, r"axis heads keeps \[0, 2\] units in different kv_groups"),
+        ({"keep": {"fnn": {None: (1,)}}}, r"axis 'fnn' is not known\. Did you mean 'ffn'\?"),
+        ({"keep": {"vocab": {None: (1,)}}}, "axis 'vocab' is not known"),
+        ({"keep": {"layers": {None: (1,)}}}, "axis 'layers' is not known"),
+        ({"keep": CUT_GROUP}, r"axis heads keeps unit 2 of layer 1, and kv_groups does not keep its own"),
+        ({"shape": MIXTURE, "keep": {"experts": EACH((0,))}}, "axis experts keeps 1, and every token goes through 2"),
+        (
+            {"shape": MIXTURE, "keep": {"expert_ffn": EACH((0, 1, 2, 12))}},
+            r"keeps \[0, 1, 3\] units in different experts",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_when_made(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(PlanError, match=says):
-        Plan(SHAPE, **wrong)
+        Plan(**{"shape": SHAPE, **wrong})
 
 
 @pytest.mark.parametrize("content", [FULL, {}])
