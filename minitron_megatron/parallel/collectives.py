@@ -23,6 +23,7 @@ __all__ = [
     "gather_sequence",
     "group_rank",
     "group_size",
+    "local_sequence",
     "move",
     "scatter_sequence",
     "sum_over_world",
@@ -69,6 +70,11 @@ def scatter_sequence(full: Tensor, group: Group) -> Tensor:
     part = full.new_empty((full.shape[0] // world, *full.shape[1:]))
     dist.reduce_scatter_tensor(part, full.contiguous(), group=group)
     return part
+
+
+def local_sequence(full: Tensor, group: Group) -> Tensor:
+    """This rank's part of dim 0 of what every rank of `group` has whole."""
+    return full.chunk(dist.get_world_size(group))[dist.get_rank(group)]
 
 
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> list[Tensor]:

@@ -3,46 +3,58 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError, did_you_mean
-from ..layout import PUBLIC_AXES, Shape
+from ..layout import PER_LAYER, PUBLIC_AXES, WITHIN, Shape
 from ..records import Plan, Scores
 
-__all__ = ["SAFE_MARGIN", "check_sizes", "choose"]
+__all__ = ["SAFE_MARGIN", "SCOPES", "best_plan", "check_sizes", "choose"]
 
 SAFE_MARGIN = 1e-5
 """Below this relative margin, another order of additions could choose another unit."""
 
+SCOPES = ("layer", "network")
 
-def choose(scores: Scores, *, layers: Sequence[int] | None = None, **sizes: int) -> Plan:
+Ranked = Mapping[int | None, Tensor]
+"""Layer (None: shared) -> what each unit of an axis is worth: [units]."""
+
+
+def choose(scores: Scores, *, layers: Sequence[int] | None = None, scope: str = "layer", **sizes: int) -> Plan:
     """Keeps the highest-scoring units of each axis named in `sizes` (`hidden=3072, ffn=9216, heads=24`).
 
-    Neurons and heads are ranked inside each kept layer, heads inside their kv_group, as many in each; hidden channels
-    once for all. Exact ties go to the lower index. layers: the layers that stay (source numbering); None: all.
-    Raises PlanError for an unknown axis, one without scores, and a size too large or not divisible.
+    Units are ranked inside each kept layer, hidden channels once for all. Query heads are ranked inside each kv_group
+    that stays, as many in each; neurons of experts inside each expert that stays. A kv_group is worth the L2 norm of
+    its heads. Exact ties go to the lower index. layers: the layers that stay (source numbering); None: all.
+    scope: `network` ranks by the sum of the scores over the kept layers, which then all keep the same indices (the
+    words of Minitron section 2.2; ModelOpt ranks by `layer`).
+    Raises PlanError for an unknown axis or scope, an axis without scores, and a size too large or not divisible.
     """
-    shape = scores.shape
-    check_sizes(shape, sizes)
-    kept_layers = tuple(range(shape.layers)) if layers is None else tuple(layers)
-    keep: dict[str, dict[int | None, tuple[int, ...]]] = {}
-    margins: dict[str, dict[int | None, float]] = {}
-    for axis, size in sizes.items():
-        if size == shape.axis_size(axis):
-            continue
-        if axis not in scores.values:
-            raise PlanError(f"axis {axis} was not scored. Score {', '.join(sizes)} first.")
-        groups = shape.kv_groups if axis == "heads" else 1
-        keep[axis], margins[axis] = {}, {}
-        for layer, units in scores.values[axis].items():
-            if layer is None or layer in kept_layers:
-                keep[axis][layer], margins[axis][layer] = _best(units, size, groups)
-    plan = Plan(shape, keep, None if layers is None else kept_layers, margins, scores.model_hash)
+    if scope not in SCOPES:
+        raise PlanError(f"scope {scope!r} is not known.{did_you_mean(scope, SCOPES)} Use {' or '.join(SCOPES)}.")
+    check_sizes(scores.shape, sizes)
+
+    def worth(axis: str, places: Sequence[int | None]) -> Ranked:
+        units = _scores_of(axis, scores)
+        ranked = {place: units[place] for place in places}
+        return dict.fromkeys(ranked, torch.stack([*ranked.values()]).sum(0)) if scope == "network" else ranked
+
+    plan = best_plan(scores.shape, worth, layers, sizes, scores.model_hash)
     _warn_of_ties(plan)
     return plan
+
+
+def _scores_of(axis: str, scores: Scores) -> Ranked:
+    if axis in scores.values:
+        return scores.values[axis]
+    if axis == "kv_groups" and "heads" in scores.values:
+        by_group = scores.shape.kv_groups
+        return {at: units.view(by_group, -1).norm(dim=1) for at, units in scores.values["heads"].items()}
+    raise PlanError(f"axis {axis} was not scored. Score it first; {', '.join(scores.values)} were.")
 
 
 def check_sizes(shape: Shape, sizes: Mapping[str, int]) -> None:
@@ -53,23 +65,68 @@ def check_sizes(shape: Shape, sizes: Mapping[str, int]) -> None:
                 f"axis {axis!r} is not known.{did_you_mean(axis, PUBLIC_AXES)} Known: {', '.join(PUBLIC_AXES)}."
             )
         whole = shape.axis_size(axis)
+        if not whole:
+            raise PlanError(f"axis {axis} should keep {size}, and the model has none. Leave it out.")
         if not 1 <= size <= whole:
             raise PlanError(f"axis {axis} should keep {size} of {whole}. Ask for 1 to {whole}.")
-    if "heads" in sizes and sizes["heads"] % shape.kv_groups:
+    _check_heads(shape, sizes.get("heads"), sizes.get("kv_groups", shape.kv_groups))
+    if sizes.get("experts", shape.experts) < shape.experts_per_token:
         raise PlanError(
-            f"axis heads should keep {sizes['heads']}, which cannot be spread evenly over {shape.kv_groups} kv_groups. "
-            f"Keep a multiple of {shape.kv_groups}."
+            f"axis experts should keep {sizes['experts']}, and every token goes through {shape.experts_per_token}. "
+            f"Keep {shape.experts_per_token} at least."
         )
 
 
-def _best(units: Tensor, size: int, groups: int) -> tuple[tuple[int, ...], float]:
-    """(kept indices ascending, smallest relative margin) of the `size` best units, as many from each of `groups`."""
-    by_group = units.view(groups, -1)
-    order = by_group.argsort(dim=1, descending=True, stable=True)
-    each = size // groups
-    offset = torch.arange(groups).unsqueeze(1) * by_group.shape[1]
-    kept = (order[:, :each] + offset).flatten().sort().values
-    ranked = by_group.gather(1, order)
+def _check_heads(shape: Shape, heads: int | None, groups: int) -> None:
+    if heads is None:
+        return
+    if heads % groups:
+        raise PlanError(
+            f"axis heads should keep {heads}, which cannot be spread evenly over {groups} kv_groups. "
+            f"Keep a multiple of {groups}."
+        )
+    if heads > shape.heads // shape.kv_groups * groups:
+        raise PlanError(
+            f"axis heads should keep {heads}, and {groups} kv_groups hold {shape.heads // shape.kv_groups * groups}. "
+            f"Keep that many at most, or more kv_groups."
+        )
+
+
+def best_plan(
+    shape: Shape,
+    worth: Callable[[str, Sequence[int | None]], Ranked],
+    layers: Sequence[int] | None,
+    sizes: Mapping[str, int],
+    model_hash: str = "",
+) -> Plan:
+    """The plan that keeps the units worth most; worth: (axis, places where it is chosen) -> scores at each."""
+    kept_layers = tuple(range(shape.layers)) if layers is None else tuple(layers)
+    plan = Plan(shape, {}, None if layers is None else kept_layers, {}, model_hash)
+    for axis in sorted(sizes, key=lambda axis: axis in WITHIN):  # what others lie in comes first
+        each, there = _each(axis, shape, sizes)
+        if each == there:
+            continue
+        places: Sequence[int | None] = kept_layers if axis in PER_LAYER else (None,)
+        best = {at: _best(units, plan.kept_at(axis, at), each, there) for at, units in worth(axis, places).items()}
+        keep = {**plan.keep, axis: {at: kept for at, (kept, _) in best.items()}}
+        margins = {**plan.margins, axis: {at: margin for at, (_, margin) in best.items()}}
+        plan = replace(plan, keep=keep, margins=margins)
+    return plan
+
+
+def _each(axis: str, shape: Shape, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """(how many units stay, how many there are) in each group of an axis, of which there may be one."""
+    if axis == "heads":
+        return sizes[axis] // sizes.get("kv_groups", shape.kv_groups), shape.heads // shape.kv_groups
+    return sizes[axis], shape.axis_size(axis)
+
+
+def _best(units: Tensor, among: Sequence[int], each: int, there: int) -> tuple[tuple[int, ...], float]:
+    """(kept indices ascending, smallest relative margin) of the `each` best units of every group of `there`, among
+    those given."""
+    index = torch.tensor(among).view(-1, there)
+    ranked, order = units[index].sort(dim=1, descending=True, stable=True)
+    kept = index.gather(1, order[:, :each]).flatten().sort().values
     last, first_cut = ranked[:, each - 1], ranked[:, each]
     margin = ((last - first_cut) / last.abs().clamp(min=torch.finfo(last.dtype).tiny)).min()
     return tuple(kept.tolist()), float(margin)

@@ -93,8 +93,13 @@ class Plan:
 
     def kept_at(self, axis: str, layer: int | None) -> tuple[int, ...]:
         """The units of an axis that stay in a source layer (None: on an axis that all layers share)."""
-        by_layer = self.keep.get(axis)
-        return tuple(range(self.shape.units(axis))) if by_layer is None else by_layer[layer]
+        if axis in self.keep:
+            return self.keep[axis][layer]
+        groups = WITHIN.get(axis)
+        if groups not in self.keep:
+            return tuple(range(self.shape.units(axis)))
+        each = self.shape.units(axis) // self.shape.axis_size(groups)
+        return tuple(group * each + unit for group in self.keep[groups][layer] for unit in range(each))
 
     def keep_at(self, layer: int | None) -> Keep:
         """What stays in a source layer's parameters (None: outside the layers): axis -> int64 [kept]."""

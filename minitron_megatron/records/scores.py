@@ -17,6 +17,8 @@ from ..layout import Shape
 __all__ = ["Scores", "Statistic"]
 
 REDUCTIONS = ("l2", "mean", "var")
+NEURONS = ("post", "pre")
+HEADS = ("norm_last", "norm_first")
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,21 @@ class Statistic:
 
     batch: str = "l2"
     sequence: str = "mean"
+    neurons: str = "post"
+    """What a neuron is measured by: what it sends on (`post`: after the activation and the gate), or what it takes in
+    (`pre`: the output of the first linear layer, as the paper prints it; a gated MLP has two, so it is refused)."""
+    heads: str = "norm_last"
+    """When a head's channels become one number, their L2 norm: once each has its own score (`norm_last`, as ModelOpt
+    does), or at each position before anything adds up (`norm_first`, as the paper prints it)."""
 
     def __post_init__(self) -> None:
-        for reduction in (self.batch, self.sequence):
-            if reduction not in REDUCTIONS:
+        known = {"batch": REDUCTIONS, "sequence": REDUCTIONS, "neurons": NEURONS, "heads": HEADS}
+        for place, values in known.items():
+            value = getattr(self, place)
+            if value not in values:
                 raise RecipeError(
-                    f"statistic {reduction!r} is not known.{did_you_mean(reduction, REDUCTIONS)} "
-                    f"Use one of {', '.join(REDUCTIONS)}."
+                    f"statistic {place} {value!r} is not known.{did_you_mean(value, values)} "
+                    f"Use one of {', '.join(values)}."
                 )
 
 

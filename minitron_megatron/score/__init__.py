@@ -7,5 +7,6 @@ is cut, recipes.
 from .depth import Metric, Run, leave_out
 from .similarity import block_importance
 from .sweep import score
+from .taps import check_statistic
 
-__all__ = ["Metric", "Run", "block_importance", "leave_out", "score"]
+__all__ = ["Metric", "Run", "block_importance", "check_statistic", "leave_out", "score"]

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..parallel import Group, all_reduce, group_rank, group_size
+from ..parallel import Group, all_reduce, local_sequence
 from ..records import Statistic
 
-__all__ = ["Accumulator"]
+__all__ = ["Accumulator", "over_positions"]
+
+
+def over_positions(how: str, activations: Tensor, length: Tensor, total: Callable[..., Tensor]) -> Tensor:
+    """The sequence reduction: [samples, units].
+
+    length: positions of each sample, [samples, 1]. total: numbers (and a dtype to add in) -> their sum over positions.
+    """
+    if how == "mean":
+        return total(activations.abs()) / length
+    squares = total(activations.square(), torch.float64)
+    if how == "l2":
+        return squares.sqrt()
+    mean = total(activations, torch.float64) / length
+    return (squares / length - mean.square()).clamp(min=0)
 
 
 class Accumulator:
@@ -25,38 +41,28 @@ class Accumulator:
 
         Collective over `sequence_group`, where there is one.
         """
-        per_sample = self._over_positions(activations.detach(), mask).double()
-        counted = mask.any(dim=1).double()
+        a, length = activations.detach().float(), mask.sum(1).clamp(min=1).unsqueeze(1)
+        if not bool(mask.all()):
+            mine = mask.t()
+            a = a * (mine if self.sequence_group is None else local_sequence(mine, self.sequence_group)).unsqueeze(-1)
+        per_sample = over_positions(self.statistic.sequence, a, length, self._total)
+        self.add_samples(per_sample.double(), mask.any(dim=1).double())
+
+    def _total(self, numbers: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        sums = numbers.sum(0, dtype=dtype)
+        return sums if self.sequence_group is None else all_reduce(sums, self.sequence_group)
+
+    def add_samples(self, per_sample: Tensor, counted: Tensor) -> None:
+        """per_sample: fp64 [samples, units], positions reduced; counted: fp64 [samples], 1 where a sample counts."""
         moments = torch.stack(
             [counted @ per_sample, counted @ per_sample.square(), counted.sum().expand(per_sample.shape[1])]
         )
         self.sums = moments if self.sums is None else self.sums + moments
 
-    def _over_positions(self, activations: Tensor, mask: Tensor) -> Tensor:
-        """The sequence reduction: fp32 [b, units]."""
-        a, length = activations.float(), mask.sum(1).clamp(min=1).unsqueeze(1)
-        if not bool(mask.all()):
-            mine = (
-                mask.t()
-                if self.sequence_group is None
-                else mask.t().chunk(group_size(self.sequence_group))[group_rank(self.sequence_group)]
-            )
-            a = a * mine.unsqueeze(-1)
-        if self.statistic.sequence == "mean":
-            return self._shared(a.abs().sum(0)) / length
-        squares = self._shared(a.square().sum(0, dtype=torch.float64))
-        if self.statistic.sequence == "l2":
-            return squares.sqrt()
-        mean = self._shared(a.sum(0, dtype=torch.float64)) / length
-        return (squares / length - mean.square()).clamp(min=0)
-
-    def _shared(self, sums: Tensor) -> Tensor:
-        return sums if self.sequence_group is None else all_reduce(sums, self.sequence_group)
-
-    def result(self, data_group: Group) -> Tensor:
-        """The batch reduction over all data-parallel ranks' samples: fp64 [units]. Collective over `data_group`."""
+    def result(self, data_group: Group | None) -> Tensor:
+        """The batch reduction over the samples of all ranks of `data_group`: fp64 [units]. Collective over it."""
         assert self.sums is not None, "a tap saw no activation"
-        total, squares, samples = all_reduce(self.sums.clone(), data_group)
+        total, squares, samples = self.sums if data_group is None else all_reduce(self.sums.clone(), data_group)
         if self.statistic.batch == "l2":
             return squares.sqrt()
         mean = total / samples

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,8 +19,9 @@ from ..losses import distill_loss, lm_loss
 from ..model import MicroBatch, chunks_of, config_of, forward_kept, forward_only, forward_rest, output_weight, windows
 from ..parallel import Topology, all_reduce, sum_over_world
 from ..records import DepthScores
+from .bare import bare_chunks
 
-__all__ = ["Metric", "Run", "blocks_of", "count", "evaluating", "leave_out"]
+__all__ = ["Metric", "Run", "blocks_of", "count", "evaluating", "expect_finite", "leave_out"]
 
 Run = Callable[[Sequence[MicroBatch]], list[Tensor]]
 """`forward_only` of what is left of the network: the final hidden states of this replica's micro-batches on the last
@@ -61,9 +63,9 @@ def leave_out(
     With `loss` and `kl` no layer before a block runs again, for the states that enter each layer are kept from one pass
     of the network over a window of micro-batches: (layers of the rank + 1) x window x seq x batch x hidden numbers. A
     function runs each network whole. Every rank returns the same. Collective over the world. Raises PlanError for an
-    unknown metric, and where fewer than one layer would go or stay.
+    unknown metric, a wrapped model, where fewer than one layer would go or stay, and where a value is not finite.
     """
-    shape = config_of(chunks_of(model)[0]).shape
+    shape = config_of(bare_chunks(model)[0]).shape
     blocks = blocks_of(shape, {*lengths, 1} if greedy else lengths)
     _check_counts(shape, [greedy] if greedy else [])
     samples, tokens = count(batches, topology)
@@ -76,6 +78,7 @@ def leave_out(
     with evaluating(model):
         baseline, *values = measure((), [range(first, first + length) for first, length in blocks])
         found = dict(zip(blocks, values, strict=True))
+        expect_finite(found, baseline)
         singles = {first: value for (first, length), value in found.items() if length == 1}
         order = _one_by_one(measure, singles, greedy, min if isinstance(metric, str) else max)
     name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
@@ -96,6 +99,18 @@ def _check_counts(shape: Shape, counts: Sequence[int] | set[int]) -> None:
         if not 1 <= asked < shape.layers:
             raise PlanError(
                 f"{asked} of {shape.layers} layers should be left out at once. Ask for 1 to {shape.layers - 1}."
+            )
+
+
+def expect_finite(found: Mapping[tuple[int, int], float], baseline: float = 0.0) -> None:
+    """Raises PlanError where the whole network, or it without a block, has a value that ranks nothing."""
+    if not math.isfinite(baseline):
+        raise PlanError(f"the whole network measures {baseline}. Look for broken weights, or score in float32.")
+    for (first, length), value in found.items():
+        if not math.isfinite(value):
+            raise PlanError(
+                f"layers {first} to {first + length - 1} measure {value}, which ranks nothing. "
+                "Look for broken weights there, or score in float32."
             )
 
 
@@ -139,6 +154,7 @@ def _one_by_one(measure: Measure, singles: dict[int, float], steps: int, best_of
             gone = [layer for layer, _ in order]
             rest = [layer for layer in singles if layer not in gone]
             singles = dict(zip(rest, measure(gone, [(layer,) for layer in rest]), strict=True))
+            expect_finite({(layer, 1): value for layer, value in singles.items()})
         best = best_of(singles, key=singles.__getitem__)
         order.append((best, singles[best]))
     return tuple(order)

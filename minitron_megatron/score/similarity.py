@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..data import Batch
 from ..events import Event, Listener, silent
-from ..model import MicroBatch, States, chunks_of, config_of, forward_kept, windows
+from ..model import MicroBatch, States, config_of, forward_kept, windows
 from ..parallel import Topology, move, sum_over_world
 from ..records import DepthScores
-from .depth import blocks_of, count, evaluating
+from .bare import bare_chunks
+from .depth import blocks_of, count, evaluating, expect_finite
 
 __all__ = ["block_importance"]
 
@@ -35,10 +36,11 @@ def block_importance(
 
     One forward pass over this data-parallel rank's batches; what it keeps weighs (layers of the rank + 1) x window of
     micro-batches x seq x batch x hidden numbers. The states that enter a block travel to the pipeline stage of its last
-    layer. Every rank returns the same. Collective over the world. Raises PlanError for a length that leaves no layer.
+    layer. Every rank returns the same. Collective over the world. Raises PlanError for a length that leaves no layer, a
+    wrapped model, and states that are not finite.
     Source: Minitron section 2.2, after ShortGPT; of several layers after Gromov et al.
     """
-    shape = config_of(chunks_of(model)[0]).shape
+    shape = config_of(bare_chunks(model)[0]).shape
     blocks = blocks_of(shape, lengths)
     samples, tokens = count(batches, topology)
     sums = torch.zeros(len(blocks), dtype=torch.float64, device=topology.device)
@@ -53,6 +55,7 @@ def block_importance(
     counts_here = topology.sequence_parallel or topology.tp_rank == 0
     means = (sum_over_world(sums * counts_here) / max(tokens, 1)).tolist()
     found = {block: 1 - mean for block, mean in zip(blocks, means, strict=True)}
+    expect_finite(found)
     return DepthScores(shape, "bi", True, 0.0, found, (), samples, tokens, model_hash)
 
 

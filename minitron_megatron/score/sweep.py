@@ -2,47 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import Batch
-from ..errors import PlanError, did_you_mean
+from ..errors import PlanError
 from ..events import Event, Listener, silent
 from ..layout import PER_LAYER, layer_of
-from ..model import MicroBatch, chunks_of, config_of, forward_only, named_shards, windows
-from ..parallel import Topology, all_reduce, gather_objects
+from ..model import MicroBatch, ModelConfig, NamedShard, config_of, forward_only, named_shards, windows
+from ..parallel import Topology, all_reduce, fail_together, gather_objects
 from ..records import Scores, Statistic
 from .accumulate import Accumulator
-from .taps import TAPS, Tap, axis_scores
+from .bare import bare_chunks
+from .experts import mixtures
+from .taps import FUSED_NORM, Tap, axes_of, axis_scores, channel_units, check_axes, fused_norm, head_norms, taps_of
 
 __all__ = ["score"]
+
+Values = dict[str, dict[int | None, Tensor]]
+"""Axis -> layer -> scores: fp64 [units]. The layer is None on an axis that all layers share."""
+
+Broken = list[tuple[int, str]]
+"""(layer, axis) of the taps that saw a NaN or an infinity, in the order of the modules."""
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A tap in its place: on one module of this rank."""
+
+    axis: str
+    name: str
+    """Of the parameter that says which unit each channel belongs to."""
+    dim: int
+    units: Tensor
+    """The unit of each number that adds up: int64 [local units]."""
+    sums: Accumulator
 
 
 class _Sweep:
     """The hooks of one sweep and what they add up."""
 
-    def __init__(self, model: Any, axes: Sequence[str], statistic: Statistic, topology: Topology) -> None:
+    def __init__(
+        self, model: Any, axes: Sequence[str], statistic: Statistic, config: ModelConfig, topology: Topology
+    ) -> None:
         self.mask: Tensor | None = None
-        self.topology = topology
-        self.sums: dict[tuple[str, str, int], Accumulator] = {}
+        self.config, self.shape, self.topology, self.statistic = config, config.shape, topology, statistic
+        self.sites: list[_Site] = []
         self.handles = []
+        taps = [(axis, tap) for axis in axes for tap in taps_of(axis, statistic, self.shape)]
         for shard in named_shards(model):
-            for axis in axes:
-                for tap in TAPS[axis]:
-                    if shard.leaf == "weight" and shard.name.endswith(f".{tap.module}.weight"):
-                        self.handles.append(self._hook(shard.module, axis, shard.name, tap, statistic))
+            for axis, tap in taps:
+                if shard.name.endswith(f".{tap.module}.weight"):
+                    self.handles.append(self._hook(shard, axis, tap))
+        self.mixtures = mixtures(model, statistic, axes, topology, self.running)
+        self.handles += [handle for mixture in self.mixtures for handle in mixture.handles]
 
-    def _hook(self, module: nn.Module, axis: str, name: str, tap: Tap, statistic: Statistic) -> Any:
-        shared = tap.output and self.topology.sequence_parallel  # norms see this rank's part of the sequence only
-        sums = self.sums[axis, name, tap.dim] = Accumulator(statistic, self.topology.tp_group if shared else None)
+    def _hook(self, shard: NamedShard, axis: str, tap: Tap) -> Any:
+        module, name = shard.module, shard.name
+        channels = channel_units(axis, name, tap.dim, self.shape, self.topology)
+        norms = axis == "heads" and self.statistic.heads == "norm_first"
+        shared = tap.split and self.topology.sequence_parallel
+        sums = Accumulator(self.statistic, self.topology.tp_group if shared else None)
+        self.sites.append(_Site(axis, name, tap.dim, channels.unique() if norms else channels, sums))
 
-        def seen(activations: Tensor) -> None:
-            assert self.mask is not None
-            sums.add(activations, self.mask)
+        def seen(activations: Any) -> None:
+            a = activations[0] if isinstance(activations, tuple) else activations  # mcore's linears: (output, bias)
+            sums.add(head_norms(a, channels) if norms else a, self.running())
 
+        if shard.leaf == FUSED_NORM:
+            return module.register_forward_pre_hook(lambda _, args: seen(fused_norm(module, args[0], self.config)))
         if tap.output:
             return module.register_forward_hook(lambda _, args, out: seen(out))
         return module.register_forward_pre_hook(lambda _, args: seen(args[0]))
@@ -51,37 +83,59 @@ class _Sweep:
         """Tells the hooks which positions of the micro-batch that comes next count."""
         self.mask = batch.mask
 
-    def results(self, shape: Any) -> dict[str, dict[int | None, Tensor]]:
-        """Axis -> layer -> scores of this pipeline stage. Collective over tp and dp."""
-        out: dict[str, dict[int | None, Tensor]] = {}
-        for (axis, name, dim), sums in self.sums.items():
-            units = axis_scores(axis, name, dim, sums.result(self.topology.dp_group), shape, self.topology)
-            layer = layer_of(name) if axis in PER_LAYER else None
+    def running(self) -> Tensor:
+        """The positions of the running micro-batch that count: bool [batch, seq]."""
+        assert self.mask is not None
+        return self.mask
+
+    def results(self) -> tuple[Values, Broken]:
+        """The scores of this pipeline stage. Collective over tp and dp, whose ranks all get the same."""
+        out: Values = {}
+        broken: Broken = []
+        for at, axis, units in self._scored():
+            if not bool(units.isfinite().all()):
+                broken.append((at, axis))
+            layer = at if axis in PER_LAYER else None
             mine = out.setdefault(axis, {})
             mine[layer] = mine[layer] + units if layer in mine else units
-        return out
+        return out, broken
+
+    def _scored(self) -> Iterator[tuple[int, str, Tensor]]:
+        """(layer, axis, scores) of every tap here."""
+        for site in self.sites:
+            sums = site.sums.result(self.topology.dp_group)
+            units = axis_scores(site.axis, site.name, site.dim, sums, site.units, self.shape, self.topology)
+            at = layer_of(site.name)
+            assert at is not None
+            yield at, site.axis, units
+        for mixture in self.mixtures:
+            for axis, units in mixture.results():
+                yield mixture.layer, axis, units
 
 
 def score(
     model: Any,
     batches: Sequence[Batch],
-    axes: Sequence[str] = ("ffn", "heads", "hidden"),
+    axes: Sequence[str] | None = None,
     *,
     topology: Topology,
     statistic: Statistic | None = None,
     model_hash: str = "",
     listener: Listener = silent,
 ) -> Scores:
-    """Importance of every unit of `axes`, from forward passes over this data-parallel rank's batches.
+    """Importance of every unit of `axes` (None: all that the model has), from forward passes over this data-parallel
+    rank's batches.
 
-    Neurons and heads are scored a layer, hidden channels over all block norms together (ModelOpt's reading of Minitron
-    section 2.2). Every rank returns the same Scores. Collective over the world. Raises PlanError for an unknown axis.
+    Neurons, heads and experts are scored a layer, hidden channels over all block norms together (ModelOpt's reading of
+    Minitron section 2.2). Every rank returns the same Scores. Collective over the world. Raises PlanError for an
+    unknown axis, a wrapped model, a statistic that the MLP does not have, and on every rank for activations that are
+    not finite.
     """
-    for axis in axes:
-        if axis not in TAPS:
-            raise PlanError(f"axis {axis!r} cannot be scored.{did_you_mean(axis, TAPS)} Known: {', '.join(TAPS)}.")
-    statistic, shape = statistic or Statistic(), config_of(chunks_of(model)[0]).shape
-    sweep = _Sweep(model, axes, statistic, topology)
+    statistic, config = statistic or Statistic(), config_of(bare_chunks(model)[0])
+    shape = config.shape
+    axes = axes_of(shape) if axes is None else axes
+    check_axes(axes, shape)
+    sweep = _Sweep(model, axes, statistic, config, topology)
     try:
         done, total = 0, sum(len(batch.tokens) for batch in batches)
         for window in windows(batches, topology.pp):
@@ -93,15 +147,19 @@ def score(
             handle.remove()
     counts = torch.tensor([sum(len(b.tokens) for b in batches), sum(int(b.mask.sum()) for b in batches)])
     samples, tokens = (int(n) for n in all_reduce(counts.to(topology.device), topology.dp_group))
-    return Scores(_merge(sweep.results(shape), topology), shape, statistic, samples, tokens, model_hash)
+    return Scores(_merge(*sweep.results(), topology), shape, statistic, samples, tokens, model_hash)
 
 
-def _merge(mine: dict[str, dict[int | None, Tensor]], topology: Topology) -> dict[str, dict[int | None, Tensor]]:
-    """The scores of all pipeline stages, layers in order, a shared axis summed in order of the stages."""
-    stages = gather_objects(
-        {a: {k: v.cpu() for k, v in layers.items()} for a, layers in mine.items()}, topology.pp_group
-    )
-    out: dict[str, dict[int | None, Tensor]] = {}
+def _merge(mine: Values, broken: Broken, topology: Topology) -> Values:
+    """The scores of all pipeline stages, layers in order, a shared axis summed in order of the stages.
+
+    Collective over the world. Raises PlanError, on every rank alike, where a tap of any rank is broken.
+    """
+    here = {axis: {layer: units.cpu() for layer, units in layers.items()} for axis, layers in mine.items()}
+    stages, lists = zip(*gather_objects((here, broken), topology.pp_group), strict=True)
+    with fail_together():
+        _expect_finite([tap for taps in lists for tap in taps])
+    out: Values = {}
     for stage in stages:
         for axis, layers in stage.items():
             merged = out.setdefault(axis, {})
@@ -111,3 +169,12 @@ def _merge(mine: dict[str, dict[int | None, Tensor]], topology: Topology) -> dic
         axis: dict(sorted(layers.items(), key=lambda item: -1 if item[0] is None else item[0]))
         for axis, layers in out.items()
     }
+
+
+def _expect_finite(broken: Broken) -> None:
+    if broken:
+        layer, axis = min(broken, key=lambda tap: tap[0])
+        raise PlanError(
+            f"layer {layer} is the first with activations that are not finite (NaN or infinite), on axis {axis}. "
+            "Look for broken weights there, or score in float32."
+        )

@@ -76,6 +76,24 @@ def test_heads_are_ranked_inside_their_groups() -> None:
     assert plan.margins["heads"][0] == pytest.approx((8 - 7) / 8)
 
 
+@pytest.mark.parametrize("layers", [None, (0, 1, 3)])
+def test_in_the_whole_network_the_kept_layers_scores_add_up(layers: tuple[int, ...] | None) -> None:
+    scores = random_scores()
+    plan = choose(scores, layers=layers, scope="network", hidden=7, ffn=5, heads=6)
+    assert plan.keep["hidden"] == choose(scores, layers=layers, hidden=7).keep["hidden"]
+    sums = {
+        axis: [sum(by[layer][i].item() for layer in plan.kept_layers) for i in range(SHAPE.axis_size(axis))]
+        for axis, by in scores.values.items()
+        if axis != "hidden"
+    }
+    groups = [sums["heads"][4 * g : 4 * g + 4] for g in range(3)]
+    assert plan.keep["ffn"] == dict.fromkeys(plan.kept_layers, tuple(sorted(best(sums["ffn"], 5))))
+    heads = tuple(sorted(4 * g + i for g in range(3) for i in best(groups[g], 2)))
+    assert plan.keep["heads"] == dict.fromkeys(plan.kept_layers, heads)
+    assert plan.margins["ffn"][0] == pytest.approx(margin(sums["ffn"], 5))
+    assert plan.keep["ffn"] != choose(scores, layers=layers, ffn=5).keep["ffn"]
+
+
 def test_what_stays_whole_is_not_in_the_plan() -> None:
     plan = choose(random_scores(), ffn=16, heads=12, hidden=12)
     assert (plan.keep, plan.margins, plan.target) == ({}, {}, SHAPE)
@@ -109,6 +127,43 @@ def test_units_that_never_fired_are_cut_without_a_fuss() -> None:
     assert math.isfinite(plan.margins["hidden"][None])
 
 
+def test_groups_that_stay_are_the_strongest_and_heads_are_theirs() -> None:
+    scores = random_scores()
+    plan = choose(scores, kv_groups=2, heads=4)
+    assert (plan.target.kv_groups, plan.target.heads) == (2, 4)
+    for layer, units in scores.values["heads"].items():
+        strength = units.view(3, 4).norm(dim=1).tolist()
+        groups = sorted(best(strength, 2))
+        assert plan.keep["kv_groups"][layer] == tuple(groups)
+        assert plan.margins["kv_groups"][layer] == pytest.approx(margin(strength, 2))
+        kept = [4 * g + h for g in groups for h in sorted(best(units.view(3, 4)[g].tolist(), 2))]
+        assert plan.keep["heads"][layer] == tuple(kept)
+    assert choose(scores, kv_groups=1).target.heads == choose(scores, kv_groups=1, heads=4).target.heads == 4
+
+
+MIXTURE = SHAPE.resized(ffn=0, experts=4, experts_per_token=2, expert_ffn=6, shared_ffn=5)
+
+
+def test_experts_and_the_best_neurons_of_those_that_stay() -> None:
+    generator = torch.Generator().manual_seed(3)
+    values = {
+        axis: {i: torch.rand(MIXTURE.units(axis), dtype=torch.float64, generator=generator) for i in range(4)}
+        for axis in ("experts", "expert_ffn", "shared_ffn")
+    }
+    plan = choose(scores_of(values, MIXTURE), experts=3, expert_ffn=2, shared_ffn=4, layers=(0, 2))
+    assert plan.target == MIXTURE.resized(layers=2, experts=3, expert_ffn=2, shared_ffn=4)
+    for layer in (0, 2):
+        experts = sorted(best(values["experts"][layer].tolist(), 3))
+        neurons = [
+            6 * e + n for e in experts for n in sorted(best(values["expert_ffn"][layer].view(4, 6)[e].tolist(), 2))
+        ]
+        assert plan.keep["experts"][layer] == tuple(experts)
+        assert plan.keep["expert_ffn"][layer] == tuple(neurons)
+        assert len(plan.keep["shared_ffn"][layer]) == 4
+    with pytest.raises(PlanError, match="axis experts should keep 1, and every token goes through 2"):
+        choose(scores_of(values, MIXTURE), experts=1)
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
@@ -116,11 +171,18 @@ def test_units_that_never_fired_are_cut_without_a_fuss() -> None:
         ({"hidden": 13}, r"axis hidden should keep 13 of 12\. Ask for 1 to 12"),
         ({"hidden": 0}, "axis hidden should keep 0 of 12"),
         ({"heads": 4}, r"heads should keep 4, which cannot be spread evenly over 3 kv_groups\. Keep a multiple of 3"),
-        ({"ffn": 3}, r"axis ffn was not scored\. Score ffn first"),
-        ({"kv_groups": 1}, "axis kv_groups was not scored"),
+        ({"ffn": 3}, r"axis ffn was not scored\. Score it first; heads, hidden were"),
+        ({"kv_groups": 2, "heads": 9}, "axis heads should keep 9, which cannot be spread evenly over 2 kv_groups"),
+        ({"kv_groups": 2, "heads": 12}, "axis heads should keep 12, and 2 kv_groups hold 8"),
+        ({"experts": 2}, "axis experts should keep 2, and the model has none"),
         ({"layers": (0, 4)}, "axis layers keeps indices from 0 to 4"),
         ({"layers": (1, 0)}, "axis layers: kept indices must ascend"),
         ({"layers": ()}, "axis layers keeps nothing"),
+        ({"layers": (), "heads": 6, "scope": "network"}, "axis layers keeps nothing"),
+        (
+            {"scope": "netwrk", "heads": 6},
+            r"scope 'netwrk' is not known\. Did you mean 'network'\? Use layer or network",
+        ),
     ],
 )
 def test_what_cannot_be_kept_is_refused(asked: dict, says: str) -> None:

@@ -28,7 +28,9 @@ def some_scores(seed: int = 0) -> Scores:
         "heads": {layer: units(4) for layer in range(12)},
         "hidden": {None: units(8)},
     }
-    return Scores(values, SHAPE, Statistic("mean", "var"), samples=12, tokens=100, model_hash="abc")
+    return Scores(
+        values, SHAPE, Statistic("mean", "var", "pre", "norm_first"), samples=12, tokens=100, model_hash="abc"
+    )
 
 
 @pytest.mark.parametrize("place", ["batch", "sequence"])
@@ -38,7 +40,19 @@ def test_an_unknown_statistic_names_the_nearest(place: str) -> None:
 
 
 def test_the_papers_choice_is_the_default() -> None:
-    assert Statistic() == Statistic(batch="l2", sequence="mean")
+    assert Statistic() == Statistic(batch="l2", sequence="mean", neurons="post", heads="norm_last")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ({"neurons": "past"}, r"neurons 'past' is not known\. Did you mean 'post'\? Use one of post, pre"),
+        ({"heads": "norm"}, r"heads 'norm' is not known\. .* Use one of norm_last, norm_first"),
+    ],
+)
+def test_an_unknown_place_or_order_names_the_nearest(place: dict[str, str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        Statistic(**place)
 
 
 def test_scores_come_back_as_they_were(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from minitron_megatron.data import Batch
 from minitron_megatron.errors import PlanError
 from minitron_megatron.events import Event
 from minitron_megatron.losses import lm_loss
-from minitron_megatron.model import config_of, forward_only, output_weight
+from minitron_megatron.model import config_of, forward_only, named_shards, output_weight
 from minitron_megatron.parallel import Topology, sum_over_world
 from minitron_megatron.records import DepthScores
 from minitron_megatron.score import Run, block_importance, leave_out
@@ -305,3 +305,23 @@ def test_what_cannot_be_left_out(
 ) -> None:
     with pytest.raises(PlanError, match=says):
         pool.run(measure, checkpoints["untied"], metric, lengths, greedy)
+
+
+def of_nan(topology: Topology, folder: Path) -> list[str]:
+    """What is said of a model whose last layer writes a NaN on one rank."""
+    model, said = load_hf(folder, topology), []
+    for shard in named_shards(model):
+        if shard.name == "decoder.layers.4.mlp.linear_fc2.weight" and topology.tp_rank == topology.tp - 1:
+            shard.tensor.data.view(-1)[-1] = torch.nan
+    for sweep in (leave_out, block_importance):
+        with pytest.raises(PlanError) as caught:
+            sweep(model, share(samples(SAMPLES), topology), topology=topology)
+        said.append(str(caught.value))
+    return said
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2"])
+def test_a_nan_is_one_error_on_every_rank(pool: Pool, checkpoints: dict[str, Path], layout: str) -> None:
+    for loss, importance in pool.run(of_nan, checkpoints["untied"], **LAYOUTS[layout]):
+        assert loss == "the whole network measures nan. Look for broken weights, or score in float32."
+        assert importance.startswith("layers 4 to 4 measure nan, which ranks nothing. Look for broken weights there")

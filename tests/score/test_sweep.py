@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,75 +15,34 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.data import Batch
 from minitron_megatron.errors import PlanError
 from minitron_megatron.events import Event
+from minitron_megatron.model import named_shards
 from minitron_megatron.parallel import Topology
 from minitron_megatron.records import Scores, Statistic
-from minitron_megatron.score import score
+from minitron_megatron.score import block_importance, leave_out, score
 from minitron_megatron.testing import Pool
-from tests.tiny import LAYOUTS, SHAPE, each_layout, samples, share, transformer
+from tests.score.truth import SAMPLES, Seen, activations, expect_truth, truth
+from tests.tiny import LAYOUTS, SHAPE, each_layout, samples, share
 
 STATISTICS = [Statistic(batch, sequence) for batch, sequence in product(("l2", "mean", "var"), repeat=2)]
-SAMPLES = 12
-
-Values = dict[str, dict[int | None, Tensor]]
-
-
-# ---- the truth: hooks on transformers' modules, one sample at a time
-
-
-def activations(folder: Path, every: Batch) -> dict[tuple[str, int], list[Tensor]]:
-    """(module, layer) -> of each sample, what passes at the positions that count: [positions, units]."""
-    model, seen = transformer(folder), {}
-
-    def keep(name: str, layer: int) -> Callable[..., None]:
-        def hook(module: Any, arguments: tuple[Tensor, ...], out: Tensor | None = None) -> None:
-            seen.setdefault((name, layer), []).append((arguments[0] if out is None else out)[0].double())
-
-        return hook
-
-    for i, layer in enumerate(model.model.layers):
-        layer.mlp.down_proj.register_forward_pre_hook(keep("ffn", i))
-        layer.self_attn.o_proj.register_forward_pre_hook(keep("heads", i))
-        layer.input_layernorm.register_forward_hook(keep("norm1", i))
-        layer.post_attention_layernorm.register_forward_hook(keep("norm2", i))
-    for tokens, mask in zip(every.tokens, every.mask, strict=True):
-        with torch.no_grad():
-            model(tokens[mask].unsqueeze(0))
-    return seen
-
-
-REDUCE = {
-    "mean": lambda a: a.abs().mean(0),
-    "l2": lambda a: a.norm(dim=0),
-    "var": lambda a: a.var(0, unbiased=False),
-}
-
-
-def truth(seen: dict[tuple[str, int], list[Tensor]], statistic: Statistic) -> Values:
-    def channels(name: str, layer: int) -> Tensor:
-        return REDUCE[statistic.batch](torch.stack([REDUCE[statistic.sequence](a) for a in seen[name, layer]]))
-
-    layers = range(SHAPE.layers)
-    return {
-        "ffn": {i: channels("ffn", i) for i in layers},
-        "heads": {i: channels("heads", i).view(SHAPE.heads, SHAPE.head_dim).norm(dim=1) for i in layers},
-        "hidden": {None: sum(channels(norm, i) for norm in ("norm1", "norm2") for i in layers)},
-    }
+STATISTICS += [Statistic(heads="norm_first"), Statistic("var", "l2", heads="norm_first")]
 
 
 @pytest.fixture(scope="module")
-def seen(checkpoints: dict[str, Path]) -> dict[tuple[str, int], list[Tensor]]:
+def seen(checkpoints: dict[str, Path]) -> Seen:
     return activations(checkpoints["untied"], samples(SAMPLES))
 
 
 # ---- the jobs
 
 
-def sweep_all(topology: Topology, folder: Path, micro_batch: int, out: Path) -> tuple[list[Scores], list[str]]:
-    """Scores by all nine statistics, and of each run the hash of its file; the first statistic runs twice."""
+def sweep_all(
+    topology: Topology, folder: Path, micro_batch: int, out: Path, statistics: list[Statistic]
+) -> tuple[list[Scores], list[str]]:
+    """Scores by each statistic, and of each sweep the hash of its file."""
     model, mine = load_hf(folder, topology), share(samples(SAMPLES), topology, micro_batch)
     before = hooks(model)
     found, files = [], []
-    for statistic in [*STATISTICS, STATISTICS[0]]:
+    for statistic in statistics:
         found.append(score(model, mine, topology=topology, statistic=statistic, model_hash="abc"))
         path = out / f"{topology.rank}"
         found[-1].save(path)
@@ -124,40 +82,70 @@ def two_paddings(topology: Topology, folder: Path) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+BREAKS = {
+    "self_attention.linear_qkv.weight": "heads",
+    "self_attention.linear_proj.weight": "hidden",  # what it writes is first seen by the norm behind it
+    "pre_mlp_layernorm.weight": "hidden",
+    "mlp.linear_fc1.weight": "ffn",
+}
+"""Parameter of layer 1 -> the axis on which its NaN shows first."""
+
+
+def broken(topology: Topology, folder: Path) -> list[tuple[str, str]]:
+    """What is said of models with a NaN at the end of a parameter: on the last tp rank of a replica, and on all."""
+    last, said = (topology.tp_rank, topology.dp_rank) == (topology.tp - 1, topology.dp - 1), []
+    for name in BREAKS:
+        for here in (last, True):
+            model = load_hf(folder, topology)
+            for shard in named_shards(model):
+                if shard.name == f"decoder.layers.1.{name}" and here:
+                    shard.tensor.data.view(-1)[-1] = torch.nan
+            with pytest.raises(PlanError) as caught:
+                score(model, share(samples(SAMPLES), topology), topology=topology)
+            assert hooks(model) == 0
+            said.append(str(caught.value))
+    return list(zip(said[::2], said[1::2], strict=True))
+
+
+def wrapped(topology: Topology, folder: Path) -> None:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    model = load_hf(folder, topology)
+    ddp = [DistributedDataParallel(each.config, DistributedDataParallelConfig(), each) for each in model]
+    for measure in (score, leave_out, block_importance):
+        with pytest.raises(PlanError, match=r"this is a DistributedDataParallel\. Unwrap it: model\.module"):
+            measure(ddp, share(samples(SAMPLES), topology), topology=topology)
+
+
 # ---- the tests
 
 
 @each_layout
 def test_scores_are_the_naive_truth(
-    pool: Pool, checkpoints: dict[str, Path], seen: dict, layout: str, tmp_path: Path
+    pool: Pool, checkpoints: dict[str, Path], seen: Seen, layout: str, tmp_path: Path
 ) -> None:
-    """All nine statistics, every axis, samples padded at the end; and the same file from every rank and every run."""
-    results = pool.run(sweep_all, checkpoints["untied"], 3, tmp_path, **LAYOUTS[layout])
+    """All nine statistics, both orders of a head's norm, every axis, samples padded at the end; and the same file from
+    every rank, and from a second run of the same layout."""
+    folder = checkpoints["untied"]
+    results = pool.run(sweep_all, folder, 3, tmp_path, STATISTICS, **LAYOUTS[layout])
     found, files = results[0]
     for statistic, scores in zip(STATISTICS, found, strict=False):
-        expect_truth(scores, truth(seen, statistic))
+        expect_truth(scores, truth(seen, statistic, SHAPE))
         assert (scores.statistic, scores.shape, scores.model_hash) == (statistic, SHAPE, "abc")
         assert (scores.samples, scores.tokens) == (SAMPLES, int(samples(SAMPLES).mask.sum()))
-    assert files[0] == files[-1]
     assert len(set(files)) == len(STATISTICS)
     assert all(other == files for _, other in results)
-
-
-def expect_truth(scores: Scores, truth: Values) -> None:
-    assert {axis: list(layers) for axis, layers in scores.values.items()} == {a: list(ls) for a, ls in truth.items()}
-    for axis, layers in truth.items():
-        for layer, units in layers.items():
-            error = (scores.values[axis][layer] - units).abs().max() / units.max()
-            assert error < 1e-5, f"{scores.statistic} of {axis} in layer {layer}: off by {error:.1e} of the largest"
+    for _, again in pool.run(sweep_all, folder, 3, tmp_path, STATISTICS[-1:] * 2, **LAYOUTS[layout]):
+        assert again == files[-1:] * 2
 
 
 @pytest.mark.parametrize("layout", ["tp1", "pp2", "pp2-vp2"])
 def test_micro_batches_and_windows_change_nothing(
-    pool: Pool, checkpoints: dict[str, Path], seen: dict, layout: str
+    pool: Pool, checkpoints: dict[str, Path], seen: Seen, layout: str
 ) -> None:
     """Twelve micro-batches are more than one window."""
     (scores, events), *_ = pool.run(listen, checkpoints["untied"], ["heads", "hidden"], 1, **LAYOUTS[layout])
-    expected = truth(seen, Statistic())
+    expected = truth(seen, Statistic(), SHAPE)
     del expected["ffn"]
     expect_truth(scores, {axis: expected[axis] for axis in ("heads", "hidden")})
     assert len(events) > 1
@@ -182,3 +170,23 @@ def test_a_broken_sweep_leaves_no_hooks(pool: Pool, checkpoints: dict[str, Path]
 def test_an_axis_that_cannot_be_scored(pool: Pool, checkpoints: dict[str, Path]) -> None:
     with pytest.raises(PlanError, match=r"axis 'hiden' cannot be scored\. Did you mean 'hidden'\? Known: ffn, heads"):
         pool.run(listen, checkpoints["untied"], ["ffn", "hiden"], 2)
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "tp2-pp2", "dp2"])
+def test_a_nan_is_one_error_on_every_rank_that_names_its_layer(
+    pool: Pool, checkpoints: dict[str, Path], layout: str
+) -> None:
+    said, *others = pool.run(broken, checkpoints["untied"], **LAYOUTS[layout])
+    assert all(other == said for other in others)
+    for axis, (on_one, on_all) in zip(BREAKS.values(), said, strict=True):
+        assert on_one.startswith("layer 1 is the first with activations that are not finite (NaN or infinite), on axis")
+        assert on_all.endswith(f"on axis {axis}. Look for broken weights there, or score in float32.")
+
+
+def test_a_wrapped_model_is_refused(pool: Pool, checkpoints: dict[str, Path]) -> None:
+    pool.run(wrapped, checkpoints["untied"], dp=2)
+
+
+def test_neurons_of_a_gated_mlp_have_no_one_input(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"gated MLP have two projections .* Score them by `post`"):
+        pool.run(sweep_all, checkpoints["untied"], 2, tmp_path, [Statistic(neurons="pre")], tp=2)

@@ -1,0 +1,111 @@
+"""Scores of a mixture's experts and of their neurons, exact however experts and tokens are spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+from ..model import chunks_of
+from ..parallel import Topology, all_reduce, gather_objects, gather_sequence, local_sequence
+from ..records import Statistic
+from .accumulate import Accumulator, over_positions
+from .taps import EXPERT_AXES
+
+__all__ = ["Mixture", "mixtures"]
+
+
+class Mixture:
+    """The hooks of one layer's mixture, and what they add up.
+
+    An expert scores the mean L2 norm of what it gives, times the router's weight, over the tokens that it gets
+    (ModelOpt's choice). A neuron of an expert is scored by the statistic, over all positions of a sample: at those
+    where the router sends its expert nothing, it gives nothing.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        statistic: Statistic,
+        axes: tuple[str, ...],
+        topology: Topology,
+        mask: Callable[[], Tensor],
+    ) -> None:
+        """mask: the positions of the running micro-batch that count, bool [batch, seq]."""
+        self.layer: int = layer.layer_number - 1
+        self.topology, self.statistic, self.axes, self.mask = topology, statistic, axes, mask
+        if not hasattr(layer.mlp.experts, "local_experts"):
+            raise PlanError(
+                f"the experts of layer {self.layer} are {type(layer.mlp.experts).__name__}, and only experts that are "
+                "modules of their own can be scored. Build the model with moe_grouped_gemm=False."
+            )
+        experts = layer.mlp.experts.local_experts
+        self.norms = torch.zeros(2, len(experts), dtype=torch.float64, device=topology.device)  # sums, tokens
+        self.neurons = [Accumulator(statistic) for _ in experts]
+        self.first: int = layer.mlp.local_expert_indices[0]
+        self.handles = [layer.mlp.router.register_forward_hook(self._route)]
+        for expert, module in enumerate(experts):
+            self.handles.append(module.linear_fc2.register_forward_hook(self._seen_by(expert)))
+
+    def _route(self, router: Any, args: Any, out: tuple[Tensor, Tensor]) -> None:
+        """Works out which samples the tokens are of that each expert here is about to get, in mcore's order: that of
+        the ranks of the expert-parallel group, and of each rank's tokens."""
+        topology, mask, group = self.topology, self.mask(), self.topology.ep_group
+        samples = len(mask)
+        lengths = torch.zeros(topology.dp, samples, dtype=torch.float64, device=mask.device)
+        lengths[topology.dp_rank] = mask.sum(1)
+        self.lengths = all_reduce(lengths, topology.dp_group).flatten()
+        mine = mask.t()
+        if topology.sequence_parallel:
+            mine = local_sequence(mine, topology.tp_group)
+        sample = (torch.arange(samples, device=mask.device) + samples * topology.dp_rank).expand(len(mine), samples)
+        sample = torch.where(mine, sample, -1).flatten()
+        sent = gather_sequence(out[1].to(torch.uint8), group).bool()
+        self.sample = gather_sequence(sample, group)
+        self.sent = sent[:, self.first : self.first + len(self.neurons)]
+
+    def _seen_by(self, expert: int) -> Callable[..., None]:
+        def seen(linear: Any, args: tuple[Tensor, ...], out: tuple[Tensor, Any]) -> None:
+            of = self.sample[self.sent[:, expert]]
+            counts = of >= 0
+            if "experts" in self.axes:
+                norms = out[0].detach()[counts].float().norm(dim=-1)
+                self.norms[:, expert] += torch.stack([norms.sum(dtype=torch.float64), counts.sum().double()])
+            if "expert_ffn" in self.axes:
+                self._add_neurons(self.neurons[expert], args[0].detach()[counts].float(), of[counts])
+
+        return seen
+
+    def _add_neurons(self, sums: Accumulator, activations: Tensor, sample: Tensor) -> None:
+        """activations: [tokens, neurons]; sample: int64 [tokens]. Collective over the ranks with the same experts."""
+        lengths = self.lengths
+
+        def total(numbers: Tensor, dtype: Any = None) -> Tensor:
+            table = torch.zeros(len(lengths), numbers.shape[1], dtype=torch.float64, device=numbers.device)
+            return all_reduce(table.index_add_(0, sample, numbers.double()), self.topology.edp_group)
+
+        per_sample = over_positions(self.statistic.sequence, activations, lengths.clamp(min=1).unsqueeze(1), total)
+        sums.add_samples(per_sample.double(), (lengths > 0).double())
+
+    def results(self) -> Iterator[tuple[str, Tensor]]:
+        """(axis, scores of all experts' units: fp64 [units]). Collective over the ranks that hold the experts."""
+        if "experts" in self.axes:
+            sums, tokens = all_reduce(self.norms.clone(), self.topology.edp_group)
+            yield "experts", self._of_all(sums / tokens.clamp(min=1))
+        if "expert_ffn" in self.axes:
+            yield "expert_ffn", self._of_all(torch.cat([sums.result(None) for sums in self.neurons]))
+
+    def _of_all(self, mine: Tensor) -> Tensor:
+        return torch.cat([part.to(mine.device) for part in gather_objects(mine.cpu(), self.topology.ep_group)])
+
+
+def mixtures(
+    model: Any, statistic: Statistic, axes: Sequence[str], topology: Topology, mask: Callable[[], Tensor]
+) -> list[Mixture]:
+    """Hooks every mixture of this rank's layers for those of `axes` that are of experts; none of them, no hooks."""
+    wanted = tuple(axis for axis in axes if axis in EXPERT_AXES)
+    layers = [layer for chunk in chunks_of(model) for layer in chunk.decoder.layers] if wanted else []
+    return [Mixture(layer, statistic, wanted, topology, mask) for layer in layers]
