@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..parallel import Topology
+from ..parallel import Topology, mark_expert
 from .config import ModelConfig, rotary_frequencies, transformer_config
 from .spec import block_spec
 
@@ -101,4 +101,7 @@ def _gpt(mcore: Any, spec: Any, **arguments: Any) -> Any:
     with torch.device("meta"):
         gpt = GPTModel(mcore, spec, pg_collection=groups, **arguments)
     gpt.pg_collection.embd = gpt.embd_group = embedding_group
+    for name, parameter in gpt.named_parameters():
+        if ".experts." in name:
+            mark_expert(parameter)
     return gpt

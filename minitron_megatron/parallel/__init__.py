@@ -22,7 +22,7 @@ from .collectives import (
     sum_over_world,
 )
 from .topology import Topology
-from .versions import final_hidden, mend_distributed_optimizer, separate_steps, torn_checkpoint_errors
+from .versions import final_hidden, mark_expert, mend_distributed_optimizer, separate_steps, torn_checkpoint_errors
 
 __all__ = [
     "Group",
@@ -39,6 +39,7 @@ __all__ = [
     "group_size",
     "install_cpu_backend",
     "local_sequence",
+    "mark_expert",
     "mend_distributed_optimizer",
     "move",
     "scatter_sequence",

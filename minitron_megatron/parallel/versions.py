@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["final_hidden", "mend_distributed_optimizer", "separate_steps", "torn_checkpoint_errors"]
+__all__ = ["final_hidden", "mark_expert", "mend_distributed_optimizer", "separate_steps", "torn_checkpoint_errors"]
 
 
 def final_hidden(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -52,6 +52,15 @@ def separate_steps(optimizer: Any) -> None:
         for state in part.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
+
+
+def mark_expert(parameter: Any) -> None:
+    """Has an expert's gradient summed over the ranks that hold the same experts.
+
+    mcore marks experts so only where ep > 1 (tensor_parallel/layers.py, `allreduce`); at ep = 1 beside tp > 1 each rank
+    of tp would keep the gradient of its own part of the sequence, silently.
+    """
+    parameter.allreduce = False
 
 
 def torn_checkpoint_errors() -> tuple[type[BaseException], ...]:
