@@ -4,8 +4,20 @@ Knows: scores, plans, shards. Must not know: how scores were made, losses, Huggi
 """
 
 from .baselines import first_plan, random_plan
-from .choose import SAFE_MARGIN, check_sizes, choose
+from .choose import SAFE_MARGIN, checked_sizes, choose
 from .depth import choose_layers
+from .merge import MERGES, SIGNS, merge_heads
 from .trim import trim
 
-__all__ = ["SAFE_MARGIN", "check_sizes", "choose", "choose_layers", "first_plan", "random_plan", "trim"]
+__all__ = [
+    "MERGES",
+    "SAFE_MARGIN",
+    "SIGNS",
+    "checked_sizes",
+    "choose",
+    "choose_layers",
+    "first_plan",
+    "merge_heads",
+    "random_plan",
+    "trim",
+]

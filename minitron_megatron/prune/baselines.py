@@ -10,7 +10,7 @@ import torch
 
 from ..layout import Shape
 from ..records import Plan
-from .choose import best_plan, check_sizes
+from .choose import best_plan, checked_sizes
 
 __all__ = ["first_plan", "random_plan"]
 
@@ -41,7 +41,7 @@ def _plan(
     sizes: dict[str, int],
 ) -> Plan:
     """draw: (name of an axis and layer, how many units) -> what each is worth."""
-    check_sizes(shape, sizes)
+    sizes = checked_sizes(shape, sizes)
     plan = best_plan(
         shape,
         lambda axis, places: {

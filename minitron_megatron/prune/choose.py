@@ -13,7 +13,7 @@ from ..errors import PlanError, did_you_mean
 from ..layout import PER_LAYER, PUBLIC_AXES, WITHIN, Shape
 from ..records import Plan, Scores
 
-__all__ = ["SAFE_MARGIN", "SCOPES", "best_plan", "check_sizes", "choose"]
+__all__ = ["SAFE_MARGIN", "SCOPES", "best_plan", "checked_sizes", "choose", "scores_of"]
 
 SAFE_MARGIN = 1e-5
 """Below this relative margin, another order of additions could choose another unit."""
@@ -36,10 +36,10 @@ def choose(scores: Scores, *, layers: Sequence[int] | None = None, scope: str = 
     """
     if scope not in SCOPES:
         raise PlanError(f"scope {scope!r} is not known.{did_you_mean(scope, SCOPES)} Use {' or '.join(SCOPES)}.")
-    check_sizes(scores.shape, sizes)
+    sizes = checked_sizes(scores.shape, sizes)
 
     def worth(axis: str, places: Sequence[int | None]) -> Ranked:
-        units = _scores_of(axis, scores)
+        units = scores_of(axis, scores)
         ranked = {place: units[place] for place in places}
         return dict.fromkeys(ranked, torch.stack([*ranked.values()]).sum(0)) if scope == "network" else ranked
 
@@ -48,7 +48,8 @@ def choose(scores: Scores, *, layers: Sequence[int] | None = None, scope: str = 
     return plan
 
 
-def _scores_of(axis: str, scores: Scores) -> Ranked:
+def scores_of(axis: str, scores: Scores) -> Ranked:
+    """Layer -> scores of an axis; PlanError where there are none. A kv_group's are made from its heads'."""
     if axis in scores.values:
         return scores.values[axis]
     if axis == "kv_groups" and "heads" in scores.values:
@@ -57,8 +58,11 @@ def _scores_of(axis: str, scores: Scores) -> Ranked:
     raise PlanError(f"axis {axis} was not scored. Score it first; {', '.join(scores.values)} were.")
 
 
-def check_sizes(shape: Shape, sizes: Mapping[str, int]) -> None:
-    """Raises PlanError where a model of `shape` cannot keep `sizes` (public axis -> units)."""
+def checked_sizes(shape: Shape, sizes: Mapping[str, int]) -> dict[str, int]:
+    """`sizes` (public axis -> units) for a model of `shape`, where a head with a key and a value of its own takes them
+    along. Raises PlanError where the model cannot keep them."""
+    if "heads" in sizes and shape.heads == shape.kv_groups:
+        sizes = {"kv_groups": sizes["heads"], **sizes}
     for axis, size in sizes.items():
         if axis not in PUBLIC_AXES:
             raise PlanError(
@@ -75,6 +79,7 @@ def check_sizes(shape: Shape, sizes: Mapping[str, int]) -> None:
             f"axis experts should keep {sizes['experts']}, and every token goes through {shape.experts_per_token}. "
             f"Keep {shape.experts_per_token} at least."
         )
+    return dict(sizes)
 
 
 def _check_heads(shape: Shape, heads: int | None, groups: int) -> None:

@@ -95,7 +95,7 @@ class Plan:
         """The units of an axis that stay in a source layer (None: on an axis that all layers share)."""
         if axis in self.keep:
             return self.keep[axis][layer]
-        groups = WITHIN.get(axis)
+        groups = WITHIN.get(axis, axis)
         if groups not in self.keep:
             return tuple(range(self.shape.units(axis)))
         each = self.shape.units(axis) // self.shape.axis_size(groups)
