@@ -55,6 +55,25 @@ class Topology:
         model_parallel_cuda_manual_seed(1)
         return topology
 
+    @classmethod
+    def running(cls, sequence_parallel: bool = False) -> Topology:
+        """The layout that somebody's script has set up with mcore's parallel_state.
+
+        Raises TopologyError for context parallelism, and for experts that are split by tensor parallelism.
+        """
+        state = _state()
+        if state.get_context_parallel_world_size() > 1:
+            raise TopologyError("context parallelism is not supported. Set context_parallel_size to 1.")
+        if state.get_expert_model_parallel_world_size() > 1 and state.get_expert_tensor_parallel_world_size() > 1:
+            raise TopologyError("experts are split by tp, and may not be. Set expert_tensor_parallel_size to 1.")
+        return cls(
+            state.get_tensor_model_parallel_world_size(),
+            state.get_pipeline_model_parallel_world_size(),
+            state.get_virtual_pipeline_model_parallel_world_size() or 1,
+            state.get_expert_model_parallel_world_size(),
+            sequence_parallel,
+        )
+
     def stop(self) -> None:
         """Ends the layout; the processes stay joined, so that another layout may follow."""
         from megatron.core import parallel_state

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_megatron.layout import kept_rows, lookup
-from minitron_megatron.model import named_shards
+from minitron_megatron.model import forward_only, named_shards
+from minitron_megatron.model.shards import _canonical
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import choose, trim
-from minitron_megatron.records import Plan
+from minitron_megatron.records import Plan, Scores
 from minitron_megatron.score import score
 from minitron_megatron.testing import Pool
 from tests.tiny import LAYOUTS, SEQUENCE, samples, share
@@ -22,7 +23,33 @@ VOCAB = 132
 """Not padded to 128: their model, their padding."""
 
 
-def their_model(topology: Topology) -> Any:
+def with_fused_norms(spec: Any) -> Any:
+    """The spec as Transformer Engine names it: the norms before qkv and fc1 live in these as `layer_norm_weight`.
+
+    Transformer Engine needs a GPU; this stand-in has its names and its function.
+    """
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    class NormColumnParallelLinear(ColumnParallelLinear):
+        def __init__(self, input_size: int, output_size: int, *, config: Any, **more: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **more)
+            self.eps = config.layernorm_epsilon
+            self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size))
+            self.layer_norm_weight.sequence_parallel = config.sequence_parallel
+
+        def forward(self, states: Tensor, *args: Any, **more: Any) -> Any:
+            normed = F.rms_norm(states, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)
+            return super().forward(normed, *args, **more)
+
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
+    layer.self_attention.submodules.linear_qkv = NormColumnParallelLinear
+    layer.mlp.submodules.linear_fc1 = NormColumnParallelLinear
+    return spec
+
+
+def their_model(topology: Topology, fused: bool = False) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -50,6 +77,7 @@ def their_model(topology: Topology) -> Any:
         gradient_accumulation_fusion=False,
     )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec = with_fused_norms(spec) if fused else spec
     return GPTModel(config, spec, VOCAB, SEQUENCE, position_embedding_type="rope")
 
 
@@ -83,3 +111,42 @@ def test_their_model_is_scored_and_cut(pool: Pool, layout: str) -> None:
         assert (plan.target.ffn, plan.target.heads, plan.target.hidden) == (40, 4, 48)
         assert masked.abs().mean() > 0.1
         assert (pruned - masked).abs().max() < 1e-5 * masked.abs().max()
+
+
+def twins(topology: Topology, sizes: dict[str, int]) -> list[tuple[Scores, Plan, list[Tensor]]]:
+    """The same weights under mcore's local names and under Transformer Engine's: what each is scored, how each is cut,
+    and the final hidden states of what is left."""
+    torch.manual_seed(3)
+    weights: dict[str, Tensor] = {}
+    results = []
+    for fused in (False, True):
+        model, batches = their_model(topology, fused), share(samples(8), topology)
+        for shard in named_shards(model):
+            if "layernorm" in shard.name:
+                weights.setdefault(shard.name, 0.5 + torch.rand(shard.tensor.shape))
+            shard.tensor.data.copy_(weights.setdefault(shard.name, shard.tensor.data.clone()))
+        scores = score(model, batches, topology=topology)
+        plan = choose(scores, **sizes)
+        results.append((scores, plan, forward_only(trim(model, plan, topology), batches)))
+    return results
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2"])
+def test_transformer_engines_names_are_known(pool: Pool, layout: str) -> None:
+    for (local, plan, hidden), (fused, fused_plan, fused_hidden) in pool.run(
+        twins, {"hidden": 32, "ffn": 40, "heads": 4}, **LAYOUTS[layout]
+    ):
+        assert set(local.values) == set(fused.values) == {"ffn", "heads", "hidden"}
+        for axis, layers in local.values.items():
+            for layer, units in layers.items():
+                torch.testing.assert_close(fused.values[axis][layer], units, rtol=1e-6, atol=0)
+        assert plan.keep == fused_plan.keep
+        for want, got in zip(hidden, fused_hidden, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_transformer_engines_grouped_experts_have_the_same_names() -> None:
+    assert _canonical("mlp.experts.linear_fc1.weight12") == "mlp.experts.local_experts.12.linear_fc1.weight"
+    assert _canonical("mlp.linear_fc1.layer_norm_bias") == "pre_mlp_layernorm.bias"
+    assert _canonical("self_attention.linear_qkv.layer_norm_weight") == "input_layernorm.weight"
+    assert _canonical("mlp.linear_fc1.weight") == "mlp.linear_fc1.weight"
