@@ -122,7 +122,7 @@ def _run_stages(path: Path, overrides: list[str] | None, out: Path | None, only:
 
     recipe = load_recipe(path, overrides or (), out)
     keys = recipe.parallel
-    topology = Topology.start(keys.tp, keys.pp, keys.vp, sequence_parallel=keys.sequence_parallel)
+    topology = Topology.start(**keys.model_dump())
     if topology.rank != 0:
         run_stages(recipe, topology, only=only)
         return

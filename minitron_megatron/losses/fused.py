@@ -12,20 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import RecipeError
 from ..parallel import Group, all_reduce, gather_sequence, scatter_sequence
-from .vocab import CrossEntropy, ForwardKL, Vocabulary
+from .distillation import Distillation, KDLoss
+from .vocab import CrossEntropy, Vocabulary
 
 __all__ = ["chunk_tokens", "distill_loss", "lm_loss"]
 
-LIVE_CHUNKS = 3
-"""Tensors of [chunk, v] alive at once in the divergence that needs most."""
+LIVE_OF_CROSS_ENTROPY = 2
+SHARE_OF_LOGITS, MOST_BYTES, LEAST_TOKENS = 1 / 8, 512 * 2**20, 32
 
-Divergence = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+FORWARD_KL = KDLoss()
+
+OfChunk = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""(fp32 logits [c, v], the rows that they are of) -> this rank's part of each token's loss [c], its gradient [c, v]."""
 
 
-def chunk_tokens(held: int, budget_bytes: int = 64 * 2**20) -> int:
-    """Tokens a chunk, so that its live fp32 logits over `held` vocabulary entries stay within `budget_bytes`."""
-    return max(16, budget_bytes // (LIVE_CHUNKS * 4 * max(held, 1)))
+def chunk_tokens(tokens: int, held: int, live: int, budget_bytes: int | None = None) -> int:
+    """Tokens a chunk, so that `live` fp32 tensors over `held` vocabulary entries stay within `budget_bytes`.
+
+    By default that is an eighth of the logits of all `tokens`, at most 512 MiB. Never fewer than 32 tokens: each chunk
+    reads and writes the whole gradient of the output weight.
+    """
+    row = 4 * max(held, 1)
+    budget = min(MOST_BYTES, int(SHARE_OF_LOGITS * row * tokens)) if budget_bytes is None else budget_bytes
+    return max(LEAST_TOKENS, budget // (live * row))
 
 
 def lm_loss(
@@ -47,9 +58,9 @@ def lm_loss(
     """
     tokens = _tokens(mask)
     vocabulary = Vocabulary(vocab, group)
-    divergence = CrossEntropy(vocabulary, _flat(labels)[tokens], weight.shape[0])
-    chunk = chunk or chunk_tokens(weight.shape[0])
-    return _fused(hidden, weight, tokens, divergence, vocabulary, sequence_parallel, chunk)
+    of_chunk = CrossEntropy(vocabulary, _flat(labels)[tokens], weight.shape[0])
+    chunk = chunk or chunk_tokens(len(tokens), weight.shape[0], LIVE_OF_CROSS_ENTROPY)
+    return _fused(hidden, weight, tokens, of_chunk, vocabulary, sequence_parallel, chunk)
 
 
 def distill_loss(
@@ -61,26 +72,38 @@ def distill_loss(
     *,
     vocab: int,
     group: Group,
-    temperature: float = 1.0,
+    loss: KDLoss = FORWARD_KL,
+    labels: Tensor | None = None,
     sequence_parallel: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
-    """KL(teacher || student) in nats, summed over the tokens whose mask is true: fp32 scalar, the same on every rank.
+    """The student's divergence from the teacher, summed over the tokens whose mask is true: fp32 scalar, the same on
+    every rank.
 
-    Arguments as for `lm_loss`; the teacher's hidden states and output weight may have another width and are constants.
+    Arguments as for `lm_loss`; the teacher's hidden states and output weight are constants, and may have another width
+    and another padding. labels: needed where `loss` has cross-entropy. Raises RecipeError where a model has fewer than
+    `vocab` entries, or the loss asks for more than there are.
     """
-    tokens = _tokens(mask)
+    tokens, held = _tokens(mask), weight.shape[0]
     vocabulary = Vocabulary(vocab, group)
+    vocabulary.check(weight, "student")
+    vocabulary.check(teacher_weight, "teacher")
+    loss.check(vocab)
     with torch.no_grad():
         states = _states(teacher_hidden, group, sequence_parallel)
-        output = vocabulary.real(teacher_weight.detach())
+        output = vocabulary.aligned(teacher_weight.detach(), held)
 
     def teacher(rows: slice) -> Tensor:
         return (states[tokens[rows]] @ output.t()).float()
 
-    divergence = ForwardKL(vocabulary, teacher, temperature)
-    chunk = chunk or chunk_tokens(weight.shape[0])
-    return _fused(hidden, weight, tokens, divergence, vocabulary, sequence_parallel, chunk)
+    cross_entropy = None
+    if loss.ce_weight:
+        if labels is None:
+            raise RecipeError(f"ce_weight is {loss.ce_weight}, but the loss was given no labels. Pass them.")
+        cross_entropy = CrossEntropy(vocabulary, _flat(labels)[tokens], held)
+    of_chunk = Distillation(loss, vocabulary, teacher, held, cross_entropy)
+    chunk = chunk or chunk_tokens(len(tokens), held, loss.live, loss.budget_bytes)
+    return _fused(hidden, weight, tokens, of_chunk, vocabulary, sequence_parallel, chunk)
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -113,7 +136,7 @@ class _Fused(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         tokens: Tensor,
-        divergence: Divergence,
+        of_chunk: OfChunk,
         vocabulary: Vocabulary,
         sequence_parallel: bool,
         chunk: int,
@@ -123,7 +146,7 @@ class _Fused(torch.autograd.Function):
         wants_grad = any(ctx.needs_input_grad[:2])
         d_states = torch.zeros_like(states) if wants_grad else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
-        total = _sweep(states, weight, tokens, divergence, vocabulary, chunk, d_states, d_weight)
+        total = _sweep(states, weight, tokens, of_chunk, vocabulary, chunk, d_states, d_weight)
         all_reduce(total, vocabulary.group)
         if d_states is not None and d_weight is not None:
             d_hidden = d_states.view(-1, *hidden.shape[1:])
@@ -145,7 +168,7 @@ def _sweep(
     states: Tensor,
     weight: Tensor,
     tokens: Tensor,
-    divergence: Divergence,
+    of_chunk: OfChunk,
     vocabulary: Vocabulary,
     chunk: int,
     d_states: Tensor | None,
@@ -158,11 +181,21 @@ def _sweep(
         rows = slice(start, start + chunk)
         at = tokens[rows]
         part = states[at]
-        loss, gradient = divergence((part @ real.t()).float(), rows)
+        loss, gradient = of_chunk((part @ real.t()).float(), rows)
         total += loss.sum()
         if d_states is not None and d_weight is not None:
             gradient = gradient.to(weight.dtype)
             d_states[at] = gradient @ real
-            d_weight[: len(real)] += gradient.t() @ part
+            _add_outer(d_weight[: len(real)], gradient, part)
         del gradient  # before the next chunk's logits
     return total
+
+
+def _add_outer(total: Tensor, gradient: Tensor, part: Tensor) -> None:
+    """Adds gradient^T part to `total`: fp32 [v, h], with nothing of that size beside it."""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.t(), part)
+        return
+    rows = max(1, gradient.numel() // part.shape[1])
+    for some in range(0, len(total), rows):
+        total[some : some + rows] += gradient[:, some : some + rows].t() @ part

@@ -42,6 +42,10 @@ class Folders:
         return self.run / "scores" / "scores.safetensors"
 
     @property
+    def depth(self) -> Path:
+        return self.run / "scores" / "depth.json"
+
+    @property
     def plan(self) -> Path:
         return self.run / "pruned" / "plan.json"
 

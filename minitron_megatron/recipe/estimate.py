@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from ..convert import read_config
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
-from .run import student_shape
 from .schema import Recipe, TrainingKeys
+from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
 __all__ = ["Estimate", "estimate"]
 
@@ -88,7 +88,7 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
     correct_tokens = _tokens(recipe.correct, sequence) if recipe.correct else 0
     distill_tokens = _tokens(keys, sequence)
     flops = 3 * forward[teacher] * correct_tokens + (forward[teacher] + 3 * forward[student]) * distill_tokens
-    flops += forward[teacher] * recipe.score.samples * sequence
+    flops += _score_flops(recipe, teacher) * recipe.score.samples * sequence
     models = parameters(student) * (weight * 2 + WEIGHT_BYTES[recipe.export.dtype])
     return Estimate(
         teacher=teacher,
@@ -105,6 +105,20 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
         flops=flops,
         hours=flops / (gpus * peak_flops * mfu) / 3600,
     )
+
+
+def _score_flops(recipe: Recipe, teacher: Shape) -> int:
+    """Of a calibration token: a pass for the units in each round, and what is left of every network without a block."""
+    sequence, sweep = recipe.data.sequence, depth_sweep(recipe, teacher)
+    passes = [teacher] if scores_wanted(recipe) else []
+    passes += round_shapes(recipe, teacher)[:-1]
+    if sweep is not None:
+        there = teacher.layers
+        blocks = [(first, length) for length in sweep.lengths for first in range(there - length + 1)]
+        behind = [there] if sweep.metric == "bi" else [there, *(there - first - length for first, length in blocks)]
+        behind += [left for gone in range(1, sweep.greedy) for left in (there - gone, *range(there - gone))]
+        passes += [teacher.resized(layers=left) for left in behind]
+    return sum(flops_per_token(shape, sequence) for shape in passes)
 
 
 def _tokens(keys: TrainingKeys, sequence: int) -> int:

@@ -18,13 +18,11 @@ from ..data import check_tokenizer
 from ..errors import DataError, RecipeError
 from ..events import Listener, silent
 from ..files import read_json, whole_file, write_json
-from ..layout import Shape
 from ..model import check_fits
 from ..parallel import Topology, barrier, broadcast_object, fail_together
-from ..prune import check_sizes
-from ..records import Plan
 from .context import Context, Folders
 from .schema import Recipe
+from .sizes import check_pruning
 from .stages import STAGES, Stage
 from .versions import versions
 
@@ -49,6 +47,7 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
     Raises MinitronErrors on every rank alike, before anything is written where the recipe can tell.
     """
     with fail_together():
+        _check_wanted(recipe, only)
         check(recipe, topology)
         _claim(recipe, topology)
     barrier()
@@ -103,6 +102,7 @@ def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, An
     read = {
         "stage": stage.name,
         "keys": {name: keys[name] for name in stage.reads},
+        "asks": stage.asks(recipe),
         "files": [_file_marks(recipe)] if "data" in stage.reads else [],
         "results": {
             name: {k: v for k, v in done[name].items() if k != "seconds"} for name in stage.after if name in done
@@ -142,12 +142,19 @@ def _run_stage(stage: Stage, mark: str, context: Context) -> dict[str, Any]:
     return record
 
 
+def _check_wanted(recipe: Recipe, only: str | None) -> None:
+    names = [stage.name for stage in wanted(recipe)]
+    if only is not None and only not in names:
+        raise RecipeError(f"this recipe has no stage {only}. Its stages are {', '.join(names)}.")
+
+
 def check(recipe: Recipe, topology: Topology) -> None:
     """Everything that can be known to be wrong before work begins. Raises MinitronErrors. Not collective."""
     shape = read_config(recipe.model).shape
     check_tokenizer(recipe.model, shape.vocab)
     check_fits(shape, topology)
-    check_fits(student_shape(recipe, shape), topology)
+    check_pruning(recipe, shape, topology)
+    recipe.distill.loss.loss().check(shape.vocab)
     _check_batches(recipe, topology)
     for source in recipe.data.sources:
         for path in (source.path, source.validation):
@@ -155,13 +162,6 @@ def check(recipe: Recipe, topology: Topology) -> None:
                 raise DataError(f"data source {path} does not exist. Check data.sources.")
             if isinstance(path, Path) and path.is_file() and path.stat().st_size == 0:
                 raise DataError(f"data source {path} is empty. Check data.sources.")
-
-
-def student_shape(recipe: Recipe, teacher: Shape) -> Shape:
-    """What the recipe makes of a teacher. Raises PlanError where it cannot."""
-    check_sizes(teacher, recipe.prune.sizes())
-    layers = None if recipe.prune.layers is None else tuple(recipe.prune.layers)
-    return Plan(teacher, layers=layers).target.resized(**recipe.prune.sizes())
 
 
 def _check_batches(recipe: Recipe, topology: Topology) -> None:

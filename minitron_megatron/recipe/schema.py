@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import RecipeError, did_you_mean
+from ..layout import PUBLIC_AXES
+from ..losses import KDLoss
 
-__all__ = ["Data", "Recipe", "Source", "TrainingKeys", "json_schema", "load_recipe"]
+__all__ = ["Data", "Depth", "Recipe", "Source", "TrainingKeys", "json_schema", "load_recipe"]
 
 DType = Literal["float32", "bfloat16"]
 
@@ -26,7 +28,16 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _layers(value: Any) -> Any:
+    """A number of layers, or a list of them; said once, where pydantic would tell of each alternative."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(layer, int) for layer in listed) or (isinstance(value, int) and value < 1):
+        raise ValueError("Give how many layers to keep, or a list of those that stay")
+    return value
+
+
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+Layers = Annotated[int | tuple[int, ...], BeforeValidator(_layers)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -44,6 +55,8 @@ class Parallel(Keys):
     """Pipeline stages."""
     vp: Count = 1
     """Virtual pipeline stages a rank; above 1 the schedule is interleaved."""
+    ep: Count = 1
+    """Expert-parallel ranks, among all of a pipeline stage. Experts are split over them whole, never by tp."""
     sequence_parallel: bool = False
     """Split the norms' activations over the tensor-parallel ranks."""
 
@@ -118,6 +131,22 @@ class StatisticKeys(Keys):
     """Over samples."""
     sequence: Literal["l2", "mean", "var"] = "mean"
     """Over the positions of a sample, first; `mean` is of absolute values."""
+    neurons: Literal["post", "pre"] = "post"
+    """Neurons are measured after the activation and the gate, or before them, which a gated MLP does not have."""
+    heads: Literal["norm_last", "norm_first"] = "norm_last"
+    """A head's channels become one number, their L2 norm, once all has added up, or at each position."""
+
+
+class Depth(Keys):
+    """Importance of layers, from what the network is without a block of them."""
+
+    metric: Literal["loss", "kl", "bi"] = "loss"
+    """Cross-entropy, or KL to the whole network, in nats per token; or block importance: 1 - the mean cosine of what
+    enters a block and what leaves it."""
+    lengths: tuple[Count, ...] = ()
+    """Lengths of the blocks to measure, besides the one that `prune.layers` needs; none and no need: single layers."""
+    greedy: bool = False
+    """Also take as many layers one by one as `prune.layers` lets go, each the best to lose after those before it."""
 
 
 class Score(Keys):
@@ -127,6 +156,8 @@ class Score(Keys):
     micro_batch: Count = 1
     statistic: StatisticKeys = StatisticKeys()
     dtype: DType = "float32"
+    depth: Depth | None = None
+    """Left out: layers are measured only where `prune.layers` is a number."""
 
 
 class Prune(Keys):
@@ -137,20 +168,77 @@ class Prune(Keys):
     ffn: Count | None = None
     """Neurons a layer."""
     heads: Count | None = None
-    """Query heads in total, as many from each kv_group."""
-    layers: tuple[int, ...] | None = None
-    """Layers to keep, numbered from 0."""
+    """Query heads in total, as many from each kv_group; heads with keys and values of their own take them along."""
+    kv_groups: Count | None = None
+    """Keys and values, each with its query heads. The papers keep them all."""
+    experts: Count | None = None
+    """Experts of each mixture."""
+    expert_ffn: Count | None = None
+    """Neurons of each expert."""
+    shared_ffn: Count | None = None
+    """Neurons of the experts that every token goes through."""
+    layers: Layers | None = None
+    """Which layers to keep, numbered from 0; or how many, chosen by `score.depth`."""
+    contiguous: bool = True
+    """Where `layers` is a number: what goes is one block; false: the layers taken greedily, or the best single ones."""
+    by: Literal["importance", "random", "first"] = "importance"
+    """How units are chosen. `random` (by `seed`) and `first` are what importance has to beat."""
+    scope: Literal["layer", "network"] = "layer"
+    """Neurons and heads are ranked in each layer; or by their sum over the layers, which then keep the same indices."""
+    iterations: Count = 1
+    """Score and cut the widths in so many even steps, each on the model that the one before left. Layers go in the
+    first. The papers found no gain."""
+    merge: Literal["none", "q", "q+o", "qkvo"] = "none"
+    """Head-residual merge: heads that stay take along their difference to heads that go, in these projections."""
+    merge_sign: Literal["printed", "reversed"] = "printed"
+    """head + (head - partner) as the paper prints it, or the opposite difference."""
 
     def sizes(self) -> dict[str, int]:
         """The width axes that are cut."""
-        return {axis: size for axis in ("hidden", "ffn", "heads") if (size := getattr(self, axis)) is not None}
+        return {axis: size for axis in PUBLIC_AXES if (size := getattr(self, axis)) is not None}
+
+
+class LossKeys(Keys):
+    """What the student learns from the teacher's logits. The defaults are what the papers found best."""
+
+    divergence: str = "forward_kl"
+    """How far the student is from the teacher: forward_kl, reverse_kl, jsd, mse or cosine."""
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The teacher's share of jsd's mixture of the two, by default a half. The others have none."""
+    temperature: Positive = 1.0
+    """Divides both models' logits. No cosine changes with it."""
+    top_k: Count | None = None
+    """Compare only the teacher's likeliest entries of each token, both softmaxes over these alone."""
+    ce_weight: NotNegative = 0.0
+    """Weight of cross-entropy with the next token, beside the divergence's 1."""
+    budget_mib: Count | None = None
+    """Memory for logits in MiB: the more, the larger the chunks. By default an eighth of all logits, at most 512."""
+
+    @model_validator(mode="after")
+    def _can_be(self) -> LossKeys:
+        try:
+            self.loss()
+        except RecipeError as error:
+            raise ValueError(str(error).rstrip(".")) from error
+        return self
+
+    def loss(self) -> KDLoss:
+        return KDLoss(
+            self.divergence,
+            beta=self.beta,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            ce_weight=self.ce_weight,
+            budget_bytes=None if self.budget_mib is None else self.budget_mib * 2**20,
+        )
 
 
 class Distill(TrainingKeys):
-    """Forward KL on the logits of the teacher."""
+    """The student learns from the teacher."""
 
-    temperature: Positive = 1.0
-    """Divides both models' logits; the papers found 1 best."""
+    loss: LossKeys = LossKeys()
+    offload_teacher: bool = False
+    """Keep the teacher in host memory while the student trains: less device memory, a copy to the device each step."""
 
 
 class Evaluate(Keys):
@@ -243,7 +331,7 @@ def _explain(error: ValidationError) -> str:
     elif first["type"] == "missing":
         text = f"{where} is missing."
     else:
-        message = first["msg"]
+        message = first["msg"].removeprefix("Value error, ")
         text = f"{where} is {first['input']!r}: {message[0].lower()}{message[1:]}."
     return text + (f" ({len(problems) - 1} more like this.)" if len(problems) > 1 else "")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,12 +18,11 @@ from ..files import write_json
 from ..layout import parameters
 from ..model import build, chunks_of, config_of, fill_initial
 from ..parallel import broadcast_object, fail_together
-from ..prune import choose, trim
-from ..records import Scores, Statistic
-from ..score import score
 from ..train import LMObjective, Objective, Training, train
 from .context import DTYPES, Context
+from .pruning import cut, decide, measure, measure_depth
 from .schema import Recipe, TrainingKeys
+from .sizes import depth_keys, rounds, scores_wanted
 
 __all__ = ["STAGES", "Stage"]
 
@@ -43,6 +43,8 @@ class Stage:
     after: tuple[str, ...] = ()
     """Stages whose results it uses, and whose change makes it run again."""
     wanted: Callable[[Recipe], bool] = lambda recipe: True
+    asks: Callable[[Recipe], Any] = lambda recipe: None
+    """Whatever else of the recipe makes it run again when it changes, as JSON."""
 
 
 def do_prepare(context: Context) -> Result:
@@ -51,7 +53,8 @@ def do_prepare(context: Context) -> Result:
     with fail_together():
         if context.topology.rank == 0:
             check_tokenizer(recipe.model, read_config(recipe.model).shape.vocab)
-            result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context)}
+            drawn = {"sequence": recipe.data.sequence, "seed": recipe.seed}  # what every later draw depends on
+            result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context), **drawn}
     return broadcast_object(result)
 
 
@@ -72,7 +75,8 @@ def _prepare_sources(context: Context) -> Result:
             listener=context.listener,
         )
         validation_tokens = made.valid.tokens if made.valid else 0
-        sources[name] = {"tokens": made.train.tokens, "validation_tokens": validation_tokens, "content": made.content}
+        tokens = {"tokens": made.train.tokens, "validation_tokens": validation_tokens}
+        sources[name] = {**tokens, "content": made.content, "weight": source.weight}
     return sources
 
 
@@ -87,31 +91,39 @@ def do_correct(context: Context) -> Result:
 
 def do_score(context: Context) -> Result:
     """Importance of every axis that the recipe may cut."""
-    keys = context.recipe.score
-    model = context.load_teacher(DTYPES[keys.dtype])
-    scores = score(
-        model,
-        context.calibration_batches(),
-        topology=context.topology,
-        statistic=Statistic(keys.statistic.batch, keys.statistic.sequence),
-        model_hash=context.teacher_hash,
-        listener=context.listener,
-    )
+    keys, folders = context.recipe.score, context.folders
+    model, batches = context.load_teacher(DTYPES[keys.dtype]), context.calibration_batches()
+    scores = measure(context, model, batches, context.teacher_hash)
+    depth = measure_depth(context, model, batches)
+    files: dict[str, str] = {}
     if context.topology.rank == 0:
-        scores.save(context.folders.scores)
-    return {"samples": scores.samples, "tokens": scores.tokens, "statistic": keys.statistic.model_dump()}
+        scores.save(folders.scores)
+        folders.depth.unlink(missing_ok=True)
+        if depth is not None:
+            depth.save(folders.depth)
+        files = {path.name: _digest(path) for path in (folders.scores, folders.depth) if path.exists()}
+    result = {"samples": scores.samples, "tokens": scores.tokens, "statistic": keys.statistic.model_dump()}
+    return result | {"depth": depth.metric if depth else None, "files": broadcast_object(files)}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def do_prune(context: Context) -> Result:
     """Chooses what stays and cuts the teacher to it."""
-    prune = context.recipe.prune
-    with fail_together():
-        plan = choose(Scores.load(context.folders.scores), layers=prune.layers, **prune.sizes())
-    model = trim(context.load_teacher(), plan, context.topology)
+    plan = decide(context)
+    model = cut(context, plan)
     digest = context.save(model, context.folders.model("pruned"))
     if context.topology.rank == 0:
         plan.save(context.folders.plan)
-    return {"hash": digest, "margins": {axis: min(by.values()) for axis, by in plan.margins.items()}}
+    return {
+        "hash": digest,
+        "margins": {axis: min(by.values()) for axis, by in plan.margins.items()},
+        "by": context.recipe.prune.by,
+        "layers": list(plan.kept_layers),
+        "rounds": rounds(context.recipe, plan.shape),
+    }
 
 
 def do_distill(context: Context) -> Result:
@@ -131,7 +143,8 @@ def do_baseline(context: Context) -> Result:
 def _distill(context: Context, student: list[Any], name: str) -> Result:
     keys, topology = context.recipe.distill, context.topology
     vocab = config_of(student[0]).shape.vocab
-    objective = KDObjective(context.load_teacher(), topology, vocab=vocab, temperature=keys.temperature)
+    teacher, loss = context.load_teacher(), keys.loss.loss()
+    objective = KDObjective(teacher, topology, vocab=vocab, loss=loss, offload=keys.offload_teacher)
     label = "distill" if name == "distilled" else "baseline"
     tokens = _train(context, student, objective, keys, label)
     return {"hash": context.save(student, context.folders.model(name)), "tokens": tokens}
@@ -221,7 +234,7 @@ STAGES: Mapping[str, Stage] = {
         Stage(
             "correct", do_correct, "corrected", ("correct", *TRAINS), ("prepare",), lambda recipe: bool(recipe.correct)
         ),
-        Stage("score", do_score, "scores", ("score",), ("prepare", "correct")),
+        Stage("score", do_score, "scores", ("score",), ("prepare", "correct"), scores_wanted, depth_keys),
         Stage("prune", do_prune, "pruned", ("prune", "dtype"), ("prepare", "correct", "score")),
         Stage("distill", do_distill, "distilled", ("distill", *TRAINS), ("prepare", "correct", "prune")),
         Stage(

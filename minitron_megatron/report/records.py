@@ -79,7 +79,9 @@ def describe(path: Path) -> Table:
 
 def _scores(scores: Scores) -> Table:
     axes = {axis: f"{len(next(iter(by.values())))} units x {len(by)}" for axis, by in scores.values.items()}
-    about = {"statistic": f"{scores.statistic.sequence} over positions, {scores.statistic.batch} over samples"}
+    how = scores.statistic
+    about = {"statistic": f"{how.sequence} over positions, {how.batch} over samples"}
+    about |= {"neurons": f"{how.neurons}-activation", "heads": how.heads.replace("_", " ")}
     counts = {"samples": f"{scores.samples:,}", "tokens": f"{scores.tokens:,}", "model hash": scores.model_hash[:16]}
     return pairs_table("scores", about | counts | axes)
 

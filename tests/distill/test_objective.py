@@ -1,4 +1,4 @@
-"""Distillation is plain torch's KL between two transformers models, at every layout, and leaves the teacher alone."""
+"""Distillation is plain torch's between two transformers models, at every layout, and leaves the teacher alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ from torch import Tensor
 from minitron_megatron.convert import folder_hash, load_hf, model_hash, save_hf
 from minitron_megatron.data import Batch
 from minitron_megatron.distill import KDObjective
+from minitron_megatron.distill.offload import Offload
 from minitron_megatron.errors import RecipeError
+from minitron_megatron.losses import KDLoss
+from minitron_megatron.model import output_weight
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import Training, mean_loss, train
-from tests.tiny import LAYOUTS, SHAPE, naive_training, samples, share, transformer, write_llama
+from tests.losses.cases import naive
+from tests.tiny import LAYOUTS, SHAPE, cross_entropy, naive_training, samples, share, transformer, write_llama
 
 TRAINING = Training(steps=5, lr=2e-3, min_lr=2e-4, warmup_steps=2)
 BATCH, MICRO_BATCH = 8, 4
+FORWARD_KL = KDLoss()
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Job:
     teacher: Path
     student: Path
     out: Path
-    temperature: float = 1.0
+    loss: KDLoss = FORWARD_KL
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Result:
 
 def distil(topology: Topology, job: Job) -> Result:
     teacher, student = load_hf(job.teacher, topology), load_hf(job.student, topology)
-    objective = KDObjective(teacher, topology, vocab=SHAPE.vocab, temperature=job.temperature)
+    objective = KDObjective(teacher, topology, vocab=SHAPE.vocab, loss=job.loss, offload=job.offload)
     curve: list[dict[str, float]] = []
     train(
         student,
@@ -61,51 +67,94 @@ def distil(topology: Topology, job: Job) -> Result:
     return Result(curve, held_out, model_hash(teacher, topology), frozen and not any(c.training for c in teacher))
 
 
-def divergence(student: Any, teacher: Any, batch: Batch, temperature: float) -> Tensor:
-    """sum p_t (log p_t - log p_s), in nats a token that counts."""
+def loss_of(student: Any, teacher: Any, batch: Batch, loss: KDLoss) -> Tensor:
+    """The divergence and its cross-entropy, a token that counts."""
     with torch.no_grad():
-        p_teacher = (teacher(batch.tokens).logits[batch.mask] / temperature).softmax(-1)
-    p_student = (student(batch.tokens).logits[batch.mask] / temperature).softmax(-1)
-    return (p_teacher * (p_teacher.log() - p_student.log())).sum(-1).mean()
+        of_teacher = teacher(batch.tokens).logits[batch.mask]
+    divergence = naive(loss, student(batch.tokens).logits[batch.mask], of_teacher) / batch.mask.sum()
+    return divergence + loss.ce_weight * cross_entropy(student, batch)
 
 
 CASES = [
-    *(("untied", layout, 1.0) for layout in LAYOUTS),
-    ("tied", "pp2-vp2", 1.0),
-    ("untied", "tp2", 3.0),
+    *(("untied", "student", layout, KDLoss()) for layout in LAYOUTS),
+    ("tied", "student", "pp2-vp2", KDLoss()),
+    ("untied", "tied", "tp2", KDLoss()),
+    ("untied", "tied", "pp2", KDLoss("reverse_kl")),
+    ("untied", "student", "tp2", KDLoss(temperature=3.0)),
+    ("untied", "student", "tp2-pp2", KDLoss("reverse_kl", temperature=0.7)),
+    ("untied", "student", "pp2", KDLoss("jsd", beta=0.3)),
+    ("untied", "student", "pp2-vp2", KDLoss("mse")),
+    ("untied", "student", "tp2-sp", KDLoss("cosine", ce_weight=0.5)),
+    ("untied", "student", "tp2-pp2", KDLoss(top_k=20, ce_weight=0.5)),
+    ("untied", "student", "dp2", KDLoss("jsd", top_k=20)),
 ]
 
 
-@pytest.mark.parametrize(("teacher", "layout", "temperature"), CASES)
+@pytest.mark.parametrize(("teacher", "student", "layout", "loss"), CASES)
 def test_distillation_is_plain_torchs(
-    pool: Pool, checkpoints: dict[str, Path], teacher: str, layout: str, temperature: float, tmp_path: Path
+    pool: Pool, checkpoints: dict[str, Path], teacher: str, student: str, layout: str, loss: KDLoss, tmp_path: Path
 ) -> None:
-    """Loss and gradient norm of every step and the final weights; the student is shallower and narrower."""
-    job = Job(checkpoints[teacher], checkpoints["student"], tmp_path / "student", temperature)
+    """Loss and gradient norm of every step and the final weights; `student` is shallower and narrower."""
+    job = Job(checkpoints[teacher], checkpoints[student], tmp_path / "student", loss)
     results = pool.run(distil, job, **LAYOUTS[layout])
     truth, of_teacher = transformer(job.student), transformer(job.teacher)
     curve = naive_training(
         truth,
         lambda step: samples(BATCH, seed=step),
         TRAINING,
-        lambda model, batch: divergence(model, of_teacher, batch, temperature),
+        lambda model, batch: loss_of(model, of_teacher, batch, loss),
     )
     for result in results:
         for key in ("loss", "grad_norm", "lr"):
             assert [step[key] for step in result.curve] == pytest.approx([step[key] for step in curve], rel=1e-5), key
         assert result.teacher_hash == folder_hash(job.teacher)
         assert result.teacher_is_frozen
-        expect_held_out(result, truth, of_teacher, temperature)
+        expect_held_out(result, truth, of_teacher, loss)
     for found, expected in zip(transformer(job.out).parameters(), truth.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # Adam's steps are 2e-3 each
 
 
-def expect_held_out(result: Result, student: Any, teacher: Any, temperature: float) -> None:
+def expect_held_out(result: Result, student: Any, teacher: Any, loss: KDLoss) -> None:
     every = samples(10, seed=99)
     with torch.no_grad():
-        expected = divergence(student, teacher, every, temperature).item()
+        expected = loss_of(student, teacher, every, loss).item()
     assert result.held_out[0] == pytest.approx(expected, rel=1e-5)
     assert result.held_out[1] == int(every.mask.sum())
+
+
+@pytest.mark.parametrize("layout", ["tp1", "pp2"])
+def test_a_teacher_that_is_offloaded_teaches_the_same(
+    pool: Pool, checkpoints: dict[str, Path], layout: str, tmp_path: Path
+) -> None:
+    job = Job(checkpoints["untied"], checkpoints["student"], tmp_path / "student")
+    for offloaded, plain in zip(
+        pool.run(distil, replace(job, offload=True), **LAYOUTS[layout]),
+        pool.run(distil, job, **LAYOUTS[layout]),
+        strict=True,
+    ):
+        assert offloaded.teacher_hash == plain.teacher_hash and offloaded.held_out == plain.held_out
+        for key in ("loss", "grad_norm"):
+            assert [step[key] for step in offloaded.curve] == [step[key] for step in plain.curve]
+
+
+def what_moves(topology: Topology, folder: Path) -> tuple[bool, bool]:
+    """Whether every weight but the output layer moves, and whether that one does."""
+    model = load_hf(folder, topology)
+    last = output_weight(model[-1]) if topology.is_last_stage else None
+    others = [weight for chunk in model for weight in chunk.parameters() if weight is not last]
+    offload = Offload(model, topology)
+    assert all(weight.device.type == "cpu" for weight in others)
+    with offload.on_device():
+        assert all(weight.device == topology.device for weight in others)
+    return all(weight in offload.home for weight in others), last is not None and last in offload.home
+
+
+@pytest.mark.parametrize("layout", ["tp1", "pp2"])
+def test_all_is_offloaded_but_the_output_layer_which_the_loss_reads(
+    pool: Pool, checkpoints: dict[str, Path], layout: str
+) -> None:
+    for teacher in ("untied", "tied"):
+        assert set(pool.run(what_moves, checkpoints[teacher], **LAYOUTS[layout])) == {(True, False)}
 
 
 def teach_itself(topology: Topology, folder: Path) -> float:
@@ -123,3 +172,44 @@ def test_another_vocabulary_is_refused(pool: Pool, checkpoints: dict[str, Path],
     other = write_llama(tmp_path / "other", replace(SHAPE, vocab=130), seed=0)
     with pytest.raises(RecipeError, match=r"the teacher has 130 vocabulary entries and the student 131\. They must"):
         pool.run(teach_itself, other)
+
+
+def padded_unlike(topology: Topology, teacher: Path, shared: int | None, top_k: int | None) -> float:
+    """The first loss of a student of 131 entries, the last of which are padding to `shared`."""
+    objective = KDObjective(
+        load_hf(teacher, topology), topology, vocab=SHAPE.vocab, shared=shared, loss=KDLoss(top_k=top_k)
+    )
+    student = load_hf(teacher.parent / "student", topology)
+    return mean_loss(student, share(samples(8), topology), objective, topology)[0]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2-pp2"])
+def test_a_teacher_with_more_padding_teaches_what_is_shared(
+    pool: Pool, checkpoints: dict[str, Path], layout: str, tmp_path: Path
+) -> None:
+    """Its 300 rows lie in other places of the two ranks than the student's 131."""
+    teacher = write_llama(tmp_path / "teacher", replace(SHAPE, vocab=300), seed=0)
+    (tmp_path / "student").symlink_to(checkpoints["student"])
+    batch = samples(8)
+    with torch.no_grad():
+        logits = transformer(teacher)(batch.tokens).logits[batch.mask][:, :131]
+        expected = naive(KDLoss(), transformer(checkpoints["student"])(batch.tokens).logits[batch.mask], logits)
+    for found in pool.run(padded_unlike, teacher, 131, None, **LAYOUTS[layout]):
+        assert found == pytest.approx(float(expected / batch.mask.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shared", "top_k", "said"),
+    [
+        (None, None, r"the teacher has 300 vocabulary entries and the student 131\. .* in padding alone, pass"),
+        (132, None, "132 vocabulary entries cannot be shared: the teacher has 300 and the student 131"),
+        (131, 132, "top_k is 132, but there are 131 vocabulary entries"),
+    ],
+)
+def test_vocabularies_that_cannot_be_shared_are_refused(
+    pool: Pool, tmp_path: Path, shared: int | None, top_k: int | None, said: str
+) -> None:
+    """On every rank, before anything runs."""
+    teacher = write_llama(tmp_path / "teacher", replace(SHAPE, vocab=300), seed=0)
+    with pytest.raises(RecipeError, match=said):
+        pool.run(padded_unlike, teacher, shared, top_k, pp=2)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -120,6 +121,18 @@ def test_an_edited_recipe_runs_what_it_changes_and_what_follows(finished: Path, 
         assert changed == ({first} | follows if first == "distill" else {first})
 
 
+@pytest.mark.parametrize("override", ["seed=2", "data.sequence=8"])
+def test_what_draws_other_samples_reruns_all_that_draws(
+    finished: Path, recipe_file: Write, pool: Pool, override: str
+) -> None:
+    """Even where the tokens stay what they were."""
+    recipe = recipe_file()
+    copytree(load_recipe(finished).out, load_recipe(recipe).out)
+    pool.run(work, recipe, (override,), "prepare")
+    states = {step.stage: step.state for step in dry_run(load_recipe(recipe, [override]))}
+    assert {stage for stage, state in states.items() if state == "done"} == {"prepare"}
+
+
 def test_the_layout_reruns_nothing(finished: Path) -> None:
     steps = dry_run(load_recipe(finished, ["parallel.tp=2", "parallel.pp=2"]))
     assert {step.state for step in steps} == {"done"}
@@ -181,6 +194,19 @@ def test_the_table_does_not_depend_on_the_layout(
         assert mine["loss_nats_per_token"] == pytest.approx(theirs["loss_nats_per_token"], abs=1e-4)
 
 
+def test_the_student_learns_from_the_loss_that_the_recipe_names(finished: Path, recipe_file: Write, pool: Pool) -> None:
+    """And an offloaded teacher teaches it the same."""
+    distilled = []
+    for number, keys in enumerate([{"offload_teacher": True}, {"loss": {"divergence": "mse", "ce_weight": 0.5}}]):
+        training = load_recipe(finished).distill.model_dump(mode="json", exclude={"loss", "offload_teacher"})
+        recipe = recipe_file(distill=training | keys, out=str(finished.parent / f"other-{number}"))
+        copy_until(finished, recipe, "distill")
+        pool.run(work, recipe, (), "distill")
+        distilled.append(read_json(load_recipe(recipe).out / "stages" / "distill.json")["result"]["hash"])
+    expected = read_json(load_recipe(finished).out / "stages" / "distill.json")["result"]["hash"]
+    assert distilled[0] == expected != distilled[1]
+
+
 def test_one_stage_needs_those_before_it(recipe_file: Write, pool: Pool) -> None:
     with pytest.raises(RecipeError, match="prune needs the stage prepare"):
         pool.run(work, recipe_file(), (), "prune", tp=2)
@@ -207,6 +233,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, int], type[MinitronError], str]
     ("a size that does not divide over tp", {"prune": {"ffn": 33}}, {"tp": 2}, TopologyError, "TP=2"),
     ("more stages than layers", {"prune": {"layers": [0]}}, {"pp": 2}, TopologyError, "1 layers cannot fill 2"),
     ("a batch that does not divide", {"score": {"samples": 3, "micro_batch": 2}}, {}, RecipeError, "samples is 3"),
+    ("a top_k above the vocabulary", {"distill": {"loss": {"top_k": 132}}}, {}, RecipeError, "top_k is 132, but there"),
     ("a missing model", {"model": "nowhere"}, {}, CheckpointError, "no such folder"),
     ("a missing corpus", {"data": {"sources": [{"path": "nowhere.jsonl"}]}}, {}, DataError, "nowhere.jsonl"),
 ]

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from minitron_megatron.errors import RecipeError
+from minitron_megatron.losses import KDLoss
 from minitron_megatron.recipe import json_schema, load_recipe
 
 Write = Callable[..., Path]
@@ -22,6 +23,9 @@ def test_the_defaults_are_those_of_llama_31_minitron(recipe_file: Write) -> None
     assert (distill.warmup_steps, correct.warmup_steps, correct.tokens) == (40, 120, 100 * 10**9)
     assert (recipe.data.sequence, score.samples) == (8192, 1024)
     assert (score.statistic.batch, score.statistic.sequence) == ("l2", "mean")
+    assert (score.statistic.neurons, score.statistic.heads, score.depth) == ("post", "norm_last", None)
+    prune = recipe.prune
+    assert (prune.by, prune.scope, prune.iterations, prune.contiguous) == ("importance", "layer", 1, True)
     assert distill.steps(recipe.data.sequence) == 9961  # the papers' count
 
 
@@ -34,6 +38,12 @@ def test_overrides_and_out(recipe_file: Write) -> None:
     recipe = load_recipe(recipe_file(), ["parallel.tp=2", "prune.layers=[0, 2]", "correct=null"], Path("elsewhere"))
     assert (recipe.parallel.tp, recipe.prune.layers, recipe.correct) == (2, (0, 2), None)
     assert recipe.out == Path("elsewhere")
+
+
+def test_the_loss_is_the_papers_unless_said_otherwise(recipe_file: Write) -> None:
+    assert load_recipe(recipe_file()).distill.loss.loss() == KDLoss("forward_kl", temperature=1.0, ce_weight=0.0)
+    said = ["distill.loss={divergence: jsd, beta: 0.3, temperature: 2, top_k: 100, ce_weight: 0.5, budget_mib: 3}"]
+    assert load_recipe(recipe_file(), said).distill.loss.loss() == KDLoss("jsd", 0.3, 2.0, 100, 0.5, 3 * 2**20)
 
 
 def test_an_override_changes_one_block_of_those_that_an_alias_shares(tmp_path: Path) -> None:
@@ -53,7 +63,18 @@ def test_an_override_changes_one_block_of_those_that_an_alias_shares(tmp_path: P
         (["score.statistic.batch=l3"], "score.statistic.batch is 'l3'"),
         (["distill.lr=-1"], "distill.lr is -1"),
         (["distill.tokens=1.5"], "distill.tokens is 1.5"),
+        (
+            ["distill.loss.divergence=reverse_k"],
+            "divergence 'reverse_k' is not known. Did you mean 'reverse_kl'? Known: ",
+        ),
+        (["distill.loss={divergence: mse, beta: 0.5}"], "divergence 'mse' has no beta. Leave beta out."),
+        (["distill.loss.top_k=0"], "distill.loss.top_k is 0"),
+        (["distill.loss.tempreature=2"], "distill.loss.tempreature is not a known key. Did you mean 'temperature'?"),
         (["data.sources=[]"], "data.sources"),
+        (["prune.layers=abc"], "prune.layers is 'abc': give how many layers to keep, or a list of those that stay."),
+        (["prune.layers=0"], "prune.layers is 0: give how many"),
+        (["prune.layers=[1, x]"], "prune.layers is [1, 'x']: give how many"),
+        (["score.depth={metrik: kl}"], "score.depth.metrik is not a known key. Did you mean 'metric'?"),
         (["data=null"], "data is None"),
         (["prune.hidden"], "is not of the form a.b=value"),
         (["out.x=1"], "there is no block of keys that holds x"),

@@ -1,0 +1,151 @@
+"""How far the student's logits are from the teacher's, token by token: value and gradient in one pass.
+
+A divergence is called with fp32 logits [c, v] of both, which it overwrites, and the entries that they are over. It
+returns this rank's part of each token's value [c] (the ranks' parts add up to it), and the gradient [c, v] of the whole
+value by this rank's student logits. `live` says how many tensors of [c, v] it holds at once, both arguments included.
+
+p is the student's softmax, q the teacher's. Values are in nats but for MSE and Cosine, which are of the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from importlib import import_module
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import RecipeError, did_you_mean
+from .vocab import Entries
+
+__all__ = ["DIVERGENCES", "JSD", "MSE", "Cosine", "Divergence", "ForwardKL", "ReverseKL", "divergence_named"]
+
+DIVERGENCES: dict[str, str] = {
+    name: f"{__name__}:{kind}"
+    for name, kind in {
+        "forward_kl": "ForwardKL",
+        "reverse_kl": "ReverseKL",
+        "jsd": "JSD",
+        "mse": "MSE",
+        "cosine": "Cosine",
+    }.items()
+}
+"""Name -> `module:class`, imported when it is asked for. Add a line to add a divergence."""
+
+
+class Divergence(Protocol):
+    """A plugin point: anything of this form, with its constants as dataclass fields."""
+
+    live: ClassVar[int]
+
+    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]: ...
+
+
+def divergence_named(name: str, **constants: float) -> Divergence:
+    """The divergence of that name. Raises RecipeError for an unknown name, or a constant that it does not have."""
+    if name not in DIVERGENCES:
+        known = ", ".join(DIVERGENCES)
+        raise RecipeError(f"divergence {name!r} is not known.{did_you_mean(name, DIVERGENCES)} Known: {known}.")
+    module, kind = DIVERGENCES[name].split(":")
+    found: Any = getattr(import_module(module), kind)
+    for constant in constants:
+        if constant not in {field.name for field in fields(found)}:
+            raise RecipeError(f"divergence {name!r} has no {constant}. Leave {constant} out.")
+    return found(**constants)
+
+
+@dataclass(frozen=True)
+class ForwardKL:
+    """KL(teacher || student): sum q (log q - log p). Source: Minitron, section 3."""
+
+    live: ClassVar[int] = 3
+
+    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+        entries.log_softmax_(student, teacher)
+        q = teacher.exp()
+        value = teacher.sub_(student).mul_(q).sum(-1)
+        return value, student.exp_().sub_(q)
+
+
+@dataclass(frozen=True)
+class ReverseKL:
+    """KL(student || teacher): sum p (log p - log q). Its gradient is p (log p - log q - the value)."""
+
+    live: ClassVar[int] = 3
+
+    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+        entries.log_softmax_(student, teacher)
+        ratio = teacher.neg_().add_(student)
+        p = student.exp_()
+        weighted = ratio.mul_(p)
+        value = weighted.sum(-1)
+        return value, weighted.sub_(p.mul_(entries.total(value).unsqueeze(-1)))
+
+
+@dataclass(frozen=True)
+class JSD:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m), with m = beta q + (1 - beta) p.
+
+    With k = KL(student || m) its gradient is (1 - beta) p (log p - log m - k). Source: Agarwal et al., On-Policy
+    Distillation of Language Models (arXiv 2306.13649), section 2.
+    """
+
+    beta: float = 0.5
+    """The teacher's share of the mixture, between 0 and 1."""
+    live: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise RecipeError(
+                f"beta is {self.beta}. It must lie between 0 and 1; forward_kl and reverse_kl are its limits."
+            )
+
+    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+        log_beta, log_rest = math.log(self.beta), math.log1p(-self.beta)
+        entries.log_softmax_(student, teacher)
+        student_part, teacher_part = student.add_(log_rest), teacher.add_(log_beta)
+        log_m = torch.logaddexp(student_part, teacher_part)
+        student_part.sub_(log_m)
+        teacher_part.sub_(log_m)
+        m = log_m.exp_()
+        weight = teacher_part.exp().mul_(m)
+        value = teacher_part.sub_(log_beta).mul_(weight).sum(-1)
+        del weight
+        weight = m.mul_(student_part.exp())
+        weighted = student_part.sub_(log_rest).mul_(weight)
+        of_p = weighted.sum(-1)
+        gradient = weighted.sub_(weight.mul_((entries.total(of_p) / (1 - self.beta)).unsqueeze(-1)))
+        return value.add_(of_p), gradient
+
+
+@dataclass(frozen=True)
+class MSE:
+    """The mean over the entries of the squared difference of the logits."""
+
+    live: ClassVar[int] = 3
+
+    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+        difference = student.sub_(teacher)
+        value = torch.mul(difference, difference, out=teacher).sum(-1) / entries.size
+        return value, difference.mul_(2 / entries.size)
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """1 - the cosine of the angle between the two vectors of logits; no temperature changes it."""
+
+    live: ClassVar[int] = 3
+
+    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+        products = ((student, teacher), (student, student), (teacher, teacher))
+        dot, of_student, of_teacher = entries.total(torch.stack([(a * b).sum(-1) for a, b in products])).unsqueeze(-1)
+        of_student, norms = of_student.clamp_min(TINY), (of_student * of_teacher).sqrt().clamp_min(TINY)
+        cosine = dot / norms
+        gradient = student.mul_(cosine / of_student).sub_(teacher.div_(norms))
+        return (1 - cosine).squeeze(-1) / entries.ranks, gradient
+
+
+TINY = 1e-16
+"""Stands for a squared norm of zero: logits of zeros have no direction."""

@@ -1,0 +1,78 @@
+"""The teacher's likeliest entries of each token, found over all ranks, in the place of the whole vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..parallel import gather_sequence
+from .divergences import Divergence
+from .vocab import Vocabulary
+
+__all__ = ["LIVE_KEYS", "Shortlist", "over_shortlist"]
+
+LIVE_KEYS = 5
+"""Tensors of fp32 [c, v] that finding the entries takes at once, both models' logits included."""
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """`size` entries a token, all of them known to every rank."""
+
+    size: int
+    ranks: int = 1
+
+    def log_softmax_(self, *logits: Tensor) -> None:
+        for each in logits:
+            each.copy_(each.log_softmax(-1))
+
+    def total(self, part: Tensor) -> Tensor:
+        return part
+
+
+def over_shortlist(
+    divergence: Divergence, student: Tensor, teacher: Tensor, size: int, vocabulary: Vocabulary, start: int
+) -> tuple[Tensor, Tensor]:
+    """The divergence over the teacher's `size` likeliest entries of each token, both softmaxes over these alone.
+
+    Arguments and what is returned as for a divergence; `start` is this rank's first entry. Each rank computes the whole
+    value and passes on its share of it; its gradient it has whole, and keeps the entries that are its own.
+    """
+    entry = likeliest(teacher, size, vocabulary, start)
+    token, place = ((entry >= start) & (entry < start + student.shape[1])).nonzero(as_tuple=True)
+    own = (token, entry[token, place] - start)
+    both = torch.zeros(2, *entry.shape, device=student.device)
+    both[0, token, place], both[1, token, place] = student[own], teacher[own]
+    student_best, teacher_best = vocabulary.total(both)
+    value, gradient = divergence(student_best, teacher_best, Shortlist(size))
+    student.zero_()[own] = gradient[token, place]
+    return value / vocabulary.ranks, student
+
+
+def likeliest(logits: Tensor, size: int, vocabulary: Vocabulary, start: int) -> Tensor:
+    """The entries with the `size` largest logits of each token, largest first: int64 [c, size], the same on every rank.
+
+    Of equal logits the lower entry comes first, as bf16 has many. Collective over the vocabulary's group.
+    """
+    keys = _keys(logits, start)
+    best = keys.topk(min(size, keys.shape[1])).values
+    if best.shape[1] < size:
+        best = torch.nn.functional.pad(best, (0, size - best.shape[1]), value=torch.iinfo(torch.int64).min)
+    if vocabulary.ranks > 1:
+        every = gather_sequence(best, vocabulary.group).view(vocabulary.ranks, *best.shape)
+        best = every.transpose(0, 1).flatten(1).topk(size).values
+    return LAST - (best & LAST)
+
+
+LAST = 2**32 - 1
+
+
+def _keys(logits: Tensor, start: int) -> Tensor:
+    """int64 [c, v], no two alike: the order of fp32 logits in the upper half, that of the entries, backwards, below."""
+    bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # integers that rise as the floats do
+    del bits
+    backwards = LAST - torch.arange(start, start + logits.shape[1], device=logits.device)
+    return order.long().bitwise_left_shift_(32).bitwise_or_(backwards)
