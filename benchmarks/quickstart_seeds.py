@@ -2,9 +2,9 @@
 
     python benchmarks/quickstart_seeds.py WORK [--seeds 1 2 3]
 
-After `make runs/corpus`. Runs the quickstart's recipe once a seed with correction and once without, and writes each model's validation loss. A
-finished run is not run again. The claims: distilled < pruned, distilled < random init at equal tokens by more than the
-spread, and corrected teacher -> lower distilled loss, or by how much not.
+After `make runs/corpus`. Runs the quickstart's recipe once a seed with correction and once without, and writes each
+model's validation loss. A finished run is not run again. The claims: distilled < pruned, distilled < random init at
+equal tokens by more than the spread, and corrected teacher -> lower distilled loss, or by how much not.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,32 +109,56 @@ def _free(shard: NamedShard) -> None:
 def _trimmed(shard: NamedShard, plan: Plan, topology: Topology) -> Tensor:
     """This rank's part of the trimmed parameter, at the new sizes. Collective over tp where rows change their rank.
 
-    Made in blocks along a dim that is not split, so that only the old and the new part are ever alive.
+    Made in blocks along a dim whose rows stay on their rank, so that only the old and the new part are ever alive.
     """
     param, sizes, keep = lookup(shard.name), plan.shape.sizes(), plan.keep_at(layer_of(shard.name))
     old = shard.tensor.detach()
     kept = [kept_rows(param, dim, sizes, keep, expert_of(shard.name)) for dim in range(old.dim())]
-    cut = {dim for dim, rows in enumerate(kept) if len(rows) < param.shape(sizes)[dim]}
-    if not cut:
+    cut = [len(rows) < param.shape(sizes)[dim] for dim, rows in enumerate(kept)]
+    if not any(cut):
         return old
+    new = old.new_empty([len(rows) for rows in _held(param, plan.target.sizes(), topology)])
     if old.dim() == 1:
-        return _cut_dim(old, 0, param, kept[0], plan, topology)
-    along = 1 if param.tp_dim == 0 else 0
-    rows = kept[along] if along in cut else torch.arange(old.shape[along])
-    new, done = None, 0
-    for block in rows.chunk(BLOCKS):
-        part = old.index_select(along, block.to(old.device))
-        if 1 - along in cut:
-            part = _cut_dim(part, 1 - along, param, kept[1 - along], plan, topology)
-        if new is None:
-            new = part.new_empty([len(rows) if dim == along else size for dim, size in enumerate(part.shape)])
-        new.narrow(along, done, len(block)).copy_(part)
+        _cut_dim(old, 0, param, kept[0], plan, topology, new)
+        return new
+    along = 1 if param.tp_dim == 0 and topology.tp > 1 else 0
+    across, done = 1 - along, 0
+    for block in kept[along].chunk(BLOCKS) if cut[along] else torch.arange(old.shape[along]).chunk(BLOCKS):
+        place = new.narrow(along, done, len(block))
+        if cut[across]:
+            part = _take(old, along, block) if cut[along] else old.narrow(along, done, len(block))
+            _cut_dim(part, across, param, kept[across], plan, topology, place)
+        else:
+            place.copy_(_take(old, along, block))
         done += len(block)
-    assert new is not None
     return new
 
 
-def _cut_dim(part: Tensor, dim: int, param: Param, kept: Tensor, plan: Plan, topology: Topology) -> Tensor:
+def _held(param: Param, sizes: Mapping[str, int], topology: Topology) -> list[Tensor]:
+    """The unsharded rows of every dim that this rank holds."""
+    return [param.shard_rows(dim, sizes, topology.tp_rank, topology.tp) for dim in range(len(param.dims))]
+
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _take(part: Tensor, dim: int, index: Tensor, into: Tensor | None = None) -> Tensor:
+    """Rows of a dim by their positions, in new memory or `into` a tensor of their shape.
+
+    Along the last dim as integers of the same width: on a CPU several times as fast as index_select.
+    """
+    index = index.to(part.device)
+    if dim == 0:
+        taken = part.index_select(0, index)
+        return taken if into is None else into.copy_(taken)
+    words, index = WORDS[part.element_size()], index.expand(len(part), -1)
+    if into is None:
+        into = part.new_empty(index.shape)
+    torch.gather(part.view(words), 1, index, out=into.view(words))
+    return into
+
+
+def _cut_dim(part: Tensor, dim: int, param: Param, kept: Tensor, plan: Plan, topology: Topology, into: Tensor) -> None:
     """Keeps rows of a dim, and where tp splits it hands each to its new rank, in order; kept: unsharded rows.
 
     Collective over tp unless no row changes its rank, which every rank sees alike.
@@ -143,16 +167,16 @@ def _cut_dim(part: Tensor, dim: int, param: Param, kept: Tensor, plan: Plan, top
     was = param.owner(dim, plan.shape.sizes(), topology.tp)
     becomes = param.owner(dim, plan.target.sizes(), topology.tp)
     if was is None or becomes is None:
-        return part.index_select(dim, kept.to(part.device))
+        _take(part, dim, kept, into)
+        return
     was = was[kept]
-    held = param.shard_rows(dim, plan.shape.sizes(), me, topology.tp)
-    mine = part.index_select(dim, torch.searchsorted(held, kept[was == me]).to(part.device))
+    mine = torch.searchsorted(_held(param, plan.shape.sizes(), topology)[dim], kept[was == me])
     if torch.equal(was, becomes):
-        return mine
-    mine, goes, comes = mine.movedim(dim, 0), becomes[was == me], was[becomes == me]
-    sent = [mine[(goes == rank).to(mine.device)] for rank in range(topology.tp)]
+        _take(part, dim, mine, into)
+        return
+    goes, comes = becomes[was == me], was[becomes == me]
+    rows = _take(part, dim, mine).movedim(dim, 0)
+    sent = [rows[(goes == rank).to(rows.device)] for rank in range(topology.tp)]
     received = all_to_all(sent, [int((comes == rank).sum()) for rank in range(topology.tp)], topology.tp_group)
-    out = mine.new_empty((len(comes), *mine.shape[1:]))
-    for rank, rows in enumerate(received):
-        out[(comes == rank).to(out.device)] = rows
-    return out.movedim(0, dim)
+    for rank, from_rank in enumerate(received):
+        into.movedim(dim, 0)[(comes == rank).to(into.device)] = from_rank
