@@ -3,9 +3,9 @@
     python benchmarks/score_cost.py
 
 Shape: hidden 512, 8 layers, sequence 512; both passes stop at the final hidden states. Bound: 1.05 with the default
-statistic. Each repeat runs plain, scored, plain over the same batches and divides by the mean of the two plain ones; one
-thread; the median over repeats, for each of the nine statistics in turn. CPU time stands beside wall time, for other work
-on the machine stretches the latter.
+statistic. Each repeat runs plain, scored, plain over the same batches and divides by the mean of the two plain ones;
+one thread; the median over repeats, for each of the nine statistics in turn. CPU time stands beside wall time, for
+other work on the machine stretches the latter.
 """
 
 from __future__ import annotations
