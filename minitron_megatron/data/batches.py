@@ -61,13 +61,14 @@ def calibration_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: i
     return step_batches(corpus, 0, global_batch=len(corpus), micro_batch=micro_batch, dp_rank=dp_rank, dp=dp)
 
 
-def held_out_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int) -> list[Batch]:
-    """A data-parallel rank's share of all samples of `corpus`, however many: ranks get as many micro-batches each.
+def held_out_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int, rounds: int = 1) -> list[Batch]:
+    """A data-parallel rank's share of all samples of `corpus`, however many: ranks get as many micro-batches each, a
+    multiple of `rounds`.
 
     What is lacking for that is filled with samples whose mask is false, so that every sample counts once at any `dp`.
     """
-    unit = micro_batch * dp
-    share = -(-len(corpus) // unit) * micro_batch
+    unit = micro_batch * dp * rounds
+    share = -(-len(corpus) // unit) * micro_batch * rounds
 
     def sample(index: int) -> tuple[Tensor, Tensor, Tensor]:
         tokens, labels, mask = corpus[min(index, len(corpus) - 1)]

@@ -49,14 +49,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path, chunks: Sequence[Any], optimizer: Any) -> dict[str, Any]:
+def load_checkpoint(path: Path, chunks: Sequence[Any], optimizer: Any, identity: str = "") -> dict[str, Any]:
     """Fills weights and optimizer from a checkpoint of any layout and returns its state. Collective.
 
-    Raises CheckpointError where it is torn, or where its pickled index asks for anything but plain metadata.
+    Raises CheckpointError where its state is not of the run `identity`, where it is torn, or where its pickled index
+    asks for anything but plain metadata.
     """
     from megatron.core import dist_checkpointing
 
     check_metadata(path / ".metadata")
+    _check_identity(path, identity)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part._init_optimizer_states_with_dummy_values()  # mcore loads into states and makes none
     try:
@@ -71,6 +73,17 @@ def load_checkpoint(path: Path, chunks: Sequence[Any], optimizer: Any) -> dict[s
     optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(optimizer)
     return state
+
+
+def _check_identity(path: Path, identity: str) -> None:
+    try:
+        theirs = read_json(path / STATE).get("identity", "")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read: {error}. Remove it to use the one before it."
+        ) from error
+    if theirs != identity:
+        raise CheckpointError(f"checkpoint {path} belongs to another run. Remove {path.parent} or give another --out.")
 
 
 def _cause(error: BaseException) -> BaseException:

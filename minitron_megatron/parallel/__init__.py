@@ -4,7 +4,7 @@ Knows: ranks, groups, devices, which layer lives on which pipeline stage, what m
 versions differ. Must not know: scores, plans, losses, recipes.
 """
 
-from .backend import install_cpu_backend
+from .backend import install_cpu_backend, peak_bytes
 from .collectives import (
     Group,
     all_reduce,
@@ -42,6 +42,7 @@ __all__ = [
     "mark_expert",
     "mend_distributed_optimizer",
     "move",
+    "peak_bytes",
     "scatter_sequence",
     "separate_steps",
     "sum_over_world",

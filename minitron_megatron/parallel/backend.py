@@ -6,12 +6,13 @@ tensors; the rest are module attributes, each with the line of mcore that it ans
 
 from __future__ import annotations
 
+import resource
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["install_cpu_backend"]
+__all__ = ["install_cpu_backend", "peak_bytes"]
 
 CPU = torch.device("cpu")
 
@@ -40,6 +41,13 @@ class _CudaIsCpu(TorchFunctionMode):
             # optimizer/distrib_optimizer.py:361 accepts only "torch.cuda.*Tensor" type names
             return func(*args).replace("torch.", "torch.cuda.")
         return func(*args, **kwargs)
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far: of the GPU, or where there is none of the whole process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 _installed = False

@@ -172,6 +172,7 @@ class Context:
         Collective over the world.
         """
         keys, sequence = self.recipe.evaluate, self.recipe.data.sequence
+        rounds = self.topology.pp if self.topology.vp > 1 else 1  # what mcore's interleaving takes at a time
         out = {}
         for prefix, _ in self.blend:
             held = (self.done["prepare"]["sources"][prefix.name]["validation_tokens"] - 1) // sequence
@@ -183,7 +184,7 @@ class Context:
                 seed=self.recipe.seed,
                 cache=self.folders.data / "index",
             )
-            out[prefix.name] = self._placed(held_out_batches(corpus, **self._share(keys.micro_batch)))
+            out[prefix.name] = self._placed(held_out_batches(corpus, rounds=rounds, **self._share(keys.micro_batch)))
         return out
 
     def _share(self, micro_batch: int) -> dict[str, int]:

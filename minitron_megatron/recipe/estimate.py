@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..convert import read_config
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
@@ -36,9 +38,23 @@ class Estimate:
     """The student's, bf16, for one sequence of `data.sequence` tokens."""
     correct_tokens: int
     distill_tokens: int
+    export_bytes: int
+    """Of the tensors of the export."""
     flops: int
     """Of the whole run; teacher forwards included."""
+    stage_flops: Mapping[str, int]
+    """Of the stages that train or score; of `distill`, the teacher's forward passes apart as `teacher`."""
     hours: float
+
+    def predictions(self) -> dict[str, Any]:
+        """What a report can set beside what was measured: parameters of each model, bytes, FLOPs of each stage."""
+        smaller = dict.fromkeys(("pruned", "distilled", "random", "export"), self.student_parameters)
+        return {
+            "parameters": {"corrected": self.teacher_parameters, **smaller},
+            "export_bytes": self.export_bytes,
+            "rank_bytes": self.rank_bytes,
+            "flops": dict(self.stage_flops),
+        }
 
     def rows(self) -> dict[str, str]:
         """The estimate in words."""
@@ -87,8 +103,13 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
     forward = {shape: flops_per_token(shape, sequence) for shape in (teacher, student)}
     correct_tokens = _tokens(recipe.correct, sequence) if recipe.correct else 0
     distill_tokens = _tokens(keys, sequence)
-    flops = 3 * forward[teacher] * correct_tokens + (forward[teacher] + 3 * forward[student]) * distill_tokens
-    flops += _score_flops(recipe, teacher) * recipe.score.samples * sequence
+    stage_flops = {
+        "correct": 3 * forward[teacher] * correct_tokens,
+        "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
+        "distill": 3 * forward[student] * distill_tokens,
+        "teacher": forward[teacher] * distill_tokens,
+    }
+    flops = sum(stage_flops.values())
     models = parameters(student) * (weight * 2 + WEIGHT_BYTES[recipe.export.dtype])
     return Estimate(
         teacher=teacher,
@@ -102,7 +123,9 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
         kv_cache_bytes=kv_cache_bytes(student, 1, sequence),
         correct_tokens=correct_tokens,
         distill_tokens=distill_tokens,
+        export_bytes=parameters(student) * WEIGHT_BYTES[recipe.export.dtype],
         flops=flops,
+        stage_flops=stage_flops,
         hours=flops / (gpus * peak_flops * mfu) / 3600,
     )
 

@@ -19,8 +19,9 @@ from ..errors import DataError, RecipeError
 from ..events import Listener, silent
 from ..files import read_json, whole_file, write_json
 from ..model import check_fits
-from ..parallel import Topology, barrier, broadcast_object, fail_together
+from ..parallel import Topology, barrier, broadcast_object, fail_together, peak_bytes
 from .context import Context, Folders
+from .estimate import estimate
 from .schema import Recipe
 from .sizes import check_pruning
 from .stages import STAGES, Stage
@@ -50,6 +51,8 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
         _check_wanted(recipe, only)
         check(recipe, topology)
         _claim(recipe, topology)
+    if topology.rank == 0:
+        write_json(recipe.out / "predicted.json", estimate(recipe, gpus=topology.world).predictions())
     barrier()
     done: Results = {}
     for stage in wanted(recipe):
@@ -134,7 +137,8 @@ def _run_stage(stage: Stage, mark: str, context: Context) -> dict[str, Any]:
     began = time.perf_counter()
     result = stage.does(context)
     barrier()
-    record = {"fingerprint": mark, "result": result, "seconds": round(time.perf_counter() - began, 3)}
+    seconds = round(time.perf_counter() - began, 3)
+    record = {"fingerprint": mark, "result": result, "seconds": seconds, "peak_bytes": peak_bytes()}
     if context.topology.rank == 0:
         write_json(context.folders.record(stage.name), record)
         shutil.rmtree(context.checkpoints, ignore_errors=True)
@@ -176,10 +180,10 @@ def _check_batches(recipe: Recipe, topology: Topology) -> None:
                 f"{key} is {total}, which cannot be split into micro-batches of {micro} on {topology.dp} data-parallel "
                 f"ranks. Choose a multiple of {unit}."
             )
-        if topology.vp > 1 and total // unit < topology.pp:
+        if topology.vp > 1 and total // unit % topology.pp:
             raise RecipeError(
-                f"{key} gives {total // unit} micro-batches, and interleaving over pp={topology.pp} needs as many. "
-                f"Choose {unit * topology.pp} or more, or vp: 1."
+                f"{key} gives {total // unit} micro-batches, and interleaving needs a multiple of pp={topology.pp}. "
+                f"Choose a multiple of {unit * topology.pp}, or vp: 1."
             )
     if topology.sequence_parallel and recipe.data.sequence % topology.tp:
         raise RecipeError(

@@ -6,7 +6,6 @@ plain mappings). What is missing or torn is left out; a report never fails a run
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from ..files import read_json, whole_file
 from . import numbers, plots
 from .listeners import read_metrics
+from .measured import KEPT, PREDICTED, kept_rows, predicted_rows
 from .plots import ByLayer, DepthCurves
 from .tables import COLUMNS, cells
 
@@ -47,11 +47,12 @@ def write_report(
         "margins": lambda path: plots.margins(margins, path),
     }
     drawn = {name: _figure(run, name, draw, warnings) for name, draw in figures.items()}
-    kept = _plan(plan, scores, margins) + drawn["depth"] + drawn["importance"] + drawn["margins"]
+    kept = _table(KEPT, kept_rows(plan, scores, margins)) + drawn["depth"] + drawn["importance"] + drawn["margins"]
     sections = [
         _section("Models", _summary(summary) + drawn["models"]),
         _section("Training", drawn["losses"]),
         _section("What was kept", kept),
+        _section("Predicted and measured", _table(PREDICTED, predicted_rows(run))),
         _section("Stages", _stages(run / "stages", metrics)),
         _section("Recipe", _recipe(run / "recipe.yaml")),
         _section("Versions", _pairs(_json(run / "versions.json"))),
@@ -152,18 +153,6 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _summary(rows: Iterable[Mapping[str, Any]]) -> str:
     return _table([title for title, _ in COLUMNS.values()], map(cells, rows))
-
-
-def _plan(plan: ByLayer[Sequence[int]], scores: ByLayer[Sequence[float]], margins: ByLayer[float]) -> str:
-    """A row an axis: kept units, units there were, and the closest cut."""
-    rows = []
-    for axis, layers in plan.items():
-        kept = sorted({len(units) for units in layers.values()}) or [0]
-        there = max(map(len, scores.get(axis, {}).values()), default=None)
-        closest = min(filter(math.isfinite, margins.get(axis, {}).values()), default=None)
-        span = numbers.count(kept[0]) + (f" to {numbers.count(kept[-1])}" if len(kept) > 1 else "")
-        rows.append((axis, span, numbers.count(there), numbers.ABSENT if closest is None else f"{closest:.1e}"))
-    return _table(("axis", "kept", "of", "closest cut's margin"), rows)
 
 
 def _stages(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from ..errors import CheckpointError
 from ..files import read_json
 from ..records import DepthScores, Plan, Scores
 from . import numbers
+from .measured import KEPT, PREDICTED, kept_rows, predicted_rows
 from .page import write_report
-from .plots import DepthCurves
+from .plots import ByLayer, DepthCurves
 from .tables import summary_table
 
 __all__ = ["describe", "pairs_table", "report_run"]
@@ -28,19 +30,19 @@ def report_run(run: Path) -> Path:
     """Writes the page and the plots of a run folder; returns the page. Raises CheckpointError where it is none."""
     if not (run / "recipe.yaml").is_file():
         raise CheckpointError(f"{run} is not a run folder: it has no recipe.yaml. Give the `out` of a recipe.")
-    scores = Scores.load(run / SCORES) if (run / SCORES).is_file() else None
-    plan = Plan.load(run / PLAN) if (run / PLAN).is_file() else None
-    values = {axis: {k: v.tolist() for k, v in by.items()} for axis, by in scores.values.items()} if scores else None
+    scores, plan, margins = _cut(run)
     depth = _curves(DepthScores.load(run / DEPTH)) if (run / DEPTH).is_file() else None
-    if plan is None:
-        return write_report(run, scores=values, depth=depth)
-    return write_report(
-        run,
-        scores=values,
-        plan={**plan.keep, "layers": {None: plan.kept_layers}},
-        margins=plan.margins,
-        depth=depth,
-    )
+    return write_report(run, scores=scores, plan=plan, margins=margins, depth=depth)
+
+
+def _cut(run: Path) -> tuple[ByLayer[Sequence[float]], ByLayer[Sequence[int]], ByLayer[float]]:
+    """(scores, kept units, margins) of a run, as plain mappings; empty where it has none."""
+    scores = Scores.load(run / SCORES) if (run / SCORES).is_file() else None
+    values = {axis: {k: v.tolist() for k, v in by.items()} for axis, by in scores.values.items()} if scores else {}
+    if not (run / PLAN).is_file():
+        return values, {}, {}
+    plan = Plan.load(run / PLAN)
+    return values, {**plan.keep, "layers": {None: plan.kept_layers}}, plan.margins
 
 
 def _curves(depth: DepthScores) -> DepthCurves:
@@ -57,10 +59,23 @@ def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
     return table
 
 
-def describe(path: Path) -> Table:
+def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Rows of text under their titles; the first column is a name, the others are numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def describe(path: Path) -> Table | Group:
     """What a scores file, a plan, a Hugging Face folder or a run folder holds; anything else is a CheckpointError."""
     if (path / "summary.json").is_file():
-        return summary_table(read_json(path / "summary.json"))
+        scores, plan, margins = _cut(path)
+        kept = text_table("What was kept", KEPT, kept_rows(plan, scores, margins))
+        predicted = text_table("Predicted and measured", PREDICTED, predicted_rows(path))
+        return Group(summary_table(read_json(path / "summary.json")), kept, predicted)
     if path.suffix == ".safetensors":
         return _scores(Scores.load(path))
     if path.name == DEPTH.name and path.is_file():

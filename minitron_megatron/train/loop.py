@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Batch
-from ..errors import CheckpointError
 from ..events import Event, Listener, silent
 from ..model import chunks_of, forward_backward, latest_checkpoint, load_checkpoint, save_checkpoint
 from ..parallel import Topology, mend_distributed_optimizer
@@ -171,8 +170,6 @@ def _resume(folder: Path | None, identity: str, chunks: Any, optimizer: Any, sch
     path = latest_checkpoint(folder) if folder else None
     if path is None:
         return 0, 0
-    state = load_checkpoint(path, chunks, optimizer)
-    if state["identity"] != identity:
-        raise CheckpointError(f"checkpoint {path} belongs to another run. Remove {path.parent} or give another --out.")
+    state = load_checkpoint(path, chunks, optimizer, identity)
     scheduler.load_state_dict(state["scheduler"])
     return state["step"], state["tokens"]

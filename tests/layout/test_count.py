@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from minitron_megatron.layout import Shape, active_parameters, flops_per_token, kv_cache_bytes, parameters
 
@@ -93,3 +94,20 @@ def test_sizes_by_hand() -> None:
     ]  # fmt: skip
     assert TINY.axis_size("heads") == 4 and TINY.axis_size("layers") == 2
     assert parameters(TINY) == 2 * (QKV + PROJ + FC1 + FC2 + 2 * 6) + 6 + 2 * EMBEDDING
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """torch's counter sees the products of a whole forward pass, and attention over all positions, not half of them."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape, sequence = Shape(layers=2, hidden=48, ffn=64, heads=8, kv_groups=2, head_dim=8, vocab=131), 32
+    config = LlamaConfig(
+        vocab_size=131, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=8, attn_implementation="eager",
+    )  # fmt: skip
+    tokens = torch.zeros(3, sequence, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        LlamaForCausalLM(config)(tokens, use_cache=False)
+    other_half = 2 * shape.layers * shape.heads * shape.head_dim * sequence
+    assert counter.get_total_flops() == tokens.numel() * (flops_per_token(shape, sequence) + other_half)

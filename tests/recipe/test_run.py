@@ -232,6 +232,13 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, int], type[MinitronError], str]
     ("a layer that is not there", {"prune": {"layers": [0, 9]}}, {}, PlanError, "layers"),
     ("a size that does not divide over tp", {"prune": {"ffn": 33}}, {"tp": 2}, TopologyError, "TP=2"),
     ("more stages than layers", {"prune": {"layers": [0]}}, {"pp": 2}, TopologyError, "1 layers cannot fill 2"),
+    (
+        "an interleaving with a remainder",
+        {"score": {"samples": 3}},
+        {"pp": 2, "vp": 2},
+        RecipeError,
+        "a multiple of pp=2",
+    ),
     ("a batch that does not divide", {"score": {"samples": 3, "micro_batch": 2}}, {}, RecipeError, "samples is 3"),
     ("a top_k above the vocabulary", {"distill": {"loss": {"top_k": 132}}}, {}, RecipeError, "top_k is 132, but there"),
     ("a missing model", {"model": "nowhere"}, {}, CheckpointError, "no such folder"),

@@ -70,10 +70,11 @@ def test_a_whole_run(run: Path, scores: Any, plan: Any, margins: Any) -> None:
 
 def test_tables_hold_the_numbers(run: Path, plan: Any, margins: Any, scores: Any) -> None:
     text = (write_report(run, plan=plan, scores=scores, margins=margins)).read_text()
+    kept = {at: sum(scores["ffn"][at][unit] for unit in units) for at, units in plan["ffn"].items()}
+    shares = [share / sum(scores["ffn"][at]) for at, share in kept.items()]
     for row in (
         ("teacher", "8.39 M", "2.7123", "15.06", "65,536", "12.1 s"),
-        ("ffn", "24", "48", "0.0e+00"),
-        ("hidden", "16", "32", "2.0e-02"),
+        ("ffn", "24", "48", f"{min(shares):.1%} to {max(shares):.1%}", "0.0e+00"),
         ("distill", "5 min 10 s", "120 steps", "492 k", "5,060"),
         ("prune", "1.1 s", "-", "-", "-"),
         ("all", "5 min 11 s", "", "", ""),

@@ -220,19 +220,20 @@ def test_a_run_resumes_at_another_layout(
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "identity", "says"),
     [
-        ("untied", r"belongs to another run\. Remove .*run or give"),
-        ("student", "cannot be read: Global shape mismatch"),
+        ("untied", "another", r"belongs to another run\. Remove .*run or give"),
+        ("student", "another", r"belongs to another run\. Remove .*run or give"),
+        ("student", "run", "cannot be read: Global shape mismatch"),
     ],
 )
 def test_another_runs_checkpoint_is_refused(
-    pool: Pool, checkpoints: dict[str, Path], name: str, says: str, tmp_path: Path
+    pool: Pool, checkpoints: dict[str, Path], name: str, identity: str, says: str, tmp_path: Path
 ) -> None:
     job = Job(checkpoints["untied"], replace(TRAINING, save_every=1), checkpoints=tmp_path / "run", stop_at=2)
     pool.run(run, job)
     with pytest.raises(CheckpointError, match=f"step_00000001 {says}"):
-        pool.run(run, replace(job, folder=checkpoints[name], identity="another"))
+        pool.run(run, replace(job, folder=checkpoints[name], identity=identity))
 
 
 # ---- validation
