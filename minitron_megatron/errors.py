@@ -14,8 +14,10 @@ __all__ = [
     "LayoutError",
     "MinitronError",
     "PlanError",
+    "Preempted",
     "RecipeError",
     "TopologyError",
+    "TrainingError",
     "did_you_mean",
 ]
 
@@ -44,6 +46,14 @@ class TopologyError(MinitronError, ValueError):
 
 class CheckpointError(MinitronError):
     """A checkpoint is missing, torn, foreign or does not fit."""
+
+
+class TrainingError(MinitronError):
+    """Training cannot go on."""
+
+
+class Preempted(Exception):
+    """A scheduler's signal ended the run after its state was saved: exit code 75, run the same command again."""
 
 
 class DataError(MinitronError):

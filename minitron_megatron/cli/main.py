@@ -1,4 +1,4 @@
-"""Exit codes: 0 done, 2 the user's input is wrong, 1 our fault, 130 interrupted."""
+"""Exit codes: 0 done, 2 the user's input is wrong, 1 our fault, 75 preempted after saving, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import warnings
 
 __all__ = ["main"]
 
-WRONG_INPUT, INTERRUPTED = 2, 130
+WRONG_INPUT, PREEMPTED, INTERRUPTED = 2, 75, 130
 
 
 def main() -> None:
     """Runs the command line and ends the process. An error of the user's is one message, on the first rank only."""
     _quiet()
-    from ..errors import MinitronError
+    from ..errors import MinitronError, Preempted
     from .app import Interrupted, app
 
     try:
@@ -22,6 +22,9 @@ def main() -> None:
     except MinitronError as error:
         _say(f"{type(error).__name__}: {error}")
         _leave(WRONG_INPUT)
+    except Preempted:
+        _say("Saved, as the scheduler's signal asked. Run the same command again to go on.")
+        _leave(PREEMPTED)
     except Interrupted:
         _say("Interrupted. Run the same command again to go on.")
         _leave(INTERRUPTED)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files import PARTIAL, read_json, write_json
-from ..parallel import Topology, barrier, separate_steps, torn_checkpoint_errors
+from ..parallel import Topology, barrier, collect_writes_here, separate_steps, torn_checkpoint_errors
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -27,6 +27,7 @@ def save_checkpoint(
     """Writes `folder/step_N` with weights, optimizer and `state` (JSON), then drops all but the newest. Collective."""
     from megatron.core import dist_checkpointing
 
+    collect_writes_here()
     path = folder / f"step_{step:08}"
     partial = path.with_name(path.name + PARTIAL)
     if topology.rank == 0:

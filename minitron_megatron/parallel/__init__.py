@@ -22,7 +22,14 @@ from .collectives import (
     sum_over_world,
 )
 from .topology import Topology
-from .versions import final_hidden, mark_expert, mend_distributed_optimizer, separate_steps, torn_checkpoint_errors
+from .versions import (
+    collect_writes_here,
+    final_hidden,
+    mark_expert,
+    mend_distributed_optimizer,
+    separate_steps,
+    torn_checkpoint_errors,
+)
 
 __all__ = [
     "Group",
@@ -31,6 +38,7 @@ __all__ = [
     "all_to_all",
     "barrier",
     "broadcast_object",
+    "collect_writes_here",
     "fail_together",
     "final_hidden",
     "gather_objects",

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import pickle
+import queue
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["final_hidden", "mark_expert", "mend_distributed_optimizer", "separate_steps", "torn_checkpoint_errors"]
+__all__ = [
+    "collect_writes_here",
+    "final_hidden",
+    "mark_expert",
+    "mend_distributed_optimizer",
+    "separate_steps",
+    "torn_checkpoint_errors",
+]
 
 
 def final_hidden(model: Any, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -61,6 +69,17 @@ def mark_expert(parameter: Any) -> None:
     of tp would keep the gradient of its own part of the sequence, silently.
     """
     parameter.allreduce = False
+
+
+def collect_writes_here() -> None:
+    """Has a synchronous checkpoint collect what its writers did in a queue of this process.
+
+    mcore 0.16 spawns a manager process for it (dist_checkpointing/strategies/filesystem_async.py:55), which takes
+    seconds to start and outlives a killed run.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def torn_checkpoint_errors() -> tuple[type[BaseException], ...]:

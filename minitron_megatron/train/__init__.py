@@ -4,7 +4,7 @@ Knows: mcore's DDP, optimizer, scheduler and pipeline schedules. Must not know: 
 """
 
 from .evaluate import mean_loss
-from .loop import Training, train
+from .loop import MOST_SKIPPED, Training, train
 from .objective import LMObjective, Objective
 
-__all__ = ["LMObjective", "Objective", "Training", "mean_loss", "train"]
+__all__ = ["MOST_SKIPPED", "LMObjective", "Objective", "Training", "mean_loss", "train"]

@@ -1,0 +1,119 @@
+"""What ends training before its time leaves the state that it goes on from; a broken step leaves no trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitron_megatron.convert import load_hf, model_hash
+from minitron_megatron.errors import Preempted, TrainingError
+from minitron_megatron.events import Event
+from minitron_megatron.parallel import Topology
+from minitron_megatron.testing import Pool
+from minitron_megatron.train import MOST_SKIPPED, LMObjective, Training, train
+from tests.tiny import LAYOUTS, samples, share
+
+TRAINING = Training(steps=8, lr=1e-3, warmup_steps=2)
+Said = list[tuple[int, float, str]]
+"""(step, steps skipped, hash of the weights after it)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """broken: steps, from 1, whose gradient is not finite. signalled: (rank, step after which it hears the signal)."""
+
+    folder: Path
+    broken: frozenset[int] = frozenset()
+    signalled: tuple[int, int] | None = None
+    checkpoints: Path | None = None
+    training: Training = TRAINING
+    number: int = signal.SIGTERM
+
+
+class Fragile(LMObjective):
+    """Cross-entropy whose gradient is broken on one rank, at some steps."""
+
+    def __init__(self, topology: Topology, broken: frozenset[int], start: int) -> None:
+        super().__init__(topology)
+        self.broken, self.step = broken, start
+
+    def prepare(self, batches: Any) -> None:
+        self.step += 1
+
+    def loss(self, *args: Any) -> Tensor:
+        loss = super().loss(*args)
+        if self.step in self.broken:
+            loss.register_hook(lambda gradient: gradient * torch.nan)
+        return loss
+
+
+def run(topology: Topology, job: Job, start: int = 0) -> tuple[Said, str]:
+    """Trains until it ends or is stopped; gives what was seen and the error that stopped it."""
+    model, said = load_hf(job.folder, topology), []
+
+    def listen(event: Event) -> None:
+        said.append((event.done, event.values["skipped"], model_hash(model, topology)))
+        if job.signalled == (topology.rank, event.done):
+            os.kill(os.getpid(), job.number)
+
+    def batches(step: int) -> list[Any]:
+        return share(samples(8, seed=step), topology)
+
+    try:
+        train(
+            model,
+            Fragile(topology, job.broken, start),
+            batches,
+            job.training,
+            topology,
+            label="distill",
+            checkpoints=job.checkpoints,
+            listener=listen,
+        )
+    except (Preempted, TrainingError) as error:
+        return said, f"{type(error).__name__}: {error}"
+    return said, ""
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2", "dp2"])
+def test_a_broken_step_changes_nothing_and_is_counted(pool: Pool, checkpoints: dict[str, Path], layout: str) -> None:
+    (said, error), *_ = pool.run(run, Job(checkpoints["untied"], frozenset({3, 6, 7})), **LAYOUTS[layout])
+    assert error == ""
+    assert [skipped for _, skipped, _ in said] == [0, 0, 1, 1, 1, 2, 3, 3]
+    hashes = [digest for *_, digest in said]
+    assert hashes[2] == hashes[1] != hashes[3]
+    assert hashes[4] == hashes[5] == hashes[6] != hashes[7]
+
+
+def test_many_in_a_row_stop_with_a_saved_state(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    training = replace(TRAINING, steps=MOST_SKIPPED + 5)
+    job = Job(checkpoints["untied"], frozenset(range(3, 100)), checkpoints=tmp_path, training=training)
+    for said, error in pool.run(run, job, tp=2):
+        assert error == (
+            f"TrainingError: the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step "
+            f"{MOST_SKIPPED + 2}. Look at the data around it, or lower distill.lr."
+        )
+        assert said[-1][1] == MOST_SKIPPED
+    assert (tmp_path / f"step_{MOST_SKIPPED + 2:08}").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2"])
+def test_a_signal_at_any_rank_saves_and_the_next_run_goes_on(
+    pool: Pool, checkpoints: dict[str, Path], layout: str, number: int, tmp_path: Path
+) -> None:
+    whole, _ = pool.run(run, Job(checkpoints["untied"]), **LAYOUTS[layout])[0]
+    last = 0 if layout == "tp1" else 1
+    job = Job(checkpoints["untied"], signalled=(last, 3), checkpoints=tmp_path, number=number)
+    for said, error in pool.run(run, job, **LAYOUTS[layout]):
+        assert error.startswith("Preempted") and [step for step, *_ in said] == [1, 2, 3]
+    rest, error = pool.run(run, replace(job, signalled=None), **LAYOUTS[layout])[0]
+    assert error == "" and rest == whole[3:]
+    assert signal.getsignal(number) is signal.SIG_DFL
