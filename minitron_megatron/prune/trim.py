@@ -117,7 +117,8 @@ def _trimmed(shard: NamedShard, plan: Plan, topology: Topology) -> Tensor:
     cut = [len(rows) < param.shape(sizes)[dim] for dim, rows in enumerate(kept)]
     if not any(cut):
         return old
-    new = old.new_empty([len(rows) for rows in _held(param, plan.target.sizes(), topology)])
+    held = _held(param, plan.target.sizes(), topology)  # of a dim that stays whole not asked: padding may be theirs
+    new = old.new_empty([len(rows) if cut[dim] else old.shape[dim] for dim, rows in enumerate(held)])
     if old.dim() == 1:
         _cut_dim(old, 0, param, kept[0], plan, topology, new)
         return new
