@@ -32,7 +32,7 @@ check: install  ## lint, format and types
 	$(BIN)/mypy
 
 test: check  ## everything that a change must pass
-	$(BIN)/python -m pytest --quiet
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
 
 quickstart: install runs/corpus  ## prune and distil a small model on this machine
 	$(BIN)/minitron run examples/quickstart/recipe.yaml
