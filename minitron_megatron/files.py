@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -31,19 +32,42 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path` to fill; on success it takes the place of `path`, else it is removed."""
+    """Yields an empty folder beside `path` to fill; on success it takes the place of `path`, else it is removed.
+
+    The two change places at once. On a file system that cannot do that (NFS) a kill between two renames leaves the old
+    one as `path.old`, and the next `whole_folder` of this path puts it back first.
+    """
     partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + OLD)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _put_back(old, path)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if path.exists():
+        if not path.exists():
+            partial.rename(path)
+        elif not _exchange(partial, path):
             path.rename(old)
-        partial.rename(path)
+            partial.rename(path)
     finally:
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _put_back(old, path)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _put_back(old: Path, path: Path) -> None:
+    """Gives what was set aside its name again where nothing has taken it, else removes it."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step of Linux's renameat2(2); False where the system or the file system has none."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def write_json(path: Path, value: Any) -> None:

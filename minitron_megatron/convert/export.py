@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CheckpointError
 from ..events import Event, Listener, silent
 from ..files import whole_folder, write_json
 from ..layout import lookup
 from ..model import ModelConfig, chunks_of, config_of, home, named_shards
-from ..parallel import Topology, barrier, move
+from ..parallel import Topology, fail_together, move
 from .config import flat_config
 from .families import WHOLE, family_of
 from .weights import INDEX, SafetensorsWriter, split_files
@@ -53,21 +54,29 @@ def save_hf(
 
     dtype: of the tensors written; None keeps the model's. files_from: the folder whose tokenizer and generation
     settings go along. file_bytes: where to start another weights file. Memory beyond the model: one tensor.
+    Raises CheckpointError on every rank where the folder cannot be written.
     """
     folder, config = Path(folder), config_of(chunks_of(model)[0])
     dtype = dtype or next(chunks_of(model)[0].parameters()).dtype
     stream = full_tensors(model, topology, dtype)
-    if topology.rank == 0:
-        with whole_folder(folder) as partial:
-            write_json(partial / "config.json", flat_config(config, str(dtype).removeprefix("torch.")))
-            for name in CARRIED:
-                if files_from is not None and (Path(files_from) / name).is_file():
-                    shutil.copyfile(Path(files_from) / name, partial / name)
-            _write_tensors(stream, partial, config, dtype, file_bytes, listener)
-    else:
-        for _ in stream:
-            pass
-    barrier()
+    with fail_together():
+        try:
+            if topology.rank == 0:
+                with whole_folder(folder) as partial:
+                    write_json(partial / "config.json", flat_config(config, str(dtype).removeprefix("torch.")))
+                    for name in CARRIED:
+                        if files_from is not None and (Path(files_from) / name).is_file():
+                            shutil.copyfile(Path(files_from) / name, partial / name)
+                    _write_tensors(stream, partial, config, dtype, file_bytes, listener)
+        except OSError as error:
+            _run_out(stream)  # the others still send
+            raise CheckpointError(f"{folder} cannot be written: {error}. Make room, or give another folder.") from error
+        _run_out(stream)
+
+
+def _run_out(stream: Iterator[Any]) -> None:
+    for _ in stream:
+        pass
 
 
 def _write_tensors(
@@ -95,7 +104,6 @@ def _write_tensors(
                 weight_map[name] = file
                 done += 1
                 listener(Event("export", done, len(shapes), "tensors"))
-        next(stream, None)  # lets the generator end
     if len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": sum(weigh.values())}, "weight_map": weight_map})
 

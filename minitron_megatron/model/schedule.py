@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import TopologyError
 from ..parallel import final_hidden
 from .build import chunks_of
 
@@ -137,8 +138,9 @@ def forward_rest(
 
 
 def windows(batches: Sequence[Any], pp: int, rounds: int = 4) -> list[Sequence[Any]]:
-    """Cuts micro-batches into runs of about `rounds * pp`, never fewer than `pp` while there are as many: enough
-    to fill the pipeline, few enough to keep what a run leaves behind."""
+    """Cuts micro-batches into runs of about `rounds * pp`, never fewer than `pp` while there are as many, and of
+    multiples of `pp` where all of them are: enough to fill the pipeline, few enough to keep what a run leaves behind.
+    """
     size = rounds * pp
     cuts = list(range(0, max(len(batches) - pp, 0) + 1, size))
     return [batches[a:b] for a, b in zip(cuts, [*cuts[1:], len(batches)], strict=True)]
@@ -205,6 +207,7 @@ def _run(
         return forward(gpt, batch, index), partial(last, gpt, batch, index)
 
     chunks = chunks_of(model)
+    _check_interleaving(chunks, len(batches))
     iterators = [iter(enumerate(batches)) for _ in chunks]
     micro_batch, sequence = batches[0].tokens.shape
     return get_forward_backward_func()(
@@ -216,3 +219,13 @@ def _run(
         micro_batch_size=micro_batch,
         **options,
     )
+
+
+def _check_interleaving(chunks: Sequence[Any], micro_batches: int) -> None:
+    """Raises TopologyError where mcore would, whose words name nothing that can be set."""
+    pp, group = chunks[0].config.pipeline_model_parallel_size, chunks[0].config.microbatch_group_size_per_vp_stage
+    if len(chunks) > 1 and (micro_batches < group or 0 < micro_batches % group < pp):
+        raise TopologyError(
+            f"{micro_batches} micro-batches cannot be interleaved over pp={pp} (vp={len(chunks)}). Give each "
+            f"data-parallel rank a multiple of {group} (global_batch or samples over micro_batch x dp), or set vp to 1."
+        )

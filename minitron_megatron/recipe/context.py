@@ -93,13 +93,23 @@ class Context:
 
     @property
     def teacher(self) -> Path:
-        """The folder of the model that is pruned and teaches: corrected, where the recipe corrects it."""
+        """The folder of the model that teaches: corrected, where the recipe corrects it."""
         return self.folders.corrected if self.recipe.correct else self.recipe.model
 
     @property
-    def teacher_hash(self) -> str:
-        """Who the teacher must be."""
-        return str(self.done["correct"]["hash"] if self.recipe.correct else self.done["prepare"]["model_hash"])
+    def uncut(self) -> Path:
+        """The folder of the model that is scored and pruned: the teacher, or what it was before its correction."""
+        return self.recipe.model if self.recipe.prune.teacher == "original" else self.teacher
+
+    @property
+    def uncut_hash(self) -> str:
+        """Who the model to prune must be."""
+        return self._expected(self.uncut)
+
+    def _expected(self, folder: Path) -> str:
+        """The hash that the run recorded of the original or the corrected model."""
+        corrected = folder == self.folders.corrected
+        return str(self.done["correct"]["hash"] if corrected else self.done["prepare"]["model_hash"])
 
     def load(self, folder: Path, dtype: torch.dtype | None = None, *, trains: bool = False) -> list[Any]:
         """A model of the run, in the training dtype unless said otherwise. Collective over the world."""
@@ -107,18 +117,24 @@ class Context:
         return load_hf(folder, self.topology, dtype or self.dtype, recompute=recompute, listener=self.listener)
 
     def load_teacher(self, dtype: torch.dtype | None = None) -> list[Any]:
-        """The teacher, verified. Raises CheckpointError where its weights are not those that the run recorded."""
-        dtype = dtype or self.dtype
-        model = self.load(self.teacher, dtype)
-        if self._hash(model, dtype) != self.teacher_hash:
-            raise CheckpointError(f"the weights in {self.teacher} changed since the run began. Give another --out.")
+        """The model that teaches, verified. Raises CheckpointError where it is not what the run recorded."""
+        return self._verified(self.teacher, dtype or self.dtype)
+
+    def load_uncut(self, dtype: torch.dtype | None = None) -> list[Any]:
+        """The model to prune, verified as `load_teacher` does."""
+        return self._verified(self.uncut, dtype or self.dtype)
+
+    def _verified(self, folder: Path, dtype: torch.dtype) -> list[Any]:
+        model = self.load(folder, dtype)
+        if self._hash(model, folder, dtype) != self._expected(folder):
+            raise CheckpointError(f"the weights in {folder} changed since the run began. Give another --out.")
         return model
 
-    def _hash(self, model: list[Any], dtype: torch.dtype) -> str:
+    def _hash(self, model: list[Any], folder: Path, dtype: torch.dtype) -> str:
         """Of the loaded weights, or of the file where loading rounded them. Collective over the world."""
-        stored = read_config(self.teacher).source
+        stored = read_config(folder).source
         exact = dtype == torch.float32 or DTYPES.get(stored.get("torch_dtype") or stored.get("dtype", "")) == dtype
-        return model_hash(model, self.topology) if exact else folder_hash(self.teacher)
+        return model_hash(model, self.topology) if exact else folder_hash(folder)
 
     def save(self, model: Any, folder: Path, dtype: torch.dtype | None = None) -> str:
         """Writes a model with the teacher's tokenizer and returns its hash. Collective over the world."""

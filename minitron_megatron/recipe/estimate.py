@@ -8,15 +8,12 @@ from typing import Any
 
 from ..convert import read_config
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
+from ..parallel import Topology
+from .memory import WEIGHT_BYTES, model_bytes, training_bytes
 from .schema import Recipe, TrainingKeys
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
 __all__ = ["Estimate", "estimate"]
-
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
-GRADIENT_BYTES = 4
-OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
-"""Adam's two fp32 moments, and an fp32 master copy of bf16 weights; split over data-parallel ranks."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class Estimate:
     teacher_parameters: int
     student_parameters: int
     rank_bytes: int
-    """Weights of both models, the student's gradients and optimizer, and the teacher's stash, on the fullest rank."""
+    """On the fullest rank, at its fullest: weights of both models, the student's gradients and optimizer, the teacher's
+    stash; or, where the teacher is corrected, its weights, gradients and optimizer."""
     stash_bytes: int
     """The teacher's final hidden states of a step, on a last-stage rank."""
     disk_bytes: int
@@ -41,19 +39,24 @@ class Estimate:
     export_bytes: int
     """Of the tensors of the export."""
     flops: int
-    """Of the whole run; teacher forwards included."""
+    """Of the whole run."""
     stage_flops: Mapping[str, int]
-    """Of the stages that train or score; of `distill`, the teacher's forward passes apart as `teacher`."""
+    """Of each stage that trains or scores; the teacher's forward passes included."""
+    teacher_flops: int
+    """Of the teacher's forward passes in one distillation."""
     hours: float
+    warnings: tuple[str, ...]
+    """What will work, but not for everybody."""
 
     def predictions(self) -> dict[str, Any]:
         """What a report can set beside what was measured: parameters of each model, bytes, FLOPs of each stage."""
         smaller = dict.fromkeys(("pruned", "distilled", "random", "export"), self.student_parameters)
         return {
-            "parameters": {"corrected": self.teacher_parameters, **smaller},
+            "parameters": {"teacher": self.teacher_parameters, "corrected": self.teacher_parameters, **smaller},
             "export_bytes": self.export_bytes,
             "rank_bytes": self.rank_bytes,
             "flops": dict(self.stage_flops),
+            "teacher_flops": self.teacher_flops,
         }
 
     def rows(self) -> dict[str, str]:
@@ -71,7 +74,7 @@ class Estimate:
             "distillation": f"{self.distill_tokens:,} tokens",
             "work": f"{self.flops:.3g} FLOPs",
             "time": f"{self.hours:.3g} hours on {self.gpus} GPUs",
-        }
+        } | ({"warning": " ".join(self.warnings)} if self.warnings else {})
 
 
 def _say(shape: Shape) -> str:
@@ -84,7 +87,8 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
 
     gpus: processes, by default tp * pp. mfu: the share reached of `peak_flops`, which is an H100's in dense bf16.
     """
-    teacher = read_config(recipe.model).shape
+    config = read_config(recipe.model)
+    teacher = config.shape
     student = student_shape(recipe, teacher)
     keys, parallel = recipe.distill, recipe.parallel
     gpus = gpus or parallel.tp * parallel.pp
@@ -98,26 +102,27 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
         * weight
         // (parallel.tp if parallel.sequence_parallel else 1)
     )
-    of_teacher, of_student = _rank_parameters(teacher, recipe), _rank_parameters(student, recipe)
-    trained = weight + GRADIENT_BYTES + OPTIMIZER_BYTES[recipe.dtype] / dp
     forward = {shape: flops_per_token(shape, sequence) for shape in (teacher, student)}
     correct_tokens = _tokens(recipe.correct, sequence) if recipe.correct else 0
     distill_tokens = _tokens(keys, sequence)
+    taught = forward[teacher] * distill_tokens
+    distillation = 3 * forward[student] * distill_tokens + taught
     stage_flops = {
         "correct": 3 * forward[teacher] * correct_tokens,
         "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
-        "distill": 3 * forward[student] * distill_tokens,
-        "teacher": forward[teacher] * distill_tokens,
+        "distill": distillation,
+        "baseline": distillation if recipe.random_baseline else 0,
     }
     flops = sum(stage_flops.values())
-    models = parameters(student) * (weight * 2 + WEIGHT_BYTES[recipe.export.dtype])
+    written = 3 if recipe.random_baseline else 2
+    models = parameters(student) * (weight * written + WEIGHT_BYTES[recipe.export.dtype])
     return Estimate(
         teacher=teacher,
         student=student,
         gpus=gpus,
         teacher_parameters=parameters(teacher),
         student_parameters=parameters(student),
-        rank_bytes=round(of_teacher * weight + of_student * trained + stash),
+        rank_bytes=_rank_bytes(recipe, teacher, student, gpus, stash),
         stash_bytes=stash,
         disk_bytes=models + (parameters(teacher) * weight if recipe.correct else 0),
         kv_cache_bytes=kv_cache_bytes(student, 1, sequence),
@@ -126,7 +131,22 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
         export_bytes=parameters(student) * WEIGHT_BYTES[recipe.export.dtype],
         flops=flops,
         stage_flops=stage_flops,
+        teacher_flops=taught,
         hours=flops / (gpus * peak_flops * mfu) / 3600,
+        warnings=_warnings(str(config.source.get("model_type")), teacher, student),
+    )
+
+
+def _warnings(family: str, teacher: Shape, student: Shape) -> tuple[str, ...]:
+    """transformers 5 holds a Llama's hidden size to be heads x something, whatever its head_dim is."""
+    hidden, heads = student.hidden, student.heads
+    if family != "llama" or hidden % heads == 0:
+        return ()
+    below = hidden // heads * heads
+    near = " or ".join(str(size) for size in (below, below + heads) if 0 < size <= teacher.hidden)
+    return (
+        f"transformers 5 refuses a llama of hidden size {hidden} with {heads} heads: it wants a multiple. Choose "
+        f"hidden {near}, or load the export with transformers 4.",
     )
 
 
@@ -148,11 +168,11 @@ def _tokens(keys: TrainingKeys, sequence: int) -> int:
     return keys.steps(sequence) * keys.global_batch * sequence
 
 
-def _rank_parameters(shape: Shape, recipe: Recipe) -> int:
-    """Parameters on the fullest pipeline stage, a tp-th of them."""
-    parallel = recipe.parallel
-    ends = shape.padded_vocab * shape.hidden
-    body = parameters(shape) - shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    layers = -(-shape.layers // parallel.pp) / shape.layers
-    both = 1 if shape.tied and parallel.pp == 1 else 2 if parallel.pp == 1 else 1
-    return round((body * layers + ends * both) / parallel.tp)
+def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stash: int) -> int:
+    """The most that a rank holds in distillation, or in correction."""
+    keys, dtype = recipe.parallel, recipe.dtype
+    topology = Topology(keys.tp, keys.pp, keys.vp, keys.ep, keys.sequence_parallel)
+    both = zip(model_bytes(teacher, topology, dtype), training_bytes(student, topology, dtype, world), strict=True)
+    distill = [taught + trained for taught, trained in both]
+    distill[-1] += stash
+    return round(max(distill + (training_bytes(teacher, topology, dtype, world) if recipe.correct else [])))

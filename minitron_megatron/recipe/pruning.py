@@ -39,7 +39,7 @@ def measure_depth(context: Context, model: Any, batches: Sequence[Batch]) -> Dep
     if sweep is None:
         return None
     options: dict[str, Any] = {"topology": context.topology, "lengths": sweep.lengths, "listener": context.listener}
-    options["model_hash"] = context.teacher_hash
+    options["model_hash"] = context.uncut_hash
     if sweep.metric == "bi":
         return block_importance(model, batches, **options)
     return leave_out(model, batches, metric=sweep.metric, greedy=sweep.greedy, **options)
@@ -51,7 +51,7 @@ def decide(context: Context) -> Plan:
     With several `prune.iterations` the teacher is loaded, cut and scored again between them, and the plan is the one
     that does at once what the rounds did. Raises CheckpointError for scores of another model.
     """
-    keys, teacher = context.recipe.prune, read_config(context.teacher).shape
+    keys, teacher = context.recipe.prune, read_config(context.uncut).shape
     first, *others = rounds(context.recipe, teacher)
     with fail_together():
         layers = _kept_layers(context, teacher.layers)
@@ -67,7 +67,7 @@ def decide(context: Context) -> Plan:
 
 def _further(context: Context, plan: Plan, others: Sequence[dict[str, int]]) -> Plan:
     """The plan after more rounds, in the dtype of scoring."""
-    model, step = context.load_teacher(DTYPES[context.recipe.score.dtype]), plan
+    model, step = context.load_uncut(DTYPES[context.recipe.score.dtype]), plan
     batches = context.calibration_batches()
     for sizes in others:
         model = trim(model, step, context.topology)
@@ -79,7 +79,7 @@ def _further(context: Context, plan: Plan, others: Sequence[dict[str, int]]) -> 
 
 def cut(context: Context, plan: Plan) -> list[Any]:
     """The teacher, cut by its plan. Collective over the world."""
-    keys, model = context.recipe.prune, context.load_teacher()
+    keys, model = context.recipe.prune, context.load_uncut()
     if keys.merge != "none":
         with fail_together():
             scores = Scores.load(context.folders.scores)
@@ -118,8 +118,8 @@ def _kept_layers(context: Context, layers: int) -> tuple[int, ...] | None:
 
 
 def _expect_teacher(context: Context, model_hash: str, path: Path) -> None:
-    if model_hash != context.teacher_hash:
+    if model_hash != context.uncut_hash:
         raise CheckpointError(
-            f"{path} was measured on another model than {context.teacher}. "
+            f"{path} was measured on another model than {context.uncut}. "
             f"Remove {path.parent} and run `minitron score` again."
         )

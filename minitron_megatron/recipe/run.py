@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..errors import DataError, RecipeError
 from ..events import Listener, silent
 from ..files import read_json, whole_file, write_json
 from ..model import check_fits
-from ..parallel import Topology, barrier, broadcast_object, fail_together, peak_bytes
+from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, peak_bytes
 from .context import Context, Folders
 from .estimate import estimate
 from .schema import Recipe
@@ -47,12 +48,16 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
 
     Raises MinitronErrors on every rank alike, before anything is written where the recipe can tell.
     """
+    before = peak_bytes()
     with fail_together():
         _check_wanted(recipe, only)
         check(recipe, topology)
         _claim(recipe, topology)
     if topology.rank == 0:
-        write_json(recipe.out / "predicted.json", estimate(recipe, gpus=topology.world).predictions())
+        expected = estimate(recipe, gpus=topology.world)
+        write_json(recipe.out / "predicted.json", {"model": str(recipe.model), **expected.predictions()})
+        for sentence in expected.warnings:
+            warnings.warn(sentence, stacklevel=2)
     barrier()
     done: Results = {}
     for stage in wanted(recipe):
@@ -63,7 +68,7 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
                 raise RecipeError(
                     f"{only} needs the stage {stage.name}, which is not done. Run `minitron {stage.name}` first."
                 )
-            record = _run_stage(stage, mark, Context(recipe, topology, listener, done, mark))
+            record = _run_stage(stage, mark, Context(recipe, topology, listener, done, mark), before)
         done[stage.name] = record["result"] | {"seconds": record["seconds"]}
         if stage.name == only:
             break
@@ -133,12 +138,14 @@ def _record(recipe: Recipe, stage: Stage, mark: str) -> dict[str, Any] | None:
     return record if record["fingerprint"] == mark else None
 
 
-def _run_stage(stage: Stage, mark: str, context: Context) -> dict[str, Any]:
+def _run_stage(stage: Stage, mark: str, context: Context, before: int) -> dict[str, Any]:
+    """What the stage leaves. `peak_bytes`: by how much the fullest rank's peak lies above `before`, the run's start."""
     began = time.perf_counter()
     result = stage.does(context)
     barrier()
     seconds = round(time.perf_counter() - began, 3)
-    record = {"fingerprint": mark, "result": result, "seconds": seconds, "peak_bytes": peak_bytes()}
+    peak = max(gather_objects(peak_bytes() - before))
+    record = {"fingerprint": mark, "result": result, "seconds": seconds, "peak_bytes": peak}
     if context.topology.rank == 0:
         write_json(context.folders.record(stage.name), record)
         shutil.rmtree(context.checkpoints, ignore_errors=True)

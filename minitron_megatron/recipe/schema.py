@@ -122,6 +122,8 @@ class Correct(TrainingKeys):
     lr: Positive = 6e-5
     """Peak learning rate: a fifth of the one the teacher was pretrained with (here Llama 3.1's 3e-4)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 120
+    parameters: Literal["all", "norms"] = "all"
+    """What trains: everything, or the norms alone, which needs little more memory than the weights."""
 
 
 class StatisticKeys(Keys):
@@ -181,6 +183,8 @@ class Prune(Keys):
     """Which layers to keep, numbered from 0; or how many, chosen by `score.depth`."""
     contiguous: bool = True
     """Where `layers` is a number: what goes is one block; false: the layers taken greedily, or the best single ones."""
+    teacher: Literal["corrected", "original"] = "corrected"
+    """Which teacher is scored and cut, where the recipe corrects it; the student learns from the corrected one."""
     by: Literal["importance", "random", "first"] = "importance"
     """How units are chosen. `random` (by `seed`) and `first` are what importance has to beat."""
     scope: Literal["layer", "network"] = "layer"

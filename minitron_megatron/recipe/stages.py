@@ -18,7 +18,7 @@ from ..files import write_json
 from ..layout import parameters
 from ..model import build, chunks_of, config_of, fill_initial
 from ..parallel import broadcast_object, fail_together
-from ..train import LMObjective, Objective, Training, train
+from ..train import LMObjective, Objective, Training, train, train_norms_only
 from .context import DTYPES, Context
 from .pruning import cut, decide, measure, measure_depth
 from .schema import Recipe, TrainingKeys
@@ -85,6 +85,8 @@ def do_correct(context: Context) -> Result:
     keys = context.recipe.correct
     assert keys is not None
     model = context.load(context.recipe.model, trains=True)
+    if keys.parameters == "norms":
+        train_norms_only(model)
     tokens = _train(context, model, LMObjective(context.topology), keys, "correct")
     return {"hash": context.save(model, context.folders.corrected), "tokens": tokens}
 
@@ -92,8 +94,8 @@ def do_correct(context: Context) -> Result:
 def do_score(context: Context) -> Result:
     """Importance of every axis that the recipe may cut."""
     keys, folders = context.recipe.score, context.folders
-    model, batches = context.load_teacher(DTYPES[keys.dtype]), context.calibration_batches()
-    scores = measure(context, model, batches, context.teacher_hash)
+    model, batches = context.load_uncut(DTYPES[keys.dtype]), context.calibration_batches()
+    scores = measure(context, model, batches, context.uncut_hash)
     depth = measure_depth(context, model, batches)
     files: dict[str, str] = {}
     if context.topology.rank == 0:

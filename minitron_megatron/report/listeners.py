@@ -61,6 +61,8 @@ def _remaining(task: bars.Task) -> str:
 
 
 _PARTS = (_amount, _speed, _loss, _remaining)
+SHORT_SECONDS = 2.0
+"""Work that is done sooner gets no plain line."""
 
 
 class _Part(bars.ProgressColumn):
@@ -77,7 +79,8 @@ class _Part(bars.ProgressColumn):
 class Progress:
     """Shows events: on a terminal one live bar a label; elsewhere a plain line a label, at most every `every_seconds`.
 
-    The last event of a label is always shown. A label that starts over (its `done` goes back) gets a fresh bar.
+    The last event of a label is always shown, off the terminal unless all were over in `SHORT_SECONDS`. A label that
+    starts over (its `done` goes back) gets a fresh bar.
     """
 
     def __init__(
@@ -100,8 +103,8 @@ class Progress:
         self._clock = clock
         self._every_seconds = every_seconds
         self._tasks: dict[str, bars.Task] = {}
-        self._printed: dict[str, tuple[float, float]] = {}
-        """Label -> when its last plain line was printed, and `done` in that line."""
+        self._printed: dict[str, tuple[float, float | None]] = {}
+        """Label -> when its last plain line was printed, and `done` in it; before that, when it began, and None."""
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -111,14 +114,18 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
-        for label in self._tasks:
-            self._print(label, wait=0.0)
+        for label, task in self._tasks.items():
+            if not task.finished:
+                self._print(label, wait=0.0)
 
     def __call__(self, event: Event) -> None:
         task = self._task(event)
         values = task.fields["values"] | event.values  # what is measured rarely stays in sight
         self._bars.update(task.id, completed=event.done, total=event.total, unit=event.unit, values=values)
-        self._print(event.label, wait=0.0 if event.done >= event.total else self._every_seconds)
+        if self._printed[event.label][1] is None:
+            self._print(event.label, wait=SHORT_SECONDS)
+        else:
+            self._print(event.label, wait=0.0 if event.done >= event.total else self._every_seconds)
 
     def _task(self, event: Event) -> bars.Task:
         """The label's bar; what was done before its first event counts for no speed."""
@@ -127,15 +134,16 @@ class Progress:
             return task
         if task is not None:
             self._bars.remove_task(task.id)
-            self._printed.pop(event.label, None)
         self._bars.add_task(event.label, completed=event.done, total=event.total, unit=event.unit, values={})
         self._tasks[event.label] = self._bars.tasks[-1]
+        self._printed[event.label] = -math.inf if event.done >= event.total else self._clock(), None
         return self._tasks[event.label]
 
     def _print(self, label: str, *, wait: float) -> None:
-        """A plain line, off the terminal only, if there is news and the label's last line is `wait` seconds old."""
+        """A plain line, off the terminal only, if there is news and the label's last line, or else the label, is `wait`
+        seconds old."""
         task, now = self._tasks[label], self._clock()
-        when, done = self._printed.get(label, (-math.inf, -math.inf))
+        when, done = self._printed[label]
         if self._console.is_terminal or task.completed == done or now - when < wait:
             return
         self._printed[label] = now, task.completed

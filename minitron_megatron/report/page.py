@@ -15,8 +15,9 @@ from typing import Any
 
 from ..files import read_json, whole_file
 from . import numbers, plots
+from .importance import KEPT, kept_rows, shares
 from .listeners import read_metrics
-from .measured import KEPT, PREDICTED, kept_rows, predicted_rows
+from .measured import PREDICTED, predicted_rows
 from .plots import ByLayer, DepthCurves
 from .tables import COLUMNS, cells
 
@@ -44,14 +45,15 @@ def write_report(
         "models": lambda path: plots.bars(summary, path),
         "importance": lambda path: plots.importance(scores, plan, path),
         "depth": lambda path: plots.depth_curves(depth, path),
+        "shares": lambda path: plots.shares(shares(plan, scores), path),
         "margins": lambda path: plots.margins(margins, path),
     }
     drawn = {name: _figure(run, name, draw, warnings) for name, draw in figures.items()}
-    kept = _table(KEPT, kept_rows(plan, scores, margins)) + drawn["depth"] + drawn["importance"] + drawn["margins"]
+    kept = "".join(drawn[name] for name in ("depth", "importance", "shares", "margins"))
     sections = [
         _section("Models", _summary(summary) + drawn["models"]),
         _section("Training", drawn["losses"]),
-        _section("What was kept", kept),
+        _section("What was kept", _table(KEPT, kept_rows(plan, scores, margins)) + kept),
         _section("Predicted and measured", _table(PREDICTED, predicted_rows(run))),
         _section("Stages", _stages(run / "stages", metrics)),
         _section("Recipe", _recipe(run / "recipe.yaml")),
@@ -117,6 +119,7 @@ _CAPTIONS = {
     "the dashed line stands where every layer keeps its best.",
     "depth": "What is measured with a block of layers left out (block importance: at its two ends), against the last "
     "layer of the block. Dashed: as many layers, taken one by one wherever it hurts least.",
+    "shares": "Sum of the scores of the units that a cut keeps, over that of all units in its layer.",
     "margins": "Relative distance between the score of the last kept unit and the first cut one. "
     "An exact tie stands at the lower edge.",
 }

@@ -15,7 +15,8 @@ from ..errors import CheckpointError
 from ..files import read_json
 from ..records import DepthScores, Plan, Scores
 from . import numbers
-from .measured import KEPT, PREDICTED, kept_rows, predicted_rows
+from .importance import CUT, KEPT, SCORED, cut_rows, kept_rows, score_rows
+from .measured import PREDICTED, predicted_rows
 from .page import write_report
 from .plots import ByLayer, DepthCurves
 from .tables import summary_table
@@ -37,12 +38,15 @@ def report_run(run: Path) -> Path:
 
 def _cut(run: Path) -> tuple[ByLayer[Sequence[float]], ByLayer[Sequence[int]], ByLayer[float]]:
     """(scores, kept units, margins) of a run, as plain mappings; empty where it has none."""
-    scores = Scores.load(run / SCORES) if (run / SCORES).is_file() else None
-    values = {axis: {k: v.tolist() for k, v in by.items()} for axis, by in scores.values.items()} if scores else {}
+    values = _plain(Scores.load(run / SCORES)) if (run / SCORES).is_file() else {}
     if not (run / PLAN).is_file():
         return values, {}, {}
     plan = Plan.load(run / PLAN)
     return values, {**plan.keep, "layers": {None: plan.kept_layers}}, plan.margins
+
+
+def _plain(scores: Scores) -> ByLayer[Sequence[float]]:
+    return {axis: {k: v.tolist() for k, v in by.items()} for axis, by in scores.values.items()}
 
 
 def _curves(depth: DepthScores) -> DepthCurves:
@@ -60,10 +64,10 @@ def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
 
 
 def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows of text under their titles; the first column is a name, the others are numbers."""
+    """Rows of text under their titles; the first column is a name and a last one may be a curve, others are numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
+        table.add_column(column, justify="right" if number and column != SCORED[-1] else "left")
     for row in rows:
         table.add_row(*row)
     return table
@@ -81,7 +85,7 @@ def describe(path: Path) -> Table | Group:
     if path.name == DEPTH.name and path.is_file():
         return _depth(DepthScores.load(path))
     if path.suffix == ".json" and path.is_file():
-        return _plan(Plan.load(path))
+        return _plan(path)
     for inside in ("scores.safetensors", "plan.json"):
         if (path / inside).is_file():
             return describe(path / inside)
@@ -92,13 +96,14 @@ def describe(path: Path) -> Table | Group:
     raise CheckpointError(f"{path} is not a scores file, a plan, a model folder or a run folder.")
 
 
-def _scores(scores: Scores) -> Table:
-    axes = {axis: f"{len(next(iter(by.values())))} units x {len(by)}" for axis, by in scores.values.items()}
+def _scores(scores: Scores) -> Group:
+    """How they were taken, and each layer's."""
     how = scores.statistic
     about = {"statistic": f"{how.sequence} over positions, {how.batch} over samples"}
     about |= {"neurons": f"{how.neurons}-activation", "heads": how.heads.replace("_", " ")}
     counts = {"samples": f"{scores.samples:,}", "tokens": f"{scores.tokens:,}", "model hash": scores.model_hash[:16]}
-    return pairs_table("scores", about | counts | axes)
+    curves = text_table("Scores, sorted", SCORED, score_rows(_plain(scores)))
+    return Group(pairs_table("scores", about | counts), curves)
 
 
 def _depth(depth: DepthScores) -> Table:
@@ -115,11 +120,15 @@ def _depth(depth: DepthScores) -> Table:
     return pairs_table("depth (layers count from 0)", about | counts | blocks | greedy)
 
 
-def _plan(plan: Plan) -> Table:
+def _plan(path: Path) -> Group:
+    """Sizes, and each cut; its share of the score where the run that the plan lies in has that teacher's scores."""
+    plan, beside = Plan.load(path), path.absolute().parent.parent / SCORES
+    scores = Scores.load(beside) if beside.is_file() else None
+    known = _plain(scores) if scores and scores.shape == plan.shape else {}
     target = {axis: f"{plan.shape.axis_size(axis)} -> {plan.target.axis_size(axis)}" for axis in plan.keep}
     layers = {"layers": f"{plan.shape.layers} -> {plan.target.layers}"}
-    margins = {f"{axis} margin": numbers.loss(min(by.values())) for axis, by in plan.margins.items() if by}
-    return pairs_table("plan", layers | target | margins)
+    cuts = text_table("Cuts", CUT, cut_rows({**plan.keep, "layers": {None: plan.kept_layers}}, known, plan.margins))
+    return Group(pairs_table("plan", layers | target), cuts)
 
 
 def _config(path: Path) -> dict[str, Any]:

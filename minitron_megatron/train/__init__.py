@@ -4,7 +4,8 @@ Knows: mcore's DDP, optimizer, scheduler and pipeline schedules. Must not know: 
 """
 
 from .evaluate import mean_loss
+from .frozen import train_norms_only
 from .loop import MOST_SKIPPED, Training, train
 from .objective import LMObjective, Objective
 
-__all__ = ["MOST_SKIPPED", "LMObjective", "Objective", "Training", "mean_loss", "train"]
+__all__ = ["MOST_SKIPPED", "LMObjective", "Objective", "Training", "mean_loss", "train", "train_norms_only"]

@@ -81,9 +81,8 @@ def train(
 
     try:
         start, tokens, skipped = _resume(checkpoints, identity, chunks, optimizer, scheduler)
-        values: dict[str, float] = {"tokens": tokens}
+        values, in_a_row = {"tokens": float(tokens)}, 0
         with listening(topology) as preempted:
-            in_a_row = 0
             for done in range(start + 1, training.steps + 1):
                 began = time.perf_counter()
                 loss, counted, norm = _step(chunks, optimizer, scheduler, objective, batches_of(done - 1), topology)

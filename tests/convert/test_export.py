@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_megatron.convert import flat_config, load_hf, read_config, save_hf
+from minitron_megatron.convert import flat_config, load_hf, read_config, save_hf, weights
+from minitron_megatron.errors import CheckpointError
 from minitron_megatron.events import Event
 from minitron_megatron.model import build, fill_initial
 from minitron_megatron.model.config import rotary_frequencies
@@ -41,6 +44,36 @@ def loss_of_transformers(folder: Path) -> float:
 def test_an_export_has_the_loss_of_its_source(pool: Pool, hf_folder: HfFolder, tmp_path: Path, kind: str) -> None:
     pool.run(export_with, hf_folder(kind), tmp_path / "out", {}, tp=2, sequence_parallel=True)
     assert loss_of_transformers(tmp_path / "out") == pytest.approx(loss_of_transformers(hf_folder(kind)), rel=1e-5)
+
+
+def export_to_a_full_disk(topology: Topology, source: Path, target: Path) -> str:
+    """What this rank raised where rank 0 has no room after some tensors."""
+    written, add = 0, weights.SafetensorsWriter.add
+
+    def limited(writer: Any, *tensor: Any) -> None:
+        nonlocal written
+        written += 1
+        if written > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(writer, *tensor)
+
+    weights.SafetensorsWriter.add = limited  # type: ignore[method-assign]
+    try:
+        export(topology, source, target)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        weights.SafetensorsWriter.add = add  # type: ignore[method-assign]
+    return ""
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_a_full_disk_is_one_error_on_every_rank(
+    pool: Pool, hf_folder: HfFolder, tmp_path: Path, layout: dict[str, int]
+) -> None:
+    first, second = pool.run(export_to_a_full_disk, hf_folder("llama"), tmp_path / "out", **layout)
+    assert first == second and "out cannot be written: [Errno 28] No space left on device. Make room" in first
+    assert not list(tmp_path.iterdir())
 
 
 # ---- config.json

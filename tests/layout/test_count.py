@@ -96,8 +96,8 @@ def test_sizes_by_hand() -> None:
     assert parameters(TINY) == 2 * (QKV + PROJ + FC1 + FC2 + 2 * 6) + 6 + 2 * EMBEDDING
 
 
-def test_flops_are_those_that_torch_counts() -> None:
-    """torch's counter sees the products of a whole forward pass, and attention over all positions, not half of them."""
+def test_flops_of_a_step_are_those_that_torch_counts() -> None:
+    """torch's counter sees every product of the two passes, and attention over all positions, not half of them."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -107,7 +107,9 @@ def test_flops_are_those_that_torch_counts() -> None:
         num_key_value_heads=2, head_dim=8, attn_implementation="eager",
     )  # fmt: skip
     tokens = torch.zeros(3, sequence, dtype=torch.long)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        LlamaForCausalLM(config)(tokens, use_cache=False)
-    other_half = 2 * shape.layers * shape.heads * shape.head_dim * sequence
-    assert counter.get_total_flops() == tokens.numel() * (flops_per_token(shape, sequence) + other_half)
+    forward = tokens.numel() * (flops_per_token(shape, sequence) + 2 * shape.layers * shape.heads * 8 * sequence)
+    with FlopCounterMode(display=False) as counter:
+        logits = LlamaForCausalLM(config)(tokens, use_cache=False).logits
+        assert counter.get_total_flops() == forward
+        logits.sum().backward()
+    assert counter.get_total_flops() == 3 * forward

@@ -19,6 +19,7 @@ from minitron_megatron.events import Event
 from minitron_megatron.files import read_json, write_json
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import STAGES, dry_run, load_recipe, run
+from minitron_megatron.report.measured import predicted_rows
 from minitron_megatron.testing import Pool
 
 Write = Callable[..., Path]
@@ -89,6 +90,10 @@ def test_a_run_leaves_a_table_a_plan_and_an_export_that_transformers_loads(finis
     assert loss["corrected teacher"] < loss["teacher"]
     assert loss["distilled"] < loss["pruned"]
     assert not (out / "checkpoints").exists() or not list((out / "checkpoints").iterdir())
+    ratios = {row[0]: row[3] for row in predicted_rows(out)}
+    counted = [name for name in ratios if name.startswith("parameters, ")]
+    assert len(counted) == 6 and {ratios[name] for name in (*counted, "bytes of the export")} == {"1.000"}
+    assert float(ratios["bytes of a rank (predicted: without activations)"]) > 1
 
 
 def test_a_second_run_does_nothing(finished: Path) -> None:

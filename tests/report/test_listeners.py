@@ -41,15 +41,26 @@ def test_fan_out_tells_each_listener_in_order() -> None:
     assert heard == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
 
 
-def test_off_the_terminal_lines_come_every_few_seconds_and_at_the_end() -> None:
+def test_off_the_terminal_lines_come_after_two_seconds_then_every_few_and_at_the_end() -> None:
     console, clock = plain(), Clock()
     with Progress(console, every_seconds=10.0, clock=clock) as progress:
         for done in range(1, 26):
             progress(Event("distill", done, 25, values={"loss": 2.0, "tokens_per_second": 5312.3}))
             clock.now += 1.0
     shown = lines(console)
-    assert [line.split()[2] for line in shown] == ["1/25", "11/25", "21/25", "25/25"]
-    assert "steps  5,312 tokens/s  loss 2.0000  14.0 s left" in shown[1]
+    assert [line.split()[2] for line in shown] == ["3/25", "13/25", "23/25", "25/25"]
+    assert "steps  5,312 tokens/s  loss 2.0000  12.0 s left" in shown[1]
+
+
+def test_off_the_terminal_short_work_says_nothing() -> None:
+    console, clock = plain(), Clock()
+    with Progress(console, clock=clock) as progress:
+        for label in ("import", "export"):
+            for done in range(1, 5):
+                progress(Event(label, done, 4, "tensors"))
+                clock.now += 0.5
+        progress(Event("evaluate", 1, 1, "models"))
+    assert [line.split()[0] for line in lines(console)] == ["evaluate"]  # how long it took nobody saw
 
 
 def test_what_was_done_before_counts_for_no_speed() -> None:
@@ -69,7 +80,7 @@ def test_a_block_that_ends_early_shows_how_far_it_came() -> None:
         for done in (1, 2, 3):
             progress(Event("distill", done, 25))
         raise KeyboardInterrupt
-    assert [line.split()[2] for line in lines(console)] == ["1/25", "3/25"]
+    assert [line.split()[2] for line in lines(console)] == ["3/25"]
 
 
 def test_a_label_that_starts_over_is_shown_anew() -> None:
@@ -77,7 +88,8 @@ def test_a_label_that_starts_over_is_shown_anew() -> None:
     with Progress(console, clock=clock) as progress:
         for done in (1, 2, 1, 2):
             progress(Event("[bold]score", done, 2, "batches"))
-    assert [line.split()[0::2][:2] for line in lines(console)] == [["[bold]score", f"{n}/2"] for n in (1, 2, 1, 2)]
+            clock.now += 3.0
+    assert [line.split()[0::2][:2] for line in lines(console)] == [["[bold]score", "2/2"]] * 2
 
 
 def test_a_terminal_gets_one_bar_a_label() -> None:

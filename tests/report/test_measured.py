@@ -1,4 +1,4 @@
-"""What a run predicted beside what it made: shares of the score, parameters, bytes and work, by hand."""
+"""What a run predicted beside what it made: parameters, bytes and work, by hand."""
 
 from __future__ import annotations
 
@@ -8,55 +8,39 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from minitron_megatron.events import Event
 from minitron_megatron.files import write_json
-from minitron_megatron.report.measured import KEPT, PREDICTED, kept_rows, predicted_rows
-
-
-def test_the_share_of_the_score_that_stays() -> None:
-    scores = {
-        "ffn": {0: [4.0, 3.0, 2.0, 1.0], 1: [1.0, 1.0, 1.0, 1.0], 2: [9.0, 0.0, 0.0, 1.0]},
-        "hidden": {None: [1.0, 3.0]},
-    }
-    plan = {"ffn": {0: (0, 1), 2: (0, 3)}, "hidden": {None: (1,)}, "layers": {None: (0, 2)}}
-    margins = {"ffn": {0: 0.5, 2: float("inf")}, "hidden": {None: 2 / 3}}
-    assert len(KEPT) == 5
-    assert kept_rows(plan, scores, margins) == [
-        ("ffn", "2", "4", "70.0% to 100.0%", "5.0e-01"),
-        ("hidden", "1", "2", "75.0%", "6.7e-01"),
-        ("layers", "2", "-", "-", "-"),
-    ]
-
-
-def test_units_that_never_fired_have_no_share() -> None:
-    assert kept_rows({"ffn": {0: (0,)}}, {"ffn": {0: [0.0, 0.0]}}, {}) == [("ffn", "1", "2", "-", "-")]
-    assert kept_rows({"kv_groups": {0: (0,)}}, {}, {})[0][2:4] == ("-", "-")
+from minitron_megatron.report import MetricsFile
+from minitron_megatron.report.measured import PREDICTED, predicted_rows
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    predicted = {"parameters": {"pruned": 100, "export": 100, "random": 100}, "export_bytes": 200, "rank_bytes": 5000}
-    predicted |= {"flops": {"correct": 0, "score": 10**6, "distill": 3 * 10**6, "teacher": 10**6}}
-    write_json(tmp_path / "predicted.json", predicted)
-    for name, dtype in (("pruned", torch.float32), ("export", torch.bfloat16)):
-        (tmp_path / name).mkdir()
-        save_file(
-            {"a": torch.zeros(10, 8, dtype=dtype), "b": torch.zeros(20, dtype=dtype)},
-            tmp_path / name / "model.safetensors",
-        )
-    write_json(tmp_path / "stages" / "score.json", {"seconds": 2.0, "peak_bytes": 7000})
-    write_json(tmp_path / "stages" / "distill.json", {"seconds": 4.0, "peak_bytes": 10000})
-    return tmp_path
+    run, sizes = tmp_path / "run", {"teacher": 100, "pruned": 100, "export": 100, "random": 100}
+    predicted = {"model": str(tmp_path / "theirs"), "parameters": sizes, "export_bytes": 200, "rank_bytes": 5000}
+    predicted |= {"flops": {"correct": 0, "score": 10**6, "distill": 4 * 10**6, "baseline": 0}, "teacher_flops": 10**6}
+    write_json(run / "predicted.json", predicted)
+    for folder, dtype in (("theirs", torch.bfloat16), ("run/pruned", torch.float32), ("run/export", torch.bfloat16)):
+        (tmp_path / folder).mkdir()
+        tensors = {"a": torch.zeros(10, 8, dtype=dtype), "b": torch.zeros(20, dtype=dtype)}
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    write_json(run / "stages" / "score.json", {"seconds": 2.0, "peak_bytes": 7000})
+    write_json(run / "stages" / "distill.json", {"seconds": 40.0, "peak_bytes": 10000})
+    metrics = MetricsFile(run / "metrics.jsonl")
+    for step, speed in enumerate((1.0, 64.0, 128.0), 1):
+        metrics(Event("distill", step, 4, values={"tokens": 32 * step, "tokens_per_second": speed}))
+    return run
 
 
 def test_files_memory_and_work_stand_beside_their_predictions(run: Path) -> None:
     rows = {row[0]: row[1:] for row in predicted_rows(run)}
     assert all(len(row) == len(PREDICTED) - 1 for row in rows.values())
-    assert rows["parameters, pruned"] == ("100", "100", "1.000")
+    assert rows["parameters, teacher"] == rows["parameters, pruned"] == ("100", "100", "1.000")
     assert rows["bytes of the export"] == ("200", "200", "1.000")
-    assert rows["bytes of a rank (predicted: without activations, program and caches)"][2] == "2.000"
-    assert rows["work of score"] == ("1.00e+06 FLOPs", "2.0 s: 5.00e+05 FLOP/s", "-")
-    assert rows["work of distill"] == ("4.00e+06 FLOPs, 25% of it the teacher's", "4.0 s: 1.00e+06 FLOP/s", "-")
-    assert "parameters, random" not in rows and "work of correct" not in rows
+    assert rows["bytes of a rank (predicted: without activations)"] == ("5,000", "10,000", "2.000")
+    assert rows["FLOPs of score"] == ("1.00e+06", "2.0 s: 5.00e+05 FLOP/s", "-")
+    assert rows["FLOPs of a step of distill"] == ("1.00e+06, 25% the teacher's", "0.5 s: 2.00e+06 FLOP/s", "-")
+    assert len(rows) == 7  # no random model, no correction
 
 
 def test_a_model_of_another_size_is_seen(run: Path) -> None:
@@ -70,5 +54,10 @@ def test_torn_weights_cost_their_own_row_only(run: Path) -> None:
     assert rows["parameters, pruned"][2] == "0" and rows["parameters, export"][3] == "1.000"
 
 
-def test_a_run_without_predictions_has_no_rows(tmp_path: Path) -> None:
-    assert predicted_rows(tmp_path) == []
+@pytest.mark.parametrize("name", ["predicted.json", "stages/distill.json"])
+@pytest.mark.parametrize("content", [b"", b"[1, null]", b'{"seconds": "long"}'])
+def test_torn_records_are_no_rows(run: Path, name: str, content: bytes) -> None:
+    assert len(predicted_rows(run)) == 7
+    (run / name).write_bytes(content)
+    assert len(predicted_rows(run)) in (0, 6)
+    assert predicted_rows(run / "nowhere") == []

@@ -62,7 +62,7 @@ def outline(run: Path, **records: Any) -> Outline:
 def test_a_whole_run(run: Path, scores: Any, plan: Any, margins: Any) -> None:
     seen = outline(run, scores=scores, plan=plan, margins=margins)
     assert seen.headings == ["Warnings", "Models", "Training", "What was kept", "Stages", "Recipe", "Versions"]
-    assert seen.images == [f"plots/{name}.png" for name in ("models", "losses", "importance", "margins")]
+    assert seen.images == [f"plots/{name}.png" for name in ("models", "losses", "importance", "shares", "margins")]
     assert all((run / image).stat().st_size > 10_000 for image in seen.images)
     assert sorted(path.name for path in run.iterdir() if path.name.startswith("report")) == ["report.html"]
     assert str(run.parent) not in (run / "report.html").read_text()

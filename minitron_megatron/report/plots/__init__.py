@@ -1,12 +1,22 @@
-"""The plots of a run, each a PNG: losses, models side by side, importance, margins, depth.
+"""The plots of a run, each a PNG: losses, models side by side, importance, what a cut keeps, depth.
 
 Knows: lines of metrics, rows of a summary, and plain mappings of scores, kept units and margins. Must not know: where
 they come from. A plot with nothing to show writes no file and returns None; matplotlib is imported when one is drawn.
 """
 
-from .cuts import LEAST_MARGIN, margins
+from .cuts import LEAST_MARGIN, margins, shares
 from .depth import DepthCurves, depth_curves
 from .losses import bars, loss_curves
 from .scores import ByLayer, importance
 
-__all__ = ["LEAST_MARGIN", "ByLayer", "DepthCurves", "bars", "depth_curves", "importance", "loss_curves", "margins"]
+__all__ = [
+    "LEAST_MARGIN",
+    "ByLayer",
+    "DepthCurves",
+    "bars",
+    "depth_curves",
+    "importance",
+    "loss_curves",
+    "margins",
+    "shares",
+]

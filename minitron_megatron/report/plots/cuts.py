@@ -1,14 +1,18 @@
-"""How clear each cut is."""
+"""How clear each cut is, and how much of the score it keeps."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .scores import ByLayer
 from .style import ALARM, COLOURS, legend_outside, new_figure
 
-__all__ = ["LEAST_MARGIN", "margins"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["LEAST_MARGIN", "margins", "shares"]
 
 LEAST_MARGIN = 1e-5
 """Below this relative margin of a cut, another parallel layout may keep other units."""
@@ -20,28 +24,47 @@ def margins(of_cuts: ByLayer[float], path: Path) -> Path | None:
     A margin of zero (an exact tie) stands at the lower edge; one that is not finite (nothing was cut) is left out.
     """
     cuts = {axis: {layer: it for layer, it in of.items() if math.isfinite(it)} for axis, of in of_cuts.items()}
-    cuts = {axis: layers for axis, layers in cuts.items() if layers}
-    if not cuts:
+    if not any(cuts.values()):
         return None
-    layers = sorted({layer for of_axis in cuts.values() for layer in of_axis if layer is not None})
-    shared = min(layers, default=0) - max(1.5, 0.08 * len(layers))
     edge = min(it for of in cuts.values() for it in (*of.values(), LEAST_MARGIN) if it > 0) / 10
+    drawn = {axis: {layer: max(margin, edge) for layer, margin in of.items()} for axis, of in cuts.items()}
     with new_figure(path, 9.0, 3.6) as figure:
         axes = figure.subplots()
-        axes.set(
-            title="How clear each cut is", xlabel="layer", ylabel="relative margin: last kept\nagainst first cut unit"
-        )
+        axes.set(title="How clear each cut is", ylabel="relative margin: last kept\nagainst first cut unit")
         axes.set_yscale("log")
         axes.axhspan(edge / 3, LEAST_MARGIN, color=ALARM, alpha=0.06, linewidth=0)
         axes.axhline(LEAST_MARGIN, color=ALARM, linewidth=1.2, linestyle="--", label="too close to call below")
-        for (axis, of_axis), colour, marker in zip(cuts.items(), COLOURS * 9, "osD^vPX" * 9, strict=False):
-            x = [shared if layer is None else layer for layer in of_axis]
-            y = [max(margin, edge) for margin in of_axis.values()]
-            axes.plot(x, y, marker, color=colour, label=axis, markersize=6)
+        _by_layer(axes, drawn)
         axes.set_ylim(bottom=edge / 3)
-        named: dict[float, str] = {layer: str(layer) for layer in layers[:: max(1, len(layers) // 16)]}
-        if any(None in of_axis for of_axis in cuts.values()):
-            named[shared] = "shared"
-        axes.set_xticks(list(named), list(named.values()))
         legend_outside(axes)
     return path
+
+
+def shares(of_cuts: ByLayer[float], path: Path) -> Path | None:
+    """The share of the score that each cut keeps."""
+    cuts = {axis: of for axis, of in of_cuts.items() if of}
+    if not cuts:
+        return None
+    with new_figure(path, 9.0, 3.4) as figure:
+        axes = figure.subplots()
+        axes.set(title="How much of the score each cut keeps", ylabel="share of the score")
+        _by_layer(axes, cuts)
+        axes.set_ylim(0, 1.03)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        legend_outside(axes)
+    return path
+
+
+def _by_layer(axes: Axes, values: ByLayer[float]) -> None:
+    """A marker an axis over the layers; what all layers share stands before the first."""
+    values = {axis: of_axis for axis, of_axis in values.items() if of_axis}
+    layers = sorted({layer for of_axis in values.values() for layer in of_axis if layer is not None})
+    shared = min(layers, default=0) - max(1.5, 0.08 * len(layers))
+    for (axis, of_axis), colour, marker in zip(values.items(), COLOURS * 9, "osD^vPX" * 9, strict=False):
+        x = [shared if layer is None else layer for layer in of_axis]
+        axes.plot(x, list(of_axis.values()), marker, color=colour, label=axis, markersize=6)
+    named: dict[float, str] = {layer: str(layer) for layer in layers[:: math.ceil(len(layers) / 16) or 1]}
+    if any(None in of_axis for of_axis in values.values()):
+        named[shared] = "shared"
+    axes.set_xticks(list(named), list(named.values()))
+    axes.set_xlabel("layer")

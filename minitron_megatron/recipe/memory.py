@@ -1,0 +1,45 @@
+"""What weights, gradients and optimizer weigh on a rank: counted from the layout table, with no process started."""
+
+from __future__ import annotations
+
+from math import prod
+
+from ..layout import Shape, expert_of, layer_of, lookup
+from ..parallel import Topology
+
+__all__ = ["WEIGHT_BYTES", "model_bytes", "rank_parameters", "training_bytes"]
+
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+GRADIENT_BYTES = 4
+OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
+"""Adam's two fp32 moments, and an fp32 master copy of bf16 weights; split over the ranks that hold the same weights."""
+
+
+def rank_parameters(shape: Shape, topology: Topology) -> list[tuple[int, int]]:
+    """(parameters outside the experts, those of experts) that a rank of each pipeline stage holds: vocabulary padded, a
+    tied embedding counted in both of its homes. Raises TopologyError where the layers cannot fill the stages."""
+    sizes, held = shape.sizes(), [[0, 0] for _ in range(topology.pp)]
+    stage_of = {layer: at % topology.pp for at, layers in enumerate(topology.stages(shape.layers)) for layer in layers}
+    for name in shape.names():
+        param, layer, of_expert = lookup(name), layer_of(name), expert_of(name) is not None
+        ends = {"embedding.word_embeddings.weight": {0, topology.pp - 1} if shape.tied else {0}}
+        split = topology.ep if of_expert else topology.tp if param.tp else 1
+        for stage in ends.get(name, {topology.pp - 1}) if layer is None else (stage_of[layer],):
+            held[stage][of_expert] += prod(param.shape(sizes)) // split
+    return [(dense, experts) for dense, experts in held]
+
+
+def model_bytes(shape: Shape, topology: Topology, dtype: str) -> list[int]:
+    """Weights alone, on a rank of each pipeline stage."""
+    return [sum(pair) * WEIGHT_BYTES[dtype] for pair in rank_parameters(shape, topology)]
+
+
+def training_bytes(shape: Shape, topology: Topology, dtype: str, world: int) -> list[float]:
+    """Weights, gradients and this rank's part of the optimizer, on a rank of each pipeline stage."""
+    whole, optimizer = WEIGHT_BYTES[dtype] + GRADIENT_BYTES, OPTIMIZER_BYTES[dtype]
+    stage = max(1, world // topology.pp)
+    dp, edp = max(1, stage // topology.tp), max(1, stage // topology.ep)
+    return [
+        dense * (whole + optimizer / dp) + experts * (whole + optimizer / edp)
+        for dense, experts in rank_parameters(shape, topology)
+    ]
