@@ -27,14 +27,14 @@ def save_checkpoint(
     """Writes `folder/step_N` with weights, optimizer and `state` (JSON), then drops all but the newest. Collective."""
     from megatron.core import dist_checkpointing
 
-    collect_writes_here()
     path = folder / f"step_{step:08}"
     partial = path.with_name(path.name + PARTIAL)
     if topology.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    dist_checkpointing.save(_sharded(chunks, optimizer, is_loading=False), str(partial))
+    with collect_writes_here():
+        dist_checkpointing.save(_sharded(chunks, optimizer, is_loading=False), str(partial))
     barrier()
     if topology.rank == 0:
         write_json(partial / STATE, {**state, "step": step})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -71,15 +73,21 @@ def mark_expert(parameter: Any) -> None:
     parameter.allreduce = False
 
 
-def collect_writes_here() -> None:
-    """Has a synchronous checkpoint collect what its writers did in a queue of this process.
+@contextmanager
+def collect_writes_here() -> Iterator[None]:
+    """Within it, a synchronous checkpoint collects what its writers did in a queue of this process.
 
     mcore 0.16 spawns a manager process for it (dist_checkpointing/strategies/filesystem_async.py:55), which takes
     seconds to start and outlives a killed run.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    before = filesystem_async._results_queue
     filesystem_async._results_queue = queue.SimpleQueue()
+    try:
+        yield
+    finally:
+        filesystem_async._results_queue = before
 
 
 def torn_checkpoint_errors() -> tuple[type[BaseException], ...]:
