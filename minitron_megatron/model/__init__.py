@@ -5,17 +5,19 @@ Knows: mcore's modules, configs and schedules, training checkpoints. Must not kn
 """
 
 from .build import build, chunks_of, rebuild
-from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoints, Trainee, load_checkpoint
 from .config import ModelConfig, check_fits, config_of
 from .initial import fill_initial
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
 from .shards import NamedShard, adopt, home, named_shards, output_weight
 
 __all__ = [
+    "Checkpoints",
     "MicroBatch",
     "ModelConfig",
     "NamedShard",
     "States",
+    "Trainee",
     "adopt",
     "build",
     "check_fits",
@@ -27,11 +29,9 @@ __all__ = [
     "forward_only",
     "forward_rest",
     "home",
-    "latest_checkpoint",
     "load_checkpoint",
     "named_shards",
     "output_weight",
     "rebuild",
-    "save_checkpoint",
     "windows",
 ]

@@ -2,89 +2,181 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from ..errors import CheckpointError
 from ..files import PARTIAL, read_json, write_json
-from ..parallel import Topology, barrier, collect_writes_here, separate_steps, torn_checkpoint_errors
+from ..parallel import (
+    Topology,
+    barrier,
+    broadcast_object,
+    fail_together,
+    separate_steps,
+    torn_checkpoint_errors,
+    undisturbed,
+    writes_collected,
+)
+from .metadata import check_metadata
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpoints", "Trainee", "load_checkpoint"]
 
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The only optimizer format of mcore 0.16 that loads at another tp, pp or dp."""
 
 STATE = "state.json"
-KEPT = 2
+SCORE = "score"
 
 
-def save_checkpoint(
-    folder: Path, step: int, chunks: Sequence[Any], optimizer: Any, state: Mapping[str, Any], topology: Topology
-) -> None:
-    """Writes `folder/step_N` with weights, optimizer and `state` (JSON), then drops all but the newest. Collective."""
-    from megatron.core import dist_checkpointing
+@dataclass(frozen=True)
+class Trainee:
+    """What a checkpoint holds of a model in training."""
 
-    path = folder / f"step_{step:08}"
-    partial = path.with_name(path.name + PARTIAL)
-    if topology.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    with collect_writes_here():
-        dist_checkpointing.save(_sharded(chunks, optimizer, is_loading=False), str(partial))
-    barrier()
-    if topology.rank == 0:
-        write_json(partial / STATE, {**state, "step": step})
-        partial.rename(path)
-        for old in _steps(folder)[:-KEPT]:
-            shutil.rmtree(old)
-    barrier()
+    chunks: Sequence[Any]
+    """Each wrapped by mcore's DDP."""
+    optimizer: Any
+    name: str = ""
+    """Tells the models of one checkpoint apart."""
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder, if there is one."""
-    found = _steps(folder)
-    return found[-1] if found else None
+class Checkpoints:
+    """The checkpoints of a run in `folder`: `step_N`, each whole or absent. The newest `keep` stay, and the best.
+
+    Where `asynchronous`, a forked process of each rank writes while training goes on, one checkpoint at a time.
+    """
+
+    def __init__(self, folder: Path, topology: Topology, *, keep: int = 2, asynchronous: bool = False) -> None:
+        self.folder, self.topology, self.keep = folder, topology, keep
+        self._queue: Any = None
+        if asynchronous:
+            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+            self._queue = AsyncCallsQueue()
+
+    def save(
+        self,
+        step: int,
+        trainees: Sequence[Trainee],
+        state: Mapping[str, Any],
+        *,
+        score: float | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Writes `step_N` with weights, optimizers and `state` (JSON), then drops what need not stay. Collective.
+
+        score: what the best checkpoint has least of. wait: return when it is there. Raises CheckpointError where it
+        cannot be written; what was there before stays.
+        """
+        from megatron.core import dist_checkpointing
+
+        self.poll(wait=True)
+        partial = self._fresh(step)
+        requests = []
+        for trainee in trainees:
+            if self.topology.rank == 0:
+                (partial / trainee.name).mkdir(parents=True, exist_ok=True)
+            barrier()
+            sharded = _sharded(trainee, is_loading=False)
+            with writes_collected(), fail_together(), _readable_errors():
+                path, later = str(partial / trainee.name), self._queue is not None
+                requests.append(dist_checkpointing.save(sharded, path, async_sharded_save=later))
+
+        def finish() -> None:
+            self._finish(partial, step, {**state, SCORE: score, "step": step})
+
+        if self._queue is None:
+            return finish()
+        requests[-1].add_finalize_fn(finish)
+        for request in requests:
+            self._queue.schedule_async_request(undisturbed(request))
+        self.poll(wait=wait)
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Finishes the checkpoint that is being written, if all ranks have written theirs. Collective."""
+        if self._queue is not None and self._queue.get_num_unfinalized_calls():
+            with fail_together(), _readable_errors():
+                self._queue.maybe_finalize_async_calls(blocking=wait)
+
+    def close(self) -> None:
+        """Gives up what is being written. Not collective."""
+        for call in self._queue.async_calls if self._queue is not None else ():
+            call.async_caller.close(abort=True)
+
+    def newest_first(self) -> list[Path]:
+        """Those that are whole."""
+        return _steps(self.folder)[::-1]
+
+    def _fresh(self, step: int) -> Path:
+        """A new folder's path, alike on every rank: a killed run's writers may still be at work in their own."""
+        ticket = broadcast_object(uuid4().hex[:8])
+        if self.topology.rank == 0:
+            for left in self.folder.glob(f"step_*{PARTIAL}"):
+                shutil.rmtree(left, ignore_errors=True)
+        return self.folder / f"step_{step:08}.{ticket}{PARTIAL}"
+
+    def _finish(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
+        barrier()
+        if self.topology.rank == 0:
+            write_json(partial / STATE, state)
+            path = self.folder / f"step_{step:08}"
+            shutil.rmtree(path, ignore_errors=True)
+            partial.rename(path)
+            there = _steps(self.folder)
+            for old in set(there) - set(there[-self.keep :]) - {_best(there)}:
+                shutil.rmtree(old)
+        barrier()
 
 
-def load_checkpoint(path: Path, chunks: Sequence[Any], optimizer: Any, identity: str = "") -> dict[str, Any]:
-    """Fills weights and optimizer from a checkpoint of any layout and returns its state. Collective.
+def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "") -> dict[str, Any]:
+    """Fills weights and optimizers from a checkpoint of any layout and returns its state. Collective.
 
-    Raises CheckpointError where its state is not of the run `identity`, where it is torn, or where its pickled index
-    asks for anything but plain metadata.
+    Raises CheckpointError where its state is not of the run `identity`, where it is torn, or where a pickled index asks
+    for anything but plain metadata; what is filled is then half old and half new.
     """
     from megatron.core import dist_checkpointing
 
-    check_metadata(path / ".metadata")
-    _check_identity(path, identity)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        part._init_optimizer_states_with_dummy_values()  # mcore loads into states and makes none
-    try:
-        state: dict[str, Any] = read_json(path / STATE)
-        loaded = dist_checkpointing.load(_sharded(chunks, optimizer, is_loading=True), path)
-    except torn_checkpoint_errors() as error:
-        raise CheckpointError(
-            f"checkpoint {path} cannot be read: {_cause(error)}. Remove it to use the one before it."
-        ) from error
-    for number, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(loaded[_key(number)])
-    optimizer.load_state_dict(loaded["optimizer"])
-    separate_steps(optimizer)
+    for trainee in trainees:
+        check_metadata(path / trainee.name / ".metadata")
+    state = _state(path, identity)
+    for trainee in trainees:
+        for part in getattr(trainee.optimizer, "chained_optimizers", [trainee.optimizer]):
+            part._init_optimizer_states_with_dummy_values()  # mcore loads into states and makes none
+        try:
+            loaded = dist_checkpointing.load(_sharded(trainee, is_loading=True), path / trainee.name)
+        except torn_checkpoint_errors() as error:
+            raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}.") from error
+        for number, chunk in enumerate(trainee.chunks):
+            chunk.module.load_state_dict(loaded[_key(number)])
+        trainee.optimizer.load_state_dict(loaded["optimizer"])
+        separate_steps(trainee.optimizer)
     return state
 
 
-def _check_identity(path: Path, identity: str) -> None:
+def _state(path: Path, identity: str) -> dict[str, Any]:
     try:
-        theirs = read_json(path / STATE).get("identity", "")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} cannot be read: {error}. Remove it to use the one before it."
-        ) from error
+        state: dict[str, Any] = read_json(path / STATE)
+        theirs = state.get("identity", "")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}.") from error
     if theirs != identity:
-        raise CheckpointError(f"checkpoint {path} belongs to another run. Remove {path.parent} or give another --out.")
+        raise CheckpointError(f"checkpoint {path} belongs to another run.")
+    return state
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Around writing. Raises CheckpointError with the cause alone, which the first rank alone is told."""
+    try:
+        yield
+    except torn_checkpoint_errors() as error:
+        raise CheckpointError(
+            f"a checkpoint cannot be written: {_cause(error)}. The ones before it are whole; make room and run again."
+        ) from error
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -98,18 +190,26 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.suffix != PARTIAL and (path / STATE).is_file())
 
 
+def _best(checkpoints: Sequence[Path]) -> Path | None:
+    """The one with the least score, the newest of equals; none where none was scored."""
+    scores = {path: read_json(path / STATE).get(SCORE) for path in checkpoints}
+    scored = [path for path in reversed(checkpoints) if scores[path] is not None]
+    return min(scored, key=lambda path: scores[path], default=None)
+
+
 def _key(number: int) -> str:
     return f"model{number}"
 
 
-def _sharded(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    """mcore's sharded state dict of the chunks (each wrapped by DDP) and the optimizer, without objects."""
+def _sharded(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
+    """mcore's sharded state dict of a model's chunks and its optimizer, without objects."""
     about = dict(RESHARDABLE)  # mcore writes this layout's groups into it
     state: dict[str, Any] = {
-        _key(number): _tensors(chunk.module.sharded_state_dict(metadata=about)) for number, chunk in enumerate(chunks)
+        _key(number): _tensors(chunk.module.sharded_state_dict(metadata=about))
+        for number, chunk in enumerate(trainee.chunks)
     }
-    model = state[_key(0)] if len(chunks) == 1 else dict(state)
-    state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=about)
+    model = state[_key(0)] if len(trainee.chunks) == 1 else dict(state)
+    state["optimizer"] = trainee.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=about)
     return state
 
 
@@ -118,49 +218,3 @@ def _tensors(sharded: Mapping[str, Any]) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     return {name: value for name, value in sharded.items() if not isinstance(value, ShardedObject)}
-
-
-ALLOWED = {  # not BytesStorageMetadata: what it names, torch unpickles without any check
-    "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "PurePosixPath"},
-    "torch": {"Size", "device"},
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "torch.serialization": {"_get_layout"},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Finds only the plain classes that torch's checkpoint index is made of."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and name in (
-            "float32",
-            "float16",
-            "bfloat16",
-            "float64",
-            "int64",
-            "int32",
-            "uint8",
-        )
-        if is_dtype or name in ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def check_metadata(path: Path) -> None:
-    """Raises CheckpointError unless torch's pickled index is plain metadata; torch itself would run anything."""
-    try:
-        with path.open("rb") as file:
-            _MetadataUnpickler(file).load()
-    except Exception as error:  # a spoilt pickle may raise anything
-        raise CheckpointError(f"checkpoint index {path} is torn or not safe to open: {error}.") from error

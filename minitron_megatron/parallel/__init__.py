@@ -4,7 +4,7 @@ Knows: ranks, groups, devices, which layer lives on which pipeline stage, what m
 versions differ. Must not know: scores, plans, losses, recipes.
 """
 
-from .backend import install_cpu_backend, peak_bytes
+from .backend import install_cpu_backend, peak_bytes, peak_flops
 from .collectives import (
     Group,
     all_reduce,
@@ -23,12 +23,13 @@ from .collectives import (
 )
 from .topology import Topology
 from .versions import (
-    collect_writes_here,
     final_hidden,
     mark_expert,
     mend_distributed_optimizer,
     separate_steps,
     torn_checkpoint_errors,
+    undisturbed,
+    writes_collected,
 )
 
 __all__ = [
@@ -38,7 +39,6 @@ __all__ = [
     "all_to_all",
     "barrier",
     "broadcast_object",
-    "collect_writes_here",
     "fail_together",
     "final_hidden",
     "gather_objects",
@@ -51,8 +51,11 @@ __all__ = [
     "mend_distributed_optimizer",
     "move",
     "peak_bytes",
+    "peak_flops",
     "scatter_sequence",
     "separate_steps",
     "sum_over_world",
     "torn_checkpoint_errors",
+    "undisturbed",
+    "writes_collected",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["install_cpu_backend", "peak_bytes"]
+__all__ = ["install_cpu_backend", "peak_bytes", "peak_flops"]
 
 CPU = torch.device("cpu")
 
@@ -48,6 +48,25 @@ def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+DENSE_BF16_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+"""Of a GPU whose name holds the word, by its data sheet, without sparsity. The first that fits."""
+
+
+def peak_flops() -> float | None:
+    """FLOPs a second of this process's GPU in dense bf16; None on a CPU, and where its peak is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for word, flops in DENSE_BF16_FLOPS.items() if word in name), None)
 
 
 _installed = False

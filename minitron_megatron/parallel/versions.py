@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import pickle
 import queue
+import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 __all__ = [
-    "collect_writes_here",
     "final_hidden",
     "mark_expert",
     "mend_distributed_optimizer",
     "separate_steps",
     "torn_checkpoint_errors",
+    "undisturbed",
+    "writes_collected",
 ]
 
 
@@ -73,9 +77,27 @@ def mark_expert(parameter: Any) -> None:
     parameter.allreduce = False
 
 
+class _Results:
+    """What the processes that write a checkpoint tell the one that trains, in a file without a name."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the request that holds it)
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self.file)
+        self.file.flush()
+
+    def get_nowait(self) -> Any:
+        self.file.seek(0)
+        try:
+            return pickle.load(self.file)
+        except EOFError:
+            raise queue.Empty from None
+
+
 @contextmanager
-def collect_writes_here() -> Iterator[None]:
-    """Within it, a synchronous checkpoint collects what its writers did in a queue of this process.
+def writes_collected() -> Iterator[None]:
+    """Within it, mcore's next checkpoint collects what its writers did in a file of this process.
 
     mcore 0.16 spawns a manager process for it (dist_checkpointing/strategies/filesystem_async.py:55), which takes
     seconds to start and outlives a killed run.
@@ -83,11 +105,21 @@ def collect_writes_here() -> Iterator[None]:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     before = filesystem_async._results_queue
-    filesystem_async._results_queue = queue.SimpleQueue()
+    filesystem_async._results_queue = _Results()
     try:
         yield
     finally:
         filesystem_async._results_queue = before
+
+
+def undisturbed(request: Any) -> Any:
+    """mcore's AsyncRequest, whose process does not hear the terminal's Ctrl-C."""
+    return request._replace(async_fn=request.async_fn and partial(_deaf, request.async_fn))
+
+
+def _deaf(work: Any, *args: Any, **kwargs: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    work(*args, **kwargs)
 
 
 def torn_checkpoint_errors() -> tuple[type[BaseException], ...]:

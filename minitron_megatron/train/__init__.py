@@ -5,7 +5,9 @@ Knows: mcore's DDP, optimizer, scheduler and pipeline schedules. Must not know: 
 
 from .evaluate import mean_loss
 from .frozen import train_norms_only
-from .loop import MOST_SKIPPED, Training, train
+from .learner import Learner
+from .loop import MOST_SKIPPED, train
 from .objective import LMObjective, Objective
+from .training import Training
 
-__all__ = ["MOST_SKIPPED", "LMObjective", "Objective", "Training", "mean_loss", "train", "train_norms_only"]
+__all__ = ["MOST_SKIPPED", "LMObjective", "Learner", "Objective", "Training", "mean_loss", "train", "train_norms_only"]

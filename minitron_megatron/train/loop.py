@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data import Batch
-from ..errors import Preempted, TrainingError
+from ..errors import CheckpointError, Preempted, TrainingError
 from ..events import Event, Listener, silent
-from ..model import chunks_of, forward_backward, latest_checkpoint, load_checkpoint, save_checkpoint
-from ..parallel import Topology, mend_distributed_optimizer, sum_over_world
-from .evaluate import global_sums
+from ..layout import flops_per_token
+from ..model import Checkpoints, config_of, load_checkpoint
+from ..parallel import Topology, peak_flops
+from .learner import Learner
 from .objective import Objective
 from .signals import listening
+from .spikes import Spikes
+from .training import Training
 
-__all__ = ["MOST_SKIPPED", "Training", "train"]
+__all__ = ["MOST_SKIPPED", "train"]
 
 MOST_SKIPPED = 10
 """Steps in a row that are not finite, after which training stops."""
 
-
-@dataclass(frozen=True)
-class Training:
-    """How long and how fast. The defaults of the optimizer are NeMo's for these models; the papers name none."""
-
-    steps: int
-    lr: float = 1e-4
-    """Peak learning rate."""
-    min_lr: float = 1e-5
-    """At the end of the cosine."""
-    warmup_steps: int = 40
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-5
-    clip: float = 1.0
-    """Largest global norm of a step's gradient."""
-    save_every: int = 100
-    """Steps between checkpoints."""
-    validate_every: int = 100
-    """Steps between validations."""
+SCORE = "validation_loss"
+"""The measurement that tells the best checkpoint."""
 
 
 def train(
@@ -59,161 +44,170 @@ def train(
     label: str = "train",
     checkpoints: Path | None = None,
     identity: str = "",
+    begin: tuple[Path, str] | None = None,
+    save_last: bool = False,
+    beside: Sequence[Learner] = (),
+    beside_flops: int = 0,
     validate: Callable[[], dict[str, float]] | None = None,
     listener: Listener = silent,
 ) -> dict[str, float]:
     """Trains the chunks of `model` in place for `training.steps` steps. Collective over the world.
 
     batches_of: step from 0 -> this rank's micro-batches. checkpoints: where to save every `save_every` steps, and to
-    resume from if something is there; `identity` names the run they belong to. validate: measurements after every
-    `validate_every` steps and at the end. Returns the last step's values: `loss` (nats per token), `tokens` seen,
-    `skipped` steps.
+    resume from if something is there; `identity` names the run they belong to. begin: (checkpoints, identity) of the
+    phase before, from whose end this one starts; save_last: leave such an end. beside: models that the objective trains
+    in the same steps. beside_flops: of a token, what the objective computes beside `model`. validate: measurements
+    after every `validate_every` steps and at the end. Returns the last step's values: `loss` (nats per token), `tokens`
+    seen, `skipped` steps, `spikes` of the loss.
 
     A step whose loss or gradient is not finite changes nothing and is counted; `MOST_SKIPPED` of them in a row raise
     TrainingError. SIGTERM or SIGUSR1 at any rank raises Preempted after the step at work. Both save the state first.
     """
-    chunks, optimizer, scheduler = _set_up(chunks_of(model), training, topology)
-
-    def save(done: int) -> None:
-        state = {"identity": identity, "tokens": tokens, "skipped": skipped, "scheduler": scheduler.state_dict()}
-        if checkpoints:
-            save_checkpoint(checkpoints, done, chunks, optimizer, state, topology)
-
+    learners = [Learner(model, training, topology), *beside]
+    run = _Run(learners, objective, training, topology, identity, label, beside_flops)
     try:
-        start, tokens, skipped = _resume(checkpoints, identity, chunks, optimizer, scheduler)
-        values, in_a_row = {"tokens": float(tokens)}, 0
+        if checkpoints is not None:
+            run.store = Checkpoints(checkpoints, topology, keep=training.keep, asynchronous=training.asynchronous)
+        run.resume(begin)
+        values = {"tokens": float(run.tokens)}
         with listening(topology) as preempted:
-            for done in range(start + 1, training.steps + 1):
-                began = time.perf_counter()
-                loss, counted, norm = _step(chunks, optimizer, scheduler, objective, batches_of(done - 1), topology)
-                tokens, in_a_row = tokens + counted, 0 if math.isfinite(norm) else in_a_row + 1
-                skipped += in_a_row > 0
-                values = {
-                    "loss": loss / max(counted, 1),
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "grad_norm": norm,
-                    "tokens": tokens,
-                    "skipped": skipped,
-                    "tokens_per_second": counted / (time.perf_counter() - began),
-                }
-                if validate and (done % training.validate_every == 0 or done == training.steps):
+            for done in range(run.step + 1, training.steps + 1):
+                values = run.advance(done, batches_of(done - 1))
+                last = done == training.steps
+                if validate and (last or done % training.validate_every == 0):
                     values |= validate()
                 listener(Event(label, done, training.steps, "steps", values))
-                stop = preempted() and done < training.steps
-                if stop or in_a_row == MOST_SKIPPED or (done % training.save_every == 0 and done < training.steps):
-                    save(done)
-                if in_a_row == MOST_SKIPPED:
-                    raise _broken(in_a_row, done, label)
+                stop = preempted() and not last
+                if stop or run.hopeless or (save_last if last else done % training.save_every == 0):
+                    run.save(values.get(SCORE), wait=last or stop or run.hopeless)
+                if run.hopeless:
+                    raise run.hopelessness()
                 if stop:
                     raise Preempted
+        run.finish()
         return values
     finally:
-        _release(chunks)
+        run.release()
 
 
-def _broken(steps: int, done: int, label: str) -> TrainingError:
-    return TrainingError(
-        f"the loss or its gradient was not finite in {steps} steps in a row, up to step {done}. "
-        f"Look at the data around it, or lower {label}.lr."
-    )
+@dataclass
+class _Run:
+    """Training at work: what advances, and what a checkpoint holds beside the models."""
 
+    learners: Sequence[Learner]
+    objective: Objective
+    training: Training
+    topology: Topology
+    identity: str
+    label: str
+    beside_flops: int
+    store: Checkpoints | None = None
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    spikes: Spikes = field(default_factory=Spikes)
 
-def _step(
-    chunks: Sequence[Any],
-    optimizer: Any,
-    scheduler: Any,
-    objective: Objective,
-    batches: Sequence[Batch],
-    topology: Topology,
-) -> tuple[float, int, float]:
-    """One update: (summed loss in nats, counted tokens, norm of the gradient), of the global batch.
+    @property
+    def hopeless(self) -> bool:
+        return self.skipped_in_a_row == MOST_SKIPPED
 
-    Where the loss or a gradient is not finite, nothing changes, and the norm is not a number.
-    """
-    objective.prepare(batches)
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    loss, counted = global_sums(*forward_backward(chunks, batches, objective.loss), topology)
-    scheduler.step(increment=1)  # before the update, so that the first step has lr / warmup_steps and not zero
-    if not (math.isfinite(loss) and _finite(chunks, topology)):
-        return loss, counted, math.nan
-    _, norm, _ = optimizer.step()
-    return loss, counted, float(norm or 0.0)
+    def hopelessness(self) -> TrainingError:
+        return TrainingError(
+            f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step {self.step}. "
+            f"Look at the data around it, or lower {self.label}.lr."
+        )
 
+    def advance(self, done: int, batches: Sequence[Batch]) -> dict[str, float]:
+        """One step: what it measured."""
+        began = time.perf_counter()
+        torch.manual_seed(self.training.seed + done)
+        loss, counted, norm = self.learners[0].step(batches, self.objective)
+        loss /= max(counted, 1)
+        self.step, self.tokens = done, self.tokens + counted
+        if not math.isfinite(norm):
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        else:
+            self.skipped_in_a_row = 0
+            if self.spikes.see(loss):
+                self._warn(f"step {done} of {self.label} has a loss of {loss:.4g}, far above those before it.")
+        values = {"loss": loss, "lr": self.learners[0].lr, "grad_norm": norm, "tokens": self.tokens}
+        values |= {"skipped": self.skipped, "spikes": self.spikes.count}
+        if self.store:
+            self.store.poll()
+        return values | self._rates(batches, counted, time.perf_counter() - began)
 
-def _finite(chunks: Sequence[Any], topology: Topology) -> bool:
-    """Whether all gradients are, of every rank: mcore looks only where a loss scaler is at work. Collective."""
-    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    broken = sum(int(not buffer.grad_data.isfinite().all()) for buffer in buffers)
-    return not int(sum_over_world(torch.tensor(broken, device=topology.device)))
+    def _rates(self, batches: Sequence[Batch], counted: int, seconds: float) -> dict[str, float]:
+        """Tokens a second; 10^12 FLOPs a second of a GPU, for the model's own passes (backward is two forwards) and for
+        what runs beside them, recomputation not counted; and their shares of the GPU's peak, where that is known."""
+        tokens = sum(batch.tokens.numel() for batch in batches) * self.topology.dp
+        second = tokens / seconds / self.topology.world
+        shape, sequence = config_of(self.learners[0].chunks[0].module).shape, batches[0].tokens.shape[1]
+        work = {"": 3 * flops_per_token(shape, sequence) * second, "teacher_": self.beside_flops * second}
+        rates = {"tokens_per_second": counted / seconds}
+        for name, flops in work.items():
+            if flops:
+                rates[f"{name}tflops"] = flops / 1e12
+            if flops and (peak := peak_flops()):
+                rates[f"{name}mfu"] = flops / peak
+        return rates
 
+    def save(self, score: float | None, *, wait: bool) -> None:
+        if self.store is None:
+            return
+        state = {
+            "identity": self.identity,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "spikes": [self.spikes.losses, self.spikes.count],
+            "schedulers": [learner.scheduler.state_dict() for learner in self.learners],
+        }
+        self.store.save(self.step, [learner.trainee for learner in self.learners], state, score=score, wait=wait)
 
-def _release(chunks: Sequence[Any]) -> None:
-    """Lets go of gradients, optimizer and groups: mcore ties them into cycles that run through autograd's own nodes,
-    which Python's collector cannot see, so that they would outlive the model."""
-    for chunk in chunks:
-        chunk.grad_accs.clear()
-        chunk.config.grad_scale_func = chunk.config.finalize_model_grads_func = None
-        for parameter in chunk.parameters():
-            parameter.main_grad = None
-    gc.collect()
+    def finish(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        if self.store:
+            self.store.poll(wait=True)
 
+    def resume(self, begin: tuple[Path, str] | None) -> None:
+        """Goes on from the newest checkpoint that can be read; else from the end of the phase before, if any."""
+        state = self._newest(self.store, self.identity) if self.store else None
+        if state:
+            for learner, scheduler in zip(self.learners, state["schedulers"], strict=True):
+                learner.scheduler.load_state_dict(scheduler)
+            self.step, self.spikes = state["step"], Spikes(*state["spikes"])
+        elif begin is not None:
+            state = self._newest(Checkpoints(begin[0], self.topology), begin[1])
+            if state is None:
+                raise CheckpointError(f"{begin[0]} holds no checkpoint to begin from. Remove it to train it again.")
+        if state:
+            self.tokens, self.skipped = state["tokens"], state["skipped"]
 
-def _set_up(chunks: Sequence[Any], training: Training, topology: Topology) -> tuple[list[Any], Any, Any]:
-    """mcore's DDP around each chunk, its distributed optimizer and its scheduler."""
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    def _newest(self, store: Checkpoints, identity: str) -> dict[str, Any] | None:
+        """The state of the newest that can be read, now loaded; None where there is none at all.
 
-    mend_distributed_optimizer()
-    config = chunks[0].config
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    wrapped = [DistributedDataParallel(config, ddp, chunk.train()) for chunk in chunks]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=training.lr,
-            min_lr=training.min_lr,
-            weight_decay=training.weight_decay,
-            adam_beta1=training.beta1,
-            adam_beta2=training.beta2,
-            adam_eps=training.eps,
-            clip_grad=training.clip,
-            bf16=config.bf16,
-            params_dtype=config.params_dtype,
-            use_distributed_optimizer=True,
-        ),
-        wrapped,
-    )
-    for each in chunks:
-        each.config.finalize_model_grads_func = finalize_model_grads
-        each.config.grad_scale_func = optimizer.scale_loss
-    scheduler = OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=training.lr,
-        min_lr=training.min_lr,
-        lr_warmup_steps=training.warmup_steps,
-        lr_decay_steps=max(training.steps, training.warmup_steps + 1),
-        lr_decay_style="cosine",
-        start_wd=training.weight_decay,
-        end_wd=training.weight_decay,
-        wd_incr_steps=training.steps,
-        wd_incr_style="constant",
-    )
-    return wrapped, optimizer, scheduler
+        Raises CheckpointError where there are some and none can be read.
+        """
+        trainees = [learner.trainee for learner in self.learners]
+        there = store.newest_first()
+        for path, older in zip_longest(there, there[1:]):
+            try:
+                return load_checkpoint(path, trainees, identity)
+            except CheckpointError as error:
+                if older is None:
+                    raise CheckpointError(
+                        f"{error} No older one is there: remove {store.folder} to start again."
+                    ) from error
+                self._warn(f"{error} {older.name} is used in its place.")
+        return None
 
+    def _warn(self, sentence: str) -> None:
+        if self.topology.rank == 0:
+            warnings.warn(sentence, stacklevel=3)
 
-def _resume(folder: Path | None, identity: str, chunks: Any, optimizer: Any, scheduler: Any) -> tuple[int, int, int]:
-    """(steps done, tokens seen, steps skipped) of the newest checkpoint, now loaded; zeros where there is none."""
-    path = latest_checkpoint(folder) if folder else None
-    if path is None:
-        return 0, 0, 0
-    state = load_checkpoint(path, chunks, optimizer, identity)
-    scheduler.load_state_dict(state["scheduler"])
-    return state["step"], state["tokens"], state["skipped"]
+    def release(self) -> None:
+        """Gives up what is still being written, and the memory of training."""
+        if self.store:
+            self.store.close()
+        for learner in self.learners:
+            learner.release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.layout import Shape
 from minitron_megatron.model import (
+    Checkpoints,
     ModelConfig,
+    Trainee,
     build,
     fill_initial,
-    latest_checkpoint,
     load_checkpoint,
     named_shards,
-    save_checkpoint,
 )
 from minitron_megatron.parallel import Topology, mend_distributed_optimizer
 from minitron_megatron.testing import Pool
@@ -30,7 +30,7 @@ from minitron_megatron.testing import Pool
 SHAPE = Shape(layers=2, hidden=16, ffn=16, heads=2, kv_groups=2, head_dim=8, vocab=100)
 
 
-def trainee(topology: Topology, seed: int) -> tuple[list[Any], Any]:
+def trainee(topology: Topology, seed: int, name: str = "") -> Trainee:
     """The DDP-wrapped chunks of a small model and their distributed optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -41,64 +41,134 @@ def trainee(topology: Topology, seed: int) -> tuple[list[Any], Any]:
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
     wrapped = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in chunks]
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=0.01, use_distributed_optimizer=True), wrapped
+        OptimizerConfig(optimizer="adam", lr=0.01, weight_decay=0.0, use_distributed_optimizer=True), wrapped
     )
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         part._init_optimizer_states_with_dummy_values()
-    return wrapped, optimizer
+    return Trainee(wrapped, optimizer, name)
 
 
-def weights(chunks: list[Any]) -> dict[str, Tensor]:
-    return {shard.name: shard.tensor.detach().clone() for shard in named_shards([each.module for each in chunks])}
+def weights(of: Trainee) -> dict[str, Tensor]:
+    return {shard.name: shard.tensor.detach().clone() for shard in named_shards([each.module for each in of.chunks])}
 
 
-def save(topology: Topology, folder: Path, steps: list[int], seed: int = 1) -> dict[str, Tensor]:
-    chunks, optimizer = trainee(topology, seed)
+def save(
+    topology: Topology,
+    folder: Path,
+    steps: list[int],
+    names: Sequence[str] = ("",),
+    scores: Mapping[int, float] | None = None,
+    asynchronous: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Saves models of unlike weights, which change as soon as the last is saved."""
+    trainees = [trainee(topology, seed, name) for seed, name in enumerate(names, 1)]
+    held = [weights(each) for each in trainees]
+    store = Checkpoints(folder, topology, asynchronous=asynchronous)
     for step in steps:
-        save_checkpoint(folder, step, chunks, optimizer, {"note": f"after {step}"}, topology)
-    return weights(chunks)
+        store.save(step, trainees, {"note": f"after {step}"}, score=(scores or {}).get(step))
+    with torch.no_grad():
+        for each in trainees:
+            for chunk in each.chunks:
+                [parameter.zero_() for parameter in chunk.parameters()]
+    store.poll(wait=True)
+    return held
 
 
-def load(topology: Topology, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    chunks, optimizer = trainee(topology, seed=2)
-    state = load_checkpoint(path, chunks, optimizer)
-    return state, weights(chunks)
+def load(
+    topology: Topology, path: Path, names: Sequence[str] = ("",)
+) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    trainees = [trainee(topology, 9, name) for name in names]
+    state = load_checkpoint(path, trainees)
+    return state, [weights(each) for each in trainees]
 
 
 @pytest.fixture(scope="module")
-def saved(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
-    """A whole checkpoint of one process, and the weights in it."""
+def saved(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint of one process."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    [held] = pool.run(save, folder, [1])
-    return folder / "step_00000001", held
+    pool.run(save, folder, [1])
+    return folder / "step_00000001"
 
 
 @pytest.fixture
-def copy(saved: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> Path:
+def copy(saved: Path, tmp_path: Path) -> Path:
     """A copy of it to spoil."""
-    return Path(shutil.copytree(saved[0], tmp_path / "step_00000001"))
+    return Path(shutil.copytree(saved, tmp_path / "step_00000001"))
 
 
-def test_what_is_loaded_is_what_was_saved(pool: Pool, saved: tuple[Path, dict[str, Tensor]]) -> None:
-    path, held = saved
-    [(state, loaded)] = pool.run(load, path)
-    assert state == {"note": "after 1", "step": 1}
-    assert loaded.keys() == held.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in held.items())
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"dp": 2}], ids=["tp1", "tp2", "dp2"])
+def test_what_is_loaded_is_what_was_saved(pool: Pool, tmp_path: Path, layout: dict, asynchronous: bool) -> None:
+    """Of both models of a run, as they were when they were saved, whatever they became while they were written."""
+    names = ("", "teacher")
+    held = pool.run(save, tmp_path, [1], names, {}, asynchronous, **layout)
+    for mine, (state, loaded) in zip(held, pool.run(load, tmp_path / "step_00000001", names, **layout), strict=True):
+        assert state == {"note": "after 1", "step": 1, "score": None}
+        for before, after in zip(mine, loaded, strict=True):
+            assert before.keys() == after.keys()
+            assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert not all(torch.equal(tensor, mine[1][name]) for name, tensor in mine[0].items())
 
 
-def test_only_the_newest_two_are_kept(pool: Pool, tmp_path: Path) -> None:
-    pool.run(save, tmp_path, [8, 9, 10], dp=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000009", "step_00000010"]
-    assert latest_checkpoint(tmp_path) == tmp_path / "step_00000010"
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    ("scores", "stay"),
+    [
+        ({}, [9, 10]),
+        ({7: 1.0, 8: 0.5, 9: 0.7}, [8, 9, 10]),
+        ({7: 0.5, 10: 0.5}, [9, 10]),
+    ],
+)
+def test_the_newest_two_and_the_best_stay(
+    pool: Pool, tmp_path: Path, scores: dict[int, float], stay: list[int], asynchronous: bool
+) -> None:
+    pool.run(save, tmp_path, [7, 8, 9, 10], ("",), scores, asynchronous)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08}" for step in stay]
 
 
-def test_what_is_not_whole_is_never_taken(copy: Path) -> None:
+def newest_first(topology: Topology, folder: Path) -> list[Path]:
+    return Checkpoints(folder, topology).newest_first()
+
+
+def test_what_is_not_whole_is_never_taken(pool: Pool, copy: Path) -> None:
     folder = copy.parent
-    shutil.copytree(copy, folder / "step_00000002.partial")
+    shutil.copytree(copy, folder / "step_00000002.0123abcd.partial")
     shutil.copytree(copy, folder / "step_00000003", ignore=shutil.ignore_patterns("state.json"))
-    assert latest_checkpoint(folder) == copy
-    assert latest_checkpoint(folder / "nowhere") is None
+    assert pool.run(newest_first, folder) == [[copy]]
+    assert pool.run(newest_first, folder / "nowhere") == [[]]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_checkpoint(pool: Pool, tmp_path: Path) -> None:
+    (tmp_path / "step_00000001.0123abcd.partial" / "teacher").mkdir(parents=True)
+    pool.run(save, tmp_path, [2])
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def save_where_it_is_full(topology: Topology, folder: Path, asynchronous: bool) -> list[str]:
+    """Saves step 1, and step 2 where every write fails: what is said, and the checkpoints that are there then."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    model, write = trainee(topology, 1), filesystem_async._write_item
+    store = Checkpoints(folder, topology, asynchronous=asynchronous)
+    store.save(1, [model], {}, wait=True)
+    filesystem_async._write_item = full
+    try:
+        store.save(2, [model], {}, wait=True)
+    except CheckpointError as error:
+        return [str(error), *(path.name for path in store.newest_first())]
+    finally:
+        filesystem_async._write_item = write
+    return []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_a_full_disk_is_one_message_and_the_last_one_stays(pool: Pool, tmp_path: Path, asynchronous: bool) -> None:
+    for said, *there in pool.run(save_where_it_is_full, tmp_path, asynchronous, dp=2):
+        assert "cannot be written" in said and "No space left on device" in said and "Traceback" not in said
+        assert there == ["step_00000001"]
 
 
 def truncated(file: Path) -> None:
@@ -129,7 +199,7 @@ def test_a_torn_checkpoint_is_an_error_that_names_it(
 
 @pytest.mark.parametrize("stop", range(0, 100, 7))
 def test_an_index_cut_anywhere_is_torn(pool: Pool, copy: Path, stop: int) -> None:
-    from minitron_megatron.model.checkpoint import check_metadata
+    from minitron_megatron.model.metadata import check_metadata
 
     index = copy / ".metadata"
     check_metadata(index)

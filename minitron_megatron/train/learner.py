@@ -1,0 +1,123 @@
+"""A model in training, and one update of it."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..data import Batch
+from ..model import Trainee, chunks_of, forward_backward
+from ..parallel import Topology, mend_distributed_optimizer, sum_over_world
+from .evaluate import global_sums
+from .objective import Objective
+from .training import Training
+
+__all__ = ["Learner"]
+
+
+class Learner:
+    """mcore's DDP around each chunk of a model, its distributed optimizer and its scheduler.
+
+    It must be released in the end: gradients and optimizer outlive the model else.
+    """
+
+    def __init__(self, model: Any, training: Training, topology: Topology, name: str = "") -> None:
+        """name: tells the models of one run apart. Collective over the world."""
+        self.topology = topology
+        self.chunks, self.optimizer = _wrapped(chunks_of(model), training)
+        self.scheduler = _schedule(self.optimizer, training)
+        self.trainee = Trainee(self.chunks, self.optimizer, name)
+
+    @property
+    def lr(self) -> float:
+        """Of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self, batches: Sequence[Batch], objective: Objective) -> tuple[float, int, float]:
+        """One update: (summed loss in nats, counted tokens, norm of the gradient), of the global batch.
+
+        Where the loss or a gradient is not finite, nothing changes, and the norm is not a number. Collective.
+        """
+        objective.prepare(batches)
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss, counted = global_sums(*forward_backward(self.chunks, batches, objective.loss), self.topology)
+        self.scheduler.step(increment=1)  # before the update, so that the first step has lr / warmup_steps and not zero
+        if not (math.isfinite(loss) and self._finite()):
+            return loss, counted, math.nan
+        _, norm, _ = self.optimizer.step()
+        return loss, counted, float(norm or 0.0)
+
+    def _finite(self) -> bool:
+        """Whether all gradients are, of every rank: mcore looks only where a loss scaler is at work. Collective."""
+        buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        broken = sum(int(not buffer.grad_data.isfinite().all()) for buffer in buffers)
+        return not int(sum_over_world(torch.tensor(broken, device=self.topology.device)))
+
+    def release(self) -> None:
+        """Lets go of gradients, optimizer and groups: mcore ties them into cycles that run through autograd's own
+        nodes, which Python's collector cannot see, so that they would outlive the model."""
+        for chunk in self.chunks:
+            chunk.grad_accs.clear()
+            chunk.config.grad_scale_func = chunk.config.finalize_model_grads_func = None
+            for parameter in chunk.parameters():
+                parameter.main_grad = None
+        gc.collect()
+
+
+def _wrapped(chunks: Sequence[Any], training: Training) -> tuple[list[Any], Any]:
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    mend_distributed_optimizer()
+    config = chunks[0].config
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    wrapped = [DistributedDataParallel(config, ddp, chunk.train()) for chunk in chunks]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=training.lr,
+            min_lr=training.min_lr,
+            weight_decay=training.weight_decay,
+            adam_beta1=training.beta1,
+            adam_beta2=training.beta2,
+            adam_eps=training.eps,
+            clip_grad=training.clip,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=True,
+        ),
+        wrapped,
+    )
+    for each in chunks:
+        each.config.finalize_model_grads_func = finalize_model_grads
+        each.config.grad_scale_func = optimizer.scale_loss
+    return wrapped, optimizer
+
+
+def _schedule(optimizer: Any, training: Training) -> Any:
+    """Linear warm-up, then a cosine."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=training.lr,
+        min_lr=training.min_lr,
+        lr_warmup_steps=training.warmup_steps,
+        lr_decay_steps=max(training.steps, training.warmup_steps + 1),
+        lr_decay_style="cosine",
+        start_wd=training.weight_decay,
+        end_wd=training.weight_decay,
+        wd_incr_steps=training.steps,
+        wd_incr_style="constant",
+    )

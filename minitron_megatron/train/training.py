@@ -1,0 +1,35 @@
+"""How long and how fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Training"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """The defaults of the optimizer are NeMo's for these models; the papers name none."""
+
+    steps: int
+    lr: float = 1e-4
+    """Peak learning rate."""
+    min_lr: float = 1e-5
+    """At the end of the cosine."""
+    warmup_steps: int = 40
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    clip: float = 1.0
+    """Largest global norm of a step's gradient."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that stay, besides the best."""
+    asynchronous: bool = False
+    """Train on while a checkpoint is written."""
+    validate_every: int = 100
+    """Steps between validations."""
+    seed: int = 0
+    """Of whatever an objective draws: each step begins with this and its own number."""
