@@ -3,6 +3,7 @@
 Knows: two plain models, a loss over their final hidden states. Must not know: how the student was made, recipes.
 """
 
+from .continuous import ContinuousObjective
 from .objective import KDObjective
 
-__all__ = ["KDObjective"]
+__all__ = ["ContinuousObjective", "KDObjective"]

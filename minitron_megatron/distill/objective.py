@@ -30,9 +30,11 @@ class KDObjective:
         shared: int | None = None,
         loss: KDLoss | None = None,
         offload: bool = False,
+        freeze: bool = True,
     ) -> None:
         """teacher: the chunks of a plain model. vocab: the student's entries. shared: the entries that both have, where
-        the two are counted with unlike padding. offload: keep the teacher in host memory while it does not run.
+        the two are counted with unlike padding. offload: keep the teacher in host memory while it does not run. freeze:
+        let nothing of it train.
 
         Raises RecipeError where the vocabularies differ, or the loss asks for more than they have.
         """
@@ -42,7 +44,7 @@ class KDObjective:
         self.vocab = _shared_vocabulary(config_of(self.teacher[0]).shape.vocab, vocab, shared)
         self.loss_of.check(self.vocab)
         self._hidden: list[Tensor] = []
-        for chunk in self.teacher:
+        for chunk in self.teacher if freeze else ():
             chunk.requires_grad_(False).eval()
         self._offload = Offload(self.teacher, topology) if offload else None
 
@@ -59,7 +61,7 @@ class KDObjective:
             hidden,
             output_weight(chunk),
             self._hidden[index],
-            output_weight(self.teacher[-1]),
+            self._output_weight(),
             batch.mask,
             vocab=self.vocab,
             group=self.topology.tp_group,
@@ -67,6 +69,16 @@ class KDObjective:
             labels=batch.labels,
             sequence_parallel=self.topology.sequence_parallel,
         )
+
+    def _output_weight(self) -> Tensor:
+        """That goes with the hidden states."""
+        return output_weight(self.teacher[-1])
+
+    def plain(self) -> KDObjective:
+        """Forward KL from the same teacher, as it is by then: what validation measures."""
+        found = object.__new__(KDObjective)
+        found.__dict__ |= self.__dict__ | {"loss_of": KDLoss(), "_hidden": []}
+        return found
 
 
 def _shared_vocabulary(teacher: int, student: int, shared: int | None) -> int:

@@ -4,8 +4,9 @@ Knows: the schema, the order of the stages, the run folder. Must not know: termi
 """
 
 from .estimate import Estimate, estimate
+from .load import load_recipe
 from .run import Step, dry_run, run
-from .schema import Recipe, json_schema, load_recipe
+from .schema import Recipe, json_schema
 from .stages import STAGES
 from .starter import starter_recipe
 

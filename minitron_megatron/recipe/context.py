@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,8 @@ from ..errors import CheckpointError
 from ..evaluate import ValidationSet
 from ..events import Listener
 from ..parallel import Topology
-from .schema import Recipe, TrainingKeys
+from .phases import ResolvedPhase
+from .schema import Recipe
 
 __all__ = ["Context", "Folders"]
 
@@ -79,8 +80,8 @@ class Context:
     topology: Topology
     listener: Listener
     done: Mapping[str, Mapping[str, Any]]
-    fingerprint: str
-    """Of the stage at work."""
+    mark_of: Callable[[Recipe], str]
+    """The fingerprint of the stage at work, were this the recipe."""
 
     @cached_property
     def folders(self) -> Folders:
@@ -93,8 +94,8 @@ class Context:
 
     @property
     def teacher(self) -> Path:
-        """The folder of the model that teaches: corrected, where the recipe corrects it."""
-        return self.folders.corrected if self.recipe.correct else self.recipe.model
+        """The folder of the model that teaches: corrected, where the recipe corrects it beforehand."""
+        return self.folders.corrected if self.recipe.corrects_first else self.recipe.model
 
     @property
     def uncut(self) -> Path:
@@ -116,16 +117,16 @@ class Context:
         recompute = trains and self.recipe.recompute
         return load_hf(folder, self.topology, dtype or self.dtype, recompute=recompute, listener=self.listener)
 
-    def load_teacher(self, dtype: torch.dtype | None = None) -> list[Any]:
+    def load_teacher(self, *, trains: bool = False) -> list[Any]:
         """The model that teaches, verified. Raises CheckpointError where it is not what the run recorded."""
-        return self._verified(self.teacher, dtype or self.dtype)
+        return self._verified(self.teacher, self.dtype, trains=trains)
 
     def load_uncut(self, dtype: torch.dtype | None = None) -> list[Any]:
         """The model to prune, verified as `load_teacher` does."""
         return self._verified(self.uncut, dtype or self.dtype)
 
-    def _verified(self, folder: Path, dtype: torch.dtype) -> list[Any]:
-        model = self.load(folder, dtype)
+    def _verified(self, folder: Path, dtype: torch.dtype, *, trains: bool = False) -> list[Any]:
+        model = self.load(folder, dtype, trains=trains)
         if self._hash(model, folder, dtype) != self._expected(folder):
             raise CheckpointError(f"the weights in {folder} changed since the run began. Give another --out.")
         return model
@@ -141,26 +142,29 @@ class Context:
         save_hf(model, folder, self.topology, dtype=dtype, files_from=self.recipe.model, listener=self.listener)
         return model_hash(model, self.topology)
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where the stage at work keeps its checkpoints: another recipe's are elsewhere."""
-        return self.folders.checkpoints / self.fingerprint[:16]
+    def checkpoints(self, recipe: Recipe) -> Path:
+        """Where the stage at work would keep its checkpoints: another recipe's are elsewhere."""
+        return self.folders.checkpoints / self.mark_of(recipe)[:16]
 
     @property
     def blend(self) -> list[tuple[Path, float]]:
         """(prefix of the prepared corpus, weight) of each source."""
+        return self._weighted([source.weight for source in self.recipe.data.sources])
+
+    def _weighted(self, weights: Sequence[float]) -> list[tuple[Path, float]]:
         return [
-            (self.folders.data / name, source.weight)
-            for name, source in zip(self.done["prepare"]["sources"], self.recipe.data.sources, strict=True)
+            (self.folders.data / name, weight)
+            for name, weight in zip(self.done["prepare"]["sources"], weights, strict=True)
         ]
 
-    def training_batches(self, keys: TrainingKeys) -> Any:
+    def training_batches(self, phase: ResolvedPhase, seed: int) -> Callable[[int], list[Batch]]:
         """step -> this rank's micro-batches of the blend. Collective over the world."""
+        keys = phase.keys
         corpus = Corpus(
-            self.blend,
-            sequence=self.recipe.data.sequence,
-            samples=keys.steps(self.recipe.data.sequence) * keys.global_batch,
-            seed=self.recipe.seed,
+            self._weighted(phase.weights),
+            sequence=phase.sequence,
+            samples=phase.steps * keys.global_batch,
+            seed=seed,
             cache=self.folders.data / "index",
         )
 

@@ -10,7 +10,8 @@ from ..convert import read_config
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..parallel import Topology
 from .memory import WEIGHT_BYTES, model_bytes, training_bytes
-from .schema import Recipe, TrainingKeys
+from .phases import resolved
+from .schema import Recipe
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
 __all__ = ["Estimate", "estimate"]
@@ -90,25 +91,19 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
     config = read_config(recipe.model)
     teacher = config.shape
     student = student_shape(recipe, teacher)
-    keys, parallel = recipe.distill, recipe.parallel
+    parallel = recipe.parallel
     gpus = gpus or parallel.tp * parallel.pp
     dp = max(1, gpus // (parallel.tp * parallel.pp))
     sequence, weight = recipe.data.sequence, WEIGHT_BYTES[recipe.dtype]
-    stash = (
-        keys.global_batch
-        // dp
-        * sequence
-        * teacher.hidden
-        * weight
-        // (parallel.tp if parallel.sequence_parallel else 1)
-    )
-    forward = {shape: flops_per_token(shape, sequence) for shape in (teacher, student)}
-    correct_tokens = _tokens(recipe.correct, sequence) if recipe.correct else 0
-    distill_tokens = _tokens(keys, sequence)
-    taught = forward[teacher] * distill_tokens
-    distillation = 3 * forward[student] * distill_tokens + taught
+    phases = resolved(recipe.distill, recipe.data)
+    split = parallel.tp if parallel.sequence_parallel else 1
+    stash = max(phase.keys.global_batch // dp * phase.sequence for phase in phases) * teacher.hidden * weight // split
+    corrected = resolved(recipe.correct, recipe.data)[0].tokens if recipe.correct and recipe.corrects_first else 0
+    passes = 3 if recipe.correct and recipe.correct.continuous else 1
+    taught = passes * sum(flops_per_token(teacher, phase.sequence) * phase.tokens for phase in phases)
+    distillation = 3 * sum(flops_per_token(student, phase.sequence) * phase.tokens for phase in phases) + taught
     stage_flops = {
-        "correct": 3 * forward[teacher] * correct_tokens,
+        "correct": 3 * flops_per_token(teacher, sequence) * corrected,
         "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
         "distill": distillation,
         "baseline": distillation if recipe.random_baseline else 0,
@@ -124,10 +119,10 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
         student_parameters=parameters(student),
         rank_bytes=_rank_bytes(recipe, teacher, student, gpus, stash),
         stash_bytes=stash,
-        disk_bytes=models + (parameters(teacher) * weight if recipe.correct else 0),
+        disk_bytes=models + (parameters(teacher) * weight if recipe.corrects_first else 0),
         kv_cache_bytes=kv_cache_bytes(student, 1, sequence),
-        correct_tokens=correct_tokens,
-        distill_tokens=distill_tokens,
+        correct_tokens=corrected,
+        distill_tokens=sum(phase.tokens for phase in phases),
         export_bytes=parameters(student) * WEIGHT_BYTES[recipe.export.dtype],
         flops=flops,
         stage_flops=stage_flops,
@@ -164,15 +159,13 @@ def _score_flops(recipe: Recipe, teacher: Shape) -> int:
     return sum(flops_per_token(shape, sequence) for shape in passes)
 
 
-def _tokens(keys: TrainingKeys, sequence: int) -> int:
-    return keys.steps(sequence) * keys.global_batch * sequence
-
-
 def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stash: int) -> int:
     """The most that a rank holds in distillation, or in correction."""
     keys, dtype = recipe.parallel, recipe.dtype
     topology = Topology(keys.tp, keys.pp, keys.vp, keys.ep, keys.sequence_parallel)
-    both = zip(model_bytes(teacher, topology, dtype), training_bytes(student, topology, dtype, world), strict=True)
-    distill = [taught + trained for taught, trained in both]
+    trained = training_bytes(teacher, topology, dtype, world)
+    beside = model_bytes(teacher, topology, dtype) if recipe.corrects_first or not recipe.correct else trained
+    both = zip(beside, training_bytes(student, topology, dtype, world), strict=True)
+    distill = [teacher_bytes + student_bytes for teacher_bytes, student_bytes in both]
     distill[-1] += stash
-    return round(max(distill + (training_bytes(teacher, topology, dtype, world) if recipe.correct else [])))
+    return round(max(distill + (trained if recipe.corrects_first else [])))

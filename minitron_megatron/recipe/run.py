@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from ..model import check_fits
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, peak_bytes
 from .context import Context, Folders
 from .estimate import estimate
+from .fingerprint import fingerprint
+from .phases import ResolvedPhase, prefixes, resolved
 from .schema import Recipe
 from .sizes import check_pruning
 from .stages import STAGES, Stage
@@ -68,7 +69,8 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
                 raise RecipeError(
                     f"{only} needs the stage {stage.name}, which is not done. Run `minitron {stage.name}` first."
                 )
-            record = _run_stage(stage, mark, Context(recipe, topology, listener, done, mark), before)
+            marks = partial(fingerprint, stage, done=dict(done))
+            record = _run_stage(stage, mark, Context(recipe, topology, listener, done, marks), before)
         done[stage.name] = record["result"] | {"seconds": record["seconds"]}
         if stage.name == only:
             break
@@ -104,31 +106,6 @@ def wanted(recipe: Recipe) -> list[Stage]:
     return [stage for stage in STAGES.values() if stage.wanted(recipe)]
 
 
-def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, Any]]) -> str:
-    """SHA-256 over the recipe keys that a stage reads, the files behind them and the results that it uses."""
-    keys = recipe.model_dump(mode="json")
-    read = {
-        "stage": stage.name,
-        "keys": {name: keys[name] for name in stage.reads},
-        "asks": stage.asks(recipe),
-        "files": [_file_marks(recipe)] if "data" in stage.reads else [],
-        "results": {
-            name: {k: v for k, v in done[name].items() if k != "seconds"} for name in stage.after if name in done
-        },
-    }
-    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
-
-
-def _file_marks(recipe: Recipe) -> list[Any]:
-    """Name, size and time of every source and weights file: cheap to see, and changed when they are."""
-    paths = [recipe.model, *(source.path for source in recipe.data.sources)]
-    paths += [source.validation for source in recipe.data.sources if isinstance(source.validation, Path)]
-    files = [
-        file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()
-    ]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
 def _record(recipe: Recipe, stage: Stage, mark: str) -> dict[str, Any] | None:
     """What a stage left, if it is done by this fingerprint and its output is still there."""
     path = Folders(recipe.out).record(stage.name)
@@ -148,7 +125,9 @@ def _run_stage(stage: Stage, mark: str, context: Context, before: int) -> dict[s
     record = {"fingerprint": mark, "result": result, "seconds": seconds, "peak_bytes": peak}
     if context.topology.rank == 0:
         write_json(context.folders.record(stage.name), record)
-        shutil.rmtree(context.checkpoints, ignore_errors=True)
+        if not (stage.name == "distill" and context.recipe.distill.retain):
+            for each in prefixes(context.recipe):
+                shutil.rmtree(context.checkpoints(each), ignore_errors=True)
     barrier()
     return record
 
@@ -166,7 +145,9 @@ def check(recipe: Recipe, topology: Topology) -> None:
     check_fits(shape, topology)
     check_pruning(recipe, shape, topology)
     recipe.distill.loss.loss().check(shape.vocab)
-    _check_batches(recipe, topology)
+    for key, phase in _phases(recipe):
+        _check_phase(key, phase, recipe, topology)
+    _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology)
     for source in recipe.data.sources:
         for path in (source.path, source.validation):
             if isinstance(path, Path) and not path.exists():
@@ -175,26 +156,36 @@ def check(recipe: Recipe, topology: Topology) -> None:
                 raise DataError(f"data source {path} is empty. Check data.sources.")
 
 
-def _check_batches(recipe: Recipe, topology: Topology) -> None:
-    batches = {"distill.global_batch": (recipe.distill.global_batch, recipe.distill.micro_batch)}
-    batches["score.samples"] = (recipe.score.samples, recipe.score.micro_batch)
-    if recipe.correct:
-        batches["correct.global_batch"] = (recipe.correct.global_batch, recipe.correct.micro_batch)
-    for key, (total, micro) in batches.items():
-        unit = micro * topology.dp
-        if total % unit:
-            raise RecipeError(
-                f"{key} is {total}, which cannot be split into micro-batches of {micro} on {topology.dp} data-parallel "
-                f"ranks. Choose a multiple of {unit}."
-            )
-        if topology.vp > 1 and total // unit % topology.pp:
-            raise RecipeError(
-                f"{key} gives {total // unit} micro-batches, and interleaving needs a multiple of pp={topology.pp}. "
-                f"Choose a multiple of {unit * topology.pp}, or vp: 1."
-            )
-    if topology.sequence_parallel and recipe.data.sequence % topology.tp:
+def _phases(recipe: Recipe) -> list[tuple[str, ResolvedPhase]]:
+    """(place in the recipe, phase) of all that trains."""
+    found = [("correct", phase) for phase in resolved(recipe.correct, recipe.data)] if recipe.correct else []
+    names = ["distill", *(f"distill.phases.{number}" for number in range(len(recipe.distill.phases)))]
+    return found + list(zip(names, resolved(recipe.distill, recipe.data), strict=True))
+
+
+def _check_phase(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Topology) -> None:
+    _check_split(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology)
+    if len(phase.weights) != len(recipe.data.sources):
         raise RecipeError(
-            f"data.sequence is {recipe.data.sequence}, which sequence_parallel cannot split over tp={topology.tp}."
+            f"{key}.weights are {len(phase.weights)}, and data.sources are {len(recipe.data.sources)}. "
+            "Give one weight for each source."
+        )
+    if topology.sequence_parallel and phase.sequence % topology.tp:
+        where = "data.sequence" if phase.sequence == recipe.data.sequence else f"{key}.sequence"
+        raise RecipeError(f"{where} is {phase.sequence}, which sequence_parallel cannot split over tp={topology.tp}.")
+
+
+def _check_split(key: str, total: int, micro: int, topology: Topology) -> None:
+    unit = micro * topology.dp
+    if total % unit:
+        raise RecipeError(
+            f"{key} is {total}, which cannot be split into micro-batches of {micro} on {topology.dp} data-parallel "
+            f"ranks. Choose a multiple of {unit}."
+        )
+    if topology.vp > 1 and total // unit % topology.pp:
+        raise RecipeError(
+            f"{key} gives {total // unit} micro-batches, and interleaving needs a multiple of pp={topology.pp}. "
+            f"Choose a multiple of {unit * topology.pp}, or vp: 1."
         )
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError
 from ..layout import PUBLIC_AXES
 from ..losses import KDLoss
 
-__all__ = ["Data", "Depth", "Recipe", "Source", "TrainingKeys", "json_schema", "load_recipe"]
+__all__ = ["Data", "Depth", "Distill", "Recipe", "Source", "TrainingKeys", "json_schema"]
 
 DType = Literal["float32", "bfloat16"]
 
@@ -105,7 +103,11 @@ class TrainingKeys(Keys):
     clip: Positive = 1.0
     """Largest global norm of a step's gradient."""
     save_every: Count = 100
-    """Steps between checkpoints."""
+    """Steps between checkpoints. Those of validated steps can be the best."""
+    keep_checkpoints: Count = 2
+    """Checkpoints that stay while the stage is at work, besides the one with the least validation loss."""
+    save_async: bool = True
+    """Train on while a checkpoint is written."""
     validate_every: Count = 100
     """Steps between validations."""
 
@@ -124,6 +126,9 @@ class Correct(TrainingKeys):
     warmup_steps: Annotated[int, Field(ge=0)] = 120
     parameters: Literal["all", "norms"] = "all"
     """What trains: everything, or the norms alone, which needs little more memory than the weights."""
+    continuous: bool = False
+    """Correct the teacher while it teaches: in each step of distillation it takes one of its own on the same batch, and
+    the student learns from what it is then. The original is pruned, and the budget and batch are distillation's."""
 
 
 class StatisticKeys(Keys):
@@ -237,9 +242,30 @@ class LossKeys(Keys):
         )
 
 
+class Phase(Keys):
+    """What a further phase of distillation changes; a key left out is as in the phase before."""
+
+    tokens: Count
+    """Budget; rounded up to whole steps."""
+    sequence: Count | None = None
+    """Tokens a sample."""
+    weights: tuple[Positive, ...] | None = None
+    """The blend: one weight for each of `data.sources`."""
+    global_batch: Count | None = None
+    micro_batch: Count | None = None
+    lr: Positive | None = None
+    """Peak learning rate of the phase, which warms up and decays anew."""
+    min_lr: NotNegative | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+
+
 class Distill(TrainingKeys):
     """The student learns from the teacher."""
 
+    phases: tuple[Phase, ...] = ()
+    """What follows on `tokens`, each from where the one before ended. A phase that is added later continues the run."""
+    retain: bool = False
+    """Leave the checkpoints when the stage is done, to add a phase to."""
     loss: LossKeys = LossKeys()
     offload_teacher: bool = False
     """Keep the teacher in host memory while the student trains: less device memory, a copy to the device each step."""
@@ -283,80 +309,16 @@ class Recipe(Keys):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
 
+    @property
+    def corrects_first(self) -> bool:
+        """Whether the teacher is corrected before anything else."""
+        return self.correct is not None and not self.correct.continuous
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Recipe:
-    """Reads a YAML recipe; `overrides` are `a.b=value` with YAML values. Raises RecipeError in the user's words."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"recipe {path} is not a mapping of keys. Start from `minitron init MODEL`.")
-    for override in overrides:
-        raw = _override(raw, override)
-    if out is not None:
-        raw["out"] = str(out)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(f"recipe {path}: {_explain(error)}") from error
-
-
-def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
-    """`raw` with one `a.b=value` said anew."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {text!r} is not of the form a.b=value.")
-    try:
-        return _replaced(raw, key.split("."), yaml.safe_load(value), text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text!r}: {value!r} is not a YAML value.") from error
-
-
-def _replaced(node: Any, path: Sequence[str], value: Any, text: str) -> dict[str, Any]:
-    """A copy with the value at `path` replaced: blocks that YAML aliases share must not change together."""
-    first, *rest = path
-    if node is not None and not isinstance(node, dict):
-        raise RecipeError(f"--set {text!r}: there is no block of keys that holds {first}.")
-    block = node or {}
-    return {**block, first: _replaced(block.get(first), rest, value, text) if rest else value}
-
-
-def _explain(error: ValidationError) -> str:
-    """The first thing wrong, with the nearest name for an unknown key, and how many more there are."""
-    problems = error.errors()
-    first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
-        text = f"{where} is not a known key.{did_you_mean(str(first['loc'][-1]), known)}"
-    elif first["type"] == "missing":
-        text = f"{where} is missing."
-    else:
-        message = first["msg"].removeprefix("Value error, ")
-        text = f"{where} is {first['input']!r}: {message[0].lower()}{message[1:]}."
-    return text + (f" ({len(problems) - 1} more like this.)" if len(problems) > 1 else "")
-
-
-def _known_keys(place: Sequence[int | str]) -> list[str]:
-    """The keys that the schema has at a place in the tree."""
-    schema = json_schema()
-    at: Mapping[str, Any] = schema
-    for part in place:
-        at = _resolve(at["items"] if isinstance(part, int) else at["properties"][part], schema)
-    return list(at.get("properties", ()))
-
-
-def _resolve(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follows references and the non-null side of an optional block."""
-    for choice in node.get("anyOf", ()):
-        if "$ref" in choice:
-            node = choice
-    if "$ref" in node:
-        node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-    return node
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.correct and self.correct.continuous and self.distill.offload_teacher:
+            raise ValueError("A teacher that is corrected continuously cannot be offloaded")
+        return self
 
 
 def json_schema() -> dict[str, Any]:

@@ -11,18 +11,18 @@ from typing import Any
 
 from ..convert import folder_hash, read_config
 from ..data import check_tokenizer, prepare
-from ..distill import KDObjective
 from ..evaluate import validation_loss
 from ..events import Event
 from ..files import write_json
 from ..layout import parameters
 from ..model import build, chunks_of, config_of, fill_initial
 from ..parallel import broadcast_object, fail_together
-from ..train import LMObjective, Objective, Training, train, train_norms_only
+from ..train import LMObjective, train_norms_only
 from .context import DTYPES, Context
 from .pruning import cut, decide, measure, measure_depth
-from .schema import Recipe, TrainingKeys
+from .schema import Recipe
 from .sizes import depth_keys, rounds, scores_wanted
+from .training import correction_keys, distil, train_in_phases
 
 __all__ = ["STAGES", "Stage"]
 
@@ -87,7 +87,7 @@ def do_correct(context: Context) -> Result:
     model = context.load(context.recipe.model, trains=True)
     if keys.parameters == "norms":
         train_norms_only(model)
-    tokens = _train(context, model, LMObjective(context.topology), keys, "correct")
+    tokens = train_in_phases(context, model, LMObjective(context.topology), keys, "correct")
     return {"hash": context.save(model, context.folders.corrected), "tokens": tokens}
 
 
@@ -143,53 +143,15 @@ def do_baseline(context: Context) -> Result:
 
 
 def _distill(context: Context, student: list[Any], name: str) -> Result:
-    keys, topology = context.recipe.distill, context.topology
-    vocab = config_of(student[0]).shape.vocab
-    teacher, loss = context.load_teacher(), keys.loss.loss()
-    objective = KDObjective(teacher, topology, vocab=vocab, loss=loss, offload=keys.offload_teacher)
-    label = "distill" if name == "distilled" else "baseline"
-    tokens = _train(context, student, objective, keys, label)
+    tokens = distil(context, student, "distill" if name == "distilled" else "baseline")
     return {"hash": context.save(student, context.folders.model(name)), "tokens": tokens}
-
-
-def _train(context: Context, model: list[Any], objective: Objective, keys: TrainingKeys, label: str) -> int:
-    """Trains in place with checkpoints and validation; returns the tokens seen."""
-    held_out = context.held_out()
-
-    def validate() -> dict[str, float]:
-        losses = validation_loss(model, held_out, context.topology)
-        return {"validation_loss": losses["all"]} | {f"validation_loss/{k}": v for k, v in losses.items() if k != "all"}
-
-    training = Training(
-        steps=keys.steps(context.recipe.data.sequence),
-        lr=keys.lr,
-        min_lr=keys.min_lr,
-        warmup_steps=keys.warmup_steps,
-        weight_decay=keys.weight_decay,
-        clip=keys.clip,
-        save_every=keys.save_every,
-        validate_every=keys.validate_every,
-    )
-    values = train(
-        model,
-        objective,
-        context.training_batches(keys),
-        training,
-        context.topology,
-        label=label,
-        checkpoints=context.checkpoints,
-        identity=context.fingerprint,
-        validate=validate,
-        listener=context.listener,
-    )
-    return int(values["tokens"])
 
 
 def do_evaluate(context: Context) -> Result:
     """Loss of every model of the run on the held-out text."""
     held_out = context.held_out()
     models: dict[str, tuple[Path, str]] = {"teacher": (context.recipe.model, "")}
-    if context.recipe.correct:
+    if context.recipe.corrects_first:
         models["corrected teacher"] = (context.folders.corrected, "correct")
     models |= {
         "pruned": (context.folders.model("pruned"), "prune"),
@@ -234,11 +196,18 @@ STAGES: Mapping[str, Stage] = {
     for stage in (
         Stage("prepare", do_prepare, "data", DATA),
         Stage(
-            "correct", do_correct, "corrected", ("correct", *TRAINS), ("prepare",), lambda recipe: bool(recipe.correct)
+            "correct", do_correct, "corrected", ("correct", *TRAINS), ("prepare",), lambda recipe: recipe.corrects_first
         ),
         Stage("score", do_score, "scores", ("score",), ("prepare", "correct"), scores_wanted, depth_keys),
         Stage("prune", do_prune, "pruned", ("prune", "dtype"), ("prepare", "correct", "score")),
-        Stage("distill", do_distill, "distilled", ("distill", *TRAINS), ("prepare", "correct", "prune")),
+        Stage(
+            "distill",
+            do_distill,
+            "distilled",
+            ("distill", *TRAINS),
+            ("prepare", "correct", "prune"),
+            asks=correction_keys,
+        ),
         Stage(
             "baseline",
             do_baseline,
@@ -246,6 +215,7 @@ STAGES: Mapping[str, Stage] = {
             ("distill", *TRAINS),
             ("prepare", "correct", "prune"),
             lambda recipe: recipe.random_baseline,
+            correction_keys,
         ),
         Stage(
             "evaluate",

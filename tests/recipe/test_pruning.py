@@ -40,7 +40,7 @@ def by_hand(topology: Topology, recipe: Path) -> str:
     """The hash of what two single cuts leave of the model, on the samples that the run drew."""
     keys = load_recipe(recipe)
     prepared = read_json(Folders(keys.out).record("prepare"))["result"]
-    batches = Context(keys, topology, silent, {"prepare": prepared}, "").calibration_batches()
+    batches = Context(keys, topology, silent, {"prepare": prepared}, str).calibration_batches()
     model = load_hf(keys.model, topology)
     for sizes, layers in ((HALF_WAY, (0, 1, 3, 4)), (WIDTHS, None)):
         plan = choose(score(model, batches, topology=topology), layers=layers, **sizes)

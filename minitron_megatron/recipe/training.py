@@ -1,0 +1,132 @@
+"""The stages that train, in the recipe's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ..distill import ContinuousObjective, KDObjective
+from ..evaluate import validation_loss
+from ..events import Event
+from ..layout import flops_per_token
+from ..model import config_of
+from ..train import Learner, Objective, Training, train
+from .context import Context
+from .phases import ResolvedPhase, prefixes, resolved
+from .schema import Recipe, TrainingKeys
+
+__all__ = ["correction_keys", "distil", "train_in_phases"]
+
+Measure = Callable[[], dict[str, float]]
+
+
+def correction_keys(recipe: Recipe) -> Any:
+    """What distillation reads of `correct`: all of it where the teacher is corrected meanwhile."""
+    return recipe.correct.model_dump(mode="json") if recipe.correct and recipe.correct.continuous else None
+
+
+def distil(context: Context, student: list[Any], label: str) -> int:
+    """Distils the run's teacher into a student, in place; returns the tokens seen."""
+    keys, correct, topology = context.recipe.distill, context.recipe.correct, context.topology
+    continuous = correct is not None and correct.continuous
+    teacher, loss, vocab = context.load_teacher(trains=continuous), keys.loss.loss(), config_of(student[0]).shape.vocab
+    if not continuous:
+        objective = KDObjective(teacher, topology, vocab=vocab, loss=loss, offload=keys.offload_teacher)
+        return train_in_phases(context, student, objective, keys, label, teacher=objective)
+    assert correct is not None
+
+    def taught(phase: ResolvedPhase) -> ContinuousObjective:
+        """Each phase corrects with a schedule of its own, as long as the phase."""
+        settings = _training(ResolvedPhase(correct.model_copy(update=_budget(phase)), phase.sequence, ()), 0)
+        return ContinuousObjective(Learner(teacher, settings, topology, "teacher"), topology, vocab=vocab, loss=loss)
+
+    return train_in_phases(context, student, taught, keys, label)
+
+
+def _budget(phase: ResolvedPhase) -> dict[str, int]:
+    return {"tokens": phase.keys.tokens, "global_batch": phase.keys.global_batch}
+
+
+def train_in_phases(
+    context: Context,
+    model: list[Any],
+    objective: Objective | Callable[[ResolvedPhase], ContinuousObjective],
+    keys: TrainingKeys,
+    label: str,
+    *,
+    teacher: KDObjective | None = None,
+) -> int:
+    """Trains in place, with checkpoints and validation; returns the tokens seen.
+
+    objective: of every phase, or what makes that of one. teacher: whose divergence validation measures.
+    """
+    phases, held_out, tokens, before = resolved(keys, context.recipe.data), context.held_out(), 0, None
+    total, first = sum(phase.steps for phase in phases), 0
+    for number, phase in enumerate(phases):
+        mine = objective(phase) if callable(objective) else objective
+        taught = mine if isinstance(mine, ContinuousObjective) else teacher
+        beside = [mine.learner] if isinstance(mine, ContinuousObjective) else []
+        recipe = prefixes(context.recipe)[number]
+        at = (context.checkpoints(recipe), context.mark_of(recipe))
+        values = train(
+            model,
+            mine,
+            context.training_batches(phase, context.recipe.seed + number),
+            _training(phase, context.recipe.seed),
+            context.topology,
+            label=label,
+            checkpoints=at[0],
+            identity=at[1],
+            begin=before,
+            save_last=len(phases) > 1 or context.recipe.distill.retain,
+            beside=beside,
+            beside_flops=_flops(taught, phase, trains=bool(beside)),
+            validate=_validation(context, model, held_out, taught),
+            listener=_shifted(context.listener, first, total),
+        )
+        tokens, before, first = int(values["tokens"]), at, first + phase.steps
+    return tokens
+
+
+def _training(phase: ResolvedPhase, seed: int) -> Training:
+    keys = phase.keys
+    return Training(
+        steps=phase.steps,
+        lr=keys.lr,
+        min_lr=keys.min_lr,
+        warmup_steps=keys.warmup_steps,
+        weight_decay=keys.weight_decay,
+        clip=keys.clip,
+        save_every=keys.save_every,
+        keep=keys.keep_checkpoints,
+        asynchronous=keys.save_async,
+        validate_every=keys.validate_every,
+        seed=seed,
+    )
+
+
+def _flops(teacher: KDObjective | None, phase: ResolvedPhase, *, trains: bool) -> int:
+    """Of a token: the teacher's forward pass, and its backward where it trains."""
+    if teacher is None:
+        return 0
+    return (3 if trains else 1) * flops_per_token(config_of(teacher.teacher[0]).shape, phase.sequence)
+
+
+def _validation(context: Context, model: list[Any], held_out: Any, teacher: KDObjective | None) -> Measure:
+    """Cross-entropy with the text of each source, and the divergence from the teacher where there is one."""
+
+    def measure() -> dict[str, float]:
+        losses = validation_loss(model, held_out, context.topology)
+        found = {"validation_loss": losses["all"]}
+        found |= {f"validation_loss/{source}": loss for source, loss in losses.items() if source != "all"}
+        if teacher is not None:
+            found["validation_kl"] = validation_loss(model, held_out, context.topology, teacher.plain())["all"]
+        return found
+
+    return measure
+
+
+def _shifted(listener: Callable[[Event], None], first: int, total: int) -> Callable[[Event], None]:
+    """Counts the steps of all phases as one."""
+    return lambda event: listener(replace(event, done=event.done + first, total=total))
