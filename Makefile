@@ -9,7 +9,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test quickstart clean
+.PHONY: help install check test quickstart soak clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -36,6 +36,9 @@ test: check  ## everything that a change must pass
 
 quickstart: install runs/corpus  ## prune and distil a small model on this machine
 	$(BIN)/minitron run examples/quickstart/recipe.yaml
+
+soak: install runs/corpus  ## kill a run at twenty random moments; about ten minutes
+	$(BIN)/python benchmarks/soak.py
 
 runs/corpus:
 	$(BIN)/python examples/quickstart/corpus.py $@.partial

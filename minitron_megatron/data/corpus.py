@@ -96,7 +96,7 @@ def _check_size(pair: Pair, sequence: int, count: int) -> None:
     if held < count:
         raise DataError(
             f"{count} different sequences of {sequence} tokens are asked of {pair.prefix}, which holds {held} "
-            f"({pair.tokens} tokens). Ask for fewer or shorter ones, or for less of this corpus."
+            f"({pair.tokens} tokens). Ask for fewer tokens or less of this corpus, or let it repeat (data.repeat)."
         )
 
 

@@ -166,6 +166,7 @@ class Context:
             samples=phase.steps * keys.global_batch,
             seed=seed,
             cache=self.folders.data / "index",
+            repeat=self.recipe.data.repeat,
         )
 
         def batches(step: int) -> list[Batch]:

@@ -79,6 +79,8 @@ class Data(Keys):
     """Tokens a sample."""
     text_key: str = "text"
     """The field of a .jsonl line that holds the text."""
+    repeat: bool = False
+    """Read a source again, in another order, where a budget asks for more than it holds; else that is an error."""
     separator: str = "<|endoftext|>"
     """Stands between the documents of a .txt file."""
     workers: Count = 1

@@ -102,7 +102,7 @@ def truth(job: Job) -> tuple[list[float], float]:
         return losses, divergence(models[1], models[0], samples(BATCH, seed=99)).item()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "pp2-vp2", "tp2-pp2", "dp2"])
 def test_teacher_and_student_step_together(pool: Pool, checkpoints: dict[str, Path], layout: str) -> None:
     job = Job(checkpoints["untied"], checkpoints["student"])
     losses, after = truth(job)

@@ -56,9 +56,10 @@ def loss_curves(metrics: Sequence[Line], summary: Sequence[Line], path: Path) ->
         column = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, panel in zip(column, panels, strict=True):
             axes.set(title=panel.title, ylabel=f"{panel.name}\n(nats per token)")
-            if panel.key == "validation_loss":
+            if panel.key.startswith("validation"):
                 _validation(axes, panel.stages(unit), colours)
-                _reference(axes, summary)
+                if panel.key == "validation_loss":
+                    _reference(axes, summary)
             else:
                 _training(axes, panel.stages(unit), colours)
             legend_outside(axes)
@@ -74,8 +75,9 @@ def _panels(metrics: Sequence[Line]) -> list[Panel]:
     plain = [line for line in training if line["stage"] not in DISTILLED]
     return [
         Panel("Training loss against the text", "cross-entropy", "loss", plain),
-        Panel("Training loss against the teacher", "KL divergence", "loss", distilled),
+        Panel("Training loss against the teacher", "the recipe's loss", "loss", distilled),
         Panel("Validation loss", "cross-entropy", "validation_loss", metrics),
+        Panel("Validation against the teacher", "KL divergence", "validation_kl", metrics),
     ]
 
 

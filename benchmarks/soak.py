@@ -1,0 +1,93 @@
+"""Does a run that is killed again and again, at random moments, end in the table of one that nothing disturbed?
+
+    make soak
+
+The quickstart's recipe with shorter budgets and a checkpoint every few steps, killed (kill -9, all its processes) at
+twenty random moments and started again each time, until it ends. What must hold: the same table but for the times, the
+same weights, no checkpoint that cannot be read, and no step done again that lies before the last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from record import record
+
+KILLS, SEED = 20, 1
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = {
+    "correct.tokens": 24 * 16 * 128,
+    "correct.save_every": 3,
+    "distill.tokens": 48 * 16 * 128,
+    "distill.save_every": 3,
+    "random_baseline": "false",
+}
+
+
+def start(out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "minitron_megatron", "run", "examples/quickstart/recipe.yaml", "--out", str(out)]
+    for key, value in SHORT.items():
+        command += ["--set", f"{key}={value}"]
+    log = (out.parent / f"{out.name}.log").open("ab")
+    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    rows = json.loads((out / "summary.json").read_text())
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def digest(out: Path) -> str:
+    return str(json.loads((out / "stages" / "distill.json").read_text())["result"]["hash"])
+
+
+def steps(out: Path) -> list[tuple[str, int]]:
+    """(stage, step) in the order in which they were done."""
+    path = out / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [(line["stage"], line["done"]) for line in lines if "lr" in line]
+
+
+def main() -> None:
+    where = ROOT / "runs" / "soak"
+    shutil.rmtree(where, ignore_errors=True)
+    where.mkdir(parents=True)
+    began = time.perf_counter()
+    assert start(where / "whole").wait() == 0, f"see {where}/whole.log"
+    seconds, draw, kills, code = time.perf_counter() - began, random.Random(SEED), 0, -1
+    killed = where / "killed"
+    while code != 0:
+        process = start(killed)
+        try:
+            code = process.wait(draw.uniform(0.1, 0.5) * seconds if kills < KILLS else None)
+            assert code == 0, f"see {where}/killed.log"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    again = len(steps(killed)) - len(set(steps(killed)))
+    warned = (where / "killed.log").read_text(errors="replace").count("is used in its place")
+    record(
+        "soak",
+        seed=SEED,
+        kills=kills,
+        same_table=table(killed) == table(where / "whole"),
+        same_weights=digest(killed) == digest(where / "whole"),
+        spoilt_checkpoints=warned,
+        steps=len(set(steps(killed))),
+        steps_done_again=again,
+        interval=SHORT["distill.save_every"],
+    )
+
+
+if __name__ == "__main__":
+    main()
