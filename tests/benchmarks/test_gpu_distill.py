@@ -1,0 +1,32 @@
+"""The benchmark for a GPU runs at toy size on any machine."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_distill.py"
+
+
+def test_it_measures_both_students_with_both_losses() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--toy"], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    lines = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line["student"] for line in lines] == ["width", "depth"]
+    for line in lines:
+        fused, unfused = line["fused"], line["unfused"]
+        assert fused["peak_bytes"] < unfused["peak_bytes"]
+        assert fused["tokens_per_second"] > 0 and fused["utilisation"] is None
+        shares = [each["student_tflops"] / each["tokens_per_second"] for each in (fused, unfused)]
+        assert abs(shares[0] - shares[1]) < 1e-9 * shares[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "No GPU is here" in done.stderr
