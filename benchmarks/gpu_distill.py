@@ -50,7 +50,7 @@ class Unfused(KDObjective):
 
 
 def model(shape: Shape, topology: Topology, dtype: torch.dtype, seed: int) -> list[Any]:
-    made = build(ModelConfig(shape, max_positions=8192), topology, dtype, recompute=True)
+    made = build(ModelConfig(shape, max_positions=8192), topology, dtype, recompute="full")
     fill_initial(made, topology, seed)
     return made
 

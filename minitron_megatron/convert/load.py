@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import CheckpointError, did_you_mean
 from ..events import Event, Listener, silent
 from ..layout import Param, lookup
-from ..model import ModelConfig, adopt, build, named_shards
+from ..model import ModelConfig, Recompute, adopt, build, named_shards
 from ..parallel import Topology, fail_together
 from .config import read_config
 from .families import WHOLE, Family, family_of
@@ -28,13 +28,14 @@ def load_hf(
     topology: Topology,
     dtype: torch.dtype = torch.float32,
     *,
-    recompute: bool = False,
+    recompute: Recompute = "none",
     listener: Listener = silent,
 ) -> list[Any]:
     """A Hugging Face folder as this rank's chunks of an mcore GPTModel, with parameters of `dtype`.
 
-    Collective over the world only to fail together. Raises CheckpointError naming a missing, surplus or misshapen
-    tensor, and TopologyError where the shape does not fit the layout.
+    recompute: what runs again in the backward pass. Collective over the world only to fail together. Raises
+    CheckpointError naming a missing, surplus or misshapen tensor, and TopologyError where the shape does not fit the
+    layout.
     """
     folder = Path(folder)
     with fail_together():

@@ -6,7 +6,7 @@ Knows: mcore's modules, configs and schedules, training checkpoints. Must not kn
 
 from .build import build, chunks_of, rebuild
 from .checkpoint import Checkpoints, Trainee, load_checkpoint
-from .config import ModelConfig, check_fits, config_of
+from .config import ModelConfig, Recompute, check_fits, config_of
 from .initial import fill_initial
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
 from .shards import NamedShard, adopt, home, named_shards, output_weight
@@ -16,6 +16,7 @@ __all__ = [
     "MicroBatch",
     "ModelConfig",
     "NamedShard",
+    "Recompute",
     "States",
     "Trainee",
     "adopt",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..parallel import Topology, mark_expert
-from .config import ModelConfig, rotary_frequencies, transformer_config
+from .config import ModelConfig, Recompute, rotary_frequencies, transformer_config
 from .spec import block_spec
 
 __all__ = ["build", "chunks_of", "rebuild"]
@@ -21,7 +21,7 @@ def chunks_of(model: Any) -> list[Any]:
 
 
 def build(
-    config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32, *, recompute: bool = False
+    config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32, *, recompute: Recompute = "none"
 ) -> list[Any]:
     """This rank's chunks of an mcore GPTModel, every parameter on `meta`. Not collective."""
     mcore = transformer_config(config, topology, dtype, recompute=recompute)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,10 @@ from ..parallel import Topology
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["ModelConfig", "check_fits", "config_of", "rotary_frequencies", "transformer_config"]
+__all__ = ["ModelConfig", "Recompute", "check_fits", "config_of", "rotary_frequencies", "transformer_config"]
+
+Recompute = Literal["none", "selective", "full"]
+"""What of each layer runs again in the backward pass: nothing, its MLP or mixture, or all of it."""
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -86,9 +89,9 @@ def _check_experts(shape: Shape, topology: Topology) -> None:
 
 
 def transformer_config(
-    config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32, *, recompute: bool = False
+    config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32, *, recompute: Recompute = "none"
 ) -> TransformerConfig:
-    """mcore's config for this model at this layout. Parameters are of `dtype`; `recompute` keeps only layer inputs.
+    """mcore's config for this model at this layout. Parameters are of `dtype`; `recompute` says what runs twice.
 
     Raises TopologyError where the shape does not fit the layout.
     """
@@ -133,10 +136,17 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        **_recomputed(recompute, shape),
     )
+
+
+def _recomputed(recompute: Recompute, shape: Shape) -> dict[str, Any]:
+    """mcore's keys. Its own `selective` runs the core attention twice, of which flash attention keeps nothing wide."""
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if shape.experts else "mlp"]}
+    return {}
 
 
 def _mixture(config: ModelConfig, topology: Topology) -> dict[str, Any]:

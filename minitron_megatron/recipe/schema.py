@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from ..errors import RecipeError
 from ..layout import PUBLIC_AXES
 from ..losses import KDLoss
+from ..model import Recompute
 
 __all__ = ["Data", "Depth", "Distill", "Recipe", "Source", "TrainingKeys", "json_schema"]
 
@@ -297,8 +298,9 @@ class Recipe(Keys):
     seed: int = 1
     dtype: DType = "bfloat16"
     """Of the weights in training; the optimizer keeps fp32."""
-    recompute: bool = False
-    """Keep only each layer's input for the backward pass: less memory, a third more time."""
+    recompute: Recompute = "none"
+    """What runs again in the backward pass to save memory: `selective` the MLPs, whose activations are the widest;
+    `full` whole layers, of which only the input is kept, for a third more time."""
     parallel: Parallel = Parallel()
     data: Data
     correct: Correct | None = None

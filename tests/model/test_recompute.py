@@ -1,0 +1,60 @@
+"""What runs again in the backward pass changes memory and not a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitron_megatron.layout import Shape
+from minitron_megatron.model import ModelConfig, Recompute, build, fill_initial, forward_backward, named_shards
+from minitron_megatron.parallel import Topology
+from minitron_megatron.testing import LivePeak, Pool
+from minitron_megatron.train import LMObjective
+from tests.tiny import samples, share
+
+DENSE = Shape(layers=4, hidden=32, ffn=256, heads=4, kv_groups=2, head_dim=8, vocab=131)
+MIXTURE = Shape(
+    layers=4,
+    hidden=32,
+    ffn=0,
+    heads=4,
+    kv_groups=2,
+    head_dim=8,
+    vocab=131,
+    experts=4,
+    experts_per_token=2,
+    expert_ffn=128,
+)
+
+
+def passes(topology: Topology, shape: Shape, recompute: Recompute) -> tuple[float, dict[str, Tensor], int]:
+    """(loss, gradients, live peak beyond the weights) of a forward and backward pass."""
+    model = build(ModelConfig(shape), topology, recompute=recompute)
+    fill_initial(model, topology, 1)
+    batches = share(samples(16, seed=3), topology, 16)
+    objective = LMObjective(topology)
+
+    def run() -> Any:
+        return forward_backward(model, batches, objective.loss)
+
+    with LivePeak() as meter:
+        loss, _ = run()
+    gradients = {each.name: each.tensor.grad for each in named_shards(model) if each.tensor.grad is not None}
+    return float(loss), gradients, meter.extra
+
+
+@pytest.mark.parametrize("shape", [DENSE, MIXTURE], ids=["dense", "mixture"])
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}], ids=["tp1", "tp2-sp", "pp2"])
+def test_less_memory_for_the_same_numbers(pool: Pool, shape: Shape, layout: dict[str, Any]) -> None:
+    found = {how: pool.run(passes, shape, how, **layout) for how in ("none", "selective", "full")}
+    for rank, (loss, gradients, _) in enumerate(found["none"]):
+        for how in ("selective", "full"):
+            other_loss, others, _ = found[how][rank]
+            assert other_loss == loss and others.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(others[name], gradient, rtol=1e-6, atol=1e-7, msg=name)
+    none, selective, full = (max(peak for *_, peak in found[how]) for how in found)
+    assert none > selective > full
