@@ -47,4 +47,4 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for module in ("megatron", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt|not a leaf Tensor).*")
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt|not a leaf Tensor|DTensor).*")
