@@ -68,7 +68,7 @@ def main() -> None:
     while code != 0:
         process = start(killed)
         try:
-            code = process.wait(draw.uniform(0.1, 0.5) * seconds if kills < KILLS else None)
+            code = process.wait(draw.uniform(0.05, 0.25) * seconds if kills < KILLS else None)
             assert code == 0, f"see {where}/killed.log"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)

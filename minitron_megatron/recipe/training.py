@@ -11,7 +11,7 @@ from ..evaluate import validation_loss
 from ..events import Event
 from ..layout import flops_per_token
 from ..model import config_of
-from ..train import Learner, Objective, Training, train
+from ..train import Learner, Objective, Training, train, train_norms_only
 from .context import Context
 from .phases import ResolvedPhase, prefixes, resolved
 from .schema import Recipe, TrainingKeys
@@ -35,6 +35,8 @@ def distil(context: Context, student: list[Any], label: str) -> int:
         objective = KDObjective(teacher, topology, vocab=vocab, loss=loss, offload=keys.offload_teacher)
         return train_in_phases(context, student, objective, keys, label, teacher=objective)
     assert correct is not None
+    if correct.parameters == "norms":
+        train_norms_only(teacher)
 
     def taught(phase: ResolvedPhase) -> ContinuousObjective:
         """Each phase corrects with a schedule of its own, as long as the phase."""
@@ -79,7 +81,7 @@ def train_in_phases(
             checkpoints=at[0],
             identity=at[1],
             begin=before,
-            save_last=len(phases) > 1 or context.recipe.distill.retain,
+            save_last=len(phases) > 1 or (label == "distill" and context.recipe.distill.retain),
             beside=beside,
             beside_flops=_flops(taught, phase, trains=bool(beside)),
             validate=_validation(context, model, held_out, taught),

@@ -99,6 +99,16 @@ def test_a_teacher_is_corrected_meanwhile(recipe_file: Write, pool: Pool) -> Non
     assert [row["model"] for row in read_json(out / "summary.json")] == ["teacher", "pruned", "distilled"]
 
 
+def test_norms_alone_can_be_corrected_meanwhile(recipe_file: Write, pool: Pool) -> None:
+    recipe, last = phased(recipe_file), {}
+    for parameters in ("all", "norms"):
+        correct = json.dumps(CORRECT | {"parameters": parameters})
+        said = pool.run(work, recipe, (f"correct={correct}", f"out={recipe.parent / parameters}"))[0]
+        last[parameters] = [values["loss"] for *_, values in said]
+    assert last["all"][0] == last["norms"][0]
+    assert all(a != b for a, b in zip(last["all"][1:], last["norms"][1:], strict=True))
+
+
 def test_what_corrects_meanwhile_cannot_be_offloaded(recipe_file: Write) -> None:
     recipe = phased(recipe_file, offload_teacher=True)
     with pytest.raises(RecipeError, match="corrected continuously cannot be offloaded"):
