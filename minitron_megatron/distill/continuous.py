@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +11,10 @@ from torch import Tensor
 from ..data import Batch
 from ..losses import KDLoss
 from ..model import output_weight
-from ..parallel import Topology
+from ..parallel import Topology, final_hidden
 from ..train import Learner, LMObjective
 from .objective import KDObjective
+from .states import StateLoss
 
 __all__ = ["ContinuousObjective"]
 
@@ -25,11 +27,18 @@ class ContinuousObjective(KDObjective):
     """
 
     def __init__(
-        self, learner: Learner, topology: Topology, *, vocab: int, shared: int | None = None, loss: KDLoss | None = None
+        self,
+        learner: Learner,
+        topology: Topology,
+        *,
+        vocab: int,
+        shared: int | None = None,
+        loss: KDLoss | None = None,
+        states: StateLoss | None = None,
     ) -> None:
         """learner: the teacher in training; the rest as for KDObjective."""
         teacher = [chunk.module for chunk in learner.chunks]
-        super().__init__(teacher, topology, vocab=vocab, shared=shared, loss=loss, freeze=False)
+        super().__init__(teacher, topology, vocab=vocab, shared=shared, loss=loss, states=states, freeze=False)
         self.learner = learner
         self._output: Tensor | None = None
 
@@ -37,9 +46,11 @@ class ContinuousObjective(KDObjective):
         """The teacher's step. Collective over the world."""
         if self.topology.is_last_stage:
             self._output = output_weight(self.teacher[-1]).detach().clone()
-        cross_entropy = _Keeping(self.topology, len(batches))
+        self._begin(batches)
+        cross_entropy = _Keeping(self.topology, len(batches), self._listening)
         self.learner.step(batches, cross_entropy)
         self._hidden = cross_entropy.hidden
+        self._measure(batches)
 
     def _output_weight(self) -> Tensor:
         assert self._output is not None
@@ -49,9 +60,17 @@ class ContinuousObjective(KDObjective):
 class _Keeping(LMObjective):
     """Cross-entropy that leaves the final hidden states of each micro-batch."""
 
-    def __init__(self, topology: Topology, micro_batches: int) -> None:
+    def __init__(
+        self, topology: Topology, micro_batches: int, listening: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        """listening: around a forward pass, whose states are wanted."""
         super().__init__(topology)
+        self.listening = listening
         self.hidden: list[Any] = [None] * micro_batches
+
+    def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
+        with self.listening():
+            return final_hidden(chunk, batch.tokens)
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         self.hidden[index] = hidden.detach()

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..data import Batch
 from ..errors import RecipeError
 from ..losses import KDLoss, distill_loss
-from ..model import chunks_of, config_of, forward_only, output_weight
-from ..parallel import Topology
+from ..model import chunks_of, config_of, forward_backward, forward_only, output_weight
+from ..parallel import Topology, final_hidden
 from .offload import Offload
+from .states import StateLoss
 
 __all__ = ["KDObjective"]
 
@@ -29,18 +33,19 @@ class KDObjective:
         vocab: int,
         shared: int | None = None,
         loss: KDLoss | None = None,
+        states: StateLoss | None = None,
         offload: bool = False,
         freeze: bool = True,
     ) -> None:
         """teacher: the chunks of a plain model. vocab: the student's entries. shared: the entries that both have, where
-        the two are counted with unlike padding. offload: keep the teacher in host memory while it does not run. freeze:
-        let nothing of it train.
+        the two are counted with unlike padding. states: what is learnt beside the logits. offload: keep the teacher in
+        host memory while it does not run. freeze: let nothing of it train.
 
         Raises RecipeError where the vocabularies differ, or the loss asks for more than they have.
         """
         self.teacher = chunks_of(teacher)
         self.topology = topology
-        self.loss_of = loss or KDLoss()
+        self.loss_of, self.states = loss or KDLoss(), states
         self.vocab = _shared_vocabulary(config_of(self.teacher[0]).shape.vocab, vocab, shared)
         self.loss_of.check(self.vocab)
         self._hidden: list[Tensor] = []
@@ -50,14 +55,37 @@ class KDObjective:
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Runs the teacher forward. Collective over the model's ranks."""
-        if self._offload is None:
+        self._begin(batches)
+        with self._offload.on_device() if self._offload else nullcontext(), self._listening():
             self._hidden = forward_only(self.teacher, batches)
-        else:
-            with self._offload.on_device():
-                self._hidden = forward_only(self.teacher, batches)
+        self._measure(batches)
+
+    def _begin(self, batches: Sequence[Batch]) -> None:
+        if self.states:
+            self.states.begin(batches)
+
+    def _listening(self) -> AbstractContextManager[None]:
+        return self.states.listening() if self.states else nullcontext()
+
+    def _measure(self, batches: Sequence[Batch]) -> None:
+        """A first forward pass, where the weight of the states' loss is still to be found."""
+        if self.states and math.isnan(self.states.alpha):
+            with torch.no_grad(), self.states.measuring():
+                forward_backward(self.states.student, batches, self.loss, backward=False, forward=self.forward)
+
+    def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
+        """The student's, with the losses of its states where there are any."""
+        with self.states.at(index) if self.states else nullcontext():
+            return final_hidden(chunk, batch.tokens)
+
+    def finish(self) -> dict[str, float]:
+        """What the step measured of states. Collective over the world."""
+        return self.states.finish() if self.states else {}
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
-        return distill_loss(
+        weight = self.loss_of.ce_weight
+        of_labels = hidden.new_zeros((), dtype=torch.float32) if self.states and weight else None
+        total = distill_loss(
             hidden,
             output_weight(chunk),
             self._hidden[index],
@@ -67,8 +95,13 @@ class KDObjective:
             group=self.topology.tp_group,
             loss=self.loss_of,
             labels=batch.labels,
+            of_labels=of_labels,
             sequence_parallel=self.topology.sequence_parallel,
         )
+        if self.states:
+            divergence = total.detach() if of_labels is None else total.detach() - weight * of_labels
+            self.states.add_logits(divergence, batch.mask.sum())
+        return total
 
     def _output_weight(self) -> Tensor:
         """That goes with the hidden states."""
@@ -77,7 +110,7 @@ class KDObjective:
     def plain(self) -> KDObjective:
         """Forward KL from the same teacher, as it is by then: what validation measures."""
         found = object.__new__(KDObjective)
-        found.__dict__ |= self.__dict__ | {"loss_of": KDLoss(), "_hidden": []}
+        found.__dict__ |= self.__dict__ | {"loss_of": KDLoss(), "states": None, "_hidden": []}
         return found
 
 

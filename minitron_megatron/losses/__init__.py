@@ -1,4 +1,5 @@
-"""Losses over a vocabulary that is split over ranks, fused with the output layers: full logits never exist.
+"""Losses over a vocabulary that is split over ranks, fused with the output layers: full logits never exist;
+and over hidden states.
 
 Knows: hidden states, output weights, masks, the group that splits the vocabulary. Must not know: models, data.
 
@@ -8,6 +9,19 @@ Letters: s sequence, b batch, n tokens (s * b), c tokens of a chunk, h hidden, v
 from .distillation import KDLoss
 from .divergences import DIVERGENCES, Divergence
 from .fused import chunk_tokens, distill_loss, lm_loss
+from .states import STATE_LOSSES, also_minimise, relation_loss, state_loss
 from .vocab import Entries
 
-__all__ = ["DIVERGENCES", "Divergence", "Entries", "KDLoss", "chunk_tokens", "distill_loss", "lm_loss"]
+__all__ = [
+    "DIVERGENCES",
+    "STATE_LOSSES",
+    "Divergence",
+    "Entries",
+    "KDLoss",
+    "also_minimise",
+    "chunk_tokens",
+    "distill_loss",
+    "lm_loss",
+    "relation_loss",
+    "state_loss",
+]

@@ -68,12 +68,16 @@ class Distillation:
     held: int
     """Rows of this rank's student output weight, padding included."""
     cross_entropy: CrossEntropy | None = None
+    of_labels: Tensor | None = None
+    """Where given, this rank's part of the cross-entropy is added to it, summed and without its weight."""
 
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """logits: fp32 [c, v], overwritten. Returns this rank's part of each token's loss [c], and the gradient."""
         if self.cross_entropy is None:
             return self._divergence(logits, rows)
         of_label, towards_label = self.cross_entropy(logits.clone(), rows)
+        if self.of_labels is not None:
+            self.of_labels.add_(of_label.sum())
         value, gradient = self._divergence(logits, rows)
         weight = self.loss.ce_weight
         return value.add_(of_label, alpha=weight), gradient.add_(towards_label, alpha=weight)

@@ -74,6 +74,7 @@ def distill_loss(
     group: Group,
     loss: KDLoss = FORWARD_KL,
     labels: Tensor | None = None,
+    of_labels: Tensor | None = None,
     sequence_parallel: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
@@ -81,7 +82,8 @@ def distill_loss(
     every rank.
 
     Arguments as for `lm_loss`; the teacher's hidden states and output weight are constants, and may have another width
-    and another padding. labels: needed where `loss` has cross-entropy. Raises RecipeError where a model has fewer than
+    and another padding. labels: needed where `loss` has cross-entropy. of_labels: a zero, which becomes what that is,
+    summed and without its weight. Raises RecipeError where a model has fewer than
     `vocab` entries, or the loss asks for more than there are.
     """
     tokens, held = _tokens(mask), weight.shape[0]
@@ -101,9 +103,12 @@ def distill_loss(
         if labels is None:
             raise RecipeError(f"ce_weight is {loss.ce_weight}, but the loss was given no labels. Pass them.")
         cross_entropy = CrossEntropy(vocabulary, _flat(labels)[tokens], held)
-    of_chunk = Distillation(loss, vocabulary, teacher, held, cross_entropy)
+    of_chunk = Distillation(loss, vocabulary, teacher, held, cross_entropy, of_labels)
     chunk = chunk or chunk_tokens(len(tokens), held, loss.live, loss.budget_bytes)
-    return _fused(hidden, weight, tokens, of_chunk, vocabulary, sequence_parallel, chunk)
+    total = _fused(hidden, weight, tokens, of_chunk, vocabulary, sequence_parallel, chunk)
+    if of_labels is not None:
+        all_reduce(of_labels, group)
+    return total
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from .checkpoint import Checkpoints, Trainee, load_checkpoint
 from .config import ModelConfig, Recompute, check_fits, config_of
 from .initial import fill_initial
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
-from .shards import NamedShard, adopt, home, named_shards, output_weight
+from .shards import BRIDGE, NamedShard, adopt, home, named_shards, output_weight
 
 __all__ = [
+    "BRIDGE",
     "Checkpoints",
     "MicroBatch",
     "ModelConfig",

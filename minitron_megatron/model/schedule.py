@@ -44,12 +44,17 @@ Indexed = Iterator[tuple[int, MicroBatch]]
 
 
 def forward_backward(
-    model: Any, batches: Sequence[MicroBatch], loss_of: LossOf, *, backward: bool = True
+    model: Any,
+    batches: Sequence[MicroBatch],
+    loss_of: LossOf,
+    *,
+    backward: bool = True,
+    forward: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs a step's micro-batches; gradients accumulate in the model's buffers, divided by the global count of tokens.
 
     Returns (summed loss in nats: fp64, counted tokens: int64) of this rank's micro-batches, zero before the last
-    pipeline stage. Collective over the model's ranks.
+    pipeline stage. forward: in the place of a chunk's own pass. Collective over the model's ranks.
     """
 
     def last(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +62,7 @@ def forward_backward(
         return loss, tokens.int(), torch.stack([loss.detach().double(), tokens.double()])
 
     sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
-    for pair in _run(model, batches, last, _whole, forward_only=not backward):
+    for pair in _run(model, batches, last, forward or _whole, forward_only=not backward):
         sums += pair
     return sums[0], sums[1].long()
 

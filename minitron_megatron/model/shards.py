@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from ..layout import Shape, expert_of, layer_of
 from ..parallel import Topology
 
-__all__ = ["NamedShard", "adopt", "home", "named_shards", "output_weight"]
+__all__ = ["BRIDGE", "NamedShard", "adopt", "home", "named_shards", "output_weight"]
 
 FUSED_NORMS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 """Transformer Engine's linear layers that hold the norm before them, as `layer_norm_weight` and `layer_norm_bias`."""
+
+BRIDGE = "bridge"
+"""The attribute of a chunk for what training alone needs: its parameters train and are saved, and are none of the
+model's."""
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -43,6 +47,8 @@ def named_shards(model: nn.Module | Sequence[nn.Module]) -> Iterator[NamedShard]
         tied = gpt.share_embeddings_and_output_weights
         for local, _ in gpt.named_parameters():
             path, _, leaf = local.rpartition(".")
+            if path.split(".")[0] == BRIDGE:
+                continue
             second = tied and local == OUTPUT
             yield NamedShard(EMBEDDING if second else _global(local, gpt), gpt.get_submodule(path), leaf, second)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..distill import StatePairs
 from ..errors import RecipeError
 from ..layout import PUBLIC_AXES
 from ..losses import KDLoss
@@ -35,6 +36,7 @@ def _layers(value: Any) -> Any:
     return value
 
 
+Written = Annotated[str, BeforeValidator(str)]
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
 Layers = Annotated[int | tuple[int, ...], BeforeValidator(_layers)]
 Positive = Annotated[float, Field(gt=0)]
@@ -245,6 +247,37 @@ class LossKeys(Keys):
         )
 
 
+class StateKeys(Keys):
+    """What the student learns from the teacher's hidden states: layers as `teacher:student` in quotes, each numbered
+    from 0 in its own model. Where the widths differ, one map that trains along raises the student's to the teacher's.
+    """
+
+    embedding: bool = False
+    """The embedding, after the first norm."""
+    outputs: tuple[Written, ...] = ()
+    """Outputs of layers, after the norm that follows. The papers: where many layers go, the last but two of each model,
+    beside the embedding."""
+    mlp_inputs: tuple[Written, ...] = ()
+    """What enters MLPs, after the norm before them. The papers found no gain."""
+    attention: tuple[Written, ...] = ()
+    """How queries, keys and values of each token relate to those before it. The papers found no gain."""
+    loss: str = "cosine"
+    """How far states are apart, but for `attention`: cosine or mse."""
+    alpha: Positive | Literal["dynamic"] = "dynamic"
+    """Weight of the states' loss; dynamic: what makes it as large as the logits', found anew each step."""
+
+    @model_validator(mode="after")
+    def _can_be(self) -> StateKeys:
+        try:
+            self.pairs()
+        except RecipeError as error:
+            raise ValueError(str(error).rstrip(".")) from error
+        return self
+
+    def pairs(self) -> StatePairs:
+        return StatePairs(**{key: getattr(self, key) for key in type(self).model_fields})
+
+
 class Phase(Keys):
     """What a further phase of distillation changes; a key left out is as in the phase before."""
 
@@ -270,6 +303,8 @@ class Distill(TrainingKeys):
     retain: bool = False
     """Leave the checkpoints when the stage is done, to add a phase to."""
     loss: LossKeys = LossKeys()
+    states: StateKeys | None = None
+    """Left out: the student learns from the logits alone, as in both papers' final recipes."""
     offload_teacher: bool = False
     """Keep the teacher in host memory while the student trains: less device memory, a copy to the device each step."""
 

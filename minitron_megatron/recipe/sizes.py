@@ -109,7 +109,10 @@ def statistic_of(recipe: Recipe) -> Statistic:
 
 
 def check_pruning(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
-    """Raises RecipeError, PlanError or TopologyError where a teacher cannot be scored and cut so. Not collective."""
+    """Raises RecipeError, PlanError or TopologyError where a teacher cannot be scored and cut so, or cannot teach so.
+
+    Not collective.
+    """
     check_fits(student_shape(recipe, teacher), topology)
     if scores_wanted(recipe):
         check_statistic(statistic_of(recipe), teacher)
@@ -117,6 +120,8 @@ def check_pruning(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
         raise RecipeError(f"prune.merge ranks heads by scores, and by: {recipe.prune.by} has none. Set it to none.")
     _check_depth(recipe, teacher)
     _check_rounds(recipe, teacher, topology)
+    if recipe.distill.states:
+        recipe.distill.states.pairs().check(teacher, student_shape(recipe, teacher), topology)
 
 
 def _check_depth(recipe: Recipe, teacher: Shape) -> None:

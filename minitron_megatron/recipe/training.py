@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..distill import ContinuousObjective, KDObjective
+from ..distill import ContinuousObjective, KDObjective, StateLoss
 from ..evaluate import validation_loss
 from ..events import Event
 from ..layout import flops_per_token
@@ -31,9 +32,11 @@ def distil(context: Context, student: list[Any], label: str) -> int:
     keys, correct, topology = context.recipe.distill, context.recipe.correct, context.topology
     continuous = correct is not None and correct.continuous
     teacher, loss, vocab = context.load_teacher(trains=continuous), keys.loss.loss(), config_of(student[0]).shape.vocab
+    states = _states(context, teacher, student)
     if not continuous:
-        objective = KDObjective(teacher, topology, vocab=vocab, loss=loss, offload=keys.offload_teacher)
-        return train_in_phases(context, student, objective, keys, label, teacher=objective)
+        objective = KDObjective(teacher, topology, vocab=vocab, loss=loss, states=states, offload=keys.offload_teacher)
+        with _released(states):
+            return train_in_phases(context, student, objective, keys, label, teacher=objective)
     assert correct is not None
     if correct.parameters == "norms":
         train_norms_only(teacher)
@@ -41,9 +44,26 @@ def distil(context: Context, student: list[Any], label: str) -> int:
     def taught(phase: ResolvedPhase) -> ContinuousObjective:
         """Each phase corrects with a schedule of its own, as long as the phase."""
         settings = _training(ResolvedPhase(correct.model_copy(update=_budget(phase)), phase.sequence, ()), 0)
-        return ContinuousObjective(Learner(teacher, settings, topology, "teacher"), topology, vocab=vocab, loss=loss)
+        learner = Learner(teacher, settings, topology, "teacher")
+        return ContinuousObjective(learner, topology, vocab=vocab, loss=loss, states=states)
 
-    return train_in_phases(context, student, taught, keys, label)
+    with _released(states):
+        return train_in_phases(context, student, taught, keys, label)
+
+
+def _states(context: Context, teacher: list[Any], student: list[Any]) -> StateLoss | None:
+    keys, seed = context.recipe.distill.states, context.recipe.seed
+    return StateLoss(teacher, student, keys.pairs(), context.topology, seed=seed) if keys else None
+
+
+@contextmanager
+def _released(states: StateLoss | None) -> Iterator[None]:
+    """Training, after which nothing of `states` is left on the models."""
+    try:
+        yield
+    finally:
+        if states:
+            states.release()
 
 
 def _budget(phase: ResolvedPhase) -> dict[str, int]:

@@ -46,12 +46,17 @@ class Learner:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, counted = global_sums(*forward_backward(self.chunks, batches, objective.loss), self.topology)
+        loss, counted = self._passes(batches, objective)
         self.scheduler.step(increment=1)  # before the update, so that the first step has lr / warmup_steps and not zero
         if not (math.isfinite(loss) and self._finite()):
             return loss, counted, math.nan
         _, norm, _ = self.optimizer.step()
         return loss, counted, float(norm or 0.0)
+
+    def _passes(self, batches: Sequence[Batch], objective: Objective) -> tuple[float, int]:
+        """Forward and backward over the step's micro-batches: (summed loss, counted tokens), of the global batch."""
+        own = getattr(objective, "forward", None)
+        return global_sums(*forward_backward(self.chunks, batches, objective.loss, forward=own), self.topology)
 
     def _finite(self) -> bool:
         """Whether all gradients are, of every rank: mcore looks only where a loss scaler is at work. Collective."""

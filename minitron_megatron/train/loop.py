@@ -133,6 +133,8 @@ class _Run:
                 self._warn(f"step {done} of {self.label} has a loss of {loss:.4g}, far above those before it.")
         values = {"loss": loss, "lr": self.learners[0].lr, "grad_norm": norm, "tokens": self.tokens}
         values |= {"skipped": self.skipped, "spikes": self.spikes.count}
+        if hasattr(self.objective, "finish"):
+            values |= self.objective.finish()
         if self.store:
             self.store.poll()
         return values | self._rates(batches, counted, time.perf_counter() - began)

@@ -81,7 +81,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(recipe_file: Write) -> N
 def test_a_schedulers_signal_saves_and_asks_to_be_requeued(recipe_file: Write) -> None:
     recipe = recipe_file(correct={"tokens": 400 * 8 * 16, "global_batch": 8, "micro_batch": 8, "warmup_steps": 2})
     out = load_recipe(recipe).out
-    command = [sys.executable, "-m", "minitron_megatron", "run", str(recipe)]
+    command = [sys.executable, "-m", "minitron_megatron", "run", str(recipe), "--set", "data.repeat=true"]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) as run:  # type: ignore[call-overload]
         until = time.monotonic() + 120
@@ -93,7 +93,7 @@ def test_a_schedulers_signal_saves_and_asks_to_be_requeued(recipe_file: Write) -
     assert run.returncode == 75
     assert "Saved, as the scheduler's signal asked. Run the same command again to go on." in said
     assert list((out / "checkpoints").glob("*/step_*"))
-    assert "resume" in call("run", recipe, "--dry-run").stdout
+    assert "resume" in call("run", recipe, "--dry-run", "--set", "data.repeat=true").stdout
 
 
 def test_init_makes_a_recipe_that_loads(material: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minitron_megatron.errors import RecipeError
+from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.events import Event
 from minitron_megatron.files import read_json
 from minitron_megatron.parallel import Topology
@@ -59,6 +59,13 @@ def test_phases_follow_each_other_and_one_more_continues(recipe_file: Write, poo
     more = pool.run(work, third, dp=2)[0]
     assert [(step, total) for _, step, total, _ in more] == [(step, 15) for step in range(13, 16)]
     assert more[-1][3]["tokens"] == said[-1][3]["tokens"] + 3 * 4 * 32
+
+
+def test_a_corpus_is_read_again_only_where_the_recipe_says_so(recipe_file: Write, pool: Pool) -> None:
+    recipe = phased(recipe_file, tokens=60 * 8 * 16, validate_every=60, save_every=60)
+    with pytest.raises(DataError, match=r"480 different sequences .* let it repeat \(data\.repeat\)"):
+        pool.run(work, recipe)
+    assert len(pool.run(work, recipe, ("data.repeat=true",))[0]) == 60
 
 
 def test_checkpoints_go_where_they_are_not_retained(recipe_file: Write, pool: Pool) -> None:

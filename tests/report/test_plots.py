@@ -54,7 +54,7 @@ def test_losses_of_two_kinds_have_two_panels(
     assert [entry.split(":")[0] for entry in legend(plain)] == ["correct"]
     assert {entry.split(":")[0] for entry in legend(distilled)} == {"distill", "baseline"}
     assert legend(validation)[-1] == "teacher: 2.7123"
-    assert "cross-entropy" in plain.get_ylabel() and "KL" in distilled.get_ylabel()
+    assert "cross-entropy" in plain.get_ylabel() and "recipe's loss" in distilled.get_ylabel()
     assert validation.get_xlabel() == "tokens seen in training"
     raw = next(line for line in distilled.lines if line.get_alpha())
     assert shown(raw) == [line["loss"] for line in metrics if line["stage"] == "distill"]
