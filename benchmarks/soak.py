@@ -2,9 +2,9 @@
 
     make soak
 
-The quickstart's recipe with shorter budgets and a checkpoint every few steps, killed (kill -9, all its processes) at
-up to twenty random moments and started again each time, until it ends. What must hold: the same table but for the times, the
-same weights, no checkpoint that cannot be read, and no step done again that lies before the last whole checkpoint.
+The quickstart's recipe with shorter budgets and a checkpoint every few steps, killed (kill -9, all its processes) at up
+to twenty random moments and started again each time, until it ends. What must hold: the same table but for the times,
+the same weights, no checkpoint that cannot be read, and no step done again that lies before the last whole checkpoint.
 """
 
 from __future__ import annotations
