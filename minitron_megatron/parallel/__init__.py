@@ -23,6 +23,7 @@ from .collectives import (
 )
 from .topology import Topology
 from .versions import (
+    count_padding,
     final_hidden,
     mark_expert,
     mend_distributed_optimizer,
@@ -39,6 +40,7 @@ __all__ = [
     "all_to_all",
     "barrier",
     "broadcast_object",
+    "count_padding",
     "fail_together",
     "final_hidden",
     "gather_objects",

@@ -6,7 +6,7 @@ import pickle
 import queue
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "count_padding",
     "final_hidden",
     "mark_expert",
     "mend_distributed_optimizer",
@@ -54,6 +55,20 @@ def mend_distributed_optimizer() -> None:
                 state.copy_(tensors[name])
 
     DistributedOptimizer._set_main_param_and_optimizer_states = copy_states
+
+
+def count_padding(wrapped: Sequence[Any]) -> None:
+    """Has checkpoints hold all of a DDP's buffers, the padding between buckets included.
+
+    mcore 0.16 writes the buckets one after the other without their padding, and reads parameters from where they lie
+    with it (optimizer/distrib_optimizer.py, `sharded_param_state_fully_reshardable`). Where a shared weight has a
+    bucket of its own, what follows it in the buffer gets its neighbours' optimizer states, and zeros at the end.
+    """
+    for chunk in wrapped:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def separate_steps(optimizer: Any) -> None:

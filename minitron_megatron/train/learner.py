@@ -11,7 +11,7 @@ import torch
 
 from ..data import Batch
 from ..model import Trainee, chunks_of, forward_backward
-from ..parallel import Topology, mend_distributed_optimizer, sum_over_world
+from ..parallel import Topology, count_padding, mend_distributed_optimizer, sum_over_world
 from .evaluate import global_sums
 from .objective import Objective
 from .training import Training
@@ -87,6 +87,7 @@ def _wrapped(chunks: Sequence[Any], training: Training) -> tuple[list[Any], Any]
     config = chunks[0].config
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     wrapped = [DistributedDataParallel(config, ddp, chunk.train()) for chunk in chunks]
+    count_padding(wrapped)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",

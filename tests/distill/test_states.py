@@ -1,0 +1,274 @@
+"""Hidden states are learnt as plain torch learns them from two transformers models and one map, at every layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minitron_megatron.convert import load_hf, model_hash, save_hf
+from minitron_megatron.data import Batch
+from minitron_megatron.distill import KDObjective, StateLoss, StatePairs
+from minitron_megatron.losses import KDLoss
+from minitron_megatron.parallel import Topology
+from minitron_megatron.testing import Pool
+from minitron_megatron.train import Learner, Training, train
+from tests.losses.cases import assert_close, naive
+from tests.tiny import LAYOUTS, SHAPE, SHAPES, cross_entropy, naive_training, samples, share, transformer
+
+TRAINING = Training(steps=5, lr=2e-3, min_lr=2e-4, warmup_steps=2)
+BATCH, SEED = 8, 5
+FORWARD_KL = KDLoss()
+EVERY = StatePairs(embedding=True, outputs=("2:1", "4:3"), mlp_inputs=("1:0",), attention=("4:3",))
+CASES = {
+    "every": EVERY,
+    "embedding": StatePairs(embedding=True, alpha=0.7),
+    "outputs": StatePairs(outputs=("2:1", "4:3"), loss="mse", alpha=0.7),
+    "mlp_inputs": StatePairs(mlp_inputs=("1:0", "4:3"), alpha=2.0),
+    "attention": StatePairs(attention=("1:0", "4:3"), alpha=0.7),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    teacher: Path
+    student: Path
+    pairs: StatePairs = EVERY
+    loss: KDLoss = FORWARD_KL
+    micro_batch: int = 2
+    checkpoints: Path | None = None
+    stop_at: int | None = None
+
+
+Result = tuple[list[dict[str, float]], list[Tensor], str]
+"""(curve, the map between widths on each chunk, hash of the student)."""
+
+
+class Stop(Exception):
+    """A killed run."""
+
+
+def distil(topology: Topology, job: Job) -> Result:
+    teacher, student = load_hf(job.teacher, topology), load_hf(job.student, topology)
+    states = StateLoss(teacher, student, job.pairs, topology, seed=SEED)
+    curve: list[dict[str, float]] = []
+
+    def listen(event: Any) -> None:
+        curve.append({"step": event.done, **event.values})
+        if event.done == job.stop_at:
+            raise Stop
+
+    try:
+        train(
+            student,
+            KDObjective(teacher, topology, vocab=SHAPE.vocab, loss=job.loss, states=states),
+            lambda step: share(samples(BATCH, seed=step), topology, job.micro_batch),
+            replace(TRAINING, save_every=2),
+            topology,
+            checkpoints=job.checkpoints,
+            listener=listen,
+        )
+    except Stop:
+        return curve, [], ""
+    maps = [bridge.linear.weight.detach().clone() for bridge in states.bridges if bridge.linear is not None]
+    states.release()
+    assert not any("bridge" in name for chunk in student for name, _ in chunk.named_parameters())
+    return curve, maps, model_hash(student, topology)
+
+
+def gradients(topology: Topology, job: Job, out: Path) -> list[tuple[Tensor, Tensor]]:
+    """Of the map on each chunk; the model's own are written to `out` as if they were its weights."""
+    teacher, student = load_hf(job.teacher, topology), load_hf(job.student, topology)
+    states = StateLoss(teacher, student, job.pairs, topology, seed=SEED)
+    objective = KDObjective(teacher, topology, vocab=SHAPE.vocab, loss=job.loss, states=states)
+    learner = Learner(student, TRAINING, topology)
+    batches = share(samples(BATCH, seed=0), topology, job.micro_batch)
+    objective.prepare(batches)
+    for chunk in learner.chunks:
+        chunk.zero_grad_buffer()
+    learner._passes(batches, objective)
+    lines = [bridge.linear for bridge in states.bridges if bridge.linear is not None]
+    of_maps = [(line.weight.main_grad.clone(), line.bias.main_grad.clone()) for line in lines]
+    found = {id(p): p.main_grad.clone() for chunk in student for p in chunk.parameters()}
+    for chunk in student:
+        for parameter in chunk.parameters():
+            parameter.data = found[id(parameter)]
+    learner.release()
+    states.release()
+    save_hf(student, out, topology, files_from=job.student)
+    return of_maps
+
+
+class Taught(nn.Module):
+    """A student of transformers with the linear map that raises its states."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.student, self.teacher_ = transformer(job.student).double(), [transformer(job.teacher).double()]
+        widths = [model.config.hidden_size for model in (self.student, self.teacher_[0])]
+        self.raised: nn.Module = nn.Identity()
+        if widths[0] != widths[1] and any((job.pairs.embedding, job.pairs.outputs, job.pairs.mlp_inputs)):
+            self.raised = nn.Linear(widths[0], widths[1])
+            bound = 1 / math.sqrt(widths[0])
+            draw = torch.Generator().manual_seed(SEED)
+            with torch.no_grad():
+                self.raised.weight.uniform_(-bound, bound, generator=draw)
+                self.raised.bias.zero_()
+            self.raised.double()
+        self.job, self.alpha, self.seen = job, job.pairs.alpha, []
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The whole loss a token; its parts are noted in `seen`."""
+        job, loss, tokens = self.job, self.job.loss, batch.mask.sum()
+        with torch.no_grad():
+            of_teacher, theirs = observed(self.teacher_[0], batch)
+        of_student, ours = observed(self.student, batch)
+        logits = naive(replace(loss, ce_weight=0.0), of_student[batch.mask], of_teacher[batch.mask]) / tokens
+        parts = [self.pair(kind, theirs[kind, t], ours[kind, s], batch.mask) for kind, t, s in mapped(job.pairs)]
+        states = torch.stack(parts).mean() / tokens
+        if job.pairs.dynamic and not self.seen:
+            self.alpha = (logits / states).item()
+        reported = logits + loss.ce_weight * cross_entropy(self.student, batch)
+        self.seen.append({"loss": reported.item(), "states_loss": states.item(), "alpha": self.alpha})
+        whole = reported + self.alpha * states
+        if job.pairs.dynamic:
+            self.alpha = (logits / states).item()
+        return whole
+
+    def pair(self, kind: str, theirs: Any, ours: Any, mask: Tensor) -> Tensor:
+        """Summed over tokens."""
+        if kind == "attention":
+            heads = math.gcd(SHAPES["untied"].kv_groups, SHAPES["student"].kv_groups)
+            of_roles = [relations(t, s, mask, heads) for t, s in zip(theirs, ours, strict=True)]
+            return torch.stack(of_roles).mean()
+        theirs, ours = theirs[mask], self.raised(ours[mask])
+        if self.job.pairs.loss == "mse":
+            return F.mse_loss(ours, theirs, reduction="none").mean(-1).sum()
+        return (1 - F.cosine_similarity(ours, theirs, dim=-1)).sum()
+
+
+def mapped(pairs: StatePairs) -> list[tuple[str, int, int]]:
+    found = [("outputs", -1, -1)] if pairs.embedding else []
+    for kind in ("outputs", "mlp_inputs", "attention"):
+        found += [(kind, *map(int, each.split(":"))) for each in getattr(pairs, kind)]
+    return found
+
+
+def relations(theirs: Tensor, ours: Tensor, mask: Tensor, heads: int) -> Tensor:
+    """KL of the rows, summed over tokens, the mean over heads."""
+    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
+
+    def rows(states: Tensor, head: int) -> Tensor:
+        part = states.chunk(heads, -1)[head]
+        scores = part @ part.transpose(1, 2) / math.sqrt(part.shape[-1])
+        return scores.masked_fill(~causal, -1e30).log_softmax(-1)
+
+    total = []
+    for head in range(heads):
+        p, q = rows(theirs, head), rows(ours, head)
+        total.append(torch.where(causal, p.exp() * (p - q), 0.0).sum(-1)[mask].sum())
+    return torch.stack(total).mean()
+
+
+def observed(model: Any, batch: Batch) -> tuple[Tensor, dict[tuple[str, int], Any]]:
+    """(logits, (kind, layer) -> states), the embedding as the output of layer -1."""
+    seen: dict[tuple[str, int], Any] = {}
+    layers, handles = model.model.layers, []
+
+    def keep(key: tuple[str, int], module: nn.Module) -> None:
+        handles.append(module.register_forward_hook(lambda _m, _i, output: seen.__setitem__(key, output)))
+
+    for at, layer in enumerate(layers):
+        keep(("outputs", at - 1), layer.input_layernorm)
+        keep(("mlp_inputs", at), layer.post_attention_layernorm)
+        for role in "qkv":
+            keep((role, at), getattr(layer.self_attn, f"{role}_proj"))
+    keep(("outputs", len(layers) - 1), model.model.norm)
+    logits = model(batch.tokens).logits
+    for handle in handles:
+        handle.remove()
+    return logits, seen | {("attention", at): [seen[role, at] for role in "qkv"] for at in range(len(layers))}
+
+
+def truth(job: Job) -> tuple[Taught, list[dict[str, float]]]:
+    """What plain torch makes of it, and its curve."""
+    taught = Taught(job)
+    loss_of: Callable[[Any, Batch], Tensor] = lambda model, batch: model(batch)  # noqa: E731
+    curve = naive_training(taught, lambda step: samples(BATCH, seed=step), TRAINING, loss_of)
+    return taught, [step | seen for step, seen in zip(curve, taught.seen, strict=True)]
+
+
+def expect_same(found: list[dict[str, float]], expected: list[dict[str, float]], rel: float = 1e-5) -> None:
+    for key in ("loss", "grad_norm", "states_loss", "alpha"):
+        assert [step[key] for step in found] == pytest.approx([step[key] for step in expected], rel=rel), key
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"),
+    [*(("every", layout) for layout in LAYOUTS), *((case, "tp2-pp2") for case in CASES if case != "every")],
+)
+def test_states_are_learnt_as_plain_torch_does(
+    pool: Pool, checkpoints: dict[str, Path], case: str, layout: str
+) -> None:
+    """Losses, the weight of the states' and the gradient's norm in every step, and the map in the end."""
+    job = Job(checkpoints["untied"], checkpoints["student"], CASES[case])
+    taught, expected = truth(job)
+    for curve, maps, _ in pool.run(distil, job, **LAYOUTS[layout]):
+        expect_same(curve, expected)
+        for found in maps:
+            torch.testing.assert_close(found, taught.raised.weight.detach().float(), rtol=1e-5, atol=1e-5)
+        assert maps or case == "attention"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2-sp", "pp2", "tp2-pp2"])
+def test_gradients_are_those_of_plain_torch(
+    pool: Pool, checkpoints: dict[str, Path], case: str, layout: str, tmp_path: Path
+) -> None:
+    job = Job(checkpoints["untied"], checkpoints["student"], CASES[case], KDLoss(ce_weight=0.3))
+    taught = Taught(job)
+    taught(samples(BATCH, seed=0)).backward()
+    for maps in pool.run(gradients, job, tmp_path / "gradients", **LAYOUTS[layout]):
+        for of_map in maps:
+            for found, line in zip(of_map, taught.raised.parameters(), strict=True):
+                assert_close(found, line.grad.float(), 1e-5, "the map")
+        assert bool(maps) == isinstance(taught.raised, nn.Linear)
+    of_student = dict(taught.student.named_parameters())
+    for name, found in transformer(tmp_path / "gradients").named_parameters():
+        assert_close(found.detach(), of_student[name].grad.float(), 1e-5, name)
+
+
+def test_models_of_one_width_need_no_map(pool: Pool, checkpoints: dict[str, Path]) -> None:
+    job = Job(checkpoints["untied"], checkpoints["tied"], StatePairs(outputs=("1:1",)))
+    _, expected = truth(job)
+    for curve, maps, _ in pool.run(distil, job, pp=2):
+        expect_same(curve, expected)
+        assert not maps
+
+
+def test_no_micro_batch_size_changes_it(pool: Pool, checkpoints: dict[str, Path]) -> None:
+    job = Job(checkpoints["untied"], checkpoints["student"])
+    small, large = (pool.run(distil, replace(job, micro_batch=size))[0][0] for size in (1, 4))
+    expect_same(small, large)
+
+
+def test_the_map_resumes_to_the_bit(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Also at another layout, but for rounding."""
+    job = Job(checkpoints["untied"], checkpoints["student"])
+    whole = pool.run(distil, job, pp=2)[0]
+    for name, layout in (("same", {"pp": 2}), ("other", {"tp": 2})):
+        stopped = replace(job, checkpoints=tmp_path / name, stop_at=3)
+        pool.run(distil, stopped, pp=2)
+        curve, maps, weights = pool.run(distil, replace(stopped, stop_at=None), **layout)[0]
+        assert [step["step"] for step in curve] == [3, 4, 5]
+        expect_same(curve, whole[0][2:])
+        if name == "same":
+            assert [(s["loss"], s["alpha"]) for s in curve] == [(s["loss"], s["alpha"]) for s in whole[0][2:]]
+            assert torch.equal(maps[0], whole[1][0]) and weights == whole[2]
