@@ -37,7 +37,7 @@ test: check  ## everything that a change must pass
 quickstart: install runs/corpus  ## prune and distil a small model on this machine
 	$(BIN)/minitron run examples/quickstart/recipe.yaml
 
-soak: install runs/corpus  ## kill a run at random moments; about ten minutes
+soak: install runs/corpus  ## kill a run at random moments; about twenty minutes
 	$(BIN)/python benchmarks/soak.py
 
 runs/corpus:

@@ -2,8 +2,8 @@
 
     make soak
 
-The quickstart's recipe with shorter budgets and a checkpoint every few steps, killed (kill -9, all its processes) at up
-to twenty random moments and started again each time, until it ends. What must hold: the same table but for the times,
+The quickstart's recipe with shorter budgets and a checkpoint every few steps, killed (kill -9, all its processes) at
+random moments and started again each time, until it ends; as many runs as it takes for twenty kills. What must hold: the same table but for the times,
 the same weights, no checkpoint that cannot be read, and no step done again that lies before the last whole checkpoint.
 """
 
@@ -57,34 +57,44 @@ def steps(out: Path) -> list[tuple[str, int]]:
     return [(line["stage"], line["done"]) for line in lines if "lr" in line]
 
 
+def killed_until_done(out: Path, draw: random.Random, seconds: float, kills: int) -> int:
+    """Runs, with up to `kills` of them at random moments; returns how many there were."""
+    done = 0
+    while True:
+        process = start(out)
+        try:
+            code = process.wait(draw.uniform(0.05, 0.25) * seconds if done < kills else None)
+            assert code == 0, f"see {out}.log"
+            return done
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            done += 1
+
+
 def main() -> None:
     where = ROOT / "runs" / "soak"
     shutil.rmtree(where, ignore_errors=True)
     where.mkdir(parents=True)
-    began = time.perf_counter()
-    assert start(where / "whole").wait() == 0, f"see {where}/whole.log"
-    seconds, draw, kills, code = time.perf_counter() - began, random.Random(SEED), 0, -1
-    killed = where / "killed"
-    while code != 0:
-        process = start(killed)
-        try:
-            code = process.wait(draw.uniform(0.05, 0.25) * seconds if kills < KILLS else None)
-            assert code == 0, f"see {where}/killed.log"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-    again = len(steps(killed)) - len(set(steps(killed)))
-    warned = (where / "killed.log").read_text(errors="replace").count("is used in its place")
+    began, whole = time.perf_counter(), where / "whole"
+    assert start(whole).wait() == 0, f"see {whole}.log"
+    seconds, draw, kills, runs = time.perf_counter() - began, random.Random(SEED), 0, list[Path]()
+    while kills < KILLS:
+        runs.append(where / f"killed{len(runs)}")
+        kills += killed_until_done(runs[-1], draw, seconds, KILLS - kills)
+    done = [steps(run) for run in runs]
     record(
         "soak",
         seed=SEED,
         kills=kills,
-        same_table=table(killed) == table(where / "whole"),
-        same_weights=digest(killed) == digest(where / "whole"),
-        spoilt_checkpoints=warned,
-        steps=len(set(steps(killed))),
-        steps_done_again=again,
+        runs=len(runs),
+        same_table=all(table(run) == table(whole) for run in runs),
+        same_weights=all(digest(run) == digest(whole) for run in runs),
+        spoilt_checkpoints=sum(
+            Path(f"{run}.log").read_text(errors="replace").count("is used in its place") for run in runs
+        ),
+        steps=sum(len(set(each)) for each in done),
+        steps_done_again=sum(len(each) - len(set(each)) for each in done),
         interval=SHORT["distill.save_every"],
     )
 

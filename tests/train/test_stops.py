@@ -98,7 +98,7 @@ def test_many_in_a_row_stop_with_a_saved_state(pool: Pool, checkpoints: dict[str
     for said, error in pool.run(run, job, tp=2):
         assert error == (
             f"TrainingError: the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step "
-            f"{MOST_SKIPPED + 2}. Look at the data around it, or lower distill.lr."
+            f"{MOST_SKIPPED + 2}. Look at the data around it, or lower the learning rate (`lr`)."
         )
         assert said[-1][1] == MOST_SKIPPED
     assert (tmp_path / f"step_{MOST_SKIPPED + 2:08}").is_dir()
