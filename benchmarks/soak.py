@@ -3,8 +3,9 @@
     make soak
 
 The quickstart's recipe with shorter budgets and a checkpoint every few steps, killed (kill -9, all its processes) at
-random moments and started again each time, until it ends; as many runs as it takes for twenty kills. What must hold: the same table but for the times,
-the same weights, no checkpoint that cannot be read, and no step done again that lies before the last whole checkpoint.
+random moments and started again each time, until it ends; in as many runs as twenty kills take. What must hold: the
+same table but for the times, the same weights, no checkpoint that cannot be read, and no step done again that lies
+before the last whole checkpoint.
 """
 
 from __future__ import annotations
