@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,29 @@ from torch import Tensor, nn
 
 from minitron_megatron.convert import load_hf, model_hash, save_hf
 from minitron_megatron.data import Batch
-from minitron_megatron.distill import KDObjective, StateLoss, StatePairs
+from minitron_megatron.distill import ContinuousObjective, KDObjective, StateLoss, StatePairs
 from minitron_megatron.losses import KDLoss
+from minitron_megatron.model import Recompute
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import Learner, Training, train
 from tests.losses.cases import assert_close, naive
-from tests.tiny import LAYOUTS, SHAPE, SHAPES, cross_entropy, naive_training, samples, share, transformer
+from tests.tiny import (
+    LAYOUTS,
+    SHAPE,
+    SHAPES,
+    cross_entropy,
+    learning_rate,
+    naive_training,
+    samples,
+    share,
+    transformer,
+)
 
 TRAINING = Training(steps=5, lr=2e-3, min_lr=2e-4, warmup_steps=2)
 BATCH, SEED = 8, 5
 FORWARD_KL = KDLoss()
+TEACHER = Training(steps=5, lr=1e-3, min_lr=1e-4, warmup_steps=3)
 EVERY = StatePairs(embedding=True, outputs=("2:1", "4:3"), mlp_inputs=("1:0",), attention=("4:3",))
 CASES = {
     "every": EVERY,
@@ -43,6 +54,9 @@ class Job:
     pairs: StatePairs = EVERY
     loss: KDLoss = FORWARD_KL
     micro_batch: int = 2
+    recompute: Recompute = "none"
+    continuous: bool = False
+    """Correct the teacher meanwhile."""
     checkpoints: Path | None = None
     stop_at: int | None = None
 
@@ -56,8 +70,13 @@ class Stop(Exception):
 
 
 def distil(topology: Topology, job: Job) -> Result:
-    teacher, student = load_hf(job.teacher, topology), load_hf(job.student, topology)
+    teacher, student = load_hf(job.teacher, topology), load_hf(job.student, topology, recompute=job.recompute)
     states = StateLoss(teacher, student, job.pairs, topology, seed=SEED)
+    how: dict[str, Any] = {"vocab": SHAPE.vocab, "loss": job.loss, "states": states}
+    if job.continuous:
+        objective: KDObjective = ContinuousObjective(Learner(teacher, TEACHER, topology, "teacher"), topology, **how)
+    else:
+        objective = KDObjective(teacher, topology, **how)
     curve: list[dict[str, float]] = []
 
     def listen(event: Any) -> None:
@@ -68,11 +87,12 @@ def distil(topology: Topology, job: Job) -> Result:
     try:
         train(
             student,
-            KDObjective(teacher, topology, vocab=SHAPE.vocab, loss=job.loss, states=states),
+            objective,
             lambda step: share(samples(BATCH, seed=step), topology, job.micro_batch),
             replace(TRAINING, save_every=2),
             topology,
             checkpoints=job.checkpoints,
+            beside=[objective.learner] if isinstance(objective, ContinuousObjective) else [],
             listener=listen,
         )
     except Stop:
@@ -154,6 +174,29 @@ class Taught(nn.Module):
         return (1 - F.cosine_similarity(ours, theirs, dim=-1)).sum()
 
 
+class Corrected:
+    """A teacher that takes a step of its own once the student's loss has been taken from it."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher, self.done = teacher, 0
+        groups = [[p for p in teacher.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
+        decays = (TEACHER.weight_decay, 0.0)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
+            betas=(TEACHER.beta1, TEACHER.beta2),
+            eps=TEACHER.eps,
+        )
+
+    def step(self, batch: Batch) -> None:
+        self.done += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.done, TEACHER)
+        self.optimizer.zero_grad()
+        cross_entropy(self.teacher, batch).backward()
+        torch.nn.utils.clip_grad_norm_(self.teacher.parameters(), TEACHER.clip)
+        self.optimizer.step()
+
+
 def mapped(pairs: StatePairs) -> list[tuple[str, int, int]]:
     found = [("outputs", -1, -1)] if pairs.embedding else []
     for kind in ("outputs", "mlp_inputs", "attention"):
@@ -200,7 +243,14 @@ def observed(model: Any, batch: Batch) -> tuple[Tensor, dict[tuple[str, int], An
 def truth(job: Job) -> tuple[Taught, list[dict[str, float]]]:
     """What plain torch makes of it, and its curve."""
     taught = Taught(job)
-    loss_of: Callable[[Any, Batch], Tensor] = lambda model, batch: model(batch)  # noqa: E731
+    corrected = Corrected(taught.teacher_[0]) if job.continuous else None
+
+    def loss_of(model: Any, batch: Batch) -> Tensor:
+        loss: Tensor = model(batch)
+        if corrected:
+            corrected.step(batch)
+        return loss
+
     curve = naive_training(taught, lambda step: samples(BATCH, seed=step), TRAINING, loss_of)
     return taught, [step | seen for step, seen in zip(curve, taught.seen, strict=True)]
 
@@ -251,6 +301,24 @@ def test_models_of_one_width_need_no_map(pool: Pool, checkpoints: dict[str, Path
     for curve, maps, _ in pool.run(distil, job, pp=2):
         expect_same(curve, expected)
         assert not maps
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "tp2-pp2"])
+def test_a_teacher_that_is_corrected_meanwhile(pool: Pool, checkpoints: dict[str, Path], layout: str) -> None:
+    job = Job(checkpoints["untied"], checkpoints["student"], continuous=True)
+    _, expected = truth(job)
+    for curve, _, _ in pool.run(distil, job, **LAYOUTS[layout]):
+        expect_same(curve, expected)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("layout", ["tp1", "pp2-vp2"])
+def test_what_runs_again_is_compared_once(
+    pool: Pool, checkpoints: dict[str, Path], recompute: Recompute, layout: str
+) -> None:
+    job = Job(checkpoints["untied"], checkpoints["student"])
+    plain, again = (pool.run(distil, replace(job, recompute=how), **LAYOUTS[layout])[0] for how in ("none", recompute))
+    expect_same(again[0], plain[0])
 
 
 def test_no_micro_batch_size_changes_it(pool: Pool, checkpoints: dict[str, Path]) -> None:
