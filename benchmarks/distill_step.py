@@ -9,11 +9,10 @@ thread; medians. CPU time stands beside wall time, for other work on the machine
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from statistics import median
 
 import torch
+from clock import seconds
 from record import record
 
 from minitron_megatron.data import Batch
@@ -26,13 +25,6 @@ from minitron_megatron.train import Learner, LMObjective, Objective, Training
 TEACHER = Shape(layers=8, hidden=512, ffn=1408, heads=8, kv_groups=2, head_dim=64, vocab=8192)
 STUDENT = TEACHER.resized(hidden=384, ffn=896)
 SEQUENCE, BATCHES, REPEATS, BOUND = 512, 4, 5, 1.15
-
-
-def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """(wall, CPU)."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def main() -> None:

@@ -10,12 +10,11 @@ other work on the machine stretches the latter.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from itertools import product
 from statistics import median
 
 import torch
+from clock import seconds
 from record import record
 
 from minitron_megatron.data import Batch
@@ -27,13 +26,6 @@ from minitron_megatron.score import score
 
 SHAPE = Shape(layers=8, hidden=512, ffn=1408, heads=8, kv_groups=2, head_dim=64, vocab=1000)
 SEQUENCE, BATCHES, REPEATS = 512, 6, 5
-
-
-def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """(wall, CPU)."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minitron_megatron.data import Batch
+from minitron_megatron.events import Event
 from minitron_megatron.layout import Shape
 from minitron_megatron.parallel import Topology
 
@@ -114,20 +115,45 @@ def learning_rate(step: int, training: Any) -> float:
     return training.min_lr + (training.lr - training.min_lr) * cosine
 
 
-def naive_training(model: Any, batch_of: Callable[[int], Batch], training: Any, loss_of: LossOf) -> list[dict]:
-    """Plain torch: AdamW, no decay on vectors, gradient clipped by its global norm. Trains `model`; one dict a step."""
-    decays = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decays, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(training.beta1, training.beta2), eps=training.eps)
-    curve = []
-    for step in range(1, training.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, training)
-        optimizer.zero_grad()
-        loss = loss_of(model, batch_of(step - 1))
+class Stop(Exception):
+    """A killed run."""
+
+
+def note(curve: list[dict[str, float]], stop_at: int | None = None) -> Callable[[Event], None]:
+    """A listener that adds each step to `curve`; raises Stop after step `stop_at`."""
+
+    def listen(event: Event) -> None:
+        curve.append({"step": event.done, **event.values})
+        if event.done == stop_at:
+            raise Stop
+
+    return listen
+
+
+class NaiveOptimizer:
+    """Plain torch: AdamW, no decay on vectors, gradient clipped by its global norm."""
+
+    def __init__(self, model: Any, training: Any) -> None:
+        decays = [p for p in model.parameters() if p.dim() > 1]
+        plain = [p for p in model.parameters() if p.dim() == 1]
+        groups = [{"params": decays, "weight_decay": training.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.model, self.training, self.done = model, training, 0
+        self.adam = torch.optim.AdamW(groups, betas=(training.beta1, training.beta2), eps=training.eps)
+
+    def step(self, loss: Tensor) -> dict[str, float]:
+        """Descends `loss`; what the step was."""
+        self.done += 1
+        lr = learning_rate(self.done, self.training)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
-        optimizer.step()
-        curve.append({"loss": loss.item(), "grad_norm": norm.item(), "lr": learning_rate(step, training)})
-    return curve
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
+        self.adam.step()
+        return {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr}
+
+
+def naive_training(model: Any, batch_of: Callable[[int], Batch], training: Any, loss_of: LossOf) -> list[dict]:
+    """Trains `model` in plain torch; one dict a step."""
+    optimizer = NaiveOptimizer(model, training)
+    return [optimizer.step(loss_of(model, batch_of(step))) for step in range(training.steps)]

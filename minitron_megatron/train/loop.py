@@ -115,7 +115,7 @@ class _Run:
     def hopelessness(self) -> TrainingError:
         return TrainingError(
             f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step {self.step}. "
-            f"Look at the data around it, or lower the learning rate (`lr`)."
+            "Look at the data around it, or lower the learning rate (`lr`)."
         )
 
     def advance(self, done: int, batches: Sequence[Batch]) -> dict[str, float]:

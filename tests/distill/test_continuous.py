@@ -16,7 +16,7 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import Learner, Training, mean_loss, train
 from tests.losses.cases import naive
-from tests.tiny import LAYOUTS, SHAPE, cross_entropy, learning_rate, samples, share, transformer
+from tests.tiny import LAYOUTS, SHAPE, NaiveOptimizer, Stop, cross_entropy, note, samples, share, transformer
 
 STUDENT = Training(steps=6, lr=2e-3, min_lr=2e-4, warmup_steps=2)
 TEACHER = Training(steps=6, lr=1e-3, min_lr=1e-4, warmup_steps=3)
@@ -35,19 +35,10 @@ Result = tuple[list[dict[str, float]], float, str, str]
 """(curve, the student's divergence from what the teacher became, hash of the teacher, of the student)."""
 
 
-class Stop(Exception):
-    """A killed run."""
-
-
 def distil(topology: Topology, job: Job) -> Result:
     teacher, student = load_hf(job.teacher, topology), load_hf(job.student, topology)
     objective = ContinuousObjective(Learner(teacher, TEACHER, topology, "teacher"), topology, vocab=SHAPE.vocab)
     curve: list[dict[str, float]] = []
-
-    def listen(event: Any) -> None:
-        curve.append({"step": event.done, **event.values})
-        if event.done == job.stop_at:
-            raise Stop
 
     try:
         train(
@@ -58,7 +49,7 @@ def distil(topology: Topology, job: Job) -> Result:
             topology,
             checkpoints=job.checkpoints,
             beside=[objective.learner],
-            listener=listen,
+            listener=note(curve, job.stop_at),
         )
     except Stop:
         return curve, 0.0, "", ""
@@ -75,29 +66,14 @@ def divergence(student: Any, teacher: Any, batch: Any) -> Any:
 def truth(job: Job) -> tuple[list[float], float]:
     """(the student's losses, its divergence in the end): plain torch on transformers' models."""
     models = [transformer(job.teacher), transformer(job.student)]
-    settings, losses = (TEACHER, STUDENT), []
-    optimizers = [
-        torch.optim.AdamW(
-            [
-                {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": each.weight_decay},
-                {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-            ],
-            betas=(each.beta1, each.beta2),
-            eps=each.eps,
-        )
-        for model, each in zip(models, settings, strict=True)
-    ]
+    optimizers = [NaiveOptimizer(*each) for each in zip(models, (TEACHER, STUDENT), strict=True)]
+    losses = []
     for step in range(STUDENT.steps):
         batch = samples(BATCH, seed=step)
         found = [cross_entropy(models[0], batch), divergence(models[1], models[0], batch)]
         losses.append(found[1].item())
-        for model, loss, optimizer, each in zip(models, found, optimizers, settings, strict=True):
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), each.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step + 1, each)
-            optimizer.step()
+        for optimizer, loss in zip(optimizers, found, strict=True):
+            optimizer.step(loss)
     with torch.no_grad():
         return losses, divergence(models[1], models[0], samples(BATCH, seed=99)).item()
 

@@ -25,9 +25,11 @@ from tests.tiny import (
     LAYOUTS,
     SHAPE,
     SHAPES,
+    NaiveOptimizer,
+    Stop,
     cross_entropy,
-    learning_rate,
     naive_training,
+    note,
     samples,
     share,
     transformer,
@@ -65,10 +67,6 @@ Result = tuple[list[dict[str, float]], list[Tensor], str]
 """(curve, the map between widths on each chunk, hash of the student)."""
 
 
-class Stop(Exception):
-    """A killed run."""
-
-
 def distil(topology: Topology, job: Job) -> Result:
     teacher, student = load_hf(job.teacher, topology), load_hf(job.student, topology, recompute=job.recompute)
     states = StateLoss(teacher, student, job.pairs, topology, seed=SEED)
@@ -79,11 +77,6 @@ def distil(topology: Topology, job: Job) -> Result:
         objective = KDObjective(teacher, topology, **how)
     curve: list[dict[str, float]] = []
 
-    def listen(event: Any) -> None:
-        curve.append({"step": event.done, **event.values})
-        if event.done == job.stop_at:
-            raise Stop
-
     try:
         train(
             student,
@@ -93,7 +86,7 @@ def distil(topology: Topology, job: Job) -> Result:
             topology,
             checkpoints=job.checkpoints,
             beside=[objective.learner] if isinstance(objective, ContinuousObjective) else [],
-            listener=listen,
+            listener=note(curve, job.stop_at),
         )
     except Stop:
         return curve, [], ""
@@ -174,29 +167,6 @@ class Taught(nn.Module):
         return (1 - F.cosine_similarity(ours, theirs, dim=-1)).sum()
 
 
-class Corrected:
-    """A teacher that takes a step of its own once the student's loss has been taken from it."""
-
-    def __init__(self, teacher: Any) -> None:
-        self.teacher, self.done = teacher, 0
-        groups = [[p for p in teacher.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
-        decays = (TEACHER.weight_decay, 0.0)
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group, "weight_decay": decay} for group, decay in zip(groups, decays, strict=True)],
-            betas=(TEACHER.beta1, TEACHER.beta2),
-            eps=TEACHER.eps,
-        )
-
-    def step(self, batch: Batch) -> None:
-        self.done += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.done, TEACHER)
-        self.optimizer.zero_grad()
-        cross_entropy(self.teacher, batch).backward()
-        torch.nn.utils.clip_grad_norm_(self.teacher.parameters(), TEACHER.clip)
-        self.optimizer.step()
-
-
 def mapped(pairs: StatePairs) -> list[tuple[str, int, int]]:
     found = [("outputs", -1, -1)] if pairs.embedding else []
     for kind in ("outputs", "mlp_inputs", "attention"):
@@ -243,12 +213,12 @@ def observed(model: Any, batch: Batch) -> tuple[Tensor, dict[tuple[str, int], An
 def truth(job: Job) -> tuple[Taught, list[dict[str, float]]]:
     """What plain torch makes of it, and its curve."""
     taught = Taught(job)
-    corrected = Corrected(taught.teacher_[0]) if job.continuous else None
+    corrected = NaiveOptimizer(taught.teacher_[0], TEACHER) if job.continuous else None
 
     def loss_of(model: Any, batch: Batch) -> Tensor:
         loss: Tensor = model(batch)
         if corrected:
-            corrected.step(batch)
+            corrected.step(cross_entropy(taught.teacher_[0], batch))
         return loss
 
     curve = naive_training(taught, lambda step: samples(BATCH, seed=step), TRAINING, loss_of)

@@ -22,7 +22,7 @@ from minitron_megatron.events import Event
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import LMObjective, Training, mean_loss, train
-from tests.tiny import LAYOUTS, cross_entropy, naive_training, samples, share, transformer
+from tests.tiny import LAYOUTS, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
 TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, clip=1.0)
 BATCH = 8
@@ -30,10 +30,6 @@ BATCH = 8
 Curve = list[dict[str, float]]
 Result = tuple[Curve, str]
 """A dict of values a step, and the hash of the final weights."""
-
-
-class Stop(Exception):
-    """A killed run."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +52,11 @@ class Job:
 
 def run(topology: Topology, job: Job) -> Result:
     model, curve = load_hf(job.folder, topology, job.dtype), []
+    keep = note(curve, job.stop_at)
 
     def listen(event: Event) -> None:
         assert (event.label, event.total, event.unit) == ("correct", job.training.steps, "steps")
-        curve.append({"step": event.done, **event.values})
-        if event.done == job.stop_at:
-            raise Stop
+        keep(event)
 
     with suppress(Stop):
         train(
