@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -25,6 +25,7 @@ class Interrupted(Exception):
     """Ctrl-C during a run; typer would swallow a KeyboardInterrupt and say nothing of how to go on."""
 
 
+Format = Literal["hf", "megatron"]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a recipe key; repeatable.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, instead of the recipe's.")]
@@ -58,7 +59,28 @@ _verb("prune", "Choose what stays and cut the rest.")
 _verb("distill", "Distil the teacher into the pruned student.")
 _verb("baseline", "Distil the teacher into a random student of the same shape.")
 _verb("evaluate", "Measure every model on held-out text.")
-_verb("export", "Write the student as a Hugging Face folder.")
+
+
+@app.command()
+def export(
+    recipe: RecipePath,
+    overrides: Set = None,
+    out: Out = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="A new folder, instead of the run's.")] = None,
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Of distillation, at work or retained.")
+    ] = "",
+    form: Annotated[Format, typer.Option("--format", help="Hugging Face's, or Megatron-LM's (torch_dist).")] = "hf",
+) -> None:
+    """Write the student as a Hugging Face folder; or any checkpoint of it, in either format, to another."""
+    if to is None and (checkpoint or form != "hf"):
+        from ..errors import RecipeError
+
+        raise RecipeError("a checkpoint, or another format, needs a folder of its own. Give one with --to.")
+    if to is None:
+        _run(recipe, overrides, out, only="export")
+    else:
+        _hand_over(recipe, overrides, out, to, checkpoint, form)
 
 
 @app.command()
@@ -130,6 +152,21 @@ def _run_stages(path: Path, overrides: list[str] | None, out: Path | None, only:
         run_stages(recipe, topology, only=only, listener=fan_out(progress, MetricsFile(recipe.out / "metrics.jsonl")))
     if only is None:
         _print_report(recipe.out)
+
+
+def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Any) -> None:
+    from ..parallel import Topology
+    from ..recipe import hand_over, load_recipe
+    from ..report import Progress
+
+    recipe = load_recipe(path, overrides or (), out)
+    topology = Topology.start(**recipe.parallel.model_dump())
+    if topology.rank != 0:
+        hand_over(recipe, topology, to, checkpoint=checkpoint, form=form)
+        return
+    with Progress() as progress:
+        source = hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=progress)
+    print(f"{source} -> {to}")
 
 
 def _print_report(out: Path) -> None:

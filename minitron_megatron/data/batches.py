@@ -25,9 +25,12 @@ class Batch:
     """int64 [batch, seq]: the token after each token."""
     mask: Tensor
     """bool [batch, seq]: where the loss counts."""
+    documents: Tensor | None = None
+    """int64 [batch, seq], where documents are apart: the number of each token's in its sample. It stays on the host,
+    which says what runs."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.labels.to(device), self.mask.to(device))
+        return Batch(self.tokens.to(device), self.labels.to(device), self.mask.to(device), self.documents)
 
 
 def step_batches(
@@ -41,15 +44,18 @@ def step_batches(
     _check_split("global_batch", global_batch, micro_batch, dp)
     share = global_batch // dp
     start = step * global_batch + dp_rank * share
-    return [_stack(corpus[i] for i in range(a, a + micro_batch)) for a in range(start, start + share, micro_batch)]
+    starts = range(start, start + share, micro_batch)
+    return [_stack((corpus[i] for i in range(a, a + micro_batch)), corpus.end) for a in starts]
 
 
-def calibration(blend: Blend, *, samples: int, sequence: int, seed: int, cache: str | Path) -> Corpus:
+def calibration(
+    blend: Blend, *, samples: int, sequence: int, seed: int, cache: str | Path, end: int | None = None
+) -> Corpus:
     """A random draw of `samples` different sequences from the training splits. Collective, as Corpus is.
 
     Raises DataError where a corpus holds too few of them for its part.
     """
-    return Corpus(blend, "train", sequence=sequence, samples=samples, seed=seed, cache=cache, repeat=False)
+    return Corpus(blend, "train", sequence=sequence, samples=samples, seed=seed, cache=cache, repeat=False, end=end)
 
 
 def calibration_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int) -> list[Batch]:
@@ -75,7 +81,7 @@ def held_out_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int,
         return tokens, labels, mask if index < len(corpus) else torch.zeros_like(mask)
 
     starts = range(dp_rank * share, (dp_rank + 1) * share, micro_batch)
-    return [_stack(sample(i) for i in range(a, a + micro_batch)) for a in starts]
+    return [_stack((sample(i) for i in range(a, a + micro_batch)), corpus.end) for a in starts]
 
 
 def _check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
@@ -89,6 +95,11 @@ def _check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
         )
 
 
-def _stack(samples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Batch:
+def _stack(samples: Iterable[tuple[Tensor, Tensor, Tensor]], end: int | None) -> Batch:
+    """end: the token that parts documents, after which the loss does not count: what follows has nothing to do with it.
+    None: they run into each other."""
     tokens, labels, mask = (torch.stack(parts) for parts in zip(*samples, strict=True))
-    return Batch(tokens, labels, mask)
+    if end is None:
+        return Batch(tokens, labels, mask)
+    ends = tokens == end
+    return Batch(tokens, labels, mask & ~ends, ends.cumsum(1) - ends.long())

@@ -33,6 +33,7 @@ class Corpus:
 
     Sample i is the same at every layout: it depends on the corpora, their weights, `sequence`, `samples` and `seed`. A
     corpus too small for its part is read again in another order (mcore's epochs), or refused where `repeat` is false.
+    `end`: the token after which batches begin another document.
     Collective over the world: rank 0 writes the index that every rank reads to `cache`, a folder that all of them see.
     Raises DataError where a corpus is missing or too small.
     """
@@ -47,7 +48,9 @@ class Corpus:
         seed: int,
         cache: str | Path,
         repeat: bool = True,
+        end: int | None = None,
     ) -> None:
+        self.end = end
         with fail_together():
             weights = _normalised(blend)
             pairs = [find_pair(prefix, split) for prefix, _ in blend]

@@ -41,6 +41,8 @@ class Prepared:
 
     train: PreparedSplit
     valid: PreparedSplit | None
+    end: int
+    """The token that ends each document."""
     content: str
     """SHA-256 over the token ids and the lengths of the documents of both splits: the same wherever they lie."""
 
@@ -82,7 +84,7 @@ def prepare(
         _refuse_empty(writers, validation)
     content = hashlib.sha256("".join(writer.content for writer in writers.values()).encode()).hexdigest()
     splits = {name: PreparedSplit(Path(f"{out_prefix}.{name}"), w.documents, w.tokens) for name, w in writers.items()}
-    return Prepared(splits["train"], splits.get("valid"), content)
+    return Prepared(splits["train"], splits.get("valid"), encoder.end, content)
 
 
 def _held_out(validation: float | Sequence[str | Path]) -> tuple[float, list[Path]]:

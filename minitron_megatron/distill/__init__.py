@@ -6,7 +6,8 @@ was made, recipes.
 
 from .continuous import ContinuousObjective
 from .objective import KDObjective
+from .pack import is_packed
 from .pairs import StatePairs
 from .states import StateLoss
 
-__all__ = ["ContinuousObjective", "KDObjective", "StateLoss", "StatePairs"]
+__all__ = ["ContinuousObjective", "KDObjective", "StateLoss", "StatePairs", "is_packed"]

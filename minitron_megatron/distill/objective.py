@@ -16,14 +16,15 @@ from ..losses import KDLoss, distill_loss
 from ..model import chunks_of, config_of, forward_backward, forward_only, output_weight
 from ..parallel import Topology, final_hidden
 from .offload import Offload
+from .pack import pack_layers
 from .states import StateLoss
 
 __all__ = ["KDObjective"]
 
 
 class KDObjective:
-    """The teacher runs first, over all micro-batches of a step, and leaves its final hidden states on the last pipeline
-    stage; its logits exist only chunk by chunk inside the loss. The teacher is frozen."""
+    """The teacher runs first, over a window of a step's micro-batches, and leaves its final hidden states on the last
+    pipeline stage; its logits exist only chunk by chunk inside the loss. The teacher is frozen."""
 
     def __init__(
         self,
@@ -34,23 +35,29 @@ class KDObjective:
         shared: int | None = None,
         loss: KDLoss | None = None,
         states: StateLoss | None = None,
+        window: int | None = None,
         offload: bool = False,
+        pack: bool = False,
         freeze: bool = True,
     ) -> None:
         """teacher: the chunks of a plain model. vocab: the student's entries. shared: the entries that both have, where
-        the two are counted with unlike padding. states: what is learnt beside the logits. offload: keep the teacher in
-        host memory while it does not run. freeze: let nothing of it train.
+        the two are counted with unlike padding. states: what is learnt beside the logits; with a weight that is found
+        anew each step they want the whole step in one window. window: micro-batches that the teacher runs ahead, by
+        default all of a step. offload: keep the teacher in host memory while it does not run. pack: hold its matrices
+        in eight bits. freeze: let nothing of it train.
 
         Raises RecipeError where the vocabularies differ, or the loss asks for more than they have.
         """
         self.teacher = chunks_of(teacher)
-        self.topology = topology
+        self.topology, self.window = topology, window
         self.loss_of, self.states = loss or KDLoss(), states
         self.vocab = _shared_vocabulary(config_of(self.teacher[0]).shape.vocab, vocab, shared)
         self.loss_of.check(self.vocab)
         self._hidden: list[Tensor] = []
         for chunk in self.teacher if freeze else ():
             chunk.requires_grad_(False).eval()
+        if pack:
+            pack_layers(self.teacher, topology)
         self._offload = Offload(self.teacher, topology) if offload else None
 
     def prepare(self, batches: Sequence[Batch]) -> None:
@@ -76,7 +83,7 @@ class KDObjective:
     def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
         """The student's, with the losses of its states where there are any."""
         with self.states.at(index) if self.states else nullcontext():
-            return final_hidden(chunk, batch.tokens)
+            return final_hidden(chunk, batch.tokens, batch.documents)
 
     def finish(self) -> dict[str, float]:
         """What the step measured of states. Collective over the world."""

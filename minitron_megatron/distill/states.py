@@ -85,9 +85,8 @@ class StateLoss:
             self._listening = False
 
     def begin(self, batches: Sequence[Batch]) -> None:
-        """Before a step's first micro-batch, of either model."""
+        """Before the first micro-batch of a window, of either model."""
         self._masks = [batch.mask.t() for batch in batches]
-        self._sums.zero_()
         for states in self._seen.values():
             states.clear()
 
@@ -131,7 +130,7 @@ class StateLoss:
         detach(self.student)
 
     def _settle(self) -> float:
-        """L_is of what was measured since `begin`; alpha follows where both are numbers. Collective over the world."""
+        """L_is of what was measured since the last time; alpha follows where both are numbers. Collective."""
         logits, states, tokens = sum_over_world(self._sums.clone()).tolist()
         self._sums.zero_()
         ratio = logits / states if states > 0 else math.nan

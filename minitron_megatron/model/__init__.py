@@ -5,14 +5,16 @@ Knows: mcore's modules, configs and schedules, training checkpoints. Must not kn
 """
 
 from .build import build, chunks_of, rebuild
-from .checkpoint import Checkpoints, Trainee, load_checkpoint
+from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
 from .config import ModelConfig, Recompute, check_fits, config_of
 from .initial import fill_initial
+from .megatron_lm import save_megatron_lm
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
-from .shards import BRIDGE, NamedShard, adopt, home, named_shards, output_weight
+from .shards import BRIDGE, LORA, NamedShard, adopt, home, named_shards, output_weight, overlay
 
 __all__ = [
     "BRIDGE",
+    "LORA",
     "Checkpoints",
     "MicroBatch",
     "ModelConfig",
@@ -32,8 +34,11 @@ __all__ = [
     "forward_rest",
     "home",
     "load_checkpoint",
+    "load_weights",
     "named_shards",
     "output_weight",
+    "overlay",
     "rebuild",
+    "save_megatron_lm",
     "windows",
 ]

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
+
 from ..errors import CheckpointError
 from ..files import PARTIAL, read_json, write_json
 from ..parallel import (
@@ -22,9 +24,11 @@ from ..parallel import (
     undisturbed,
     writes_collected,
 )
+from .build import chunks_of
 from .metadata import check_metadata
+from .shards import adopt, named_shards
 
-__all__ = ["Checkpoints", "Trainee", "load_checkpoint"]
+__all__ = ["Checkpoints", "Trainee", "load_checkpoint", "load_weights"]
 
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The only optimizer format of mcore 0.16 that loads at another tp, pp or dp."""
@@ -111,6 +115,14 @@ class Checkpoints:
         """Those that are whole."""
         return _steps(self.folder)[::-1]
 
+    def steps(self) -> dict[int, Path]:
+        """Those that are whole, by step."""
+        return {int(path.name.removeprefix("step_")): path for path in _steps(self.folder)}
+
+    def best(self) -> Path | None:
+        """The one with the least score; None where none was scored."""
+        return _best(_steps(self.folder))
+
     def _fresh(self, step: int) -> Path:
         """A new folder's path, alike on every rank: a killed run's writers may still be at work in their own."""
         ticket = broadcast_object(uuid4().hex[:8])
@@ -155,6 +167,26 @@ def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "")
         trainee.optimizer.load_state_dict(loaded["optimizer"])
         separate_steps(trainee.optimizer)
     return state
+
+
+def load_weights(path: Path, model: Any, topology: Topology, identity: str = "") -> None:
+    """Fills a plain model, on `meta` or not, from a checkpoint of any layout. Collective; raises as load_checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    check_metadata(path / ".metadata")
+    _state(path, identity)
+    chunks = chunks_of(model)
+    for shard in named_shards(chunks):
+        adopt(shard, torch.empty_like(shard.tensor, device=topology.device))
+    state = {
+        _key(at): _tensors(chunk.sharded_state_dict(metadata=dict(RESHARDABLE))) for at, chunk in enumerate(chunks)
+    }
+    try:
+        loaded = dist_checkpointing.load(state, path)
+    except torn_checkpoint_errors() as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}.") from error
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[_key(number)], strict=False)  # without mcore's empty objects
 
 
 def _state(path: Path, identity: str) -> dict[str, Any]:

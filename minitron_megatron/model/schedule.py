@@ -29,6 +29,11 @@ class MicroBatch(Protocol):
         """bool [batch, seq]: the tokens that count."""
         ...
 
+    @property
+    def documents(self) -> Tensor | None:
+        """[batch, seq]: the number of each token's document, where attention is not to leave it."""
+        ...
+
 
 LossOf = Callable[[Any, Tensor, Any, int], Tensor]
 """(chunk, hidden, batch, index of the micro-batch) -> summed loss."""
@@ -181,13 +186,13 @@ def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> 
     whole = chunk.decoder.layers
     chunk.decoder.layers = nn.ModuleList(layers.values())
     try:
-        return final_hidden(chunk, batch.tokens)
+        return final_hidden(chunk, batch.tokens, batch.documents)
     finally:
         chunk.decoder.layers = whole
 
 
 def _whole(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
-    return final_hidden(chunk, batch.tokens)
+    return final_hidden(chunk, batch.tokens, batch.documents)
 
 
 def _hidden(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..layout import Shape, expert_of, layer_of
 from ..parallel import Topology
 
-__all__ = ["BRIDGE", "NamedShard", "adopt", "home", "named_shards", "output_weight"]
+__all__ = ["BRIDGE", "LORA", "NamedShard", "adopt", "home", "named_shards", "output_weight", "overlay"]
 
 FUSED_NORMS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 """Transformer Engine's linear layers that hold the norm before them, as `layer_norm_weight` and `layer_norm_bias`."""
 
-BRIDGE = "bridge"
-"""The attribute of a chunk for what training alone needs: its parameters train and are saved, and are none of the
+BRIDGE, LORA = "bridge", "lora"
+"""The attributes of a chunk for what training alone needs: its parameters train and are saved, and are none of the
 model's."""
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -47,7 +47,7 @@ def named_shards(model: nn.Module | Sequence[nn.Module]) -> Iterator[NamedShard]
         tied = gpt.share_embeddings_and_output_weights
         for local, _ in gpt.named_parameters():
             path, _, leaf = local.rpartition(".")
-            if path.split(".")[0] == BRIDGE:
+            if path.split(".")[0] in (BRIDGE, LORA):
                 continue
             second = tied and local == OUTPUT
             yield NamedShard(EMBEDDING if second else _global(local, gpt), gpt.get_submodule(path), leaf, second)
@@ -113,3 +113,18 @@ def adopt(shard: NamedShard, tensor: Tensor) -> None:
     new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
     setattr(shard.module, shard.leaf, new)
+
+
+def overlay(module: Any, weight_of: Callable[[Tensor], Tensor]) -> list[Any]:
+    """Has a module compute with `weight_of(its weight)` whenever it runs; the handles to take that away.
+
+    An attribute of an object comes before a parameter of its name.
+    """
+
+    def lay(module: Any, inputs: Any) -> None:
+        module.__dict__["weight"] = weight_of(module._parameters["weight"])
+
+    def lift(module: Any, inputs: Any, output: Any) -> None:
+        del module.__dict__["weight"]
+
+    return [module.register_forward_pre_hook(lay), module.register_forward_hook(lift)]

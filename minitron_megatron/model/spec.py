@@ -39,10 +39,29 @@ class CoreAttention(nn.Module):
         super().__init__()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """query: [s, b, heads, head_dim]; key, value: [s, b, kv_groups, head_dim]. Returns [s, b, heads * head_dim]."""
+        """query: [s, b, heads, head_dim]; key, value: [s, b, kv_groups, head_dim]. Returns [s, b, heads * head_dim].
+
+        attention_mask: no mask, but the number of each token's document, [b, s] on the host, or None: all are one. A
+        call a document: as fast as flash attention is over so many, and nothing between documents is computed.
+        """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        if attention_mask is None:
+            out = _causal(q, k, v)
+        else:
+            samples = zip(*(x.split(1) for x in (q, k, v)), attention_mask, strict=True)
+            out = torch.cat([_apart(*sample) for sample in samples])
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _apart(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+    """Causal attention of one sample in each of its documents: [1, heads, s, head_dim]."""
+    lengths = documents.unique_consecutive(return_counts=True)[1].tolist()
+    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([_causal(*part) for part in parts], dim=2)
 
 
 def block_spec(normalization: str, layers: int, *, qk_norm: bool = False, experts: int = 0) -> Any:

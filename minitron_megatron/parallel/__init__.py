@@ -19,6 +19,7 @@ from .collectives import (
     local_sequence,
     move,
     scatter_sequence,
+    sum_gradient,
     sum_over_world,
 )
 from .topology import Topology
@@ -56,6 +57,7 @@ __all__ = [
     "peak_flops",
     "scatter_sequence",
     "separate_steps",
+    "sum_gradient",
     "sum_over_world",
     "torn_checkpoint_errors",
     "undisturbed",

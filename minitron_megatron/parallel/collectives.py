@@ -26,6 +26,7 @@ __all__ = [
     "local_sequence",
     "move",
     "scatter_sequence",
+    "sum_gradient",
     "sum_over_world",
 ]
 
@@ -47,6 +48,14 @@ def all_reduce(tensor: Tensor, group: Group, op: str = "sum") -> Tensor:
     if dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
     return tensor
+
+
+def sum_gradient(tensor: Tensor, group: Group) -> Tensor:
+    """`tensor`, alike on every rank of `group`, whose gradient is the sum of all ranks'."""
+    from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+
+    summed: Tensor = copy_to_tensor_model_parallel_region(tensor, group)
+    return summed
 
 
 def sum_over_world(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Knows: the schema, the order of the stages, the run folder. Must not know: termi
 """
 
 from .estimate import Estimate, estimate
+from .handover import hand_over
 from .load import load_recipe
 from .run import Step, dry_run, run
 from .schema import Recipe, json_schema
@@ -17,6 +18,7 @@ __all__ = [
     "Step",
     "dry_run",
     "estimate",
+    "hand_over",
     "json_schema",
     "load_recipe",
     "run",

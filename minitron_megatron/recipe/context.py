@@ -119,7 +119,7 @@ class Context:
 
     def load_teacher(self, *, trains: bool = False) -> list[Any]:
         """The model that teaches, verified. Raises CheckpointError where it is not what the run recorded."""
-        return self._verified(self.teacher, self.dtype, trains=trains)
+        return self._verified(self.teacher, DTYPES[self.recipe.teacher_runs_in], trains=trains)
 
     def load_uncut(self, dtype: torch.dtype | None = None) -> list[Any]:
         """The model to prune, verified as `load_teacher` does."""
@@ -151,6 +151,12 @@ class Context:
         """(prefix of the prepared corpus, weight) of each source."""
         return self._weighted([source.weight for source in self.recipe.data.sources])
 
+    @property
+    def _end(self) -> int | None:
+        """The token that ends a document, where they are apart."""
+        first = next(iter(self.done["prepare"]["sources"].values()))
+        return None if self.recipe.data.cross_documents else int(first["end"])
+
     def _weighted(self, weights: Sequence[float]) -> list[tuple[Path, float]]:
         return [
             (self.folders.data / name, weight)
@@ -166,6 +172,7 @@ class Context:
             samples=phase.steps * keys.global_batch,
             seed=seed,
             cache=self.folders.data / "index",
+            end=self._end,
             repeat=self.recipe.data.repeat,
         )
 
@@ -184,6 +191,7 @@ class Context:
             sequence=self.recipe.data.sequence,
             seed=self.recipe.seed,
             cache=self.folders.data / "index",
+            end=self._end,
         )
         return self._placed(calibration_batches(corpus, **self._share(keys.micro_batch)))
 
@@ -204,6 +212,7 @@ class Context:
                 samples=max(1, min(keys.samples, held)),
                 seed=self.recipe.seed,
                 cache=self.folders.data / "index",
+                end=self._end,
             )
             out[prefix.name] = self._placed(held_out_batches(corpus, rounds=rounds, **self._share(keys.micro_batch)))
         return out

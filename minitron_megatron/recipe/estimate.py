@@ -97,7 +97,13 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
     sequence, weight = recipe.data.sequence, WEIGHT_BYTES[recipe.dtype]
     phases = resolved(recipe.distill, recipe.data)
     split = parallel.tp if parallel.sequence_parallel else 1
-    stash = max(phase.keys.global_batch // dp * phase.sequence for phase in phases) * teacher.hidden * weight // split
+    window = recipe.distill.teacher_window
+    ahead = max(
+        min(phase.keys.global_batch // dp, (window or phase.keys.global_batch) * phase.keys.micro_batch)
+        * phase.sequence
+        for phase in phases
+    )
+    stash = ahead * teacher.hidden * WEIGHT_BYTES[recipe.teacher_runs_in] // split
     corrected = resolved(recipe.correct, recipe.data)[0].tokens if recipe.correct and recipe.corrects_first else 0
     passes = 3 if recipe.correct and recipe.correct.continuous else 1
     taught = passes * sum(flops_per_token(teacher, phase.sequence) * phase.tokens for phase in phases)
@@ -163,8 +169,12 @@ def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stas
     """The most that a rank holds in distillation, or in correction."""
     keys, dtype = recipe.parallel, recipe.dtype
     topology = Topology(keys.tp, keys.pp, keys.vp, keys.ep, keys.sequence_parallel)
-    trained = training_bytes(teacher, topology, dtype, world)
-    beside = model_bytes(teacher, topology, dtype) if recipe.corrects_first or not recipe.correct else trained
+    trained: list[float] = training_bytes(teacher, topology, dtype, world)
+    if recipe.correct and recipe.correct.parameters != "all":  # the rest is small; lora keeps weights with corrections
+        weights = {"norms": 1, "lora": 2}[recipe.correct.parameters]
+        trained = [weights * each for each in model_bytes(teacher, topology, dtype)]
+    frozen = model_bytes(teacher, topology, recipe.teacher_runs_in, packed=recipe.distill.teacher_dtype == "float8")
+    beside = frozen if recipe.corrects_first or not recipe.correct else trained
     both = zip(beside, training_bytes(student, topology, dtype, world), strict=True)
     distill = [teacher_bytes + student_bytes for teacher_bytes, student_bytes in both]
     distill[-1] += stash

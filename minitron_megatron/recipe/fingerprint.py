@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import file_marks
 from .schema import Recipe
 from .stages import Stage
 
@@ -30,10 +31,7 @@ def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, An
 
 
 def _file_marks(recipe: Recipe) -> list[Any]:
-    """Name, size and time of every source and weights file: cheap to see, and changed when they are."""
+    """Of every source and weights file."""
     paths = [recipe.model, *(source.path for source in recipe.data.sources)]
     paths += [source.validation for source in recipe.data.sources if isinstance(source.validation, Path)]
-    files = [
-        file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()
-    ]
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return file_marks(paths)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
+from ..distill import is_packed
 from ..layout import Shape, expert_of, layer_of, lookup
 from ..parallel import Topology
 
@@ -18,6 +20,11 @@ OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
 def rank_parameters(shape: Shape, topology: Topology) -> list[tuple[int, int]]:
     """(parameters outside the experts, those of experts) that a rank of each pipeline stage holds: vocabulary padded, a
     tied embedding counted in both of its homes. Raises TopologyError where the layers cannot fill the stages."""
+    return _held(shape, topology, lambda name: 1)
+
+
+def _held(shape: Shape, topology: Topology, weigh: Callable[[str], int]) -> list[tuple[int, int]]:
+    """The same, each parameter counted as often as its name weighs."""
     sizes, held = shape.sizes(), [[0, 0] for _ in range(topology.pp)]
     stage_of = {layer: at % topology.pp for at, layers in enumerate(topology.stages(shape.layers)) for layer in layers}
     for name in shape.names():
@@ -25,13 +32,16 @@ def rank_parameters(shape: Shape, topology: Topology) -> list[tuple[int, int]]:
         ends = {"embedding.word_embeddings.weight": {0, topology.pp - 1} if shape.tied else {0}}
         split = topology.ep if of_expert else topology.tp if param.tp else 1
         for stage in ends.get(name, {topology.pp - 1}) if layer is None else (stage_of[layer],):
-            held[stage][of_expert] += prod(param.shape(sizes)) // split
+            held[stage][of_expert] += prod(param.shape(sizes)) // split * weigh(name)
     return [(dense, experts) for dense, experts in held]
 
 
-def model_bytes(shape: Shape, topology: Topology, dtype: str) -> list[int]:
-    """Weights alone, on a rank of each pipeline stage."""
-    return [sum(pair) * WEIGHT_BYTES[dtype] for pair in rank_parameters(shape, topology)]
+def model_bytes(shape: Shape, topology: Topology, dtype: str, *, packed: bool = False) -> list[int]:
+    """Weights alone, on a rank of each pipeline stage. packed: the layers' matrices in eight bits."""
+    return [
+        sum(pair)
+        for pair in _held(shape, topology, lambda name: 1 if packed and is_packed(name) else WEIGHT_BYTES[dtype])
+    ]
 
 
 def training_bytes(shape: Shape, topology: Topology, dtype: str, world: int) -> list[float]:

@@ -18,6 +18,7 @@ from ..data import check_tokenizer
 from ..errors import DataError, RecipeError
 from ..events import Listener, silent
 from ..files import read_json, whole_file, write_json
+from ..layout import Shape
 from ..model import check_fits
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, peak_bytes
 from .context import Context, Folders
@@ -25,11 +26,11 @@ from .estimate import estimate
 from .fingerprint import fingerprint
 from .phases import ResolvedPhase, prefixes, resolved
 from .schema import Recipe
-from .sizes import check_pruning
+from .sizes import check_pruning, student_shape
 from .stages import STAGES, Stage
 from .versions import versions
 
-__all__ = ["Step", "dry_run", "run"]
+__all__ = ["Results", "Step", "dry_run", "recorded", "run", "wanted"]
 
 Results = dict[str, dict[str, Any]]
 
@@ -63,7 +64,7 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
     done: Results = {}
     for stage in wanted(recipe):
         mark = fingerprint(stage, recipe, done)
-        record = broadcast_object(_record(recipe, stage, mark))
+        record = broadcast_object(recorded(recipe, stage, mark))
         if record is None:
             if only not in (None, stage.name):
                 raise RecipeError(
@@ -85,7 +86,7 @@ def dry_run(recipe: Recipe) -> list[Step]:
     for stage in wanted(recipe):
         before = [name for name in stage.after if name in stale]
         mark = fingerprint(stage, recipe, done) if not before else ""
-        record = _record(recipe, stage, mark) if mark else None
+        record = recorded(recipe, stage, mark) if mark else None
         if record is not None:
             done[stage.name] = record["result"]
             steps.append(Step(stage.name, "done", ""))
@@ -106,7 +107,7 @@ def wanted(recipe: Recipe) -> list[Stage]:
     return [stage for stage in STAGES.values() if stage.wanted(recipe)]
 
 
-def _record(recipe: Recipe, stage: Stage, mark: str) -> dict[str, Any] | None:
+def recorded(recipe: Recipe, stage: Stage, mark: str) -> dict[str, Any] | None:
     """What a stage left, if it is done by this fingerprint and its output is still there."""
     path = Folders(recipe.out).record(stage.name)
     if not path.is_file() or not (recipe.out / stage.makes).exists():
@@ -145,6 +146,7 @@ def check(recipe: Recipe, topology: Topology) -> None:
     check_fits(shape, topology)
     check_pruning(recipe, shape, topology)
     recipe.distill.loss.loss().check(shape.vocab)
+    _check_start(recipe, shape)
     for key, phase in _phases(recipe):
         _check_phase(key, phase, recipe, topology)
     _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology)
@@ -154,6 +156,12 @@ def check(recipe: Recipe, topology: Topology) -> None:
                 raise DataError(f"data source {path} does not exist. Check data.sources.")
             if isinstance(path, Path) and path.is_file() and path.stat().st_size == 0:
                 raise DataError(f"data source {path} is empty. Check data.sources.")
+
+
+def _check_start(recipe: Recipe, teacher: Shape) -> None:
+    start = recipe.distill.start
+    if start and (found := read_config(start).shape) != (wanted := student_shape(recipe, teacher)):
+        raise RecipeError(f"distill.start is {start}, of the shape {found}, and the student has {wanted}.")
 
 
 def _phases(recipe: Recipe) -> list[tuple[str, ResolvedPhase]]:

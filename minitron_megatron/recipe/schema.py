@@ -84,6 +84,9 @@ class Data(Keys):
     """The field of a .jsonl line that holds the text."""
     repeat: bool = False
     """Read a source again, in another order, where a budget asks for more than it holds; else that is an error."""
+    cross_documents: bool = True
+    """Let attention reach from a document into those packed before it in a sample, as in Megatron's pretraining; false:
+    each document is on its own, and nothing is learnt from what follows its end."""
     separator: str = "<|endoftext|>"
     """Stands between the documents of a .txt file."""
     workers: Count = 1
@@ -129,8 +132,11 @@ class Correct(TrainingKeys):
     lr: Positive = 6e-5
     """Peak learning rate: a fifth of the one the teacher was pretrained with (here Llama 3.1's 3e-4)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 120
-    parameters: Literal["all", "norms"] = "all"
-    """What trains: everything, or the norms alone, which needs little more memory than the weights."""
+    parameters: Literal["all", "norms", "lora"] = "all"
+    """What trains: everything; the norms alone, which needs little more memory than the weights; or low-rank
+    corrections of the layers' matrices, merged into them afterwards, which need about twice the weights."""
+    lora_rank: Count = 16
+    """Of the corrections where `parameters` is lora."""
     continuous: bool = False
     """Correct the teacher while it teaches: in each step of distillation it takes one of its own on the same batch, and
     the student learns from what it is then. The original is pruned, and the budget and batch are distillation's."""
@@ -300,11 +306,20 @@ class Distill(TrainingKeys):
 
     phases: tuple[Phase, ...] = ()
     """What follows on `tokens`, each from where the one before ended. A phase that is added later continues the run."""
+    start: Path | None = None
+    """A Hugging Face folder of the student's shape to begin with, instead of what `prune` leaves: such as a checkpoint
+    that was exported."""
     retain: bool = False
     """Leave the checkpoints when the stage is done, to add a phase to."""
     loss: LossKeys = LossKeys()
     states: StateKeys | None = None
     """Left out: the student learns from the logits alone, as in both papers' final recipes."""
+    teacher_window: Count | None = None
+    """Micro-batches of a data-parallel rank that the teacher runs ahead of the student, whose final states are held
+    meanwhile. By default all of a step, which costs fewest pipeline bubbles."""
+    teacher_dtype: Literal["float32", "bfloat16", "float8"] | None = None
+    """What the teacher is held in; left out: the recipe's dtype. float8: its layers' matrices take a byte a weight and
+    are widened as each runs, which rounds what they teach."""
     offload_teacher: bool = False
     """Keep the teacher in host memory while the student trains: less device memory, a copy to the device each step."""
 
@@ -349,14 +364,28 @@ class Recipe(Keys):
     export: Export = Export()
 
     @property
+    def teacher_runs_in(self) -> DType:
+        """The dtype that a frozen teacher computes in."""
+        held = self.distill.teacher_dtype
+        return self.dtype if held is None or held == "float8" else held
+
+    @property
     def corrects_first(self) -> bool:
         """Whether the teacher is corrected before anything else."""
         return self.correct is not None and not self.correct.continuous
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.correct and self.correct.continuous and self.distill.offload_teacher:
-            raise ValueError("A teacher that is corrected continuously cannot be offloaded")
+        distill = self.distill
+        if self.correct and self.correct.continuous:
+            for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
+                if getattr(distill, key):
+                    raise ValueError(f"A teacher that is corrected continuously trains: leave distill.{key} out")
+        if distill.teacher_window and distill.states and distill.states.alpha == "dynamic":
+            raise ValueError(
+                "A dynamic distill.states.alpha is measured on a whole step: give it a number, or leave "
+                "distill.teacher_window out"
+            )
         return self
 
 

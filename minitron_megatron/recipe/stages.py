@@ -17,12 +17,12 @@ from ..files import write_json
 from ..layout import parameters
 from ..model import build, chunks_of, config_of, fill_initial
 from ..parallel import broadcast_object, fail_together
-from ..train import LMObjective, train_norms_only
+from ..train import LMObjective
 from .context import DTYPES, Context
 from .pruning import cut, decide, measure, measure_depth
 from .schema import Recipe
 from .sizes import depth_keys, rounds, scores_wanted
-from .training import correction_keys, distil, train_in_phases
+from .training import correcting, distil, distillation_asks, train_in_phases
 
 __all__ = ["STAGES", "Stage"]
 
@@ -76,7 +76,7 @@ def _prepare_sources(context: Context) -> Result:
         )
         validation_tokens = made.valid.tokens if made.valid else 0
         tokens = {"tokens": made.train.tokens, "validation_tokens": validation_tokens}
-        sources[name] = {**tokens, "content": made.content, "weight": source.weight}
+        sources[name] = {**tokens, "end": made.end, "content": made.content, "weight": source.weight}
     return sources
 
 
@@ -85,9 +85,8 @@ def do_correct(context: Context) -> Result:
     keys = context.recipe.correct
     assert keys is not None
     model = context.load(context.recipe.model, trains=True)
-    if keys.parameters == "norms":
-        train_norms_only(model)
-    tokens = train_in_phases(context, model, LMObjective(context.topology), keys, "correct")
+    with correcting(context, model):
+        tokens = train_in_phases(context, model, LMObjective(context.topology), keys, "correct")
     return {"hash": context.save(model, context.folders.corrected), "tokens": tokens}
 
 
@@ -130,7 +129,7 @@ def do_prune(context: Context) -> Result:
 
 def do_distill(context: Context) -> Result:
     """Distils the teacher into the pruned student."""
-    student = context.load(context.folders.model("pruned"), trains=True)
+    student = context.load(context.recipe.distill.start or context.folders.model("pruned"), trains=True)
     return _distill(context, student, "distilled")
 
 
@@ -206,7 +205,7 @@ STAGES: Mapping[str, Stage] = {
             "distilled",
             ("distill", *TRAINS),
             ("prepare", "correct", "prune"),
-            asks=correction_keys,
+            asks=distillation_asks,
         ),
         Stage(
             "baseline",
@@ -215,7 +214,7 @@ STAGES: Mapping[str, Stage] = {
             ("distill", *TRAINS),
             ("prepare", "correct", "prune"),
             lambda recipe: recipe.random_baseline,
-            correction_keys,
+            distillation_asks,
         ),
         Stage(
             "evaluate",

@@ -10,36 +10,47 @@ from typing import Any
 from ..distill import ContinuousObjective, KDObjective, StateLoss
 from ..evaluate import validation_loss
 from ..events import Event
+from ..files import file_marks
 from ..layout import flops_per_token
 from ..model import config_of
-from ..train import Learner, Objective, Training, train, train_norms_only
+from ..train import Learner, Lora, Objective, Training, train, train_norms_only
 from .context import Context
 from .phases import ResolvedPhase, prefixes, resolved
 from .schema import Recipe, TrainingKeys
 
-__all__ = ["correction_keys", "distil", "train_in_phases"]
+__all__ = ["correcting", "distil", "distillation_asks", "train_in_phases"]
 
 Measure = Callable[[], dict[str, float]]
 
 
-def correction_keys(recipe: Recipe) -> Any:
-    """What distillation reads of `correct`: all of it where the teacher is corrected meanwhile."""
-    return recipe.correct.model_dump(mode="json") if recipe.correct and recipe.correct.continuous else None
+def distillation_asks(recipe: Recipe) -> Any:
+    """What distillation reads besides its keys: all of `correct` where the teacher is corrected meanwhile, and the
+    files of the student that it begins with."""
+    correct = recipe.correct.model_dump(mode="json") if recipe.correct and recipe.correct.continuous else None
+    return [correct, file_marks([recipe.distill.start])] if recipe.distill.start else correct
 
 
 def distil(context: Context, student: list[Any], label: str) -> int:
     """Distils the run's teacher into a student, in place; returns the tokens seen."""
     keys, correct, topology = context.recipe.distill, context.recipe.correct, context.topology
     continuous = correct is not None and correct.continuous
-    teacher, loss, vocab = context.load_teacher(trains=continuous), keys.loss.loss(), config_of(student[0]).shape.vocab
+    teacher, loss = context.load_teacher(trains=continuous), keys.loss.loss()
+    vocab = config_of(student[0]).shape.vocab
     states = _states(context, teacher, student)
     if not continuous:
-        objective = KDObjective(teacher, topology, vocab=vocab, loss=loss, states=states, offload=keys.offload_teacher)
+        objective = KDObjective(
+            teacher,
+            topology,
+            vocab=vocab,
+            loss=loss,
+            states=states,
+            window=keys.teacher_window,
+            offload=keys.offload_teacher,
+            pack=keys.teacher_dtype == "float8",
+        )
         with _released(states):
             return train_in_phases(context, student, objective, keys, label, teacher=objective)
     assert correct is not None
-    if correct.parameters == "norms":
-        train_norms_only(teacher)
 
     def taught(phase: ResolvedPhase) -> ContinuousObjective:
         """Each phase corrects with a schedule of its own, as long as the phase."""
@@ -47,8 +58,23 @@ def distil(context: Context, student: list[Any], label: str) -> int:
         learner = Learner(teacher, settings, topology, "teacher")
         return ContinuousObjective(learner, topology, vocab=vocab, loss=loss, states=states)
 
-    with _released(states):
+    with correcting(context, teacher), _released(states):
         return train_in_phases(context, student, taught, keys, label)
+
+
+@contextmanager
+def correcting(context: Context, teacher: list[Any]) -> Iterator[None]:
+    """Inside, of the teacher trains what the recipe says; afterwards it is a plain model."""
+    correct = context.recipe.correct
+    assert correct is not None
+    if correct.parameters == "norms":
+        train_norms_only(teacher)
+    lora = None
+    if correct.parameters == "lora":
+        lora = Lora(teacher, context.topology, rank=correct.lora_rank, seed=context.recipe.seed)
+    yield
+    if lora:
+        lora.merge()
 
 
 def _states(context: Context, teacher: list[Any], student: list[Any]) -> StateLoss | None:

@@ -7,7 +7,18 @@ from .evaluate import mean_loss
 from .frozen import train_norms_only
 from .learner import Learner
 from .loop import MOST_SKIPPED, train
+from .lora import Lora
 from .objective import LMObjective, Objective
 from .training import Training
 
-__all__ = ["MOST_SKIPPED", "LMObjective", "Learner", "Objective", "Training", "mean_loss", "train", "train_norms_only"]
+__all__ = [
+    "MOST_SKIPPED",
+    "LMObjective",
+    "Learner",
+    "Lora",
+    "Objective",
+    "Training",
+    "mean_loss",
+    "train",
+    "train_norms_only",
+]

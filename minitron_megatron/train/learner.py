@@ -28,7 +28,8 @@ class Learner:
     def __init__(self, model: Any, training: Training, topology: Topology, name: str = "") -> None:
         """name: tells the models of one run apart. Collective over the world."""
         self.topology = topology
-        self.chunks, self.optimizer = _wrapped(chunks_of(model), training)
+        self._finalize = _Finalize()
+        self.chunks, self.optimizer = _wrapped(chunks_of(model), training, self._finalize)
         self.scheduler = _schedule(self.optimizer, training)
         self.trainee = Trainee(self.chunks, self.optimizer, name)
 
@@ -42,7 +43,6 @@ class Learner:
 
         Where the loss or a gradient is not finite, nothing changes, and the norm is not a number. Collective.
         """
-        objective.prepare(batches)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -55,8 +55,16 @@ class Learner:
 
     def _passes(self, batches: Sequence[Batch], objective: Objective) -> tuple[float, int]:
         """Forward and backward over the step's micro-batches: (summed loss, counted tokens), of the global batch."""
-        own = getattr(objective, "forward", None)
-        return global_sums(*forward_backward(self.chunks, batches, objective.loss, forward=own), self.topology)
+        own, size = getattr(objective, "forward", None), getattr(objective, "window", None) or len(batches)
+        windows = [batches[at : at + size] for at in range(0, len(batches), size)]
+        self._finalize.expect(len(windows))
+        losses, counts = [], []
+        for window in windows:
+            objective.prepare(window)
+            loss, counted = forward_backward(self.chunks, window, objective.loss, forward=own)
+            losses.append(loss)
+            counts.append(counted)
+        return global_sums(torch.stack(losses).sum(), torch.stack(counts).sum(), self.topology)
 
     def _finite(self) -> bool:
         """Whether all gradients are, of every rank: mcore looks only where a loss scaler is at work. Collective."""
@@ -75,12 +83,23 @@ class Learner:
         gc.collect()
 
 
-def _wrapped(chunks: Sequence[Any], training: Training) -> tuple[list[Any], Any]:
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
+class _Finalize:
+    """What mcore calls when a schedule has run its micro-batches: sums gradients over ranks and divides them by the
+    counted tokens. A step of several windows is one sum and one division, after the last of them."""
+
+    def expect(self, windows: int) -> None:
+        self.left, self.tokens = windows, 0
+
+    def __call__(self, model: Any, num_tokens: Any, **options: Any) -> None:
+        from megatron.core.distributed import finalize_model_grads
+
+        self.left, self.tokens = self.left - 1, self.tokens + num_tokens
+        if not self.left:
+            finalize_model_grads(model, self.tokens, **options)
+
+
+def _wrapped(chunks: Sequence[Any], training: Training, finalize: _Finalize) -> tuple[list[Any], Any]:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     mend_distributed_optimizer()
@@ -105,7 +124,7 @@ def _wrapped(chunks: Sequence[Any], training: Training) -> tuple[list[Any], Any]
         wrapped,
     )
     for each in chunks:
-        each.config.finalize_model_grads_func = finalize_model_grads
+        each.config.finalize_model_grads_func = finalize
         each.config.grad_scale_func = optimizer.scale_loss
     return wrapped, optimizer
 

@@ -18,13 +18,14 @@ __all__ = ["LMObjective", "Objective"]
 class Objective(Protocol):
     """A loss over final hidden states. A plugin point: anything of this form trains.
 
-    It may have two methods more. `forward(chunk, batch, index) -> hidden` stands in the place of a chunk's forward pass
+    It may have an attribute `window`, how many micro-batches of a step it can be prepared for at a time (else all), and
+    two methods more. `forward(chunk, batch, index) -> hidden` stands in the place of a chunk's forward pass
     over micro-batch `index` in training, and `finish() -> values` is called on every rank after a step: what it
     measured beside its loss. Both may be collective over the ranks that call them.
     """
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Called on every rank before the passes over a step's micro-batches. May be collective."""
+        """Called on every rank before the passes over a window's micro-batches, numbered from 0. May be collective."""
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         """The loss in nats, summed over the counted tokens of micro-batch `index`: scalar. Last pipeline stage only.

@@ -18,7 +18,7 @@ VERBS = {
     "distill": STAGE,
     "baseline": STAGE,
     "evaluate": STAGE,
-    "export": STAGE,
+    "export": STAGE | {"--to", "--checkpoint", "--format"},
     "init": set(),
     "estimate": STAGE | {"--gpus", "--mfu"},
     "show": set(),

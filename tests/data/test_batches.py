@@ -237,3 +237,22 @@ def test_every_held_out_sample_counts_once_at_any_split(
     counted = [tuple(row.tolist()) for batch in batches for row in batch.tokens[batch.mask.all(1)]]
     assert counted == rows(corpus)
     assert sum(int(batch.mask.sum()) for batch in batches) == samples * SEQUENCE
+
+
+def test_documents_are_apart_where_their_end_is_named(corpora: Corpora, tmp_path: Path) -> None:
+    """Each token has its document's number; the loss does not count where the next document would be foretold."""
+    ended = Corpus([(corpora[0], 1.0)], sequence=SEQUENCE, samples=40, seed=3, cache=tmp_path, end=0)
+    plain = open_corpus(corpora[0], tmp_path)
+    assert rows(ended) == rows(plain)
+    every = [step_batches(corpus, 0, global_batch=40, micro_batch=40, dp_rank=0, dp=1)[0] for corpus in (ended, plain)]
+    apart, together = every
+    assert together.documents is None and together.mask.all()
+    assert apart.mask.equal(apart.tokens != 0) and not apart.mask.all()
+    for tokens, documents in zip(apart.tokens.tolist(), apart.documents.tolist(), strict=True):
+        numbers, number = [], 0
+        for token in tokens:
+            numbers.append(number)
+            number += token == 0
+        assert documents == numbers
+    held_out = held_out_batches(ended, micro_batch=3, dp_rank=0, dp=1)
+    assert all(batch.documents is not None and not (batch.mask & (batch.tokens == 0)).any() for batch in held_out)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from minitron_megatron.data import Batch
 from minitron_megatron.distill import KDObjective
 from minitron_megatron.distill.offload import Offload
 from minitron_megatron.errors import RecipeError
+from minitron_megatron.layout import layer_of
 from minitron_megatron.losses import KDLoss
-from minitron_megatron.model import output_weight
+from minitron_megatron.model import named_shards, output_weight
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import Training, mean_loss, train
+from minitron_megatron.train import LMObjective, Training, mean_loss, train
 from tests.losses.cases import naive
 from tests.tiny import LAYOUTS, SHAPE, cross_entropy, naive_training, samples, share, transformer, write_llama
 
@@ -36,7 +38,8 @@ class Job:
     student: Path
     out: Path
     loss: KDLoss = FORWARD_KL
-    offload: bool = False
+    micro_batch: int = MICRO_BATCH
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,12 @@ class Result:
 
 def distil(topology: Topology, job: Job) -> Result:
     teacher, student = load_hf(job.teacher, topology), load_hf(job.student, topology)
-    objective = KDObjective(teacher, topology, vocab=SHAPE.vocab, loss=job.loss, offload=job.offload)
+    objective = KDObjective(teacher, topology, vocab=SHAPE.vocab, loss=job.loss, **job.options)
     curve: list[dict[str, float]] = []
     train(
         student,
         objective,
-        lambda step: share(samples(BATCH, seed=step), topology, MICRO_BATCH),
+        lambda step: share(samples(BATCH, seed=step), topology, job.micro_batch),
         TRAINING,
         topology,
         listener=lambda event: curve.append(dict(event.values)),
@@ -64,7 +67,8 @@ def distil(topology: Topology, job: Job) -> Result:
     held_out = mean_loss(student, share(samples(10, seed=99), topology, 1), objective, topology)
     weights = [weight for chunk in teacher for weight in chunk.parameters()]
     frozen = all(weight.grad is None and not weight.requires_grad for weight in weights)
-    return Result(curve, held_out, model_hash(teacher, topology), frozen and not any(c.training for c in teacher))
+    digest = "" if job.options.get("pack") else model_hash(teacher, topology)
+    return Result(curve, held_out, digest, frozen and not any(c.training for c in teacher))
 
 
 def loss_of(student: Any, teacher: Any, batch: Batch, loss: KDLoss) -> Tensor:
@@ -122,13 +126,16 @@ def expect_held_out(result: Result, student: Any, teacher: Any, loss: KDLoss) ->
     assert result.held_out[1] == int(every.mask.sum())
 
 
-@pytest.mark.parametrize("layout", ["tp1", "pp2"])
-def test_a_teacher_that_is_offloaded_teaches_the_same(
-    pool: Pool, checkpoints: dict[str, Path], layout: str, tmp_path: Path
+@pytest.mark.parametrize("layout", ["tp1", "pp2", "tp2-sp", "pp2-vp2"])
+@pytest.mark.parametrize("options", [{"offload": True}, {"window": 2}, {"window": 3, "offload": True}])
+def test_a_teacher_that_lies_elsewhere_or_runs_in_windows_teaches_the_same(
+    pool: Pool, checkpoints: dict[str, Path], layout: str, options: dict, tmp_path: Path
 ) -> None:
-    job = Job(checkpoints["untied"], checkpoints["student"], tmp_path / "student")
+    if layout == "pp2-vp2" and options.get("window") == 3:
+        options = {"window": 2}  # interleaving wants whole rounds
+    job = Job(checkpoints["untied"], checkpoints["student"], tmp_path / "student", micro_batch=2)
     for offloaded, plain in zip(
-        pool.run(distil, replace(job, offload=True), **LAYOUTS[layout]),
+        pool.run(distil, replace(job, options=options), **LAYOUTS[layout]),
         pool.run(distil, job, **LAYOUTS[layout]),
         strict=True,
     ):
@@ -213,3 +220,44 @@ def test_vocabularies_that_cannot_be_shared_are_refused(
     teacher = write_llama(tmp_path / "teacher", replace(SHAPE, vocab=300), seed=0)
     with pytest.raises(RecipeError, match=said):
         pool.run(padded_unlike, teacher, shared, top_k, pp=2)
+
+
+def held(topology: Topology, teacher: Path) -> tuple[float, int, int, list[str]]:
+    """(the packed teacher's cross-entropy, most states held, bytes of its layers, names left wide)."""
+    model = load_hf(teacher, topology)
+    objective = KDObjective(model, topology, vocab=SHAPE.vocab, pack=True, window=1)
+    found = mean_loss(model, share(samples(BATCH), topology), LMObjective(topology), topology)[0]
+    objective.prepare(share(samples(BATCH), topology)[:1])
+    layers = [shard for shard in named_shards(model) if layer_of(shard.name) is not None]
+    assert all("weight" not in module.__dict__ for chunk in model for module in chunk.modules())
+    wide = [shard.name for shard in layers if shard.tensor.element_size() > 1]
+    return found, len(objective._hidden), sum(shard.tensor.nbytes for shard in layers), wide
+
+
+def test_a_packed_teacher_is_the_same_at_every_layout_and_a_byte_a_weight(
+    pool: Pool, checkpoints: dict[str, Path]
+) -> None:
+    """Its weights are plain torch's, each row rounded to e4m3 by its largest."""
+    teacher = transformer(checkpoints["untied"])
+    with torch.no_grad():
+        before = cross_entropy(teacher, samples(BATCH)).item()
+        for name, weight in teacher.model.layers.named_parameters():
+            if "proj" in name:
+                scale = weight.abs().amax(1, keepdim=True) / 448.0
+                weight.copy_((weight / scale).to(torch.float8_e4m3fn).float() * scale)
+        truth = cross_entropy(teacher, samples(BATCH)).item()
+    assert abs(truth - before) > 1e-5
+    for layout in ("tp1", "tp2", "tp2-sp", "pp2", "tp2-pp2"):
+        for loss, states, _, wide in pool.run(held, checkpoints["untied"], **LAYOUTS[layout]):
+            assert loss == pytest.approx(truth, rel=1e-5)
+            assert states <= 1 and all("norm" in name for name in wide)
+    (_, _, nbytes, _), *_ = pool.run(held, checkpoints["untied"])
+    whole = sum(weight.nbytes for weight in teacher.model.layers.parameters())
+    assert nbytes < 0.26 * whole
+
+
+def test_a_packed_teacher_teaches(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    job = Job(checkpoints["untied"], checkpoints["student"], tmp_path / "student")
+    packed, plain = (pool.run(distil, replace(job, options={"pack": each}), tp=2)[0] for each in (True, False))
+    assert packed.teacher_is_frozen and packed.held_out != plain.held_out
+    assert packed.held_out[0] == pytest.approx(plain.held_out[0], rel=0.1)

@@ -19,8 +19,8 @@ from minitron_megatron.events import Event
 from minitron_megatron.layout import Shape, parameters
 from minitron_megatron.model import ModelConfig, build
 from minitron_megatron.parallel import Topology
-from minitron_megatron.recipe import estimate, load_recipe, run
-from minitron_megatron.recipe.memory import rank_parameters, training_bytes
+from minitron_megatron.recipe import Estimate, estimate, load_recipe, run
+from minitron_megatron.recipe.memory import model_bytes, rank_parameters, training_bytes
 from minitron_megatron.testing import LivePeak, Pool
 from minitron_megatron.train import LMObjective, Training, train
 from tests.tiny import LAYOUTS, SEQUENCE, SHAPE, samples, share, write_llama
@@ -147,3 +147,26 @@ def test_a_corrected_teacher_in_training_may_be_the_most_that_a_rank_holds(recip
     teacher, student = padded[found.teacher], padded[found.student]
     assert found.rank_bytes == 16 * teacher
     assert alone.rank_bytes == 4 * teacher + 16 * student + alone.stash_bytes < found.rank_bytes
+
+
+def test_what_makes_the_teacher_lighter_is_counted(recipe_file: Write) -> None:
+    def counted(*keys: str) -> Estimate:
+        return estimate(load_recipe(recipe_file(), ["correct=null", *(f"distill.{key}" for key in keys)]))
+
+    plain, packed, windowed = counted(), counted("teacher_dtype=float8"), counted("teacher_window=1")
+    shape = plain.teacher
+    attention, mlp = 2 * (shape.heads + shape.kv_groups) * shape.head_dim, 3 * shape.ffn
+    assert plain.rank_bytes - packed.rank_bytes == 3 * shape.layers * shape.hidden * (attention + mlp)
+    recipe = load_recipe(recipe_file())
+    of_one = recipe.distill.micro_batch * recipe.data.sequence * shape.hidden * 4
+    assert windowed.stash_bytes == of_one < plain.stash_bytes
+    assert windowed.rank_bytes == plain.rank_bytes - plain.stash_bytes + of_one
+
+
+@pytest.mark.parametrize(("parameters", "weights"), [("norms", 1), ("lora", 2)])
+def test_a_correction_of_less_than_everything_takes_less(recipe_file: Write, parameters: str, weights: int) -> None:
+    keys = ["prune.layers=[0]", "distill.global_batch=2", f"correct.parameters={parameters}"]
+    found = estimate(load_recipe(recipe_file(), keys))
+    padded = model_bytes(found.teacher, Topology(), "float32")[0]
+    smaller = padded + training_bytes(found.student, Topology(), "float32", 1)[0] + found.stash_bytes
+    assert found.rank_bytes == max(weights * padded, smaller)

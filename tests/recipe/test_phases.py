@@ -116,7 +116,8 @@ def test_norms_alone_can_be_corrected_meanwhile(recipe_file: Write, pool: Pool) 
     assert all(a != b for a, b in zip(last["all"][1:], last["norms"][1:], strict=True))
 
 
-def test_what_corrects_meanwhile_cannot_be_offloaded(recipe_file: Write) -> None:
-    recipe = phased(recipe_file, offload_teacher=True)
-    with pytest.raises(RecipeError, match="corrected continuously cannot be offloaded"):
+@pytest.mark.parametrize("key", [{"offload_teacher": True}, {"teacher_window": 1}, {"teacher_dtype": "float8"}])
+def test_what_corrects_meanwhile_is_no_frozen_teacher(recipe_file: Write, key: dict) -> None:
+    recipe = phased(recipe_file, **key)
+    with pytest.raises(RecipeError, match=f"corrected continuously trains: leave distill.{next(iter(key))} out"):
         load_recipe(recipe, [f"correct={json.dumps(CORRECT)}"])

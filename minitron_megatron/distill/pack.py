@@ -1,0 +1,46 @@
+"""A frozen model whose matrices are held in eight bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import layer_of, lookup
+from ..model import named_shards, overlay
+from ..parallel import Topology, all_reduce
+
+__all__ = ["is_packed", "pack_layers"]
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FLOAT8).max
+
+
+def is_packed(name: str) -> bool:
+    """Whether this parameter is one of those that `pack_layers` packs."""
+    return layer_of(name) is not None and "linear_" in name and name.endswith(".weight")
+
+
+def pack_layers(chunks: Sequence[Any], topology: Topology) -> None:
+    """Rounds the linear layers' weights of a frozen model to float8 (e4m3), a scale for each output channel: a byte a
+    weight. A module's weights are widened while it runs. In place; routers, norms, embedding and output layer stay.
+
+    The scales are those of the whole matrix, so that the model is the same at every tp. Collective over tp.
+    """
+    for shard in list(named_shards(chunks)):
+        if not is_packed(shard.name):
+            continue
+        weight = shard.tensor.detach()
+        largest = weight.float().abs().amax(dim=1, keepdim=True)
+        if lookup(shard.name).tp_dim == 1:
+            all_reduce(largest, topology.tp_group, "max")
+        scale = largest.clamp(min=torch.finfo(torch.float32).tiny) / LARGEST
+        shard.module.weight = nn.Parameter((weight.float() / scale).to(FLOAT8), requires_grad=False)
+        overlay(shard.module, partial(_widened, scale, weight.dtype))
+
+
+def _widened(scale: Tensor, dtype: torch.dtype, packed: Tensor) -> Tensor:
+    return (packed.float() * scale).to(dtype)

@@ -1,0 +1,119 @@
+"""Documents that are packed into a sample and kept apart are as if each had come alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitron_megatron.convert import load_hf
+from minitron_megatron.data import Batch
+from minitron_megatron.distill import KDObjective
+from minitron_megatron.model import forward_backward, named_shards
+from minitron_megatron.parallel import Topology
+from minitron_megatron.score import score
+from minitron_megatron.testing import Pool
+from minitron_megatron.train import LMObjective
+from tests.tiny import LAYOUTS, SEQUENCE, SHAPE, samples, share, transformer
+
+ENDS = ((2, 7), (), (0, 11), (5,))
+"""Of the documents in each sample, positions; the last document of a sample goes on."""
+Found = tuple[float, dict[str, Tensor]]
+
+
+def packed(count: int = 8) -> Batch:
+    every = samples(count, padded=False)
+    documents = torch.zeros_like(every.tokens)
+    for row in range(count):
+        for end in ENDS[row % len(ENDS)]:
+            documents[row, end + 1 :] += 1
+    mask = every.mask.clone()
+    mask[:, :-1] &= documents[:, 1:] == documents[:, :-1]
+    return replace(every, mask=mask, documents=documents)
+
+
+def shares(batch: Batch, topology: Topology) -> list[Batch]:
+    """As `share` has them, with their documents."""
+    parts = share(Batch(batch.tokens, batch.labels, batch.mask), topology)
+    numbers = share(Batch(batch.documents, batch.labels, batch.mask), topology)
+    return [replace(part, documents=number.tokens) for part, number in zip(parts, numbers, strict=True)]
+
+
+def passes(topology: Topology, folder: Path, teacher: Path | None, recompute: Any) -> Found:
+    model = load_hf(folder, topology, recompute=recompute)
+    batches = shares(packed(), topology)
+    objective: Any = LMObjective(topology)
+    if teacher:
+        objective = KDObjective(load_hf(teacher, topology), topology, vocab=SHAPE.vocab)
+    objective.prepare(batches)
+    loss, _ = forward_backward(model, batches, objective.loss)
+    found = {each.name: each.tensor.grad for each in named_shards(model) if "norm" in each.name}
+    return float(loss), {name: gradient for name, gradient in found.items() if gradient is not None}
+
+
+def alone(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """(logits, labels) of each document, by itself, where its loss counts."""
+    out = []
+    for row in range(len(batch.tokens)):
+        for number in batch.documents[row].unique():
+            of = batch.documents[row] == number
+            logits = model(batch.tokens[row, of][None]).logits[0]
+            counts = batch.mask[row, of]
+            out.append((logits[counts], batch.labels[row, of][counts]))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute"), [*((layout, "none") for layout in LAYOUTS if layout != "dp2"), ("tp2-sp", "full")]
+)
+@pytest.mark.parametrize("distilled", [False, True])
+def test_packing_changes_nothing(
+    pool: Pool, checkpoints: dict[str, Path], layout: str, recompute: str, distilled: bool
+) -> None:
+    """Loss and gradients of the norms, which sum up all that flows through their layers."""
+    teacher = checkpoints["untied"] if distilled else None
+    folder, batch = checkpoints["student" if distilled else "untied"], packed()
+    truth, loss = transformer(folder), torch.zeros(())
+    taught = alone(transformer(teacher), batch) if teacher else []
+    for number, (logits, labels) in enumerate(alone(truth, batch)):
+        log_p = logits.log_softmax(-1)
+        if teacher:
+            log_q = taught[number][0].detach().log_softmax(-1)
+            loss = loss + (log_q.exp() * (log_q - log_p)).sum()
+        else:
+            loss = loss - log_p.gather(1, labels[:, None]).sum()
+    (loss / batch.mask.sum()).backward()
+    gradients = {
+        f"decoder.layers.{at}.{ours}.weight": getattr(layer, theirs).weight.grad
+        for at, layer in enumerate(truth.model.layers)
+        for ours, theirs in (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
+    } | {"decoder.final_layernorm.weight": truth.model.norm.weight.grad}
+    seen, losses = set(), []
+    for found, norms in pool.run(passes, folder, teacher, recompute, **LAYOUTS[layout]):
+        losses.append(found)
+        for name, gradient in norms.items():
+            seen.add(name)
+            if not layout.endswith("sp"):  # there each rank of tp has its part of the sum
+                torch.testing.assert_close(gradient, gradients[name] * batch.mask.sum(), rtol=1e-5, atol=1e-5)
+    assert max(losses) == pytest.approx(loss.item(), rel=1e-5)
+    assert seen == set(gradients)
+
+
+def measured(topology: Topology, folder: Path, apart: bool) -> Tensor:
+    batches = shares(packed(), topology)
+    batches = batches if apart else [replace(batch, documents=None) for batch in batches]
+    return score(load_hf(folder, topology), batches, topology=topology).values["hidden"][None]
+
+
+def test_importance_is_that_of_documents_apart(pool: Pool, checkpoints: dict[str, Path]) -> None:
+    folder = checkpoints["untied"]
+    apart, together, split = (
+        pool.run(measured, folder, separate, tp=tp)[0] for separate, tp in ((True, 1), (False, 1), (True, 2))
+    )
+    torch.testing.assert_close(apart, split, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(apart, together, rtol=1e-3)
+    assert max(max(ends, default=0) for ends in ENDS) < SEQUENCE
