@@ -31,8 +31,8 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "torch.distributed": frozenset({"parallel", "testing"}),
     "megatron.core.parallel_state": frozenset({"parallel"}),
     "megatron": frozenset({"parallel", "model", "data", "losses", "score", "prune", "train", "distill", "testing"}),
-    "transformers": frozenset({"convert", "data"}),  # data: tokenizers that have no tokenizer.json
-    "safetensors": frozenset({"records", "convert"}),
+    "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers that have no tokenizer.json
+    "safetensors": frozenset({"records", "convert", "serve"}),
     "tokenizers": frozenset({"data"}),
     "pydantic": frozenset({"recipe"}),
     "yaml": frozenset({"recipe"}),

@@ -26,11 +26,13 @@ class Interrupted(Exception):
 
 
 Format = Literal["hf", "megatron"]
+Backend = Literal["trtllm", "torch"]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a recipe key; repeatable.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, instead of the recipe's.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say which stages would run, and why.")]
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes; by default tp x pp.")]
+Memory = Annotated[float, typer.Option("--memory", min=0.001, help="GiB of a GPU; more than that is refused.")]
 Mfu = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the peak FLOPs reached.")]
 
 
@@ -92,7 +94,9 @@ def init(model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging 
 
 
 @app.command()
-def estimate(recipe: RecipePath, overrides: Set = None, out: Out = None, gpus: Gpus = None, mfu: Mfu = 0.4) -> None:
+def estimate(
+    recipe: RecipePath, overrides: Set = None, out: Out = None, gpus: Gpus = None, mfu: Mfu = 0.4, memory: Memory = 80.0
+) -> None:
     """Count shapes, parameters, bytes, FLOPs and hours; needs no GPU and no weights."""
     from ..recipe import estimate as count
     from ..recipe import load_recipe
@@ -100,6 +104,30 @@ def estimate(recipe: RecipePath, overrides: Set = None, out: Out = None, gpus: G
 
     found = count(load_recipe(recipe, overrides or (), out), gpus=gpus, mfu=mfu)
     Console().print(pairs_table(str(recipe), found.rows()))
+    found.expect_to_fit(memory)
+
+
+@app.command()
+def bench(
+    recipe: RecipePath,
+    overrides: Set = None,
+    out: Out = None,
+    backend: Annotated[Backend, typer.Option("--backend", help="trtllm-bench, or torch in this process.")] = "trtllm",
+) -> None:
+    """Measure how fast teacher and student serve."""
+    from ..recipe import bench as measure
+    from ..recipe import load_recipe
+    from ..report import Progress, bench_table, plot_bench
+
+    loaded = load_recipe(recipe, overrides or (), out)
+    with Progress() as progress:
+        rows = measure(loaded, backend, listener=progress)
+    Console().print(bench_table(rows))
+    if plot := plot_bench(rows, loaded.out / "bench" / "ratios.png"):
+        print(f"plot: {plot}")
+    if backend == "trtllm" and any(row["student"] is None for row in rows):
+        print(f"trtllm-bench is not installed here. In TensorRT-LLM's container: sh {loaded.out}/bench/commands.sh")
+        print("Then run this again, or `--backend torch` for a ratio on this machine.")
 
 
 @app.command()

@@ -7,7 +7,7 @@ know: models, losses, recipes. Every rank reads its own batches; nothing is broa
 from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches
 from .corpus import Corpus
 from .prepare import Prepared, PreparedSplit, prepare
-from .tokenizer import check_tokenizer
+from .tokenizer import check_tokenizer, transformers_tokenizer
 
 __all__ = [
     "Batch",
@@ -20,4 +20,5 @@ __all__ = [
     "held_out_batches",
     "prepare",
     "step_batches",
+    "transformers_tokenizer",
 ]

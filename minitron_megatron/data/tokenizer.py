@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ..errors import DataError
 from ..files import read_json
 
-__all__ = ["check_tokenizer", "end_of_document", "load_tokenizer", "vocabulary"]
+__all__ = ["check_tokenizer", "end_of_document", "load_tokenizer", "transformers_tokenizer", "vocabulary"]
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -39,6 +39,16 @@ def _from_transformers(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+
+
+def transformers_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer as transformers has it, with what it puts before a text and its chat template. Raises DataError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises anything
+        raise DataError(f"transformers cannot read the tokenizer in {folder}: {_first_line(error)}.") from error
 
 
 def _first_line(error: Exception) -> str:

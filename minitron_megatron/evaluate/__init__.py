@@ -1,8 +1,20 @@
-"""How good a model is on text that it was not trained on.
+"""How good a model is: its loss on text that it was not trained on, and tasks of lm-evaluation-harness.
 
-Knows: models, held-out batches. Must not know: how a model came about, recipes.
+Knows: models, held-out batches, the harness. Must not know: how a model came about, recipes.
 """
 
 from .losses import ValidationSet, validation_loss
+from .predict import Predictor, Run
+from .tasks import SUITES, Task, check_tasks, run_tasks, scores_of
 
-__all__ = ["ValidationSet", "validation_loss"]
+__all__ = [
+    "SUITES",
+    "Predictor",
+    "Run",
+    "Task",
+    "ValidationSet",
+    "check_tasks",
+    "run_tasks",
+    "scores_of",
+    "validation_loss",
+]

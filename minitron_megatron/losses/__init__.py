@@ -9,6 +9,7 @@ Letters: s sequence, b batch, n tokens (s * b), c tokens of a chunk, h hidden, v
 from .distillation import KDLoss
 from .divergences import DIVERGENCES, Divergence
 from .fused import chunk_tokens, distill_loss, lm_loss
+from .likelihood import token_likelihood
 from .states import STATE_LOSSES, also_minimise, relation_loss, state_loss
 from .vocab import Entries
 
@@ -24,4 +25,5 @@ __all__ = [
     "lm_loss",
     "relation_loss",
     "state_loss",
+    "token_likelihood",
 ]

@@ -3,6 +3,7 @@
 Knows: the schema, the order of the stages, the run folder. Must not know: terminals, plots, command lines.
 """
 
+from .bench import bench
 from .estimate import Estimate, estimate
 from .handover import hand_over
 from .load import load_recipe
@@ -16,6 +17,7 @@ __all__ = [
     "Estimate",
     "Recipe",
     "Step",
+    "bench",
     "dry_run",
     "estimate",
     "hand_over",

@@ -55,6 +55,11 @@ class Folders:
         return self.run / "summary.json"
 
     @property
+    def evaluation(self) -> Path:
+        """What the tasks' harness found, a file a model."""
+        return self.run / "evaluation"
+
+    @property
     def metrics(self) -> Path:
         return self.run / "metrics.jsonl"
 
@@ -184,8 +189,12 @@ class Context:
 
     def calibration_batches(self) -> list[Batch]:
         """This rank's share of the calibration samples. Collective over the world."""
+        return self._placed(calibration_batches(self.calibration(), **self._share(self.recipe.score.micro_batch)))
+
+    def calibration(self) -> Corpus:
+        """The calibration samples. Collective over the world."""
         keys = self.recipe.score
-        corpus = calibration(
+        return calibration(
             self.blend,
             samples=keys.samples,
             sequence=self.recipe.data.sequence,
@@ -193,7 +202,6 @@ class Context:
             cache=self.folders.data / "index",
             end=self._end,
         )
-        return self._placed(calibration_batches(corpus, **self._share(keys.micro_batch)))
 
     def held_out(self) -> ValidationSet:
         """This rank's share of the held-out samples of each source, as many as there are up to what the recipe asks.

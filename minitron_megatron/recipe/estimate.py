@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..convert import read_config
+from ..errors import TopologyError
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..parallel import Topology
 from .memory import WEIGHT_BYTES, model_bytes, training_bytes
@@ -48,6 +49,14 @@ class Estimate:
     hours: float
     warnings: tuple[str, ...]
     """What will work, but not for everybody."""
+
+    def expect_to_fit(self, gib: float) -> None:
+        """Raises TopologyError where a rank holds more than `gib` GiB, activations not counted."""
+        if self.rank_bytes > gib * 2**30:
+            raise TopologyError(
+                f"a rank would hold {self.rank_bytes / 2**30:.1f} GiB before activations, and has {gib:g}. Raise "
+                "parallel.tp or pp, or lighten the teacher (distill.offload_teacher, teacher_dtype, teacher_window)."
+            )
 
     def predictions(self) -> dict[str, Any]:
         """What a report can set beside what was measured: parameters of each model, bytes, FLOPs of each stage."""

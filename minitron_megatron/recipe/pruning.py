@@ -9,6 +9,7 @@ from typing import Any
 from ..convert import read_config
 from ..data import Batch
 from ..errors import CheckpointError
+from ..evaluate import Run
 from ..layout import PER_LAYER
 from ..model import config_of
 from ..parallel import fail_together
@@ -17,6 +18,7 @@ from ..records import DepthScores, Plan, Scores
 from ..score import block_importance, leave_out, score
 from .context import DTYPES, Context
 from .sizes import depth_sweep, rounds, statistic_of
+from .tasks import winogrande
 
 __all__ = ["composed", "cut", "decide", "measure", "measure_depth"]
 
@@ -42,7 +44,14 @@ def measure_depth(context: Context, model: Any, batches: Sequence[Batch]) -> Dep
     options["model_hash"] = context.uncut_hash
     if sweep.metric == "bi":
         return block_importance(model, batches, **options)
-    return leave_out(model, batches, metric=sweep.metric, greedy=sweep.greedy, **options)
+    metric: Any = sweep.metric
+    if metric == "winogrande":
+
+        def metric(run: Run) -> float:
+            return winogrande(context, model, run)
+
+        metric.__name__ = "winogrande"
+    return leave_out(model, batches, metric=metric, greedy=sweep.greedy, **options)
 
 
 def decide(context: Context) -> Plan:

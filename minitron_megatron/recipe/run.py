@@ -16,11 +16,13 @@ import yaml
 from ..convert import read_config
 from ..data import check_tokenizer
 from ..errors import DataError, RecipeError
+from ..evaluate import check_tasks
 from ..events import Listener, silent
 from ..files import read_json, whole_file, write_json
 from ..layout import Shape
 from ..model import check_fits
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, peak_bytes
+from ..serve import check_fp8
 from .context import Context, Folders
 from .estimate import estimate
 from .fingerprint import fingerprint
@@ -28,6 +30,7 @@ from .phases import ResolvedPhase, prefixes, resolved
 from .schema import Recipe
 from .sizes import check_pruning, student_shape
 from .stages import STAGES, Stage
+from .tasks import WINOGRANDE
 from .versions import versions
 
 __all__ = ["Results", "Step", "dry_run", "recorded", "run", "wanted"]
@@ -145,11 +148,17 @@ def check(recipe: Recipe, topology: Topology) -> None:
     check_tokenizer(recipe.model, shape.vocab)
     check_fits(shape, topology)
     check_pruning(recipe, shape, topology)
+    if recipe.export.quantize == "fp8":
+        check_fp8(student_shape(recipe, shape))
     recipe.distill.loss.loss().check(shape.vocab)
     _check_start(recipe, shape)
     for key, phase in _phases(recipe):
         _check_phase(key, phase, recipe, topology)
     _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology)
+    depth = recipe.score.depth
+    tasks = recipe.evaluate.wanted() + ([WINOGRANDE] if depth and depth.metric == "winogrande" else [])
+    if tasks:
+        check_tasks(tasks, recipe.evaluate.task_files)
     for source in recipe.data.sources:
         for path in (source.path, source.validation):
             if isinstance(path, Path) and not path.exists():

@@ -5,46 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from ..distill import StatePairs
-from ..errors import RecipeError
+from ..evaluate import SUITES, Task
 from ..layout import PUBLIC_AXES
-from ..losses import KDLoss
 from ..model import Recompute
+from ..serve import LADDER
+from .keys import Count, DType, Keys, Layers, Positive
+from .training_keys import Correct, Distill
 
-__all__ = ["Data", "Depth", "Distill", "Recipe", "Source", "TrainingKeys", "json_schema"]
-
-DType = Literal["float32", "bfloat16"]
-
-
-def _whole(value: Any) -> Any:
-    """YAML reads `94e9` as text and `94.0e9` as a float: both are whole numbers here."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _layers(value: Any) -> Any:
-    """A number of layers, or a list of them; said once, where pydantic would tell of each alternative."""
-    listed = value if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(layer, int) for layer in listed) or (isinstance(value, int) and value < 1):
-        raise ValueError("Give how many layers to keep, or a list of those that stay")
-    return value
-
-
-Written = Annotated[str, BeforeValidator(str)]
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
-Layers = Annotated[int | tuple[int, ...], BeforeValidator(_layers)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-
-
-class Keys(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+__all__ = ["Data", "Depth", "Recipe", "Source", "json_schema"]
 
 
 class Parallel(Keys):
@@ -93,55 +63,6 @@ class Data(Keys):
     """Processes that tokenize."""
 
 
-class TrainingKeys(Keys):
-    """How long and how fast a model is trained."""
-
-    tokens: Count = 94_000_000_000
-    """Budget; rounded up to whole steps."""
-    global_batch: Count = 1152
-    """Samples a step."""
-    micro_batch: Count = 1
-    """Samples a forward pass of one data-parallel rank."""
-    lr: Positive = 1e-4
-    """Peak learning rate."""
-    min_lr: NotNegative = 1e-5
-    """Learning rate at the end of the cosine."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 40
-    weight_decay: NotNegative = 0.1
-    clip: Positive = 1.0
-    """Largest global norm of a step's gradient."""
-    save_every: Count = 100
-    """Steps between checkpoints. Those of validated steps can be the best."""
-    keep_checkpoints: Count = 2
-    """Checkpoints that stay while the stage is at work, besides the one with the least validation loss."""
-    save_async: bool = True
-    """Train on while a checkpoint is written."""
-    validate_every: Count = 100
-    """Steps between validations."""
-
-    def steps(self, sequence: int) -> int:
-        """Steps that see `tokens` tokens."""
-        return -(-self.tokens // (self.global_batch * sequence))
-
-
-class Correct(TrainingKeys):
-    """Teacher correction: cross-entropy on the distillation data before anything is pruned."""
-
-    tokens: Count = 100_000_000_000
-    """Budget; rounded up to whole steps."""
-    lr: Positive = 6e-5
-    """Peak learning rate: a fifth of the one the teacher was pretrained with (here Llama 3.1's 3e-4)."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 120
-    parameters: Literal["all", "norms", "lora"] = "all"
-    """What trains: everything; the norms alone, which needs little more memory than the weights; or low-rank
-    corrections of the layers' matrices, merged into them afterwards, which need about twice the weights."""
-    lora_rank: Count = 16
-    """Of the corrections where `parameters` is lora."""
-    continuous: bool = False
-    """Correct the teacher while it teaches: in each step of distillation it takes one of its own on the same batch, and
-    the student learns from what it is then. The original is pruned, and the budget and batch are distillation's."""
-
-
 class StatisticKeys(Keys):
     """How activations add up to a score."""
 
@@ -158,9 +79,10 @@ class StatisticKeys(Keys):
 class Depth(Keys):
     """Importance of layers, from what the network is without a block of them."""
 
-    metric: Literal["loss", "kl", "bi"] = "loss"
-    """Cross-entropy, or KL to the whole network, in nats per token; or block importance: 1 - the mean cosine of what
-    enters a block and what leaves it."""
+    metric: Literal["loss", "kl", "bi", "winogrande"] = "loss"
+    """Cross-entropy, or KL to the whole network, in nats per token; block importance: 1 - the mean cosine of what
+    enters a block and what leaves it; or the accuracy at Winogrande with five shots (`evaluate.task_files`, `limit`),
+    by which the second paper chose."""
     lengths: tuple[Count, ...] = ()
     """Lengths of the blocks to measure, besides the one that `prune.layers` needs; none and no need: single layers."""
     greedy: bool = False
@@ -218,124 +140,63 @@ class Prune(Keys):
         return {axis: size for axis in PUBLIC_AXES if (size := getattr(self, axis)) is not None}
 
 
-class LossKeys(Keys):
-    """What the student learns from the teacher's logits. The defaults are what the papers found best."""
+class TaskKeys(Keys):
+    """A task of lm-evaluation-harness."""
 
-    divergence: str = "forward_kl"
-    """How far the student is from the teacher: forward_kl, reverse_kl, jsd, mse or cosine."""
-    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The teacher's share of jsd's mixture of the two, by default a half. The others have none."""
-    temperature: Positive = 1.0
-    """Divides both models' logits. No cosine changes with it."""
-    top_k: Count | None = None
-    """Compare only the teacher's likeliest entries of each token, both softmaxes over these alone."""
-    ce_weight: NotNegative = 0.0
-    """Weight of cross-entropy with the next token, beside the divergence's 1."""
-    budget_mib: Count | None = None
-    """Memory for logits in MiB: the more, the larger the chunks. By default an eighth of all logits, at most 512."""
-
-    @model_validator(mode="after")
-    def _can_be(self) -> LossKeys:
-        try:
-            self.loss()
-        except RecipeError as error:
-            raise ValueError(str(error).rstrip(".")) from error
-        return self
-
-    def loss(self) -> KDLoss:
-        return KDLoss(
-            self.divergence,
-            beta=self.beta,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            ce_weight=self.ce_weight,
-            budget_bytes=None if self.budget_mib is None else self.budget_mib * 2**20,
-        )
-
-
-class StateKeys(Keys):
-    """What the student learns from the teacher's hidden states: layers as `teacher:student` in quotes, each numbered
-    from 0 in its own model. Where the widths differ, one map that trains along raises the student's to the teacher's.
-    """
-
-    embedding: bool = False
-    """The embedding, after the first norm."""
-    outputs: tuple[Written, ...] = ()
-    """Outputs of layers, after the norm that follows. The papers: where many layers go, the last but two of each model,
-    beside the embedding."""
-    mlp_inputs: tuple[Written, ...] = ()
-    """What enters MLPs, after the norm before them. The papers found no gain."""
-    attention: tuple[Written, ...] = ()
-    """How queries, keys and values of each token relate to those before it. The papers found no gain."""
-    loss: str = "cosine"
-    """How far states are apart, but for `attention`: cosine or mse."""
-    alpha: Positive | Literal["dynamic"] = "dynamic"
-    """Weight of the states' loss; dynamic: what makes it as large as the logits', found anew each step."""
-
-    @model_validator(mode="after")
-    def _can_be(self) -> StateKeys:
-        try:
-            self.pairs()
-        except RecipeError as error:
-            raise ValueError(str(error).rstrip(".")) from error
-        return self
-
-    def pairs(self) -> StatePairs:
-        return StatePairs(**{key: getattr(self, key) for key in type(self).model_fields})
-
-
-class Phase(Keys):
-    """What a further phase of distillation changes; a key left out is as in the phase before."""
-
-    tokens: Count
-    """Budget; rounded up to whole steps."""
-    sequence: Count | None = None
-    """Tokens a sample."""
-    weights: tuple[Positive, ...] | None = None
-    """The blend: one weight for each of `data.sources`."""
-    global_batch: Count | None = None
-    micro_batch: Count | None = None
-    lr: Positive | None = None
-    """Peak learning rate of the phase, which warms up and decays anew."""
-    min_lr: NotNegative | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-
-
-class Distill(TrainingKeys):
-    """The student learns from the teacher."""
-
-    phases: tuple[Phase, ...] = ()
-    """What follows on `tokens`, each from where the one before ended. A phase that is added later continues the run."""
-    start: Path | None = None
-    """A Hugging Face folder of the student's shape to begin with, instead of what `prune` leaves: such as a checkpoint
-    that was exported."""
-    retain: bool = False
-    """Leave the checkpoints when the stage is done, to add a phase to."""
-    loss: LossKeys = LossKeys()
-    states: StateKeys | None = None
-    """Left out: the student learns from the logits alone, as in both papers' final recipes."""
-    teacher_window: Count | None = None
-    """Micro-batches of a data-parallel rank that the teacher runs ahead of the student, whose final states are held
-    meanwhile. By default all of a step, which costs fewest pipeline bubbles."""
-    teacher_dtype: Literal["float32", "bfloat16", "float8"] | None = None
-    """What the teacher is held in; left out: the recipe's dtype. float8: its layers' matrices take a byte a weight and
-    are widened as each runs, which rounds what they teach."""
-    offload_teacher: bool = False
-    """Keep the teacher in host memory while the student trains: less device memory, a copy to the device each step."""
+    name: str
+    """As the harness calls it; a group or a tag is all of its tasks."""
+    shots: Annotated[int, Field(ge=0)] | None = None
+    """Solved examples before each question; left out: as the task has it."""
+    metric: str | None = None
+    """The one that stands in tables; left out: the task's first."""
 
 
 class Evaluate(Keys):
-    """Loss on held-out text."""
+    """Loss on held-out text, and tasks of lm-evaluation-harness."""
 
     samples: Count = 256
     """Held-out sequences of each source."""
     micro_batch: Count = 1
+    suite: Literal["base", "instruct"] | None = None
+    """The papers' tasks with their shots and metrics."""
+    tasks: tuple[TaskKeys, ...] = ()
+    """More of them."""
+    task_files: Path | None = None
+    """A folder with `<task>/<split>.jsonl`, in the fields that the task reads; left out: they are downloaded."""
+    limit: Count | None = None
+    """Questions of each task."""
+    truncate: bool = False
+    """Drop the beginning of a prompt that is longer than the model's context; else that is an error."""
+
+    def wanted(self) -> list[Task]:
+        """Of the suite and besides."""
+        return [*SUITES.get(self.suite or "", ()), *(Task(**task.model_dump()) for task in self.tasks)]
 
 
 class Export(Keys):
     """The Hugging Face folder that is served."""
 
     dtype: DType = "bfloat16"
+    quantize: Literal["none", "fp8"] = "none"
+    """Also write `export-fp8`: ModelOpt's post-training quantisation, e4m3 with a scale for each matrix and its input,
+    found on calibration samples in one process."""
+    quantize_samples: Count = 128
+    """Of the calibration samples, at most `score.samples`."""
+    kv_cache_fp8: bool = False
+    """Keys and values in FP8 too."""
+
+
+class Bench(Keys):
+    """How fast teacher and student serve: `minitron bench`."""
+
+    ladder: tuple[tuple[Count, Count], ...] = LADDER
+    """[input, output] tokens of the requests of each rung."""
+    batches: Annotated[tuple[Count, ...], Field(min_length=1)] = (32, 64)
+    """Requests at a time; the papers' two."""
+    requests: Count = 256
+    """Of each rung, for trtllm-bench."""
+    tp: Count = 1
+    """GPUs that serve one model."""
 
 
 class Recipe(Keys):
@@ -362,6 +223,7 @@ class Recipe(Keys):
     """Also distil into a randomly initialised student of the same shape on the same tokens, for comparison."""
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
+    bench: Bench = Bench()
 
     @property
     def teacher_runs_in(self) -> DType:

@@ -89,7 +89,11 @@ def _measures_depth(recipe: Recipe) -> bool:
 
 def depth_keys(recipe: Recipe) -> list[Any] | None:
     """What decides how layers are measured besides the keys `score`; None: they are not."""
-    return [recipe.prune.layers, recipe.prune.contiguous] if _measures_depth(recipe) else None
+    if not _measures_depth(recipe):
+        return None
+    by_task = recipe.score.depth is not None and recipe.score.depth.metric == "winogrande"
+    told = recipe.evaluate.model_dump(mode="json", include={"task_files", "limit", "truncate"}) if by_task else None
+    return [recipe.prune.layers, recipe.prune.contiguous, told]
 
 
 def depth_sweep(recipe: Recipe, teacher: Shape) -> DepthSweep | None:

@@ -17,12 +17,15 @@ from ..files import write_json
 from ..layout import parameters
 from ..model import build, chunks_of, config_of, fill_initial
 from ..parallel import broadcast_object, fail_together
+from ..serve import quantize_fp8
 from ..train import LMObjective
+from .card import write_card
 from .context import DTYPES, Context
 from .pruning import cut, decide, measure, measure_depth
 from .schema import Recipe
 from .sizes import depth_keys, rounds, scores_wanted
-from .training import correcting, distil, distillation_asks, train_in_phases
+from .tasks import evaluate_tasks, write_table
+from .training import correcting, distil, distillation_asks, train_in_phases, training_asks
 
 __all__ = ["STAGES", "Stage"]
 
@@ -162,6 +165,7 @@ def do_evaluate(context: Context) -> Result:
     for number, (name, (folder, stage)) in enumerate(models.items(), 1):
         model = context.load(folder)
         losses = validation_loss(model, held_out, context.topology)
+        tasks = evaluate_tasks(context, model, name.replace(" ", "_"))
         context.listener(Event("evaluate", number, len(models), "models", {f"loss/{name}": losses["all"]}))
         done = context.done.get(stage, {})
         rows.append(
@@ -173,10 +177,12 @@ def do_evaluate(context: Context) -> Result:
                 "tokens": done.get("tokens", 0),
                 "seconds": done.get("seconds", 0.0),
                 "loss_by_source": {source: loss for source, loss in losses.items() if source != "all"},
+                "tasks": tasks,
             }
         )
     if context.topology.rank == 0:
         write_json(context.folders.summary, rows)
+        write_table(rows, context.folders.evaluation / "table.md")
     return {"loss": {row["model"]: row["loss_nats_per_token"] for row in rows}}
 
 
@@ -184,18 +190,37 @@ def do_export(context: Context) -> Result:
     """Writes the student as the Hugging Face folder that is served."""
     dtype = DTYPES[context.recipe.export.dtype]
     model = context.load(context.folders.model("distilled"))
-    save = context.save(model, context.folders.model("export"), dtype)
-    return {"hash": save, "dtype": context.recipe.export.dtype}
+    folder = context.folders.model("export")
+    digest = context.save(model, folder, dtype)
+    write_card(context, folder)
+    if context.recipe.export.quantize == "fp8":
+        _quantize(context, folder)
+    return {"hash": digest, "dtype": context.recipe.export.dtype}
+
+
+def _quantize(context: Context, folder: Path) -> None:
+    """`export-fp8` beside the export, on the first rank."""
+    keys = context.recipe.export
+    corpus = context.calibration()
+    samples = [corpus[number][0][None] for number in range(min(keys.quantize_samples, len(corpus)))]
+    with fail_together():
+        if context.topology.rank == 0:
+            quantize_fp8(folder, context.folders.model("export-fp8"), samples, kv_cache=keys.kv_cache_fp8)
 
 
 DATA = ("model", "data", "seed")
-TRAINS = ("dtype", "evaluate")  # validation during training draws from the same held-out samples
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("prepare", do_prepare, "data", DATA),
         Stage(
-            "correct", do_correct, "corrected", ("correct", *TRAINS), ("prepare",), lambda recipe: recipe.corrects_first
+            "correct",
+            do_correct,
+            "corrected",
+            ("correct", "dtype"),
+            ("prepare",),
+            lambda recipe: recipe.corrects_first,
+            training_asks,
         ),
         Stage("score", do_score, "scores", ("score",), ("prepare", "correct"), scores_wanted, depth_keys),
         Stage("prune", do_prune, "pruned", ("prune", "dtype"), ("prepare", "correct", "score")),
@@ -203,7 +228,7 @@ STAGES: Mapping[str, Stage] = {
             "distill",
             do_distill,
             "distilled",
-            ("distill", *TRAINS),
+            ("distill", "dtype"),
             ("prepare", "correct", "prune"),
             asks=distillation_asks,
         ),
@@ -211,7 +236,7 @@ STAGES: Mapping[str, Stage] = {
             "baseline",
             do_baseline,
             "random",
-            ("distill", *TRAINS),
+            ("distill", "dtype"),
             ("prepare", "correct", "prune"),
             lambda recipe: recipe.random_baseline,
             distillation_asks,
@@ -223,6 +248,6 @@ STAGES: Mapping[str, Stage] = {
             ("evaluate",),
             ("prepare", "correct", "prune", "distill", "baseline"),
         ),
-        Stage("export", do_export, "export", ("export",), ("distill",)),
+        Stage("export", do_export, "export", ("export",), ("prepare", "distill", "evaluate")),
     )
 }

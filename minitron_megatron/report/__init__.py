@@ -6,15 +6,18 @@ models, processes, recipes.
 
 from .listeners import MetricsFile, Progress, fan_out, read_metrics
 from .page import write_report
+from .plots import plot_bench
 from .records import describe, pairs_table, report_run
-from .tables import print_summary, summary_table
+from .tables import bench_table, print_summary, summary_table
 
 __all__ = [
     "MetricsFile",
     "Progress",
+    "bench_table",
     "describe",
     "fan_out",
     "pairs_table",
+    "plot_bench",
     "print_summary",
     "read_metrics",
     "report_run",

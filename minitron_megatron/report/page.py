@@ -19,7 +19,7 @@ from .importance import KEPT, kept_rows, shares
 from .listeners import read_metrics
 from .measured import PREDICTED, predicted_rows
 from .plots import ByLayer, DepthCurves
-from .tables import COLUMNS, cells
+from .tables import COLUMNS, cells, tasks_of
 
 __all__ = ["write_report"]
 
@@ -154,8 +154,9 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if body else ""
 
 
-def _summary(rows: Iterable[Mapping[str, Any]]) -> str:
-    return _table([title for title, _ in COLUMNS.values()], map(cells, rows))
+def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    tasks = tasks_of(rows)
+    return _table([*(title for title, _ in COLUMNS.values()), *tasks], (cells(row, tasks) for row in rows))
 
 
 def _stages(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from . import numbers
 
-__all__ = ["COLUMNS", "cells", "print_summary", "summary_table"]
+__all__ = ["COLUMNS", "bench_table", "cells", "print_summary", "summary_table", "tasks_of"]
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "model": ("model", str),
@@ -25,9 +25,16 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 """Key of a row -> its title and how its value is written."""
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """The row's values as text, in the order of `COLUMNS`; a dash for what is absent."""
-    return [numbers.ABSENT if row.get(key) is None else write(row[key]) for key, (_, write) in COLUMNS.items()]
+def tasks_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The tasks that any of the rows has scores of, in their order."""
+    return list(dict.fromkeys(name for row in rows for name in row.get("tasks") or ()))
+
+
+def cells(row: Mapping[str, Any], tasks: Sequence[str] = ()) -> list[str]:
+    """The row's values as text, in the order of `COLUMNS` and then of `tasks`; a dash for what is absent."""
+    plain = [numbers.ABSENT if row.get(key) is None else write(row[key]) for key, (_, write) in COLUMNS.items()]
+    scores = row.get("tasks") or {}
+    return plain + [numbers.ABSENT if name not in scores else f"{scores[name]:.4g}" for name in tasks]
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -36,11 +43,28 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for title, write in COLUMNS.values():
         text = write is str
         table.add_column(title.replace(" (", "\n("), justify="left" if text else "right", no_wrap=not text)
+    tasks = tasks_of(rows)
+    for name in tasks:
+        table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(*map(Text, cells(row)))
+        table.add_row(*map(Text, cells(row, tasks)))
     return table
 
 
 def print_summary(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """Prints the summary table."""
     (console or Console()).print(summary_table(rows))
+
+
+def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of `bench/table.json`: tokens a second of each model, and the student's over the teacher's."""
+    names = [name for name in ("teacher", "student", "student fp8") if any(name in row for row in rows)]
+    table = Table(title="Tokens a second", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("input", "output", "batch", *names, "student / teacher", "fp8 / teacher"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        speeds = [(row.get(name) or {}).get("tokens_per_second") for name in names]
+        sizes = [str(row[key]) for key in ("inputs", "outputs", "batch")]
+        ratios = [f"{row[key]:.2f}" if key in row else numbers.ABSENT for key in ("ratio", "ratio_fp8")]
+        table.add_row(*sizes, *(numbers.ABSENT if each is None else f"{each:,.0f}" for each in speeds), *ratios)
+    return table

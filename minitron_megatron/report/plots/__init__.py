@@ -8,6 +8,7 @@ from .cuts import LEAST_MARGIN, margins, shares
 from .depth import DepthCurves, depth_curves
 from .losses import bars, loss_curves
 from .scores import ByLayer, importance
+from .throughput import plot_bench
 
 __all__ = [
     "LEAST_MARGIN",
@@ -18,5 +19,6 @@ __all__ = [
     "importance",
     "loss_curves",
     "margins",
+    "plot_bench",
     "shares",
 ]

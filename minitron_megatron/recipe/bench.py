@@ -1,0 +1,112 @@
+"""Teacher and student as they serve, side by side."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from ..convert import read_config
+from ..errors import DataError, RecipeError
+from ..events import Event, Listener, silent
+from ..files import whole_file, write_json
+from ..serve import Measured, Workload, command, has_trtllm, measure_locally, parse_report, write_requests
+from .context import Folders
+from .schema import Recipe
+
+__all__ = ["Backend", "bench"]
+
+Backend = Literal["trtllm", "torch"]
+
+Row = dict[str, Any]
+"""`inputs`, `outputs`, `batch`; of each model what was measured; `ratio`: the student's tokens a second over the
+teacher's, and `ratio_fp8` over the bf16 teacher's."""
+
+
+def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = silent) -> list[Row]:
+    """Measures every rung and batch, writes `bench/table.json` and returns its rows. One process.
+
+    Where trtllm-bench is not installed it writes the requests and `bench/commands.sh`, to be run in TensorRT-LLM's
+    container where this folder is, and returns what reports of an earlier call are there. Raises RecipeError where the
+    student is not exported yet.
+    """
+    models = _models(recipe)
+    folder = recipe.out / "bench"
+    rows, commands = [], []
+    workloads = list(_workloads(recipe, min(read_config(each).max_positions for each in models.values())))
+    for done, workload in enumerate(workloads, 1):
+        measured: dict[str, Measured | None]
+        if backend == "torch":
+            measured = dict(zip(models, measure_locally(list(models.values()), workload), strict=True))
+        else:
+            requests = folder / f"{workload.name}.jsonl"
+            if not requests.exists():
+                write_requests(requests, workload, read_config(models["teacher"]).shape.vocab, recipe.seed)
+            calls = _calls(models, folder, requests, workload, recipe.bench.tp)
+            commands += [shlex.join(call) for call, _ in calls.values()]
+            measured = {name: _measured(*call) for name, call in calls.items()}
+        rows.append(_row(workload, measured))
+        listener(Event("bench", done, len(workloads), "rungs"))
+    if commands:
+        with whole_file(folder / "commands.sh") as partial:
+            partial.write_text("#!/bin/sh\nset -e\n" + "\n".join(commands) + "\n", encoding="utf-8")
+    write_json(folder / "table.json", {"backend": backend, "rows": rows})
+    return rows
+
+
+def _models(recipe: Recipe) -> dict[str, Path]:
+    folders = Folders(recipe.out)
+    models = {"teacher": recipe.model, "student": folders.model("export"), "student fp8": folders.model("export-fp8")}
+    if not models["student"].is_dir():
+        raise RecipeError(f"{models['student']} is not there. Run `minitron run` first.")
+    return {name: path for name, path in models.items() if path.is_dir()}
+
+
+def _workloads(recipe: Recipe, context: int) -> Iterator[Workload]:
+    """The rungs that fit the models' context. Raises RecipeError where none does."""
+    keys = recipe.bench
+    fits = [(inputs, outputs) for inputs, outputs in keys.ladder if inputs + outputs <= context]
+    if not fits:
+        raise RecipeError(f"no rung of bench.ladder fits the context of {context} tokens. Give shorter ones.")
+    for inputs, outputs in fits:
+        for batch in keys.batches:
+            yield Workload(inputs, outputs, batch, max(batch, keys.requests))
+
+
+def _calls(
+    models: dict[str, Path], folder: Path, requests: Path, workload: Workload, tp: int
+) -> dict[str, tuple[list[str], Path]]:
+    """Model -> (command, the report that it writes)."""
+    calls = {}
+    for name, model in models.items():
+        report = folder / f"{workload.name}-{name.replace(' ', '-')}.json"
+        calls[name] = command(model.resolve().name, model, requests, report, workload, tp=tp), report
+    return calls
+
+
+def _measured(call: list[str], report: Path) -> Measured | None:
+    """None: not run yet, and not to be run here."""
+    if not report.exists():
+        if not has_trtllm():
+            return None
+        done = subprocess.run(call, check=False, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            raise DataError(
+                f"trtllm-bench ended with {done.returncode}: {' '.join(last)}. Its call: {shlex.join(call)}"
+            )
+    return parse_report(report)
+
+
+def _row(workload: Workload, measured: dict[str, Measured | None]) -> Row:
+    row: Row = {"inputs": workload.inputs, "outputs": workload.outputs, "batch": workload.batch}
+    row |= {name: asdict(found) if found else None for name, found in measured.items()}
+    teacher = measured["teacher"]
+    for key, name in (("ratio", "student"), ("ratio_fp8", "student fp8")):
+        student = measured.get(name)
+        if teacher and student and teacher.tokens_per_second and student.tokens_per_second:
+            row[key] = student.tokens_per_second / teacher.tokens_per_second
+    return row

@@ -1,0 +1,78 @@
+"""The model card that lies in an export: what the student is, where it came from and how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..convert import read_config
+from ..files import read_json, whole_file
+from ..layout import parameters
+from .context import Context
+from .versions import versions
+
+__all__ = ["write_card"]
+
+
+def write_card(context: Context, folder: Path) -> None:
+    """Writes `README.md` into the export, on the first rank: Hugging Face's metadata, then prose and tables."""
+    if context.topology.rank != 0:
+        return
+    with whole_file(folder / "README.md") as partial:
+        partial.write_text(_card(context, folder), encoding="utf-8")
+
+
+def _card(context: Context, folder: Path) -> str:
+    recipe, done = context.recipe, context.done
+    student, teacher = read_config(folder).shape, read_config(recipe.model).shape
+    tags = ["minitron", "pruned", "distilled"]
+    about = {"base_model": recipe.model.name, "library_name": "transformers", "tags": tags}
+    told = recipe.model_dump(mode="json", exclude_none=True, exclude={"model": True, "out": True, "data": {"sources"}})
+    axes = ("layers", "hidden", "ffn", "heads", "kv_groups", "experts", "expert_ffn", "shared_ffn")
+    shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in axes if getattr(teacher, axis)]
+    sources = [(name, source["tokens"], source["weight"]) for name, source in done["prepare"]["sources"].items()]
+    training = [(stage, done[stage]["tokens"]) for stage in ("correct", "distill") if stage in done]
+    parts = [
+        f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n",
+        f"# {folder.resolve().parent.name}: {recipe.model.name} pruned and distilled\n",
+        f"{parameters(student):,} parameters, of the teacher's {parameters(teacher):,}, by the Minitron method: what "
+        "matters least was cut, and what was left learnt from the teacher's logits.\n",
+        _table(("", "teacher", "student"), [*shapes, ("parameters", parameters(teacher), parameters(student))]),
+        "## Training\n",
+        _table(("stage", "tokens"), training),
+        _table(("source", "tokens held", "weight"), sources),
+        "## Evaluation\n",
+        _evaluation(context),
+        "## Licence\n",
+        "This model is derived from its teacher, whose licence applies to it. Read that before you pass this on.\n",
+        "## How it was made\n",
+        f"```yaml\n{yaml.safe_dump(told, sort_keys=False)}```\n",
+        _table(("with", "version"), list(versions().items())),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _evaluation(context: Context) -> str:
+    rows: Sequence[dict[str, Any]] = read_json(context.folders.summary)
+    tasks = list(rows[0].get("tasks") or {})
+    titles = ("model", "parameters", "loss (nats/token)", "perplexity", *tasks)
+    cells = [
+        (
+            row["model"],
+            f"{row['parameters']:,}",
+            f"{row['loss_nats_per_token']:.4f}",
+            f"{row['perplexity']:.2f}",
+            *(f"{row['tasks'][name]:.4f}" for name in tasks),
+        )
+        for row in rows
+    ]
+    return _table(titles, cells)
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    text = [[f"{cell:,}" if isinstance(cell, int) else str(cell).replace("|", "/") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in text) if len(lines) > 2 else ""

@@ -1,0 +1,21 @@
+"""What serves a Hugging Face folder: FP8, and how fast it is.
+
+Knows: Hugging Face folders, modelopt, trtllm-bench. Must not know: training, recipes, run folders.
+"""
+
+from .local import measure_locally
+from .quantize import check_fp8, quantize_fp8
+from .throughput import LADDER, Measured, Workload, command, has_trtllm, parse_report, write_requests
+
+__all__ = [
+    "LADDER",
+    "Measured",
+    "Workload",
+    "check_fp8",
+    "command",
+    "has_trtllm",
+    "measure_locally",
+    "parse_report",
+    "quantize_fp8",
+    "write_requests",
+]

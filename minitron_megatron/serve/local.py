@@ -1,0 +1,78 @@
+"""Prefill and decoding of a Hugging Face folder in this process: a ratio of two models on any machine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from .throughput import Measured, Workload
+
+__all__ = ["measure_locally"]
+
+
+@torch.inference_mode()
+def measure_locally(folders: list[Path], workload: Workload, *, repeats: int = 3) -> list[Measured]:
+    """Each model on the same random requests, `workload.batch` of them with a static key-value cache, in turn; medians.
+
+    On a GPU decoding steps are one CUDA graph. Every model is in memory at once.
+    """
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = [
+        AutoModelForCausalLM.from_pretrained(each, dtype="auto", local_files_only=True).to(device).eval()
+        for each in folders
+    ]
+    steps = [_step(model) for model in models]
+    times: list[list[tuple[float, float]]] = [[] for _ in models]
+    for turn in range(repeats + 1):
+        for model, step, seen in zip(models, steps, times, strict=True):
+            taken = _run(model, step, workload)
+            if turn:  # the first one warms up
+                seen.append(taken)
+    return [_measured(seen, workload) for seen in times]
+
+
+def _step(model: Any) -> Any:
+    cuda = next(model.parameters()).device.type == "cuda"
+    return torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if cuda else model.forward
+
+
+def _run(model: Any, step: Any, workload: Workload) -> tuple[float, float]:
+    """Seconds of (prefill, decoding)."""
+    from transformers import StaticCache
+
+    device, total = next(model.parameters()).device, workload.inputs + workload.outputs
+    cache = StaticCache(config=model.config, max_cache_len=total)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (workload.batch, workload.inputs), generator=generator)
+    began = _now(device)
+    positions = torch.arange(workload.inputs, device=device)
+    out = model(tokens.to(device), past_key_values=cache, cache_position=positions, logits_to_keep=1)
+    filled = _now(device)
+    for at in range(workload.inputs, total - 1):
+        token = out.logits[:, -1:].argmax(-1)
+        out = step(token, past_key_values=cache, cache_position=torch.tensor([at], device=device))
+    return filled - began, _now(device) - filled
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _measured(seen: list[tuple[float, float]], workload: Workload) -> Measured:
+    prefill, decode = (median(each) for each in zip(*seen, strict=True))
+    return Measured(
+        tokens_per_second=workload.batch * workload.outputs / (prefill + decode),
+        requests_per_second=workload.batch / (prefill + decode),
+        latency_ms=1000 * (prefill + decode),
+        first_token_ms=1000 * prefill,
+        token_ms=1000 * decode / max(1, workload.outputs - 1),
+        gpus=1,
+    )

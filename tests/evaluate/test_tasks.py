@@ -1,0 +1,223 @@
+"""The harness says of a model at any layout what it says of the same weights through its own Hugging Face model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from minitron_megatron.convert import load_hf
+from minitron_megatron.data import transformers_tokenizer
+from minitron_megatron.errors import DataError, RecipeError
+from minitron_megatron.evaluate import Predictor, Task, check_tasks, run_tasks, scores_of
+from minitron_megatron.evaluate.tasks import _configured, _manager, _quiet
+from minitron_megatron.layout import Shape
+from minitron_megatron.parallel import Topology
+from minitron_megatron.testing import Pool
+from tests.tiny import LAYOUTS, write_llama
+
+CONTEXT = 400
+SHAPE = Shape(layers=4, hidden=32, ffn=48, heads=4, kv_groups=2, head_dim=8, vocab=257)
+TASKS = (
+    Task("winogrande", 1, "acc"),
+    Task("lambada_openai", None, "acc"),
+    Task("arc_easy", None, "acc_norm"),
+    Task("mmlu_anatomy", 1, "acc"),
+    Task("wikitext", None, "word_perplexity"),
+    Task("triviaqa", 0, "exact_match"),
+)
+ASSETS = os.environ.get("MINITRON_TEST_ASSETS")
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama that reads bytes."""
+    folder = write_llama(tmp_path_factory.mktemp("model"), SHAPE, 3)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<end>": 0, **{byte: i for i, byte in enumerate(alphabet, 1)}}, []))
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "model_max_length": CONTEXT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": CONTEXT}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few questions of each task, in the fields of its real data."""
+    root, many = tmp_path_factory.mktemp("tasks"), range(7)
+    sentences = [
+        {"sentence": f"The {i} cup hit the bowl so _ broke.", "option1": "the cup", "option2": "it", "answer": "1"}
+        for i in many
+    ]
+    write_lines(root / "winogrande" / "validation.jsonl", sentences[:5])
+    write_lines(root / "winogrande" / "train.jsonl", sentences[5:])
+    write_lines(root / "lambada_openai" / "test.jsonl", ({"text": f"one {i} two three"} for i in many))
+    labels = list("ABC")
+    questions = [
+        {
+            "question": f"What is {i}?",
+            "choices": {"text": ["so", "a much longer one", str(i)], "label": labels},
+            "answerKey": labels[i % 3],
+        }
+        for i in many
+    ]
+    write_lines(root / "arc_easy" / "test.jsonl", questions)
+    choices = [{"question": f"Is {i} odd?", "choices": ["no", "yes", "both", "none"], "answer": i % 2} for i in many]
+    write_lines(root / "mmlu_anatomy" / "test.jsonl", choices[:5])
+    write_lines(root / "mmlu_anatomy" / "dev.jsonl", choices[5:])
+    write_lines(root / "wikitext" / "test.jsonl", [{"page": "some words of a page " * 30}, {"page": "short"}])
+    asked = [{"question": f"Who is {i}?", "answer": {"aliases": ["a", "b"], "value": "a"}} for i in range(3)]
+    write_lines(root / "triviaqa" / "validation.jsonl", asked)
+    return root
+
+
+def ours(
+    topology: Topology, model: Path, files: Path, tasks: tuple[Task, ...], truncate: bool = False
+) -> dict[str, Any]:
+    found = run_tasks(
+        load_hf(model, topology),
+        tasks,
+        transformers_tokenizer(model),
+        topology,
+        files=files,
+        truncate=truncate,
+        micro_batch=3,
+    )
+    return {"samples": found["samples"], "scores": scores_of(found, tasks)}
+
+
+def theirs(model: Path, files: Path, tasks: tuple[Task, ...]) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _quiet():
+        lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=3)
+        configured = [_configured(task, task.name, files) for task in tasks]
+        found = simple_evaluate(lm, tasks=configured, task_manager=_manager(), bootstrap_iters=0, log_samples=True)
+    return {"samples": json.loads(json.dumps(found["samples"], default=str)), "scores": scores_of(found, tasks)}
+
+
+def expect_alike(found: dict[str, Any], truth: dict[str, Any]) -> int:
+    """Item by item: log-likelihoods to 1e-4, whether they are greedy, and what was generated."""
+    compared = 0
+    for name, items in truth["samples"].items():
+        mine = {item["doc_id"]: item for item in found["samples"][name]}
+        assert len(mine) == len(items)
+        for item in items:
+            for a, b in zip(mine[item["doc_id"]]["resps"], item["resps"], strict=True):
+                a, b = (each[0] for each in (a, b))
+                if isinstance(b, list):
+                    assert float(a[0]) == pytest.approx(float(b[0]), abs=1e-4) and str(a[1]) == str(b[1])
+                elif isinstance(b, str) and name == "triviaqa":
+                    assert a == b
+                else:
+                    assert float(a) == pytest.approx(float(b), rel=1e-5)
+                compared += 1
+    assert found["scores"] == pytest.approx(truth["scores"], rel=1e-4)
+    return compared
+
+
+@pytest.fixture(scope="module")
+def truth(model: Path, files: Path) -> dict[str, Any]:
+    return theirs(model, files, TASKS)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_item_is_that_of_the_harness_own_model(
+    pool: Pool, model: Path, files: Path, truth: dict[str, Any], layout: str
+) -> None:
+    for found in pool.run(ours, model, files, TASKS, **LAYOUTS[layout]):
+        assert expect_alike(found, truth) > 60
+
+
+def sampled(topology: Topology, model: Path, temperature: float, top_p: float) -> list[list[int]]:
+    predictor = Predictor(load_hf(model, topology), topology, micro_batch=2)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    return predictor.continuations(prompts, 12, temperature=temperature, top_p=top_p, seed=4)
+
+
+def test_what_is_sampled_depends_on_the_seed_and_not_on_the_layout(pool: Pool, model: Path) -> None:
+    """And a narrow enough choice is the greedy one."""
+    plain = pool.run(sampled, model, 0.8, 0.95)[0]
+    for layout in ("tp2", "tp2-sp", "pp2", "dp2"):
+        assert all(found == plain for found in pool.run(sampled, model, 0.8, 0.95, **LAYOUTS[layout]))
+    greedy = pool.run(sampled, model, 0.0, 1.0)[0]
+    assert plain != greedy == pool.run(sampled, model, 1.0, 1e-6, tp=2)[0]
+    assert all(len(tokens) == 12 for tokens in greedy)
+
+
+def test_what_cannot_be_run_is_one_message(pool: Pool, model: Path, files: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no task winogrand\. Did you mean 'winogrande'"):
+        check_tasks([Task("winogrand")], None)
+    with pytest.raises(DataError, match=r"hellaswag has no \.jsonl file"):
+        check_tasks([Task("hellaswag")], files)
+    write_lines(tmp_path / "lambada_openai" / "test.jsonl", [{"text": "a b " * 200 + "end"}])
+    long = (Task("lambada_openai"),)
+    with pytest.raises(DataError, match=r"a prompt of \d+ tokens is longer than the \d+ .* evaluate\.truncate"):
+        pool.run(ours, model, tmp_path, long, tp=2)
+    assert pool.run(ours, model, tmp_path, long, True)[0]["scores"].keys() == {"lambada_openai"}
+
+
+def assets(root: Path) -> tuple[Task, ...]:
+    """Real items of four tasks, for the real model."""
+    bench = Path(str(ASSETS)) / "bench"
+
+    def lines(path: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (bench / path).read_text().splitlines()]
+
+    every = lines("winogrande/dev.jsonl")
+    write_lines(root / "winogrande" / "validation.jsonl", every[:60])
+    write_lines(root / "winogrande" / "train.jsonl", every[60:90])
+    write_lines(root / "lambada_openai" / "test.jsonl", lines("lambada/lambada_test.jsonl")[:40])
+    for split in ("dev", "test"):
+        with (bench / "mmlu" / f"anatomy_{split}.csv").open() as file:
+            rows = [dict(row) for row in csv.DictReader(file)][:40]
+        asked = (
+            {"question": r["question"], "choices": [r[f"choice{i}"] for i in range(4)], "answer": int(r["answer"])}
+            for r in rows
+        )
+        write_lines(root / "mmlu_anatomy" / f"{split}.jsonl", asked)
+    questions = []
+    for item in json.loads((bench / "arc_easy" / "test.json").read_text())[:60]:
+        asked, _, rest = (
+            item["instruction"]
+            .removeprefix("Please choose the correct answer to the question: ")
+            .partition("\n\nAnswer1: ")
+        )
+        texts = (
+            rest.split("\n\nAnswer format")[0]
+            .replace(" Answer2: ", "\0")
+            .replace(" Answer3: ", "\0")
+            .replace(" Answer4: ", "\0")
+            .split("\0")
+        )
+        labels = list("1234")[: len(texts)]
+        questions.append(
+            {"question": asked, "choices": {"text": texts, "label": labels}, "answerKey": item["answer"][-1]}
+        )
+    write_lines(root / "arc_easy" / "test.jsonl", questions)
+    return (Task("winogrande", 2), Task("lambada_openai"), Task("mmlu_anatomy", 0), Task("arc_easy"))
+
+
+@pytest.mark.skipif(not ASSETS, reason="MINITRON_TEST_ASSETS names no folder with a real model and real items")
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2"])
+def test_real_items_on_a_real_model(pool: Pool, tmp_path: Path, layout: str) -> None:
+    tasks, model = assets(tmp_path), Path(str(ASSETS)) / "hf" / "stories260K"
+    truth = theirs(model, tmp_path, tasks)
+    for found in pool.run(ours, model, tmp_path, tasks, True, **LAYOUTS[layout]):
+        assert expect_alike(found, truth) > 300
