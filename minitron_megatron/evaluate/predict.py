@@ -52,11 +52,8 @@ class Predictor:
         rounds = list(self._rounds(len(inputs)))
         for done, places in enumerate(rounds, 1):
             spans = [(inputs[at], lengths[at]) if at is not None else None for at in places]
-            for at, hidden in self._last_states(places, spans):
-                for number in last[inputs[at]]:
-                    labels = torch.tensor(pairs[number][1], device=hidden.device)
-                    found, greedy, _ = self._likelihood(hidden[-len(labels) :], labels)
-                    mine[number] = (float(found.sum()), bool(greedy.all()))
+            asked = [(n, hidden) for at, hidden in self._last_states(places, spans) for n in last[inputs[at]]]
+            mine |= self._likelihoods([(n, hidden, pairs[n][1]) for n, hidden in asked])
             listener(Event("tasks", done, len(rounds), "batches"))
         return self._together(mine, len(pairs))
 
@@ -126,6 +123,17 @@ class Predictor:
                     end = len(span[0])
                     found.append((at, hidden[end - span[1] : end, column]))
         return found
+
+    def _likelihoods(self, asked: Sequence[tuple[int, Tensor, Sequence[int]]]) -> dict[int, Likelihood]:
+        """Number -> likelihood of the continuation after the states [n, h] that foretell it and perhaps others more."""
+        if not asked:
+            return {}
+        lengths = [len(continuation) for *_, continuation in asked]
+        states = torch.cat([hidden[-length:] for (_, hidden, _), length in zip(asked, lengths, strict=True)])
+        labels = torch.tensor([token for *_, continuation in asked for token in continuation], device=states.device)
+        found, greedy, _ = self._likelihood(states, labels)
+        parts = zip(asked, found.cpu().split(lengths), greedy.cpu().split(lengths), strict=True)
+        return {number: (float(each.sum()), bool(best.all())) for (number, *_), each, best in parts}
 
     def _likelihood(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         weight, vocab = output_weight(self.model[-1]), self.config.shape.vocab

@@ -106,7 +106,7 @@ def test_parameters_are_the_papers_and_a_rank_holds_them(name: str, tmp_path: Pa
     assert 1 < found.hours < 1000
 
 
-SMALLER = {"hidden": 128, "ffn": 256, "heads": 4}
+SMALLER = {"hidden": 128, "ffn": 128, "heads": 4}
 """What the sizes are divided by."""
 TRAINING = {"tokens": 4 * 8 * 16, "global_batch": 8, "micro_batch": 2, "warmup_steps": 1, "validate_every": 4}
 
@@ -116,7 +116,7 @@ def shrunk(name: str, folder: Path, material: Path) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     recipe, about = yaml.safe_load((PRESETS / f"{name}.yaml").read_text()), CASES[name][0]
-    sizes = {"hidden_size": about["hidden_size"] // 128, "intermediate_size": about["intermediate_size"] // 256}
+    sizes = {"hidden_size": about["hidden_size"] // 128, "intermediate_size": about["intermediate_size"] // 128}
     sizes |= {"num_attention_heads": about["num_attention_heads"] // 4, "num_key_value_heads": 2, "head_dim": 16}
     sizes |= {"num_hidden_layers": 4, "vocab_size": 131, "max_position_embeddings": 64}
     options = {key: value for key, value in (about | sizes).items() if key not in ("model_type", "rope_scaling")}
