@@ -3,6 +3,8 @@
 #
 #   launch/local.sh N VERB ARGUMENTS...        launch/local.sh 4 run recipe.yaml
 #
+# It is a part of a larger world where NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say so (launch/node.sh).
+#
 # torchrun starts them as well (torchrun --nproc-per-node N -m minitron_megatron ...), but it answers every failure
 # with exit code 1 and a traceback of its own, which hides whose fault it was.
 set -u
@@ -11,21 +13,22 @@ if [ $# -lt 2 ] || ! [ "$1" -gt 0 ] 2>/dev/null; then
     echo "usage: launch/local.sh N VERB ARGUMENTS..." >&2
     exit 2
 fi
-export WORLD_SIZE=$1 LOCAL_WORLD_SIZE=$1 MASTER_ADDR=127.0.0.1
+NODE_RANK=${NODE_RANK:-0}
+export WORLD_SIZE=$(($1 * ${NODES:-1})) LOCAL_WORLD_SIZE=$1 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 shift
 PYTHON=${PYTHON:-python}
 MASTER_PORT=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
 export MASTER_PORT
 cores=$(nproc)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > WORLD_SIZE ? cores / WORLD_SIZE : 1))}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > LOCAL_WORLD_SIZE ? cores / LOCAL_WORLD_SIZE : 1))}
 
 declare -A alive=()
 stop() { [ "${#alive[@]}" -eq 0 ] || kill -"$1" "${!alive[@]}" 2>/dev/null; }
 trap 'stop INT' INT
 trap 'stop TERM' TERM
 trap 'stop USR1' USR1
-for ((rank = 0; rank < WORLD_SIZE; rank++)); do
-    RANK=$rank LOCAL_RANK=$rank "$PYTHON" -m minitron_megatron "$@" &
+for ((rank = 0; rank < LOCAL_WORLD_SIZE; rank++)); do
+    RANK=$((NODE_RANK * LOCAL_WORLD_SIZE + rank)) LOCAL_RANK=$rank "$PYTHON" -m minitron_megatron "$@" &
     alive[$!]=$rank
 done
 
@@ -34,7 +37,7 @@ while [ "${#alive[@]}" -gt 0 ]; do
     ended=
     wait -n -p ended "${!alive[@]}"
     status=$?
-    [ -n "$ended" ] || continue # a signal ended the wait, not a rank
+    [ -n "${ended:-}" ] || continue # a signal ended the wait, not a rank
     unset "alive[$ended]"
     if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
         code=$status

@@ -17,7 +17,8 @@ __all__ = ["MicroBatch", "States", "forward_backward", "forward_kept", "forward_
 
 
 class MicroBatch(Protocol):
-    """What a schedule needs of a micro-batch; `data.Batch` has it."""
+    """What a schedule needs of a micro-batch; `data.Batch` has it. Where it has `documents` too, [batch, seq], the number
+    of each token's, attention does not leave them."""
 
     @property
     def tokens(self) -> Tensor:
@@ -27,11 +28,6 @@ class MicroBatch(Protocol):
     @property
     def mask(self) -> Tensor:
         """bool [batch, seq]: the tokens that count."""
-        ...
-
-    @property
-    def documents(self) -> Tensor | None:
-        """[batch, seq]: the number of each token's document, where attention is not to leave it."""
         ...
 
 
@@ -186,13 +182,13 @@ def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> 
     whole = chunk.decoder.layers
     chunk.decoder.layers = nn.ModuleList(layers.values())
     try:
-        return final_hidden(chunk, batch.tokens, batch.documents)
+        return final_hidden(chunk, batch.tokens, getattr(batch, "documents", None))
     finally:
         chunk.decoder.layers = whole
 
 
 def _whole(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
-    return final_hidden(chunk, batch.tokens, batch.documents)
+    return final_hidden(chunk, batch.tokens, getattr(batch, "documents", None))
 
 
 def _hidden(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:

@@ -1,0 +1,201 @@
+"""The cluster scripts on a Slurm of two nodes: a run over both, preemption, an array, arguments that stay arguments."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_megatron.files import read_json
+from minitron_megatron.recipe import load_recipe
+from tests.recipe.conftest import material, recipe_file
+from tests.slurm.cluster import lacks, running
+
+__all__ = ["material", "recipe_file"]
+
+Write = Callable[..., Path]
+Environment = dict[str, str]
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ("slurm/run.sbatch", "slurm/array.sbatch")
+needs_slurm = pytest.mark.skipif(bool(lacks()), reason=lacks() or "there is one")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
+    root = tmp_path_factory.mktemp("slurm")
+    with running(root) as environment:
+        yield environment | {
+            "MINITRON_GPUS": "1",
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Where jobs are submitted from: the scripts, and nothing of the project else."""
+    for name in ("slurm", "launch"):
+        shutil.copytree(ROOT / name, tmp_path / "home" / name)
+    return tmp_path / "home"
+
+
+def ask(slurm: Environment, *call: object, cwd: Path = ROOT) -> str:
+    done = subprocess.run([str(each) for each in call], env=slurm, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def submit(slurm: Environment, home: Path, *arguments: object, **more: str) -> str:
+    return ask(slurm | more, "sbatch", "--parsable", *arguments, cwd=home)
+
+
+def state(slurm: Environment, job: str) -> dict[str, str]:
+    words = ask(slurm, "scontrol", "show", "job", job).split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 150) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def ended(slurm: Environment, job: str, home: Path, how: str = "COMPLETED") -> None:
+    """Waits for the end; a job in the queue again does not wait for Slurm's two minutes."""
+
+    def over() -> bool:
+        found = state(slurm, job)
+        if found["JobState"] == "PENDING" and found.get("Restarts", "0") != "0":
+            subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], env=slurm, check=False)
+        return found["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "REQUEUED")
+
+    wait_for(over)
+    logs = "\n".join(path.read_text()[-2000:] for path in (*home.glob("*.log"), *home.glob("logs/*")))
+    assert state(slurm, job)["JobState"] == how, logs
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_json(out / "summary.json")]
+
+
+LONG = {
+    "tokens": 150 * 8 * 16,
+    "global_batch": 8,
+    "micro_batch": 4,
+    "warmup_steps": 2,
+    "lr": 5e-3,
+    "validate_every": 150,
+}
+
+
+@needs_slurm
+def test_a_preempted_run_over_two_nodes_ends_as_an_undisturbed_one(
+    slurm: Environment, home: Path, recipe_file: Write
+) -> None:
+    keys: dict[str, Any] = {"correct": None, "random_baseline": False, "distill": LONG}
+    keys["data"] = load_recipe(recipe_file()).data.model_dump(mode="json") | {"repeat": True}
+    recipes = [recipe_file(f"{name}.yaml", out=str(home / name), parallel={"tp": 2}, **keys) for name in ("a", "b")]
+    undisturbed = submit(slurm, home, "--nodes=2", "slurm/run.sbatch", recipes[0])
+    ended(slurm, undisturbed, home)
+    job, metrics = submit(slurm, home, "--nodes=2", "slurm/run.sbatch", recipes[1]), home / "b" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text().count('"stage": "distill"') > 20)
+    urgent = submit(slurm, home, "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2")
+    ended(slurm, urgent, home)
+    assert list((home / "b" / "checkpoints").glob("*/step_*"))
+    ended(slurm, job, home)
+    assert state(slurm, job)["Restarts"] == "1"
+    assert table(home / "b") == table(home / "a")
+    assert read_json(home / "b" / "versions.json")["processes"] == 2
+    assert {path.name.rsplit("-", 1)[1] for path in home.glob("logs/*")} == {"node0.log", "node1.log"}
+
+
+@needs_slurm
+def test_an_array_reruns_what_was_killed_and_no_other(slurm: Environment, home: Path, recipe_file: Write) -> None:
+    recipe = recipe_file(correct=None, random_baseline=False)
+    lines = [f"--out '{home}/candidate {ffn}' --set prune.ffn={ffn}" for ffn in (32, 40, 48)]
+    (home / "candidates.txt").write_text("".join(line + "\n" for line in lines))
+    job = submit(slurm, home, "--array=0-2", "slurm/array.sbatch", "candidates.txt", "run", recipe)
+    victim = home / "candidate 40" / "metrics.jsonl"
+    wait_for(lambda: victim.exists() and '"stage": "distill"' in victim.read_text())
+    ask(slurm, "scancel", f"{job}_1")
+    wait_for(lambda: not ask(slurm, "squeue", "-h", "-j", job))
+    done = {ffn: (home / f"candidate {ffn}" / "export").is_dir() for ffn in (32, 40, 48)}
+    assert done == {32: True, 40: False, 48: True}
+    before = {ffn: (home / f"candidate {ffn}" / "summary.json").stat().st_mtime_ns for ffn in (32, 48)}
+    again = submit(slurm, home, "--array=0-2", "slurm/array.sbatch", "candidates.txt", "run", recipe)
+    wait_for(lambda: not ask(slurm, "squeue", "-h", "-j", again))
+    assert all((home / f"candidate {ffn}" / "export").is_dir() for ffn in (32, 40, 48))
+    assert before == {ffn: (home / f"candidate {ffn}" / "summary.json").stat().st_mtime_ns for ffn in (32, 48)}
+
+
+EVIL = [
+    "a b",
+    "it's",
+    '"',
+    "$(touch broken)",
+    "`touch broken`",
+    "x;touch broken",
+    "line\nbreak",
+    "*",
+    "--set",
+    "a.b=$HOME",
+]
+
+
+@needs_slurm
+def test_arguments_stay_arguments(slurm: Environment, home: Path) -> None:
+    """Whatever they hold, through sbatch, srun and both launchers; and so does a line of an array's file."""
+    recorder = home / "python"
+    recorder.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\n"
+        + (
+            "if sys.argv[1] == '-c':\n    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+            "json.dump(sys.argv[1:], open(os.environ['TO'] + os.environ['RANK'], 'w'))\n"
+        )
+    )
+    recorder.chmod(0o755)
+    more = {"PYTHON": str(recorder), "TO": str(home / "argv")}
+    job = submit(slurm, home, "--nodes=2", "slurm/run.sbatch", "my recipe.yaml", *EVIL, **more)
+    ended(slurm, job, home)
+    for rank in (0, 1):
+        assert json.loads((home / f"argv{rank}").read_text()) == [
+            "-m",
+            "minitron_megatron",
+            "run",
+            "my recipe.yaml",
+            *EVIL,
+        ]
+    (home / "lines.txt").write_text("--set 'a=b c' \"--out\" $(touch broken) `touch broken` ;x\n")
+    job = submit(slurm, home, "--array=0", "slurm/array.sbatch", "lines.txt", "prune", "r.yaml", **more)
+    wait_for(lambda: not ask(slurm, "squeue", "-h", "-j", job))
+    said = json.loads((home / "argv0").read_text())[2:]
+    assert said == ["prune", "r.yaml", "--set", "a=b c", "--out", "$(touch", "broken)", "`touch", "broken`", ";x"]
+    assert not list(home.rglob("broken"))
+
+
+@needs_slurm
+def test_slurm_accepts_the_scripts_as_they_are(slurm: Environment, home: Path) -> None:
+    for script in SCRIPTS:
+        ask(slurm, "sbatch", "--test-only", "--nodes=2", script, "x", cwd=home)
+
+
+def test_scripts_and_dockerfile_pass_their_linters() -> None:
+    tools = Path(sys.executable).parent
+    scripts = [
+        *SCRIPTS,
+        "slurm/body.sh",
+        "slurm/cluster.env",
+        *(f"launch/{n}.sh" for n in ("local", "node", "container")),
+    ]
+    for call in ([tools / "shellcheck", "-x", *scripts], [tools / "hadolint", "Dockerfile"]):
+        done = subprocess.run([str(each) for each in call], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
