@@ -17,8 +17,8 @@ __all__ = ["MicroBatch", "States", "forward_backward", "forward_kept", "forward_
 
 
 class MicroBatch(Protocol):
-    """What a schedule needs of a micro-batch; `data.Batch` has it. Where it has `documents` too, [batch, seq], the number
-    of each token's, attention does not leave them."""
+    """What a schedule needs of a micro-batch; `data.Batch` has it. Where it has `documents` too, [batch, seq], the
+    number of each token's, attention does not leave them."""
 
     @property
     def tokens(self) -> Tensor:
