@@ -27,15 +27,21 @@ fi
 mkdir -p logs
 srun --kill-on-bad-exit=1 --open-mode=append --output="logs/%x-%j-node%n.log" "${container[@]}" launch/node.sh "$@" &
 step=$!
-# Slurm's signal comes to this shell alone (B:), and srun hands it on to the processes
-trap 'kill -USR1 "$step" 2>/dev/null' USR1 TERM
-code=0
-while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done # a trapped signal ends the wait, not the step
+# Slurm's warning comes to this shell alone (B:), and srun hands it on to the processes
+warned=
+trap 'warned=yes; kill -USR1 "$step" 2>/dev/null' USR1
+trap 'kill -TERM "$step" 2>/dev/null' TERM
+while
+    wait "$step"
+    code=$?
+    kill -0 "$step" 2>/dev/null # a trapped signal ends the wait, not the step
+do :; done
 
-if [ "$code" -eq 75 ]; then
+# back into the queue after a warning alone: scancel is to end a job, and Slurm itself takes back what it preempts
+if [ "$code" -eq 75 ] && [ -n "$warned" ]; then
     job=$SLURM_JOB_ID
     # a task of an array has a name of its own
     [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    scontrol requeue "$job" || true # a preempted job is in the queue already
+    scontrol requeue "$job" || true
 fi
 exit "$code"

@@ -88,12 +88,12 @@ def table(out: Path) -> list[dict[str, Any]]:
 
 
 LONG = {
-    "tokens": 150 * 8 * 16,
+    "tokens": 90 * 8 * 16,
     "global_batch": 8,
     "micro_batch": 4,
     "warmup_steps": 2,
     "lr": 5e-3,
-    "validate_every": 150,
+    "validate_every": 90,
 }
 
 
