@@ -9,10 +9,10 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test quickstart soak clean
+.PHONY: help install check test test-slurm quickstart soak clean
 
 help:  ## what there is to make
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
 install: $(STAMP)  ## .venv with the pinned versions; at once where nothing changed
 
@@ -33,6 +33,10 @@ check: install  ## lint, format and types
 
 test: check  ## everything that a change must pass
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
+
+test-slurm: install  ## the cluster scripts on a Slurm of two nodes here, as root; installs it with apt where it is not
+	@[ -x /usr/sbin/slurmctld ] || apt-get install --yes --quiet --no-install-recommends slurm-wlm munge
+	$(BIN)/python -m pytest --quiet tests/slurm
 
 quickstart: install runs/corpus  ## prune and distil a small model on this machine
 	$(BIN)/minitron run examples/quickstart/recipe.yaml
