@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PARTIAL", "file_marks", "read_json", "whole_file", "whole_folder", "write_json"]
+__all__ = ["PARTIAL", "file_marks", "locked", "read_json", "whole_file", "whole_folder", "write_json"]
 
 PARTIAL, OLD = ".partial", ".old"
 
@@ -87,3 +89,16 @@ def file_marks(paths: Iterable[Path]) -> list[list[Any]]:
         file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()
     ]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Yields whether the file is this process's alone until the block ends, or its process does: those that it forks do
+    not hold it. Where the file system has no locks, it always is."""
+    with path.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except OSError as error:
+            alone = error.errno not in (errno.EACCES, errno.EAGAIN)
+        yield alone

@@ -104,6 +104,8 @@ class Predictor:
     ) -> list[tuple[int, Tensor]]:
         """(place, final states [n, h] of the last so many tokens) of each span (tokens, how many); last stage only."""
         longest = max((len(span[0]) for span in spans if span), default=1)
+        if self.topology.ep > 1:  # ranks that share experts exchange tokens: as many each
+            longest = max(gather_objects(longest))
         longest += -longest % (self.topology.tp if self.topology.sequence_parallel else 1)
         tokens = torch.zeros(len(spans), longest, dtype=torch.int64)
         for row, span in zip(tokens, spans, strict=True):

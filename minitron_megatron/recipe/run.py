@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..data import check_tokenizer
 from ..errors import DataError, RecipeError
 from ..evaluate import check_tasks
 from ..events import Listener, silent
-from ..files import read_json, whole_file, write_json
+from ..files import locked, read_json, whole_file, write_json
 from ..layout import Shape
 from ..model import check_fits
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, peak_bytes
@@ -37,6 +38,8 @@ __all__ = ["Results", "Step", "dry_run", "recorded", "run", "wanted"]
 
 Results = dict[str, dict[str, Any]]
 
+LOCK = ".lock"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -54,15 +57,21 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
     Raises MinitronErrors on every rank alike, before anything is written where the recipe can tell.
     """
     before = peak_bytes()
-    with fail_together():
-        _check_wanted(recipe, only)
-        check(recipe, topology)
-        _claim(recipe, topology)
+    with ExitStack() as held:
+        with fail_together():
+            _check_wanted(recipe, only)
+            check(recipe, topology)
+            if topology.rank == 0:
+                held.enter_context(_claimed(recipe, topology))
+        return _run(recipe, topology, only, listener, before)
+
+
+def _run(recipe: Recipe, topology: Topology, only: str | None, listener: Listener, before: int) -> Results:
     if topology.rank == 0:
         expected = estimate(recipe, gpus=topology.world)
         write_json(recipe.out / "predicted.json", {"model": str(recipe.model), **expected.predictions()})
         for sentence in expected.warnings:
-            warnings.warn(sentence, stacklevel=2)
+            warnings.warn(sentence, stacklevel=3)
     barrier()
     done: Results = {}
     for stage in wanted(recipe):
@@ -206,10 +215,10 @@ def _check_split(key: str, total: int, micro: int, topology: Topology) -> None:
         )
 
 
-def _claim(recipe: Recipe, topology: Topology) -> None:
-    """Makes the run folder this recipe's, on rank 0. Raises RecipeError where it is another's."""
-    if topology.rank != 0:
-        return
+@contextmanager
+def _claimed(recipe: Recipe, topology: Topology) -> Iterator[None]:
+    """Makes the run folder this recipe's, and keeps others out meanwhile. Raises RecipeError where it is another's, or
+    where another run is at work in it."""
     out, mine = recipe.out, recipe.model_dump(mode="json")
     saved = out / "recipe.yaml"
     if saved.is_file():
@@ -217,8 +226,13 @@ def _claim(recipe: Recipe, topology: Topology) -> None:
         other = theirs.get("model") if isinstance(theirs, dict) else None
         if other != mine["model"]:
             raise RecipeError(f"{out} belongs to a recipe for the model {other}. Give another folder with --out.")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise RecipeError(f"{out} is not empty and was not made by a run. Give another folder with --out.")
-    with whole_file(saved) as partial:
-        partial.write_text(yaml.safe_dump(mine, sort_keys=False), encoding="utf-8")
-    write_json(out / "versions.json", versions() | {"processes": topology.world})
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / LOCK) as alone:
+        if not alone:
+            raise RecipeError(f"another run is at work in {out}. Wait for it, or give another folder with --out.")
+        with whole_file(saved) as partial:
+            partial.write_text(yaml.safe_dump(mine, sort_keys=False), encoding="utf-8")
+        write_json(out / "versions.json", versions() | {"processes": topology.world})
+        yield

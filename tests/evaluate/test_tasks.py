@@ -161,6 +161,22 @@ def test_what_is_sampled_depends_on_the_seed_and_not_on_the_layout(pool: Pool, m
     assert all(len(tokens) == 12 for tokens in greedy)
 
 
+def answered(topology: Topology, model: Path) -> list[tuple[float, bool]]:
+    pairs = [([5] * n, [6, 7]) for n in (3, 9, 20, 1)] + [([5] * 3, [6, 8])]
+    return Predictor(load_hf(model, topology), topology, micro_batch=1).likelihoods(pairs)
+
+
+def test_experts_answer_alike_at_every_layout(pool: Pool, tmp_path: Path) -> None:
+    """Ranks that share experts have prompts of unlike lengths."""
+    from tests.convert.conftest import make_folder
+
+    folder = make_folder(tmp_path / "mixture", "mixtral")
+    plain = pool.run(answered, folder)[0]
+    for layout in ({"ep": 2, "dp": 2}, {"tp": 2, "ep": 2, "sequence_parallel": True}):
+        for found in pool.run(answered, folder, **layout):
+            assert [value for value, _ in found] == pytest.approx([value for value, _ in plain], abs=1e-4)
+
+
 def test_what_cannot_be_run_is_one_message(pool: Pool, model: Path, files: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no task winogrand\. Did you mean 'winogrande'"):
         check_tasks([Task("winogrand")], None)

@@ -16,7 +16,7 @@ import yaml
 
 from minitron_megatron.errors import CheckpointError, DataError, MinitronError, PlanError, RecipeError, TopologyError
 from minitron_megatron.events import Event
-from minitron_megatron.files import read_json, write_json
+from minitron_megatron.files import locked, read_json, write_json
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import STAGES, dry_run, load_recipe, run
 from minitron_megatron.report.measured import predicted_rows
@@ -312,6 +312,16 @@ def test_a_run_folder_of_another_model_or_of_nobody_is_refused(
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(RecipeError, match="not empty"):
         pool.run(work, recipe_file(out=str(tmp_path / "full")))
+
+
+def test_a_second_run_in_the_same_folder_is_refused(finished: Path, pool: Pool) -> None:
+    """Whatever it was about to do; the file that tells them apart holds nobody back once its process is gone."""
+    out = load_recipe(finished).out
+    with locked(out / ".lock") as alone:
+        assert alone
+        with pytest.raises(RecipeError, match="another run is at work in"):
+            pool.run(work, finished, tp=2)
+    pool.run(work, finished)
 
 
 def test_a_teacher_that_changed_under_the_run_is_refused(finished: Path, recipe_file: Write, pool: Pool) -> None:
