@@ -16,6 +16,8 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from tests.recipe.conftest import material, recipe_file
+from tests.recipe.test_presets import NEMO
+from tests.recipe.test_presets import teacher as config_alone
 from tests.tiny import samples, share
 
 __all__ = ["material", "recipe_file"]
@@ -36,20 +38,24 @@ def test_the_two_make_commands_are_targets() -> None:
 
 def test_the_commands_for_ones_own_model_run(material: Path, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """In the order of the page, on a tiny model and the recipe made for it."""
-    recipe = recipe_file("recipe.yaml")
+    recipe = recipe_file("recipe.yaml", bench={"ladder": [[4, 4]], "batches": [1]})
     own = [line for line in commands() if not line.startswith("make")]
-    assert len(own) == 5
+    assert len(own) == 8
+    nemo = config_alone(tmp_path / "nemo", NEMO)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
     environment["GRACE_SECONDS"] = "1"
     for line in own:
         line = line.replace("path/to/llama", str(material / "model")).replace("> recipe.yaml", f"> {tmp_path / 'init'}")
         line = line.replace("recipe.yaml", str(recipe)).replace("launch/", f"{ROOT}/launch/")
+        line = line.replace("examples/", f"{ROOT}/examples/").replace("path/to/Mistral-Nemo-Base-2407", str(nemo))
+        line = line.replace("path/to/folder", str(tmp_path / "megatron"))
         line = re.sub(r"^minitron", f"{sys.executable} -m minitron_megatron", line)
         done = subprocess.run(
             line, shell=True, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
         assert done.returncode == 0, (line, done.stderr)
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+    assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").is_file()
 
 
 def job(topology: Topology, model_folder: Path, code: str) -> tuple[int, ...]:
