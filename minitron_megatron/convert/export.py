@@ -18,7 +18,7 @@ from ..layout import lookup
 from ..model import ModelConfig, chunks_of, config_of, home, named_shards
 from ..parallel import Topology, fail_together, move
 from .config import flat_config
-from .families import WHOLE, family_of
+from .families import family_of
 from .weights import INDEX, SafetensorsWriter, split_files
 
 __all__ = ["full_tensors", "save_hf"]
@@ -115,19 +115,19 @@ def full_tensors(model: Any, topology: Topology, dtype: torch.dtype) -> Iterator
     """
     config = config_of(chunks_of(model)[0])
     mine = {shard.name: shard for shard in named_shards(model) if not shard.second_home}
-    sizes = config.shape.sizes()
+    sizes, unpadded = config.shape.sizes(), config.shape.sizes(padded=False)
     for name in config.shape.names():
         local = mine[name].tensor.detach().to(dtype) if name in mine else None
         full = _gather(local, name, config, topology, dtype)
         if full is None:
             continue
-        param = lookup(name)
         local = None
-        for role, hf in family_of(config.source).hf_names(name).items():
-            if role == WHOLE:
-                yield hf, full[: param.shape(config.shape.sizes(padded=False))[0]]
+        tensors = family_of(config.source).rows(name, sizes)
+        for hf, parts in tensors.items():
+            if len(tensors) == len(parts) == 1:  # all of it, and no copy
+                yield hf, full[: lookup(name).shape(unpadded)[0]]
             else:
-                yield hf, full.index_select(0, param.role_rows(0, role, sizes).to(full.device))
+                yield hf, full.index_select(0, torch.cat(parts).to(full.device))
         del full  # before the next one comes
 
 

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..errors import CheckpointError, did_you_mean
 from ..layout import Shape, expert_of, layer_of, lookup
 
@@ -16,7 +19,7 @@ WHOLE = ""
 """The role of a Hugging Face tensor that is all of a Megatron one."""
 
 Names = Mapping[str, Mapping[str, str]]
-"""Megatron pattern -> role -> Hugging Face pattern."""
+"""Megatron pattern -> role -> Hugging Face pattern. Roles that name one tensor lie in it one after the other."""
 
 
 Keys = Mapping[str, tuple[str, ...]]
@@ -60,14 +63,22 @@ class Family:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         return {role: hf.replace("*", "{}").format(*numbers) for role, hf in self.names[pattern].items()}
 
+    def rows(self, name: str, sizes: Mapping[str, int]) -> dict[str, list[Tensor]]:
+        """Hugging Face tensor -> the rows of a parameter that it is, part by part: int64 [rows of the part] each."""
+        param = lookup(name)
+        parts: dict[str, list[Tensor]] = {}
+        for role, hf in self.hf_names(name).items():
+            every = role == WHOLE
+            rows = torch.arange(param.shape(sizes)[0]) if every else param.role_rows(0, role, sizes)
+            parts.setdefault(hf, []).append(rows)
+        return parts
+
     def tensors(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every Hugging Face tensor of a shape with its own shape, in the order of the layers."""
         sizes = shape.sizes(padded=False)
         for name in shape.names():
-            param = lookup(name)
-            whole = param.shape(sizes)
-            for role, hf in self.hf_names(name).items():
-                yield hf, (len(param.role_rows(0, role, sizes)), *whole[1:]) if role != WHOLE else whole
+            for hf, parts in self.rows(name, sizes).items():
+                yield hf, (sum(map(len, parts)), *lookup(name).shape(sizes)[1:])
 
 
 HF_LAYER, LAYER = "model.layers.*.", "decoder.layers.*."
@@ -95,6 +106,11 @@ QWEN3_NAMES: Names = {
     **LLAMA_NAMES,
     LAYER + "self_attention.q_layernorm.weight": {WHOLE: HF_LAYER + "self_attn.q_norm.weight"},
     LAYER + "self_attention.k_layernorm.weight": {WHOLE: HF_LAYER + "self_attn.k_norm.weight"},
+}
+PHI3_NAMES: Names = {
+    **LLAMA_NAMES,
+    LAYER + "self_attention.linear_qkv.weight": dict.fromkeys(("q", "k", "v"), HF_LAYER + "self_attn.qkv_proj.weight"),
+    LAYER + "mlp.linear_fc1.weight": dict.fromkeys(("gate", "up"), HF_LAYER + "mlp.gate_up_proj.weight"),
 }
 NEMOTRON_NAMES: Names = {
     **LLAMA_NAMES,
@@ -149,6 +165,7 @@ FAMILIES: Mapping[str, Family] = {
         Family("mistral", "MistralForCausalLM", LLAMA_NAMES),
         Family("qwen2", "Qwen2ForCausalLM", QWEN2_NAMES, {"qkv_bias": True}, only=QWEN_ONLY),
         Family("qwen3", "Qwen3ForCausalLM", QWEN3_NAMES, {"qk_norm": True}, only=QWEN_ONLY),
+        Family("phi3", "Phi3ForCausalLM", PHI3_NAMES),
         Family("mixtral", "MixtralForCausalLM", MIXTRAL_NAMES, only=MIXTRAL_ONLY, keys=MIXTRAL_KEYS),
         Family(
             "qwen2_moe",

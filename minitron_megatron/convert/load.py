@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError, did_you_mean
 from ..events import Event, Listener, silent
-from ..layout import Param, lookup
+from ..layout import lookup
 from ..model import ModelConfig, Recompute, adopt, build, named_shards
 from ..parallel import Topology, fail_together
 from .config import read_config
-from .families import WHOLE, Family, family_of
+from .families import Family, family_of
 from .weights import Weights
 
 __all__ = ["load_hf"]
@@ -74,23 +74,18 @@ def read_shard(weights: Weights, name: str, config: ModelConfig, topology: Topol
     rows = [param.shard_rows(dim, sizes, topology.tp_rank, topology.tp) for dim in range(len(param.dims))]
     tail = [_range(dim_rows) for dim_rows in rows[1:]]
     shard: Tensor | None = None
-    for role, hf in family_of(config.source).hf_names(name).items():
-        at, (start, stop) = role_slice(param, role, sizes, rows[0])
-        part = weights.read(hf, (start, min(stop, weights.shape(hf)[0])), *tail)
-        if shard is None:
-            shard = part.new_zeros([len(dim_rows) for dim_rows in rows])
-        shard[at[: len(part)]] = part
+    for hf, parts in family_of(config.source).rows(name, sizes).items():
+        start = 0
+        for of_part in parts:
+            at = torch.isin(rows[0], of_part).nonzero().flatten()
+            first, last = _range(torch.searchsorted(of_part, rows[0][at]))
+            part = weights.read(hf, (start + first, min(start + last, weights.shape(hf)[0])), *tail)
+            if shard is None:
+                shard = part.new_zeros([len(dim_rows) for dim_rows in rows])
+            shard[at[: len(part)]] = part
+            start += len(of_part)
     assert shard is not None
     return shard
-
-
-def role_slice(param: Param, role: str, sizes: dict[str, int], rows: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Where a role's rows lie in a shard (positions: int64 [n]) and which range of its Hugging Face tensor they are."""
-    if role == WHOLE:
-        return torch.arange(len(rows)), _range(rows)
-    of_role = param.role_rows(0, role, sizes)
-    at = torch.isin(rows, of_role).nonzero().flatten()
-    return at, _range(torch.searchsorted(of_role, rows[at]))
 
 
 def _range(rows: Tensor) -> tuple[int, int]:

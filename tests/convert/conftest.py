@@ -30,6 +30,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3-tied": {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"}},
     "nemotron": {"norm_eps": 1e-5, "rope_parameters": HALF_ROTATED},
+    "phi3": {"sliding_window": None, "resid_pdrop": 0.0, "original_max_position_embeddings": 64},
+    "phi3-tied": {"tie_word_embeddings": True, "rope_parameters": HALF_ROTATED},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2_moe": {**MIXTURE, "shared_expert_intermediate_size": 12},
     "qwen3_moe": {**MIXTURE, "norm_topk_prob": True},
