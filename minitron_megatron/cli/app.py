@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,7 +61,22 @@ _verb("score", "Measure the importance of every unit.")
 _verb("prune", "Choose what stays and cut the rest.")
 _verb("distill", "Distil the teacher into the pruned student.")
 _verb("baseline", "Distil the teacher into a random student of the same shape.")
-_verb("evaluate", "Measure every model on held-out text.")
+
+
+@app.command()
+def evaluate(
+    recipe: RecipePath,
+    overrides: Set = None,
+    out: Out = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", metavar="DIR", help="A Hugging Face folder, instead of the run's models.")
+    ] = None,
+) -> None:
+    """Measure every model on held-out text and tasks; or any other model on the same."""
+    if model is None:
+        _run(recipe, overrides, out, only="evaluate")
+    else:
+        _evaluate_folder(recipe, overrides, out, model)
 
 
 @app.command()
@@ -73,14 +89,19 @@ def export(
         str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Of distillation, at work or retained.")
     ] = "",
     form: Annotated[Format, typer.Option("--format", help="Hugging Face's, or Megatron-LM's (torch_dist).")] = "hf",
+    check: Annotated[bool, typer.Option("--check", help="Compare transformers' logits of the run's export.")] = False,
 ) -> None:
     """Write the student as a Hugging Face folder; or any checkpoint of it, in either format, to another."""
-    if to is None and (checkpoint or form != "hf"):
-        from ..errors import RecipeError
+    from ..errors import RecipeError
 
+    if to is not None and check:
+        raise RecipeError("--check is of the run's own export. Leave --to out.")
+    if to is None and (checkpoint or form != "hf"):
         raise RecipeError("a checkpoint, or another format, needs a folder of its own. Give one with --to.")
     if to is None:
-        _run(recipe, overrides, out, only="export")
+        done = _run(recipe, overrides, out, only="export")
+        if check:
+            _check_export(*done)
     else:
         _hand_over(recipe, overrides, out, to, checkpoint, form)
 
@@ -95,14 +116,27 @@ def init(model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging 
 
 @app.command()
 def estimate(
-    recipe: RecipePath, overrides: Set = None, out: Out = None, gpus: Gpus = None, mfu: Mfu = 0.4, memory: Memory = 80.0
+    recipe: RecipePath,
+    overrides: Set = None,
+    out: Out = None,
+    gpus: Gpus = None,
+    mfu: Mfu = 0.4,
+    memory: Memory = 80.0,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print the lines that submit it, and no more.")] = False,
 ) -> None:
     """Count shapes, parameters, bytes, FLOPs and hours; needs no GPU and no weights."""
     from ..recipe import estimate as count
-    from ..recipe import load_recipe
+    from ..recipe import load_recipe, slurm_commands
     from ..report import pairs_table
 
     found = count(load_recipe(recipe, overrides or (), out), gpus=gpus, mfu=mfu)
+    if slurm:
+        found.expect_to_fit(memory)
+        arguments = [part for each in overrides or () for part in ("--set", each)] + (
+            ["--out", str(out)] if out else []
+        )
+        print(slurm_commands(recipe, arguments, found), end="")
+        return
     Console().print(pairs_table(str(recipe), found.rows()))
     found.expect_to_fit(memory)
 
@@ -149,6 +183,17 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 
 @app.command()
+def watch(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+    """Follow a run at work, from any terminal; Ctrl-C ends the looking. Off a terminal it looks once."""
+    from ..report import Progress
+    from ..report import watch as follow
+
+    console = Console()
+    with Progress(console, short_seconds=0.0) as progress, suppress(KeyboardInterrupt):
+        follow(run, progress, goes_on=lambda: console.is_terminal)
+
+
+@app.command()
 def schema() -> None:
     """Print the recipe's JSON Schema."""
     from ..recipe import json_schema
@@ -156,30 +201,38 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | None = None) -> None:
-    """Runs a recipe's stages over the processes that were started, then draws the report on the first."""
+def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | None = None) -> tuple[Any, Any]:
+    """Runs a recipe's stages over the processes that were started, then draws the report on the first.
+
+    Returns the recipe and the topology of those processes.
+    """
     try:
-        _run_stages(path, overrides, out, only)
+        return _run_stages(path, overrides, out, only)
     except KeyboardInterrupt:
         raise Interrupted from None
 
 
-def _run_stages(path: Path, overrides: list[str] | None, out: Path | None, only: str | None) -> None:
+def _run_stages(path: Path, overrides: list[str] | None, out: Path | None, only: str | None) -> tuple[Any, Any]:
     from ..parallel import Topology
     from ..recipe import load_recipe
     from ..recipe import run as run_stages
-    from ..report import MetricsFile, Progress, fan_out
+    from ..report import MetricsFile, Progress, Watchdog, fan_out, logged
 
     recipe = load_recipe(path, overrides or (), out)
     keys = recipe.parallel
     topology = Topology.start(**keys.model_dump())
+    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
-        run_stages(recipe, topology, only=only)
-        return
-    with Progress() as progress:
-        run_stages(recipe, topology, only=only, listener=fan_out(progress, MetricsFile(recipe.out / "metrics.jsonl")))
+        with watchdog:
+            run_stages(recipe, topology, only=only, listener=watchdog)
+        return recipe, topology
+    told = recipe.model_dump(mode="json")
+    with logged(recipe.out, told, **recipe.log.model_dump()) as log, Progress() as progress, watchdog:
+        everyone = fan_out(progress, MetricsFile(recipe.out / "metrics.jsonl"), log, watchdog)
+        run_stages(recipe, topology, only=only, listener=everyone)
     if only is None:
         _print_report(recipe.out)
+    return recipe, topology
 
 
 def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Any) -> None:
@@ -195,6 +248,31 @@ def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Pa
     with Progress() as progress:
         source = hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=progress)
     print(f"{source} -> {to}")
+
+
+def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, model: Path) -> None:
+    from ..files import read_json
+    from ..parallel import Topology
+    from ..recipe import evaluate_folder, load_recipe
+    from ..report import Progress, print_summary
+
+    recipe = load_recipe(path, overrides or (), out)
+    topology = Topology.start(**recipe.parallel.model_dump())
+    if topology.rank != 0:
+        evaluate_folder(recipe, topology, model)
+        return
+    with Progress() as progress:
+        row = evaluate_folder(recipe, topology, model, listener=progress)
+    beside = read_json(recipe.out / "summary.json") if (recipe.out / "summary.json").is_file() else []
+    print_summary([*beside, row])
+
+
+def _check_export(recipe: Any, topology: Any) -> None:
+    from ..recipe import check_export
+
+    apart = check_export(recipe, topology)
+    if topology.rank == 0:
+        print(f"{recipe.out / 'export'}: transformers gives the student's logits, to {apart:.1e}")
 
 
 def _print_report(out: Path) -> None:

@@ -3,6 +3,7 @@
 Knows: Hugging Face's names, configs and files. Must not know: scores, plans, losses, training.
 """
 
+from .check import check_folder
 from .config import flat_config, read_config
 from .export import save_hf
 from .families import FAMILIES, Family
@@ -14,6 +15,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Weights",
+    "check_folder",
     "flat_config",
     "folder_hash",
     "load_hf",

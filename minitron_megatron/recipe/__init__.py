@@ -5,10 +5,12 @@ Knows: the schema, the order of the stages, the run folder. Must not know: termi
 
 from .bench import bench
 from .estimate import Estimate, estimate
+from .evaluation import check_export, evaluate_folder
 from .handover import hand_over
 from .load import load_recipe
 from .run import Step, dry_run, run
 from .schema import Recipe, json_schema
+from .slurm import slurm_commands
 from .stages import STAGES
 from .starter import starter_recipe
 
@@ -18,11 +20,14 @@ __all__ = [
     "Recipe",
     "Step",
     "bench",
+    "check_export",
     "dry_run",
     "estimate",
+    "evaluate_folder",
     "hand_over",
     "json_schema",
     "load_recipe",
     "run",
+    "slurm_commands",
     "starter_recipe",
 ]

@@ -14,7 +14,7 @@ from ..parallel import Topology, fail_together
 from .context import DTYPES, Context
 from .fingerprint import fingerprint
 from .phases import prefixes
-from .run import Results, recorded, wanted
+from .run import results
 from .schema import Recipe
 from .stages import STAGES
 
@@ -40,7 +40,9 @@ def hand_over(
     with fail_together():
         if to.exists():
             raise RecipeError(f"{to} is there already. Give another folder with --to.")
-        context = Context(recipe, topology, listener, _done(recipe, with_student=not checkpoint), lambda other: "")
+        context = Context(
+            recipe, topology, listener, results(recipe, "prune" if checkpoint else "distill"), lambda other: ""
+        )
     if checkpoint:
         with fail_together():
             path, identity = _find(context, checkpoint)
@@ -55,21 +57,6 @@ def hand_over(
         dtype = DTYPES[recipe.export.dtype]
         save_hf(student, to, topology, dtype=dtype, files_from=recipe.model, listener=listener)
     return path
-
-
-def _done(recipe: Recipe, *, with_student: bool) -> Results:
-    """Results of the stages before distillation, and of itself. Raises RecipeError where one is lacking."""
-    done: Results = {}
-    for stage in wanted(recipe):
-        if stage.name == "distill" and not with_student:
-            break
-        record = recorded(recipe, stage, fingerprint(stage, recipe, done))
-        if record is None:
-            raise RecipeError(f"the stage {stage.name} of {recipe.out} is not done. Run `minitron {stage.name}` first.")
-        done[stage.name] = record["result"]
-        if stage.name == "distill":
-            break
-    return done
 
 
 def _find(context: Context, which: str) -> tuple[Path, str]:

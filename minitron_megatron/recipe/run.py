@@ -34,7 +34,7 @@ from .stages import STAGES, Stage
 from .tasks import WINOGRANDE
 from .versions import versions
 
-__all__ = ["Results", "Step", "dry_run", "recorded", "run", "wanted"]
+__all__ = ["Results", "Step", "dry_run", "results", "run", "wanted"]
 
 Results = dict[str, dict[str, Any]]
 
@@ -126,6 +126,19 @@ def recorded(recipe: Recipe, stage: Stage, mark: str) -> dict[str, Any] | None:
         return None
     record = read_json(path)
     return record if record["fingerprint"] == mark else None
+
+
+def results(recipe: Recipe, until: str) -> Results:
+    """What the stages up to and with `until` left. Raises RecipeError where one is not done."""
+    done: Results = {}
+    for stage in wanted(recipe):
+        record = recorded(recipe, stage, fingerprint(stage, recipe, done))
+        if record is None:
+            raise RecipeError(f"the stage {stage.name} of {recipe.out} is not done. Run `minitron {stage.name}` first.")
+        done[stage.name] = record["result"] | {"seconds": record["seconds"]}
+        if stage.name == until:
+            break
+    return done
 
 
 def _run_stage(stage: Stage, mark: str, context: Context, before: int) -> dict[str, Any]:

@@ -199,6 +199,17 @@ class Bench(Keys):
     """GPUs that serve one model."""
 
 
+class Log(Keys):
+    """Where measurements go besides `metrics.jsonl`, which always has them all."""
+
+    wandb: Literal["online", "offline"] | None = None
+    """To a server, or into `RUN/wandb` for `wandb sync`; a run that is killed and goes on is one run there."""
+    project: str = "minitron"
+    """wandb's."""
+    tensorboard: bool = False
+    """Event files in `RUN/tensorboard`."""
+
+
 class Recipe(Keys):
     """A run from a pretrained checkpoint to a smaller one. Paths are relative to where the command runs."""
 
@@ -224,6 +235,10 @@ class Recipe(Keys):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     bench: Bench = Bench()
+    log: Log = Log()
+    hang_seconds: Positive = 1800.0
+    """Where no rank made progress for so long, each writes its stacks to `RUN/stacks` and ends with exit code 76, to be
+    started again."""
 
     @property
     def teacher_runs_in(self) -> DType:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,9 @@ from typing import Any
 
 from ..convert import folder_hash, read_config
 from ..data import check_tokenizer, prepare
-from ..evaluate import validation_loss
 from ..events import Event
 from ..files import write_json
-from ..layout import parameters
-from ..model import build, chunks_of, config_of, fill_initial
+from ..model import build, fill_initial
 from ..parallel import broadcast_object, fail_together
 from ..serve import quantize_fp8
 from ..train import LMObjective
@@ -24,7 +21,7 @@ from .context import DTYPES, Context
 from .pruning import cut, decide, measure, measure_depth
 from .schema import Recipe
 from .sizes import depth_keys, rounds, scores_wanted
-from .tasks import evaluate_tasks, write_table
+from .tasks import measured_row, write_table
 from .training import correcting, distil, distillation_asks, train_in_phases, training_asks
 
 __all__ = ["STAGES", "Stage"]
@@ -163,23 +160,11 @@ def do_evaluate(context: Context) -> Result:
         models["random init"] = (context.folders.model("random"), "baseline")
     rows = []
     for number, (name, (folder, stage)) in enumerate(models.items(), 1):
-        model = context.load(folder)
-        losses = validation_loss(model, held_out, context.topology)
-        tasks = evaluate_tasks(context, model, name.replace(" ", "_"))
-        context.listener(Event("evaluate", number, len(models), "models", {f"loss/{name}": losses["all"]}))
+        row = measured_row(context, name, folder, held_out)
+        loss = {f"loss/{name}": row["loss_nats_per_token"]}
+        context.listener(Event("evaluate", number, len(models), "models", loss))
         done = context.done.get(stage, {})
-        rows.append(
-            {
-                "model": name,
-                "parameters": parameters(config_of(chunks_of(model)[0]).shape),
-                "loss_nats_per_token": losses["all"],
-                "perplexity": math.exp(min(losses["all"], 700.0)),
-                "tokens": done.get("tokens", 0),
-                "seconds": done.get("seconds", 0.0),
-                "loss_by_source": {source: loss for source, loss in losses.items() if source != "all"},
-                "tasks": tasks,
-            }
-        )
+        rows.append(row | {"tokens": done.get("tokens", 0), "seconds": done.get("seconds", 0.0)})
     if context.topology.rank == 0:
         write_json(context.folders.summary, rows)
         write_table(rows, context.folders.evaluation / "table.md")

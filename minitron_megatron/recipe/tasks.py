@@ -1,22 +1,39 @@
-"""The tasks that the recipe names, on a model of the run."""
+"""How good a model is by the recipe: its loss on the held-out text, and the tasks that the recipe names."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from ..data import transformers_tokenizer
-from ..evaluate import Run, Task, run_tasks, scores_of
+from ..evaluate import Run, Task, ValidationSet, run_tasks, scores_of, validation_loss
 from ..files import whole_file, write_json
+from ..layout import parameters
+from ..model import chunks_of, config_of
 from .context import Context
 
-__all__ = ["WINOGRANDE", "evaluate_tasks", "winogrande", "write_table"]
+__all__ = ["WINOGRANDE", "measured_row", "winogrande", "write_table"]
 
 WINOGRANDE = Task("winogrande", 5, "acc")
 """As the second paper chooses layers by it."""
 
 
-def evaluate_tasks(context: Context, model: Any, name: str) -> dict[str, float]:
+def measured_row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> dict[str, Any]:
+    """Loss on the held-out text and the tasks' scores of a model, as a row of the summary. Collective."""
+    model = context.load(folder)
+    losses = validation_loss(model, held_out, context.topology)
+    return {
+        "model": name,
+        "parameters": parameters(config_of(chunks_of(model)[0]).shape),
+        "loss_nats_per_token": losses["all"],
+        "perplexity": math.exp(min(losses["all"], 700.0)),
+        "loss_by_source": {source: loss for source, loss in losses.items() if source != "all"},
+        "tasks": _evaluate_tasks(context, model, name.replace(" ", "_")),
+    }
+
+
+def _evaluate_tasks(context: Context, model: Any, name: str) -> dict[str, float]:
     """Task -> score; the harness's own results go to `evaluation/<name>.json`. Collective over the world."""
     tasks = context.recipe.evaluate.wanted()
     if not tasks:

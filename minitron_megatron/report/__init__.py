@@ -5,22 +5,28 @@ models, processes, recipes.
 """
 
 from .listeners import MetricsFile, Progress, fan_out, read_metrics
+from .loggers import logged
 from .page import write_report
 from .plots import plot_bench
 from .records import describe, pairs_table, report_run
 from .tables import bench_table, print_summary, summary_table
+from .watch import watch
+from .watchdog import Watchdog
 
 __all__ = [
     "MetricsFile",
     "Progress",
+    "Watchdog",
     "bench_table",
     "describe",
     "fan_out",
+    "logged",
     "pairs_table",
     "plot_bench",
     "print_summary",
     "read_metrics",
     "report_run",
     "summary_table",
+    "watch",
     "write_report",
 ]

@@ -79,7 +79,7 @@ class _Part(bars.ProgressColumn):
 class Progress:
     """Shows events: on a terminal one live bar a label; elsewhere a plain line a label, at most every `every_seconds`.
 
-    The last event of a label is always shown, off the terminal unless all were over in `SHORT_SECONDS`. A label that
+    The last event of a label is always shown, off the terminal unless all were over in `short_seconds`. A label that
     starts over (its `done` goes back) gets a fresh bar.
     """
 
@@ -88,6 +88,7 @@ class Progress:
         console: Console | None = None,
         *,
         every_seconds: float = 10.0,
+        short_seconds: float = SHORT_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._console = console or Console()
@@ -101,7 +102,7 @@ class Progress:
             disable=not self._console.is_terminal,
         )
         self._clock = clock
-        self._every_seconds = every_seconds
+        self._every_seconds, self._short_seconds = every_seconds, short_seconds
         self._tasks: dict[str, bars.Task] = {}
         self._printed: dict[str, tuple[float, float | None]] = {}
         """Label -> when its last plain line was printed, and `done` in it; before that, when it began, and None."""
@@ -123,7 +124,7 @@ class Progress:
         values = task.fields["values"] | event.values  # what is measured rarely stays in sight
         self._bars.update(task.id, completed=event.done, total=event.total, unit=event.unit, values=values)
         if self._printed[event.label][1] is None:
-            self._print(event.label, wait=SHORT_SECONDS)
+            self._print(event.label, wait=self._short_seconds)
         else:
             self._print(event.label, wait=0.0 if event.done >= event.total else self._every_seconds)
 

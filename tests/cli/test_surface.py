@@ -17,13 +17,14 @@ VERBS = {
     "prune": STAGE,
     "distill": STAGE,
     "baseline": STAGE,
-    "evaluate": STAGE,
-    "export": STAGE | {"--to", "--checkpoint", "--format"},
+    "evaluate": STAGE | {"--model"},
+    "export": STAGE | {"--to", "--checkpoint", "--format", "--check"},
     "init": set(),
-    "estimate": STAGE | {"--gpus", "--mfu", "--memory"},
+    "estimate": STAGE | {"--gpus", "--mfu", "--memory", "--slurm"},
     "bench": STAGE | {"--backend"},
     "show": set(),
     "report": set(),
+    "watch": set(),
     "schema": set(),
 }
 

@@ -1,0 +1,85 @@
+"""A run that no longer moves ends by itself, and says where every rank stood."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ..events import Event
+
+__all__ = ["STUCK", "Watchdog"]
+
+STUCK = 76
+"""The exit code of a rank that waited in vain: begin again, what is saved is good."""
+
+HEARTBEAT, STACKS = "heartbeat", "stacks"
+TOUCH_SECONDS = 1.0
+
+
+class Watchdog:
+    """A listener that marks each event in `folder/heartbeat`, which all ranks share, and a thread that reads it.
+
+    Where no rank made a mark for `seconds`, each that still can writes the stacks of its threads to
+    `folder/stacks/rank-N.txt` and ends with STUCK, whatever it waits for. One rank that works and tells of it keeps all
+    alive: the others may wait for it as long as it takes.
+    """
+
+    def __init__(self, folder: Path, rank: int, seconds: float, *, end: Callable[[int], None] = os._exit) -> None:
+        self._folder, self._rank, self._seconds, self._end = folder, rank, seconds, end
+        self._marked = -TOUCH_SECONDS
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __call__(self, event: Event) -> None:
+        if time.monotonic() - self._marked >= TOUCH_SECONDS and self._folder.is_dir():
+            self._marked = time.monotonic()
+            (self._folder / HEARTBEAT).touch()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        mark, since = self._mark(), time.monotonic()
+        while not self._over.wait(min(self._seconds / 10, 5.0)):
+            if (now := self._mark()) != mark:
+                mark, since = now, time.monotonic()  # of this machine: clocks of others may differ
+            elif time.monotonic() - since > self._seconds:
+                self._give_up()
+                return
+
+    def _mark(self) -> int:
+        try:
+            return (self._folder / HEARTBEAT).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    def _give_up(self) -> None:
+        path = self._folder / STACKS / f"rank-{self._rank}.txt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            where = f"Its stacks are in {path}."
+        except OSError as error:
+            where = f"Its stacks could not be written: {error}."
+        print(
+            f"no rank made progress for {self._seconds:g} s (hang_seconds): rank {self._rank} gives up. {where} "
+            "Run the same command again to go on.",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._end(STUCK)

@@ -1,0 +1,154 @@
+"""One run, and what other tools say of it: wandb, TensorBoard, `watch`, `evaluate --model`, `export --check`."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minitron_megatron.errors import CheckpointError, RecipeError
+from minitron_megatron.events import Event
+from minitron_megatron.files import read_json
+from minitron_megatron.report import logged, read_metrics, watch
+from tests.cli.test_commands import call, say
+from tests.recipe.conftest import material, tiny_recipe
+
+__all__ = ["material"]
+
+Points = dict[str, dict[int, float]]
+"""`stage/measurement` -> step -> the last value told."""
+
+
+@pytest.fixture(scope="module")
+def recipe(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of a run that is done, logged everywhere."""
+    folder = tmp_path_factory.mktemp("logged")
+    keys = tiny_recipe(material) | {"out": str(folder / "run"), "random_baseline": False}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys | {"log": {"wandb": "offline", "tensorboard": True}}))
+    done = call("run", folder / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path) -> Path:
+    return recipe.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def truth(run: Path) -> Points:
+    points: Points = defaultdict(dict)
+    for line in read_metrics(run / "metrics.jsonl"):
+        for name, value in line.items():
+            if name not in ("time", "stage", "done", "total", "unit"):
+                points[f"{line['stage']}/{name}"][line["done"]] = value
+    assert len(points["distill/loss"]) == 12
+    return points
+
+
+def records(file: Path) -> Iterator[bytes]:
+    """wandb's file is a LevelDB log: a header of 7 bytes, then blocks of 32 KiB with pieces of records, each after its
+    checksum (4 bytes), length (2) and kind (1: whole, 2: first, 3: middle, 4: last)."""
+    data, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # too little left in the block for another piece
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def history(file: Path) -> Iterator[dict[str, Any]]:
+    from wandb.proto import wandb_internal_pb2
+
+    for data in records(file):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            yield {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+
+
+def test_wandb_has_what_the_metrics_have(run: Path, truth: Points) -> None:
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    found: Points = defaultdict(dict)
+    for row in history(file):
+        (step,) = (value for name, value in row.items() if name.endswith("/step"))
+        for name, value in row.items():
+            if not name.startswith("_") and not name.endswith("/step"):
+                found[name][step] = value
+    assert dict(found) == dict(truth)
+    assert read_json(run / "wandb.json")["id"] in file.name
+
+
+def test_tensorboard_has_what_the_metrics_have(run: Path, truth: Points) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0})
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == sorted(truth)
+    for name, points in truth.items():
+        got = {each.step: each.value for each in events.Scalars(name)}
+        assert got == pytest.approx(points, rel=1e-6)  # fp32 there
+
+
+def test_watch_tells_what_was_and_what_comes(run: Path, tmp_path: Path, recipe: Path) -> None:
+    assert "distill" in say("watch", run)
+    copy = tmp_path / "run"
+    copy.mkdir()
+    (copy / "recipe.yaml").write_text("")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:10])
+    seen: list[Event] = []
+    rounds = iter([lines[3][10:] + lines[4], "", None])
+
+    def goes_on() -> bool:
+        more = next(rounds)
+        with (copy / "metrics.jsonl").open("a") as file:
+            file.write(more or "")
+        return more is not None
+
+    watch(copy, seen.append, goes_on=goes_on, every=0.0)
+    assert [(each.label, each.done) for each in seen] == [
+        (line["stage"], line["done"]) for line in map(json.loads, lines[1:5])
+    ]
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        watch(tmp_path, seen.append)
+
+
+def test_any_folder_is_evaluated_by_the_recipe(run: Path, recipe: Path) -> None:
+    rows = {row["model"]: row for row in read_json(run / "summary.json")}
+    said = call("evaluate", recipe, "--model", run / "pruned")
+    assert said.returncode == 0, said.stderr
+    loss = f"{rows['pruned']['loss_nats_per_token']:.4f}"
+    assert sum(loss in line for line in said.stdout.splitlines()) == 2  # the run's own row, and the folder's
+
+
+def test_another_vocabulary_does_not_compare(recipe: Path, tmp_path: Path) -> None:
+    from tests.convert.conftest import make_folder
+
+    said = call("evaluate", recipe, "--model", make_folder(tmp_path / "other", "llama"))
+    assert said.returncode == 2
+    assert "has a vocabulary of 509" in said.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_export_is_the_student(recipe: Path, ranks: int) -> None:
+    said = call("export", recipe, "--check", "--set", f"parallel.tp={ranks}", ranks=ranks)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("transformers gives the student's logits") == 1
+
+
+def test_a_logger_that_is_not_installed_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitron_megatron.report.loggers.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="pip install tensorboard"), logged(tmp_path, {}, tensorboard=True):
+        pass
