@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from ..parallel import (
     barrier,
     broadcast_object,
     fail_together,
+    gather_objects,
     separate_steps,
     torn_checkpoint_errors,
     undisturbed,
@@ -82,10 +84,12 @@ class Checkpoints:
         partial = self._fresh(step)
         requests = []
         for trainee in trainees:
-            if self.topology.rank == 0:
-                (partial / trainee.name).mkdir(parents=True, exist_ok=True)
-            barrier()
             sharded = _sharded(trainee, is_loading=False)
+            needed = sum(gather_objects(_bytes(sharded)))
+            with fail_together(), _readable_errors():
+                if self.topology.rank == 0:
+                    (partial / trainee.name).mkdir(parents=True, exist_ok=True)
+                    _expect_room(partial, needed)
             with writes_collected(), fail_together(), _readable_errors():
                 path, later = str(partial / trainee.name), self._queue is not None
                 requests.append(dist_checkpointing.save(sharded, path, async_sharded_save=later))
@@ -133,15 +137,33 @@ class Checkpoints:
 
     def _finish(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
         barrier()
-        if self.topology.rank == 0:
-            write_json(partial / STATE, state)
-            path = self.folder / f"step_{step:08}"
-            shutil.rmtree(path, ignore_errors=True)
-            partial.rename(path)
-            there = _steps(self.folder)
-            for old in set(there) - set(there[-self.keep :]) - {_best(there)}:
-                shutil.rmtree(old)
-        barrier()
+        with fail_together(), _readable_errors():
+            if self.topology.rank == 0:
+                write_json(partial / STATE, state)
+                path = self.folder / f"step_{step:08}"
+                shutil.rmtree(path, ignore_errors=True)
+                partial.rename(path)
+                there = _steps(self.folder)
+                for old in set(there) - set(there[-self.keep :]) - {_best(there)}:
+                    shutil.rmtree(old)
+
+
+def _bytes(sharded: Mapping[str, Any]) -> int:
+    """Of what this rank writes of it."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+
+    kinds = (ShardedTensor, ShardedTensorFactory)
+    mine = [each for each in nested_values(sharded) if isinstance(each, kinds) and is_main_replica(each.replica_id)]
+    return sum(each.data.nbytes for each in mine if each.data is not None)
+
+
+def _expect_room(folder: Path, needed: int) -> None:
+    """Raises OSError where a file system is too full for so many bytes: found out in the middle of writing, one rank
+    would fail where the others wait for it."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"no space left for a checkpoint: {needed:,} bytes, and {free:,} are free")
 
 
 def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "") -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
+from ..errors import CheckpointError
 from ..events import Event, Listener
 from . import numbers
 
@@ -189,11 +190,16 @@ class MetricsFile:
             "unit": event.unit,
             **{name: _number(value) for name, value in event.values.items()},
         }
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, json.dumps(line, allow_nan=False).encode() + b"\n")
-        finally:
-            os.close(handle)
+            handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(handle, json.dumps(line, allow_nan=False).encode() + b"\n")
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written: {error}. Make room, and run again to go on."
+            ) from error
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -73,9 +73,12 @@ class Watchdog:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            where = f"Its stacks are in {path}."
-        except OSError as error:
-            where = f"Its stacks could not be written: {error}."
+        except OSError:
+            pass
+        where = f"Its stacks are in {path}."
+        if not path.exists() or not path.stat().st_size:  # a full disk
+            where = "Its stacks stand above."
+            faulthandler.dump_traceback(2, all_threads=True)
         print(
             f"no rank made progress for {self._seconds:g} s (hang_seconds): rank {self._rank} gives up. {where} "
             "Run the same command again to go on.",

@@ -111,7 +111,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(recipe_file: Write, small_di
             while True:
                 file.write(bytes(4096))
         _, said = run.communicate(timeout=120)
-    assert run.returncode == 2, said
+    stacks = [path.read_text() for path in (out / "stacks").glob("*")]
+    assert run.returncode == 2, "\n".join([said, *stacks])
     assert "Traceback" not in said
     assert "space" in said
     assert list((out / "checkpoints").glob("*/step_*"))
