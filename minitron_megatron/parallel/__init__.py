@@ -4,6 +4,7 @@ Knows: ranks, groups, devices, which layer lives on which pipeline stage, what m
 versions differ. Must not know: scores, plans, losses, recipes.
 """
 
+from .apart import apart
 from .backend import install_cpu_backend, peak_bytes, peak_flops
 from .collectives import (
     Group,
@@ -39,6 +40,7 @@ __all__ = [
     "Topology",
     "all_reduce",
     "all_to_all",
+    "apart",
     "barrier",
     "broadcast_object",
     "count_padding",

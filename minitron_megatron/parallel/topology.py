@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ..errors import TopologyError
 from .backend import install_cpu_backend
 
-__all__ = ["Topology"]
+__all__ = ["Topology", "backend"]
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,26 @@ class Topology:
         Raises TopologyError where the processes cannot be divided as asked.
         """
         install_cpu_backend()
-        from megatron.core import parallel_state
-        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
         topology = cls(tp, pp, vp, ep, sequence_parallel)
         topology.check(int(os.environ.get("WORLD_SIZE", 1)) if not dist.is_initialized() else dist.get_world_size())
         if not dist.is_initialized():
             _join()
+        topology.lay_out()
+        return topology
+
+    def lay_out(self) -> None:
+        """Makes mcore's groups among the processes that are joined. Collective over the world."""
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
         parallel_state.initialize_model_parallel(
-            tp,
-            pp,
-            virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
-            expert_model_parallel_size=ep,
+            self.tp,
+            self.pp,
+            virtual_pipeline_model_parallel_size=self.vp if self.vp > 1 else None,
+            expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=1,  # an expert is small: split over ranks whole
         )
         model_parallel_cuda_manual_seed(1)
-        return topology
 
     @classmethod
     def running(cls, sequence_parallel: bool = False) -> Topology:
@@ -79,6 +83,8 @@ class Topology:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
+        for name in [name for name, known in vars(type(self)).items() if isinstance(known, cached_property)]:
+            vars(self).pop(name, None)
 
     def check(self, world: int) -> None:
         """Raises TopologyError where `world` processes cannot hold this layout."""
@@ -205,12 +211,16 @@ def _state() -> Any:
     return parallel_state
 
 
+def backend() -> str:
+    """What processes talk through: NCCL for what is on a GPU."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
 def _join() -> None:
     """Joins the process group: torchrun's where its variables are set, else one process by itself."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend())
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)

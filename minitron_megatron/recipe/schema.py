@@ -12,6 +12,7 @@ from ..layout import PUBLIC_AXES
 from ..model import Recompute
 from ..serve import LADDER
 from .keys import Count, DType, Keys, Layers, Positive
+from .search_keys import Search
 from .training_keys import Correct, Distill
 
 __all__ = ["Data", "Depth", "Recipe", "Source", "json_schema"]
@@ -228,7 +229,9 @@ class Recipe(Keys):
     correct: Correct | None = None
     """Left out: the teacher is used as it is."""
     score: Score = Score()
-    prune: Prune
+    search: Search | None = None
+    """Have the shape found within a budget; then `prune` names no sizes."""
+    prune: Prune = Prune()
     distill: Distill = Distill()
     random_baseline: bool = False
     """Also distil into a randomly initialised student of the same shape on the same tokens, for comparison."""
@@ -254,6 +257,14 @@ class Recipe(Keys):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         distill = self.distill
+        if self.search is None and "prune" not in self.model_fields_set:
+            raise ValueError("The sizes to keep are missing: give `prune`, or have them found by `search`")
+        if self.search and (self.prune.sizes() or self.prune.layers is not None):
+            raise ValueError("The sizes are found by `search`: leave them out of `prune`, or `search`")
+        if self.search and (self.prune.by != "importance" or self.prune.iterations > 1 or self.prune.merge != "none"):
+            raise ValueError(
+                "A search cuts by importance, at once, without merging: leave out prune.by, iterations, merge"
+            )
         if self.correct and self.correct.continuous:
             for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
                 if getattr(distill, key):
