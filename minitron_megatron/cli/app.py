@@ -145,7 +145,7 @@ def estimate(
     """Count shapes, parameters, bytes, FLOPs and hours; needs no GPU and no weights."""
     from ..recipe import estimate as count
     from ..recipe import load_recipe, slurm_commands
-    from ..report import pairs_table
+    from ..report import candidates_table, pairs_table
 
     found = count(load_recipe(recipe, overrides or (), out), gpus=gpus, mfu=mfu)
     if slurm:
@@ -156,6 +156,8 @@ def estimate(
         print(slurm_commands(recipe, arguments, found), end="")
         return
     Console().print(pairs_table(str(recipe), found.rows()))
+    if found.candidates:
+        Console().print(candidates_table(found.candidate_rows()))
     found.expect_to_fit(memory)
 
 

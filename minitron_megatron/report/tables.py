@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import numbers
+from .searched import ESTIMATED, estimated_rows
 
-__all__ = ["COLUMNS", "bench_table", "cells", "print_summary", "summary_table", "tasks_of"]
+__all__ = ["COLUMNS", "bench_table", "candidates_table", "cells", "print_summary", "summary_table", "tasks_of"]
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "model": ("model", str),
@@ -54,6 +55,16 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def print_summary(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
     """Prints the summary table."""
     (console or Console()).print(summary_table(rows))
+
+
+def candidates_table(candidates: Sequence[Mapping[str, Any]]) -> Table:
+    """The candidates of a search and what each would cost."""
+    table = Table(title=f"{len(candidates)} candidates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, title in enumerate(ESTIMATED):
+        table.add_column(title, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
+    for row in estimated_rows(candidates):
+        table.add_row(*row)
+    return table
 
 
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -48,17 +48,21 @@ def zero_shot(
     first = topology.tp_rank == topology.pp_rank == 0 and (apart or topology.dp_rank == 0)
     found: dict[str, Found] = {}
     for number, name in enumerate(mine, 1):
-        candidate = realise(model, plan_of(name), topology)
-        loss = _loss(candidate, batches, topology)
-        found[name] = {"loss": loss if math.isfinite(loss) else None}
-        if score is not None:
-            found[name]["score"] = score(candidate)
+        found[name] = _measured(realise(model, plan_of(name), topology), batches, topology, score)
         if first:
             tell(name, found[name])
         through = min(len(names), number * topology.dp) if apart else number
-        listener(Event("search", through, len(names), "candidates", {"after_cut": loss}))
+        listener(Event("search", through, len(names), "candidates", {"after_cut": found[name]["loss"] or math.nan}))
     every = {name: part for each in gather_objects(found) for name, part in each.items()}
     return {name: every[name] for name in names}
+
+
+def _measured(
+    candidate: Any, batches: Sequence[Batch], topology: Topology, score: Callable[[Any], float] | None
+) -> Found:
+    loss = _loss(candidate, batches, topology)
+    found: Found = {"loss": loss if math.isfinite(loss) else None}
+    return found if score is None else {**found, "score": score(candidate)}
 
 
 def _loss(candidate: Any, batches: Sequence[Batch], topology: Topology) -> float:
