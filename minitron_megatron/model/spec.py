@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CoreAttention", "Norm", "block_spec"]
+from .cache import Past
+
+__all__ = ["CoreAttention", "Norm", "block_spec", "reads_past"]
 
 
 class Norm(nn.Module):
@@ -38,23 +40,31 @@ class CoreAttention(nn.Module):
     def __init__(self, config: Any, **_: Any) -> None:
         super().__init__()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | Past | None, **_: Any
+    ) -> Tensor:
         """query: [s, b, heads, head_dim]; key, value: [s, b, kv_groups, head_dim]. Returns [s, b, heads * head_dim].
 
         attention_mask: no mask, but the number of each token's document, [b, s] on the host, or None: all are one. A
-        call a document: as fast as flash attention is over so many, and nothing between documents is computed.
+        call a document: as fast as flash attention is over so many, and nothing between documents is computed. Or what
+        came before these tokens.
         """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is None:
             out = _causal(q, k, v)
+        elif isinstance(attention_mask, Past):
+            k, v, seen = attention_mask.extend(self, k, v)
+            out = _causal(q, k, v, seen)
         else:
             samples = zip(*(x.split(1) for x in (q, k, v)), attention_mask, strict=True)
             out = torch.cat([_apart(*sample) for sample in samples])
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+def _causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """seen: bool [batch, 1, queries, keys]; by default what is not after a query."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=grouped)
 
 
 def _apart(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
@@ -62,6 +72,11 @@ def _apart(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     lengths = documents.unique_consecutive(return_counts=True)[1].tolist()
     parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([_causal(*part) for part in parts], dim=2)
+
+
+def reads_past(chunk: Any) -> bool:
+    """Whether a GPTModel's attention is ours, which alone knows `Past`."""
+    return all(isinstance(layer.self_attention.core_attention, CoreAttention) for layer in chunk.decoder.layers)
 
 
 def block_spec(normalization: str, layers: int, *, qk_norm: bool = False, experts: int = 0) -> Any:

@@ -25,11 +25,14 @@ __all__ = [
 ]
 
 
-def final_hidden(model: Any, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+def final_hidden(
+    model: Any, tokens: Tensor, documents: Tensor | Any | None = None, positions: Tensor | None = None
+) -> Tensor:
     """Runs a GPTModel up to its last layer and final norm, and no further: `GPTModel.forward` has no such switch.
 
     tokens: int64 [batch, seq]. documents: [batch, seq], the number of each token's document, which attention does not
-    leave; it takes the place of mcore's attention mask, and only our own core attention reads it so. Returns [seq (over
+    leave, or what came before; it takes the place of mcore's attention mask, and only our own core attention reads it
+    so. positions: int64 [batch, seq] on the host, of each token in its text; by default all begin. Returns [seq (over
     tp, with sequence parallelism), batch, hidden]; before the last pipeline stage it is that stage's output. The model
     may be wrapped (DDP, Float16Module).
     """
@@ -38,6 +41,9 @@ def final_hidden(model: Any, tokens: Tensor, documents: Tensor | None = None) ->
     gpt = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
     # mcore 0.16-0.19: _preprocess returns (decoder_input, rotary_pos_emb, cos, sin, sequence_len_offset, padding_mask)
     states, rotary = gpt._preprocess(input_ids=tokens, position_ids=None)[:2]
+    if positions is not None:
+        most = -(-int(positions.max() + 1) // 256) * 256  # mcore keeps the angles of a few lengths
+        rotary = gpt.rotary_pos_emb(most)[positions.t()].squeeze(2)
     return gpt.decoder(hidden_states=states, attention_mask=documents, rotary_pos_emb=rotary)
 
 

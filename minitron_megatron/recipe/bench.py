@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,9 @@ Backend = Literal["trtllm", "torch"]
 
 Row = dict[str, Any]
 """`inputs`, `outputs`, `batch`; of each model what was measured; `ratio`: the student's tokens a second over the
-teacher's, and `ratio_fp8` over the bf16 teacher's."""
+teacher's, and `ratio_fp8` over the bf16 teacher's; of a rung's largest batch also `ratio_batches` and `ratio_batches_fp8`,
+over the teacher's at the smallest, as the second paper compares."""
+RATIOS = {"ratio": "student", "ratio_fp8": "student fp8"}
 
 
 def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = silent) -> list[Row]:
@@ -50,6 +52,7 @@ def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = s
             measured = {name: _measured(*call) for name, call in calls.items()}
         rows.append(_row(workload, measured))
         listener(Event("bench", done, len(workloads), "rungs"))
+    _compare_batches(rows)
     if commands:
         with whole_file(folder / "commands.sh") as partial:
             partial.write_text("#!/bin/sh\nset -e\n" + "\n".join(commands) + "\n", encoding="utf-8")
@@ -104,9 +107,23 @@ def _measured(call: list[str], report: Path) -> Measured | None:
 def _row(workload: Workload, measured: dict[str, Measured | None]) -> Row:
     row: Row = {"inputs": workload.inputs, "outputs": workload.outputs, "batch": workload.batch}
     row |= {name: asdict(found) if found else None for name, found in measured.items()}
-    teacher = measured["teacher"]
-    for key, name in (("ratio", "student"), ("ratio_fp8", "student fp8")):
-        student = measured.get(name)
-        if teacher and student and teacher.tokens_per_second and student.tokens_per_second:
-            row[key] = student.tokens_per_second / teacher.tokens_per_second
-    return row
+    return row | {key: found for key, name in RATIOS.items() if (found := _ratio(row.get(name), row["teacher"]))}
+
+
+def _compare_batches(rows: list[Row]) -> None:
+    """What fits a smaller model serves more requests at a time: adds the ratios of unlike batches."""
+    rungs: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        rungs.setdefault((row["inputs"], row["outputs"]), []).append(row)
+    for of_rung in rungs.values():
+        first, last = (pick(of_rung, key=lambda row: row["batch"]) for pick in (min, max))
+        if first is not last:
+            found = {key: _ratio(last.get(name), first["teacher"]) for key, name in RATIOS.items()}
+            last |= {key.replace("ratio", "ratio_batches"): value for key, value in found.items() if value}
+
+
+def _ratio(student: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None) -> float | None:
+    """Of tokens a second, where both are known."""
+    if not student or not teacher or not student["tokens_per_second"] or not teacher["tokens_per_second"]:
+        return None
+    return float(student["tokens_per_second"] / teacher["tokens_per_second"])

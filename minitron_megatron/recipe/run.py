@@ -217,7 +217,7 @@ def check(recipe: Recipe, topology: Topology) -> None:
     depth = recipe.score.depth
     tasks = recipe.evaluate.wanted() + ([WINOGRANDE] if depth and depth.metric == "winogrande" else [])
     if tasks:
-        check_tasks(tasks, recipe.evaluate.task_files)
+        check_tasks(tasks, recipe.evaluate.task_files, run_code=recipe.evaluate.run_code)
     for source in recipe.data.sources:
         for path in (source.path, source.validation):
             if isinstance(path, Path) and not path.exists():

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..evaluate import SUITES, Task
+from ..evaluate import PROGRAMS, SUITES, Task
 from ..layout import PUBLIC_AXES
 from ..model import Recompute
 from ..serve import LADDER
@@ -150,6 +150,12 @@ class TaskKeys(Keys):
     """Solved examples before each question; left out: as the task has it."""
     metric: str | None = None
     """The one that stands in tables; left out: the task's first."""
+    answers: Count = 1
+    """Sampled for each question that is answered by generation."""
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """Of sampling, 0 the likeliest; left out: as the task has it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sampled from the likeliest tokens of so much of the probability."""
 
 
 class Evaluate(Keys):
@@ -159,7 +165,7 @@ class Evaluate(Keys):
     """Held-out sequences of each source."""
     micro_batch: Count = 1
     suite: Literal["base", "instruct"] | None = None
-    """The papers' tasks with their shots and metrics."""
+    """The papers' tasks with their shots, metrics and sampling; HumanEval and MBPP only with `run_code`."""
     tasks: tuple[TaskKeys, ...] = ()
     """More of them."""
     task_files: Path | None = None
@@ -168,10 +174,16 @@ class Evaluate(Keys):
     """Questions of each task."""
     truncate: bool = False
     """Drop the beginning of a prompt that is longer than the model's context; else that is an error."""
+    chat: bool = False
+    """Put prompts into the tokenizer's chat template, as a model that was tuned to instructions wants them."""
+    run_code: bool = False
+    """Run the programs that models write for HumanEval and MBPP, on the first rank's machine with your rights, behind
+    limits of time and memory and nothing else. Only where they can do no harm, as in a container without a network."""
 
     def wanted(self) -> list[Task]:
         """Of the suite and besides."""
-        return [*SUITES.get(self.suite or "", ()), *(Task(**task.model_dump()) for task in self.tasks)]
+        suite = [each for each in SUITES.get(self.suite or "", ()) if self.run_code or each.name not in PROGRAMS]
+        return [*suite, *(Task(**task.model_dump()) for task in self.tasks)]
 
 
 class Export(Keys):
