@@ -24,17 +24,20 @@ from .collectives import (
 )
 from .topology import Topology
 from .versions import (
+    FITS,
     count_padding,
     final_hidden,
     mark_expert,
     mend_distributed_optimizer,
+    quieten,
+    save_sharded,
     separate_steps,
     torn_checkpoint_errors,
     undisturbed,
-    writes_collected,
 )
 
 __all__ = [
+    "FITS",
     "Group",
     "Topology",
     "all_reduce",
@@ -55,11 +58,12 @@ __all__ = [
     "move",
     "peak_bytes",
     "peak_flops",
+    "quieten",
+    "save_sharded",
     "scatter_sequence",
     "separate_steps",
     "sum_gradient",
     "sum_over_world",
     "torn_checkpoint_errors",
     "undisturbed",
-    "writes_collected",
 ]

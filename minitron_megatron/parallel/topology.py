@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..errors import TopologyError
 from .backend import install_cpu_backend
+from .versions import quieten
 
 __all__ = ["Topology"]
 
@@ -38,6 +39,7 @@ class Topology:
         Raises TopologyError where the processes cannot be divided as asked.
         """
         install_cpu_backend()
+        quieten()
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

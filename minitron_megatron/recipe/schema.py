@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ..evaluate import SUITES, Task
 from ..layout import PUBLIC_AXES
-from ..model import Recompute
+from ..model import Recompute, Spec
 from ..serve import LADDER
 from .keys import Count, DType, Keys, Layers, Positive
 from .training_keys import Correct, Distill
@@ -223,6 +223,9 @@ class Recipe(Keys):
     recompute: Recompute = "none"
     """What runs again in the backward pass to save memory: `selective` the MLPs, whose activations are the widest;
     `full` whole layers, of which only the input is kept, for a third more time."""
+    spec: Spec = "local"
+    """Whose layers compute: Megatron's with our norm, or Transformer Engine's (`te`; it needs CUDA), which compute the
+    same with the norms inside their linear layers."""
     parallel: Parallel = Parallel()
     data: Data
     correct: Correct | None = None
