@@ -12,7 +12,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-latest test-slurm quickstart soak clean
+.PHONY: help install check test test-gpu test-latest test-slurm quickstart soak clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -36,6 +36,9 @@ check: install  ## lint, format and types
 
 test: check  ## everything that a change must pass
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile
+
+test-gpu: install  ## the tests that need a GPU; in NVIDIA's image see docs/versions.md
+	$(BIN)/python -m pytest --quiet tests/gpu
 
 test-latest: $(LATEST)/installed  ## every test with a later megatron-core, on Python 3.12 (torch's CUDA build: 6 GB of disk)
 	$(LATEST)/bin/python -m pytest --quiet --numprocesses 2 --dist loadfile

@@ -22,7 +22,7 @@ from .collectives import (
     sum_gradient,
     sum_over_world,
 )
-from .topology import Topology
+from .topology import Topology, claim_device
 from .versions import (
     FITS,
     count_padding,
@@ -44,6 +44,7 @@ __all__ = [
     "all_to_all",
     "barrier",
     "broadcast_object",
+    "claim_device",
     "count_padding",
     "fail_together",
     "final_hidden",

@@ -16,7 +16,7 @@ from ..errors import TopologyError
 from .backend import install_cpu_backend
 from .versions import quieten
 
-__all__ = ["Topology"]
+__all__ = ["Topology", "claim_device"]
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,17 @@ def _state() -> Any:
     return parallel_state
 
 
+def claim_device() -> str:
+    """Takes the GPU of this process's LOCAL_RANK, where there are any; what its process group runs on."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return "cpu:gloo,cuda:nccl"
+
+
 def _join() -> None:
     """Joins the process group: torchrun's where its variables are set, else one process by itself."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = claim_device()
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:

@@ -257,11 +257,14 @@ class Recipe(Keys):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         distill = self.distill
+        states = distill.states
+        if self.spec == "te" and states and (states.embedding or states.outputs or states.mlp_inputs):
+            raise ValueError("Layers of spec te show no normed states: set spec to local, or map attention alone")
         if self.correct and self.correct.continuous:
             for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
                 if getattr(distill, key):
                     raise ValueError(f"A teacher that is corrected continuously trains: leave distill.{key} out")
-        if distill.teacher_window and distill.states and distill.states.alpha == "dynamic":
+        if distill.teacher_window and states and states.alpha == "dynamic":
             raise ValueError(
                 "A dynamic distill.states.alpha is measured on a whole step: give it a number, or leave "
                 "distill.teacher_window out"

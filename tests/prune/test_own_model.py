@@ -31,7 +31,8 @@ def with_fused_norms(spec: Any) -> Any:
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
     layer.self_attention.submodules.linear_qkv = norm_column_parallel_linear()
-    layer.mlp.submodules.linear_fc1 = norm_column_parallel_linear()
+    mlp = getattr(layer.mlp, "keywords", vars(layer.mlp))["submodules"]  # a partial in mcore 0.19, a ModuleSpec before
+    mlp.linear_fc1 = norm_column_parallel_linear()
     return spec
 
 
