@@ -38,8 +38,8 @@ class Topology:
 
         Raises TopologyError where the processes cannot be divided as asked.
         """
-        install_cpu_backend()
         quieten()
+        install_cpu_backend()
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

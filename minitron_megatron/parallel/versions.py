@@ -34,18 +34,23 @@ __all__ = [
 FITS = ("0.16.1", "0.19.2")
 """What this file and `backend.py` were read against: the default's (Python 3.11) and that of `make test-latest`."""
 
-DEPRECATIONS = ("models.gpt.gpt_model", "dist_checkpointing.strategies.common", "dist_checkpointing.strategies.torch")
-"""The modules of mcore 0.19 that log one: of GPTModel for HybridModel, of common.pt, of asynchronous checkpoints."""
+TALKERS = {
+    "megatron.core.models.gpt.gpt_model": "deprecated",  # GPTModel for HybridModel
+    "megatron.core.dist_checkpointing.strategies.common": "deprecated",  # common.pt
+    "megatron.core.dist_checkpointing.strategies.torch": "deprecated",  # its own asynchronous writer
+    "torch.utils.cpp_extension": "No CUDA runtime",  # at an import of mcore's, on a CPU
+}
+"""Who warns, under mcore 0.19, of what no user can act on, and the word that tells it."""
 
 
 def quieten() -> None:
-    """Keeps deprecations that no user can act on out of terminals and logs; everything else that mcore says stays."""
-    for module in DEPRECATIONS:
-        logging.getLogger(f"megatron.core.{module}").addFilter(_no_deprecation)
+    """Keeps those warnings out of terminals and logs; everything else that is logged stays."""
+    for logger in TALKERS:
+        logging.getLogger(logger).addFilter(_is_news)
 
 
-def _no_deprecation(record: logging.LogRecord) -> bool:
-    return "deprecated" not in record.getMessage().lower()
+def _is_news(record: logging.LogRecord) -> bool:
+    return TALKERS[record.name].lower() not in record.getMessage().lower()
 
 
 def final_hidden(model: Any, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
