@@ -12,7 +12,7 @@ from .initial import fill_initial
 from .megatron_lm import save_megatron_lm
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
 from .shards import BRIDGE, LORA, NamedShard, adopt, home, named_shards, output_weight, overlay
-from .spec import reads_past
+from .spec import Spec, check_spec, reads_past
 
 __all__ = [
     "BRIDGE",
@@ -24,11 +24,13 @@ __all__ = [
     "NamedShard",
     "Past",
     "Recompute",
+    "Spec",
     "States",
     "Trainee",
     "adopt",
     "build",
     "check_fits",
+    "check_spec",
     "chunks_of",
     "config_of",
     "fill_initial",

@@ -21,10 +21,10 @@ from ..parallel import (
     broadcast_object,
     fail_together,
     gather_objects,
+    save_sharded,
     separate_steps,
     torn_checkpoint_errors,
     undisturbed,
-    writes_collected,
 )
 from .build import chunks_of
 from .metadata import check_metadata
@@ -78,8 +78,6 @@ class Checkpoints:
         score: what the best checkpoint has least of. wait: return when it is there. Raises CheckpointError where it
         cannot be written; what was there before stays.
         """
-        from megatron.core import dist_checkpointing
-
         self.poll(wait=True)
         partial = self._fresh(step)
         requests = []
@@ -90,9 +88,8 @@ class Checkpoints:
                 if self.topology.rank == 0:
                     (partial / trainee.name).mkdir(parents=True, exist_ok=True)
                     _expect_room(partial, needed)
-            with writes_collected(), fail_together(), _readable_errors():
-                path, later = str(partial / trainee.name), self._queue is not None
-                requests.append(dist_checkpointing.save(sharded, path, async_sharded_save=later))
+            with fail_together(), _readable_errors():
+                requests.append(save_sharded(sharded, partial / trainee.name, later=self._queue is not None))
 
         def finish() -> None:
             self._finish(partial, step, {**state, SCORE: score, "step": step})

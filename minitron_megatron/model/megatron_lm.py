@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files import PARTIAL, whole_file
-from ..parallel import Topology, barrier, fail_together, torn_checkpoint_errors, writes_collected
+from ..parallel import Topology, barrier, fail_together, save_sharded, torn_checkpoint_errors
 from .build import chunks_of
 from .config import ModelConfig, config_of
 
@@ -29,8 +29,6 @@ def save_megatron_lm(model: Any, folder: str | Path, topology: Topology, *, toke
     tokenizer: the Hugging Face folder that the arguments name. Raises CheckpointError where the folder exists or cannot
     be written.
     """
-    from megatron.core import dist_checkpointing
-
     folder, chunks = Path(folder), chunks_of(model)
     with _new(folder, topology) as partial:
         about: dict[str, Any] = {}
@@ -39,8 +37,8 @@ def save_megatron_lm(model: Any, folder: str | Path, topology: Topology, *, toke
         arguments = Namespace(**_arguments(config_of(chunks[0]), topology, tokenizer))
         state = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, **sharded}
         try:
-            with writes_collected(), fail_together():
-                dist_checkpointing.save(state, str(partial / RELEASE))
+            with fail_together():
+                save_sharded(state, partial / RELEASE)
         except torn_checkpoint_errors() as error:
             raise CheckpointError(f"{folder} cannot be written: {error}. Make room, or give another folder.") from error
         if topology.rank == 0:

@@ -1,16 +1,22 @@
-"""The `local` layer spec: mcore's layers with our norm and core attention, on CPU and GPU alike."""
+"""The layer specs: `local`, mcore's layers with our norm, on CPU and GPU alike; `te`, Transformer Engine's, which have
+the norms inside their linear layers. Both have our core attention.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import RecipeError
 from .cache import Past
 
-__all__ = ["CoreAttention", "Norm", "block_spec", "reads_past"]
+__all__ = ["CoreAttention", "Norm", "Spec", "block_spec", "check_spec", "reads_past"]
+
+Spec = Literal["local", "te"]
+"""Whose layers a model is made of; its parameters and what it computes are the same."""
 
 
 class Norm(nn.Module):
@@ -79,16 +85,51 @@ def reads_past(chunk: Any) -> bool:
     return all(isinstance(layer.self_attention.core_attention, CoreAttention) for layer in chunk.decoder.layers)
 
 
-def block_spec(normalization: str, layers: int, *, qk_norm: bool = False, experts: int = 0) -> Any:
-    """mcore's TransformerBlockSubmodules for a stage of `layers` layers."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+def block_spec(
+    normalization: str, layers: int, *, qk_norm: bool = False, experts: int = 0, spec: Spec = "local"
+) -> Any:
+    """mcore's TransformerBlockSubmodules for a stage of `layers` layers.
+
+    Raises RecipeError where Transformer Engine is wanted and not there.
+    """
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+    check_spec(spec)
+    layer, norm = _te_layer(qk_norm, experts) if spec == "te" else _local_layer(normalization, qk_norm, experts)
+    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def check_spec(spec: Spec) -> None:
+    """Raises RecipeError where Transformer Engine is wanted and cannot be imported."""
+    if spec == "te" and not _has_te():
+        raise RecipeError(
+            "spec te needs Transformer Engine, which cannot be imported here. Use one of NVIDIA's PyTorch images, "
+            "install minitron-megatron[te] beside CUDA, or set spec to local."
+        )
+
+
+def _has_te() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def _local_layer(normalization: str, qk_norm: bool, experts: int) -> tuple[Any, Any]:
+    """(spec of a layer, the final norm)."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
     layer = get_gpt_layer_local_spec(experts or None, normalization=normalization, qk_layernorm=qk_norm)
-    attention = layer.submodules.self_attention.submodules
-    layer.submodules.input_layernorm = Norm
-    layer.submodules.pre_mlp_layernorm = Norm
-    attention.core_attention = CoreAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     if qk_norm:
+        attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = Norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
+    return layer, Norm
+
+
+def _te_layer(qk_norm: bool, experts: int) -> tuple[Any, Any]:
+    """(spec of a layer, the final norm). An expert is a module of its own, so that it can be scored."""
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(experts or None, qk_layernorm=qk_norm), TENorm

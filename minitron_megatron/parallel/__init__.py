@@ -23,19 +23,22 @@ from .collectives import (
     sum_gradient,
     sum_over_world,
 )
-from .topology import Topology
+from .topology import Topology, claim_device
 from .versions import (
+    FITS,
     count_padding,
     final_hidden,
     mark_expert,
     mend_distributed_optimizer,
+    quieten,
+    save_sharded,
     separate_steps,
     torn_checkpoint_errors,
     undisturbed,
-    writes_collected,
 )
 
 __all__ = [
+    "FITS",
     "Group",
     "Topology",
     "all_reduce",
@@ -43,6 +46,7 @@ __all__ = [
     "apart",
     "barrier",
     "broadcast_object",
+    "claim_device",
     "count_padding",
     "fail_together",
     "final_hidden",
@@ -57,11 +61,12 @@ __all__ = [
     "move",
     "peak_bytes",
     "peak_flops",
+    "quieten",
+    "save_sharded",
     "scatter_sequence",
     "separate_steps",
     "sum_gradient",
     "sum_over_world",
     "torn_checkpoint_errors",
     "undisturbed",
-    "writes_collected",
 ]

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ..errors import MinitronError, TopologyError
 from .collectives import fail_together
-from .topology import Topology, backend
+from .topology import Topology, claim_device
 
 __all__ = ["apart"]
 
@@ -54,7 +54,7 @@ def _move(old: Topology, new: Topology, store: dist.Store, rank: int, world: int
     """Leaves the processes of one layout and joins those of another."""
     old.stop()
     dist.destroy_process_group()
-    dist.init_process_group(backend(), store=store, rank=rank, world_size=world)
+    dist.init_process_group(claim_device(), store=store, rank=rank, world_size=world)
     new.lay_out()
 
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from ..errors import TopologyError
 from .backend import install_cpu_backend
+from .versions import quieten
 
-__all__ = ["Topology", "backend"]
+__all__ = ["Topology", "claim_device"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Topology:
 
         Raises TopologyError where the processes cannot be divided as asked.
         """
+        quieten()
         install_cpu_backend()
         topology = cls(tp, pp, vp, ep, sequence_parallel)
         topology.check(int(os.environ.get("WORLD_SIZE", 1)) if not dist.is_initialized() else dist.get_world_size())
@@ -211,16 +213,18 @@ def _state() -> Any:
     return parallel_state
 
 
-def backend() -> str:
-    """What processes talk through: NCCL for what is on a GPU."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+def claim_device() -> str:
+    """Takes the GPU of this process's LOCAL_RANK, where there are any; what its process group runs on."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return "cpu:gloo,cuda:nccl"
 
 
 def _join() -> None:
     """Joins the process group: torchrun's where its variables are set, else one process by itself."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = claim_device()
     if "RANK" in os.environ:
-        dist.init_process_group(backend())
+        dist.init_process_group(backend)
     else:
-        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import pickle
 import queue
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "FITS",
     "count_padding",
     "final_hidden",
     "mark_expert",
     "mend_distributed_optimizer",
+    "quieten",
+    "save_sharded",
     "separate_steps",
     "torn_checkpoint_errors",
     "undisturbed",
-    "writes_collected",
 ]
+
+FITS = ("0.16.1", "0.19.2")
+"""What this file and `backend.py` were read against: the default's (Python 3.11) and that of `make test-latest`."""
+
+TALKERS = {
+    "megatron.core.models.gpt.gpt_model": "deprecated",  # GPTModel for HybridModel
+    "megatron.core.dist_checkpointing.strategies.common": "deprecated",  # common.pt
+    "megatron.core.dist_checkpointing.strategies.torch": "deprecated",  # its own asynchronous writer
+    "torch.utils.cpp_extension": "No CUDA runtime",  # at an import of mcore's, on a CPU
+}
+"""Who warns, under mcore 0.19, of what no user can act on, and the word that tells it."""
+
+
+def quieten() -> None:
+    """Keeps those warnings out of terminals and logs; everything else that is logged stays."""
+    for logger in TALKERS:
+        logging.getLogger(logger).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return TALKERS[record.name].lower() not in record.getMessage().lower()
 
 
 def final_hidden(
@@ -119,11 +147,11 @@ class _Results:
 
 
 @contextmanager
-def writes_collected() -> Iterator[None]:
+def _writes_collected() -> Iterator[None]:
     """Within it, mcore's next checkpoint collects what its writers did in a file of this process.
 
-    mcore 0.16 spawns a manager process for it (dist_checkpointing/strategies/filesystem_async.py:55), which takes
-    seconds to start and outlives a killed run.
+    mcore spawns a manager process for it (dist_checkpointing/strategies/filesystem_async.py, `_results_queue`), which
+    takes seconds to start and outlives a killed run.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -133,6 +161,45 @@ def writes_collected() -> Iterator[None]:
         yield
     finally:
         filesystem_async._results_queue = before
+
+
+def save_sharded(state: Mapping[str, Any], folder: str | Path, *, later: bool = False) -> Any:
+    """mcore's distributed checkpoint of a sharded state dict, in a folder that is there and empty. Collective.
+
+    later: only what must not change any more is copied; returns the AsyncRequest that writes.
+    """
+    from megatron.core import dist_checkpointing
+
+    with _writes_collected():
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+            return _save_with_common_file(dict(state), Path(folder), later)
+        return dist_checkpointing.save(dict(state), str(folder), async_sharded_save=later)
+
+
+def _save_with_common_file(state: dict[str, Any], folder: Path, later: bool) -> Any:
+    """As 0.16 writes it, for 0.19, which reads both: what is no tensor lies in common.pt, which is opened weights-only.
+
+    0.19 itself (dist_checkpointing/serialization.py, `save`) puts it among the objects that torch unpickles freely. And
+    its asynchronous writer would be another package's.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    sharded, common = save_preprocess(state)
+    if dist.get_rank() == 0:
+        torch.save(common, folder / COMMON_STATE_FNAME)
+    strategy = TorchDistSaveShardedStrategy()
+
+    def say_what_it_is() -> None:
+        if dist.get_rank() == 0:
+            save_config(CheckpointingConfig(strategy.backend, strategy.version), str(folder))
+        dist.barrier()
+
+    request = strategy.async_save(sharded, folder, "mcore")
+    request.add_finalize_fn(say_what_it_is)
+    return request if later else request.execute_sync()
 
 
 def undisturbed(request: Any) -> Any:

@@ -126,8 +126,14 @@ class Context:
 
     def load(self, folder: Path, dtype: torch.dtype | None = None, *, trains: bool = False) -> list[Any]:
         """A model of the run, in the training dtype unless said otherwise. Collective over the world."""
-        recompute = self.recipe.recompute if trains else "none"
-        return load_hf(folder, self.topology, dtype or self.dtype, recompute=recompute, listener=self.listener)
+        return load_hf(
+            folder,
+            self.topology,
+            dtype or self.dtype,
+            recompute=self.recipe.recompute if trains else "none",
+            spec=self.recipe.spec,
+            listener=self.listener,
+        )
 
     def load_teacher(self, *, trains: bool = False) -> list[Any]:
         """The model that teaches, verified. Raises CheckpointError where it is not what the run recorded."""

@@ -21,7 +21,7 @@ from ..evaluate import check_tasks
 from ..events import Listener, silent
 from ..files import locked, read_json, whole_file, write_json
 from ..layout import Shape
-from ..model import check_fits
+from ..model import check_fits, check_spec
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, peak_bytes
 from ..serve import check_fp8
 from .context import Context, Folders
@@ -202,6 +202,7 @@ def _check_wanted(recipe: Recipe, only: str | None) -> None:
 
 def check(recipe: Recipe, topology: Topology) -> None:
     """Everything that can be known to be wrong before work begins. Raises MinitronErrors. Not collective."""
+    check_spec(recipe.spec)
     shape = read_config(recipe.model).shape
     check_tokenizer(recipe.model, shape.vocab)
     check_fits(shape, topology)

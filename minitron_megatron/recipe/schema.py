@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from ..evaluate import PROGRAMS, SUITES, Task
 from ..layout import PUBLIC_AXES
-from ..model import Recompute
+from ..model import Recompute, Spec
 from ..serve import LADDER
 from .keys import Count, DType, Keys, Layers, Positive
 from .search_keys import Search
@@ -236,6 +236,9 @@ class Recipe(Keys):
     recompute: Recompute = "none"
     """What runs again in the backward pass to save memory: `selective` the MLPs, whose activations are the widest;
     `full` whole layers, of which only the input is kept, for a third more time."""
+    spec: Spec = "local"
+    """Whose layers compute: Megatron's with our norm, or Transformer Engine's (`te`; it needs CUDA), which compute the
+    same with the norms inside their linear layers."""
     parallel: Parallel = Parallel()
     data: Data
     correct: Correct | None = None
@@ -277,11 +280,14 @@ class Recipe(Keys):
             raise ValueError(
                 "A search cuts by importance, at once, without merging: leave out prune.by, iterations, merge"
             )
+        states = distill.states
+        if self.spec == "te" and states and (states.embedding or states.outputs or states.mlp_inputs):
+            raise ValueError("Layers of spec te show no normed states: set spec to local, or map attention alone")
         if self.correct and self.correct.continuous:
             for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
                 if getattr(distill, key):
                     raise ValueError(f"A teacher that is corrected continuously trains: leave distill.{key} out")
-        if distill.teacher_window and distill.states and distill.states.alpha == "dynamic":
+        if distill.teacher_window and states and states.alpha == "dynamic":
             raise ValueError(
                 "A dynamic distill.states.alpha is measured on a whole step: give it a number, or leave "
                 "distill.teacher_window out"

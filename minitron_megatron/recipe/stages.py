@@ -142,7 +142,8 @@ def do_distill(context: Context) -> Result:
 def do_baseline(context: Context) -> Result:
     """Distils the teacher into a random student of the same shape, on the same tokens."""
     config = read_config(context.folders.model("pruned"))
-    student = build(config, context.topology, context.dtype, recompute=context.recipe.recompute)
+    recipe = context.recipe
+    student = build(config, context.topology, context.dtype, recompute=recipe.recompute, spec=recipe.spec)
     fill_initial(student, context.topology, context.recipe.seed)
     return _distill(context, student, "random")
 
