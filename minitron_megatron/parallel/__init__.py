@@ -12,6 +12,7 @@ from .collectives import (
     barrier,
     broadcast_object,
     fail_together,
+    first_to_fail,
     gather_objects,
     gather_sequence,
     group_rank,
@@ -25,6 +26,8 @@ from .collectives import (
 from .topology import Topology
 from .versions import (
     count_padding,
+    failed_alone,
+    failed_together,
     final_hidden,
     mark_expert,
     mend_distributed_optimizer,
@@ -43,7 +46,10 @@ __all__ = [
     "broadcast_object",
     "count_padding",
     "fail_together",
+    "failed_alone",
+    "failed_together",
     "final_hidden",
+    "first_to_fail",
     "gather_objects",
     "gather_sequence",
     "group_rank",
