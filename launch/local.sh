@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Starts N processes of `minitron` on this machine and ends with the first failure's exit code.
+# Starts N processes of `minitron` on this machine and ends with the first failure's exit code. GRACE_SECONDS (10) later
+# it ends those that are left.
 #
 #   launch/local.sh N VERB ARGUMENTS...        launch/local.sh 4 run recipe.yaml
 #
@@ -32,6 +33,7 @@ for ((rank = 0; rank < LOCAL_WORLD_SIZE; rank++)); do
     alive[$!]=$rank
 done
 
+grace=${GRACE_SECONDS:-10}
 code=0
 while [ "${#alive[@]}" -gt 0 ]; do
     ended=
@@ -42,9 +44,13 @@ while [ "${#alive[@]}" -gt 0 ]; do
     if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
         code=$status
         # ranks that failed together end by themselves; one that hangs on a dead rank is ended
-        { sleep "${GRACE_SECONDS:-10}" && stop KILL; } &
+        { sleep "$grace" && stop KILL; } >/dev/null 2>&1 & # its sleep outlives it, and would hold a pipe open
         reaper=$!
+    elif [ "$code" -eq 1 ] && [ "$status" -gt 1 ] && [ "$status" -ne 137 ]; then
+        code=$status # two ended at once, and the other knows why: 1 is also how a rank ends that lost another
     fi
 done
 [ -z "${reaper:-}" ] || kill "$reaper" 2>/dev/null
+# other nodes save too, or fail of the same: this one's end would end them
+[ "$code" -eq 0 ] || [ "${NODES:-1}" -eq 1 ] || sleep "$grace"
 exit "$code"

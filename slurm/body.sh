@@ -37,9 +37,15 @@ while
     kill -0 "$step" 2>/dev/null # a trapped signal ends the wait, not the step
 do :; done
 
-# back into the queue after a warning, or where a rank had stopped (76; thrice, for what always stops there is a fault):
-# scancel is to end a job, and Slurm itself takes back what it preempts
-if { [ "$code" -eq 75 ] && [ -n "$warned" ]; } || { [ "$code" -eq 76 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; }; then
+# back into the queue after a warning, when all was saved (75; the first node to leave may take the others along: 137 and
+# 143 say so), or where a rank had stopped (76; thrice, for what always stops there is a fault): scancel is to end a job,
+# and Slurm itself takes back what it preempts
+again=
+case "$code" in
+    75 | 137 | 143) again=$warned ;;
+    76) [ "${SLURM_RESTART_COUNT:-0}" -ge 3 ] || again=yes ;;
+esac
+if [ -n "$again" ]; then
     job=$SLURM_JOB_ID
     # a task of an array has a name of its own
     [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import threading
+import traceback
 import warnings
 
 __all__ = ["main"]
 
-WRONG_INPUT, PREEMPTED, INTERRUPTED = 2, 75, 130
+OUR_FAULT, WRONG_INPUT, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LEAVE_SECONDS = 10.0
+"""How long a failed rank may take to find out whether another has told of it."""
 
 
 def main() -> None:
-    """Runs the command line and ends the process. An error of the user's is one message, on the first rank only."""
+    """Runs the command line and ends the process: at once, where it failed, whatever the other ranks wait for.
+
+    An error of the user's is one message, of the rank that met it first.
+    """
     _quiet()
     from ..errors import MinitronError, Preempted
     from .app import Interrupted, app
@@ -20,19 +29,45 @@ def main() -> None:
     try:
         app()
     except MinitronError as error:
-        _say(f"{type(error).__name__}: {error}")
-        _leave(WRONG_INPUT)
+        _fail(WRONG_INPUT, error, f"{type(error).__name__}: {error}")
     except Preempted:
         _say("Saved, as the scheduler's signal asked. Run the same command again to go on.")
         _leave(PREEMPTED)
     except Interrupted:
         _say("Interrupted. Run the same command again to go on.")
         _leave(INTERRUPTED)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            _fail(WRONG_INPUT, error, f"{error}. Make room, and run the same command again to go on.")
+        _fail(OUR_FAULT, error, traceback.format_exc().strip())
 
 
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
+
+
+def _fail(code: int, error: Exception, told: str) -> None:
+    """Ends with `code`. The first rank that fails tells all; the others fail of that, as a rule, and need a line."""
+    last = threading.Timer(LEAVE_SECONDS, os._exit, [code])
+    last.daemon = True
+    last.start()
+    if _speaks(code):
+        print(told, file=sys.stderr)
+    elif code == OUR_FAULT:
+        line = str(error).partition("\n")[0]
+        print(f"rank {os.environ.get('RANK')} ends after another: {type(error).__name__}: {line}", file=sys.stderr)
+    _leave(code)
+
+
+def _speaks(code: int) -> bool:
+    """Whether this rank tells why it ends. Those that are not joined yet all read the same recipe."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from ..parallel import first_to_fail
+
+    first = first_to_fail()
+    return (code == OUR_FAULT or os.environ.get("RANK", "0") == "0") if first is None else first
 
 
 def _leave(code: int) -> None:
@@ -43,8 +78,9 @@ def _leave(code: int) -> None:
 
 
 def _quiet() -> None:
-    """Keeps what megatron-core says at import, of packages that are optional here, from a user's terminal."""
+    """Keeps what torch and megatron-core say, of packages that are optional here, from a user's terminal."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of sockets: who lost whom is told once
     for module in ("megatron", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt|not a leaf Tensor|DTensor).*")

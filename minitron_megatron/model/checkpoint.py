@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ..parallel import (
 from .build import chunks_of
 from .metadata import check_metadata
 from .shards import adopt, named_shards
+from .writing import writing
 
 __all__ = ["Checkpoints", "Trainee", "load_checkpoint", "load_weights"]
 
@@ -84,11 +85,11 @@ class Checkpoints:
         for trainee in trainees:
             sharded = _sharded(trainee, is_loading=False)
             needed = sum(gather_objects(_bytes(sharded)))
-            with fail_together(), _readable_errors():
+            with fail_together(), _writing():
                 if self.topology.rank == 0:
                     (partial / trainee.name).mkdir(parents=True, exist_ok=True)
                     _expect_room(partial, needed)
-            with fail_together(), _readable_errors():
+            with _writing():
                 requests.append(save_sharded(sharded, partial / trainee.name, later=self._queue is not None))
 
         def finish() -> None:
@@ -104,7 +105,7 @@ class Checkpoints:
     def poll(self, *, wait: bool = False) -> None:
         """Finishes the checkpoint that is being written, if all ranks have written theirs. Collective."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            with fail_together(), _readable_errors():
+            with _writing():
                 self._queue.maybe_finalize_async_calls(blocking=wait)
 
     def close(self) -> None:
@@ -134,7 +135,7 @@ class Checkpoints:
 
     def _finish(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
         barrier()
-        with fail_together(), _readable_errors():
+        with fail_together(), _writing():
             if self.topology.rank == 0:
                 write_json(partial / STATE, state)
                 path = self.folder / f"step_{step:08}"
@@ -180,7 +181,7 @@ def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "")
         try:
             loaded = dist_checkpointing.load(_sharded(trainee, is_loading=True), path / trainee.name)
         except torn_checkpoint_errors() as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}.") from error
+            raise CheckpointError(f"checkpoint {path} cannot be read: {error}.") from error
         for number, chunk in enumerate(trainee.chunks):
             chunk.module.load_state_dict(loaded[_key(number)])
         trainee.optimizer.load_state_dict(loaded["optimizer"])
@@ -203,7 +204,7 @@ def load_weights(path: Path, model: Any, topology: Topology, identity: str = "")
     try:
         loaded = dist_checkpointing.load(state, path)
     except torn_checkpoint_errors() as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}.") from error
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}.") from error
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_key(number)], strict=False)  # without mcore's empty objects
 
@@ -219,22 +220,8 @@ def _state(path: Path, identity: str) -> dict[str, Any]:
     return state
 
 
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Around writing. Raises CheckpointError with the cause alone, which the first rank alone is told."""
-    try:
-        yield
-    except torn_checkpoint_errors() as error:
-        raise CheckpointError(
-            f"a checkpoint cannot be written: {_cause(error)}. The ones before it are whole; make room and run again."
-        ) from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The error of the first rank that torch reports on, which it would print with whole tracebacks; else `error`."""
-    for cause, _ in getattr(error, "failures", {}).values():
-        return cause
-    return error
+def _writing() -> AbstractContextManager[None]:
+    return writing("a checkpoint", "The ones before it are whole; make room and run again.")
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -11,9 +11,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files import PARTIAL, whole_file
-from ..parallel import Topology, barrier, fail_together, save_sharded, torn_checkpoint_errors
+from ..parallel import Topology, barrier, fail_together, save_sharded
 from .build import chunks_of
 from .config import ModelConfig, config_of
+from .writing import writing
 
 __all__ = ["save_megatron_lm"]
 
@@ -36,11 +37,8 @@ def save_megatron_lm(model: Any, folder: str | Path, topology: Topology, *, toke
         sharded = sharded if len(chunks) > 1 else {"model": sharded["model0"]}
         arguments = Namespace(**_arguments(config_of(chunks[0]), topology, tokenizer))
         state = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, **sharded}
-        try:
-            with fail_together():
-                save_sharded(state, partial / RELEASE)
-        except torn_checkpoint_errors() as error:
-            raise CheckpointError(f"{folder} cannot be written: {error}. Make room, or give another folder.") from error
+        with writing(str(folder), "Make room, or give another folder."):
+            save_sharded(state, partial / RELEASE)
         if topology.rank == 0:
             with whole_file(partial / TRACKER) as file:
                 file.write_text(RELEASE, encoding="utf-8")

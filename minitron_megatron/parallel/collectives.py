@@ -19,6 +19,7 @@ __all__ = [
     "barrier",
     "broadcast_object",
     "fail_together",
+    "first_to_fail",
     "gather_objects",
     "gather_sequence",
     "group_rank",
@@ -152,7 +153,8 @@ def barrier(group: Group | None = None) -> None:
 def fail_together() -> Iterator[None]:
     """Around checks that may fail on one rank alone: every rank then raises the first rank's error, and none hangs.
 
-    Collective over the world on the way out. Only MinitronErrors are shared; anything else is our fault.
+    Collective over the world on the way out, so that nothing inside may be. Only MinitronErrors are shared; anything
+    else is raised where it is, and that rank ends.
     """
     mine: MinitronError | None = None
     try:
@@ -162,3 +164,14 @@ def fail_together() -> Iterator[None]:
     errors = [error for error in gather_objects(mine) if error is not None]
     if errors:
         raise errors[0] from mine
+
+
+def first_to_fail() -> bool | None:
+    """Whether no other rank has asked this before, or has kept count and is gone; None where none is joined yet. Not
+    collective."""
+    if not dist.is_initialized():
+        return None
+    try:
+        return int(dist.distributed_c10d._get_default_store().add("minitron/failed", 1)) == 1
+    except RuntimeError:
+        return False

@@ -21,6 +21,8 @@ from torch import Tensor
 __all__ = [
     "FITS",
     "count_padding",
+    "failed_alone",
+    "failed_together",
     "final_hidden",
     "mark_expert",
     "mend_distributed_optimizer",
@@ -210,6 +212,19 @@ def undisturbed(request: Any) -> Any:
 def _deaf(work: Any, *args: Any, **kwargs: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     work(*args, **kwargs)
+
+
+def failed_together() -> tuple[type[BaseException], ...]:
+    """What torch raises on every rank where one could not write its part; it is no Exception."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    return (CheckpointException,)
+
+
+def failed_alone(error: Exception) -> bool:
+    """Whether this rank's own file system is at fault: torch's writer of zip files hides the OSError, and a rank that
+    lost the others has a RuntimeError too."""
+    return isinstance(error, OSError) or any(word in str(error) for word in ("inline_container", "iostream error"))
 
 
 def torn_checkpoint_errors() -> tuple[type[BaseException], ...]:

@@ -6,6 +6,7 @@ rank 0 real listeners and the others `silent`).
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -193,7 +194,9 @@ class MetricsFile:
         try:
             handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(handle, json.dumps(line, allow_nan=False).encode() + b"\n")
+                text = json.dumps(line, allow_nan=False).encode() + b"\n"
+                if os.write(handle, text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(handle)
         except OSError as error:

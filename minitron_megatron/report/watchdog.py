@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,18 +32,29 @@ class Watchdog:
     alive: the others may wait for it as long as it takes.
     """
 
-    def __init__(self, folder: Path, rank: int, seconds: float, *, end: Callable[[int], None] = os._exit) -> None:
-        self._folder, self._rank, self._seconds, self._end = folder, rank, seconds, end
-        self._marked = -TOUCH_SECONDS
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        seconds: float,
+        *,
+        end: Callable[[int], None] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._rank, self._seconds, self._end, self._clock = folder, rank, seconds, end, clock
+        self._touched = -TOUCH_SECONDS
+        self._seen, self._since = self._mark(), clock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __call__(self, event: Event) -> None:
-        if time.monotonic() - self._marked >= TOUCH_SECONDS and self._folder.is_dir():
-            self._marked = time.monotonic()
-            (self._folder / HEARTBEAT).touch()
+        if self._clock() - self._touched >= TOUCH_SECONDS and self._folder.is_dir():
+            self._touched = self._clock()
+            with suppress(OSError):  # of a full disk, or one that is away for a moment: the next event tries again
+                (self._folder / HEARTBEAT).touch()
 
     def __enter__(self) -> Self:
+        self._since = self._clock()
         self._thread.start()
         return self
 
@@ -53,18 +65,24 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
-        mark, since = self._mark(), time.monotonic()
         while not self._over.wait(min(self._seconds / 10, 5.0)):
-            if (now := self._mark()) != mark:
-                mark, since = now, time.monotonic()  # of this machine: clocks of others may differ
-            elif time.monotonic() - since > self._seconds:
-                self._give_up()
+            if self.looks():
                 return
+
+    def looks(self) -> bool:
+        """Whether there was no new mark for too long, by the clock of this machine: those of others may differ. This
+        process has ended then."""
+        if (mark := self._mark()) != self._seen:
+            self._seen, self._since = mark, self._clock()
+        elif self._clock() - self._since > self._seconds:
+            self._give_up()
+            return True
+        return False
 
     def _mark(self) -> int:
         try:
             return (self._folder / HEARTBEAT).stat().st_mtime_ns
-        except FileNotFoundError:
+        except OSError:
             return 0
 
     def _give_up(self) -> None:

@@ -44,12 +44,14 @@ SlurmctldParameters=preempt_send_user_signal
 SlurmdParameters=config_overrides
 JobRequeue=1
 ReturnToService=2
-KillWait=5
+KillWait=30
+MessageTimeout=100
+TCPTimeout=30
 MinJobAge=600
 GresTypes=gpu
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={one} CPUs=2 RealMemory=8000 Gres=gpu:8 State=UNKNOWN
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={two} CPUs=2 RealMemory=8000 Gres=gpu:8 State=UNKNOWN
-PartitionName=batch Nodes=node[1-2] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=batch Nodes=node[1-2] Default=YES State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=600
 PartitionName=high Nodes=node[1-2] State=UP PriorityTier=10 PreemptMode=OFF
 """
 
@@ -88,7 +90,7 @@ def running(root: Path) -> Iterator[dict[str, str]]:
     try:
         for call in (["munged", *munge], ["slurmctld"], ["slurmd", "-N", "node1"], ["slurmd", "-N", "node2"]):
             subprocess.run(call, env=environment, check=True, capture_output=True)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 300
         while _states(environment) != ["idle", "idle"]:
             if time.monotonic() > until:
                 raise RuntimeError(f"the nodes did not come up: {_states(environment)}")

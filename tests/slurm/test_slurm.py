@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from minitron_megatron.files import read_json
@@ -23,6 +25,8 @@ __all__ = ["material", "recipe_file"]
 Write = Callable[..., Path]
 Environment = dict[str, str]
 ROOT = Path(__file__).parents[2]
+HANGS = 900.0
+"""Seconds after which a test gives up; a slow machine is no hang."""
 SCRIPTS = ("slurm/run.sbatch", "slurm/array.sbatch")
 needs_slurm = pytest.mark.skipif(bool(lacks()), reason=lacks() or "there is one")
 
@@ -33,6 +37,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     with running(root) as environment:
         yield environment | {
             "MINITRON_GPUS": "1",
+            "GRACE_SECONDS": "3",
             "PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
@@ -62,23 +67,24 @@ def state(slurm: Environment, job: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 150) -> None:
-    until = time.monotonic() + seconds
+def wait_for(what: Callable[[], bool]) -> None:
+    until = time.monotonic() + HANGS
     while not what():
         assert time.monotonic() < until
         time.sleep(0.2)
 
 
+def hurried(slurm: Environment, job: str) -> dict[str, str]:
+    """Its state; in the queue again, it does not wait for Slurm's two minutes."""
+    found = state(slurm, job)
+    if found["JobState"] == "PENDING" and found.get("Restarts", "0") != "0":
+        subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], env=slurm, check=False)
+    return found
+
+
 def ended(slurm: Environment, job: str, home: Path, how: str = "COMPLETED") -> None:
-    """Waits for the end; a job in the queue again does not wait for Slurm's two minutes."""
-
-    def over() -> bool:
-        found = state(slurm, job)
-        if found["JobState"] == "PENDING" and found.get("Restarts", "0") != "0":
-            subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], env=slurm, check=False)
-        return found["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "REQUEUED")
-
-    wait_for(over)
+    going = ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING", "REQUEUED")
+    wait_for(lambda: hurried(slurm, job)["JobState"] not in going)
     logs = "\n".join(path.read_text()[-2000:] for path in (*home.glob("*.log"), *home.glob("logs/*")))
     assert state(slurm, job)["JobState"] == how, logs
 
@@ -97,8 +103,25 @@ LONG = {
 }
 
 
+def steps(out: Path) -> int:
+    """Of distillation, in all runs of this folder."""
+    metrics = out / "metrics.jsonl"
+    return metrics.read_text().count('"stage": "distill"') if metrics.exists() else 0
+
+
+def launchers(node: int, out: Path) -> list[psutil.Process]:
+    """What a node runs of the recipe whose run folder is `out`, but for Slurm's own."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            said = " ".join(process.cmdline())
+            if process.environ().get("SLURM_NODEID") == str(node) and f"{out}.yaml" in said and "launch/" in said:
+                found.append(process)
+    return found
+
+
 @needs_slurm
-def test_a_preempted_run_over_two_nodes_ends_as_an_undisturbed_one(
+def test_a_preempted_run_that_loses_a_node_ends_as_an_undisturbed_one(
     slurm: Environment, home: Path, recipe_file: Write
 ) -> None:
     keys: dict[str, Any] = {"correct": None, "random_baseline": False, "distill": LONG}
@@ -106,15 +129,25 @@ def test_a_preempted_run_over_two_nodes_ends_as_an_undisturbed_one(
     recipes = [recipe_file(f"{name}.yaml", out=str(home / name), parallel={"tp": 2}, **keys) for name in ("a", "b")]
     undisturbed = submit(slurm, home, "--nodes=2", "slurm/run.sbatch", recipes[0])
     ended(slurm, undisturbed, home)
-    job, metrics = submit(slurm, home, "--nodes=2", "slurm/run.sbatch", recipes[1]), home / "b" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count('"stage": "distill"') > 20)
+
+    job, out = submit(slurm, home, "--nodes=2", "slurm/run.sbatch", recipes[1]), home / "b"
+    wait_for(lambda: steps(out) > 20)
     urgent = submit(slurm, home, "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 2")
     ended(slurm, urgent, home)
-    assert list((home / "b" / "checkpoints").glob("*/step_*"))
-    ended(slurm, job, home)
+    assert list((out / "checkpoints").glob("*/step_*"))
+    saved = steps(out)
+    assert saved < 90
+    wait_for(lambda: hurried(slurm, job)["JobState"] == "RUNNING" and steps(out) > saved)
     assert state(slurm, job)["Restarts"] == "1"
+
+    for process in launchers(1, recipes[1].with_suffix("")):
+        for each in (*process.children(recursive=True), process):
+            each.kill()
+    ended(slurm, job, home, "FAILED")
+    assert not launchers(0, recipes[1].with_suffix(""))
+    ended(slurm, submit(slurm, home, "--nodes=2", "slurm/run.sbatch", recipes[1]), home)
     assert table(home / "b") == table(home / "a")
-    assert read_json(home / "b" / "versions.json")["processes"] == 2
+    assert read_json(out / "versions.json")["processes"] == 2
     assert {path.name.rsplit("-", 1)[1] for path in home.glob("logs/*")} == {"node0.log", "node1.log"}
 
 
