@@ -273,7 +273,7 @@ class Recipe(Keys):
     def _fits_together(self) -> Recipe:
         distill = self.distill
         if self.search is None and "prune" not in self.model_fields_set:
-            raise ValueError("The sizes to keep are missing: give `prune`, or have them found by `search`")
+            raise ValueError("prune is missing: it names the sizes to keep, or `search` finds them")
         if self.search and (self.prune.sizes() or self.prune.layers is not None):
             raise ValueError("The sizes are found by `search`: leave them out of `prune`, or `search`")
         if self.search and (self.prune.by != "importance" or self.prune.iterations > 1 or self.prune.merge != "none"):

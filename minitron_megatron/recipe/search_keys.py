@@ -77,7 +77,9 @@ class Serving(Keys):
     context: Count | None = None
     """Tokens of each in the cache; left out: `data.sequence`."""
     weights: Literal["float32", "bfloat16", "float8"] = "bfloat16"
+    """What weights are held in."""
     kv_cache: Literal["float32", "bfloat16", "float8"] = "bfloat16"
+    """What keys and values are held in."""
     gpu: str | None = None
     """Speed by this GPU's data sheet: the bytes of a step over its bandwidth, or FLOPs over its peak; no overhead."""
     table: Path | None = None
@@ -121,17 +123,25 @@ class Search(Keys):
     layers: Sizes | None = None
     """Which go is chosen by `score.depth`, and `prune.contiguous`."""
     hidden: Sizes | None = None
+    """Channels of the residual stream."""
     ffn: Sizes | None = None
+    """Neurons a layer."""
     expansion: tuple[Positive, ...] = ()
     """Instead of `ffn`: neurons over hidden channels, as the paper's grid has it."""
     heads: Sizes | None = None
+    """Query heads in total."""
     kv_groups: Sizes | None = None
+    """Keys and values; without `heads` each takes its query heads along."""
     experts: Sizes | None = None
+    """Experts of each mixture."""
     expert_ffn: Sizes | None = None
+    """Neurons of each expert."""
     shared_ffn: Sizes | None = None
+    """Neurons of the experts that every token goes through."""
     multiples: dict[str, Count] = Field(default_factory=dict)
     """Axis -> what its sizes must be multiples of; others are left out."""
     budget: Budget
+    """What the student may have."""
     serving: Serving = Serving()
     light: Light | None = Light()
     """null: the order right after the cut decides."""

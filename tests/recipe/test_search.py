@@ -254,7 +254,7 @@ def test_what_is_wrong_is_one_error_before_anything_is_written(
         ({"search": SEARCH | {"layers": {"from": 3}}}, "{from: 16, to: 32, step: 4}"),
         ({"search": SEARCH | {"multiples": {"fnn": 4}}}, "Did you mean 'ffn'?"),
         ({"search": SEARCH | {"serving": {"gpu": "H10"}}}, "The GPU 'H10' is not known. Did you mean 'H100'?"),
-        ({"search": None}, "give `prune`, or have them found by `search`"),
+        ({"search": None}, "prune is missing: it names the sizes to keep, or `search` finds them"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(material: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
