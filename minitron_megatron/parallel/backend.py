@@ -7,6 +7,8 @@ tensors; the rest are module attributes, each with the line of mcore that it ans
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +71,18 @@ def peak_flops() -> float | None:
     return next((flops for word, flops in DENSE_BF16_FLOPS.items() if word in name), None)
 
 
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Within it, functions that are decorated with torch.compile stay as they are. mcore decorates its fusions so
+    (jit.py), none of which runs here, and a first use of torch.compile imports for two seconds."""
+    before = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda wrapped: wrapped)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = before
+
+
 _installed = False
 
 
@@ -86,7 +100,8 @@ def install_cpu_backend() -> None:
     cuda.manual_seed = torch.manual_seed  # tensor_parallel/random.py:237
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # random.py:55
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    from megatron.core.tensor_parallel import random as mcore_random
+    with _uncompiled():
+        from megatron.core.tensor_parallel import random as mcore_random
 
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # random.py:41
     mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # random.py:72

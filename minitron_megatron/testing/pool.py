@@ -206,6 +206,7 @@ def _serve(pipe: Connection) -> None:
     import megatron.core.models.gpt  # the slow part
     import megatron.core.optimizer  # noqa: F401
 
+    gc.freeze()  # each job ends with a collection, which need not look at what was imported
     answer = _packed(None)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
