@@ -189,6 +189,7 @@ def _save_with_common_file(state: dict[str, Any], folder: Path, later: bool) -> 
     from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
+    _mend_writer()
     sharded, common = save_preprocess(state)
     if dist.get_rank() == 0:
         torch.save(common, folder / COMMON_STATE_FNAME)
@@ -202,6 +203,27 @@ def _save_with_common_file(state: dict[str, Any], folder: Path, later: bool) -> 
     request = strategy.async_save(sharded, folder, "mcore")
     request.add_finalize_fn(say_what_it_is)
     return request if later else request.execute_sync()
+
+
+def _mend_writer() -> None:
+    """Has mcore 0.19's writer say why it could not write.
+
+    It asserts that a result is none of its own exceptions (dist_checkpointing/strategies/filesystem_async.py,
+    `check_local_output`), so that nothing but their type would come back.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    plain = FileSystemWriterAsync.write_preloaded_data
+    if plain.__module__ == __name__:
+        return
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        done = plain(*args, **kwargs)
+        if kwargs["results_queue"] is None and isinstance(done[1], Exception):
+            raise done[1]
+        return done
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
 def undisturbed(request: Any) -> Any:
