@@ -5,16 +5,19 @@ from __future__ import annotations
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..convert import read_config
+from ..convert import flat_config, read_config
 from ..errors import DataError, RecipeError
 from ..events import Event, Listener, silent
 from ..files import whole_file, write_json
+from ..model import ModelConfig
 from ..serve import Measured, Workload, command, has_trtllm, measure_locally, parse_report, write_requests
+from .candidates import untimed_candidates
 from .context import Folders
+from .memory import WEIGHT_BYTES
 from .schema import Recipe
 
 __all__ = ["Backend", "bench"]
@@ -25,6 +28,8 @@ Row = dict[str, Any]
 """`inputs`, `outputs`, `batch`; of each model what was measured; `ratio`: the student's tokens a second over the
 teacher's, and `ratio_fp8` over the bf16 teacher's; of a rung's largest batch also `ratio_batches` and
 `ratio_batches_fp8`, over the teacher's at the smallest, as the second paper compares."""
+CANDIDATES = 5
+"""Of a search, measured beside the teacher."""
 RATIOS = {"ratio": "student", "ratio_fp8": "student fp8"}
 
 
@@ -32,10 +37,11 @@ def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = s
     """Measures every rung and batch, writes `bench/table.json` and returns its rows. One process.
 
     Where trtllm-bench is not installed it writes the requests and `bench/commands.sh`, to be run in TensorRT-LLM's
-    container where this folder is, and returns what reports of an earlier call are there. Raises RecipeError where the
-    student is not exported yet.
+    container where this folder is, and returns what reports of an earlier call are there. In torch, a recipe with a
+    search may come before its student: then some of its candidates are measured, with random weights, and the table
+    tells the search how fast the others are. Raises RecipeError where the student is not exported yet.
     """
-    models = _models(recipe)
+    models = _models(recipe, backend)
     folder = recipe.out / "bench"
     rows, commands = [], []
     workloads = list(_workloads(recipe, min(read_config(each).max_positions for each in models.values())))
@@ -56,14 +62,43 @@ def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = s
     if commands:
         with whole_file(folder / "commands.sh") as partial:
             partial.write_text("#!/bin/sh\nset -e\n" + "\n".join(commands) + "\n", encoding="utf-8")
-    write_json(folder / "table.json", {"backend": backend, "rows": rows})
+    write_json(folder / "table.json", {"backend": backend, "rows": rows, **_told(models)})
     return rows
 
 
-def _models(recipe: Recipe) -> dict[str, Path]:
+def _told(models: Mapping[str, Path]) -> dict[str, Any]:
+    """What a search must know of the models to learn from the rows."""
+    configs = {name: read_config(path) for name, path in models.items()}
+    return {
+        "shapes": {name: asdict(config.shape) for name, config in configs.items()},
+        "weight_bytes": {
+            name: 1 if name.endswith("fp8") else WEIGHT_BYTES[_dtype(config)] for name, config in configs.items()
+        },
+    }
+
+
+def _dtype(config: ModelConfig) -> str:
+    return str(config.source.get("torch_dtype") or config.source.get("dtype") or "float32")
+
+
+def _shapes(recipe: Recipe) -> dict[str, Path]:
+    """Folders with the configuration of some candidates, from the largest to the smallest, and with no weights."""
+    config = read_config(recipe.model)
+    found = untimed_candidates(recipe, config.shape)
+    last = max(1, min(CANDIDATES, len(found)) - 1)
+    folders = {}
+    for each in (found[at * (len(found) - 1) // last] for at in range(last + 1)):
+        folders[each.name] = recipe.out / "bench" / "shapes" / each.name
+        write_json(folders[each.name] / "config.json", flat_config(replace(config, shape=each.shape), _dtype(config)))
+    return folders
+
+
+def _models(recipe: Recipe, backend: Backend) -> dict[str, Path]:
     folders = Folders(recipe.out)
     models = {"teacher": recipe.model, "student": folders.model("export"), "student fp8": folders.model("export-fp8")}
     if not models["student"].is_dir():
+        if recipe.search and backend == "torch":
+            return {"teacher": recipe.model, **_shapes(recipe)}
         raise RecipeError(f"{models['student']} is not there. Run `minitron run` first.")
     return {name: path for name, path in models.items() if path.is_dir()}
 

@@ -10,10 +10,10 @@ from ..files import read_json
 from ..layout import Shape
 from ..model import check_fits
 from ..parallel import Topology
-from ..search import Candidate, Conditions, FittedSpeed, Roofline, SpeedRow, candidates
+from ..search import TIMED, Candidate, Conditions, FittedSpeed, Roofline, SpeedRow, candidates
 from .schema import Recipe
 
-__all__ = ["candidates_of", "check_candidates", "conditions_of", "speed_rows"]
+__all__ = ["candidates_of", "check_candidates", "conditions_of", "speed_rows", "untimed_candidates"]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 
@@ -22,6 +22,13 @@ def candidates_of(recipe: Recipe, teacher: Shape) -> list[Candidate]:
     """The largest first. Raises RecipeError where there is none, and says why."""
     assert recipe.search is not None
     return candidates(recipe.search.space(), teacher, recipe.search.budget.limits(), conditions_of(recipe))
+
+
+def untimed_candidates(recipe: Recipe, teacher: Shape) -> list[Candidate]:
+    """The same whatever the budgets in time allow: to learn what time they take."""
+    assert recipe.search is not None
+    limits = {name: limit for name, limit in recipe.search.budget.limits().items() if name not in TIMED}
+    return candidates(recipe.search.space(), teacher, limits, Conditions())
 
 
 def conditions_of(recipe: Recipe) -> Conditions:

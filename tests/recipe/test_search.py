@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
+from minitron_megatron.convert import read_config
 from minitron_megatron.errors import MinitronError, RecipeError, TopologyError
 from minitron_megatron.files import read_json
 from minitron_megatron.parallel import Topology
-from minitron_megatron.recipe import dry_run, load_recipe, run, search_task
+from minitron_megatron.recipe import bench, dry_run, load_recipe, run, search_task
+from minitron_megatron.recipe.candidates import candidates_of, conditions_of, speed_rows
+from minitron_megatron.search import costs_of
 from minitron_megatron.testing import Pool
 from tests.recipe.conftest import tiny_recipe
 from tests.recipe.test_run import in_a_process
@@ -194,6 +197,24 @@ def test_halving_takes_out_the_worse_half_and_changes_nothing_for_those_that_sta
     expected = {row["name"]: row["curve"] for row in table(searched)["candidates"]}
     both = [(row["curve"]["6"], expected[row["name"]]["6"]) for row in whole if expected[row["name"]]]
     assert both and all(mine == theirs for mine, theirs in both)
+
+
+def test_a_budget_in_time_is_held_by_a_table_of_this_machine(searched: Path, material: Path, tmp_path: Path) -> None:
+    """Candidates measured before there is any student; the fit is then what the search counts with."""
+    times = {"budget": {"params": [1, 60_000], "decode_ms": 1e6}, "serving": {"table": str(tmp_path / "table.json")}}
+    recipe = load_recipe(written(material, tmp_path, **times), ["bench.ladder=[[4,6],[16,6]]", "bench.batches=[1,4]"])
+    rows = bench(recipe, "torch")
+    measured = read_json(recipe.out / "bench" / "table.json")
+    assert len(rows) == 4 and len(measured["shapes"]) == 6 and "teacher" in measured["shapes"]
+    (tmp_path / "table.json").write_bytes((recipe.out / "bench" / "table.json").read_bytes())
+    speeds = speed_rows(tmp_path / "table.json")
+    assert {row.conditions.batch for row in speeds} == {1, 4} and len(speeds) == 24
+    teacher = read_config(recipe.model).shape
+    with pytest.raises(RecipeError, match="nothing would need to go"):
+        candidates_of(recipe, teacher)
+    costs = costs_of(teacher, conditions_of(recipe))
+    limited = load_recipe(tmp_path / "recipe.yaml", [f"search.budget.decode_ms={0.999 * costs['decode_ms']}"])
+    assert all(each.costs["decode_ms"] < costs["decode_ms"] for each in candidates_of(limited, teacher))
 
 
 def test_a_search_may_choose_by_the_knee_by_hand_or_by_a_task(

@@ -27,7 +27,7 @@ Environment = dict[str, str]
 ROOT = Path(__file__).parents[2]
 HANGS = 900.0
 """Seconds after which a test gives up; a slow machine is no hang."""
-SCRIPTS = ("slurm/run.sbatch", "slurm/array.sbatch")
+SCRIPTS = ("slurm/run.sbatch", "slurm/array.sbatch", "slurm/search.sbatch")
 needs_slurm = pytest.mark.skipif(bool(lacks()), reason=lacks() or "there is one")
 
 
