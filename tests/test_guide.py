@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minitron_megatron.recipe import load_recipe
+from minitron_megatron.recipe import estimate, load_recipe
 from tests.guide import ROOT, commands, run_command
 from tests.recipe.conftest import material, tiny_recipe
 
@@ -58,5 +58,8 @@ def test_its_blocks_are_parts_of_a_recipe(page: str, folder: Path) -> None:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", (GUIDE / f"{page}.md").read_text(), re.S)):
         path = folder / f"{page}-{number}.yaml"
-        path.write_text(yaml.safe_dump(recipe | yaml.safe_load(block)))
-        load_recipe(path)
+        part = yaml.safe_load(block)
+        own = {key: value for key, value in recipe.items() if key != "prune" or "search" not in part}
+        path.write_text(yaml.safe_dump(own | part))
+        found = load_recipe(path)
+        assert "search" not in part or len(estimate(found).candidates) > 4
