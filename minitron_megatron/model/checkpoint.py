@@ -21,8 +21,8 @@ from ..parallel import (
     broadcast_object,
     fail_together,
     gather_objects,
+    load_optimizer,
     save_sharded,
-    separate_steps,
     torn_checkpoint_errors,
     undisturbed,
 )
@@ -184,8 +184,7 @@ def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "")
             raise CheckpointError(f"checkpoint {path} cannot be read: {error}.") from error
         for number, chunk in enumerate(trainee.chunks):
             chunk.module.load_state_dict(loaded[_key(number)])
-        trainee.optimizer.load_state_dict(loaded["optimizer"])
-        separate_steps(trainee.optimizer)
+        load_optimizer(trainee.optimizer, loaded["optimizer"])
     return state
 
 

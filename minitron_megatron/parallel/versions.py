@@ -24,11 +24,11 @@ __all__ = [
     "failed_alone",
     "failed_together",
     "final_hidden",
+    "load_optimizer",
     "mark_expert",
     "mend_distributed_optimizer",
     "quieten",
     "save_sharded",
-    "separate_steps",
     "torn_checkpoint_errors",
     "undisturbed",
 ]
@@ -38,6 +38,7 @@ FITS = ("0.16.1", "0.19.2")
 
 TALKERS = {
     "megatron.core.models.gpt.gpt_model": "deprecated",  # GPTModel for HybridModel
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout",  # it computes the buffers' itself
     "megatron.core.dist_checkpointing.strategies.common": "deprecated",  # common.pt
     "megatron.core.dist_checkpointing.strategies.torch": "deprecated",  # its own asynchronous writer
     "torch.utils.cpp_extension": "No CUDA runtime",  # at an import of mcore's, on a CPU
@@ -109,16 +110,23 @@ def count_padding(wrapped: Sequence[Any]) -> None:
                 bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def separate_steps(optimizer: Any) -> None:
-    """Gives each parameter its own Adam step count after a load.
+def load_optimizer(optimizer: Any, state: Mapping[Any, Any]) -> None:
+    """Fills an optimizer from what a checkpoint gave; the ends of its own learning rate's schedule stay.
 
-    mcore leaves all of them sharing one tensor, which torch's Adam then advances once a parameter, so that the bias
+    mcore would take the checkpoint's, where its scheduler looks first (optimizer_param_scheduler.py, `get_lr`), so that
+    a phase would silently go on at the rates of the phase before; 0.19 finds no group where they differ. And it leaves
+    all parameters sharing one Adam step count, which torch's Adam then advances once a parameter, so that the bias
     correction runs away silently.
     """
+    own = optimizer.param_groups[0]
+    for part in [state] if "optimizer" in state else state.values():
+        for group in part["optimizer"]["param_groups"]:
+            group.update(max_lr=own["max_lr"], min_lr=own["min_lr"])
+    optimizer.load_state_dict(state)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
+        for of_parameter in part.optimizer.state.values():
+            if isinstance(of_parameter.get("step"), Tensor):
+                of_parameter["step"] = of_parameter["step"].clone()
 
 
 def mark_expert(parameter: Any) -> None:

@@ -25,10 +25,10 @@ from minitron_megatron.parallel import (
     FITS,
     Topology,
     final_hidden,
+    load_optimizer,
     mend_distributed_optimizer,
     quieten,
     save_sharded,
-    separate_steps,
 )
 from minitron_megatron.testing import Pool, tolerance
 
@@ -309,8 +309,7 @@ def load_and_train(topology: Topology, folder: str, dtype: torch.dtype) -> list[
         part._init_optimizer_states_with_dummy_values()
     loaded = dist_checkpointing.load(state_of(chunks, optimizer, is_loading=True), folder)
     chunks[0].module.load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    separate_steps(optimizer)
+    load_optimizer(optimizer, loaded["optimizer"])
     losses = []
     for step in (2, 3):
         losses.append(train_step(chunks, topology, step))
