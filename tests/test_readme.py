@@ -15,6 +15,7 @@ import pytest
 from minitron_megatron.convert import load_hf
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
+from tests.limits import HANGS
 from tests.recipe.conftest import material, recipe_file
 from tests.recipe.test_presets import NEMO
 from tests.recipe.test_presets import teacher as config_alone
@@ -51,7 +52,7 @@ def test_the_commands_for_ones_own_model_run(material: Path, recipe_file: Callab
         line = line.replace("path/to/folder", str(tmp_path / "megatron"))
         line = re.sub(r"^minitron", f"{sys.executable} -m minitron_megatron", line)
         done = subprocess.run(
-            line, shell=True, env=environment, capture_output=True, text=True, timeout=600, check=False
+            line, shell=True, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
         )
         assert done.returncode == 0, (line, done.stderr)
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
