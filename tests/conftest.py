@@ -11,6 +11,21 @@ import torch
 
 from minitron_megatron.testing import Pool
 
+LONGEST = (
+    "recipe/test_run.py",
+    "slurm/test_slurm.py",
+    "cli/test_faults.py",
+    "recipe/test_tasks.py",
+    "recipe/test_phases.py",
+)
+"""Of two processes that take a file at a time, none should begin one of these when the other is nearly done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    order = {tests / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:

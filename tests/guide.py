@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.limits import HANGS
+
 __all__ = ["ROOT", "commands", "run_command"]
 
 ROOT = Path(__file__).parents[1]
@@ -28,5 +30,5 @@ def run_command(line: str, folder: Path, places: Mapping[str, Path]) -> subproce
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
     environment["GRACE_SECONDS"] = "1"
     return subprocess.run(
-        line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+        line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANGS
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "megatron_lm_plugin" / "prune_and_distill.py"
 
@@ -20,7 +22,11 @@ def test_the_script_prunes_and_distils_its_own_model(layout: str) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), *options], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *launcher, str(SCRIPT), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "cut: 270,912 -> 117,168 parameters" in done.stdout

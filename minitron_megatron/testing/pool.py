@@ -30,7 +30,7 @@ from ..parallel import Topology, claim_device, install_cpu_backend
 
 __all__ = ["Pool"]
 
-START_SECONDS = 300.0
+START_SECONDS = 900.0
 """How long a cold import of torch and megatron may take on a busy machine."""
 
 GRACE_SECONDS = 5.0
@@ -46,7 +46,7 @@ class Pool:
     A job that hangs, or a worker that dies, ends all workers; the next job starts new ones.
     """
 
-    def __init__(self, timeout: float = 120.0, *, gpus: bool = False) -> None:
+    def __init__(self, timeout: float = 600.0, *, gpus: bool = False) -> None:
         """`timeout`: seconds that a job may take, unless its own `run` says otherwise. gpus: a worker has one of its
         own; otherwise it sees none, whatever the machine has."""
         self.timeout, self.gpus = timeout, gpus

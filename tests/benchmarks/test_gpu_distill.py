@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from minitron_megatron.parallel import peak_flops
+from tests.limits import HANGS
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_distill.py"
 
 
 def test_it_measures_both_students_with_both_losses() -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "--toy"], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, SCRIPT, "--toy"], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     lines = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [line["student"] for line in lines] == ["width", "depth"]
@@ -30,5 +31,5 @@ def test_it_measures_both_students_with_both_losses() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_without_a_gpu_it_says_so() -> None:
-    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 1 and "No GPU is here" in done.stderr

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from minitron_megatron.cli import app
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.recipe import load_recipe
+from tests.limits import HANGS
 from tests.recipe.conftest import material, recipe_file
 
 __all__ = ["material", "recipe_file"]
@@ -31,7 +32,7 @@ ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "P
 def call(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m", "minitron_megatron"] if ranks == 1 else [str(ROOT / "launch/local.sh"), str(ranks)]
     command = [*start, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=HANGS, check=False)
 
 
 def say(*arguments: object) -> str:
@@ -64,11 +65,11 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(recipe_file: Write) -> N
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "preexec_fn": hears}
     with subprocess.Popen(command, text=True, env=ENVIRONMENT, **options) as run:  # type: ignore[call-overload]
         record = load_recipe(recipe).out / "stages" / "prepare.json"
-        until = time.monotonic() + 120
+        until = time.monotonic() + HANGS
         while not record.exists() and time.monotonic() < until:
             time.sleep(0.05)
         run.send_signal(signal.SIGINT)
-        _, said = run.communicate(timeout=60)
+        _, said = run.communicate(timeout=HANGS)
     assert run.returncode == 130
     assert "Run the same command again" in said
     assert "Traceback" not in said
@@ -84,12 +85,12 @@ def test_a_schedulers_signal_saves_and_asks_to_be_requeued(recipe_file: Write) -
     command = [sys.executable, "-m", "minitron_megatron", "run", str(recipe), "--set", "data.repeat=true"]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) as run:  # type: ignore[call-overload]
-        until = time.monotonic() + 120
+        until = time.monotonic() + HANGS
         while not (out / "metrics.jsonl").exists() or '"stage": "correct"' not in (out / "metrics.jsonl").read_text():
             assert run.poll() is None and time.monotonic() < until
             time.sleep(0.05)
         run.send_signal(signal.SIGTERM)
-        _, said = run.communicate(timeout=60)
+        _, said = run.communicate(timeout=HANGS)
     assert run.returncode == 75
     assert "Saved, as the scheduler's signal asked. Run the same command again to go on." in said
     assert list((out / "checkpoints").glob("*/step_*"))

@@ -20,13 +20,12 @@ from minitron_megatron.files import PARTIAL, read_json
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.report import Watchdog
 from tests.cli.test_commands import ENVIRONMENT, ROOT, call
+from tests.limits import HANGS
 from tests.recipe.conftest import material, recipe_file
 
 __all__ = ["material", "recipe_file"]
 
 Write = Callable[..., Path]
-HANGS = 900.0
-"""Seconds after which a test gives up; a slow machine is no hang."""
 STEPS = {"tokens": 60 * 8 * 16, "global_batch": 8, "micro_batch": 2, "warmup_steps": 2, "lr": 5e-3, "save_every": 4}
 SHORT = {"correct": None, "random_baseline": False, "distill": STEPS | {"validate_every": 60}}
 OPTIONS = ("--set", "parallel.tp=2", "--set", "data.repeat=true")

@@ -21,10 +21,11 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import STAGES, dry_run, load_recipe, run
 from minitron_megatron.report.measured import predicted_rows
 from minitron_megatron.testing import Pool
+from tests.limits import HANGS
 
 Write = Callable[..., Path]
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["minitron_megatron.recipe", "minitron_megatron.testing.pool", "tests.recipe.conftest"])
+FORKS.set_forkserver_preload(["tests.warm"])
 
 
 def work(topology: Topology, recipe: Path, overrides: tuple[str, ...] = (), only: str | None = None) -> None:
@@ -56,7 +57,7 @@ def alone(recipe: Path, kill_at: tuple[str, str, int] | None = None) -> None:
 def in_a_process(recipe: Path, kill_at: tuple[str, str, int] | None = None) -> int | None:
     process = FORKS.Process(target=alone, args=(recipe, kill_at))
     process.start()
-    process.join(240)
+    process.join(HANGS)
     return process.exitcode
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from minitron_megatron.events import Event
 from minitron_megatron.report import MetricsFile, Progress, fan_out, read_metrics
+from tests.limits import HANGS
 
 
 class Clock:
@@ -156,6 +157,7 @@ WRITER = """
 import itertools, pathlib, sys
 from minitron_megatron.events import Event
 from minitron_megatron.report import MetricsFile
+from tests.limits import HANGS
 metrics = MetricsFile(pathlib.Path(sys.argv[1]))
 for done in itertools.count(1):
     metrics(Event("distill", done, 10**9, values={"loss": 1 / done}))
@@ -165,7 +167,7 @@ for done in itertools.count(1):
 def test_a_kill_loses_no_line_that_was_sent(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with subprocess.Popen([sys.executable, "-c", WRITER, str(path)]) as writer:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANGS
         while (not path.exists() or path.stat().st_size < 20_000) and time.monotonic() < deadline:
             time.sleep(0.01)
         writer.send_signal(signal.SIGKILL)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.limits import HANGS
+
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 CONFIG = """
 ClusterName=tests
@@ -90,7 +92,7 @@ def running(root: Path) -> Iterator[dict[str, str]]:
     try:
         for call in (["munged", *munge], ["slurmctld"], ["slurmd", "-N", "node1"], ["slurmd", "-N", "node2"]):
             subprocess.run(call, env=environment, check=True, capture_output=True)
-        until = time.monotonic() + 300
+        until = time.monotonic() + HANGS
         while _states(environment) != ["idle", "idle"]:
             if time.monotonic() > until:
                 raise RuntimeError(f"the nodes did not come up: {_states(environment)}")

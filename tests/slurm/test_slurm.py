@@ -17,6 +17,7 @@ import pytest
 
 from minitron_megatron.files import read_json
 from minitron_megatron.recipe import load_recipe
+from tests.limits import HANGS
 from tests.recipe.conftest import material, recipe_file
 from tests.slurm.cluster import lacks, running
 
@@ -25,8 +26,6 @@ __all__ = ["material", "recipe_file"]
 Write = Callable[..., Path]
 Environment = dict[str, str]
 ROOT = Path(__file__).parents[2]
-HANGS = 900.0
-"""Seconds after which a test gives up; a slow machine is no hang."""
 SCRIPTS = ("slurm/run.sbatch", "slurm/array.sbatch", "slurm/search.sbatch")
 needs_slurm = pytest.mark.skipif(bool(lacks()), reason=lacks() or "there is one")
 

@@ -15,10 +15,11 @@ import pytest
 from minitron_megatron.convert import load_hf, model_hash
 from minitron_megatron.parallel import Topology
 from minitron_megatron.train import LMObjective, Training, train
+from tests.limits import HANGS
 from tests.tiny import samples, share
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["minitron_megatron.testing.pool", "tests.train.test_kills"])
+FORKS.set_forkserver_preload(["tests.warm"])
 
 TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, save_every=7, keep=1)
 MOMENTS = range(2, 40, 8)
@@ -60,7 +61,7 @@ def work(folder: Path, checkpoints: Path, said: Path, asynchronous: bool, kill_a
 def run(folder: Path, at: Path, asynchronous: bool, kill_at: int = 0) -> int | None:
     process = FORKS.Process(target=work, args=(folder, at / "saved", at / "said", asynchronous, kill_at))
     process.start()
-    process.join(120)
+    process.join(HANGS)
     return process.exitcode
 
 

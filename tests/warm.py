@@ -1,0 +1,10 @@
+"""Imported by a fork server: its children have behind them what a process of a run does first."""
+
+from minitron_megatron import recipe  # noqa: F401
+from minitron_megatron.parallel import install_cpu_backend
+
+install_cpu_backend()
+
+import megatron.core.dist_checkpointing  # noqa: E402
+import megatron.core.models.gpt  # noqa: E402
+import megatron.core.optimizer  # noqa: E402, F401
