@@ -29,7 +29,7 @@ from ..parallel import (
 from .build import chunks_of
 from .metadata import check_metadata
 from .shards import adopt, named_shards
-from .writing import writing
+from .writing import cause_of, writing
 
 __all__ = ["Checkpoints", "Trainee", "load_checkpoint", "load_weights"]
 
@@ -181,7 +181,7 @@ def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "")
         try:
             loaded = dist_checkpointing.load(_sharded(trainee, is_loading=True), path / trainee.name)
         except torn_checkpoint_errors() as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {error}.") from error
+            raise CheckpointError(f"checkpoint {path} cannot be read: {cause_of(error)}.") from error
         for number, chunk in enumerate(trainee.chunks):
             chunk.module.load_state_dict(loaded[_key(number)])
         load_optimizer(trainee.optimizer, loaded["optimizer"])
@@ -203,7 +203,7 @@ def load_weights(path: Path, model: Any, topology: Topology, identity: str = "")
     try:
         loaded = dist_checkpointing.load(state, path)
     except torn_checkpoint_errors() as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}.") from error
+        raise CheckpointError(f"checkpoint {path} cannot be read: {cause_of(error)}.") from error
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[_key(number)], strict=False)  # without mcore's empty objects
 
@@ -213,7 +213,7 @@ def _state(path: Path, identity: str) -> dict[str, Any]:
         state: dict[str, Any] = read_json(path / STATE)
         theirs = state.get("identity", "")
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}.") from error
+        raise CheckpointError(f"checkpoint {path} cannot be read: {cause_of(error)}.") from error
     if theirs != identity:
         raise CheckpointError(f"checkpoint {path} belongs to another run.")
     return state

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from ..errors import CheckpointError
 from ..parallel import broadcast_object, failed_alone, failed_together
 
-__all__ = ["writing"]
+__all__ = ["cause_of", "writing"]
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def writing(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except failed_together() as error:
-        cause = broadcast_object(_cause(error))
+        cause = broadcast_object(cause_of(error))
         raise CheckpointError(f"{what} cannot be written: {cause}. {advice}") from error
     except Exception as error:
         if not failed_alone(error):
@@ -29,7 +29,7 @@ def writing(what: str, advice: str) -> Iterator[None]:
         raise CheckpointError(f"{what} cannot be written: {error}. {advice}") from error
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """The error of the first rank that torch reports on, which it would print with whole tracebacks; else `error`."""
     for cause, _ in getattr(error, "failures", {}).values():
         return str(cause)

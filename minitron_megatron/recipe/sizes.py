@@ -109,7 +109,8 @@ def depth_sweep(recipe: Recipe, teacher: Shape) -> DepthSweep | None:
     keys, lengths = recipe.score.depth or Depth(), set((recipe.score.depth or Depth()).lengths)
     go = [teacher.layers - layers for layers in _depths(recipe) if layers < teacher.layers]
     lengths.update(go if recipe.prune.contiguous else {1} if go else ())
-    return DepthSweep(keys.metric, tuple(sorted(lengths or {1})), max(go, default=0) if keys.greedy else 0)
+    one_by_one = max(go, default=teacher.layers - student_shape(recipe, teacher).layers) if keys.greedy else 0
+    return DepthSweep(keys.metric, tuple(sorted(lengths or {1})), one_by_one)
 
 
 def _depths(recipe: Recipe) -> set[int]:

@@ -182,7 +182,7 @@ def copy_until(finished: Path, recipe: Path, stage: str) -> None:
     shutil.copytree(source, target)
     names = list(STAGES)
     for name in names[names.index(stage) :]:
-        (target / "stages" / f"{name}.json").unlink()
+        (target / "stages" / f"{name}.json").unlink(missing_ok=True)
     keys = load_recipe(recipe).model_dump(mode="json")
     (target / "recipe.yaml").write_text(yaml.safe_dump(keys))
 
