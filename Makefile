@@ -3,13 +3,16 @@
 PYTHON := $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/installed
+LATEST := .venv-latest
+LATEST_PYTHON ?= python3.12
+LATEST_CORE := megatron-core==0.19.2
 CODE := minitron_megatron tests setup.py $(wildcard examples benchmarks)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-slurm slurm quickstart soak clean
+.PHONY: help install check test test-gpu test-latest test-slurm slurm quickstart soak clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -33,6 +36,19 @@ check: install  ## lint, format and types
 
 test: check slurm  ## everything that a change must pass
 	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-gpu: install  ## the tests that need a GPU; in NVIDIA's image see docs/versions.md
+	$(BIN)/python -m pytest --quiet tests/gpu
+
+test-latest: $(LATEST)/installed  ## every test with a later megatron-core, on Python 3.12 (torch's CUDA build: 6 GB of disk)
+	$(LATEST)/bin/python -m pytest --quiet --numprocesses 2 --dist loadfile
+
+# constraints.txt but for LATEST_CORE; with pyenv: PYENV_VERSION=3.12.1 make test-latest
+$(LATEST)/installed: pyproject.toml setup.py constraints.txt Makefile
+	$(LATEST_PYTHON) -m venv $(LATEST)
+	sed 's/^megatron-core==.*/$(LATEST_CORE)/' constraints.txt > $(LATEST)/constraints.txt
+	$(LATEST)/bin/python -m pip install --quiet -c $(LATEST)/constraints.txt -e '.[dev]'
+	@touch $@
 
 test-slurm: install slurm  ## the cluster scripts on a Slurm of two nodes here, as root
 	$(BIN)/python -m pytest --quiet tests/slurm

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ SHORT = {
 }
 
 
-def start(out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "minitron_megatron", "run", "examples/quickstart/recipe.yaml", "--out", str(out)]
-    for key, value in SHORT.items():
+def start(out: Path, verb: str = "run", keys: Mapping[str, Any] = SHORT) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "minitron_megatron", verb, "examples/quickstart/recipe.yaml", "--out", str(out)]
+    for key, value in keys.items():
         command += ["--set", f"{key}={value}"]
     log = (out.parent / f"{out.name}.log").open("ab")
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
@@ -58,11 +59,14 @@ def steps(out: Path) -> list[tuple[str, int]]:
     return [(line["stage"], line["done"]) for line in lines if "lr" in line]
 
 
-def killed_until_done(out: Path, draw: random.Random, seconds: float, kills: int) -> int:
+Start = Callable[[Path], "subprocess.Popen[bytes]"]
+
+
+def killed_until_done(out: Path, draw: random.Random, seconds: float, kills: int, begin: Start = start) -> int:
     """Runs, with up to `kills` of them at random moments; returns how many there were."""
     done = 0
     while True:
-        process = start(out)
+        process = begin(out)
         try:
             code = process.wait(draw.uniform(0.05, 0.25) * seconds if done < kills else None)
             assert code == 0, f"see {out}.log"

@@ -92,12 +92,13 @@ def file_marks(paths: Iterable[Path]) -> list[list[Any]]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
     """Yields whether the file is this process's alone until the block ends, or its process does: those that it forks do
-    not hold it. Where the file system has no locks, it always is."""
-    with path.open("a") as file:
+    not hold it. shared: whether it is nobody's alone, and then nobody's can it become. Where the file system has no
+    locks, it always is."""
+    with path.open("a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             alone = True
         except OSError as error:
             alone = error.errno not in (errno.EACCES, errno.EAGAIN)

@@ -42,12 +42,13 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "wandb": frozenset({"report"}),
     "tensorboard": frozenset({"report"}),
     "lm_eval": frozenset({"evaluate"}),
+    "rouge_score": frozenset({"evaluate"}),
     "modelopt": frozenset({"serve"}),
     "tensorrt_llm": frozenset({"serve"}),
 }
 """Third-party module -> the rooms that may import it. The longest fitting name decides; one without a row is free."""
 
-LAZY = ("megatron", "transformers", "matplotlib", "wandb", "tensorboard", "lm_eval", "modelopt")
+LAZY = ("megatron", "transformers", "matplotlib", "wandb", "tensorboard", "lm_eval", "modelopt", "rouge_score")
 """Heavy: never imported by importing a module of ours, only inside the function that needs it."""
 
 FORBIDDEN = ("transformer_engine", "apex", "triton", "tensorrt_llm")

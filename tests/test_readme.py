@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import pytest
 from minitron_megatron.convert import load_hf
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from tests.limits import HANGS
+from tests.guide import ROOT, commands, run_command
 from tests.recipe.conftest import material, recipe_file
 from tests.recipe.test_presets import NEMO
 from tests.recipe.test_presets import teacher as config_alone
@@ -23,37 +20,28 @@ from tests.tiny import samples, share
 
 __all__ = ["material", "recipe_file"]
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-
-
-def commands() -> list[str]:
-    """The indented lines that start a program."""
-    return [line.split("#")[0].strip() for line in re.findall(r"^    ((?:make|minitron|launch)\b.*)$", README, re.M)]
 
 
 def test_the_two_make_commands_are_targets() -> None:
     targets = re.findall(r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.M)
-    assert {line.split()[1] for line in commands() if line.startswith("make")} == {"quickstart", "test"} <= set(targets)
+    assert (
+        {line.split()[1] for line in commands(ROOT / "README.md") if line.startswith("make")}
+        == {"quickstart", "test"}
+        <= set(targets)
+    )
 
 
 def test_the_commands_for_ones_own_model_run(material: Path, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """In the order of the page, on a tiny model and the recipe made for it."""
     recipe = recipe_file("recipe.yaml", bench={"ladder": [[4, 4]], "batches": [1]})
-    own = [line for line in commands() if not line.startswith("make")]
+    own = [line for line in commands(ROOT / "README.md") if not line.startswith("make")]
     assert len(own) == 8
     nemo = config_alone(tmp_path / "nemo", NEMO)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
-    environment["GRACE_SECONDS"] = "1"
+    places = {"path/to/llama": material / "model", "> recipe.yaml": f"> {tmp_path / 'init'}", "recipe.yaml": recipe}
+    places |= {"path/to/Mistral-Nemo-Base-2407": nemo, "path/to/folder": tmp_path / "megatron"}
     for line in own:
-        line = line.replace("path/to/llama", str(material / "model")).replace("> recipe.yaml", f"> {tmp_path / 'init'}")
-        line = line.replace("recipe.yaml", str(recipe)).replace("launch/", f"{ROOT}/launch/")
-        line = line.replace("examples/", f"{ROOT}/examples/").replace("path/to/Mistral-Nemo-Base-2407", str(nemo))
-        line = line.replace("path/to/folder", str(tmp_path / "megatron"))
-        line = re.sub(r"^minitron", f"{sys.executable} -m minitron_megatron", line)
-        done = subprocess.run(
-            line, shell=True, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
-        )
+        done = run_command(line, ROOT, places)
         assert done.returncode == 0, (line, done.stderr)
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
     assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").is_file()

@@ -91,10 +91,11 @@ def samples(count: int, seed: int = 0, padded: bool = True) -> Batch:
 
 
 def share(every: Batch, topology: Topology, micro_batch: int = 2) -> list[Batch]:
-    """A data-parallel rank's micro-batches of all samples: consecutive ones."""
+    """A data-parallel rank's micro-batches of all samples, where it computes: consecutive ones."""
     each = len(every.tokens) // topology.dp
     starts = range(topology.dp_rank * each, (topology.dp_rank + 1) * each, micro_batch)
-    return [Batch(*(part[a : a + micro_batch] for part in (every.tokens, every.labels, every.mask))) for a in starts]
+    parts = (every.tokens, every.labels, every.mask)
+    return [Batch(*(part[a : a + micro_batch] for part in parts)).to(topology.device) for a in starts]
 
 
 def cross_entropy(model: Any, batch: Batch) -> Tensor:

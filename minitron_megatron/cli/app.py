@@ -58,6 +58,24 @@ def _verb(stage: str, help_text: str) -> None:
 _verb("prepare", "Text to tokens.")
 _verb("correct", "Fine-tune the teacher on the distillation data.")
 _verb("score", "Measure the importance of every unit.")
+
+
+@app.command()
+def search(
+    recipe: RecipePath,
+    overrides: Set = None,
+    out: Out = None,
+    task: Annotated[
+        str, typer.Option("--task", metavar="I/N", help="Only share I of N, from 0, beside other tasks at work.")
+    ] = "",
+) -> None:
+    """Find the shape within a budget."""
+    if task:
+        _search_task(recipe, overrides, out, task)
+    else:
+        _run(recipe, overrides, out, only="search")
+
+
 _verb("prune", "Choose what stays and cut the rest.")
 _verb("distill", "Distil the teacher into the pruned student.")
 _verb("baseline", "Distil the teacher into a random student of the same shape.")
@@ -127,7 +145,7 @@ def estimate(
     """Count shapes, parameters, bytes, FLOPs and hours; needs no GPU and no weights."""
     from ..recipe import estimate as count
     from ..recipe import load_recipe, slurm_commands
-    from ..report import pairs_table
+    from ..report import candidates_table, pairs_table
 
     found = count(load_recipe(recipe, overrides or (), out), gpus=gpus, mfu=mfu)
     if slurm:
@@ -138,6 +156,8 @@ def estimate(
         print(slurm_commands(recipe, arguments, found), end="")
         return
     Console().print(pairs_table(str(recipe), found.rows()))
+    if found.candidates:
+        Console().print(candidates_table(found.candidate_rows()))
     found.expect_to_fit(memory)
 
 
@@ -273,6 +293,26 @@ def _check_export(recipe: Any, topology: Any) -> None:
     apart = check_export(recipe, topology)
     if topology.rank == 0:
         print(f"{recipe.out / 'export'}: transformers gives the student's logits, to {apart:.1e}")
+
+
+def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task: str) -> None:
+    from ..errors import RecipeError
+    from ..parallel import Topology
+    from ..recipe import load_recipe, search_task
+    from ..report import MetricsFile, Progress, fan_out
+
+    number, _, count = task.partition("/")
+    if not number.isdecimal() or not count.isdecimal():
+        raise RecipeError(f"--task {task!r} is not of the form I/N. The first of six is 0/6.")
+    recipe = load_recipe(path, overrides or (), out)
+    topology = Topology.start(**recipe.parallel.model_dump())
+    share = int(number), int(count)
+    if topology.rank != 0:
+        search_task(recipe, topology, *share)
+        return
+    with Progress() as progress:
+        everyone = fan_out(progress, MetricsFile(recipe.out / "metrics.jsonl"))
+        print(search_task(recipe, topology, *share, listener=everyone))
 
 
 def _print_report(out: Path) -> None:

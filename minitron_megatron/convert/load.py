@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import CheckpointError, did_you_mean
 from ..events import Event, Listener, silent
 from ..layout import lookup
-from ..model import ModelConfig, Recompute, adopt, build, named_shards
+from ..model import ModelConfig, Recompute, Spec, adopt, build, named_shards
 from ..parallel import Topology, fail_together
 from .config import read_config
 from .families import Family, family_of
@@ -29,20 +29,21 @@ def load_hf(
     dtype: torch.dtype = torch.float32,
     *,
     recompute: Recompute = "none",
+    spec: Spec = "local",
     listener: Listener = silent,
 ) -> list[Any]:
     """A Hugging Face folder as this rank's chunks of an mcore GPTModel, with parameters of `dtype`.
 
-    recompute: what runs again in the backward pass. Collective over the world only to fail together. Raises
-    CheckpointError naming a missing, surplus or misshapen tensor, and TopologyError where the shape does not fit the
-    layout.
+    recompute: what runs again in the backward pass. spec: whose layers. Collective over the world only to fail
+    together. Raises CheckpointError naming a missing, surplus or misshapen tensor, TopologyError where the shape does
+    not fit the layout, and RecipeError where the layers are not there.
     """
     folder = Path(folder)
     with fail_together():
         config = read_config(folder)
         weights = Weights(folder)
         check_tensors(weights, config, family_of(config.source))
-        chunks = build(config, topology, dtype, recompute=recompute)
+        chunks = build(config, topology, dtype, recompute=recompute, spec=spec)
     shards = list(named_shards(chunks))
     for done, shard in enumerate(shards, 1):
         tensor = read_shard(weights, shard.name, config, topology)

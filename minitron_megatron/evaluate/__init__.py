@@ -4,10 +4,13 @@ Knows: models, held-out batches, the harness. Must not know: how a model came ab
 """
 
 from .losses import ValidationSet, validation_loss
+from .own import PROGRAMS
 from .predict import Predictor, Run
-from .tasks import SUITES, Task, check_tasks, run_tasks, scores_of
+from .suites import SUITES, Task
+from .tasks import check_tasks, run_tasks, scores_of
 
 __all__ = [
+    "PROGRAMS",
     "SUITES",
     "Predictor",
     "Run",

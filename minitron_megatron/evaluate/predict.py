@@ -12,8 +12,9 @@ from torch import Tensor
 from ..data import Batch
 from ..events import Event, Listener, silent
 from ..losses import token_likelihood
-from ..model import chunks_of, config_of, forward_only, output_weight
+from ..model import chunks_of, config_of, forward_only, output_weight, reads_past
 from ..parallel import Topology, gather_objects, gather_sequence
+from .generate import Reader, Texts, padded
 
 __all__ = ["Predictor", "Run"]
 
@@ -35,6 +36,7 @@ class Predictor:
         self._run = run or partial(forward_only, model)
         self.model, self.topology, self.micro_batch = chunks_of(model), topology, micro_batch
         self.config = config_of(self.model[0])
+        self._keeps = run is None and all(reads_past(chunk) for chunk in self.model)
         for chunk in self.model:
             chunk.eval()
 
@@ -71,26 +73,41 @@ class Predictor:
     ) -> list[list[int]]:
         """At most `most` tokens after each prompt, until `stop` of what was made. temperature 0: the likeliest.
 
-        Every token costs a pass over all before it, for nothing is cached: for a few hundred tokens and no more.
+        What is sampled depends on the seed and the prompt's number alone. Each token is one step of a model whose
+        attention is ours, for keys and values are kept; of another, or with a `run` of its own, a pass over all before.
         """
         made: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
-        for step in range(most):
-            order = sorted(going, key=lambda at: (-len(prompts[at]), at))
-            mine: dict[int, int] = {}
-            for places in self._rounds(len(order)):
-                spans = [((*prompts[order[at]], *made[order[at]]), 1) if at is not None else None for at in places]
-                for at, hidden in self._last_states(places, spans):
-                    mine[order[at]] = self._next(hidden, temperature, top_p, hash((seed, order[at], step)))
-            for part in gather_objects(mine):
-                for at, token in part.items():
-                    if at in going and len(made[at]) == step:
-                        made[at].append(token)
-            going = {at for at in going if not stop(made[at])}
-            listener(Event("generate", step + 1, most, "tokens"))
-            if not going:
-                break
+        order = sorted(range(len(prompts)), key=lambda at: (-len(prompts[at]), at))
+        rounds = list(self._rounds(len(order)))
+        for done, places in enumerate(rounds, 1):
+            mine = [None if place is None else order[place] for place in places]
+            texts = [[0] if at is None else list(prompts[at]) for at in mine]
+            read, going = self._reader(texts, most), {at for at in mine if at is not None}
+            for step in range(most):
+                states = {at: hidden for column, hidden in read(texts).items() if (at := mine[column]) in going}
+                chosen = self._next(states, temperature, top_p, (seed, step))
+                everyone = {at: token for part in gather_objects(chosen) for at, token in part.items()}
+                for at, token in everyone.items():
+                    made[at].append(token)
+                going = {at for at in everyone if not stop(made[at])}
+                if not going:
+                    break
+                for text, at in zip(texts, mine, strict=True):
+                    if at in going:
+                        text.append(made[at][-1])
+            listener(Event("generate", done, len(rounds), "batches"))
         return made
+
+    def _reader(self, texts: Texts, most: int) -> Callable[[Texts], Mapping[int, Tensor]]:
+        """Text -> the final state [h] of its last token, however it grows; last pipeline stage only."""
+        if self._keeps:
+            return Reader(self._run, self.topology, texts, most, self.micro_batch)
+
+        def all_again(texts: Texts) -> dict[int, Tensor]:
+            found = self._last_states(range(len(texts)), [(tuple(text), 1) for text in texts])
+            return {at: hidden[0] for at, hidden in found}
+
+        return all_again
 
     def _rounds(self, count: int) -> Iterator[list[int | None]]:
         """This rank's places of `count`, a pipeline's fill at a time; None: nothing, so that all ranks do as much."""
@@ -103,14 +120,7 @@ class Predictor:
         self, places: Sequence[int | None], spans: Sequence[tuple[Tokens, int] | None]
     ) -> list[tuple[int, Tensor]]:
         """(place, final states [n, h] of the last so many tokens) of each span (tokens, how many); last stage only."""
-        longest = max((len(span[0]) for span in spans if span), default=1)
-        if self.topology.ep > 1:  # ranks that share experts exchange tokens: as many each
-            longest = max(gather_objects(longest))
-        longest += -longest % (self.topology.tp if self.topology.sequence_parallel else 1)
-        tokens = torch.zeros(len(spans), longest, dtype=torch.int64)
-        for row, span in zip(tokens, spans, strict=True):
-            if span:
-                row[: len(span[0])] = torch.tensor(span[0])
+        tokens = padded([span[0] if span else () for span in spans], self.topology)
         batches = [
             Batch(part, part, torch.ones_like(part, dtype=torch.bool)).to(self.topology.device)
             for part in tokens.split(self.micro_batch)
@@ -141,17 +151,25 @@ class Predictor:
         weight, vocab = output_weight(self.model[-1]), self.config.shape.vocab
         return token_likelihood(hidden, weight, labels, vocab=vocab, group=self.topology.tp_group)
 
-    def _next(self, hidden: Tensor, temperature: float, top_p: float, seed: int) -> int:
-        """The token after the last of these states."""
+    def _next(
+        self, states: Mapping[int, Tensor], temperature: float, top_p: float, seed: tuple[int, int]
+    ) -> dict[int, int]:
+        """Prompt -> the token after its state [h]."""
+        if not states:
+            return {}
+        hidden = torch.stack(list(states.values()))
         if temperature == 0:
-            return int(self._likelihood(hidden, torch.zeros(1, dtype=torch.int64, device=hidden.device))[2])
-        vocab = self.config.shape.vocab
-        logits = (hidden @ output_weight(self.model[-1]).t()).float().t().contiguous()
-        whole = gather_sequence(logits, self.topology.tp_group).flatten()[:vocab] / temperature
-        chances, tokens = whole.softmax(-1).sort(descending=True)
+            none = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+            return dict(zip(states, self._likelihood(hidden, none)[2].tolist(), strict=True))
+        logits = (hidden @ output_weight(self.model[-1]).t()).float().t()
+        whole = gather_sequence(logits, self.topology.tp_group).t()[:, : self.config.shape.vocab]
+        chances, tokens = (whole / temperature).softmax(-1).sort(descending=True)
         chances[chances.cumsum(-1) - chances >= top_p] = 0
-        generator = torch.Generator(hidden.device).manual_seed(seed % 2**63)
-        return int(tokens[torch.multinomial(chances, 1, generator=generator)])
+        chosen = {}
+        for at, row, of_row in zip(states, chances, tokens, strict=True):
+            generator = torch.Generator(hidden.device).manual_seed(hash((*seed, at)) % 2**63)
+            chosen[at] = int(of_row[torch.multinomial(row, 1, generator=generator)])
+        return chosen
 
     def _together(self, mine: Mapping[int, Likelihood], count: int) -> list[Likelihood]:
         every: dict[int, Likelihood] = {}

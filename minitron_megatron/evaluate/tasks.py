@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: the papers' suites, local files for downloads, results in its own form."""
+"""Tasks of lm-evaluation-harness: local files for downloads, results in its own form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -16,51 +15,28 @@ from ..errors import DataError, RecipeError, did_you_mean
 from ..events import Listener, silent
 from ..parallel import Topology, broadcast_object
 from .harness import harness_model
+from .own import OWN, PROGRAMS, graded
 from .predict import Predictor, Run
+from .suites import Task
 
-__all__ = ["SUITES", "Task", "check_tasks", "run_tasks", "scores_of"]
+__all__ = ["check_tasks", "run_tasks", "scores_of"]
 
-
-@dataclass(frozen=True)
-class Task:
-    """One task of the harness."""
-
-    name: str
-    shots: int | None = None
-    """Solved examples before each question; None: as the task has it."""
-    metric: str | None = None
-    """The one that stands in tables; None: the task's first."""
-
-
-SUITES: Mapping[str, tuple[Task, ...]] = {
-    "base": (
-        Task("mmlu", 5, "acc"),
-        Task("winogrande", 5, "acc"),
-        Task("arc_challenge", 25, "acc_norm"),
-        Task("hellaswag", 10, "acc_norm"),
-        Task("gsm8k", 5, "exact_match"),
-        Task("truthfulqa_mc2", 0, "acc"),
-    ),
-    "instruct": (
-        Task("mmlu", 5, "acc"),
-        Task("gsm8k", 0, "exact_match"),
-        Task("gpqa_main_zeroshot", 0, "acc_norm"),
-        Task("ifeval", 0, "prompt_level_strict_acc"),
-    ),
-}
-"""Shots and metrics as in both papers. What they also report runs model-written code (HumanEval, MBPP), judges by
-another model (MT-Bench), needs a service (BFCL) or a fifth of a corpus (XL-Sum): not here."""
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 """What a task's configuration calls its data."""
 
 
-def check_tasks(tasks: Sequence[Task], files: Path | None) -> None:
-    """Raises RecipeError for a task that the harness does not know, DataError for one without its files."""
+def check_tasks(tasks: Sequence[Task], files: Path | None, *, run_code: bool = False) -> None:
+    """Raises RecipeError for a task that the harness does not know, that lacks a package, or whose answers are programs
+    where `run_code` does not say that they may run; DataError for one without its files."""
     for task in tasks:
         for leaf in _leaves(task.name):
-            if files is not None:
-                _local(leaf, files)
+            if leaf in PROGRAMS and not run_code:
+                raise RecipeError(
+                    f"task {leaf} runs programs that a model wrote, on this machine and with your rights. "
+                    "Set evaluate.run_code where that may be, as in a container without a network."
+                )
+            _configured(task, leaf, files)
 
 
 def run_tasks(
@@ -72,6 +48,8 @@ def run_tasks(
     files: Path | None = None,
     limit: int | None = None,
     truncate: bool = False,
+    chat: bool = False,
+    seed: int = 0,
     micro_batch: int = 8,
     run: Run | None = None,
     listener: Listener = silent,
@@ -79,24 +57,28 @@ def run_tasks(
     """Runs tasks and returns the harness's own results, samples included, on every rank. Collective over the world.
 
     files: `FOLDER/<task>/<split>.jsonl` with the fields that the harness's own data have, in the place of downloads.
-    limit: questions a task. truncate: drop the beginnings of prompts longer than the context. run: in the place of the
-    model's forward pass.
+    limit: questions a task. truncate: drop the beginnings of prompts longer than the context. chat: prompts go through
+    the tokenizer's chat template. seed: of what is sampled. run: in the place of the model's forward pass. Programs
+    that the model writes run on the first rank alone.
     """
     from lm_eval import simple_evaluate
 
     predictor = Predictor(model, topology, micro_batch=micro_batch, run=run)
-    lm = harness_model(predictor, tokenizer, truncate=truncate, listener=listener)
+    lm = harness_model(predictor, tokenizer, truncate=truncate, seed=seed, listener=listener)
+    first = topology.rank == 0
     with _quiet():
         found = simple_evaluate(
             model=lm,
-            tasks=[_configured(task, leaf, files) for task in tasks for leaf in _leaves(task.name)],
+            tasks=[_configured(task, leaf, files, run_code=first) for task in tasks for leaf in _leaves(task.name)],
             task_manager=_manager(),
             limit=limit,
             bootstrap_iters=0,
             log_samples=True,
+            apply_chat_template=chat,
+            confirm_run_unsafe_code=True,
         )
     # the harness answers the first rank of a machine alone
-    return broadcast_object(json.loads(json.dumps(found, default=str)) if topology.rank == 0 else None)
+    return broadcast_object(json.loads(json.dumps(found, default=str)) if first else None)
 
 
 def scores_of(results: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, float]:
@@ -110,8 +92,10 @@ def scores_of(results: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, fl
     return scores
 
 
-def _metric(found: Mapping[str, Any], name: str | None) -> float:
-    """The harness writes `metric,filter`; the metric's first filter, or the first metric of all."""
+def _metric(found: Mapping[str, Any], name: str | tuple[str, ...] | None) -> float:
+    """The harness writes `metric,filter`: a metric's first filter, the mean of several metrics, or the first one."""
+    if isinstance(name, tuple):
+        return sum(_metric(found, each) for each in name) / len(name)
     plain = {key: value for key, value in found.items() if "," in key and "_stderr," not in key}
     named = [value for key, value in plain.items() if key.split(",")[0] == name]
     return float((named or list(plain.values()))[0])
@@ -127,8 +111,10 @@ def _manager() -> Any:
 def _leaves(name: str) -> list[str]:
     """A task, or all of a group's or a tag's. Raises RecipeError where there is none of the name."""
     index = _manager().task_index
+    if name in OWN:
+        return [name]
     if name not in index:
-        raise RecipeError(f"there is no task {name}.{did_you_mean(name, index)}")
+        raise RecipeError(f"there is no task {name}.{did_you_mean(name, [*index, *OWN])}")
     kind = index[name].kind.name
     if kind == "TAG":
         return [leaf for leaf, entry in index.items() if name in entry.tags]
@@ -138,11 +124,9 @@ def _leaves(name: str) -> list[str]:
     return [leaf for part in parts for leaf in _leaves(part)]
 
 
-def _configured(task: Task, name: str, files: Path | None) -> Any:
-    """The harness's own configuration of a task, with our shots and data."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    config = load_yaml(_manager().task_index[name].yaml_path, resolve_func=True)
+def _configured(task: Task, name: str, files: Path | None, *, run_code: bool = False) -> dict[str, Any]:
+    """The harness's own configuration of a task, with our shots, sampling and data."""
+    config = _own(task, name, run_code) if name in OWN or name in PROGRAMS else _registered(name, True)
     config.pop("tag", None)
     if files is not None:
         splits = _local(name, files)
@@ -150,7 +134,35 @@ def _configured(task: Task, name: str, files: Path | None) -> Any:
         config |= {key: None for key in SPLITS if config.get(key) not in splits}
     if task.shots is not None:
         config["num_fewshot"] = task.shots
+    if task.temperature is not None:
+        how = {"do_sample": task.temperature > 0, "temperature": task.temperature, "top_p": task.top_p}
+        config["generation_kwargs"] = {**config.get("generation_kwargs", {}), **how}
+    if task.answers > 1:
+        config["repeats"] = task.answers
     return config
+
+
+def _own(task: Task, name: str, run_code: bool) -> dict[str, Any]:
+    if name in OWN:
+        return dict(OWN[name])
+    if task.shots:
+        raise RecipeError(
+            f"task {name} with {task.shots} shots is not supported. Set its shots to 0, as the papers do."
+        )
+    return graded(name, _registered(name, False), run_code)
+
+
+def _registered(name: str, functions: bool) -> dict[str, Any]:
+    """functions: with those that it names; their modules are imported, and some need packages or a download."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        return load_yaml(_manager().task_index[name].yaml_path, resolve_func=functions)
+    except ImportError as error:
+        raise RecipeError(
+            f"task {name} needs a package that is not here: {error}. Install lm-eval with its extra for it, such as "
+            "`pip install 'lm-eval[ifeval]'`."
+        ) from error
 
 
 def _local(name: str, files: Path) -> dict[str, str]:

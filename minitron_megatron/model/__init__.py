@@ -5,26 +5,32 @@ Knows: mcore's modules, configs and schedules, training checkpoints. Must not kn
 """
 
 from .build import build, chunks_of, rebuild
+from .cache import Continued, Past
 from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
 from .config import ModelConfig, Recompute, check_fits, config_of
 from .initial import fill_initial
 from .megatron_lm import save_megatron_lm
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
 from .shards import BRIDGE, LORA, NamedShard, adopt, home, named_shards, output_weight, overlay
+from .spec import Spec, check_spec, reads_past
 
 __all__ = [
     "BRIDGE",
     "LORA",
     "Checkpoints",
+    "Continued",
     "MicroBatch",
     "ModelConfig",
     "NamedShard",
+    "Past",
     "Recompute",
+    "Spec",
     "States",
     "Trainee",
     "adopt",
     "build",
     "check_fits",
+    "check_spec",
     "chunks_of",
     "config_of",
     "fill_initial",
@@ -38,6 +44,7 @@ __all__ = [
     "named_shards",
     "output_weight",
     "overlay",
+    "reads_past",
     "rebuild",
     "save_megatron_lm",
     "windows",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from ..layout import lookup
 from ..parallel import Topology, mark_expert
-from .config import ModelConfig, Recompute, rotary_frequencies, transformer_config
-from .spec import block_spec
+from .config import ModelConfig, Recompute, config_of, rotary_frequencies, transformer_config
+from .shards import named_shards
+from .spec import Spec, block_spec
 
 __all__ = ["build", "chunks_of", "rebuild"]
 
@@ -21,18 +23,28 @@ def chunks_of(model: Any) -> list[Any]:
 
 
 def build(
-    config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32, *, recompute: Recompute = "none"
+    config: ModelConfig,
+    topology: Topology,
+    dtype: torch.dtype = torch.float32,
+    *,
+    recompute: Recompute = "none",
+    spec: Spec = "local",
 ) -> list[Any]:
-    """This rank's chunks of an mcore GPTModel, every parameter on `meta`. Not collective."""
-    mcore = transformer_config(config, topology, dtype, recompute=recompute)
+    """This rank's chunks of an mcore GPTModel, every parameter on `meta`. Not collective.
+
+    spec: whose layers; of `te`, embedding and output layer are on the GPU until they are filled. Raises RecipeError
+    where they are not there, TopologyError where the shape does not fit the layout.
+    """
+    mcore = transformer_config(config, topology, dtype, recompute=recompute, spec=spec)
     stages = topology.stages(config.shape.layers)
     chunks: list[Any] = []
     for virtual in range(topology.vp):
         at = virtual * topology.pp + topology.pp_rank
-        spec = block_spec(config.norm, len(stages[at]), qk_norm=config.shape.qk_norm, experts=config.shape.experts)
+        shape = config.shape
+        block = block_spec(config.norm, len(stages[at]), qk_norm=shape.qk_norm, experts=shape.experts, spec=spec)
         chunk = _gpt(
             mcore,
-            spec,
+            block,
             vocab_size=config.shape.padded_vocab,
             max_sequence_length=config.max_positions,
             pre_process=at == 0,
@@ -104,4 +116,21 @@ def _gpt(mcore: Any, spec: Any, **arguments: Any) -> Any:
     for name, parameter in gpt.named_parameters():
         if ".experts." in name:
             mark_expert(parameter)
+    mark_parallel(gpt)
     return gpt
+
+
+def mark_parallel(gpt: Any) -> None:
+    """Marks parameters that bear no mark as mcore marks its own.
+
+    Transformer Engine marks none on `meta` (module/linear.py, `reset_parameters`), and by the marks mcore sums
+    gradients over tp and counts their norm.
+    """
+    sizes = config_of(gpt).shape.sizes()
+    for shard in named_shards(gpt):
+        param, tensor = lookup(shard.name), cast(Any, shard.tensor)
+        if "norm" in shard.name and not hasattr(tensor, "sequence_parallel"):
+            tensor.sequence_parallel = gpt.config.sequence_parallel
+        elif param.tp_dim is not None and not hasattr(tensor, "tensor_model_parallel"):
+            tensor.tensor_model_parallel, tensor.partition_dim = True, param.tp_dim
+            tensor.partition_stride = param.stride(sizes)

@@ -21,10 +21,10 @@ from ..parallel import (
     broadcast_object,
     fail_together,
     gather_objects,
-    separate_steps,
+    load_optimizer,
+    save_sharded,
     torn_checkpoint_errors,
     undisturbed,
-    writes_collected,
 )
 from .build import chunks_of
 from .metadata import check_metadata
@@ -79,8 +79,6 @@ class Checkpoints:
         score: what the best checkpoint has least of. wait: return when it is there. Raises CheckpointError where it
         cannot be written; what was there before stays.
         """
-        from megatron.core import dist_checkpointing
-
         self.poll(wait=True)
         partial = self._fresh(step)
         requests = []
@@ -91,9 +89,8 @@ class Checkpoints:
                 if self.topology.rank == 0:
                     (partial / trainee.name).mkdir(parents=True, exist_ok=True)
                     _expect_room(partial, needed)
-            with writes_collected(), _writing():
-                path, later = str(partial / trainee.name), self._queue is not None
-                requests.append(dist_checkpointing.save(sharded, path, async_sharded_save=later))
+            with _writing():
+                requests.append(save_sharded(sharded, partial / trainee.name, later=self._queue is not None))
 
         def finish() -> None:
             self._finish(partial, step, {**state, SCORE: score, "step": step})
@@ -187,8 +184,7 @@ def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "")
             raise CheckpointError(f"checkpoint {path} cannot be read: {error}.") from error
         for number, chunk in enumerate(trainee.chunks):
             chunk.module.load_state_dict(loaded[_key(number)])
-        trainee.optimizer.load_state_dict(loaded["optimizer"])
-        separate_steps(trainee.optimizer)
+        load_optimizer(trainee.optimizer, loaded["optimizer"])
     return state
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import TopologyError
 from ..layout import Shape
 from ..parallel import Topology
+from .spec import Spec
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -89,7 +90,12 @@ def _check_experts(shape: Shape, topology: Topology) -> None:
 
 
 def transformer_config(
-    config: ModelConfig, topology: Topology, dtype: torch.dtype = torch.float32, *, recompute: Recompute = "none"
+    config: ModelConfig,
+    topology: Topology,
+    dtype: torch.dtype = torch.float32,
+    *,
+    recompute: Recompute = "none",
+    spec: Spec = "local",
 ) -> TransformerConfig:
     """mcore's config for this model at this layout. Parameters are of `dtype`; `recompute` says what runs twice.
 
@@ -129,7 +135,8 @@ def transformer_config(
         overlap_p2p_comm=topology.vp > 1,
         batch_p2p_comm=topology.vp == 1,
         calculate_per_token_loss=True,
-        use_cpu_initialization=True,  # names no device, so that torch.device("meta") decides
+        use_cpu_initialization=spec == "local",  # names no device, so that torch.device("meta") decides
+        init_model_with_meta_device=spec == "te",  # whose modules name one, and know only this key for `meta`
         perform_initialization=True,  # on meta it costs nothing, and only it marks the parameters as parallel
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,

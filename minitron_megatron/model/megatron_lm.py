@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files import PARTIAL, whole_file
-from ..parallel import Topology, barrier, fail_together, writes_collected
+from ..parallel import Topology, barrier, fail_together, save_sharded
 from .build import chunks_of
 from .config import ModelConfig, config_of
 from .writing import writing
@@ -30,8 +30,6 @@ def save_megatron_lm(model: Any, folder: str | Path, topology: Topology, *, toke
     tokenizer: the Hugging Face folder that the arguments name. Raises CheckpointError where the folder exists or cannot
     be written.
     """
-    from megatron.core import dist_checkpointing
-
     folder, chunks = Path(folder), chunks_of(model)
     with _new(folder, topology) as partial:
         about: dict[str, Any] = {}
@@ -39,8 +37,8 @@ def save_megatron_lm(model: Any, folder: str | Path, topology: Topology, *, toke
         sharded = sharded if len(chunks) > 1 else {"model": sharded["model0"]}
         arguments = Namespace(**_arguments(config_of(chunks[0]), topology, tokenizer))
         state = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0, **sharded}
-        with writes_collected(), writing(str(folder), "Make room, or give another folder."):
-            dist_checkpointing.save(state, str(partial / RELEASE))
+        with writing(str(folder), "Make room, or give another folder."):
+            save_sharded(state, partial / RELEASE)
         if topology.rank == 0:
             with whole_file(partial / TRACKER) as file:
                 file.write_text(RELEASE, encoding="utf-8")

@@ -18,7 +18,7 @@ __all__ = ["MicroBatch", "States", "forward_backward", "forward_kept", "forward_
 
 class MicroBatch(Protocol):
     """What a schedule needs of a micro-batch; `data.Batch` has it. Where it has `documents` too, [batch, seq], the
-    number of each token's, attention does not leave them."""
+    number of each token's, attention does not leave them; where it has a `past`, its tokens follow that."""
 
     @property
     def tokens(self) -> Tensor:
@@ -182,12 +182,15 @@ def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> 
     whole = chunk.decoder.layers
     chunk.decoder.layers = nn.ModuleList(layers.values())
     try:
-        return final_hidden(chunk, batch.tokens, getattr(batch, "documents", None))
+        return _whole(chunk, batch)
     finally:
         chunk.decoder.layers = whole
 
 
-def _whole(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
+def _whole(chunk: Any, batch: MicroBatch, index: int = 0) -> Tensor:
+    past = getattr(batch, "past", None)
+    if past is not None:
+        return final_hidden(chunk, batch.tokens, past, past.positions(batch.tokens))
     return final_hidden(chunk, batch.tokens, getattr(batch, "documents", None))
 
 

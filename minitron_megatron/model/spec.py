@@ -1,14 +1,22 @@
-"""The `local` layer spec: mcore's layers with our norm and core attention, on CPU and GPU alike."""
+"""The layer specs: `local`, mcore's layers with our norm, on CPU and GPU alike; `te`, Transformer Engine's, which have
+the norms inside their linear layers. Both have our core attention.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CoreAttention", "Norm", "block_spec"]
+from ..errors import RecipeError
+from .cache import Past
+
+__all__ = ["CoreAttention", "Norm", "Spec", "block_spec", "check_spec", "reads_past"]
+
+Spec = Literal["local", "te"]
+"""Whose layers a model is made of; its parameters and what it computes are the same."""
 
 
 class Norm(nn.Module):
@@ -38,23 +46,31 @@ class CoreAttention(nn.Module):
     def __init__(self, config: Any, **_: Any) -> None:
         super().__init__()
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | Past | None, **_: Any
+    ) -> Tensor:
         """query: [s, b, heads, head_dim]; key, value: [s, b, kv_groups, head_dim]. Returns [s, b, heads * head_dim].
 
         attention_mask: no mask, but the number of each token's document, [b, s] on the host, or None: all are one. A
-        call a document: as fast as flash attention is over so many, and nothing between documents is computed.
+        call a document: as fast as flash attention is over so many, and nothing between documents is computed. Or what
+        came before these tokens.
         """
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is None:
             out = _causal(q, k, v)
+        elif isinstance(attention_mask, Past):
+            k, v, seen = attention_mask.extend(self, k, v)
+            out = _causal(q, k, v, seen)
         else:
             samples = zip(*(x.split(1) for x in (q, k, v)), attention_mask, strict=True)
             out = torch.cat([_apart(*sample) for sample in samples])
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+def _causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """seen: bool [batch, 1, queries, keys]; by default what is not after a query."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=grouped)
 
 
 def _apart(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
@@ -64,16 +80,56 @@ def _apart(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     return torch.cat([_causal(*part) for part in parts], dim=2)
 
 
-def block_spec(normalization: str, layers: int, *, qk_norm: bool = False, experts: int = 0) -> Any:
-    """mcore's TransformerBlockSubmodules for a stage of `layers` layers."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+def reads_past(chunk: Any) -> bool:
+    """Whether a GPTModel's attention is ours, which alone knows `Past`."""
+    return all(isinstance(layer.self_attention.core_attention, CoreAttention) for layer in chunk.decoder.layers)
+
+
+def block_spec(
+    normalization: str, layers: int, *, qk_norm: bool = False, experts: int = 0, spec: Spec = "local"
+) -> Any:
+    """mcore's TransformerBlockSubmodules for a stage of `layers` layers.
+
+    Raises RecipeError where Transformer Engine is wanted and not there.
+    """
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+    check_spec(spec)
+    layer, norm = _te_layer(qk_norm, experts) if spec == "te" else _local_layer(normalization, qk_norm, experts)
+    layer.submodules.self_attention.submodules.core_attention = CoreAttention
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def check_spec(spec: Spec) -> None:
+    """Raises RecipeError where Transformer Engine is wanted and cannot be imported."""
+    if spec == "te" and not _has_te():
+        raise RecipeError(
+            "spec te needs Transformer Engine, which cannot be imported here. Use one of NVIDIA's PyTorch images, "
+            "install minitron-megatron[te] beside CUDA, or set spec to local."
+        )
+
+
+def _has_te() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def _local_layer(normalization: str, qk_norm: bool, experts: int) -> tuple[Any, Any]:
+    """(spec of a layer, the final norm)."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
     layer = get_gpt_layer_local_spec(experts or None, normalization=normalization, qk_layernorm=qk_norm)
-    attention = layer.submodules.self_attention.submodules
-    layer.submodules.input_layernorm = Norm
-    layer.submodules.pre_mlp_layernorm = Norm
-    attention.core_attention = CoreAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
     if qk_norm:
+        attention = layer.submodules.self_attention.submodules
         attention.q_layernorm = attention.k_layernorm = Norm
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
+    return layer, Norm
+
+
+def _te_layer(qk_norm: bool, experts: int) -> tuple[Any, Any]:
+    """(spec of a layer, the final norm). An expert is a module of its own, so that it can be scored."""
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    return get_gpt_layer_with_transformer_engine_spec(experts or None, qk_layernorm=qk_norm), TENorm

@@ -4,6 +4,7 @@ Knows: ranks, groups, devices, which layer lives on which pipeline stage, what m
 versions differ. Must not know: scores, plans, losses, recipes.
 """
 
+from .apart import apart
 from .backend import install_cpu_backend, peak_bytes, peak_flops
 from .collectives import (
     Group,
@@ -23,27 +24,32 @@ from .collectives import (
     sum_gradient,
     sum_over_world,
 )
-from .topology import Topology
+from .topology import Topology, claim_device
 from .versions import (
+    FITS,
     count_padding,
     failed_alone,
     failed_together,
     final_hidden,
+    load_optimizer,
     mark_expert,
     mend_distributed_optimizer,
-    separate_steps,
+    quieten,
+    save_sharded,
     torn_checkpoint_errors,
     undisturbed,
-    writes_collected,
 )
 
 __all__ = [
+    "FITS",
     "Group",
     "Topology",
     "all_reduce",
     "all_to_all",
+    "apart",
     "barrier",
     "broadcast_object",
+    "claim_device",
     "count_padding",
     "fail_together",
     "failed_alone",
@@ -55,17 +61,18 @@ __all__ = [
     "group_rank",
     "group_size",
     "install_cpu_backend",
+    "load_optimizer",
     "local_sequence",
     "mark_expert",
     "mend_distributed_optimizer",
     "move",
     "peak_bytes",
     "peak_flops",
+    "quieten",
+    "save_sharded",
     "scatter_sequence",
-    "separate_steps",
     "sum_gradient",
     "sum_over_world",
     "torn_checkpoint_errors",
     "undisturbed",
-    "writes_collected",
 ]

@@ -1,4 +1,4 @@
-"""What megatron-core needs to run on gloo where CUDA is absent. Fits 0.16.1 (`tests/parallel/test_backend.py` says so).
+"""What megatron-core needs to run on gloo where CUDA is absent. Fits those of `versions.FITS`.
 
 mcore asks for CUDA by device argument, by `.cuda()` and by type name. One function mode answers the first two for
 tensors; the rest are module attributes, each with the line of mcore that it answers.

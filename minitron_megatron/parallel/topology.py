@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from ..errors import TopologyError
 from .backend import install_cpu_backend
+from .versions import quieten
 
-__all__ = ["Topology"]
+__all__ = ["Topology", "claim_device"]
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,28 @@ class Topology:
 
         Raises TopologyError where the processes cannot be divided as asked.
         """
+        quieten()
         install_cpu_backend()
-        from megatron.core import parallel_state
-        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-
         topology = cls(tp, pp, vp, ep, sequence_parallel)
         topology.check(int(os.environ.get("WORLD_SIZE", 1)) if not dist.is_initialized() else dist.get_world_size())
         if not dist.is_initialized():
             _join()
+        topology.lay_out()
+        return topology
+
+    def lay_out(self) -> None:
+        """Makes mcore's groups among the processes that are joined. Collective over the world."""
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
         parallel_state.initialize_model_parallel(
-            tp,
-            pp,
-            virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
-            expert_model_parallel_size=ep,
+            self.tp,
+            self.pp,
+            virtual_pipeline_model_parallel_size=self.vp if self.vp > 1 else None,
+            expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=1,  # an expert is small: split over ranks whole
         )
         model_parallel_cuda_manual_seed(1)
-        return topology
 
     @classmethod
     def running(cls, sequence_parallel: bool = False) -> Topology:
@@ -79,6 +85,8 @@ class Topology:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
+        for name in [name for name, known in vars(type(self)).items() if isinstance(known, cached_property)]:
+            vars(self).pop(name, None)
 
     def check(self, world: int) -> None:
         """Raises TopologyError where `world` processes cannot hold this layout."""
@@ -205,11 +213,17 @@ def _state() -> Any:
     return parallel_state
 
 
+def claim_device() -> str:
+    """Takes the GPU of this process's LOCAL_RANK, where there are any; what its process group runs on."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return "cpu:gloo,cuda:nccl"
+
+
 def _join() -> None:
     """Joins the process group: torchrun's where its variables are set, else one process by itself."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    backend = claim_device()
     if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:

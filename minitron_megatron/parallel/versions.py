@@ -2,36 +2,68 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import pickle
 import queue
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 __all__ = [
+    "FITS",
     "count_padding",
     "failed_alone",
     "failed_together",
     "final_hidden",
+    "load_optimizer",
     "mark_expert",
     "mend_distributed_optimizer",
-    "separate_steps",
+    "quieten",
+    "save_sharded",
     "torn_checkpoint_errors",
     "undisturbed",
-    "writes_collected",
 ]
 
+FITS = ("0.16.1", "0.19.2")
+"""What this file and `backend.py` were read against: the default's (Python 3.11) and that of `make test-latest`."""
 
-def final_hidden(model: Any, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+TALKERS = {
+    "megatron.core.models.gpt.gpt_model": "deprecated",  # GPTModel for HybridModel
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout",  # it computes the buffers' itself
+    "megatron.core.dist_checkpointing.strategies.common": "deprecated",  # common.pt
+    "megatron.core.dist_checkpointing.strategies.torch": "deprecated",  # its own asynchronous writer
+    "torch.utils.cpp_extension": "No CUDA runtime",  # at an import of mcore's, on a CPU
+}
+"""Who warns, under mcore 0.19, of what no user can act on, and the word that tells it."""
+
+
+def quieten() -> None:
+    """Keeps those warnings out of terminals and logs; everything else that is logged stays."""
+    for logger in TALKERS:
+        logging.getLogger(logger).addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return TALKERS[record.name].lower() not in record.getMessage().lower()
+
+
+def final_hidden(
+    model: Any, tokens: Tensor, documents: Tensor | Any | None = None, positions: Tensor | None = None
+) -> Tensor:
     """Runs a GPTModel up to its last layer and final norm, and no further: `GPTModel.forward` has no such switch.
 
     tokens: int64 [batch, seq]. documents: [batch, seq], the number of each token's document, which attention does not
-    leave; it takes the place of mcore's attention mask, and only our own core attention reads it so. Returns [seq (over
+    leave, or what came before; it takes the place of mcore's attention mask, and only our own core attention reads it
+    so. positions: int64 [batch, seq] on the host, of each token in its text; by default all begin. Returns [seq (over
     tp, with sequence parallelism), batch, hidden]; before the last pipeline stage it is that stage's output. The model
     may be wrapped (DDP, Float16Module).
     """
@@ -40,6 +72,9 @@ def final_hidden(model: Any, tokens: Tensor, documents: Tensor | None = None) ->
     gpt = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
     # mcore 0.16-0.19: _preprocess returns (decoder_input, rotary_pos_emb, cos, sin, sequence_len_offset, padding_mask)
     states, rotary = gpt._preprocess(input_ids=tokens, position_ids=None)[:2]
+    if positions is not None:
+        most = -(-int(positions.max() + 1) // 256) * 256  # mcore keeps the angles of a few lengths
+        rotary = gpt.rotary_pos_emb(most)[positions.t()].squeeze(2)
     return gpt.decoder(hidden_states=states, attention_mask=documents, rotary_pos_emb=rotary)
 
 
@@ -75,16 +110,23 @@ def count_padding(wrapped: Sequence[Any]) -> None:
                 bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def separate_steps(optimizer: Any) -> None:
-    """Gives each parameter its own Adam step count after a load.
+def load_optimizer(optimizer: Any, state: Mapping[Any, Any]) -> None:
+    """Fills an optimizer from what a checkpoint gave; the ends of its own learning rate's schedule stay.
 
-    mcore leaves all of them sharing one tensor, which torch's Adam then advances once a parameter, so that the bias
+    mcore would take the checkpoint's, where its scheduler looks first (optimizer_param_scheduler.py, `get_lr`), so that
+    a phase would silently go on at the rates of the phase before; 0.19 finds no group where they differ. And it leaves
+    all parameters sharing one Adam step count, which torch's Adam then advances once a parameter, so that the bias
     correction runs away silently.
     """
+    own = optimizer.param_groups[0]
+    for part in [state] if "optimizer" in state else state.values():
+        for group in part["optimizer"]["param_groups"]:
+            group.update(max_lr=own["max_lr"], min_lr=own["min_lr"])
+    optimizer.load_state_dict(state)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for state in part.optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
+        for of_parameter in part.optimizer.state.values():
+            if isinstance(of_parameter.get("step"), Tensor):
+                of_parameter["step"] = of_parameter["step"].clone()
 
 
 def mark_expert(parameter: Any) -> None:
@@ -115,11 +157,11 @@ class _Results:
 
 
 @contextmanager
-def writes_collected() -> Iterator[None]:
+def _writes_collected() -> Iterator[None]:
     """Within it, mcore's next checkpoint collects what its writers did in a file of this process.
 
-    mcore 0.16 spawns a manager process for it (dist_checkpointing/strategies/filesystem_async.py:55), which takes
-    seconds to start and outlives a killed run.
+    mcore spawns a manager process for it (dist_checkpointing/strategies/filesystem_async.py, `_results_queue`), which
+    takes seconds to start and outlives a killed run.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -129,6 +171,67 @@ def writes_collected() -> Iterator[None]:
         yield
     finally:
         filesystem_async._results_queue = before
+
+
+def save_sharded(state: Mapping[str, Any], folder: str | Path, *, later: bool = False) -> Any:
+    """mcore's distributed checkpoint of a sharded state dict, in a folder that is there and empty. Collective.
+
+    later: only what must not change any more is copied; returns the AsyncRequest that writes.
+    """
+    from megatron.core import dist_checkpointing
+
+    with _writes_collected():
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+            return _save_with_common_file(dict(state), Path(folder), later)
+        return dist_checkpointing.save(dict(state), str(folder), async_sharded_save=later)
+
+
+def _save_with_common_file(state: dict[str, Any], folder: Path, later: bool) -> Any:
+    """As 0.16 writes it, for 0.19, which reads both: what is no tensor lies in common.pt, which is opened weights-only.
+
+    0.19 itself (dist_checkpointing/serialization.py, `save`) puts it among the objects that torch unpickles freely. And
+    its asynchronous writer would be another package's.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+    from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    _mend_writer()
+    sharded, common = save_preprocess(state)
+    if dist.get_rank() == 0:
+        torch.save(common, folder / COMMON_STATE_FNAME)
+    strategy = TorchDistSaveShardedStrategy()
+
+    def say_what_it_is() -> None:
+        if dist.get_rank() == 0:
+            save_config(CheckpointingConfig(strategy.backend, strategy.version), str(folder))
+        dist.barrier()
+
+    request = strategy.async_save(sharded, folder, "mcore")
+    request.add_finalize_fn(say_what_it_is)
+    return request if later else request.execute_sync()
+
+
+def _mend_writer() -> None:
+    """Has mcore 0.19's writer say why it could not write.
+
+    It asserts that a result is none of its own exceptions (dist_checkpointing/strategies/filesystem_async.py,
+    `check_local_output`), so that nothing but their type would come back.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    plain = FileSystemWriterAsync.write_preloaded_data
+    if plain.__module__ == __name__:
+        return
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        done = plain(*args, **kwargs)
+        if kwargs["results_queue"] is None and isinstance(done[1], Exception):
+            raise done[1]
+        return done
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
 def undisturbed(request: Any) -> Any:

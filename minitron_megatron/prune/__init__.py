@@ -7,17 +7,19 @@ from .baselines import first_plan, random_plan
 from .choose import SAFE_MARGIN, checked_sizes, choose
 from .depth import choose_layers
 from .merge import MERGES, SIGNS, merge_heads
-from .trim import trim
+from .trim import check_cut, realise, trim
 
 __all__ = [
     "MERGES",
     "SAFE_MARGIN",
     "SIGNS",
+    "check_cut",
     "checked_sizes",
     "choose",
     "choose_layers",
     "first_plan",
     "merge_heads",
     "random_plan",
+    "realise",
     "trim",
 ]

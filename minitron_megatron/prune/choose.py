@@ -60,9 +60,11 @@ def scores_of(axis: str, scores: Scores) -> Ranked:
 
 def checked_sizes(shape: Shape, sizes: Mapping[str, int]) -> dict[str, int]:
     """`sizes` (public axis -> units) for a model of `shape`, where a head with a key and a value of its own takes them
-    along. Raises PlanError where the model cannot keep them."""
+    along, and a kv_group all its heads. Raises PlanError where the model cannot keep them."""
     if "heads" in sizes and shape.heads == shape.kv_groups:
         sizes = {"kv_groups": sizes["heads"], **sizes}
+    if "kv_groups" in sizes:
+        sizes = {**sizes, "heads": sizes.get("heads", shape.heads // shape.kv_groups * sizes["kv_groups"])}
     for axis, size in sizes.items():
         if axis not in PUBLIC_AXES:
             raise PlanError(

@@ -1,4 +1,4 @@
-"""Plan -> smaller model: new modules on `meta` adopt the trimmed shards one by one, each old one freed at once."""
+"""Plan -> smaller model: new modules on `meta` adopt the trimmed shards one by one, each old one freed or kept."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..layout import PUBLIC_AXES, Param, Shape, expert_of, kept_rows, layer_of, lookup
-from ..model import NamedShard, adopt, chunks_of, config_of, home, named_shards, rebuild
+from ..model import NamedShard, adopt, check_fits, chunks_of, config_of, home, named_shards, rebuild
 from ..parallel import Topology, all_to_all, fail_together, move
 from ..records import Plan
 
-__all__ = ["trim"]
+__all__ = ["check_cut", "realise", "trim"]
 
 BLOCKS = 16
 """A parameter is cut, and sent to other ranks, in so many pieces: what that takes besides is a few times 1/16 of it."""
@@ -28,24 +28,45 @@ def trim(model: Any, plan: Plan, topology: Topology) -> list[Any]:
     the old shards and one parameter. Collective over the world. Raises PlanError where the plan is for another shape
     or the model is wrapped, and TopologyError where the new sizes do not fit the layout.
     """
-    old_chunks = chunks_of(model)
     with fail_together():
-        _check(old_chunks, plan)
-        config = config_of(old_chunks[0])
-        target = plan.target
-        new_chunks = rebuild(old_chunks, config.resized(**_sizes(target)), topology)
+        check_cut(model, plan, topology)
+    return _cut(model, plan, topology, free=True)
+
+
+def realise(model: Any, plan: Plan, topology: Topology) -> list[Any]:
+    """What `trim` would give, beside a model that stays whole: to be measured, not trained, for what the cut leaves
+    whole is the model's own.
+
+    Collective over the ranks that hold one copy of the model, of a mixture over the world. Whoever calls it has
+    `check_cut` say before that the plan fits.
+    """
+    return _cut(model, plan, topology, free=False)
+
+
+def check_cut(model: Any, plan: Plan, topology: Topology) -> None:
+    """Raises PlanError where the plan is for another shape or the model is wrapped, and TopologyError where the new
+    sizes do not fit the layout. Not collective."""
+    _check(chunks_of(model), plan)
+    check_fits(plan.target, topology)
+
+
+def _cut(model: Any, plan: Plan, topology: Topology, *, free: bool) -> list[Any]:
+    """free: let go of each old shard once it is cut."""
+    old_chunks, target = chunks_of(model), plan.target
+    new_chunks = rebuild(old_chunks, config_of(old_chunks[0]).resized(**_sizes(target)), topology)
     old = {(shard.name, shard.second_home): shard for shard in named_shards(old_chunks)}
     new = {(shard.name, shard.second_home): shard for shard in named_shards(new_chunks)}
     stay = {_source_name(name, plan) for name in target.names()}
     for (name, _), shard in old.items():
-        if name not in stay:
+        if free and name not in stay:
             _free(shard)
     for name in target.names():
-        _carry(name, plan, old, new, topology)
+        _carry(name, plan, old, new, topology, free=free)
     for key, shard in old.items():
         if shard.second_home:
             adopt(new[key], _trimmed(shard, plan, topology))
-            _free(shard)
+            if free:
+                _free(shard)
     return new_chunks
 
 
@@ -67,7 +88,7 @@ def _sizes(shape: Shape) -> dict[str, int]:
 Shards = dict[tuple[str, bool], NamedShard]
 
 
-def _carry(name: str, plan: Plan, old: Shards, new: Shards, topology: Topology) -> None:
+def _carry(name: str, plan: Plan, old: Shards, new: Shards, topology: Topology, *, free: bool) -> None:
     """Brings one parameter of the new model from where it was to where it belongs. Only its two homes take part."""
     source_name = _source_name(name, plan)
     source, target = home(source_name, plan.shape, topology), home(name, plan.target, topology)
@@ -75,7 +96,8 @@ def _carry(name: str, plan: Plan, old: Shards, new: Shards, topology: Topology) 
     if topology.rank == source:
         shard = old[source_name, False]
         tensor = _trimmed(shard, plan, topology)
-        _free(shard)
+        if free:
+            _free(shard)
     if topology.rank in (source, target):
         shape, dtype = _new_shape(name, new, tensor)
         tensor = move(tensor, shape, dtype, topology.device, source=source, target=target)

@@ -8,7 +8,7 @@ from .estimate import Estimate, estimate
 from .evaluation import check_export, evaluate_folder
 from .handover import hand_over
 from .load import load_recipe
-from .run import Step, dry_run, run
+from .run import Step, dry_run, run, search_task
 from .schema import Recipe, json_schema
 from .slurm import slurm_commands
 from .stages import STAGES
@@ -28,6 +28,7 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "run",
+    "search_task",
     "slurm_commands",
     "starter_recipe",
 ]

@@ -51,6 +51,11 @@ class Folders:
         return self.run / "pruned" / "plan.json"
 
     @property
+    def search(self) -> Path:
+        """The table of candidates, and what is known of each while the search is at work."""
+        return self.run / "search"
+
+    @property
     def summary(self) -> Path:
         return self.run / "summary.json"
 
@@ -87,6 +92,8 @@ class Context:
     done: Mapping[str, Mapping[str, Any]]
     mark_of: Callable[[Recipe], str]
     """The fingerprint of the stage at work, were this the recipe."""
+    place: str = ""
+    """Of several models that a stage trains, the one at work."""
 
     @cached_property
     def folders(self) -> Folders:
@@ -119,8 +126,14 @@ class Context:
 
     def load(self, folder: Path, dtype: torch.dtype | None = None, *, trains: bool = False) -> list[Any]:
         """A model of the run, in the training dtype unless said otherwise. Collective over the world."""
-        recompute = self.recipe.recompute if trains else "none"
-        return load_hf(folder, self.topology, dtype or self.dtype, recompute=recompute, listener=self.listener)
+        return load_hf(
+            folder,
+            self.topology,
+            dtype or self.dtype,
+            recompute=self.recipe.recompute if trains else "none",
+            spec=self.recipe.spec,
+            listener=self.listener,
+        )
 
     def load_teacher(self, *, trains: bool = False) -> list[Any]:
         """The model that teaches, verified. Raises CheckpointError where it is not what the run recorded."""
@@ -149,7 +162,7 @@ class Context:
 
     def checkpoints(self, recipe: Recipe) -> Path:
         """Where the stage at work would keep its checkpoints: another recipe's are elsewhere."""
-        return self.folders.checkpoints / self.mark_of(recipe)[:16]
+        return self.folders.checkpoints / self.mark_of(recipe)[:16] / self.place
 
     @property
     def blend(self) -> list[tuple[Path, float]]:

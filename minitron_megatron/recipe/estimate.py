@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,12 @@ from ..convert import read_config
 from ..errors import TopologyError
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..parallel import Topology
+from ..search import Candidate
+from .candidates import candidates_of
 from .memory import WEIGHT_BYTES, model_bytes, training_bytes
 from .phases import resolved
 from .schema import Recipe
+from .searching import light_recipe
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
 __all__ = ["Estimate", "estimate"]
@@ -47,6 +50,10 @@ class Estimate:
     teacher_flops: int
     """Of the teacher's forward passes in one distillation."""
     hours: float
+    candidates: tuple[Candidate, ...]
+    """Of a search, the largest first; the student is then the first of them, and `flops` a bound."""
+    light_flops: Mapping[str, int]
+    """Candidate -> what its light distillation takes."""
     warnings: tuple[str, ...]
     """What will work, but not for everybody."""
 
@@ -68,6 +75,14 @@ class Estimate:
             "flops": dict(self.stage_flops),
             "teacher_flops": self.teacher_flops,
         }
+
+    def candidate_rows(self) -> list[dict[str, Any]]:
+        """Of each candidate its name, its costs and the hours of its light distillation."""
+        rate = self.hours / self.flops if self.flops else 0.0
+        return [
+            {"name": each.name, "costs": dict(each.costs), "hours": self.light_flops.get(each.name, 0) * rate}
+            for each in self.candidates
+        ]
 
     def rows(self) -> dict[str, str]:
         """The estimate in words."""
@@ -117,9 +132,12 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
     passes = 3 if recipe.correct and recipe.correct.continuous else 1
     taught = passes * sum(flops_per_token(teacher, phase.sequence) * phase.tokens for phase in phases)
     distillation = 3 * sum(flops_per_token(student, phase.sequence) * phase.tokens for phase in phases) + taught
+    found = tuple(candidates_of(recipe, teacher)) if recipe.search else ()
+    light = _light_flops(recipe, teacher, found)
     stage_flops = {
         "correct": 3 * flops_per_token(teacher, sequence) * corrected,
         "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
+        "search": _search_flops(recipe, found, light),
         "distill": distillation,
         "baseline": distillation if recipe.random_baseline else 0,
     }
@@ -143,6 +161,8 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
         stage_flops=stage_flops,
         teacher_flops=taught,
         hours=flops / (gpus * peak_flops * mfu) / 3600,
+        candidates=found,
+        light_flops=light,
         warnings=_warnings(str(config.source.get("model_type")), teacher, student),
     )
 
@@ -172,6 +192,23 @@ def _score_flops(recipe: Recipe, teacher: Shape) -> int:
         behind += [left for gone in range(1, sweep.greedy) for left in (there - gone, *range(there - gone))]
         passes += [teacher.resized(layers=left) for left in behind]
     return sum(flops_per_token(shape, sequence) for shape in passes)
+
+
+def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> dict[str, int]:
+    """Of each candidate, were it distilled for a while; the teacher's passes with it."""
+    if recipe.search is None or recipe.search.light is None:
+        return {}
+    keys, sequence = light_recipe(recipe).distill, recipe.data.sequence
+    tokens, taught = keys.steps(sequence) * keys.global_batch * sequence, flops_per_token(teacher, sequence)
+    return {each.name: (3 * flops_per_token(each.shape, sequence) + taught) * tokens for each in found}
+
+
+def _search_flops(recipe: Recipe, found: Sequence[Candidate], light: Mapping[str, int]) -> int:
+    """A pass of each candidate over the calibration samples, and the light distillation of the most expensive ones."""
+    sequence = recipe.data.sequence
+    passes = sum(flops_per_token(each.shape, sequence) for each in found) * recipe.score.samples * sequence
+    top = recipe.search.light.top if recipe.search and recipe.search.light else None
+    return passes + sum(sorted(light.values(), reverse=True)[:top])
 
 
 def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stash: int) -> int:

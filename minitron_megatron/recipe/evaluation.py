@@ -39,7 +39,7 @@ def evaluate_folder(recipe: Recipe, topology: Topology, folder: Path, *, listene
                 "different tokenizers do not compare. Give a model with this tokenizer."
             )
         check_fits(shape, topology)
-        check_tasks(recipe.evaluate.wanted(), recipe.evaluate.task_files)
+        check_tasks(recipe.evaluate.wanted(), recipe.evaluate.task_files, run_code=recipe.evaluate.run_code)
         context = Context(recipe, topology, listener, results(recipe, "prepare"), lambda other: "")
     return measured_row(context, folder.resolve().name, folder, context.held_out())
 

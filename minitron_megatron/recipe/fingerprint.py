@@ -24,7 +24,9 @@ def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, An
         "asks": stage.asks(recipe),
         "files": [_file_marks(recipe)] if "data" in stage.reads else [],
         "results": {
-            name: {k: v for k, v in done[name].items() if k != "seconds"} for name in stage.after if name in done
+            name: {k: v for k, v in done[name].items() if k != "seconds"}
+            for name in stage.after
+            if name in done and name != "search"  # whose result are keys of the recipe
         },
     }
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()

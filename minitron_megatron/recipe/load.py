@@ -67,7 +67,8 @@ def _explain(error: ValidationError) -> str:
         text = f"{where} is missing."
     else:
         message = first["msg"].removeprefix("Value error, ")
-        text = f"{where} is {first['input']!r}: {message[0].lower()}{message[1:]}."
+        value = f"{where} is {first['input']!r}: {message[0].lower()}{message[1:]}."
+        text = value if where and not isinstance(first["input"], dict) else f"{where}: {message}.".removeprefix(": ")
     return text + (f" ({len(problems) - 1} more like this.)" if len(problems) > 1 else "")
 
 

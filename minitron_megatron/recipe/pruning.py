@@ -20,7 +20,7 @@ from .context import DTYPES, Context
 from .sizes import depth_sweep, rounds, statistic_of
 from .tasks import winogrande
 
-__all__ = ["composed", "cut", "decide", "measure", "measure_depth"]
+__all__ = ["composed", "cut", "decide", "load_depth", "load_scores", "measure", "measure_depth"]
 
 
 def measure(context: Context, model: Any, batches: Sequence[Batch], model_hash: str = "") -> Scores:
@@ -68,9 +68,7 @@ def decide(context: Context) -> Plan:
             return random_plan(teacher, context.recipe.seed, layers=layers, **first)
         if keys.by == "first":
             return first_plan(teacher, layers=layers, **first)
-        scores = Scores.load(context.folders.scores)
-        _expect_teacher(context, scores.model_hash, context.folders.scores)
-        plan = choose(scores, layers=layers, scope=keys.scope, **first)
+        plan = choose(load_scores(context), layers=layers, scope=keys.scope, **first)
     return _further(context, plan, others) if others else plan
 
 
@@ -121,9 +119,21 @@ def _kept_layers(context: Context, layers: int) -> tuple[int, ...] | None:
         return keys.layers
     if keys.layers == layers:
         return None
+    return choose_layers(load_depth(context), keep=keys.layers, contiguous=keys.contiguous)
+
+
+def load_scores(context: Context) -> Scores:
+    """What the score stage left. Raises CheckpointError where it is another model's."""
+    scores = Scores.load(context.folders.scores)
+    _expect_teacher(context, scores.model_hash, context.folders.scores)
+    return scores
+
+
+def load_depth(context: Context) -> DepthScores:
+    """The same of layers."""
     depth = DepthScores.load(context.folders.depth)
     _expect_teacher(context, depth.model_hash, context.folders.depth)
-    return choose_layers(depth, keep=keys.layers, contiguous=keys.contiguous)
+    return depth
 
 
 def _expect_teacher(context: Context, model_hash: str, path: Path) -> None:

@@ -16,12 +16,12 @@ import yaml
 
 from ..convert import read_config
 from ..data import check_tokenizer
-from ..errors import DataError, RecipeError
+from ..errors import DataError, RecipeError, did_you_mean
 from ..evaluate import check_tasks
 from ..events import Listener, silent
 from ..files import locked, read_json, whole_file, write_json
 from ..layout import Shape
-from ..model import check_fits
+from ..model import check_fits, check_spec
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, peak_bytes
 from ..serve import check_fp8
 from .context import Context, Folders
@@ -29,12 +29,13 @@ from .estimate import estimate
 from .fingerprint import fingerprint
 from .phases import ResolvedPhase, prefixes, resolved
 from .schema import Recipe
+from .searching import BY, PARTS, decided, light_recipe, search_share
 from .sizes import check_pruning, student_shape
 from .stages import STAGES, Stage
 from .tasks import WINOGRANDE
 from .versions import versions
 
-__all__ = ["Results", "Step", "dry_run", "results", "run", "wanted"]
+__all__ = ["Results", "Step", "dry_run", "results", "run", "search_task", "wanted"]
 
 Results = dict[str, dict[str, Any]]
 
@@ -67,12 +68,7 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
 
 
 def _run(recipe: Recipe, topology: Topology, only: str | None, listener: Listener, before: int) -> Results:
-    if topology.rank == 0:
-        expected = estimate(recipe, gpus=topology.world)
-        write_json(recipe.out / "predicted.json", {"model": str(recipe.model), **expected.predictions()})
-        for sentence in expected.warnings:
-            warnings.warn(sentence, stacklevel=3)
-    barrier()
+    _predict(recipe, topology)
     done: Results = {}
     for stage in wanted(recipe):
         mark = fingerprint(stage, recipe, done)
@@ -85,9 +81,43 @@ def _run(recipe: Recipe, topology: Topology, only: str | None, listener: Listene
             marks = partial(fingerprint, stage, done=dict(done))
             record = _run_stage(stage, mark, Context(recipe, topology, listener, done, marks), before)
         done[stage.name] = record["result"] | {"seconds": record["seconds"]}
+        if stage.name == "search":
+            recipe = decided(recipe, done["search"])
+            _predict(recipe, topology)
         if stage.name == only:
             break
     return done
+
+
+def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, listener: Listener = silent) -> str:
+    """One task's share of a search, beside other tasks at work in the same run folder; a sentence on what is left.
+
+    Collective over the world. Raises RecipeError where the stages before it are not done, and where this task, or
+    another run, is at work already.
+    """
+    with ExitStack() as held:
+        with fail_together():
+            if not 0 <= task < tasks:
+                raise RecipeError(f"task {task} of {tasks} is none. Tasks count from 0.")
+            _check_wanted(recipe, "search")
+            check(recipe, topology)
+            context = Context(recipe, topology, listener, results(recipe, "score"), lambda other: "")
+            if topology.rank == 0:
+                mine = recipe.out / f".task-{task}-of-{tasks}.lock"
+                for path, shared in ((recipe.out / LOCK, True), (mine, False)):
+                    if not held.enter_context(locked(path, shared=shared)):
+                        raise RecipeError(f"another run, or this task, is at work in {recipe.out}. Wait for it.")
+        return search_share(context, task, tasks)
+
+
+def _predict(recipe: Recipe, topology: Topology) -> None:
+    """Writes what the run should take, on the first rank; before a search has ended, with the largest candidate."""
+    if topology.rank == 0:
+        expected = estimate(recipe, gpus=topology.world)
+        write_json(recipe.out / "predicted.json", {"model": str(recipe.model), **expected.predictions()})
+        for sentence in expected.warnings:
+            warnings.warn(sentence, stacklevel=4)
+    barrier()
 
 
 def dry_run(recipe: Recipe) -> list[Step]:
@@ -102,10 +132,14 @@ def dry_run(recipe: Recipe) -> list[Step]:
         if record is not None:
             done[stage.name] = record["result"]
             steps.append(Step(stage.name, "done", ""))
+            if stage.name == "search":
+                recipe = decided(recipe, done["search"])
             continue
         stale.add(stage.name)
         if before:
             steps.append(Step(stage.name, "run", f"after {', '.join(before)}"))
+        elif stage.name == "search" and (Folders(recipe.out).search / PARTS).is_dir():
+            steps.append(Step(stage.name, "resume", "with what is measured already"))
         elif (Folders(recipe.out).checkpoints / mark[:16]).is_dir():
             steps.append(Step(stage.name, "resume", "from a checkpoint"))
         else:
@@ -136,6 +170,8 @@ def results(recipe: Recipe, until: str) -> Results:
         if record is None:
             raise RecipeError(f"the stage {stage.name} of {recipe.out} is not done. Run `minitron {stage.name}` first.")
         done[stage.name] = record["result"] | {"seconds": record["seconds"]}
+        if stage.name == "search":
+            recipe = decided(recipe, done["search"])
         if stage.name == until:
             break
     return done
@@ -166,6 +202,7 @@ def _check_wanted(recipe: Recipe, only: str | None) -> None:
 
 def check(recipe: Recipe, topology: Topology) -> None:
     """Everything that can be known to be wrong before work begins. Raises MinitronErrors. Not collective."""
+    check_spec(recipe.spec)
     shape = read_config(recipe.model).shape
     check_tokenizer(recipe.model, shape.vocab)
     check_fits(shape, topology)
@@ -173,6 +210,7 @@ def check(recipe: Recipe, topology: Topology) -> None:
     if recipe.export.quantize == "fp8":
         check_fp8(student_shape(recipe, shape))
     recipe.distill.loss.loss().check(shape.vocab)
+    _check_search(recipe, topology)
     _check_start(recipe, shape)
     for key, phase in _phases(recipe):
         _check_phase(key, phase, recipe, topology)
@@ -180,7 +218,7 @@ def check(recipe: Recipe, topology: Topology) -> None:
     depth = recipe.score.depth
     tasks = recipe.evaluate.wanted() + ([WINOGRANDE] if depth and depth.metric == "winogrande" else [])
     if tasks:
-        check_tasks(tasks, recipe.evaluate.task_files)
+        check_tasks(tasks, recipe.evaluate.task_files, run_code=recipe.evaluate.run_code)
     for source in recipe.data.sources:
         for path in (source.path, source.validation):
             if isinstance(path, Path) and not path.exists():
@@ -193,6 +231,21 @@ def _check_start(recipe: Recipe, teacher: Shape) -> None:
     start = recipe.distill.start
     if start and (found := read_config(start).shape) != (wanted := student_shape(recipe, teacher)):
         raise RecipeError(f"distill.start is {start}, of the shape {found}, and the student has {wanted}.")
+
+
+def _check_search(recipe: Recipe, topology: Topology) -> None:
+    keys = recipe.search
+    if keys is None:
+        return
+    known = [*BY, *(task.name for task in recipe.evaluate.wanted())]
+    if keys.choose not in known:
+        raise RecipeError(
+            f"search.choose {keys.choose!r} is not known.{did_you_mean(keys.choose, known)} It may be "
+            f"{' or '.join(known)}: the tasks are those of evaluate."
+        )
+    if keys.light:
+        light, replicas = light_recipe(recipe).distill, 1 if keys.light.apart else topology.dp
+        _check_split("search.light.global_batch", light.global_batch, light.micro_batch, topology, replicas)
 
 
 def _phases(recipe: Recipe) -> list[tuple[str, ResolvedPhase]]:
@@ -214,11 +267,13 @@ def _check_phase(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Topol
         raise RecipeError(f"{where} is {phase.sequence}, which sequence_parallel cannot split over tp={topology.tp}.")
 
 
-def _check_split(key: str, total: int, micro: int, topology: Topology) -> None:
-    unit = micro * topology.dp
+def _check_split(key: str, total: int, micro: int, topology: Topology, replicas: int | None = None) -> None:
+    """replicas: among which the samples are split; None: all of the data-parallel ones."""
+    dp = replicas or topology.dp
+    unit = micro * dp
     if total % unit:
         raise RecipeError(
-            f"{key} is {total}, which cannot be split into micro-batches of {micro} on {topology.dp} data-parallel "
+            f"{key} is {total}, which cannot be split into micro-batches of {micro} on {dp} data-parallel "
             f"ranks. Choose a multiple of {unit}."
         )
     if topology.vp > 1 and total // unit % topology.pp:

@@ -7,11 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ..evaluate import SUITES, Task
+from ..evaluate import PROGRAMS, SUITES, Task
 from ..layout import PUBLIC_AXES
-from ..model import Recompute
+from ..model import Recompute, Spec
 from ..serve import LADDER
 from .keys import Count, DType, Keys, Layers, Positive
+from .search_keys import Search
 from .training_keys import Correct, Distill
 
 __all__ = ["Data", "Depth", "Recipe", "Source", "json_schema"]
@@ -149,6 +150,12 @@ class TaskKeys(Keys):
     """Solved examples before each question; left out: as the task has it."""
     metric: str | None = None
     """The one that stands in tables; left out: the task's first."""
+    answers: Count = 1
+    """Sampled for each question that is answered by generation."""
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    """Of sampling, 0 the likeliest; left out: as the task has it."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sampled from the likeliest tokens of so much of the probability."""
 
 
 class Evaluate(Keys):
@@ -158,7 +165,7 @@ class Evaluate(Keys):
     """Held-out sequences of each source."""
     micro_batch: Count = 1
     suite: Literal["base", "instruct"] | None = None
-    """The papers' tasks with their shots and metrics."""
+    """The papers' tasks with their shots, metrics and sampling; HumanEval and MBPP only with `run_code`."""
     tasks: tuple[TaskKeys, ...] = ()
     """More of them."""
     task_files: Path | None = None
@@ -167,10 +174,16 @@ class Evaluate(Keys):
     """Questions of each task."""
     truncate: bool = False
     """Drop the beginning of a prompt that is longer than the model's context; else that is an error."""
+    chat: bool = False
+    """Put prompts into the tokenizer's chat template, as a model that was tuned to instructions wants them."""
+    run_code: bool = False
+    """Run the programs that models write for HumanEval and MBPP, on the first rank's machine with your rights, behind
+    limits of time and memory and nothing else. Only where they can do no harm, as in a container without a network."""
 
     def wanted(self) -> list[Task]:
         """Of the suite and besides."""
-        return [*SUITES.get(self.suite or "", ()), *(Task(**task.model_dump()) for task in self.tasks)]
+        suite = [each for each in SUITES.get(self.suite or "", ()) if self.run_code or each.name not in PROGRAMS]
+        return [*suite, *(Task(**task.model_dump()) for task in self.tasks)]
 
 
 class Export(Keys):
@@ -223,12 +236,17 @@ class Recipe(Keys):
     recompute: Recompute = "none"
     """What runs again in the backward pass to save memory: `selective` the MLPs, whose activations are the widest;
     `full` whole layers, of which only the input is kept, for a third more time."""
+    spec: Spec = "local"
+    """Whose layers compute: Megatron's with our norm, or Transformer Engine's (`te`; it needs CUDA), which compute the
+    same with the norms inside their linear layers."""
     parallel: Parallel = Parallel()
     data: Data
     correct: Correct | None = None
     """Left out: the teacher is used as it is."""
     score: Score = Score()
-    prune: Prune
+    search: Search | None = None
+    """Have the shape found within a budget; then `prune` names no sizes."""
+    prune: Prune = Prune()
     distill: Distill = Distill()
     random_baseline: bool = False
     """Also distil into a randomly initialised student of the same shape on the same tokens, for comparison."""
@@ -254,11 +272,22 @@ class Recipe(Keys):
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         distill = self.distill
+        if self.search is None and "prune" not in self.model_fields_set:
+            raise ValueError("prune is missing: it names the sizes to keep, or `search` finds them")
+        if self.search and (self.prune.sizes() or self.prune.layers is not None):
+            raise ValueError("The sizes are found by `search`: leave them out of `prune`, or `search`")
+        if self.search and (self.prune.by != "importance" or self.prune.iterations > 1 or self.prune.merge != "none"):
+            raise ValueError(
+                "A search cuts by importance, at once, without merging: leave out prune.by, iterations, merge"
+            )
+        states = distill.states
+        if self.spec == "te" and states and (states.embedding or states.outputs or states.mlp_inputs):
+            raise ValueError("Layers of spec te show no normed states: set spec to local, or map attention alone")
         if self.correct and self.correct.continuous:
             for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
                 if getattr(distill, key):
                     raise ValueError(f"A teacher that is corrected continuously trains: leave distill.{key} out")
-        if distill.teacher_window and distill.states and distill.states.alpha == "dynamic":
+        if distill.teacher_window and states and states.alpha == "dynamic":
             raise ValueError(
                 "A dynamic distill.states.alpha is measured on a whole step: give it a number, or leave "
                 "distill.teacher_window out"

@@ -13,6 +13,7 @@ from ..parallel import Topology
 from ..prune import checked_sizes
 from ..records import Plan, Statistic
 from ..score import check_statistic
+from .candidates import candidates_of, check_candidates
 from .schema import Depth, Recipe
 
 __all__ = [
@@ -42,7 +43,10 @@ class DepthSweep:
 
 
 def student_shape(recipe: Recipe, teacher: Shape) -> Shape:
-    """What the recipe makes of a teacher. Raises PlanError where it cannot."""
+    """What the recipe makes of a teacher; before a search has ended, the largest that it may. Raises PlanError where it
+    cannot."""
+    if recipe.search:
+        return candidates_of(recipe, teacher)[0].shape
     sizes, layers = checked_sizes(teacher, recipe.prune.sizes()), recipe.prune.layers
     if not isinstance(layers, int):
         return Plan(teacher, layers=layers).target.resized(**sizes)
@@ -84,7 +88,8 @@ def scores_wanted(recipe: Recipe) -> bool:
 
 
 def _measures_depth(recipe: Recipe) -> bool:
-    return recipe.score.depth is not None or isinstance(recipe.prune.layers, int)
+    searched = recipe.search is not None and recipe.search.layers is not None
+    return recipe.score.depth is not None or isinstance(recipe.prune.layers, int) or searched
 
 
 def depth_keys(recipe: Recipe) -> list[Any] | None:
@@ -93,7 +98,8 @@ def depth_keys(recipe: Recipe) -> list[Any] | None:
         return None
     by_task = recipe.score.depth is not None and recipe.score.depth.metric == "winogrande"
     told = recipe.evaluate.model_dump(mode="json", include={"task_files", "limit", "truncate"}) if by_task else None
-    return [recipe.prune.layers, recipe.prune.contiguous, told]
+    layers = recipe.search.layers if recipe.search else recipe.prune.layers
+    return [layers, recipe.prune.contiguous, told]
 
 
 def depth_sweep(recipe: Recipe, teacher: Shape) -> DepthSweep | None:
@@ -101,10 +107,16 @@ def depth_sweep(recipe: Recipe, teacher: Shape) -> DepthSweep | None:
     if not _measures_depth(recipe):
         return None
     keys, lengths = recipe.score.depth or Depth(), set((recipe.score.depth or Depth()).lengths)
-    go = teacher.layers - student_shape(recipe, teacher).layers
-    if isinstance(recipe.prune.layers, int) and go:
-        lengths.add(go if recipe.prune.contiguous else 1)
-    return DepthSweep(keys.metric, tuple(sorted(lengths or {1})), go if keys.greedy else 0)
+    go = [teacher.layers - layers for layers in _depths(recipe) if layers < teacher.layers]
+    lengths.update(go if recipe.prune.contiguous else {1} if go else ())
+    return DepthSweep(keys.metric, tuple(sorted(lengths or {1})), max(go, default=0) if keys.greedy else 0)
+
+
+def _depths(recipe: Recipe) -> set[int]:
+    """The numbers of layers that may stay, where the recipe says how many and not which."""
+    if recipe.search:  # whatever the budget: an edited one asks for no new scores
+        return set(recipe.search.layers or ())
+    return {recipe.prune.layers} if isinstance(recipe.prune.layers, int) else set()
 
 
 def statistic_of(recipe: Recipe) -> Statistic:
@@ -117,6 +129,8 @@ def check_pruning(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
 
     Not collective.
     """
+    if recipe.search:
+        check_candidates(recipe, teacher, topology)
     check_fits(student_shape(recipe, teacher), topology)
     if scores_wanted(recipe):
         check_statistic(statistic_of(recipe), teacher)
@@ -139,7 +153,7 @@ def _check_depth(recipe: Recipe, teacher: Shape) -> None:
         )
     if keys.greedy and keys.metric == "bi":
         raise RecipeError("score.depth.greedy has no meaning with metric bi. Use metric loss or kl, or greedy: false.")
-    if keys.greedy and student_shape(recipe, teacher).layers == teacher.layers:
+    if keys.greedy and min([student_shape(recipe, teacher).layers, *_depths(recipe)]) == teacher.layers:
         raise RecipeError(
             "score.depth.greedy takes as many layers as prune.layers lets go, and all stay. Set prune.layers, "
             "or greedy: false."

@@ -20,6 +20,7 @@ from .card import write_card
 from .context import DTYPES, Context
 from .pruning import cut, decide, measure, measure_depth
 from .schema import Recipe
+from .searching import search_asks, search_shapes
 from .sizes import depth_keys, rounds, scores_wanted
 from .tasks import measured_row, write_table
 from .training import correcting, distil, distillation_asks, train_in_phases, training_asks
@@ -111,6 +112,11 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def do_search(context: Context) -> Result:
+    """Finds the shape, where the recipe has it found."""
+    return search_shapes(context)
+
+
 def do_prune(context: Context) -> Result:
     """Chooses what stays and cuts the teacher to it."""
     plan = decide(context)
@@ -136,7 +142,8 @@ def do_distill(context: Context) -> Result:
 def do_baseline(context: Context) -> Result:
     """Distils the teacher into a random student of the same shape, on the same tokens."""
     config = read_config(context.folders.model("pruned"))
-    student = build(config, context.topology, context.dtype, recompute=context.recipe.recompute)
+    recipe = context.recipe
+    student = build(config, context.topology, context.dtype, recompute=recipe.recompute, spec=recipe.spec)
     fill_initial(student, context.topology, context.recipe.seed)
     return _distill(context, student, "random")
 
@@ -208,7 +215,16 @@ STAGES: Mapping[str, Stage] = {
             training_asks,
         ),
         Stage("score", do_score, "scores", ("score",), ("prepare", "correct"), scores_wanted, depth_keys),
-        Stage("prune", do_prune, "pruned", ("prune", "dtype"), ("prepare", "correct", "score")),
+        Stage(
+            "search",
+            do_search,
+            "search/table.json",
+            ("search",),
+            ("prepare", "correct", "score"),
+            lambda recipe: recipe.search is not None,
+            search_asks,
+        ),
+        Stage("prune", do_prune, "pruned", ("prune", "dtype"), ("prepare", "correct", "score", "search")),
         Stage(
             "distill",
             do_distill,

@@ -13,7 +13,7 @@ from ..layout import parameters
 from ..model import chunks_of, config_of
 from .context import Context
 
-__all__ = ["WINOGRANDE", "measured_row", "winogrande", "write_table"]
+__all__ = ["WINOGRANDE", "measured_row", "score_of", "winogrande", "write_table"]
 
 WINOGRANDE = Task("winogrande", 5, "acc")
 """As the second paper chooses layers by it."""
@@ -44,6 +44,12 @@ def _evaluate_tasks(context: Context, model: Any, name: str) -> dict[str, float]
     return scores_of(found, tasks)
 
 
+def score_of(context: Context, model: Any, name: str) -> float:
+    """A model's score at one of the recipe's tasks. Collective over the world."""
+    task = next(task for task in context.recipe.evaluate.wanted() if task.name == name)
+    return scores_of(_run(context, model, [task]), [task])[name]
+
+
 def winogrande(context: Context, model: Any, run: Run) -> float:
     """Accuracy of what `run` runs of a model. Collective over the world."""
     return scores_of(_run(context, model, [WINOGRANDE], run), [WINOGRANDE])[WINOGRANDE.name]
@@ -59,6 +65,8 @@ def _run(context: Context, model: Any, tasks: list[Task], run: Run | None = None
         files=keys.task_files,
         limit=keys.limit,
         truncate=keys.truncate,
+        chat=keys.chat,
+        seed=context.recipe.seed,
         micro_batch=keys.micro_batch,
         run=run,
         listener=context.listener,

@@ -36,8 +36,9 @@ def distillation_asks(recipe: Recipe) -> Any:
     return [training_asks(recipe), correct, file_marks([recipe.distill.start] if recipe.distill.start else [])]
 
 
-def distil(context: Context, student: list[Any], label: str) -> int:
-    """Distils the run's teacher into a student, in place; returns the tokens seen."""
+def distil(context: Context, student: list[Any], label: str, *, until: int | None = None) -> int:
+    """Distils the run's teacher into a student, in place; returns the tokens seen. until: a step to stop after, from
+    which another call goes on."""
     keys, correct, topology = context.recipe.distill, context.recipe.correct, context.topology
     continuous = correct is not None and correct.continuous
     teacher, loss = context.load_teacher(trains=continuous), keys.loss.loss()
@@ -55,7 +56,7 @@ def distil(context: Context, student: list[Any], label: str) -> int:
             pack=keys.teacher_dtype == "float8",
         )
         with _released(states):
-            return train_in_phases(context, student, objective, keys, label, teacher=objective)
+            return train_in_phases(context, student, objective, keys, label, teacher=objective, until=until)
     assert correct is not None
 
     def taught(phase: ResolvedPhase) -> ContinuousObjective:
@@ -65,7 +66,7 @@ def distil(context: Context, student: list[Any], label: str) -> int:
         return ContinuousObjective(learner, topology, vocab=vocab, loss=loss, states=states)
 
     with correcting(context, teacher), _released(states):
-        return train_in_phases(context, student, taught, keys, label)
+        return train_in_phases(context, student, taught, keys, label, until=until)
 
 
 @contextmanager
@@ -110,6 +111,7 @@ def train_in_phases(
     label: str,
     *,
     teacher: KDObjective | None = None,
+    until: int | None = None,
 ) -> int:
     """Trains in place, with checkpoints and validation; returns the tokens seen.
 
@@ -133,6 +135,7 @@ def train_in_phases(
             checkpoints=at[0],
             identity=at[1],
             begin=before,
+            until=until,
             save_last=len(phases) > 1 or (label == "distill" and context.recipe.distill.retain),
             beside=beside,
             beside_flops=_flops(taught, phase, trains=bool(beside)),

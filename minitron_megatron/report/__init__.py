@@ -9,7 +9,7 @@ from .loggers import logged
 from .page import write_report
 from .plots import plot_bench
 from .records import describe, pairs_table, report_run
-from .tables import bench_table, print_summary, summary_table
+from .tables import bench_table, candidates_table, print_summary, summary_table
 from .watch import watch
 from .watchdog import Watchdog
 
@@ -18,6 +18,7 @@ __all__ = [
     "Progress",
     "Watchdog",
     "bench_table",
+    "candidates_table",
     "describe",
     "fan_out",
     "logged",

@@ -19,6 +19,7 @@ from .importance import KEPT, kept_rows, shares
 from .listeners import read_metrics
 from .measured import PREDICTED, predicted_rows
 from .plots import ByLayer, DepthCurves
+from .searched import SEARCHED, searched_rows
 from .tables import COLUMNS, cells, tasks_of
 
 __all__ = ["write_report"]
@@ -39,6 +40,7 @@ def write_report(
     """
     scores, plan, margins = scores or {}, plan or {}, margins or {}
     summary, metrics = _rows(_json(run / "summary.json")), read_metrics(run / "metrics.jsonl")
+    search = _json(run / "search" / "table.json")
     warnings = [*_close_cuts(margins), *_lost_losses(metrics)]
     figures = {
         "losses": lambda path: plots.loss_curves(metrics, summary, path),
@@ -47,12 +49,15 @@ def write_report(
         "depth": lambda path: plots.depth_curves(depth, path),
         "shares": lambda path: plots.shares(shares(plan, scores), path),
         "margins": lambda path: plots.margins(margins, path),
+        "search": lambda path: plots.search_front(search, path),
+        "ranks": lambda path: plots.search_ranks(search, path),
     }
     drawn = {name: _figure(run, name, draw, warnings) for name, draw in figures.items()}
     kept = "".join(drawn[name] for name in ("depth", "importance", "shares", "margins"))
     sections = [
         _section("Models", _summary(summary) + drawn["models"]),
         _section("Training", drawn["losses"]),
+        _section("Search", _table(SEARCHED, searched_rows(search)) + drawn["search"] + drawn["ranks"]),
         _section("What was kept", _table(KEPT, kept_rows(plan, scores, margins)) + kept),
         _section("Predicted and measured", _table(PREDICTED, predicted_rows(run))),
         _section("Stages", _stages(run / "stages", metrics)),
@@ -119,6 +124,10 @@ _CAPTIONS = {
     "the dashed line stands where every layer keeps its best.",
     "depth": "What is measured with a block of layers left out (block importance: at its two ends), against the last "
     "layer of the block. Dashed: as many layers, taken one by one wherever it hurts least.",
+    "search": "Every candidate that the budget leaves. A line joins those that no other beats in loss and in all that "
+    "is budgeted.",
+    "ranks": "Candidates that were distilled to the end, ordered by their held-out loss; below, Spearman's correlation "
+    "of each order with the last one.",
     "shares": "Sum of the scores of the units that a cut keeps, over that of all units in its layer.",
     "margins": "Relative distance between the score of the last kept unit and the first cut one. "
     "An exact tie stands at the lower edge.",

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import numbers
+from .searched import ESTIMATED, estimated_rows
 
-__all__ = ["COLUMNS", "bench_table", "cells", "print_summary", "summary_table", "tasks_of"]
+__all__ = ["COLUMNS", "bench_table", "candidates_table", "cells", "print_summary", "summary_table", "tasks_of"]
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "model": ("model", str),
@@ -56,15 +57,33 @@ def print_summary(rows: Sequence[Mapping[str, Any]], console: Console | None = N
     (console or Console()).print(summary_table(rows))
 
 
+def candidates_table(candidates: Sequence[Mapping[str, Any]]) -> Table:
+    """The candidates of a search and what each would cost."""
+    table = Table(title=f"{len(candidates)} candidates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, title in enumerate(ESTIMATED):
+        table.add_column(title, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
+    for row in estimated_rows(candidates):
+        table.add_row(*row)
+    return table
+
+
+RATIOS = {
+    "ratio": "student / teacher",
+    "ratio_fp8": "fp8 / teacher",
+    "ratio_batches": "over the teacher's smallest batch",
+    "ratio_batches_fp8": "fp8 over it",
+}
+
+
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of `bench/table.json`: tokens a second of each model, and the student's over the teacher's."""
     names = [name for name in ("teacher", "student", "student fp8") if any(name in row for row in rows)]
     table = Table(title="Tokens a second", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("input", "output", "batch", *names, "student / teacher", "fp8 / teacher"):
+    for title in ("input", "output", "batch", *names, *RATIOS.values()):
         table.add_column(title, justify="right")
     for row in rows:
         speeds = [(row.get(name) or {}).get("tokens_per_second") for name in names]
         sizes = [str(row[key]) for key in ("inputs", "outputs", "batch")]
-        ratios = [f"{row[key]:.2f}" if key in row else numbers.ABSENT for key in ("ratio", "ratio_fp8")]
+        ratios = [f"{row[key]:.2f}" if key in row else numbers.ABSENT for key in RATIOS]
         table.add_row(*sizes, *(numbers.ABSENT if each is None else f"{each:,.0f}" for each in speeds), *ratios)
     return table

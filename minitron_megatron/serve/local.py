@@ -18,15 +18,11 @@ __all__ = ["measure_locally"]
 def measure_locally(folders: list[Path], workload: Workload, *, repeats: int = 3) -> list[Measured]:
     """Each model on the same random requests, `workload.batch` of them with a static key-value cache, in turn; medians.
 
-    On a GPU decoding steps are one CUDA graph. Every model is in memory at once.
+    On a GPU decoding steps are one CUDA graph. Every model is in memory at once. A folder with no weights gets random
+    ones, which take as long.
     """
-    from transformers import AutoModelForCausalLM
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = [
-        AutoModelForCausalLM.from_pretrained(each, dtype="auto", local_files_only=True).to(device).eval()
-        for each in folders
-    ]
+    models = [_load(each).to(device).eval() for each in folders]
     steps = [_step(model) for model in models]
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for turn in range(repeats + 1):
@@ -35,6 +31,15 @@ def measure_locally(folders: list[Path], workload: Workload, *, repeats: int = 3
             if turn:  # the first one warms up
                 seen.append(taken)
     return [_measured(seen, workload) for seen in times]
+
+
+def _load(folder: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if any(folder.glob("*.safetensors")):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return AutoModelForCausalLM.from_config(config, dtype=config.dtype)
 
 
 def _step(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A warm pool of gloo processes: seconds to start once, then tenths of a second a job.
+"""A warm pool of processes, gloo's on the CPU or NCCL's on GPUs: seconds to start once, then tenths of a second a job.
 
 A job is a function that can be imported, called on every rank as `fn(topology, *args)` in a world of its own.
 Messages travel as pickles over pipes between a process and its own children, never through files.
@@ -14,8 +14,8 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from multiprocessing import get_context
@@ -26,7 +26,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from ..parallel import Topology, install_cpu_backend
+from ..parallel import Topology, claim_device, install_cpu_backend
 
 __all__ = ["Pool"]
 
@@ -46,9 +46,10 @@ class Pool:
     A job that hangs, or a worker that dies, ends all workers; the next job starts new ones.
     """
 
-    def __init__(self, timeout: float = 600.0) -> None:
-        """`timeout`: seconds that a job may take, unless its own `run` says otherwise."""
-        self.timeout = timeout
+    def __init__(self, timeout: float = 600.0, *, gpus: bool = False) -> None:
+        """`timeout`: seconds that a job may take, unless its own `run` says otherwise. gpus: a worker has one of its
+        own; otherwise it sees none, whatever the machine has."""
+        self.timeout, self.gpus = timeout, gpus
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Self:
@@ -97,7 +98,7 @@ class Pool:
         """The first `world` workers, started and warm."""
         if any(not worker.process.is_alive() for worker in self._workers):
             self.close()
-        new = [_Worker() for _ in range(len(self._workers), world)]
+        new = [_Worker(self.gpus) for _ in range(len(self._workers), world)]
         self._workers += new
         self._collect(new, START_SECONDS, "a worker's start")
         return self._workers[:world]
@@ -149,12 +150,13 @@ class _WorkerError(Exception):
 class _Worker:
     """A process, the pipe to it, and whether an answer is due."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpus: bool) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         # not a daemon: a job may start processes of its own, as mcore's asynchronous checkpoint writer does
         self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=False)
-        self.process.start()
+        with _visible(gpus):
+            self.process.start()
         theirs.close()
         self.busy = True
 
@@ -180,6 +182,19 @@ class _Worker:
         self.process.kill()  # where it had not yet come to lead its own group
         self.process.join()
         self.pipe.close()
+
+
+@contextmanager
+def _visible(gpus: bool) -> Iterator[None]:
+    """Within it, a process that starts sees this machine's GPUs or none."""
+    before = dict(os.environ)
+    try:
+        if not gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _serve(pipe: Connection) -> None:
@@ -216,7 +231,7 @@ def _in_own_world(place: _Place, layout: Topology, fn: Callable[..., Any], args:
     os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.rank), WORLD_SIZE=str(place.world))
     store = dist.FileStore(place.store, place.world)
     dist.init_process_group(
-        "gloo", store=store, rank=place.rank, world_size=place.world, timeout=timedelta(seconds=place.seconds)
+        claim_device(), store=store, rank=place.rank, world_size=place.world, timeout=timedelta(seconds=place.seconds)
     )
     try:
         topology = Topology.start(*astuple(layout))

@@ -46,6 +46,7 @@ def train(
     identity: str = "",
     begin: tuple[Path, str] | None = None,
     save_last: bool = False,
+    until: int | None = None,
     beside: Sequence[Learner] = (),
     beside_flops: int = 0,
     validate: Callable[[], dict[str, float]] | None = None,
@@ -55,7 +56,8 @@ def train(
 
     batches_of: step from 0 -> this rank's micro-batches. checkpoints: where to save every `save_every` steps, and to
     resume from if something is there; `identity` names the run they belong to. begin: (checkpoints, identity) of the
-    phase before, from whose end this one starts; save_last: leave such an end. beside: models that the objective trains
+    phase before, from whose end this one starts; save_last: leave such an end. until: a step to stop after, with the
+    state saved, as if training went on; at once where it has been there. beside: models that the objective trains
     in the same steps. beside_flops: of a token, what the objective computes beside `model`. validate: measurements
     after every `validate_every` steps and at the end. Returns the last step's values: `loss` (nats per token), `tokens`
     seen, `skipped` steps, `spikes` of the loss.
@@ -70,10 +72,12 @@ def train(
             run.store = Checkpoints(checkpoints, topology, keep=training.keep, asynchronous=training.asynchronous)
         run.resume(begin)
         values = {"tokens": float(run.tokens)}
+        end = training.steps if until is None else min(until, training.steps)
+        save_last = save_last or end < training.steps
         with listening(topology) as preempted:
-            for done in range(run.step + 1, training.steps + 1):
+            for done in range(run.step + 1, end + 1):
                 values = run.advance(done, batches_of(done - 1))
-                last = done == training.steps
+                last = done == end
                 if validate and (last or done % training.validate_every == 0):
                     values |= validate()
                 listener(Event(label, done, training.steps, "steps", values))

@@ -14,6 +14,7 @@ VERBS = {
     "prepare": STAGE,
     "correct": STAGE,
     "score": STAGE,
+    "search": STAGE | {"--task"},
     "prune": STAGE,
     "distill": STAGE,
     "baseline": STAGE,

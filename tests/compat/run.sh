@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname "$0")/../.."
 work=${1:-$(mktemp -d)}
-python=.venv/bin/python
+python=${PYTHON:-.venv/bin/python}
 $python -m pip install --quiet --target "$work/site" 'transformers==4.57.3'
 $python tests/compat/logits.py write "$work"
 PYTHONPATH=$work/site $python tests/compat/logits.py compare "$work"

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.evaluate import Predictor, Task, check_tasks, run_tasks, scores_of
 from minitron_megatron.evaluate.tasks import _configured, _manager, _quiet
 from minitron_megatron.layout import Shape
+from minitron_megatron.model import forward_only
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from tests.tiny import LAYOUTS, write_llama
@@ -145,25 +147,28 @@ def test_every_item_is_that_of_the_harness_own_model(
         assert expect_alike(found, truth) > 60
 
 
-def sampled(topology: Topology, model: Path, temperature: float, top_p: float) -> list[list[int]]:
-    predictor = Predictor(load_hf(model, topology), topology, micro_batch=2)
-    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    return predictor.continuations(prompts, 12, temperature=temperature, top_p=top_p, seed=4)
+def sampled(topology: Topology, model: Path, temperature: float, top_p: float, kept: bool = True) -> list[list[int]]:
+    """kept: keys and values; else every token reads all before it again."""
+    loaded = load_hf(model, topology)
+    predictor = Predictor(loaded, topology, micro_batch=2, run=None if kept else partial(forward_only, loaded))
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14] * 9, [15] * 4, [16], [17] * 7]
+    stop = lambda made: len(made) == 6 or made[-1] % 9 == 0  # noqa: E731
+    return predictor.continuations(prompts, 12, stop=stop, temperature=temperature, top_p=top_p, seed=4)
 
 
-def test_what_is_sampled_depends_on_the_seed_and_not_on_the_layout(pool: Pool, model: Path) -> None:
-    """And a narrow enough choice is the greedy one."""
-    plain = pool.run(sampled, model, 0.8, 0.95)[0]
-    for layout in ("tp2", "tp2-sp", "pp2", "dp2"):
-        assert all(found == plain for found in pool.run(sampled, model, 0.8, 0.95, **LAYOUTS[layout]))
-    greedy = pool.run(sampled, model, 0.0, 1.0)[0]
-    assert plain != greedy == pool.run(sampled, model, 1.0, 1e-6, tp=2)[0]
-    assert all(len(tokens) == 12 for tokens in greedy)
+@pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "pp2-vp2", "dp2"])
+def test_what_is_generated_depends_on_the_seed_and_not_on_the_layout(pool: Pool, model: Path, layout: str) -> None:
+    """Nor on whether what was read is read again. A narrow enough choice is the greedy one."""
+    greedy, drawn = (pool.run(sampled, model, *how, False)[0] for how in ((0.0, 1.0), (0.8, 0.95)))
+    assert greedy != drawn and max(map(len, greedy)) == 6 and len({len(made) for made in greedy}) > 1
+    for how, truth in (((0.0, 1.0), greedy), ((0.8, 0.95), drawn), ((1.0, 1e-6), greedy)):
+        assert all(found == truth for found in pool.run(sampled, model, *how, **LAYOUTS[layout]))
 
 
-def answered(topology: Topology, model: Path) -> list[tuple[float, bool]]:
+def answered(topology: Topology, model: Path) -> tuple[list[float], list[list[int]]]:
     pairs = [([5] * n, [6, 7]) for n in (3, 9, 20, 1)] + [([5] * 3, [6, 8])]
-    return Predictor(load_hf(model, topology), topology, micro_batch=1).likelihoods(pairs)
+    predictor = Predictor(load_hf(model, topology), topology, micro_batch=1)
+    return [value for value, _ in predictor.likelihoods(pairs)], predictor.continuations([p for p, _ in pairs[:3]], 4)
 
 
 def test_experts_answer_alike_at_every_layout(pool: Pool, tmp_path: Path) -> None:
@@ -173,8 +178,8 @@ def test_experts_answer_alike_at_every_layout(pool: Pool, tmp_path: Path) -> Non
     folder = make_folder(tmp_path / "mixture", "mixtral")
     plain = pool.run(answered, folder)[0]
     for layout in ({"ep": 2, "dp": 2}, {"tp": 2, "ep": 2, "sequence_parallel": True}):
-        for found in pool.run(answered, folder, **layout):
-            assert [value for value, _ in found] == pytest.approx([value for value, _ in plain], abs=1e-4)
+        for values, made in pool.run(answered, folder, **layout):
+            assert values == pytest.approx(plain[0], abs=1e-4) and made == plain[1]
 
 
 def test_what_cannot_be_run_is_one_message(pool: Pool, model: Path, files: Path, tmp_path: Path) -> None:

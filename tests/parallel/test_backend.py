@@ -1,4 +1,4 @@
-"""The ground that everything stands on: megatron-core 0.16.1 itself, on gloo processes without CUDA.
+"""The ground that everything stands on: megatron-core itself, on gloo processes without CUDA.
 
 Bare mcore (GPTModel, schedules, DDP, optimizer, distributed checkpoints) against itself on one process, from the same
 weights: losses and gradients must not depend on the layout. Weights are made by name and cut by the layout table.
@@ -6,10 +6,12 @@ weights: losses and gradients must not depend on the layout. Weights are made by
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,15 @@ from torch import Tensor
 
 from minitron_megatron.layout import Shape, lookup
 from minitron_megatron.model import ModelConfig, adopt, build, named_shards
-from minitron_megatron.parallel import Topology, final_hidden, mend_distributed_optimizer, separate_steps
+from minitron_megatron.parallel import (
+    FITS,
+    Topology,
+    final_hidden,
+    load_optimizer,
+    mend_distributed_optimizer,
+    quieten,
+    save_sharded,
+)
 from minitron_megatron.testing import Pool, tolerance
 
 SHAPE = Shape(layers=4, hidden=32, ffn=48, heads=4, kv_groups=2, head_dim=8, vocab=128)
@@ -38,9 +48,15 @@ LAYOUTS = {
 
 
 def test_it_says_which_megatron_it_fits() -> None:
-    import megatron.core
+    assert version("megatron-core") in FITS, "read parallel/backend.py and versions.py against the new version"
 
-    assert megatron.core.__version__ == "0.16.1", "read parallel/backend.py and versions.py against the new version"
+
+def test_a_deprecation_is_kept_back_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    quieten()
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.warning("GPTModel IS DEPRECATED.")
+    logger.warning("the loss is not finite")
+    assert [record.getMessage() for record in caplog.records] == ["the loss is not finite"]
 
 
 # ---- weights and data that no layout can change
@@ -266,7 +282,6 @@ def state_of(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict
 
 def train_and_save(topology: Topology, folder: str, dtype: torch.dtype, asynchronous: bool) -> list[float]:
     """Four steps, saved after the second (asynchronously: while the third runs): this rank's shares of the losses."""
-    from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
     chunks, optimizer = trainee(topology, dtype)
@@ -276,7 +291,7 @@ def train_and_save(topology: Topology, folder: str, dtype: torch.dtype, asynchro
         assert optimizer.step()[0]
         if step == 1:
             state = state_of(chunks, optimizer, is_loading=False)
-            request = dist_checkpointing.save(state, folder, async_sharded_save=asynchronous)
+            request = save_sharded(state, folder, later=asynchronous)
             if asynchronous:
                 writer.schedule_async_request(request)
         elif step == 2 and asynchronous:
@@ -294,8 +309,7 @@ def load_and_train(topology: Topology, folder: str, dtype: torch.dtype) -> list[
         part._init_optimizer_states_with_dummy_values()
     loaded = dist_checkpointing.load(state_of(chunks, optimizer, is_loading=True), folder)
     chunks[0].module.load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
-    separate_steps(optimizer)
+    load_optimizer(optimizer, loaded["optimizer"])
     losses = []
     for step in (2, 3):
         losses.append(train_step(chunks, topology, step))

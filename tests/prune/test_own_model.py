@@ -17,6 +17,7 @@ from minitron_megatron.prune import choose, trim
 from minitron_megatron.records import Plan, Scores
 from minitron_megatron.score import score
 from minitron_megatron.testing import Pool
+from tests.engine import norm_column_parallel_linear
 from tests.tiny import LAYOUTS, SEQUENCE, samples, share
 
 VOCAB = 132
@@ -24,28 +25,14 @@ VOCAB = 132
 
 
 def with_fused_norms(spec: Any) -> Any:
-    """The spec as Transformer Engine names it: the norms before qkv and fc1 live in these as `layer_norm_weight`.
-
-    Transformer Engine needs a GPU; this stand-in has its names and its function.
-    """
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    """The spec as Transformer Engine names it: the norms before qkv and fc1 live in these as `layer_norm_weight`."""
     from megatron.core.transformer.identity_op import IdentityOp
-
-    class NormColumnParallelLinear(ColumnParallelLinear):
-        def __init__(self, input_size: int, output_size: int, *, config: Any, **more: Any) -> None:
-            super().__init__(input_size, output_size, config=config, **more)
-            self.eps = config.layernorm_epsilon
-            self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size))
-            self.layer_norm_weight.sequence_parallel = config.sequence_parallel
-
-        def forward(self, states: Tensor, *args: Any, **more: Any) -> Any:
-            normed = F.rms_norm(states, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)
-            return super().forward(normed, *args, **more)
 
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = IdentityOp
-    layer.self_attention.submodules.linear_qkv = NormColumnParallelLinear
-    layer.mlp.submodules.linear_fc1 = NormColumnParallelLinear
+    layer.self_attention.submodules.linear_qkv = norm_column_parallel_linear()
+    mlp = getattr(layer.mlp, "keywords", vars(layer.mlp))["submodules"]  # a partial in mcore 0.19, a ModuleSpec before
+    mlp.linear_fc1 = norm_column_parallel_linear()
     return spec
 
 

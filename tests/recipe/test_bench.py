@@ -65,7 +65,9 @@ def test_reports_become_ratios(exported: Path, monkeypatch: pytest.MonkeyPatch, 
     recipe = load_recipe(exported)
     rows = bench(recipe)
     assert [row["ratio"] for row in rows] == pytest.approx([3.0] * 4)
+    assert [row.get("ratio_batches") for row in rows] == [None, 3.0, None, 3.0]
     assert rows[0]["student"]["tokens_per_second"] == 1200.0
+    assert bench_table(rows).row_count == 4
     assert read_json(recipe.out / "bench" / "table.json")["rows"] == json.loads(json.dumps(rows))
     plot = plot_bench(rows, recipe.out / "plot.png")
     assert plot and plot.stat().st_size > 5000

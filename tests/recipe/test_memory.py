@@ -1,22 +1,26 @@
-"""Planned bytes of a rank in training are those that lie in its memory, within a tenth."""
+"""Planned bytes of a rank are those that lie in its memory in a distillation, within a tenth."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from minitron_megatron.convert import load_hf
 from minitron_megatron.data import Batch
+from minitron_megatron.distill import KDObjective
 from minitron_megatron.layout import Shape
-from minitron_megatron.model import ModelConfig, build, fill_initial
 from minitron_megatron.parallel import Topology
-from minitron_megatron.recipe.memory import training_bytes
+from minitron_megatron.recipe import estimate, load_recipe
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import LMObjective, Training
+from minitron_megatron.train import Training
 from minitron_megatron.train.learner import Learner
+from tests.tiny import write_llama
 
 SHAPE = Shape(layers=4, hidden=256, ffn=512, heads=8, kv_groups=4, head_dim=32, vocab=1024)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,23 +34,43 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def planned_and_held(topology: Topology, dtype: str, world: int) -> tuple[float, int]:
+STUDENT = SHAPE.resized(hidden=128, ffn=256, heads=4)
+SAMPLES, SEQUENCE = 64, 128
+
+
+def held_in_distillation(topology: Topology, teacher: Path, student: Path, dtype: str) -> int:
+    """Bytes of this rank's tensors after a step of distillation, the teacher's hidden states among them."""
     before = live_bytes()
-    model = build(ModelConfig(shape=SHAPE), topology, DTYPES[dtype])
-    fill_initial(model, topology, 1)
-    learner = Learner(model, Training(steps=2, lr=1e-3, min_lr=1e-4, warmup_steps=0), topology)
-    tokens = torch.randint(0, SHAPE.vocab, (1, 17))
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(1, 16, dtype=torch.bool))
-    learner.step([batch], LMObjective(topology))
+    teaches, learns = (load_hf(each, topology, DTYPES[dtype]) for each in (teacher, student))
+    learner = Learner(learns, Training(steps=2, lr=1e-3, min_lr=1e-4, warmup_steps=0), topology)
+    tokens = torch.randint(0, SHAPE.vocab, (2, SEQUENCE + 1))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(2, SEQUENCE, dtype=torch.bool))
+    objective = KDObjective(teaches, topology, vocab=SHAPE.vocab)
+    learner.step([batch] * (SAMPLES // 2 // topology.dp), objective)
     held = live_bytes() - before
-    planned = training_bytes(SHAPE, topology, dtype, world)[topology.pp_rank]
     learner.release()
-    return planned, held
+    return held
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"dp": 2}], ids=str)
-def test_planned_bytes_are_those_held(pool: Pool, layout: dict[str, Any], dtype: str) -> None:
-    for planned, held in pool.run(planned_and_held, dtype, 2, **layout):
-        assert planned > 4e6
-        assert abs(held / planned - 1) < 0.1
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 2}], ids=["tp2-sp", "pp2", "dp2"]
+)
+def test_an_estimate_is_what_the_fullest_rank_of_a_distillation_holds(
+    pool: Pool, tmp_path: Path, recipe_file: Callable[..., Path], layout: dict[str, Any], dtype: str
+) -> None:
+    """`minitron estimate` counts both models, gradients, optimizer and the teacher's hidden states."""
+    teacher, student = write_llama(tmp_path / "teacher", SHAPE, 1), write_llama(tmp_path / "student", STUDENT, 2)
+    recipe = recipe_file(
+        model=str(teacher),
+        dtype=dtype,
+        correct=None,
+        parallel={key: value for key, value in layout.items() if key != "dp"},
+        data={"sequence": SEQUENCE, "sources": [{"path": "corpus.jsonl"}]},
+        prune={"hidden": 128, "ffn": 256, "heads": 4},
+        distill={"tokens": SAMPLES * SEQUENCE * 2, "global_batch": SAMPLES, "micro_batch": 2},
+    )
+    planned = estimate(load_recipe(recipe), gpus=2)
+    assert planned.stash_bytes > 0.1 * planned.rank_bytes
+    held = max(pool.run(held_in_distillation, teacher, student, dtype, **layout))
+    assert abs(held / planned.rank_bytes - 1) < 0.1, f"{held:,} held, {planned.rank_bytes:,} planned"

@@ -54,6 +54,8 @@ def test_phases_follow_each_other_and_one_more_continues(recipe_file: Write, poo
     said = pool.run(work, recipe, dp=2)[0]
     assert [(step, total) for _, step, total, _ in said] == [(step, 12) for step in range(1, 13)]
     assert said[-1][3]["tokens"] == said[5][3]["tokens"] + 6 * 4 * 32
+    peaks = [max(values["lr"] for _, step, _, values in said if (step > 6) == later) for later in (False, True)]
+    assert peaks == pytest.approx([5e-3, 1e-3])
     assert all("validation_kl" in values for _, step, _, values in said if step in (6, 12))
     third = phased(recipe_file, SECOND, {"tokens": 3 * 4 * 32}, retain=True)
     more = pool.run(work, third, dp=2)[0]

@@ -251,6 +251,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, int], type[MinitronError], str]
     ),
     ("a batch that does not divide", {"score": {"samples": 3, "micro_batch": 2}}, {}, RecipeError, "samples is 3"),
     ("a top_k above the vocabulary", {"distill": {"loss": {"top_k": 132}}}, {}, RecipeError, "top_k is 132, but there"),
+    ("layers that are not there", {"spec": "te"}, {}, RecipeError, "needs Transformer Engine"),
     ("a missing model", {"model": "nowhere"}, {}, CheckpointError, "no such folder"),
     ("a missing corpus", {"data": {"sources": [{"path": "nowhere.jsonl"}]}}, {}, DataError, "nowhere.jsonl"),
 ]

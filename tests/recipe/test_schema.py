@@ -76,6 +76,8 @@ def test_an_override_changes_one_block_of_those_that_an_alias_shares(tmp_path: P
         (["prune.layers=[1, x]"], "prune.layers is [1, 'x']: give how many"),
         (["score.depth={metrik: kl}"], "score.depth.metrik is not a known key. Did you mean 'metric'?"),
         (["data=null"], "data is None"),
+        (["spec=ta"], "spec is 'ta'"),
+        (["spec=te", "distill.states={outputs: ['3:2']}"], "set spec to local, or map attention alone"),
         (["prune.hidden"], "is not of the form a.b=value"),
         (["out.x=1"], "there is no block of keys that holds x"),
         (["prune.hidden=[1"], "is not a YAML value"),

@@ -26,7 +26,7 @@ __all__ = ["material", "recipe_file"]
 Write = Callable[..., Path]
 Environment = dict[str, str]
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ("slurm/run.sbatch", "slurm/array.sbatch")
+SCRIPTS = ("slurm/run.sbatch", "slurm/array.sbatch", "slurm/search.sbatch")
 needs_slurm = pytest.mark.skipif(bool(lacks()), reason=lacks() or "there is one")
 
 
@@ -167,6 +167,27 @@ def test_an_array_reruns_what_was_killed_and_no_other(slurm: Environment, home: 
     wait_for(lambda: not ask(slurm, "squeue", "-h", "-j", again))
     assert all((home / f"candidate {ffn}" / "export").is_dir() for ffn in (32, 40, 48))
     assert before == {ffn: (home / f"candidate {ffn}" / "summary.json").stat().st_mtime_ns for ffn in (32, 48)}
+
+
+@needs_slurm
+def test_a_search_is_spread_over_the_tasks_of_an_array(slurm: Environment, home: Path, recipe_file: Write) -> None:
+    """One of which is killed: the last job does what that one left."""
+    light = {"top": 2, "tokens": 6 * 8 * 16, "measure_every": 3}
+    search = {"hidden": [32, 40], "ffn": [32, 48], "budget": {"params": 60_000}, "light": light}
+    keys: dict[str, Any] = {"correct": None, "random_baseline": False, "prune": None, "search": search}
+    recipes = [recipe_file(f"{name}.yaml", out=str(home / name), **keys) for name in ("alone", "spread")]
+    ended(slurm, submit(slurm, home, "--nodes=1", "slurm/run.sbatch", recipes[0]), home)
+    for stage in ("prepare", "score"):
+        ended(slurm, submit(slurm, home, "--nodes=1", "slurm/run.sbatch", stage, recipes[1]), home)
+    for _ in range(2):
+        job = submit(slurm, home, "--array=0-1", "slurm/search.sbatch", recipes[1])
+        wait_for(lambda job=job: not ask(slurm, "squeue", "-h", "-j", job))
+        parts = list((home / "spread" / "search" / "parts").rglob("*.json"))
+    assert len(parts) == 4 + 2
+    parts[-1].unlink()
+    ended(slurm, submit(slurm, home, "--nodes=1", "slurm/run.sbatch", recipes[1]), home)
+    tables = [read_json(home / name / "search" / "table.json") for name in ("alone", "spread")]
+    assert tables[0] == tables[1] and table(home / "spread") == table(home / "alone")
 
 
 EVIL = [

@@ -20,6 +20,14 @@ def place(topology: Topology, offset: int) -> tuple[int, int, int, int, float]:
     return topology.tp_rank, topology.pp_rank, topology.dp_rank, os.getpid(), total.item()
 
 
+def gpus_seen(topology: Topology) -> int:
+    return torch.cuda.device_count()
+
+
+def test_workers_see_no_gpu_unless_they_are_asked_to(pool: Pool) -> None:
+    assert pool.run(gpus_seen, dp=2) == [0, 0]
+
+
 def fail_on_one_rank(topology: Topology, rank: int) -> None:
     if topology.rank == rank:
         raise PlanError(f"rank {rank} met something.")

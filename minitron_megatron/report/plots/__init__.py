@@ -1,4 +1,4 @@
-"""The plots of a run, each a PNG: losses, models side by side, importance, what a cut keeps, depth.
+"""The plots of a run, each a PNG: losses, models side by side, importance, what a cut keeps, depth, a search.
 
 Knows: lines of metrics, rows of a summary, and plain mappings of scores, kept units and margins. Must not know: where
 they come from. A plot with nothing to show writes no file and returns None; matplotlib is imported when one is drawn.
@@ -8,6 +8,7 @@ from .cuts import LEAST_MARGIN, margins, shares
 from .depth import DepthCurves, depth_curves
 from .losses import bars, loss_curves
 from .scores import ByLayer, importance
+from .search import search_front, search_ranks
 from .throughput import plot_bench
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "loss_curves",
     "margins",
     "plot_bench",
+    "search_front",
+    "search_ranks",
     "shares",
 ]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .style import COLOURS, new_figure
+from .style import COLOURS, legend_outside, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["plot_bench"]
 
@@ -15,21 +18,39 @@ PAPER = {"depth-pruned 4B (2.7x)": 2.7, "width-pruned 4B (1.8x)": 1.8, "FP8 over
 
 
 def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """The ratio of tokens a second, student over teacher, a bar a rung, with the second paper's as lines."""
-    kept = [row for row in rows if "ratio" in row or "ratio_fp8" in row]
-    if not kept:
+    """The ratio of tokens a second, student over teacher, a bar a rung: a panel for each batch that both have, and one
+    for the student's largest over the teacher's smallest, as the second paper compares; its ratios are the lines."""
+    panels = [panel for panel in _panels(rows) if panel[2]]
+    if not panels:
         return None
-    with new_figure(path, 9.0, 4.5) as figure:
-        axes = figure.subplots()
-        for number, (key, label) in enumerate((("ratio", "student"), ("ratio_fp8", "student, FP8"))):
-            bars = [(at, row[key]) for at, row in enumerate(kept) if key in row]
-            if bars:
-                places, values = zip(*bars, strict=True)
-                axes.bar([at + 0.4 * number for at in places], values, 0.4, color=COLOURS[number], label=label)
-        for number, (label, ratio) in enumerate(PAPER.items()):
-            axes.axhline(ratio, linestyle="--", linewidth=1, color=COLOURS[(number + 2) % len(COLOURS)], label=label)
-        names = [f"{row['inputs']}/{row['outputs']}\nbatch {row['batch']}" for row in kept]
-        axes.set_xticks(range(len(kept)), names, fontsize=8)
-        axes.set(title="Throughput over the teacher's", ylabel="ratio of tokens a second")
-        axes.legend(fontsize=8)
+    with new_figure(path, 9.5, 1.4 + 2.2 * len(panels)) as figure:
+        every = figure.subplots(len(panels), sharex=False, squeeze=False)[:, 0]
+        for axes, (title, ending, kept) in zip(every, panels, strict=True):
+            _bars(axes, kept, ending)
+            axes.set(title=title, ylabel="tokens a second\nover the teacher's")
+        legend_outside(every[0])
     return path
+
+
+def _panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
+    """(title, what ends the keys of the ratios, the rows that have any)."""
+    batches = sorted({row["batch"] for row in rows})
+    wanted = [(f"Both at batch {batch}", "", [row for row in rows if row["batch"] == batch]) for batch in batches]
+    if len(batches) > 1:
+        wanted.append((f"Student at batch {batches[-1]}, teacher at {batches[0]}", "_batches", list(rows)))
+    keys = [(f"ratio{ending}", f"ratio{ending}_fp8") for _, ending, _ in wanted]
+    return [
+        (title, ending, [row for row in of_panel if any(key in row for key in pair)])
+        for (title, ending, of_panel), pair in zip(wanted, keys, strict=True)
+    ]
+
+
+def _bars(axes: Axes, rows: Sequence[Mapping[str, Any]], ending: str) -> None:
+    for number, (leaf, label) in enumerate((("", "student"), ("_fp8", "student, FP8"))):
+        bars = [(at, row[key]) for at, row in enumerate(rows) if (key := f"ratio{ending}{leaf}") in row]
+        if bars:
+            places, values = zip(*bars, strict=True)
+            axes.bar([at + 0.4 * number - 0.2 for at in places], values, 0.4, color=COLOURS[number], label=label)
+    for number, (label, ratio) in enumerate(PAPER.items()):
+        axes.axhline(ratio, linestyle="--", linewidth=1, color=COLOURS[number + 2], label=label)
+    axes.set_xticks(range(len(rows)), [f"{row['inputs']} / {row['outputs']}" for row in rows], fontsize=8)

@@ -1,0 +1,132 @@
+"""What does the zero-shot stage of a search cost beside pruning and evaluating each candidate for itself, in files?
+
+    python benchmarks/search_cost.py WORK
+
+After `make runs/corpus`. The quickstart's teacher, a budget of about 60 % of its parameters. The stage measures every
+candidate from one loaded teacher. Beside it stands each candidate for itself: the teacher read, cut, written as a
+Hugging Face folder, read again and measured on the same samples, in this process; and, for a few of them, as a person
+would, `minitron prune` and `minitron evaluate --model` in processes of their own. Bounds: losses within 1e-5 of each
+other, the time at most 0.3 of the separate one, live tensors at most the teacher and 1.2 of the largest candidate.
+Paired: a candidate's two times follow each other; ratio of the sums, one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from record import record
+
+from minitron_megatron.convert import load_hf, save_hf
+from minitron_megatron.data import calibration_batches
+from minitron_megatron.evaluate import validation_loss
+from minitron_megatron.layout import parameters
+from minitron_megatron.parallel import Topology
+from minitron_megatron.prune import trim
+from minitron_megatron.recipe import load_recipe, run
+from minitron_megatron.recipe.context import Context
+from minitron_megatron.recipe.run import results
+from minitron_megatron.recipe.searching import _Work
+from minitron_megatron.search import zero_shot
+from minitron_megatron.testing import LivePeak
+
+RECIPE = Path(__file__).parents[1] / "examples" / "quickstart" / "recipe.yaml"
+SEARCH = (
+    "search={layers: [5, 6, 7, 8], hidden: {from: 128, to: 192, step: 16}, ffn: {from: 192, to: 480, step: 32}, "
+    "heads: [4, 8], budget: {params: [2.0e6, 2.3e6]}, light: null}"
+)
+BY_HAND = 4
+"""Candidates that are also measured by the command line."""
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    found = work()
+    return time.perf_counter() - began, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The zero-shot stage beside separate candidates.")
+    parser.add_argument("work", type=Path)
+    folder = parser.parse_args().work
+    torch.set_num_threads(1)
+    topology = Topology.start()
+    overrides = ["correct=null", "prune={}", SEARCH, "evaluate.samples=128"]
+    recipe = load_recipe(RECIPE, overrides, folder / "run")
+    for stage in ("prepare", "score"):
+        run(recipe, topology, only=stage)
+    context = Context(recipe, topology, print_progress, results(recipe, "score"), lambda other: "")
+    work = _Work(context)
+    names = list(work.candidates)
+    batches = calibration_batches(context.calibration(), micro_batch=recipe.score.micro_batch, dp_rank=0, dp=1)
+    teacher = context.load_uncut()
+
+    def separate(name: str) -> float:
+        path, student = folder / "separate", trim(load_hf(recipe.model, topology), work.plan(name), topology)
+        save_hf(student, path, topology, files_from=recipe.model)
+        return validation_loss(load_hf(path, topology), {"": batches}, topology)["all"]
+
+    pairs, apart = [], 0.0
+    for name in names:
+        mine, found = timed(lambda name=name: zero_shot(teacher, [name], work.plan, batches, topology=topology))
+        theirs, loss = timed(lambda name=name: separate(name))
+        pairs.append((mine, theirs))
+        apart = max(apart, abs((found[name]["loss"] or 0.0) - loss))
+    whole = [each for each in work.candidates.values() if each.shape.layers == 8]  # no layers to choose
+    by_hand = [through_processes(folder / "by-hand", each) for each in whole[:: len(whole) // BY_HAND]]
+    sums = [sum(each) for each in zip(*pairs, strict=True)]
+    single = [median(each) for each in zip(*pairs, strict=True)]
+    largest = 4 * parameters(work.candidates[names[0]].shape)
+    record(
+        "search_cost",
+        candidates=len(names),
+        samples=recipe.score.samples,
+        largest_loss_difference=apart,
+        over_separate_in_this_process=sums[0] / sums[1],
+        over_separate_by_the_command_line=single[0] / median(by_hand),
+        by_the_command_line=len(by_hand),
+        bound=0.3,
+        peak_over_largest_candidate={
+            f"micro-batch {micro}": peak(teacher, work, context, micro, topology) / largest for micro in (1, 16)
+        },
+        peak_bound=1.2,
+    )
+
+
+def peak(teacher: Any, work: _Work, context: Context, micro: int, topology: Topology) -> int:
+    """Live bytes above the teacher while the three largest candidates are measured one after another."""
+    batches = calibration_batches(context.calibration(), micro_batch=micro, dp_rank=0, dp=1)[:4]
+    with LivePeak() as meter:
+        zero_shot(teacher, list(work.candidates)[:3], work.plan, batches, topology=topology)
+    return meter.extra
+
+
+def through_processes(out: Path, candidate: Any) -> float:
+    """Seconds of `minitron prune` and `minitron evaluate --model`, once the scores are there."""
+    sizes = {axis: size for axis, size in candidate.sizes.items() if axis != "layers"}
+    flags = ["--set", "correct=null", "--set", f"prune={sizes}", "--set", "evaluate.samples=128", "--out", str(out)]
+
+    def call(*verb: str) -> None:
+        command = [sys.executable, "-m", "minitron_megatron", verb[0], str(RECIPE), *verb[1:], *flags]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+
+    if not (out / "scores").exists():
+        call("prepare")
+        call("score")
+    return timed(lambda: (call("prune"), call("evaluate", "--model", str(out / "pruned"))))[0]
+
+
+def print_progress(event: Any) -> None:
+    print(f"{event.label} {event.done}/{event.total}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The candidates of a search: loss against what they cost, and their ranks while they were distilled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import numbers
+from .style import COLOURS, GREY, PALE, legend_outside, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["search_front", "search_ranks"]
+
+COSTS = {
+    "params": "parameters",
+    "active_params": "active parameters",
+    "memory_bytes": "bytes of weights and cache",
+    "flops_per_token": "FLOPs a token",
+    "decode_ms": "milliseconds a decoding step",
+    "tokens_per_second": "tokens a second",
+}
+MOST_NAMED = len(COLOURS)
+
+Row = Mapping[str, Any]
+
+
+def search_front(table: Mapping[str, Any] | None, path: Path) -> Path | None:
+    """Loss against the first budget, right after the cut and, where some were distilled, after that: each candidate a
+    point, those that none beats joined by a line, the winner a star."""
+    rows = [row for row in (table or {}).get("candidates", ()) if row["after_cut"] is not None]
+    if not table or not rows:
+        return None
+    cost, trained = table["costs"][0], [row for row in rows if _reached(row, rows)]
+    panels = [("Right after the cut", rows, "after_cut"), ("After light distillation", trained, "loss")]
+    panels = panels if trained else panels[:1]
+    with new_figure(path, 9.0, 3.6) as figure:
+        for axes, (title, shown, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            axes.set(title=title, xlabel=COSTS[cost], ylabel="loss (nats per token)")
+            faint = [row for row in shown if not row["front"] and not row["winner"]]
+            axes.plot(*_points(faint, cost, key), "o", color=PALE, markersize=4, label="candidates")
+            if key == "loss" or not trained:
+                best = sorted((row for row in shown if row["front"]), key=lambda row: row["costs"][cost])
+                axes.plot(*_points(best, cost, key), "o-", color=COLOURS[0], markersize=4, label="beaten by none")
+            chosen = [row for row in shown if row["winner"]]
+            axes.plot(*_points(chosen, cost, key), "*", color=COLOURS[1], markersize=13, label="the winner")
+            axes.xaxis.set_major_formatter(lambda value, _: numbers.count(value))
+            axes.legend(fontsize=8)
+    return path
+
+
+def _points(rows: Sequence[Row], cost: str, key: str) -> tuple[list[float], list[float]]:
+    return [row["costs"][cost] for row in rows], [row[key] for row in rows]
+
+
+def _reached(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether a candidate was distilled to the last step of any."""
+    last = max((int(step) for each in rows for step in each["curve"]), default=None)
+    return last is not None and str(last) in row["curve"]
+
+
+def search_ranks(table: Mapping[str, Any] | None, path: Path) -> Path | None:
+    """Ranks by held-out loss against steps of light distillation, and how well they agree with the last: figure 9 of
+    Minitron's first paper."""
+    rows = [row for row in (table or {}).get("candidates", ()) if row["curve"]]
+    rows = [row for row in rows if _reached(row, rows)]
+    if not table or len(rows) < 2 or len(rows[0]["curve"]) < 2:
+        return None
+    steps = sorted(int(step) for step in rows[0]["curve"])
+    orders = {step: sorted(rows, key=lambda row: _loss(row, step)) for step in steps}
+    with new_figure(path, 9.0, 1.6 + 0.22 * max(len(rows), 8)) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        for place, row in enumerate(rows):
+            ranks = [orders[step].index(row) + 1 for step in steps]
+            strong = place < MOST_NAMED
+            colour = COLOURS[place % len(COLOURS)] if strong else GREY
+            upper.plot(steps, ranks, "o-", markersize=3.5, color=colour, label=row["name"] if strong else None)
+        upper.set(title="Ranks during light distillation", ylabel="rank by held-out loss")
+        upper.invert_yaxis()
+        legend_outside(upper)
+        _agreement(lower, table["settled"])
+    return path
+
+
+def _loss(row: Row, step: int) -> float:
+    loss = row["curve"][str(step)]
+    return float("inf") if loss is None else loss
+
+
+def _agreement(axes: Axes, settled: Sequence[tuple[int, float]]) -> None:
+    axes.plot([step for step, _ in settled], [value for _, value in settled], "o-", markersize=3.5, color=COLOURS[0])
+    axes.set(ylabel="agreement\nwith the last", xlabel="steps")
+    axes.set_ylim(top=1.08)

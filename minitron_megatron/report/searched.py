@@ -1,0 +1,53 @@
+"""The candidates of a search as rows of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import numbers
+
+__all__ = ["ESTIMATED", "SEARCHED", "estimated_rows", "searched_rows"]
+
+Row = tuple[str, ...]
+
+MOST = 20
+"""Rows of a table; the file has them all."""
+
+SEARCHED = ("candidate", "parameters", "after the cut", "distilled for a while", "")
+ESTIMATED = ("candidate", "parameters", "memory\n(GiB)", "FLOPs\na token", "decoding\n(ms)", "light\n(hours)")
+
+
+def searched_rows(table: Mapping[str, Any] | None) -> list[Row]:
+    """Rows under `SEARCHED`: the best by their last loss, and how many more there are."""
+    rows = list((table or {}).get("candidates", ()))
+    shown: list[Row] = [
+        (
+            row["name"],
+            numbers.count(row["costs"]["params"]),
+            numbers.loss(row["after_cut"]),
+            numbers.loss(row["loss"] if row["curve"] else None),
+            "chosen" if row["winner"] else "beaten by none" if row["front"] else "",
+        )
+        for row in rows
+        if rows.index(row) < MOST or row["winner"]
+    ]
+    more = len(rows) - len(shown)
+    return shown + ([(f"and {more} more", "", "", "", "")] if more else [])
+
+
+def estimated_rows(candidates: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows under `ESTIMATED`, of what `Estimate.candidate_rows` gives."""
+
+    def row(each: Mapping[str, Any]) -> Row:
+        costs = each["costs"]
+        return (
+            each["name"],
+            f"{costs['params']:,}",
+            f"{costs['memory_bytes'] / 2**30:.3g}",
+            f"{costs['flops_per_token']:.3g}",
+            f"{costs['decode_ms']:.3g}" if "decode_ms" in costs else numbers.ABSENT,
+            f"{each['hours']:.3g}",
+        )
+
+    return [row(each) for each in candidates]

@@ -1,0 +1,34 @@
+"""What runs on a GPU: each test skips where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from minitron_megatron.testing import Pool
+from tests.recipe.conftest import material, recipe_file
+from tests.tiny import checkpoints
+
+__all__ = ["checkpoints", "material", "recipe_file"]
+
+
+@pytest.fixture(autouse=True)
+def a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU is here")
+
+
+@pytest.fixture(scope="session")
+def gpus() -> Iterator[Pool]:
+    """Workers with a GPU each, beside those of `pool`, which see none."""
+    with Pool(gpus=True) as workers:
+        yield workers
+
+
+@pytest.fixture
+def two_gpus(gpus: Pool) -> Pool:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("this needs two GPUs, and one is here")
+    return gpus

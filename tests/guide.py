@@ -1,0 +1,34 @@
+"""The commands of a page of ours, as they run in a test."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tests.limits import HANGS
+
+__all__ = ["ROOT", "commands", "run_command"]
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands(page: Path) -> list[str]:
+    """The indented lines that start a program of ours."""
+    lines = re.findall(r"^ {4,}((?:make|minitron|launch)\b.*)$", page.read_text(), re.M)
+    return [line.split("  #")[0].strip() for line in lines]
+
+
+def run_command(line: str, folder: Path, places: Mapping[str, Path]) -> subprocess.CompletedProcess[str]:
+    """Runs a line of a page in `folder`, with the real place of each path that it names."""
+    for named, place in {"launch/": ROOT / "launch", "examples/": ROOT / "examples", **places}.items():
+        line = line.replace(named, f"{place}/" if named.endswith("/") else str(place))
+    line = re.sub(r"^minitron", f"{sys.executable} -m minitron_megatron", line)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+    environment["GRACE_SECONDS"] = "1"
+    return subprocess.run(
+        line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
+    )

@@ -1,0 +1,65 @@
+"""Every command and every block of the guide runs, in the order of its pages, on a tiny model and a recipe for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minitron_megatron.recipe import estimate, load_recipe
+from tests.guide import ROOT, commands, run_command
+from tests.recipe.conftest import material, tiny_recipe
+
+__all__ = ["material"]
+
+GUIDE = ROOT / "docs" / "guide"
+PAGES = re.findall(r"\]\(([\w-]+)\.md\)", (GUIDE / "README.md").read_text())
+"""In reading order."""
+BENCH = {"ladder": [[4, 4]], "batches": [1], "requests": 2}
+BUDGET = {"tokens": 4 * 8 * 16, "save_every": 2, "validate_every": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader works: a recipe, its corpus, and the run of it."""
+    here = tmp_path_factory.mktemp("reader")
+    recipe = tiny_recipe(material) | {"out": "runs/own", "random_baseline": False, "bench": BENCH}
+    recipe["correct"] = recipe["correct"] | BUDGET
+    recipe["distill"] = recipe["distill"] | BUDGET | {"retain": True}
+    (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (here / "corpus.jsonl").symlink_to(material / "corpus.jsonl")
+    done = run_command("minitron run recipe.yaml", here, {})
+    assert done.returncode == 0, done.stderr
+    return here
+
+
+def test_every_page_is_in_the_order_and_every_link_leads_somewhere() -> None:
+    assert set(PAGES) == {page.stem for page in GUIDE.glob("*.md")} - {"README"}
+    for page in GUIDE.glob("*.md"):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text()):
+            assert (GUIDE / link).exists(), (page.name, link)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_its_commands_run(page: str, folder: Path, material: Path) -> None:
+    places = {"path/to/llama": material / "model", "> recipe.yaml": "> started.yaml", "runs/quickstart": "runs/own"}
+    lines = [line for line in commands(GUIDE / f"{page}.md") if not line.startswith("make")]
+    assert bool(lines) == (page != "footguns")
+    for line in lines:
+        done = run_command(line, folder, {named: Path(place) for named, place in places.items()})
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_its_blocks_are_parts_of_a_recipe(page: str, folder: Path) -> None:
+    """Of the recipe that the reader has, in the place of its own."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", (GUIDE / f"{page}.md").read_text(), re.S)):
+        path = folder / f"{page}-{number}.yaml"
+        part = yaml.safe_load(block)
+        own = {key: value for key, value in recipe.items() if key != "prune" or "search" not in part}
+        path.write_text(yaml.safe_dump(own | part))
+        found = load_recipe(path)
+        assert "search" not in part or len(estimate(found).candidates) > 4
