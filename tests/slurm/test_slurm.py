@@ -173,7 +173,7 @@ def test_an_array_reruns_what_was_killed_and_no_other(slurm: Environment, home: 
 def test_a_search_is_spread_over_the_tasks_of_an_array(slurm: Environment, home: Path, recipe_file: Write) -> None:
     """One of which is killed: the last job does what that one left."""
     light = {"top": 2, "tokens": 6 * 8 * 16, "measure_every": 3}
-    search = {"hidden": [32, 40], "ffn": [32, 48], "budget": {"params": 60_000}, "light": light}
+    search = {"hidden": [32, 40], "ffn": [32, 48], "budget": {"params": 80_000}, "light": light}
     keys: dict[str, Any] = {"correct": None, "random_baseline": False, "prune": None, "search": search}
     recipes = [recipe_file(f"{name}.yaml", out=str(home / name), **keys) for name in ("alone", "spread")]
     ended(slurm, submit(slurm, home, "--nodes=1", "slurm/run.sbatch", recipes[0]), home)
