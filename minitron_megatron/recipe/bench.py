@@ -23,7 +23,7 @@ Backend = Literal["trtllm", "torch"]
 
 Row = dict[str, Any]
 """`inputs`, `outputs`, `batch`; of each model what was measured; `ratio`: the student's tokens a second over the
-teacher's, and `ratio_fp8` over the bf16 teacher's; of a rung's largest batch also `ratio_batches` and `ratio_batches_fp8`,
+teacher's, and `ratio_fp8` over the bf16 teacher's; of a rung's largest batch `ratio_batches` and `ratio_batches_fp8`,
 over the teacher's at the smallest, as the second paper compares."""
 RATIOS = {"ratio": "student", "ratio_fp8": "student fp8"}
 
