@@ -6,17 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from uuid import uuid4
 
 import torch.distributed as dist
 
 from ..errors import MinitronError, TopologyError
-from .collectives import fail_together
+from .collectives import broadcast_object, fail_together
 from .topology import Topology, claim_device
 
 __all__ = ["apart"]
 
-_MEETINGS = count()
 WAIT_SECONDS = 0.2
 
 
@@ -36,7 +35,7 @@ def apart(topology: Topology) -> Iterator[Topology]:
     world, rank = topology.world, topology.rank
     within, replica = topology.tp * topology.pp, topology.dp_rank
     place = topology.tp_rank + topology.tp * topology.pp_rank
-    store, meeting = dist.distributed_c10d._get_default_store(), f"apart{next(_MEETINGS)}"
+    store, meeting = dist.distributed_c10d._get_default_store(), broadcast_object(uuid4().hex)
     own, failure = replace(topology), None
     _move(topology, own, dist.PrefixStore(f"{meeting}/{replica}", store), place, within)
     try:

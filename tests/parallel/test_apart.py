@@ -65,3 +65,8 @@ def _experts(topology: Topology) -> None:
 def test_replicas_that_share_experts_cannot_part(pool: Pool) -> None:
     with pytest.raises(TopologyError, match="ep=2"):
         pool.run(_experts, dp=2, ep=2)
+
+
+def test_ranks_that_have_parted_before_meet_those_that_have_not(pool: Pool) -> None:
+    pool.run(_places, dp=2)
+    assert len(pool.run(_places, tp=2, dp=2)) == 4
