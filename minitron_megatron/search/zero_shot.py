@@ -6,15 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from ..data import Batch
 from ..events import Event, Listener, silent
-from ..losses import lm_loss
-from ..model import chunks_of, config_of, forward_only, output_weight, windows
-from ..parallel import Topology, all_reduce, fail_together, gather_objects
+from ..model import chunks_of
+from ..parallel import Topology, fail_together, gather_objects
 from ..prune import check_cut, realise
 from ..records import Plan
+from ..train import LMObjective, mean_loss
 
 __all__ = ["zero_shot"]
 
@@ -52,7 +50,8 @@ def zero_shot(
         if first:
             tell(name, found[name])
         through = min(len(names), number * topology.dp) if apart else number
-        listener(Event("search", through, len(names), "candidates", {"after_cut": found[name]["loss"] or math.nan}))
+        loss = found[name]["loss"]
+        listener(Event("search", through, len(names), "candidates", {"after_cut": math.nan if loss is None else loss}))
     every = {name: part for each in gather_objects(found) for name, part in each.items()}
     return {name: every[name] for name in names}
 
@@ -60,31 +59,8 @@ def zero_shot(
 def _measured(
     candidate: Any, batches: Sequence[Batch], topology: Topology, score: Callable[[Any], float] | None
 ) -> Found:
-    loss = _loss(candidate, batches, topology)
-    found: Found = {"loss": loss if math.isfinite(loss) else None}
-    return found if score is None else {**found, "score": score(candidate)}
-
-
-def _loss(candidate: Any, batches: Sequence[Batch], topology: Topology) -> float:
-    """Nats per token over all batches. Collective over the ranks that hold one copy of the candidate."""
     for chunk in chunks_of(candidate):
         chunk.eval()
-    last = chunks_of(candidate)[-1]
-    sums = torch.zeros(2, dtype=torch.float64, device=topology.device)
-    with torch.no_grad():
-        for window in windows(batches, topology.pp):
-            hidden = forward_only(candidate, window)
-            for batch, states in zip(window, hidden, strict=False):  # none before the last pipeline stage
-                loss = lm_loss(
-                    states,
-                    output_weight(last).detach(),
-                    batch.labels,
-                    batch.mask,
-                    vocab=config_of(last).shape.vocab,
-                    group=topology.tp_group,
-                    sequence_parallel=topology.sequence_parallel,
-                )
-                sums += torch.stack([loss.double(), batch.mask.sum().double()])
-    sums *= topology.is_last_stage and topology.tp_rank == 0
-    total, tokens = all_reduce(sums, topology.model_group).tolist()
-    return float(total / max(tokens, 1))
+    loss, _ = mean_loss(candidate, batches, LMObjective(topology), topology, topology.model_group)
+    found: Found = {"loss": loss if math.isfinite(loss) else None}
+    return found if score is None else {**found, "score": score(candidate)}

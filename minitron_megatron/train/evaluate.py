@@ -10,14 +10,19 @@ from torch import Tensor
 
 from ..data import Batch
 from ..model import forward_backward, windows
-from ..parallel import Topology, sum_over_world
+from ..parallel import Group, Topology, all_reduce, sum_over_world
 from .objective import Objective
 
 __all__ = ["global_sums", "mean_loss"]
 
 
-def mean_loss(model: Any, batches: Sequence[Batch], objective: Objective, topology: Topology) -> tuple[float, int]:
-    """(nats per token, counted tokens) over all data-parallel ranks' batches, on every rank. Collective."""
+def mean_loss(
+    model: Any, batches: Sequence[Batch], objective: Objective, topology: Topology, group: Group | None = None
+) -> tuple[float, int]:
+    """(nats per token, counted tokens) over the batches of all ranks of `group` (default: the world), on each of them.
+
+    Collective over it. A data-parallel replica on its own gives its `model_group`.
+    """
     loss = torch.zeros((), dtype=torch.float64, device=topology.device)
     tokens = torch.zeros((), dtype=torch.int64, device=topology.device)
     with torch.no_grad():
@@ -25,13 +30,14 @@ def mean_loss(model: Any, batches: Sequence[Batch], objective: Objective, topolo
             objective.prepare(window)
             more_loss, more_tokens = forward_backward(model, window, objective.loss, backward=False)
             loss, tokens = loss + more_loss, tokens + more_tokens
-    total, counted = global_sums(loss, tokens, topology)
+    total, counted = global_sums(loss, tokens, topology, group)
     return total / max(counted, 1), counted
 
 
-def global_sums(loss: Tensor, tokens: Tensor, topology: Topology) -> tuple[float, int]:
-    """Sums of loss and tokens over the data-parallel ranks of the last stage, on every rank. Collective."""
+def global_sums(loss: Tensor, tokens: Tensor, topology: Topology, group: Group | None = None) -> tuple[float, int]:
+    """Sums of loss and tokens over the last stage's ranks of `group` (default: the world), each data-parallel replica
+    once, on every rank. Collective over it."""
     counted = topology.is_last_stage and topology.tp_rank == 0
     pair = torch.stack([loss.double(), tokens.double()]) * counted
-    total = sum_over_world(pair)
+    total = sum_over_world(pair) if group is None else all_reduce(pair, group)
     return float(total[0]), int(total[1])
