@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 from .shape import Shape
-from .table import expert_of, lookup
+from .table import expert_of, layer_of, lookup
 
 __all__ = ["active_parameters", "flops_per_token", "kv_cache_bytes", "parameters"]
 
@@ -21,8 +21,12 @@ def active_parameters(shape: Shape) -> int:
 
 
 def _weights(shape: Shape) -> dict[str, int]:
-    sizes = shape.sizes(padded=False)
-    return {name: prod(lookup(name).shape(sizes)) for name in shape.names()}
+    """Parameter -> its numbers; those of the first layer stand for all layers, which are alike."""
+    sizes, first = shape.sizes(padded=False), shape.resized(layers=1)
+    return {
+        name: prod(lookup(name).shape(sizes)) * (1 if layer_of(name) is None else shape.layers)
+        for name in first.names()
+    }
 
 
 def _active(shape: Shape) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What a stage's output depends on, as one number."""
+"""What something depends on, as one number."""
 
 from __future__ import annotations
 
@@ -6,30 +6,39 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import file_marks
 from .schema import Recipe
-from .stages import Stage
 
-__all__ = ["fingerprint"]
+if TYPE_CHECKING:
+    from .stages import Stage
+
+__all__ = ["digest", "fingerprint", "untimed"]
 
 
 def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, Any]]) -> str:
-    """SHA-256 over the recipe keys that a stage reads, the files behind them and the results that it uses."""
+    """Of a stage's output: the recipe keys that it reads, the files behind them and the results that it uses."""
     keys = recipe.model_dump(mode="json")
-    read = {
-        "stage": stage.name,
-        "keys": {name: keys[name] for name in stage.reads},
-        "asks": stage.asks(recipe),
-        "files": [_file_marks(recipe)] if "data" in stage.reads else [],
-        "results": {
-            name: {k: v for k, v in done[name].items() if k != "seconds"}
-            for name in stage.after
-            if name in done and name != "search"  # whose result are keys of the recipe
-        },
-    }
-    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+    return digest(
+        {
+            "stage": stage.name,
+            "keys": {name: keys[name] for name in stage.reads},
+            "asks": stage.asks(recipe),
+            "files": [_file_marks(recipe)] if "data" in stage.reads else [],
+            "results": untimed({name: done[name] for name in stage.after if name in done}),
+        }
+    )
+
+
+def digest(told: Any) -> str:
+    """SHA-256 of what is JSON."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def untimed(done: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The results of stages without how long they took."""
+    return {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in done.items()}
 
 
 def _file_marks(recipe: Recipe) -> list[Any]:

@@ -29,7 +29,7 @@ from .estimate import estimate
 from .fingerprint import fingerprint
 from .phases import ResolvedPhase, prefixes, resolved
 from .schema import Recipe
-from .searching import BY, PARTS, decided, light_recipe, search_share
+from .searching import BY, PARTS, light_recipe, search_share
 from .sizes import check_pruning, student_shape
 from .stages import STAGES, Stage
 from .tasks import WINOGRANDE
@@ -81,8 +81,8 @@ def _run(recipe: Recipe, topology: Topology, only: str | None, listener: Listene
             marks = partial(fingerprint, stage, done=dict(done))
             record = _run_stage(stage, mark, Context(recipe, topology, listener, done, marks), before)
         done[stage.name] = record["result"] | {"seconds": record["seconds"]}
-        if stage.name == "search":
-            recipe = decided(recipe, done["search"])
+        if stage.decides:
+            recipe = stage.decides(recipe, done[stage.name])
             _predict(recipe, topology)
         if stage.name == only:
             break
@@ -125,17 +125,19 @@ def dry_run(recipe: Recipe) -> list[Step]:
     steps: list[Step] = []
     done: Results = {}
     stale: set[str] = set()
+    undecided: set[str] = set()
     for stage in wanted(recipe):
-        before = [name for name in stage.after if name in stale]
+        before = [name for name in (*stage.after, *undecided) if name in stale]
         mark = fingerprint(stage, recipe, done) if not before else ""
         record = recorded(recipe, stage, mark) if mark else None
         if record is not None:
             done[stage.name] = record["result"]
             steps.append(Step(stage.name, "done", ""))
-            if stage.name == "search":
-                recipe = decided(recipe, done["search"])
+            recipe = stage.decides(recipe, record["result"]) if stage.decides else recipe
             continue
         stale.add(stage.name)
+        if stage.decides:
+            undecided.add(stage.name)
         if before:
             steps.append(Step(stage.name, "run", f"after {', '.join(before)}"))
         elif stage.name == "search" and (Folders(recipe.out).search / PARTS).is_dir():
@@ -170,8 +172,7 @@ def results(recipe: Recipe, until: str) -> Results:
         if record is None:
             raise RecipeError(f"the stage {stage.name} of {recipe.out} is not done. Run `minitron {stage.name}` first.")
         done[stage.name] = record["result"] | {"seconds": record["seconds"]}
-        if stage.name == "search":
-            recipe = decided(recipe, done["search"])
+        recipe = stage.decides(recipe, record["result"]) if stage.decides else recipe
         if stage.name == until:
             break
     return done

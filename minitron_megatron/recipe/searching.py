@@ -6,8 +6,6 @@ that share one run folder measure nothing twice.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 import warnings
@@ -22,12 +20,13 @@ from ..data import calibration_batches
 from ..errors import RecipeError, did_you_mean
 from ..events import Event
 from ..files import read_json, write_json
-from ..parallel import apart, barrier, broadcast_object, gather_objects
+from ..parallel import apart, broadcast_object, gather_objects
 from ..prune import choose, choose_layers
 from ..records import DepthScores, Plan, Scores
-from ..search import Candidate, Curve, front, halving, knee, rungs, settled, zero_shot
+from ..search import MORE_IS_BETTER, Candidate, Curve, front, halving, knee, rungs, settled, zero_shot
 from .candidates import candidates_of
 from .context import DTYPES, Context
+from .fingerprint import digest, untimed
 from .pruning import cut, load_depth, load_scores
 from .schema import Recipe
 from .tasks import score_of
@@ -73,11 +72,14 @@ def search_asks(recipe: Recipe) -> Any:
     """What a search reads besides its keys: how its candidates are cut, and trained."""
     if recipe.search is None:
         return None
-    prune = recipe.prune.model_dump(include={"scope", "contiguous", "teacher"})
     if recipe.search.light is None:
-        return [prune]
+        return [_cut_by(recipe)]
     light = light_recipe(recipe)
-    return [prune, light.distill.model_dump(mode="json"), light.dtype, distillation_asks(light)]
+    return [_cut_by(recipe), light.distill.model_dump(mode="json"), light.dtype, distillation_asks(light)]
+
+
+def _cut_by(recipe: Recipe) -> dict[str, Any]:
+    return recipe.prune.model_dump(include={"scope", "contiguous", "teacher"})
 
 
 def decided(recipe: Recipe, result: Mapping[str, Any]) -> Recipe:
@@ -151,16 +153,14 @@ class _Work:
     @cached_property
     def _measured_by(self) -> str:
         """A number for all that a candidate's loss right after the cut depends on, besides the candidate."""
-        done = {name: {k: v for k, v in found.items() if k != "seconds"} for name, found in self.context.done.items()}
-        prune = self.recipe.prune.model_dump(include={"scope", "contiguous", "teacher"})
         by_task = self.keys.choose not in BY
         told = [self.keys.choose, self.recipe.evaluate.model_dump(mode="json")] if by_task else []
-        return _mark([done, prune, *told])
+        return digest([untimed(self.context.done), _cut_by(self.recipe), *told])
 
     @cached_property
     def _trained_by(self) -> str:
         """And for all that its curve depends on."""
-        return _mark([self._measured_by, search_asks(self.recipe)])
+        return digest([self._measured_by, search_asks(self.recipe)])
 
     def _parts(self, mark: str) -> Path:
         return self.context.folders.search / PARTS / mark[:16]
@@ -270,21 +270,23 @@ class _Work:
             part["score"] = score_of(own, student, self.keys.choose)
             if context.topology.rank == 0:
                 self._note(self._trained_by, name, part)
-        barrier()
         return part
 
     def conclude(self, losses: Mapping[str, Part], trained: Mapping[str, Part]) -> dict[str, Any]:
         """Writes the table, and returns what the stage leaves."""
         rows = [self._row(each, losses[name], trained.get(name, {})) for name, each in self.candidates.items()]
         last = max((step for part in trained.values() for step in _curve(part)), default=None)
-        running = [row for row in rows if last is None or str(last) in row["curve"]]
+        running = {row["name"]: row for row in rows if last is None or str(last) in row["curve"]}
         costs = list(self.keys.budget.limits())
-        points = {row["name"]: (row["loss"], *(_less(cost, row["costs"][cost]) for cost in costs)) for row in running}
-        points = {name: point for name, point in points.items() if point[0] is not None}
-        winner = self._winner(running, points)
+        points = {
+            name: (row["loss"], *(_less(cost, row["costs"][cost]) for cost in costs))
+            for name, row in running.items()
+            if row["loss"] is not None
+        }
+        winner, best = self._winner(running, points), set(front(points))
         for row in rows:
-            row["front"], row["winner"] = row["name"] in front(points), row["name"] == winner
-        order = sorted(rows, key=lambda row: (row not in running, -_last(row), _number(row["loss"])))
+            row["front"], row["winner"] = row["name"] in best, row["name"] == winner
+        order = sorted(rows, key=lambda row: (row["name"] not in running, -_last(row), _number(row["loss"])))
         curves = {name: _curve(part) for name, part in trained.items()}
         if self.context.topology.rank == 0:
             table = {"by": self._by, "costs": costs, "candidates": order, "settled": settled(curves)}
@@ -318,7 +320,7 @@ class _Work:
             "score": trained.get("score", measured.get("score")),
         }
 
-    def _winner(self, running: Sequence[Mapping[str, Any]], points: Mapping[str, tuple[float, ...]]) -> str:
+    def _winner(self, running: Mapping[str, Mapping[str, Any]], points: Mapping[str, tuple[float, ...]]) -> str:
         keys = self.keys
         if keys.winner:
             if keys.winner not in self.candidates:
@@ -333,11 +335,7 @@ class _Work:
             return knee({name: point[:2] for name, point in points.items()})
         if keys.choose == "loss":
             return min(points, key=lambda name: points[name][0])
-        return str(max(running, key=lambda row: row["score"])["name"])
-
-
-def _mark(told: Any) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return max(running, key=lambda name: running[name]["score"])
 
 
 def _finite(loss: float) -> float | None:
@@ -359,4 +357,4 @@ def _last(row: Mapping[str, Any]) -> int:
 
 def _less(cost: str, value: float) -> float:
     """What there should be little of."""
-    return -value if cost == "tokens_per_second" else value
+    return -value if cost in MORE_IS_BETTER else value

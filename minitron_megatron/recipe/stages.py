@@ -20,7 +20,7 @@ from .card import write_card
 from .context import DTYPES, Context
 from .pruning import cut, decide, measure, measure_depth
 from .schema import Recipe
-from .searching import search_asks, search_shapes
+from .searching import decided, search_asks, search_shapes
 from .sizes import depth_keys, rounds, scores_wanted
 from .tasks import measured_row, write_table
 from .training import correcting, distil, distillation_asks, train_in_phases, training_asks
@@ -46,6 +46,8 @@ class Stage:
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     asks: Callable[[Recipe], Any] = lambda recipe: None
     """Whatever else of the recipe makes it run again when it changes, as JSON."""
+    decides: Callable[[Recipe, Result], Recipe] | None = None
+    """What a recipe becomes by its result: the stages after it read that, and its result by no other way."""
 
 
 def do_prepare(context: Context) -> Result:
@@ -223,8 +225,9 @@ STAGES: Mapping[str, Stage] = {
             ("prepare", "correct", "score"),
             lambda recipe: recipe.search is not None,
             search_asks,
+            decided,
         ),
-        Stage("prune", do_prune, "pruned", ("prune", "dtype"), ("prepare", "correct", "score", "search")),
+        Stage("prune", do_prune, "pruned", ("prune", "dtype"), ("prepare", "correct", "score")),
         Stage(
             "distill",
             do_distill,

@@ -29,8 +29,8 @@ def searched_rows(table: Mapping[str, Any] | None) -> list[Row]:
             numbers.loss(row["loss"] if row["curve"] else None),
             "chosen" if row["winner"] else "beaten by none" if row["front"] else "",
         )
-        for row in rows
-        if rows.index(row) < MOST or row["winner"]
+        for place, row in enumerate(rows)
+        if place < MOST or row["winner"]
     ]
     more = len(rows) - len(shown)
     return shown + ([(f"and {more} more", "", "", "", "")] if more else [])

@@ -12,7 +12,7 @@ from ..layout import PUBLIC_AXES, Shape, active_parameters, flops_per_token, par
 from ..prune import checked_sizes
 from .latency import Conditions
 
-__all__ = ["COSTS", "TIMED", "Candidate", "Limit", "Space", "candidates", "costs_of"]
+__all__ = ["COSTS", "MORE_IS_BETTER", "TIMED", "Candidate", "Limit", "Space", "candidates", "costs_of"]
 
 AXES = ("layers", *PUBLIC_AXES)
 

@@ -149,18 +149,27 @@ def test_a_killed_search_goes_on_to_the_same_table(
     assert len(kept) >= len(parts) - 1  # what was at work is all that is done again
 
 
-def test_replicas_that_train_apart_give_the_curves_of_all_together(
-    searched: Path, material: Path, tmp_path: Path, pool: Pool
+@pytest.mark.parametrize(
+    ("layout", "apart"),
+    [
+        ({"dp": 2}, False),
+        ({"dp": 2}, True),
+        ({"tp": 2}, False),
+        ({"pp": 2}, False),
+        ({"tp": 2, "pp": 2}, False),
+        ({"tp": 2, "dp": 2}, True),
+    ],
+    ids=str,
+)
+def test_the_curves_do_not_depend_on_the_layout_nor_on_who_trains(
+    searched: Path, material: Path, tmp_path: Path, pool: Pool, layout: dict[str, int], apart: bool
 ) -> None:
-    tables = []
-    for apart in (False, True):
-        recipe = scored(searched, written(material, tmp_path / str(apart), light=LIGHT | {"apart": apart}))
-        pool.run(work, recipe, (), "search", dp=2, timeout=300)
-        tables.append(table(recipe))
-    for mine in tables:
-        for row, expected in zip(mine["candidates"], table(searched)["candidates"], strict=True):
-            assert row["name"] == expected["name"] and row["winner"] == expected["winner"]
-            assert row["curve"] == pytest.approx(expected["curve"], abs=1e-5)
+    recipe = scored(searched, written(material, tmp_path, light=LIGHT | {"apart": apart}))
+    keys = tuple(f"parallel.{key}={value}" for key, value in layout.items() if key != "dp")
+    pool.run(work, recipe, keys, "search", **layout)
+    for row, expected in zip(table(recipe)["candidates"], table(searched)["candidates"], strict=True):
+        assert row["name"] == expected["name"] and row["winner"] == expected["winner"]
+        assert row["curve"] == pytest.approx(expected["curve"], abs=1e-5)
 
 
 def test_tasks_of_an_array_share_the_work_to_the_same_table(
