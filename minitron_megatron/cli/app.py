@@ -236,7 +236,7 @@ def _run_stages(path: Path, overrides: list[str] | None, out: Path | None, only:
     from ..parallel import Topology
     from ..recipe import load_recipe
     from ..recipe import run as run_stages
-    from ..report import MetricsFile, Progress, Watchdog, fan_out, logged
+    from ..report import Machine, MetricsFile, Progress, Watchdog, fan_out, logged
 
     recipe = load_recipe(path, overrides or (), out)
     keys = recipe.parallel
@@ -248,8 +248,8 @@ def _run_stages(path: Path, overrides: list[str] | None, out: Path | None, only:
         return recipe, topology
     told = recipe.model_dump(mode="json")
     with logged(recipe.out, told, **recipe.log.model_dump()) as log, Progress() as progress, watchdog:
-        everyone = fan_out(progress, MetricsFile(recipe.out / "metrics.jsonl"), log, watchdog)
-        run_stages(recipe, topology, only=only, listener=everyone)
+        kept = fan_out(MetricsFile(recipe.out / "metrics.jsonl"), log)
+        run_stages(recipe, topology, only=only, listener=fan_out(progress, kept, Machine(kept), watchdog))
     if only is None:
         _print_report(recipe.out)
     return recipe, topology

@@ -6,6 +6,7 @@ models, processes, recipes.
 
 from .listeners import MetricsFile, Progress, fan_out, read_metrics
 from .loggers import logged
+from .machine import Machine
 from .page import write_report
 from .plots import plot_bench
 from .records import describe, pairs_table, report_run
@@ -14,6 +15,7 @@ from .watch import watch
 from .watchdog import Watchdog
 
 __all__ = [
+    "Machine",
     "MetricsFile",
     "Progress",
     "Watchdog",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -30,7 +31,8 @@ def predicted_rows(run: Path) -> list[Row]:
     try:
         predicted = read_json(run / "predicted.json")
         stages = {path.stem: read_json(path) for path in sorted((run / "stages").glob("*.json"))}
-        return _sizes(run, predicted, stages) + _work(predicted, stages, read_metrics(run / "metrics.jsonl"))
+        metrics = read_metrics(run / "metrics.jsonl")
+        return _sizes(run, predicted, stages) + _work(predicted, stages, metrics) + _slowest(metrics)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
 
@@ -70,6 +72,21 @@ def _work(predicted: Mapping[str, Any], stages: Mapping[str, Any], metrics: Sequ
             apart = f", {taught:.0%} the teacher's" if taught else ""
             speed = f"{numbers.duration(seconds)}: {flops / seconds:.2e} FLOP/s"
             rows.append((name, f"{flops:.2e}{apart}", speed, numbers.ABSENT))
+    return rows
+
+
+def _slowest(metrics: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Of each training stage the rank that was slowest most often, where ranks were compared."""
+    rows: list[Row] = []
+    for stage in TRAIN:
+        looks = [line for line in metrics if line["stage"] == stage and "slowest_rank" in line]
+        if looks:
+            rank, often = Counter(line["slowest_rank"] for line in looks).most_common(1)[0]
+            times = median(
+                line["slowest_seconds"] / line["median_seconds"] for line in looks if line["slowest_rank"] == rank
+            )
+            said = f"rank {rank}, in {often} of {len(looks)} looks: {times:.2f} of the median"
+            rows.append((f"slowest rank of {stage}, by itself", numbers.ABSENT, said, numbers.ABSENT))
     return rows
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..events import Event, Listener
 from .listeners import read_metrics
+from .machine import MACHINE
 
 __all__ = ["watch"]
 
@@ -25,7 +26,7 @@ def watch(run: Path, listener: Listener, *, goes_on: Callable[[], bool] = lambda
         raise CheckpointError(f"{run} is not a run folder: it has no recipe.yaml. Give the `out` of a recipe.")
     path, read = run / "metrics.jsonl", 0
     for line in read_metrics(path):
-        listener(_event(line))
+        _tell(listener, line)
     read = _whole_bytes(path)
     while goes_on():
         time.sleep(every)
@@ -37,7 +38,7 @@ def watch(run: Path, listener: Listener, *, goes_on: Callable[[], bool] = lambda
         whole = fresh[: fresh.rfind(b"\n") + 1]
         read = min(read, _whole_bytes(path)) + len(whole)
         for text in whole.splitlines():
-            listener(_event(json.loads(text)))
+            _tell(listener, json.loads(text))
 
 
 def _whole_bytes(path: Path) -> int:
@@ -45,6 +46,8 @@ def _whole_bytes(path: Path) -> int:
     return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 
-def _event(line: dict[str, float | str | None]) -> Event:
+def _tell(listener: Listener, line: dict[str, float | str | None]) -> None:
+    if line["stage"] == MACHINE:
+        return
     values = {name: value for name, value in line.items() if name not in NOT_VALUES and isinstance(value, int | float)}
-    return Event(str(line["stage"]), int(line["done"]), int(line["total"]), str(line["unit"]), values)  # type: ignore[arg-type]
+    listener(Event(str(line["stage"]), int(line["done"]), int(line["total"]), str(line["unit"]), values))  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from ..model import Checkpoints, config_of, load_checkpoint
 from ..parallel import Topology, peak_flops
 from .learner import Learner
 from .objective import Objective
+from .pace import Pace
 from .signals import listening
 from .spikes import Spikes
 from .training import Training
@@ -76,7 +77,9 @@ def train(
         save_last = save_last or end < training.steps
         with listening(topology) as preempted:
             for done in range(run.step + 1, end + 1):
-                values = run.advance(done, batches_of(done - 1))
+                with run.pace.alone():
+                    batches = batches_of(done - 1)
+                values = run.advance(done, batches)
                 last = done == end
                 if validate and (last or done % training.validate_every == 0):
                     values |= validate()
@@ -112,6 +115,9 @@ class _Run:
     skipped_in_a_row: int = 0
     spikes: Spikes = field(default_factory=Spikes)
 
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.topology)
+
     @property
     def hopeless(self) -> bool:
         return self.skipped_in_a_row == MOST_SKIPPED
@@ -141,7 +147,11 @@ class _Run:
             values |= self.objective.finish()
         if self.store:
             self.store.poll()
-        return values | self._rates(batches, counted, time.perf_counter() - began)
+        values |= self._rates(batches, counted, time.perf_counter() - began) | self.pace.look(done)
+        if self.pace.straggler is not None and "slowest_rank" in values:
+            times = values["slowest_seconds"] / values["median_seconds"]
+            self._warn(f"rank {self.pace.straggler} takes {times:.1f} times as long as most for what it does alone.")
+        return values
 
     def _rates(self, batches: Sequence[Batch], counted: int, seconds: float) -> dict[str, float]:
         """Tokens a second; 10^12 FLOPs a second of a GPU, for the model's own passes (backward is two forwards) and for

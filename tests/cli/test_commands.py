@@ -29,10 +29,11 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def call(*arguments: object, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def call(*arguments: object, ranks: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
+    """more: variables of its environment."""
     start = [sys.executable, "-m", "minitron_megatron"] if ranks == 1 else [str(ROOT / "launch/local.sh"), str(ranks)]
     command = [*start, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=HANGS, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | more, timeout=HANGS, check=False)
 
 
 def say(*arguments: object) -> str:

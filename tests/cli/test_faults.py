@@ -75,7 +75,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in read_json(out / "summary.json")]
 
 
-def test_a_stopped_and_a_killed_rank_end_the_run_and_cost_no_result(recipe_file: Write, tmp_path: Path) -> None:
+def test_a_stopped_rank_a_killed_one_and_a_torn_checkpoint_cost_no_result(recipe_file: Write, tmp_path: Path) -> None:
     recipe = recipe_file(**SHORT)
     out, began = load_recipe(recipe).out, time.monotonic()
     assert call("run", recipe, *OPTIONS, "--out", tmp_path / "calm", ranks=2).returncode == 0
@@ -94,7 +94,12 @@ def test_a_stopped_and_a_killed_rank_end_the_run_and_cost_no_result(recipe_file:
         rank_of(run, 1).kill()
         said_by(run)
     assert run.returncode not in (0, 2)
-    assert call("run", recipe, *OPTIONS, ranks=2).returncode == 0
+    older, newest = saved(out)
+    weights = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    os.truncate(weights, weights.stat().st_size // 2)
+    done = call("run", recipe, *OPTIONS, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert f"{older.name} is used in its place" in done.stderr
     assert rows(out) == rows(tmp_path / "calm")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import yaml
 
 from minitron_megatron.errors import CheckpointError, RecipeError
 from minitron_megatron.events import Event
-from minitron_megatron.files import read_json
+from minitron_megatron.files import read_json, write_json
 from minitron_megatron.report import logged, read_metrics, watch
 from tests.cli.test_commands import call, say
 from tests.recipe.conftest import material, tiny_recipe
@@ -25,13 +26,16 @@ Points = dict[str, dict[int, float]]
 """`stage/measurement` -> step -> the last value told."""
 
 
+SECRETS = {"WANDB_API_KEY": secrets.token_hex(20), "HF_TOKEN": f"hf_{secrets.token_hex(17)}"}
+
+
 @pytest.fixture(scope="module")
 def recipe(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe of a run that is done, logged everywhere."""
     folder = tmp_path_factory.mktemp("logged")
     keys = tiny_recipe(material) | {"out": str(folder / "run"), "random_baseline": False}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(keys | {"log": {"wandb": "offline", "tensorboard": True}}))
-    done = call("run", folder / "recipe.yaml")
+    done = call("run", folder / "recipe.yaml", **SECRETS)
     assert done.returncode == 0, done.stderr
     return folder / "recipe.yaml"
 
@@ -49,6 +53,7 @@ def truth(run: Path) -> Points:
             if name not in ("time", "stage", "done", "total", "unit"):
                 points[f"{line['stage']}/{name}"][line["done"]] = value
     assert len(points["distill/loss"]) == 12
+    assert min(points["machine/process_bytes"].values()) > 1e8
     return points
 
 
@@ -88,6 +93,23 @@ def test_wandb_has_what_the_metrics_have(run: Path, truth: Points) -> None:
                 found[name][step] = value
     assert dict(found) == dict(truth)
     assert read_json(run / "wandb.json")["id"] in file.name
+
+
+def test_a_run_that_goes_on_is_one_run_to_wandb(tmp_path: Path) -> None:
+    write_json(tmp_path / "versions.json", {})
+    for step in (1, 2):
+        with logged(tmp_path, {}, wandb="offline") as tell:
+            tell(Event("distill", step, 2, values={"loss": 1.0 / step}))
+    files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert sorted(row["distill/loss"] for file in files for row in history(file)) == [0.5, 1.0]
+    assert {file.name for file in files} == {f"run-{read_json(tmp_path / 'wandb.json')['id']}.wandb"}
+
+
+def test_no_secret_is_kept(run: Path) -> None:
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for secret in SECRETS.values():
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
 def test_tensorboard_has_what_the_metrics_have(run: Path, truth: Points) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
+import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from minitron_megatron.errors import TopologyError
 from minitron_megatron.recipe import estimate, load_recipe, slurm_commands
+from tests.recipe.test_presets import CASES, GPUS, PRESETS, teacher
 
 Write = Callable[..., Path]
 
@@ -34,10 +36,32 @@ def test_the_lines(recipe_file: Write, gpus: int, hours: float, wanted: str) -> 
     assert slurm_commands(path, [], found) == wanted.format(path)
 
 
-def test_no_argument_is_read_by_a_shell(recipe_file: Write) -> None:
-    path, nasty = recipe_file(), ["--set", "export.dtype=$(touch x); `id` 'a b'\n\"c\""]
-    last = slurm_commands(path, nasty, replace(estimate(load_recipe(path)), gpus=8)).split("\n", 1)[1]
-    assert shlex.split(last)[-2:] == nasty
+@pytest.mark.parametrize("name", CASES)
+def test_the_lines_of_a_preset(name: str, tmp_path: Path) -> None:
+    preset = PRESETS / f"{name}.yaml"
+    found = estimate(load_recipe(preset, [f"model={teacher(tmp_path / 'teacher', CASES[name][0])}"]), gpus=GPUS)
+    assert slurm_commands(preset, [], found) == (
+        f"source slurm/cluster.env\nsbatch --nodes=32 --time=04:00:00 slurm/run.sbatch {preset}\n"
+    )
+
+
+NASTY = ['it\'s a "recipe"; $(touch broken) `touch broken`\n.yaml', "--set", "export.dtype=$(touch broken)\n'\""]
+
+
+def test_no_argument_and_no_name_is_read_by_a_shell(recipe_file: Write, tmp_path: Path) -> None:
+    """A real one runs the printed lines; what stands for sbatch records what it was given."""
+    path = recipe_file(NASTY[0])
+    found = replace(estimate(load_recipe(path)), gpus=8)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "cluster.env").touch()
+    (tmp_path / "sbatch").write_text('#!/bin/sh\nfor each; do printf "%s\\0" "$each"; done > given\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    lines = slurm_commands(path, NASTY[1:], found)
+    subprocess.run(["bash", "-c", lines], cwd=tmp_path, env=environment, check=True)
+    given = (tmp_path / "given").read_text().split("\0")[:-1]
+    assert given[3:] == [str(path), *NASTY[1:]] and given[2] == "slurm/run.sbatch"
+    assert not list(tmp_path.rglob("broken"))
 
 
 def test_gpus_are_whole_nodes(recipe_file: Write) -> None:

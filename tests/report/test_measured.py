@@ -43,6 +43,15 @@ def test_files_memory_and_work_stand_beside_their_predictions(run: Path) -> None
     assert len(rows) == 7  # no random model, no correction
 
 
+def test_the_slowest_rank_is_named(run: Path) -> None:
+    metrics = MetricsFile(run / "metrics.jsonl")
+    for step, (rank, seconds) in enumerate(((3, 2.0), (1, 1.1), (3, 4.0)), 4):
+        values = {"slowest_rank": rank, "slowest_seconds": seconds, "median_seconds": 1.0}
+        metrics(Event("distill", step, 8, values=values | {"tokens": 1, "tokens_per_second": 1.0}))
+    rows = {row[0]: row[2] for row in predicted_rows(run)}
+    assert rows["slowest rank of distill, by itself"] == "rank 3, in 2 of 3 looks: 3.00 of the median"
+
+
 def test_a_model_of_another_size_is_seen(run: Path) -> None:
     save_file({"a": torch.zeros(10, 9)}, run / "pruned" / "model.safetensors")
     assert ("parameters, pruned", "100", "90", "0.900") in predicted_rows(run)
