@@ -37,6 +37,13 @@ LAYOUTS: Mapping[str, dict[str, Any]] = {
     "tp2-pp2": {"tp": 2, "pp": 2},
     "dp2": {"dp": 2},
 }
+CONTEXT: Mapping[str, dict[str, Any]] = {
+    "cp2": {"dp": 2, "cp": 2},
+    "cp2-dp2": {"dp": 4, "cp": 2},
+    "cp2-tp2-sp": {"dp": 2, "cp": 2, "tp": 2, "sequence_parallel": True},
+    "cp2-pp2-vp2": {"dp": 2, "cp": 2, "pp": 2, "vp": 2},
+}
+"""Training alone knows these."""
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -91,11 +98,12 @@ def samples(count: int, seed: int = 0, padded: bool = True) -> Batch:
 
 
 def share(every: Batch, topology: Topology, micro_batch: int = 2) -> list[Batch]:
-    """A data-parallel rank's micro-batches of all samples, where it computes: consecutive ones."""
-    each = len(every.tokens) // topology.dp
-    starts = range(topology.dp_rank * each, (topology.dp_rank + 1) * each, micro_batch)
-    parts = (every.tokens, every.labels, every.mask)
-    return [Batch(*(part[a : a + micro_batch] for part in parts)).to(topology.device) for a in starts]
+    """A data-parallel rank's micro-batches of all samples, where it computes: consecutive ones, or its part of them."""
+    each = len(every.tokens) // topology.replicas
+    starts = range(topology.replica * each, (topology.replica + 1) * each, micro_batch)
+    parts = (every.tokens, every.labels, every.mask, every.beside)
+    batches = [Batch(*(part if part is None else part[a : a + micro_batch] for part in parts)) for a in starts]
+    return [batch.to(topology.device).shared(topology) for batch in batches]
 
 
 def cross_entropy(model: Any, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
+from ..parallel import Span, Topology
 from .corpus import Blend, Corpus
 
 __all__ = ["Batch", "calibration", "calibration_batches", "held_out_batches", "step_batches"]
@@ -25,12 +26,25 @@ class Batch:
     """int64 [batch, seq]: the token after each token."""
     mask: Tensor
     """bool [batch, seq]: where the loss counts."""
-    documents: Tensor | None = None
-    """int64 [batch, seq], where documents are apart: the number of each token's in its sample. It stays on the host,
-    which says what runs."""
+    beside: Tensor | Span | None = None
+    """Where documents are apart, the number of each token's in its sample: int64 [batch, seq]. It stays on the host,
+    which says what runs. Or which part of its sequences this is."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.labels.to(device), self.mask.to(device), self.documents)
+        return Batch(self.tokens.to(device), self.labels.to(device), self.mask.to(device), self.beside)
+
+    def shared(self, topology: Topology) -> Batch:
+        """This rank's part of it, where context-parallel ranks share sequences. RecipeError where they cannot."""
+        if topology.cp == 1:
+            return self
+        sequence, unit = self.tokens.shape[1], topology.sequence_unit
+        if sequence % unit:
+            raise RecipeError(
+                f"sequences of {sequence} cannot be shared over cp={topology.cp}: choose a multiple of {unit}."
+            )
+        assert not isinstance(self.beside, Span)
+        span = Span(topology.cp_rank, topology.cp, topology.cp_group, sequence, self.beside)
+        return Batch(span.take(self.tokens), span.take(self.labels), span.take(self.mask), span)
 
 
 def step_batches(

@@ -70,7 +70,7 @@ class _Keeping(LMObjective):
 
     def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
         with self.listening():
-            return final_hidden(chunk, batch.tokens, batch.documents)
+            return final_hidden(chunk, batch.tokens, batch.beside)
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         self.hidden[index] = hidden.detach()

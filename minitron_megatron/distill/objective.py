@@ -83,7 +83,7 @@ class KDObjective:
     def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
         """The student's, with the losses of its states where there are any."""
         with self.states.at(index) if self.states else nullcontext():
-            return final_hidden(chunk, batch.tokens, batch.documents)
+            return final_hidden(chunk, batch.tokens, batch.beside)
 
     def finish(self) -> dict[str, float]:
         """What the step measured of states. Collective over the world."""

@@ -82,7 +82,12 @@ class StatePairs:
         return tuple(found)
 
     def check(self, teacher: Shape, student: Shape, topology: Topology) -> None:
-        """Raises RecipeError for a layer that is not there, and for a pair that lies on two pipeline stages."""
+        """Raises RecipeError for a layer that is not there, for a pair that lies on two pipeline stages, and for
+        relations between tokens where ranks share sequences."""
+        if topology.cp > 1 and any(pair.kind == ATTENTION for pair in self.pairs):
+            raise RecipeError(
+                f"states {ATTENTION} relates all tokens of a sequence, and cp={topology.cp}. Set cp to 1."
+            )
         for pair in self.pairs:
             for whose, layer, shape in (("teacher", pair.teacher, teacher), ("student", pair.student, student)):
                 if layer >= shape.layers:

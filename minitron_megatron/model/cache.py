@@ -52,10 +52,10 @@ def _roomy(part: Tensor, room: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Continued:
-    """A micro-batch of what follows `past`: tokens, int64 [batch, seq]. `mask` counts nothing: there is no loss."""
+    """A micro-batch of what follows `beside`: tokens, int64 [batch, seq]. `mask` counts nothing: there is no loss."""
 
     tokens: Tensor
-    past: Past
+    beside: Past
 
     @property
     def mask(self) -> Tensor:

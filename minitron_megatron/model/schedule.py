@@ -17,8 +17,8 @@ __all__ = ["MicroBatch", "States", "forward_backward", "forward_kept", "forward_
 
 
 class MicroBatch(Protocol):
-    """What a schedule needs of a micro-batch; `data.Batch` has it. Where it has `documents` too, [batch, seq], the
-    number of each token's, attention does not leave them; where it has a `past`, its tokens follow that."""
+    """What a schedule needs of a micro-batch; `data.Batch` has it. What it has `beside` its tokens, attention is told:
+    see `final_hidden`."""
 
     @property
     def tokens(self) -> Tensor:
@@ -188,10 +188,7 @@ def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> 
 
 
 def _whole(chunk: Any, batch: MicroBatch, index: int = 0) -> Tensor:
-    past = getattr(batch, "past", None)
-    if past is not None:
-        return final_hidden(chunk, batch.tokens, past, past.positions(batch.tokens))
-    return final_hidden(chunk, batch.tokens, getattr(batch, "documents", None))
+    return final_hidden(chunk, batch.tokens, getattr(batch, "beside", None))
 
 
 def _hidden(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:

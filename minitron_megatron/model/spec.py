@@ -4,13 +4,16 @@ the norms inside their linear layers. Both have our core attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from ..errors import RecipeError
+from ..parallel import Span
 from .cache import Past
 
 __all__ = ["CoreAttention", "Norm", "Spec", "block_spec", "check_spec", "reads_past"]
@@ -53,14 +56,19 @@ class CoreAttention(nn.Module):
 
         attention_mask: no mask, but the number of each token's document, [b, s] on the host, or None: all are one. A
         call a document: as fast as flash attention is over so many, and nothing between documents is computed. Or what
-        came before these tokens.
+        came before these tokens; or the ticket of a Span, int64 []: then keys and values of the rest are fetched.
         """
+        span = Span.of(attention_mask) if isinstance(attention_mask, Tensor) and attention_mask.dim() == 0 else None
+        if span:
+            key, value = span.whole(torch.cat([key, value], -1)).chunk(2, -1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is None:
             out = _causal(q, k, v)
         elif isinstance(attention_mask, Past):
             k, v, seen = attention_mask.extend(self, k, v)
             out = _causal(q, k, v, seen)
+        elif span:
+            out = _shared(q, k, v, span)
         else:
             samples = zip(*(x.split(1) for x in (q, k, v)), attention_mask, strict=True)
             out = torch.cat([_apart(*sample) for sample in samples])
@@ -68,7 +76,7 @@ class CoreAttention(nn.Module):
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """seen: bool [batch, 1, queries, keys]; by default what is not after a query."""
+    """seen: bool [batch, 1, queries, keys], or a bias; by default what is not after a query."""
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=grouped)
 
@@ -78,6 +86,28 @@ def _apart(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     lengths = documents.unique_consecutive(return_counts=True)[1].tolist()
     parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([_causal(*part) for part in parts], dim=2)
+
+
+def _shared(q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+    """Causal attention of a part's queries, each piece to what is not after it: [batch, heads, part, head_dim]."""
+    if span.documents is None:
+        return _by_piece(q, k, v, list(span.pieces(0)))
+    samples = enumerate(zip(*(x.split(1) for x in (q, k, v)), strict=True))
+    return torch.cat([_by_piece(*one, list(span.pieces(at))) for at, one in samples])  # type: ignore[call-arg]
+
+
+def _by_piece(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[tuple[int, int, int]]) -> Tensor:
+    queries = q.split([end - start for start, end, _ in pieces], dim=2)
+    keys = [slice(first, end) for _, end, first in pieces]
+    return torch.cat([_last(mine, k[:, :, at], v[:, :, at]) for mine, at in zip(queries, keys, strict=True)], dim=2)
+
+
+def _last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of queries that are the last of the keys; on a GPU by flash attention, which knows such."""
+    mine, every = q.shape[2], k.shape[2]
+    if q.is_cuda:
+        return _causal(q, k, v, causal_lower_right(mine, every))
+    return _causal(q, k, v, torch.ones(mine, every, dtype=torch.bool).tril(every - mine))
 
 
 def reads_past(chunk: Any) -> bool:

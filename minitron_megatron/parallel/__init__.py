@@ -24,6 +24,7 @@ from .collectives import (
     sum_gradient,
     sum_over_world,
 )
+from .span import Span
 from .topology import Topology, claim_device
 from .versions import (
     FITS,
@@ -43,6 +44,7 @@ from .versions import (
 __all__ = [
     "FITS",
     "Group",
+    "Span",
     "Topology",
     "all_reduce",
     "all_to_all",

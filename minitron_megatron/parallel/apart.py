@@ -24,11 +24,13 @@ def apart(topology: Topology) -> Iterator[Topology]:
     """Inside, each data-parallel replica is a world of its own, laid out as what is yielded; in the end all are one
     again, once the last is there, however long that takes. What knows a group of one world is of no use in the other.
 
-    Collective over the world. Raises TopologyError where experts are spread over replicas; a MinitronError of one
-    replica is raised on all ranks once they are together.
+    Collective over the world. Raises TopologyError where replicas hold experts or sequences between them; a
+    MinitronError of one replica is raised on all ranks once they are together.
     """
     if topology.ep > 1:
         raise TopologyError(f"ep={topology.ep} spreads experts over replicas, which cannot part. Set ep to 1.")
+    if topology.cp > 1:
+        raise TopologyError(f"cp={topology.cp} shares sequences among replicas, which cannot part. Set cp to 1.")
     if topology.dp == 1:
         yield topology
         return

@@ -21,7 +21,11 @@ __all__ = ["Topology", "claim_device"]
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes and ranks of tensor (tp), pipeline (pp), virtual pipeline (vp), data (dp) and expert (ep) parallelism.
+    """Sizes and ranks of tensor (tp), pipeline (pp), virtual pipeline (vp), data (dp), expert (ep) and context (cp)
+    parallelism.
+
+    Of `dp` data-parallel ranks, `cp` neighbours each share the sequences that they train on (`Span`). mcore does not
+    know it: it sums their gradients as those of all data-parallel ranks. What does not train treats them as any.
 
     The groups are mcore's own: `Topology.start` is the only call that makes them, `stop` the only one that ends them.
     """
@@ -31,16 +35,19 @@ class Topology:
     vp: int = 1
     ep: int = 1
     sequence_parallel: bool = False
+    cp: int = 1
 
     @classmethod
-    def start(cls, tp: int = 1, pp: int = 1, vp: int = 1, ep: int = 1, sequence_parallel: bool = False) -> Topology:
+    def start(
+        cls, tp: int = 1, pp: int = 1, vp: int = 1, ep: int = 1, sequence_parallel: bool = False, cp: int = 1
+    ) -> Topology:
         """Joins the processes that torchrun started (or this one alone) and lays them out. Collective over the world.
 
         Raises TopologyError where the processes cannot be divided as asked.
         """
         quieten()
         install_cpu_backend()
-        topology = cls(tp, pp, vp, ep, sequence_parallel)
+        topology = cls(tp, pp, vp, ep, sequence_parallel, cp)
         topology.check(int(os.environ.get("WORLD_SIZE", 1)) if not dist.is_initialized() else dist.get_world_size())
         if not dist.is_initialized():
             _join()
@@ -60,16 +67,18 @@ class Topology:
             expert_tensor_parallel_size=1,  # an expert is small: split over ranks whole
         )
         model_parallel_cuda_manual_seed(1)
+        if self.cp > 1:
+            assert self.cp_group is not None  # made now, for that is collective
 
     @classmethod
     def running(cls, sequence_parallel: bool = False) -> Topology:
         """The layout that somebody's script has set up with mcore's parallel_state.
 
-        Raises TopologyError for context parallelism, and for experts that are split by tensor parallelism.
+        Raises TopologyError for mcore's context parallelism, and for experts that are split by tensor parallelism.
         """
         state = _state()
         if state.get_context_parallel_world_size() > 1:
-            raise TopologyError("context parallelism is not supported. Set context_parallel_size to 1.")
+            raise TopologyError("mcore's context parallelism is not supported. Set context_parallel_size to 1.")
         if state.get_expert_model_parallel_world_size() > 1 and state.get_expert_tensor_parallel_world_size() > 1:
             raise TopologyError("experts are split by tp, and may not be. Set expert_tensor_parallel_size to 1.")
         return cls(
@@ -90,13 +99,18 @@ class Topology:
 
     def check(self, world: int) -> None:
         """Raises TopologyError where `world` processes cannot hold this layout."""
-        for name in ("tp", "pp", "vp", "ep"):
+        for name in ("tp", "pp", "vp", "ep", "cp"):
             if getattr(self, name) < 1:
                 raise TopologyError(f"{name} is {getattr(self, name)}. It must be 1 or more.")
         if world % (self.tp * self.pp):
             raise TopologyError(
                 f"tp={self.tp} x pp={self.pp} needs a multiple of {self.tp * self.pp} processes, not {world}. "
                 f"Start {self.tp * self.pp} of them: launch/local.sh {self.tp * self.pp} run RECIPE."
+            )
+        if world // (self.tp * self.pp) % self.cp:
+            raise TopologyError(
+                f"cp={self.cp} shares sequences among data-parallel ranks, of which {world} processes give "
+                f"{world // (self.tp * self.pp)}. Start a multiple of {self.tp * self.pp * self.cp} processes."
             )
         if world // self.pp % self.ep:
             raise TopologyError(
@@ -119,6 +133,23 @@ class Topology:
     @property
     def dp(self) -> int:
         return self.world // (self.tp * self.pp)
+
+    @property
+    def replicas(self) -> int:
+        """How many samples are in training at a time: one of each `cp` data-parallel ranks."""
+        return self.dp // self.cp
+
+    @property
+    def replica(self) -> int:
+        """Which of the replicas this rank belongs to."""
+        return self.dp_rank // self.cp
+
+    @property
+    def sequence_unit(self) -> int:
+        """What a training sequence must be a multiple of: context-parallel ranks have two chunks each, of which with
+        sequence parallelism every tensor-parallel rank has its part."""
+        tp = self.tp if self.sequence_parallel else 1
+        return tp if self.cp == 1 else self.cp * math.lcm(2, tp)
 
     @cached_property
     def device(self) -> torch.device:
@@ -151,6 +182,21 @@ class Topology:
     def edp_group(self) -> dist.ProcessGroup:
         """The ranks that hold the same experts."""
         return _state().get_expert_data_parallel_group()
+
+    @cached_property
+    def cp_group(self) -> dist.ProcessGroup:
+        """The ranks that share sequences. Collective over the world when first asked for, which `lay_out` does."""
+        firsts = range(0, self.dp, self.cp)
+        places = [(pp, tp, first) for pp in range(self.pp) for tp in range(self.tp) for first in firsts]
+        groups = {
+            place: dist.new_group([self.rank_at(*place[:2], place[2] + each) for each in range(self.cp)])
+            for place in places
+        }
+        return groups[self.pp_rank, self.tp_rank, self.replica * self.cp]
+
+    @cached_property
+    def cp_rank(self) -> int:
+        return dist.get_rank(self.cp_group)
 
     @cached_property
     def ep_rank(self) -> int:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .span import Span
+
 __all__ = [
     "FITS",
     "count_padding",
@@ -56,26 +58,26 @@ def _is_news(record: logging.LogRecord) -> bool:
     return TALKERS[record.name].lower() not in record.getMessage().lower()
 
 
-def final_hidden(
-    model: Any, tokens: Tensor, documents: Tensor | Any | None = None, positions: Tensor | None = None
-) -> Tensor:
+def final_hidden(model: Any, tokens: Tensor, beside: Any = None) -> Tensor:
     """Runs a GPTModel up to its last layer and final norm, and no further: `GPTModel.forward` has no such switch.
 
-    tokens: int64 [batch, seq]. documents: [batch, seq], the number of each token's document, which attention does not
-    leave, or what came before; it takes the place of mcore's attention mask, and only our own core attention reads it
-    so. positions: int64 [batch, seq] on the host, of each token in its text; by default all begin. Returns [seq (over
-    tp, with sequence parallelism), batch, hidden]; before the last pipeline stage it is that stage's output. The model
-    may be wrapped (DDP, Float16Module).
+    tokens: int64 [batch, seq]. beside: what attention has to know: [batch, seq], the number of each token's document,
+    which it does not leave; or what came before, or which part of a sequence they are, either of which tells their
+    `positions`. It takes the place of mcore's attention mask, and only our own core attention reads it so.
+    Returns [seq (over tp, with sequence parallelism), batch, hidden]; before the last pipeline stage it is that stage's
+    output. The model may be wrapped (DDP, Float16Module).
     """
     from megatron.core.utils import get_attr_wrapped_model
 
     gpt = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
     # mcore 0.16-0.19: _preprocess returns (decoder_input, rotary_pos_emb, cos, sin, sequence_len_offset, padding_mask)
     states, rotary = gpt._preprocess(input_ids=tokens, position_ids=None)[:2]
-    if positions is not None:
+    if hasattr(beside, "positions"):
+        positions = beside.positions(tokens)
         most = -(-int(positions.max() + 1) // 256) * 256  # mcore keeps the angles of a few lengths
         rotary = gpt.rotary_pos_emb(most)[positions.t()].squeeze(2)
-    return gpt.decoder(hidden_states=states, attention_mask=documents, rotary_pos_emb=rotary)
+    carried = beside.ticket if isinstance(beside, Span) else beside
+    return gpt.decoder(hidden_states=states, attention_mask=carried, rotary_pos_emb=rotary)
 
 
 def mend_distributed_optimizer() -> None:

@@ -195,8 +195,9 @@ class Context:
         )
 
         def batches(step: int) -> list[Batch]:
-            share = self._share(keys.micro_batch)
-            return self._placed(step_batches(corpus, step, global_batch=keys.global_batch, **share))
+            share = {"dp_rank": self.topology.replica, "dp": self.topology.replicas, "micro_batch": keys.micro_batch}
+            mine = self._placed(step_batches(corpus, step, global_batch=keys.global_batch, **share))
+            return [batch.shared(self.topology) for batch in mine]
 
         return batches
 

@@ -110,20 +110,20 @@ def _say(shape: Shape) -> str:
 def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_flops: float = 989e12) -> Estimate:
     """Counts a recipe.
 
-    gpus: processes, by default tp * pp. mfu: the share reached of `peak_flops`, which is an H100's in dense bf16.
+    gpus: processes, by default tp * pp * cp. mfu: the share reached of `peak_flops`, which is an H100's in dense bf16.
     """
     config = read_config(recipe.model)
     teacher = config.shape
     student = student_shape(recipe, teacher)
     parallel = recipe.parallel
-    gpus = gpus or parallel.tp * parallel.pp
-    dp = max(1, gpus // (parallel.tp * parallel.pp))
+    gpus = gpus or parallel.tp * parallel.pp * parallel.cp
+    replicas = max(1, gpus // (parallel.tp * parallel.pp * parallel.cp))
     sequence, weight = recipe.data.sequence, WEIGHT_BYTES[recipe.dtype]
     phases = resolved(recipe.distill, recipe.data)
-    split = parallel.tp if parallel.sequence_parallel else 1
+    split = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
     window = recipe.distill.teacher_window
     ahead = max(
-        min(phase.keys.global_batch // dp, (window or phase.keys.global_batch) * phase.keys.micro_batch)
+        min(phase.keys.global_batch // replicas, (window or phase.keys.global_batch) * phase.keys.micro_batch)
         * phase.sequence
         for phase in phases
     )
@@ -214,7 +214,7 @@ def _search_flops(recipe: Recipe, found: Sequence[Candidate], light: Mapping[str
 def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stash: int) -> int:
     """The most that a rank holds in distillation, or in correction."""
     keys, dtype = recipe.parallel, recipe.dtype
-    topology = Topology(keys.tp, keys.pp, keys.vp, keys.ep, keys.sequence_parallel)
+    topology = Topology(**keys.model_dump())
     trained: list[float] = training_bytes(teacher, topology, dtype, world)
     if recipe.correct and recipe.correct.parameters != "all":  # the rest is small; lora keeps weights with corrections
         weights = {"norms": 1, "lora": 2}[recipe.correct.parameters]

@@ -245,7 +245,7 @@ def _check_search(recipe: Recipe, topology: Topology) -> None:
             f"{' or '.join(known)}: the tasks are those of evaluate."
         )
     if keys.light:
-        light, replicas = light_recipe(recipe).distill, 1 if keys.light.apart else topology.dp
+        light, replicas = light_recipe(recipe).distill, 1 if keys.light.apart else topology.replicas
         _check_split("search.light.global_batch", light.global_batch, light.micro_batch, topology, replicas)
 
 
@@ -257,15 +257,18 @@ def _phases(recipe: Recipe) -> list[tuple[str, ResolvedPhase]]:
 
 
 def _check_phase(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Topology) -> None:
-    _check_split(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology)
+    _check_split(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology, topology.replicas)
     if len(phase.weights) != len(recipe.data.sources):
         raise RecipeError(
             f"{key}.weights are {len(phase.weights)}, and data.sources are {len(recipe.data.sources)}. "
             "Give one weight for each source."
         )
-    if topology.sequence_parallel and phase.sequence % topology.tp:
-        where = "data.sequence" if phase.sequence == recipe.data.sequence else f"{key}.sequence"
-        raise RecipeError(f"{where} is {phase.sequence}, which sequence_parallel cannot split over tp={topology.tp}.")
+    where = "data.sequence" if phase.sequence == recipe.data.sequence else f"{key}.sequence"
+    if phase.sequence % (unit := topology.sequence_unit):
+        by = [f"cp={topology.cp}"] * (topology.cp > 1) + [f"tp={topology.tp}"] * topology.sequence_parallel
+        raise RecipeError(
+            f"{where} is {phase.sequence}, which cannot be split over {' and '.join(by)}. Choose a multiple of {unit}."
+        )
 
 
 def _check_split(key: str, total: int, micro: int, topology: Topology, replicas: int | None = None) -> None:

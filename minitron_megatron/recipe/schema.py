@@ -31,6 +31,8 @@ class Parallel(Keys):
     """Expert-parallel ranks, among all of a pipeline stage. Experts are split over them whole, never by tp."""
     sequence_parallel: bool = False
     """Split the norms' activations over the tensor-parallel ranks."""
+    cp: Count = 1
+    """Context-parallel ranks, among the data-parallel ones: so many share each sequence in training, for long ones."""
 
 
 class Source(Keys):

@@ -68,9 +68,11 @@ class Pool:
         ep: int = 1,
         dp: int = 1,
         sequence_parallel: bool = False,
+        cp: int = 1,
         timeout: float | None = None,
     ) -> list[Any]:
-        """Runs `fn(topology, *args)` on `tp * pp * dp` ranks; gives their results in rank order.
+        """Runs `fn(topology, *args)` on `tp * pp * dp` ranks, of which `cp` of `dp` share sequences; gives their
+        results in rank order.
 
         Raises the first error that a rank met, with the rank's traceback as its cause; TimeoutError after `timeout`
         seconds; ChildProcessError where a worker died.
@@ -80,7 +82,7 @@ class Pool:
         with tempfile.TemporaryDirectory() as meeting:
             for rank, worker in enumerate(workers):
                 place = _Place(rank, len(workers), os.path.join(meeting, "store"), seconds)
-                worker.send((place, Topology(tp, pp, vp, ep, sequence_parallel), fn, args))
+                worker.send((place, Topology(tp, pp, vp, ep, sequence_parallel, cp), fn, args))
             try:
                 return self._collect(workers, seconds, getattr(fn, "__name__", str(fn)))
             except BaseException:

@@ -158,7 +158,8 @@ class _Run:
         what runs beside them, recomputation not counted; and their shares of the GPU's peak, where that is known."""
         tokens = sum(batch.tokens.numel() for batch in batches) * self.topology.dp
         second = tokens / seconds / self.topology.world
-        shape, sequence = config_of(self.learners[0].chunks[0].module).shape, batches[0].tokens.shape[1]
+        shape = config_of(self.learners[0].chunks[0].module).shape
+        sequence = batches[0].tokens.shape[1] * self.topology.cp
         work = {"": 3 * flops_per_token(shape, sequence) * second, "teacher_": self.beside_flops * second}
         rates = {"tokens_per_second": counted / seconds}
         for name, flops in work.items():

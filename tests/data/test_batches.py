@@ -246,13 +246,13 @@ def test_documents_are_apart_where_their_end_is_named(corpora: Corpora, tmp_path
     assert rows(ended) == rows(plain)
     every = [step_batches(corpus, 0, global_batch=40, micro_batch=40, dp_rank=0, dp=1)[0] for corpus in (ended, plain)]
     apart, together = every
-    assert together.documents is None and together.mask.all()
+    assert together.beside is None and together.mask.all()
     assert apart.mask.equal(apart.tokens != 0) and not apart.mask.all()
-    for tokens, documents in zip(apart.tokens.tolist(), apart.documents.tolist(), strict=True):
+    for tokens, documents in zip(apart.tokens.tolist(), apart.beside.tolist(), strict=True):
         numbers, number = [], 0
         for token in tokens:
             numbers.append(number)
             number += token == 0
         assert documents == numbers
     held_out = held_out_batches(ended, micro_batch=3, dp_rank=0, dp=1)
-    assert all(batch.documents is not None and not (batch.mask & (batch.tokens == 0)).any() for batch in held_out)
+    assert all(batch.beside is not None and not (batch.mask & (batch.tokens == 0)).any() for batch in held_out)

@@ -23,7 +23,7 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import LMObjective, Training, mean_loss, train
 from tests.losses.cases import naive
-from tests.tiny import LAYOUTS, SHAPE, cross_entropy, naive_training, samples, share, transformer, write_llama
+from tests.tiny import CONTEXT, LAYOUTS, SHAPE, cross_entropy, naive_training, samples, share, transformer, write_llama
 
 TRAINING = Training(steps=5, lr=2e-3, min_lr=2e-4, warmup_steps=2)
 BATCH, MICRO_BATCH = 8, 4
@@ -80,7 +80,7 @@ def loss_of(student: Any, teacher: Any, batch: Batch, loss: KDLoss) -> Tensor:
 
 
 CASES = [
-    *(("untied", "student", layout, KDLoss()) for layout in LAYOUTS),
+    *(("untied", "student", layout, KDLoss()) for layout in (*LAYOUTS, *CONTEXT)),
     ("tied", "student", "pp2-vp2", KDLoss()),
     ("untied", "tied", "tp2", KDLoss()),
     ("untied", "tied", "pp2", KDLoss("reverse_kl")),
@@ -100,7 +100,7 @@ def test_distillation_is_plain_torchs(
 ) -> None:
     """Loss and gradient norm of every step and the final weights; `student` is shallower and narrower."""
     job = Job(checkpoints[teacher], checkpoints[student], tmp_path / "student", loss)
-    results = pool.run(distil, job, **LAYOUTS[layout])
+    results = pool.run(distil, job, **(LAYOUTS | CONTEXT)[layout])
     truth, of_teacher = transformer(job.student), transformer(job.teacher)
     curve = naive_training(
         truth,

@@ -58,3 +58,11 @@ def test_less_memory_for_the_same_numbers(pool: Pool, shape: Shape, layout: dict
                 torch.testing.assert_close(others[name], gradient, rtol=1e-6, atol=1e-7, msg=name)
     none, selective, full = (max(peak for *_, peak in found[how]) for how in found)
     assert none > selective > full
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_ranks_that_share_sequences_hold_a_part_each(pool: Pool, recompute: Recompute) -> None:
+    """Keys and values stay whole; all else is a half."""
+    whole = pool.run(passes, DENSE, recompute)[0][2]
+    for _, _, peak in pool.run(passes, DENSE, recompute, dp=2, cp=2):
+        assert peak < 0.65 * whole

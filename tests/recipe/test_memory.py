@@ -46,7 +46,7 @@ def held_in_distillation(topology: Topology, teacher: Path, student: Path, dtype
     tokens = torch.randint(0, SHAPE.vocab, (2, SEQUENCE + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(2, SEQUENCE, dtype=torch.bool))
     objective = KDObjective(teaches, topology, vocab=SHAPE.vocab)
-    learner.step([batch] * (SAMPLES // 2 // topology.dp), objective)
+    learner.step([batch.shared(topology)] * (SAMPLES // 2 // topology.replicas), objective)
     held = live_bytes() - before
     learner.release()
     return held
@@ -54,7 +54,9 @@ def held_in_distillation(topology: Topology, teacher: Path, student: Path, dtype
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "layout", [{"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 2}], ids=["tp2-sp", "pp2", "dp2"]
+    "layout",
+    [{"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 2}, {"dp": 2, "cp": 2}],
+    ids=["tp2-sp", "pp2", "dp2", "cp2"],
 )
 def test_an_estimate_is_what_the_fullest_rank_of_a_distillation_holds(
     pool: Pool, tmp_path: Path, recipe_file: Callable[..., Path], layout: dict[str, Any], dtype: str

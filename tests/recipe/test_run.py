@@ -187,7 +187,7 @@ def copy_until(finished: Path, recipe: Path, stage: str) -> None:
     (target / "recipe.yaml").write_text(yaml.safe_dump(keys))
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}, {"dp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"pp": 2}, {"tp": 2, "pp": 2}, {"dp": 2}, {"dp": 2, "cp": 2}], ids=str)
 def test_the_table_does_not_depend_on_the_layout(
     finished: Path, recipe_file: Write, pool: Pool, layout: dict[str, int]
 ) -> None:
@@ -249,6 +249,13 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, int], type[MinitronError], str]
         RecipeError,
         "a multiple of pp=2",
     ),
+    (
+        "a sequence that cannot be shared",
+        {"distill": {"phases": [{"sequence": 18, "tokens": 288}]}},
+        {"dp": 2, "cp": 2},
+        RecipeError,
+        "distill.phases.0.sequence is 18, which cannot be split over cp=2. Choose a multiple of 4.",
+    ),
     ("a batch that does not divide", {"score": {"samples": 3, "micro_batch": 2}}, {}, RecipeError, "samples is 3"),
     ("a top_k above the vocabulary", {"distill": {"loss": {"top_k": 132}}}, {}, RecipeError, "top_k is 132, but there"),
     ("layers that are not there", {"spec": "te"}, {}, RecipeError, "needs Transformer Engine"),
@@ -272,7 +279,7 @@ def test_bad_input_is_one_error_on_every_rank_and_nothing_is_written(
     if ranks == 1 and layout:
         pytest.skip("this error needs two ranks")
     recipe = recipe_file(**changes)
-    keys = tuple(f"parallel.{key}={value}" for key, value in layout.items())
+    keys = tuple(f"parallel.{key}={value}" for key, value in layout.items() if key != "dp")
     with pytest.raises(kind) as caught:
         pool.run(work, recipe, keys, **(layout or {"dp": ranks}))
     assert said in str(caught.value)

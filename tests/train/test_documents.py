@@ -17,35 +17,28 @@ from minitron_megatron.model import forward_backward, named_shards
 from minitron_megatron.parallel import Topology
 from minitron_megatron.score import score
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import LMObjective
-from tests.tiny import LAYOUTS, SEQUENCE, SHAPE, samples, share, transformer
+from minitron_megatron.train import LMObjective, Training, train
+from tests.tiny import CONTEXT, LAYOUTS, SEQUENCE, SHAPE, note, samples, share, transformer
 
 ENDS = ((2, 7), (), (0, 11), (5,))
 """Of the documents in each sample, positions; the last document of a sample goes on."""
 Found = tuple[float, dict[str, Tensor]]
 
 
-def packed(count: int = 8) -> Batch:
-    every = samples(count, padded=False)
+def packed(count: int = 8, seed: int = 0) -> Batch:
+    every = samples(count, seed, padded=False)
     documents = torch.zeros_like(every.tokens)
     for row in range(count):
         for end in ENDS[row % len(ENDS)]:
             documents[row, end + 1 :] += 1
     mask = every.mask.clone()
     mask[:, :-1] &= documents[:, 1:] == documents[:, :-1]
-    return replace(every, mask=mask, documents=documents)
-
-
-def shares(batch: Batch, topology: Topology) -> list[Batch]:
-    """As `share` has them, with their documents."""
-    parts = share(Batch(batch.tokens, batch.labels, batch.mask), topology)
-    numbers = share(Batch(batch.documents, batch.labels, batch.mask), topology)
-    return [replace(part, documents=number.tokens) for part, number in zip(parts, numbers, strict=True)]
+    return replace(every, mask=mask, beside=documents)
 
 
 def passes(topology: Topology, folder: Path, teacher: Path | None, recompute: Any) -> Found:
     model = load_hf(folder, topology, recompute=recompute)
-    batches = shares(packed(), topology)
+    batches = share(packed(), topology)
     objective: Any = LMObjective(topology)
     if teacher:
         objective = KDObjective(load_hf(teacher, topology), topology, vocab=SHAPE.vocab)
@@ -59,8 +52,8 @@ def alone(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """(logits, labels) of each document, by itself, where its loss counts."""
     out = []
     for row in range(len(batch.tokens)):
-        for number in batch.documents[row].unique():
-            of = batch.documents[row] == number
+        for number in batch.beside[row].unique():
+            of = batch.beside[row] == number
             logits = model(batch.tokens[row, of][None]).logits[0]
             counts = batch.mask[row, of]
             out.append((logits[counts], batch.labels[row, of][counts]))
@@ -104,9 +97,33 @@ def test_packing_changes_nothing(
     assert seen == set(gradients)
 
 
+def curve(topology: Topology, folder: Path, teacher: Path, recompute: Any) -> list[tuple[float, float]]:
+    """(loss, norm of the gradient) of three steps."""
+    seen: list[dict[str, float]] = []
+    train(
+        load_hf(folder, topology, recompute=recompute),
+        KDObjective(load_hf(teacher, topology), topology, vocab=SHAPE.vocab),
+        lambda step: share(packed(seed=step), topology),
+        Training(steps=3, lr=2e-3),
+        topology,
+        listener=note(seen),
+    )
+    return [(step["loss"], step["grad_norm"]) for step in seen]
+
+
+@pytest.mark.parametrize(("layout", "recompute"), [*((layout, "none") for layout in CONTEXT), ("cp2", "full")])
+def test_ranks_that_share_sequences_keep_their_documents_apart(
+    pool: Pool, checkpoints: dict[str, Path], layout: str, recompute: str
+) -> None:
+    models = checkpoints["student"], checkpoints["untied"]
+    alone = pool.run(curve, *models, "none")[0]
+    for found in pool.run(curve, *models, recompute, **CONTEXT[layout]):
+        assert [*sum(found, ())] == pytest.approx([*sum(alone, ())], rel=1e-5)
+
+
 def measured(topology: Topology, folder: Path, apart: bool) -> Tensor:
-    batches = shares(packed(), topology)
-    batches = batches if apart else [replace(batch, documents=None) for batch in batches]
+    batches = share(packed(), topology)
+    batches = batches if apart else [replace(batch, beside=None) for batch in batches]
     return score(load_hf(folder, topology), batches, topology=topology).values["hidden"][None]
 
 

@@ -22,7 +22,7 @@ from minitron_megatron.events import Event
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import LMObjective, Training, mean_loss, train
-from tests.tiny import LAYOUTS, Stop, cross_entropy, naive_training, note, samples, share, transformer
+from tests.tiny import CONTEXT, LAYOUTS, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
 TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, clip=1.0)
 BATCH = 8
@@ -94,7 +94,10 @@ def truth(checkpoints: dict[str, Path]) -> dict[str, tuple[Curve, Any]]:
     return found
 
 
-MODELS = [*(("untied", layout) for layout in LAYOUTS), *(("tied", layout) for layout in ("pp2-vp2", "tp2-pp2"))]
+MODELS = [
+    *(("untied", layout) for layout in (*LAYOUTS, *CONTEXT)),
+    *(("tied", layout) for layout in ("pp2-vp2", "tp2-pp2", "cp2-pp2-vp2")),
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), MODELS)
@@ -102,7 +105,7 @@ def test_twenty_steps_are_those_of_plain_torch(
     pool: Pool, checkpoints: dict[str, Path], truth: dict, name: str, layout: str, tmp_path: Path
 ) -> None:
     """Law 1 for training, and more: loss, learning rate, gradient norm and final weights, on every rank."""
-    results = pool.run(run, Job(checkpoints[name], out=tmp_path), **LAYOUTS[layout])
+    results = pool.run(run, Job(checkpoints[name], out=tmp_path), **(LAYOUTS | CONTEXT)[layout])
     curve, model = truth[name]
     for found, _ in results:
         expect_same(found, curve)
@@ -260,13 +263,22 @@ def spoil(checkpoint: Path, how: str) -> None:
         (checkpoint / "state.json").write_text(json.dumps(state | {"identity": "another"}))
 
 
+@pytest.fixture(scope="module")
+def stopped(pool: Pool, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Result]:
+    """A run that stopped after its second checkpoint, at TP2, and what comes of it unbroken."""
+    job = Job(checkpoints["untied"], TWELVE, checkpoints=tmp_path_factory.mktemp("stopped") / "run")
+    pool.run(run, replace(job, stop_at=8), tp=2)
+    return job, pool.run(run, replace(job, checkpoints=None), tp=2)[0]
+
+
 @pytest.mark.parametrize("how", ["torn", "hostile", "foreign"])
 def test_the_checkpoint_before_a_spoilt_one_is_used(
-    pool: Pool, checkpoints: dict[str, Path], how: str, tmp_path: Path
+    pool: Pool, stopped: tuple[Job, Result], how: str, tmp_path: Path
 ) -> None:
-    job = Job(checkpoints["untied"], TWELVE, checkpoints=tmp_path / "run")
-    unbroken = pool.run(run, replace(job, checkpoints=None), tp=2)[0]
-    pool.run(run, replace(job, stop_at=8), tp=2)
+    before, unbroken = stopped
+    assert before.checkpoints is not None
+    shutil.copytree(before.checkpoints, tmp_path / "run")
+    job = replace(before, checkpoints=tmp_path / "run")
     spoil(tmp_path / "run" / "step_00000006", how)
     first, other = pool.run(run_and_hear, job, tp=2)
     for curve, weights in (first[0], other[0]):

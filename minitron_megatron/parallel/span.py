@@ -1,0 +1,94 @@
+"""Context parallelism: which part of each sequence a rank has, and how attention sees the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count, pairwise
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from .collectives import Group, gather_sequence, scatter_sequence
+
+__all__ = ["Span"]
+
+_NUMBERS = count()
+_SPANS: WeakValueDictionary[int, Span] = WeakValueDictionary()
+
+
+@dataclass(frozen=True)
+class Span:
+    """Of `size` ranks that share each sequence, the part of rank `rank`: of 2 x size equal chunks the one of its number
+    and the one as far from the end, so that causal attention is the same work for all."""
+
+    rank: int
+    size: int
+    group: Group
+    sequence: int
+    documents: Tensor | None = None
+    """int64 [batch, sequence] on the host: the number of each token's document, which attention does not leave."""
+
+    @cached_property
+    def ticket(self) -> Tensor:
+        """A number under which `of` finds it while it lives: mcore's recomputation of layers carries tensors alone."""
+        number = next(_NUMBERS)
+        _SPANS[number] = self
+        return torch.tensor(number)
+
+    @staticmethod
+    def of(ticket: Tensor) -> Span:
+        return _SPANS[int(ticket)]
+
+    @property
+    def chunk(self) -> int:
+        return self.sequence // (2 * self.size)
+
+    def _starts(self, rank: int) -> tuple[int, int]:
+        return rank * self.chunk, (2 * self.size - 1 - rank) * self.chunk
+
+    def take(self, whole: Tensor) -> Tensor:
+        """This rank's part of dim 1 of whole sequences."""
+        return torch.cat([whole.narrow(1, start, self.chunk) for start in self._starts(self.rank)], 1)
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        """int64 [1, part of the sequence], of this rank's tokens in it; on the host."""
+        return self.take(torch.arange(self.sequence)[None])
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Position in the sequence -> where it lies when the ranks' parts follow each other."""
+        every = [start + torch.arange(self.chunk) for rank in range(self.size) for start in self._starts(rank)]
+        return torch.cat(every).argsort()
+
+    def whole(self, part: Tensor) -> Tensor:
+        """Dim 0 of every rank's part as the whole sequence, on every rank; a gradient is summed over the ranks.
+        Collective over the group, backward too."""
+        gathered: Tensor = _Whole.apply(part, self)
+        return gathered
+
+    def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
+        """(first query, end of them, first key that they see) of each piece of this rank's part, in its order: a chunk,
+        or what of it belongs to one document."""
+        begins = [0]
+        if self.documents is not None:
+            begins += (self.documents[sample].diff().nonzero().flatten() + 1).tolist()
+        for start in self._starts(self.rank):
+            end = start + self.chunk
+            for a, b in pairwise([start, *(begin for begin in begins if start < begin < end), end]):
+                yield a, b, max(begin for begin in begins if begin <= a)
+
+
+class _Whole(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, span: Span) -> Tensor:
+        ctx.span = span
+        return gather_sequence(part, span.group)[span.order.to(part.device)]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        back = ctx.span.order.argsort().to(gradient.device)
+        return scatter_sequence(gradient[back], ctx.span.group), None
