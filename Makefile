@@ -35,13 +35,13 @@ check: install  ## lint, format and types
 	$(BIN)/mypy
 
 test: check slurm  ## everything that a change must pass
-	$(BIN)/python -m pytest --quiet --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --quiet --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-gpu: install  ## the tests that need a GPU; in NVIDIA's image see docs/versions.md
 	$(BIN)/python -m pytest --quiet tests/gpu
 
 test-latest: $(LATEST)/installed  ## every test with a later megatron-core, on Python 3.12 (torch's CUDA build: 6 GB of disk)
-	$(LATEST)/bin/python -m pytest --quiet --numprocesses 2 --dist loadfile
+	$(LATEST)/bin/python -m pytest --quiet --numprocesses 3 --dist loadfile
 
 # constraints.txt but for LATEST_CORE; with pyenv: PYENV_VERSION=3.12.1 make test-latest
 $(LATEST)/installed: pyproject.toml setup.py constraints.txt Makefile
