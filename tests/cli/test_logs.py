@@ -151,8 +151,9 @@ def test_watch_tells_what_was_and_what_comes(run: Path, tmp_path: Path, recipe: 
 
 
 def test_any_folder_is_evaluated_by_the_recipe(run: Path, recipe: Path) -> None:
+    """Here by two pipeline stages."""
     rows = {row["model"]: row for row in read_json(run / "summary.json")}
-    said = call("evaluate", recipe, "--model", run / "pruned")
+    said = call("evaluate", recipe, "--model", run / "pruned", "--set", "parallel.pp=2", ranks=2)
     assert said.returncode == 0, said.stderr
     loss = f"{rows['pruned']['loss_nats_per_token']:.4f}"
     assert sum(loss in line for line in said.stdout.splitlines()) == 2  # the run's own row, and the folder's
@@ -166,9 +167,9 @@ def test_another_vocabulary_does_not_compare(recipe: Path, tmp_path: Path) -> No
     assert "has a vocabulary of 509" in said.stderr
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_export_is_the_student(recipe: Path, ranks: int) -> None:
-    said = call("export", recipe, "--check", "--set", f"parallel.tp={ranks}", ranks=ranks)
+@pytest.mark.parametrize("split", ["tp", "pp"])
+def test_the_export_is_the_student(recipe: Path, split: str) -> None:
+    said = call("export", recipe, "--check", "--set", f"parallel.{split}=2", ranks=2)
     assert said.returncode == 0, said.stderr
     assert said.stdout.count("transformers gives the student's logits") == 1
 
