@@ -102,7 +102,9 @@ def test_bf16_is_near_fp32(gpus: Pool, checkpoints: dict[str, Path]) -> None:
     assert half[-1]["loss"] < half[0]["loss"]
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 2}])
+@pytest.mark.parametrize(
+    "layout", [{"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 2}, {"dp": 2, "cp": 2}]
+)
 def test_nccl_gives_what_one_gpu_gives(
     two_gpus: Pool, checkpoints: dict[str, Path], layout: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -257,6 +259,28 @@ def test_a_whole_recipe_gives_the_cpus_table(
     for want, got in zip(*tables, strict=True):
         for key, value in want.items():
             assert got[key] == (pytest.approx(value, rel=1e-3) if isinstance(value, float) else value), key
+
+
+def last_of(topology: Topology, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """Attention of eight queries that are the last of 24 keys, and its gradients."""
+    from minitron_megatron.model.spec import _last
+
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((2, 4, 8, 64), (2, 2, 24, 64), (2, 2, 24, 64))
+    parts = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    out = _last(*parts)
+    out.square().sum().backward()
+    return tuple(each.float().cpu() for each in (out.detach(), *(part.grad for part in parts if part.grad is not None)))
+
+
+BF16, FP32 = {"rtol": 0.05, "atol": 0.1}, {"rtol": 1e-3, "atol": 1e-3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_of_a_part_of_a_sequence(gpus: Pool, dtype: torch.dtype) -> None:
+    [want], [got] = (gpus.run(last_of, each, device) for each, device in ((torch.float32, "cpu"), (dtype, "cuda")))
+    for mine, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, expected, **(BF16 if dtype == torch.bfloat16 else FP32))
 
 
 # ---- Transformer Engine
