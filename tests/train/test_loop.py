@@ -95,7 +95,7 @@ def truth(checkpoints: dict[str, Path]) -> dict[str, tuple[Curve, Any]]:
 
 
 MODELS = [
-    *(("untied", layout) for layout in (*LAYOUTS, *CONTEXT)),
+    *(("untied", layout) for layout in (*LAYOUTS, "cp2", "cp2-dp2")),
     *(("tied", layout) for layout in ("pp2-vp2", "tp2-pp2", "cp2-pp2-vp2")),
 ]
 
