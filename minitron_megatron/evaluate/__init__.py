@@ -7,7 +7,7 @@ from .losses import ValidationSet, validation_loss
 from .own import PROGRAMS
 from .predict import Predictor, Run
 from .suites import SUITES, Task
-from .tasks import check_tasks, run_tasks, scores_of
+from .tasks import check_tasks, lower_is_better, run_tasks, scores_of
 
 __all__ = [
     "PROGRAMS",
@@ -17,6 +17,7 @@ __all__ = [
     "Task",
     "ValidationSet",
     "check_tasks",
+    "lower_is_better",
     "run_tasks",
     "scores_of",
     "validation_loss",

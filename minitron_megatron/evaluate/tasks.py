@@ -19,7 +19,7 @@ from .own import OWN, PROGRAMS, graded
 from .predict import Predictor, Run
 from .suites import Task
 
-__all__ = ["check_tasks", "run_tasks", "scores_of"]
+__all__ = ["check_tasks", "lower_is_better", "run_tasks", "scores_of"]
 
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
@@ -92,13 +92,24 @@ def scores_of(results: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, fl
     return scores
 
 
+def lower_is_better(results: Mapping[str, Any], task: Task) -> bool:
+    """Whether less of a task's number is better, as of a perplexity."""
+    leaf = _leaves(task.name)[0]
+    key = _key(results["results"][leaf], task.metric if not isinstance(task.metric, tuple) else task.metric[0])
+    return results["higher_is_better"][leaf].get(key.split(",")[0]) is False
+
+
 def _metric(found: Mapping[str, Any], name: str | tuple[str, ...] | None) -> float:
-    """The harness writes `metric,filter`: a metric's first filter, the mean of several metrics, or the first one."""
+    """The number of a metric, or the mean of several."""
     if isinstance(name, tuple):
         return sum(_metric(found, each) for each in name) / len(name)
-    plain = {key: value for key, value in found.items() if "," in key and "_stderr," not in key}
-    named = [value for key, value in plain.items() if key.split(",")[0] == name]
-    return float((named or list(plain.values()))[0])
+    return float(found[_key(found, name)])
+
+
+def _key(found: Mapping[str, Any], name: str | None) -> str:
+    """The harness writes `metric,filter`: a metric's first filter, or the first metric where none is so called."""
+    plain = [key for key in found if "," in key and "_stderr," not in key]
+    return next((key for key in plain if key.split(",")[0] == name), plain[0])
 
 
 @cache

@@ -40,7 +40,8 @@ BY = ("loss", "pareto")
 """What may choose besides a task."""
 
 Part = dict[str, Any]
-"""What is known of a candidate: `loss` right after its cut; `curve`, step -> held-out loss; `score` at the task."""
+"""What is known of a candidate: `loss` right after its cut; `curve`, step -> held-out loss; `score` at the task,
+more is better."""
 
 
 def search_shapes(context: Context) -> dict[str, Any]:

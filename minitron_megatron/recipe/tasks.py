@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import transformers_tokenizer
-from ..evaluate import Run, Task, ValidationSet, run_tasks, scores_of, validation_loss
+from ..evaluate import Run, Task, ValidationSet, lower_is_better, run_tasks, scores_of, validation_loss
 from ..files import whole_file, write_json
 from ..layout import parameters
 from ..model import chunks_of, config_of
@@ -45,9 +45,10 @@ def _evaluate_tasks(context: Context, model: Any, name: str) -> dict[str, float]
 
 
 def score_of(context: Context, model: Any, name: str) -> float:
-    """A model's score at one of the recipe's tasks. Collective over the world."""
+    """A model's score at one of the recipe's tasks, more is better: of a perplexity the negative. Collective."""
     task = next(task for task in context.recipe.evaluate.wanted() if task.name == name)
-    return scores_of(_run(context, model, [task]), [task])[name]
+    found = _run(context, model, [task])
+    return scores_of(found, [task])[name] * (-1 if lower_is_better(found, task) else 1)
 
 
 def winogrande(context: Context, model: Any, run: Run) -> float:
