@@ -90,10 +90,8 @@ def _apart(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
 
 def _shared(q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
     """Causal attention of a part's queries, each piece to what is not after it: [batch, heads, part, head_dim]."""
-    if span.documents is None:
-        return _by_piece(q, k, v, list(span.pieces(0)))
-    samples = enumerate(zip(*(x.split(1) for x in (q, k, v)), strict=True))
-    return torch.cat([_by_piece(*one, list(span.pieces(at))) for at, one in samples])  # type: ignore[call-arg]
+    samples = zip(*(x.chunk(len(span.pieces)) for x in (q, k, v)), span.pieces, strict=True)
+    return torch.cat([_by_piece(*sample) for sample in samples])
 
 
 def _by_piece(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[tuple[int, int, int]]) -> Tensor:

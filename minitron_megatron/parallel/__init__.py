@@ -4,7 +4,7 @@ Knows: ranks, groups, devices, which layer lives on which pipeline stage, what m
 versions differ. Must not know: scores, plans, losses, recipes.
 """
 
-from .apart import apart
+from .apart import apart, check_apart
 from .backend import install_cpu_backend, peak_bytes, peak_flops
 from .collectives import (
     Group,
@@ -51,6 +51,7 @@ __all__ = [
     "apart",
     "barrier",
     "broadcast_object",
+    "check_apart",
     "claim_device",
     "count_padding",
     "fail_together",

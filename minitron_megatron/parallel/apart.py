@@ -14,9 +14,17 @@ from ..errors import MinitronError, TopologyError
 from .collectives import broadcast_object, fail_together
 from .topology import Topology, claim_device
 
-__all__ = ["apart"]
+__all__ = ["apart", "check_apart"]
 
 WAIT_SECONDS = 0.2
+
+
+def check_apart(topology: Topology) -> None:
+    """Raises TopologyError where replicas hold experts or sequences between them."""
+    if topology.ep > 1:
+        raise TopologyError(f"ep={topology.ep} spreads experts over replicas, which cannot part. Set ep to 1.")
+    if topology.cp > 1:
+        raise TopologyError(f"cp={topology.cp} shares sequences among replicas, which cannot part. Set cp to 1.")
 
 
 @contextmanager
@@ -24,13 +32,10 @@ def apart(topology: Topology) -> Iterator[Topology]:
     """Inside, each data-parallel replica is a world of its own, laid out as what is yielded; in the end all are one
     again, once the last is there, however long that takes. What knows a group of one world is of no use in the other.
 
-    Collective over the world. Raises TopologyError where replicas hold experts or sequences between them; a
-    MinitronError of one replica is raised on all ranks once they are together.
+    Collective over the world. Raises what `check_apart` does; a MinitronError of one replica is raised on all ranks
+    once they are together.
     """
-    if topology.ep > 1:
-        raise TopologyError(f"ep={topology.ep} spreads experts over replicas, which cannot part. Set ep to 1.")
-    if topology.cp > 1:
-        raise TopologyError(f"cp={topology.cp} shares sequences among replicas, which cannot part. Set cp to 1.")
+    check_apart(topology)
     if topology.dp == 1:
         yield topology
         return

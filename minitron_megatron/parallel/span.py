@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, pairwise
@@ -15,6 +15,9 @@ from torch import Tensor
 from .collectives import Group, gather_sequence, scatter_sequence
 
 __all__ = ["Span"]
+
+Piece = tuple[int, int, int]
+"""First query, end of them, first key that they see: positions."""
 
 _NUMBERS = count()
 _SPANS: WeakValueDictionary[int, Span] = WeakValueDictionary()
@@ -58,24 +61,22 @@ class Span:
         """int64 [1, part of the sequence], of this rank's tokens in it; on the host."""
         return self.take(torch.arange(self.sequence)[None])
 
-    @cached_property
-    def order(self) -> Tensor:
-        """Position in the sequence -> where it lies when the ranks' parts follow each other."""
-        every = [start + torch.arange(self.chunk) for rank in range(self.size) for start in self._starts(rank)]
-        return torch.cat(every).argsort()
-
     def whole(self, part: Tensor) -> Tensor:
         """Dim 0 of every rank's part as the whole sequence, on every rank; a gradient is summed over the ranks.
         Collective over the group, backward too."""
         gathered: Tensor = _Whole.apply(part, self)
         return gathered
 
-    def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
-        """(first query, end of them, first key that they see) of each piece of this rank's part, in its order: a chunk,
-        or what of it belongs to one document."""
-        begins = [0]
-        if self.documents is not None:
-            begins += (self.documents[sample].diff().nonzero().flatten() + 1).tolist()
+    @cached_property
+    def pieces(self) -> list[list[Piece]]:
+        """Of each sample, or once where all are one document, the pieces of this rank's part, in its order: its chunks,
+        or what of them belongs to one document."""
+        if self.documents is None:
+            return [list(self._cut([0]))]
+        return [list(self._cut([0, *(each.diff().nonzero().flatten() + 1).tolist()])) for each in self.documents]
+
+    def _cut(self, begins: Sequence[int]) -> Iterator[Piece]:
+        """begins: of documents."""
         for start in self._starts(self.rank):
             end = start + self.chunk
             for a, b in pairwise([start, *(begin for begin in begins if start < begin < end), end]):
@@ -86,9 +87,20 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, span: Span) -> Tensor:
         ctx.span = span
-        return gather_sequence(part, span.group)[span.order.to(part.device)]
+        return in_order(gather_sequence(part, span.group), span.size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        back = ctx.span.order.argsort().to(gradient.device)
-        return scatter_sequence(gradient[back], ctx.span.group), None
+        return scatter_sequence(by_rank(gradient, ctx.span.size), ctx.span.group), None
+
+
+def in_order(parts: Tensor, size: int) -> Tensor:
+    """Dim 0 of the ranks' parts, one after the other, as the sequence has it."""
+    early, late = parts.unflatten(0, (size, 2, -1)).unbind(1)
+    return torch.cat([early, late.flip(0)]).flatten(0, 1)
+
+
+def by_rank(whole: Tensor, size: int) -> Tensor:
+    """The inverse of `in_order`."""
+    early, late = whole.unflatten(0, (2, size, -1))
+    return torch.stack([early, late.flip(0)], 1).flatten(0, 2)

@@ -68,7 +68,7 @@ class Topology:
         )
         model_parallel_cuda_manual_seed(1)
         if self.cp > 1:
-            assert self.cp_group is not None  # made now, for that is collective
+            _ = self.cp_group  # made now, for that is collective
 
     @classmethod
     def running(cls, sequence_parallel: bool = False) -> Topology:

@@ -195,7 +195,7 @@ class Context:
         )
 
         def batches(step: int) -> list[Batch]:
-            share = {"dp_rank": self.topology.replica, "dp": self.topology.replicas, "micro_batch": keys.micro_batch}
+            share = self._share(keys.micro_batch) | {"dp_rank": self.topology.replica, "dp": self.topology.replicas}
             mine = self._placed(step_batches(corpus, step, global_batch=keys.global_batch, **share))
             return [batch.shared(self.topology) for batch in mine]
 

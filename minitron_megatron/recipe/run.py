@@ -22,7 +22,7 @@ from ..events import Listener, silent
 from ..files import locked, read_json, whole_file, write_json
 from ..layout import Shape
 from ..model import check_fits, check_spec
-from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, peak_bytes
+from ..parallel import Topology, barrier, broadcast_object, check_apart, fail_together, gather_objects, peak_bytes
 from ..serve import check_fp8
 from .context import Context, Folders
 from .estimate import estimate
@@ -245,8 +245,10 @@ def _check_search(recipe: Recipe, topology: Topology) -> None:
             f"{' or '.join(known)}: the tasks are those of evaluate."
         )
     if keys.light:
-        light, replicas = light_recipe(recipe).distill, 1 if keys.light.apart else topology.replicas
-        _check_split("search.light.global_batch", light.global_batch, light.micro_batch, topology, replicas)
+        if keys.light.apart:
+            check_apart(topology)
+        (phase,) = resolved(light_recipe(recipe).distill, recipe.data)
+        _check_phase("search.light", phase, recipe, topology, 1 if keys.light.apart else None)
 
 
 def _phases(recipe: Recipe) -> list[tuple[str, ResolvedPhase]]:
@@ -256,15 +258,19 @@ def _phases(recipe: Recipe) -> list[tuple[str, ResolvedPhase]]:
     return found + list(zip(names, resolved(recipe.distill, recipe.data), strict=True))
 
 
-def _check_phase(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Topology) -> None:
-    _check_split(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology, topology.replicas)
+def _check_phase(
+    key: str, phase: ResolvedPhase, recipe: Recipe, topology: Topology, replicas: int | None = None
+) -> None:
+    """replicas: among which its samples are split; None: all of the topology's."""
+    replicas = replicas or topology.replicas
+    _check_split(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology, replicas)
     if len(phase.weights) != len(recipe.data.sources):
         raise RecipeError(
             f"{key}.weights are {len(phase.weights)}, and data.sources are {len(recipe.data.sources)}. "
             "Give one weight for each source."
         )
-    where = "data.sequence" if phase.sequence == recipe.data.sequence else f"{key}.sequence"
     if phase.sequence % (unit := topology.sequence_unit):
+        where = "data.sequence" if phase.sequence == recipe.data.sequence else f"{key}.sequence"
         by = [f"cp={topology.cp}"] * (topology.cp > 1) + [f"tp={topology.tp}"] * topology.sequence_parallel
         raise RecipeError(
             f"{where} is {phase.sequence}, which cannot be split over {' and '.join(by)}. Choose a multiple of {unit}."

@@ -12,6 +12,7 @@ from torch import Tensor
 from minitron_megatron.errors import RecipeError, TopologyError
 from minitron_megatron.model.spec import CoreAttention
 from minitron_megatron.parallel import Span, Topology, apart
+from minitron_megatron.parallel.span import by_rank, in_order
 from minitron_megatron.testing import Pool
 from tests.tiny import SEQUENCE, samples, share
 
@@ -28,15 +29,15 @@ def test_parts_are_as_long_and_as_much_work_and_make_the_whole(size: int) -> Non
     assert sorted(torch.cat(parts).tolist()) == list(range(LENGTH))
     assert {len(part) for part in parts} == {LENGTH // size}
     assert len({int(part.sum()) for part in parts}) == 1  # what each sees before it
-    assert torch.cat(parts)[span(0, size).order].tolist() == list(range(LENGTH))
+    assert in_order(torch.cat(parts), size).tolist() == list(range(LENGTH))
+    assert by_rank(torch.arange(LENGTH), size).tolist() == torch.cat(parts).tolist()
 
 
 def test_pieces_are_chunks_cut_by_documents() -> None:
     documents = (torch.arange(LENGTH) >= torch.tensor([[5], [18]])).long()
-    assert list(span(0, 2).pieces(1)) == [(0, 6, 0), (18, 24, 0)]
-    assert list(span(0, 2, documents).pieces(0)) == [(0, 5, 0), (5, 6, 5), (18, 24, 5)]
-    assert list(span(1, 2, documents).pieces(1)) == [(6, 12, 0), (12, 18, 0)]
-    assert list(span(0, 2, documents).pieces(1)) == [(0, 6, 0), (18, 24, 18)]
+    assert span(0, 2).pieces == [[(0, 6, 0), (18, 24, 0)]]
+    assert span(0, 2, documents).pieces == [[(0, 5, 0), (5, 6, 5), (18, 24, 5)], [(0, 6, 0), (18, 24, 18)]]
+    assert span(1, 2, documents).pieces[1] == [(6, 12, 0), (12, 18, 0)]
 
 
 def attend(topology: Topology, apart: bool) -> tuple[Tensor, ...]:
