@@ -42,6 +42,7 @@ CONTEXT: Mapping[str, dict[str, Any]] = {
     "cp2-dp2": {"dp": 4, "cp": 2},
     "cp2-tp2-sp": {"dp": 2, "cp": 2, "tp": 2, "sequence_parallel": True},
     "cp2-pp2-vp2": {"dp": 2, "cp": 2, "pp": 2, "vp": 2},
+    "cp2-tp2-pp2": {"dp": 2, "cp": 2, "tp": 2, "pp": 2},
 }
 """Training alone knows these."""
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)

@@ -51,6 +51,12 @@ def test_a_layer_that_is_not_there_is_named(keys: dict[str, Any], says: str) -> 
         StatePairs(**keys).check(TEACHER, STUDENT, Topology())
 
 
+def test_relations_between_tokens_want_whole_sequences() -> None:
+    StatePairs(outputs=("29:13",)).check(TEACHER, STUDENT, Topology(cp=2))
+    with pytest.raises(RecipeError, match=r"attention relates all tokens of a sequence, and cp=2\. Set cp to 1"):
+        StatePairs(outputs=("29:13",), attention=("29:13",)).check(TEACHER, STUDENT, Topology(cp=2))
+
+
 @pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2), Topology(pp=4), Topology(pp=2, vp=2)])
 def test_the_papers_mapping_lies_on_one_stage(topology: Topology) -> None:
     StatePairs(embedding=True, outputs=("29:13",), mlp_inputs=("29:13",)).check(TEACHER, STUDENT, topology)

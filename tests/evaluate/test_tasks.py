@@ -139,7 +139,7 @@ def truth(model: Path, files: Path) -> dict[str, Any]:
     return theirs(model, files, TASKS)
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "pp2-vp2", "dp2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_item_is_that_of_the_harness_own_model(
     pool: Pool, model: Path, files: Path, truth: dict[str, Any], layout: str
 ) -> None:

@@ -135,7 +135,7 @@ def test_corrections_are_plain_torchs(
     assert curve[-1]["loss"] != curve[0]["loss"]
 
 
-@pytest.mark.parametrize(("first", "then"), [("tp2", "tp2"), ("pp2", "tp2-sp")])
+@pytest.mark.parametrize(("first", "then"), [("tp2", "tp2"), ("tp2", "pp2"), ("pp2", "tp2-sp"), ("tp1", "tp2-pp2")])
 def test_corrections_resume(pool: Pool, checkpoints: dict[str, Path], first: str, then: str, tmp_path: Path) -> None:
     """To the bit at the same layout, and to 1e-5 at another, the rows of gate and up among what is resharded."""
     folder = checkpoints["untied"]
