@@ -30,6 +30,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 OUTSIDE: dict[str, frozenset[str]] = {
     "torch.distributed": frozenset({"parallel", "testing"}),
     "megatron.core.parallel_state": frozenset({"parallel"}),
+    "megatron.bridge": frozenset({"convert"}),
     "megatron": frozenset({"parallel", "model", "data", "losses", "score", "prune", "train", "distill", "testing"}),
     "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers that have no tokenizer.json
     "safetensors": frozenset({"records", "convert", "serve"}),

@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import CheckpointError
 from ..layout import Shape
 from ..model import ModelConfig
-from .families import family_of
+from .bridge import check_bridged
+from .families import FAMILIES, family_of
 
 __all__ = ["flat_config", "read_config"]
 
@@ -40,9 +41,12 @@ def read_config(folder: Path) -> ModelConfig:
     family_of(hf)
     _refuse_unsupported(path, hf)
     try:
-        return _model_config(hf)
+        config = _model_config(hf)
     except KeyError as error:
         raise CheckpointError(f"{path} does not say {error}. A {hf['model_type']} config must.") from error
+    if hf["model_type"] not in FAMILIES:
+        check_bridged(config)
+    return config
 
 
 def _refuse_unsupported(path: Path, hf: Mapping[str, Any]) -> None:

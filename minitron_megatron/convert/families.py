@@ -200,14 +200,17 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face config, llama for the empty one of a model built elsewhere.
+    """The family of a Hugging Face config, llama for the empty one of a model built elsewhere; without a row here, what
+    Megatron-Bridge knows of it, where that is installed.
 
-    Raises CheckpointError where the config names no family that is known.
+    Raises CheckpointError where neither knows it.
     """
+    from .bridge import bridged
+
     model_type = str(hf.get("model_type")) if hf else "llama"
-    if model_type not in FAMILIES:
+    if (family := FAMILIES.get(model_type) or bridged(hf)) is None:
         raise CheckpointError(
             f"model_type {model_type!r} is not supported.{did_you_mean(model_type, FAMILIES)} "
-            f"Known: {', '.join(FAMILIES)}."
+            f"Known: {', '.join(FAMILIES)}; with Megatron-Bridge installed, those of its families that compute alike."
         )
-    return FAMILIES[model_type]
+    return family

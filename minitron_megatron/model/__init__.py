@@ -7,7 +7,7 @@ Knows: mcore's modules, configs and schedules, training checkpoints. Must not kn
 from .build import build, chunks_of, rebuild
 from .cache import Continued, Past
 from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
-from .config import ModelConfig, Recompute, check_fits, config_of
+from .config import ACTIVATIONS, ModelConfig, Recompute, check_fits, config_of
 from .initial import fill_initial
 from .megatron_lm import save_megatron_lm
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
@@ -15,6 +15,7 @@ from .shards import BRIDGE, LORA, NamedShard, adopt, home, named_shards, output_
 from .spec import Spec, check_spec, reads_past
 
 __all__ = [
+    "ACTIVATIONS",
     "BRIDGE",
     "LORA",
     "Checkpoints",
