@@ -5,10 +5,11 @@
 set -eu
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv-latest/bin/python}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
 for version in ${VERSIONS:-0.4.2 0.6.2}; do
-    site=$(mktemp -d)
-    $python -m pip install --quiet --no-deps --target "$site" \
+    $python -m pip install --quiet --no-deps --target "$site/$version" \
         "megatron-bridge==$version" peft einops 'hydra-core==1.3.2' omegaconf 'antlr4-python3-runtime==4.9.3'
     echo "megatron-bridge $version"
-    PYTHONPATH=$site $python -W ignore tests/compat/bridge.py
+    PYTHONPATH=$site/$version $python -W ignore tests/compat/bridge.py
 done
