@@ -49,7 +49,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
 }
 """Third-party module -> the rooms that may import it. The longest fitting name decides; one without a row is free."""
 
-LAZY = ("megatron", "transformers", "matplotlib", "wandb", "tensorboard", "lm_eval", "modelopt", "rouge_score")
+LAZY = ("megatron", "transformers", "matplotlib", "wandb", "tensorboard", "lm_eval", "modelopt", "nltk", "rouge_score")
 """Heavy: never imported by importing a module of ours, only inside the function that needs it."""
 
 FORBIDDEN = ("transformer_engine", "apex", "triton", "tensorrt_llm")

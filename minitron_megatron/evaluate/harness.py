@@ -135,7 +135,10 @@ def _cut(tokens: list[int], most: int, truncate: bool) -> list[int]:
             "Ask for fewer shots, or set evaluate.truncate to drop the beginnings of prompts."
         )
     if most < 1:
-        raise DataError("the model's context leaves no room for prompts beside what is to be generated.")
+        raise DataError(
+            "the model's context leaves no room for prompts beside what the task generates. "
+            "Leave the task out, or raise max_position_embeddings where the model bears it."
+        )
     return tokens[-most:]
 
 

@@ -37,6 +37,21 @@ def check_tasks(tasks: Sequence[Task], files: Path | None, *, run_code: bool = F
                     "Set evaluate.run_code where that may be, as in a container without a network."
                 )
             _configured(task, leaf, files)
+            if leaf == "ifeval":
+                _check_sentences()
+
+
+def _check_sentences() -> None:
+    """IFEval counts sentences after its questions are answered; its own download fails without an error."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        raise DataError(
+            "task ifeval needs NLTK's punkt_tab, which is not here and could not be downloaded. "
+            "Set NLTK_DATA to a folder that has tokenizers/punkt_tab."
+        ) from error
 
 
 def run_tasks(

@@ -174,3 +174,16 @@ def test_every_task_of_the_suites_is_known(monkeypatch: pytest.MonkeyPatch, tmp_
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(RecipeError, match=r"task ifeval needs a package .*langdetect.*lm-eval\[ifeval"):
         check_tasks([Task("ifeval", 0)], tmp_path)
+
+
+def test_sentences_that_cannot_be_counted_are_an_error_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import nltk
+
+    monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
+    monkeypatch.setattr(nltk.data, "path", [])
+    (tmp_path / "ifeval").mkdir()
+    (tmp_path / "ifeval" / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"needs NLTK's punkt_tab.*Set NLTK_DATA"):
+        check_tasks([Task("ifeval", 0)], tmp_path)
