@@ -42,10 +42,12 @@ TAKEN = (
 )
 """What a family here takes over from its model."""
 FREE = (
-    r".*_fusion|.*_dtype|bf16|fp16|.*_dropout|.*init_method.*|use_cpu_initialization|.*_parallel_size|recompute_.*|"
-    r"persist_layer_norm|attention_softmax_in_fp32|attention_backend|calculate_per_token_loss|cuda_graph_.*|"
-    r"seq_length|make_vocab_size_divisible_by|hf_model_id|transformer_layer_spec|moe_grouped_gemm|"
-    r"moe_aux_loss_coeff|moe_router_load_balancing_type|moe_token_dispatcher_type"
+    r".*_fusion|.*_dtype|bf16|fp16|.*_dropout|.*init_method.*|.*_initialization|.*_parallel_size|recompute_.*|"
+    r"persist_layer_norm|attention_softmax_in_fp32|attention_backend|calculate_per_token_loss|cross_entropy_.*|"
+    r"cuda_graph_.*|tp_comm_.*|cp_comm_type|async_tensor_.*|scatter_embedding_.*|deallocate_pipeline_outputs|"
+    r"seq_length|make_vocab_size_divisible_by|transformer_layer_spec|moe_grouped_gemm|moe_shared_expert_overlap|"
+    r"moe_aux_loss_coeff|moe_router_load_balancing_type|moe_token_dispatcher_type|moe_flex_.*|mtp_loss_.*|"
+    r"hf_.*|generation_config|.*_token_id"
 )
 """What says how a model is trained or run, and not what it computes; the layers' spec is compared by itself."""
 
@@ -153,7 +155,8 @@ def _other_code(known: Known) -> Iterator[str]:
         yield f"a model that is no GPTModel ({said.__name__})"
         return
     defaults = dict(_defaults())
-    if own := [field.name for field in fields(said) if field.name not in defaults]:
+    names = {field.name for field in fields(said)} | set(vars(known.provider))
+    if own := sorted(name for name in names - set(defaults) if not re.fullmatch(FREE, name)):
         yield f"settings of its own: {', '.join(own)}"
     if said.provide is not GPTModelProvider.provide:
         yield f"a model of its own ({said.__name__})"

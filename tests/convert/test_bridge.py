@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, make_dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +117,7 @@ SAID: dict[str, Any] = {
 
 class AutoBridge:
     said: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
     provider: type = GPTModelProvider
     _model_bridge: Any = MegatronModelBridge()
 
@@ -132,7 +133,7 @@ class AutoBridge:
     def to_megatron_provider(self, load_weights: bool = True) -> Any:
         assert not load_weights
         hf = self.config
-        return self.provider(
+        said = self.provider(
             **{
                 "num_layers": hf.num_hidden_layers,
                 "hidden_size": hf.hidden_size,
@@ -147,6 +148,9 @@ class AutoBridge:
                 **self.said,
             }
         )
+        said.pad_token_id = hf.pad_token_id  # as its bridges do, and no field
+        vars(said).update(self.beside)
+        return said
 
 
 def install(auto: type = AutoBridge) -> None:
@@ -273,7 +277,8 @@ MORE = make_dataclass("MORE", [("softcap", float, field(default=50.0))], bases=(
         ({"said": {"transformer_layer_spec": print}}, "layers of its own"),
         ({"provider": ItsOwn}, r"a model of its own \(ItsOwn\)"),
         ({"provider": MORE}, "settings of its own: softcap"),
-        ({"provider": Path}, r"a model that is no GPTModel \(PosixPath\)"),
+        ({"beside": {"value_scale": 2.0}}, "settings of its own: value_scale"),
+        ({"provider": SimpleNamespace}, r"a model that is no GPTModel \(SimpleNamespace\)"),
         ({"said": {"unheard_of": 1}}, "TypeError: "),
         ({"_model_bridge": Changed()}, "weights that Changed changes on the way"),
         ({"_model_bridge": Centred()}, r"no plain ones, for decoder.layers.\*.mlp.linear_fc2.weight"),
