@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..layout import TABLE
+from ..layout import TABLE, pattern_of
 from ..model import ACTIVATIONS, ModelConfig
 from .families import WHOLE, Family, Keys, Names
 
@@ -62,8 +62,7 @@ UNSAID: Mapping[str, Callable[[Any], int]] = {
 class Known:
     """What Megatron-Bridge has for one config."""
 
-    bridge: Any
-    """Its `MegatronModelBridge`."""
+    family: Family
     provider: Any
     """Its `GPTModelProvider`, an mcore `TransformerConfig` and what a GPTModel needs besides."""
 
@@ -73,107 +72,103 @@ def bridged(hf: Mapping[str, Any]) -> Family | None:
 
     Raises CheckpointError where its model is none of ours.
     """
-    if importlib.util.find_spec("megatron.bridge") is None:
-        return None
-    return _family(json.dumps(hf, sort_keys=True))
+    known = _known(json.dumps(hf, sort_keys=True))
+    return known.family if known else None
 
 
 def check_bridged(config: ModelConfig) -> None:
     """Raises CheckpointError where Megatron-Bridge would build another model than this of the same config."""
     known = _known(json.dumps(config.source, sort_keys=True))
     assert known is not None
-    family, said, expected = bridged(config.source), known.provider, _expected(config)
-    for name, default in _defaults():
-        wanted = expected.get(name, default)
-        value = getattr(said, name)
+    expected = _expected(config)
+    for name, default in _defaults().items():
+        wanted, value = expected.get(name, default), getattr(known.provider, name)
         if value is None and name in UNSAID:
-            value = UNSAID[name](said)
+            value = UNSAID[name](known.provider)
         if not re.fullmatch(f"{TAKEN}|{FREE}", name) and value != wanted:
             raise _refusal(config.source, f"{name}={value!r}; here it would be {wanted!r}")
-    patterns = {re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in config.shape.names()}
-    assert family is not None
-    if missing := patterns - set(family.names):
+    if missing := {pattern_of(name) for name in config.shape.names()} - set(known.family.names):
         raise _refusal(config.source, f"no names, or no plain ones, for {', '.join(sorted(missing))}")
 
 
 @cache
-def _known(hf: str) -> Known | None:
+def _known(config: str) -> Known | None:
+    """config: JSON, for it is asked for each parameter."""
+    if importlib.util.find_spec("megatron.bridge") is None:
+        return None
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig, PretrainedConfig
 
-    keys = json.loads(hf)
+    hf = json.loads(config)
     try:
-        config = AutoConfig.for_model(**keys)
+        asked = AutoConfig.for_model(**hf)
     except ValueError:  # of a family that transformers does not know
-        config = PretrainedConfig.from_dict(keys)
+        asked = PretrainedConfig.from_dict(hf)
     try:
-        auto = AutoBridge.from_hf_config(config)
+        auto = AutoBridge.from_hf_config(asked)
     except ValueError:  # with the whole list of those that it knows
         return None
     try:
-        return Known(auto._model_bridge, auto.to_megatron_provider(load_weights=False))
+        bridge, provider = auto._model_bridge, auto.to_megatron_provider(load_weights=False)
     except Exception as error:  # code of each family's own
-        raise _refusal(keys, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        raise _refusal(hf, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+    _refuse_other_code(bridge, provider, hf)
+    return Known(_family(bridge, provider, hf), provider)
 
 
-@cache
-def _family(hf: str) -> Family | None:
-    known, keys = _known(hf), json.loads(hf)
-    if known is None:
-        return None
-    said = known.provider
-    for reason in _other_code(known):
-        raise _refusal(keys, reason)
-    layer_norm = said.normalization == "LayerNorm"
-    shape = {"gated": said.gated_linear_unit, "qkv_bias": said.add_qkv_bias, "qk_norm": said.qk_layernorm}
-    functions = {
-        "norm": said.normalization,
-        "zero_centered_norm": said.layernorm_zero_centered_gamma,
-        "activation": _activation(said.activation_func, keys),
-    }
-    return Family(
-        keys["model_type"],
-        keys["architectures"][0],
-        _names(known.bridge),
-        {**shape, "norm_bias": layer_norm, "shared_gate": bool(getattr(said, "moe_shared_expert_gate", False))},
-        functions,
-        eps=next((key for key in EPSILONS if key in keys), EPSILONS[0]),
-        rotary_share=said.rotary_percent,
-        only={},
-        keys=_keys(known, keys),
-        renormalises=not said.moe_router_pre_softmax,
-    )
-
-
-def _other_code(known: Known) -> Iterator[str]:
-    """What of a family is code of its own, and not said by settings."""
+def _refuse_other_code(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> None:
+    """What of a family is code of its own is not said by its settings."""
     from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
-    said = type(known.provider)
-    if not issubclass(said, GPTModelProvider):
-        yield f"a model that is no GPTModel ({said.__name__})"
-        return
-    defaults = dict(_defaults())
-    names = {field.name for field in fields(said)} | set(vars(known.provider))
+    kind = type(provider)
+    if not issubclass(kind, GPTModelProvider):
+        raise _refusal(hf, f"a model that is no GPTModel ({kind.__name__})")
+    defaults = _defaults()
+    names = {field.name for field in fields(kind)} | set(vars(provider))
     if own := sorted(name for name in names - set(defaults) if not re.fullmatch(FREE, name)):
-        yield f"settings of its own: {', '.join(own)}"
-    if said.provide is not GPTModelProvider.provide:
-        yield f"a model of its own ({said.__name__})"
-    if known.provider.transformer_layer_spec is not defaults["transformer_layer_spec"]:
-        yield "layers of its own"
-    if type(known.bridge).maybe_modify_loaded_hf_weight is not MegatronModelBridge.maybe_modify_loaded_hf_weight:
-        yield f"weights that {type(known.bridge).__name__} changes on the way"
+        raise _refusal(hf, f"settings of its own: {', '.join(own)}")
+    if kind.provide is not GPTModelProvider.provide:
+        raise _refusal(hf, f"a model of its own ({kind.__name__})")
+    if provider.transformer_layer_spec is not defaults["transformer_layer_spec"]:
+        raise _refusal(hf, "layers of its own")
+    if type(bridge).maybe_modify_loaded_hf_weight is not MegatronModelBridge.maybe_modify_loaded_hf_weight:
+        raise _refusal(hf, f"weights that {type(bridge).__name__} changes on the way")
+
+
+def _family(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Family:
+    return Family(
+        hf["model_type"],
+        hf["architectures"][0],
+        _names(bridge),
+        shape={
+            "gated": provider.gated_linear_unit,
+            "qkv_bias": provider.add_qkv_bias,
+            "qk_norm": provider.qk_layernorm,
+            "norm_bias": provider.normalization == "LayerNorm",
+            "shared_gate": provider.moe_shared_expert_gate,
+        },
+        functions={
+            "norm": provider.normalization,
+            "zero_centered_norm": provider.layernorm_zero_centered_gamma,
+            "activation": _activation(provider.activation_func, hf),
+        },
+        eps=next((key for key in EPSILONS if key in hf), EPSILONS[0]),
+        rotary_share=provider.rotary_percent,
+        only={},
+        keys=_keys(bridge, provider, hf),
+        renormalises=not provider.moe_router_pre_softmax,
+    )
 
 
 @cache
-def _defaults() -> list[tuple[str, Any]]:
+def _defaults() -> dict[str, Any]:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
-    return [
-        (field.name, field.default if field.default_factory is MISSING else field.default_factory())
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(GPTModelProvider)
-    ]
+    }
 
 
 def _activation(function: Callable[[Tensor], Tensor], hf: Mapping[str, Any]) -> str:
@@ -201,14 +196,14 @@ def _names(bridge: Any) -> Names:
     return names
 
 
-def _keys(known: Known, hf: Mapping[str, Any]) -> Keys:
-    mixture = bool(known.provider.num_moe_experts)
+def _keys(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Keys:
+    mixture = bool(provider.num_moe_experts)
     keys: dict[str, tuple[str, ...]] = {}
-    for key, megatron in known.bridge.CONFIG_MAPPING:
+    for key, megatron in bridge.CONFIG_MAPPING:
         field = SIZES.get(megatron)
         if field and key in hf and (field != "ffn") == mixture:
             keys[field] = (*keys.get(field, ()), key)
-    if getattr(known.provider, "moe_shared_expert_intermediate_size", None):
+    if provider.moe_shared_expert_intermediate_size:
         keys["shared_ffn"] = tuple(key for key in SHARED_FFN if key in hf) or SHARED_FFN[:1]
     return keys
 

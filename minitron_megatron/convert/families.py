@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, did_you_mean
-from ..layout import Shape, expert_of, layer_of, lookup
+from ..layout import Shape, expert_of, layer_of, lookup, pattern_of
 
 __all__ = ["FAMILIES", "WHOLE", "Family", "family_of"]
 
@@ -60,8 +59,7 @@ class Family:
     def hf_names(self, name: str) -> dict[str, str]:
         """role -> Hugging Face tensor, for a parameter's global Megatron name."""
         numbers = [str(number) for number in (layer_of(name), expert_of(name)) if number is not None]
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        return {role: hf.replace("*", "{}").format(*numbers) for role, hf in self.names[pattern].items()}
+        return {role: hf.replace("*", "{}").format(*numbers) for role, hf in self.names[pattern_of(name)].items()}
 
     def rows(self, name: str, sizes: Mapping[str, int]) -> dict[str, list[Tensor]]:
         """Hugging Face tensor -> the rows of a parameter that it is, part by part: int64 [rows of the part] each."""
@@ -205,10 +203,13 @@ def family_of(hf: Mapping[str, Any]) -> Family:
 
     Raises CheckpointError where neither knows it.
     """
+    model_type = str(hf.get("model_type")) if hf else "llama"
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
     from .bridge import bridged
 
-    model_type = str(hf.get("model_type")) if hf else "llama"
-    if (family := FAMILIES.get(model_type) or bridged(hf)) is None:
+    family = bridged(hf)
+    if family is None:
         raise CheckpointError(
             f"model_type {model_type!r} is not supported.{did_you_mean(model_type, FAMILIES)} "
             f"Known: {', '.join(FAMILIES)}; with Megatron-Bridge installed, those of its families that compute alike."

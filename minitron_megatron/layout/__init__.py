@@ -18,6 +18,7 @@ from .table import (
     layer_of,
     lookup,
     markdown,
+    pattern_of,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "lookup",
     "markdown",
     "parameters",
+    "pattern_of",
 ]

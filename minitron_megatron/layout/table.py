@@ -12,7 +12,18 @@ from torch import Tensor
 from ..errors import LayoutError
 from .param import ABSENT, Param, coords
 
-__all__ = ["PUBLIC_AXES", "TABLE", "WITHIN", "Keep", "axis_coords", "expert_of", "kept_rows", "lookup", "markdown"]
+__all__ = [
+    "PUBLIC_AXES",
+    "TABLE",
+    "WITHIN",
+    "Keep",
+    "axis_coords",
+    "expert_of",
+    "kept_rows",
+    "lookup",
+    "markdown",
+    "pattern_of",
+]
 
 
 def P(dims: str, tp: str | None = None) -> Param:
@@ -67,10 +78,15 @@ Keep = Mapping[str, Tensor]
 """Public axis -> the global indices that stay, ascending: int64 [kept]. An axis that is absent stays whole."""
 
 
+def pattern_of(name: str) -> str:
+    """A parameter's global name with `*` for its layer and its expert, as the table's rows are called."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 @cache
 def lookup(name: str) -> Param:
     """The row for a parameter's global name; raises LayoutError where the table has none."""
-    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    pattern = pattern_of(name)
     if pattern not in TABLE:
         raise LayoutError(f"{name} has no row in the layout table. Add one to layout/table.py; see docs/layout.md.")
     return TABLE[pattern]

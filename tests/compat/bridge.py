@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import json
 import logging
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -76,7 +75,7 @@ def alike(folder: Path, topology: Any, truth: Path) -> str:
     apart = check_folder(model, truth, Batch(tokens, tokens, tokens >= 0), topology)
     save_hf(model, export, topology, files_from=folder)
     written, read = (load_file(each / "model.safetensors") for each in (export, folder))
-    if not all(torch.equal(written[name], read[name]) for name in written):
+    if set(written) != set(read) or not all(torch.equal(written[name], read[name]) for name in read):
         raise SystemExit(f"{export} does not hold the tensors that {folder} does")
     return f"logits at most {apart:.1e} from those of transformers, {len(written)} tensors back as they were"
 
@@ -103,10 +102,7 @@ def of_the_house(work: Path, topology: Any) -> str:
     from megatron.bridge.models.llama.llama_bridge import LlamaBridge
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    from tests.convert.conftest import make_folder
-
-    def renamed(name: str) -> str:
-        return name.replace("model.layers.", "trunk.blocks.").replace("self_attn.", "attention.")
+    from tests.convert.conftest import make_folder, make_renamed, renamed
 
     @MegatronModelBridge.register_bridge(source="OursForCausalLM", target=GPTModel, model_type="ours")
     class OursBridge(LlamaBridge):
@@ -117,14 +113,8 @@ def of_the_house(work: Path, topology: Any) -> str:
                 mapping.hf_param = renamed(hf) if isinstance(hf, str) else {k: renamed(v) for k, v in hf.items()}
             return registry
 
-    llama, ours = make_folder(work / "llama", "llama-tied"), work / "ours"
-    ours.mkdir()
-    save_file({renamed(k): v for k, v in load_file(llama / "model.safetensors").items()}, ours / "model.safetensors")
-    config = json.loads((llama / "config.json").read_text())
-    code = {"auto_map": {"AutoModelForCausalLM": "modeling_ours.OursForCausalLM"}}  # which 0.4 wants to see named
-    named = {"model_type": "ours", "architectures": ["OursForCausalLM"], **code}
-    (ours / "config.json").write_text(json.dumps({**config, **named}))
-    return alike(ours, topology, llama)
+    llama = make_folder(work / "llama", "llama-tied")
+    return alike(make_renamed(work / "ours", llama), topology, llama)
 
 
 def refused(work: Path, model_type: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -64,6 +66,37 @@ def make_folder(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **c
         for weight in model.parameters():
             weight.copy_(torch.randn(weight.shape) * 0.2 + (1.0 if weight.dim() == 1 else 0.0))
     model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+RENAMED = (
+    ("model.layers.", "trunk.blocks."),
+    ("model.embed_tokens", "trunk.embed"),
+    ("model.norm", "trunk.norm"),
+    ("self_attn", "attention"),
+    ("_proj", ""),
+    ("input_layernorm", "norm_1"),
+    ("post_attention_layernorm", "norm_2"),
+    ("lm_head", "head"),
+)
+
+
+def renamed(name: str) -> str:
+    """A Llama's tensor, or its pattern, in a family that transformers does not know."""
+    for theirs, ours in RENAMED:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def make_renamed(folder: Path, llama: Path) -> Path:
+    """A Llama's folder as one of that family, `ours`."""
+    folder.mkdir()
+    tensors = load_file(llama / "model.safetensors")
+    save_file({renamed(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((llama / "config.json").read_text())
+    config |= {"model_type": "ours", "architectures": ["OursForCausalLM"]}
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_ours.OursForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

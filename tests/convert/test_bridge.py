@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from minitron_megatron.convert import bridge, check_folder, load_hf, read_config, save_hf
 from minitron_megatron.data import Batch
@@ -23,7 +23,7 @@ from minitron_megatron.errors import CheckpointError
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 
-from .conftest import make_folder
+from .conftest import make_folder, make_renamed
 
 LAYER, HF_LAYER = "decoder.layers.*.", "trunk.blocks.*."
 
@@ -58,6 +58,8 @@ class GPTModelProvider:
     rope_scaling_factor: float = 1.0
     seq_len_interpolation_factor: float | None = None
     num_moe_experts: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_gate: bool = False
     moe_router_pre_softmax: bool = False
     window_size: tuple[int, int] | None = None
     no_rope_freq: list[int] = field(default_factory=list)
@@ -176,7 +178,7 @@ def remove() -> None:
 
 
 def forget() -> None:
-    for asked in (bridge._known, bridge._family, bridge._defaults):
+    for asked in (bridge._known, bridge._defaults):
         asked.cache_clear()
 
 
@@ -187,35 +189,10 @@ def installed() -> Iterator[None]:
     remove()
 
 
-RENAMED = (
-    ("model.layers.", "trunk.blocks."),
-    ("model.embed_tokens", "trunk.embed"),
-    ("model.norm", "trunk.norm"),
-    ("self_attn", "attention"),
-    ("_proj", ""),
-    ("input_layernorm", "norm_1"),
-    ("post_attention_layernorm", "norm_2"),
-    ("lm_head", "head"),
-)
-
-
-def renamed(name: str) -> str:
-    for ours, theirs in RENAMED:
-        name = name.replace(ours, theirs)
-    return name
-
-
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
     """Llama under other names, which transformers does not know; beside it the same as transformers has it."""
-    llama, folder = make_folder(tmp_path / "llama", "llama-tied"), tmp_path / "ours"
-    folder.mkdir()
-    tensors = load_file(llama / "model.safetensors")
-    save_file({renamed(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
-    config = json.loads((llama / "config.json").read_text())
-    named = {"model_type": "ours", "architectures": ["OursForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps({**config, **named}))
-    return folder
+    return make_renamed(tmp_path / "ours", make_folder(tmp_path / "llama", "llama-tied"))
 
 
 def through(topology: Topology, folder: Path, export: Path) -> float:
@@ -229,7 +206,7 @@ def through(topology: Topology, folder: Path, export: Path) -> float:
         remove()
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"tp": 2, "pp": 2}], ids=str)
 def test_it_is_read_as_what_it_is_and_written_as_it_was(
     pool: Pool, ours: Path, tmp_path: Path, layout: dict[str, Any]
 ) -> None:
