@@ -11,19 +11,31 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from .interrupt import raise_if_heard
+
 __all__ = ["Interrupted", "app"]
+
+
+class Interrupted(Exception):
+    """Ctrl-C; typer would say nothing of how to go on."""
+
+
+class _Verbs(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
 
 app = typer.Typer(
     name="minitron",
+    cls=_Verbs,
     help="Prune and distil a pretrained LLM on Megatron-Core.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class Interrupted(Exception):
-    """Ctrl-C during a run; typer would swallow a KeyboardInterrupt and say nothing of how to go on."""
 
 
 Format = Literal["hf", "megatron"]
@@ -171,11 +183,11 @@ def bench(
     """Measure how fast teacher and student serve."""
     from ..recipe import bench as measure
     from ..recipe import load_recipe
-    from ..report import Progress, bench_table, plot_bench
+    from ..report import Progress, bench_table, fan_out, plot_bench
 
     loaded = load_recipe(recipe, overrides or (), out)
     with Progress() as progress:
-        rows = measure(loaded, backend, listener=progress)
+        rows = measure(loaded, backend, listener=fan_out(raise_if_heard, progress))
     Console().print(bench_table(rows))
     if plot := plot_bench(rows, loaded.out / "bench" / "ratios.png"):
         print(f"plot: {plot}")
@@ -226,13 +238,6 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
 
     Returns the recipe and the topology of those processes.
     """
-    try:
-        return _run_stages(path, overrides, out, only)
-    except KeyboardInterrupt:
-        raise Interrupted from None
-
-
-def _run_stages(path: Path, overrides: list[str] | None, out: Path | None, only: str | None) -> tuple[Any, Any]:
     from ..parallel import Topology
     from ..recipe import load_recipe
     from ..recipe import run as run_stages
@@ -244,12 +249,13 @@ def _run_stages(path: Path, overrides: list[str] | None, out: Path | None, only:
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
         with watchdog:
-            run_stages(recipe, topology, only=only, listener=watchdog)
+            run_stages(recipe, topology, only=only, listener=fan_out(raise_if_heard, watchdog))
         return recipe, topology
     told = recipe.model_dump(mode="json")
     with logged(recipe.out, told, **recipe.log.model_dump()) as log, Progress() as progress, watchdog:
         kept = fan_out(MetricsFile(recipe.out / "metrics.jsonl"), log)
-        run_stages(recipe, topology, only=only, listener=fan_out(progress, kept, Machine(kept), watchdog))
+        heard = fan_out(raise_if_heard, progress, kept, Machine(kept), watchdog)
+        run_stages(recipe, topology, only=only, listener=heard)
     if only is None:
         _print_report(recipe.out)
     return recipe, topology
@@ -258,7 +264,7 @@ def _run_stages(path: Path, overrides: list[str] | None, out: Path | None, only:
 def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Any) -> None:
     from ..parallel import Topology
     from ..recipe import hand_over, load_recipe
-    from ..report import Progress
+    from ..report import Progress, fan_out
 
     recipe = load_recipe(path, overrides or (), out)
     topology = Topology.start(**recipe.parallel.model_dump())
@@ -266,7 +272,8 @@ def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Pa
         hand_over(recipe, topology, to, checkpoint=checkpoint, form=form)
         return
     with Progress() as progress:
-        source = hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=progress)
+        heard = fan_out(raise_if_heard, progress)
+        source = hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=heard)
     print(f"{source} -> {to}")
 
 
@@ -274,7 +281,7 @@ def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, 
     from ..files import read_json
     from ..parallel import Topology
     from ..recipe import evaluate_folder, load_recipe
-    from ..report import Progress, print_summary
+    from ..report import Progress, fan_out, print_summary
 
     recipe = load_recipe(path, overrides or (), out)
     topology = Topology.start(**recipe.parallel.model_dump())
@@ -282,7 +289,7 @@ def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, 
         evaluate_folder(recipe, topology, model)
         return
     with Progress() as progress:
-        row = evaluate_folder(recipe, topology, model, listener=progress)
+        row = evaluate_folder(recipe, topology, model, listener=fan_out(raise_if_heard, progress))
     beside = read_json(recipe.out / "summary.json") if (recipe.out / "summary.json").is_file() else []
     print_summary([*beside, row])
 
@@ -311,7 +318,7 @@ def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task
         search_task(recipe, topology, *share)
         return
     with Progress() as progress:
-        everyone = fan_out(progress, MetricsFile(recipe.out / "metrics.jsonl"))
+        everyone = fan_out(raise_if_heard, progress, MetricsFile(recipe.out / "metrics.jsonl"))
         print(search_task(recipe, topology, *share, listener=everyone))
 
 

@@ -9,12 +9,16 @@ import threading
 import traceback
 import warnings
 
+from rich.console import Console
+
+from .interrupt import heard, ignore, listen
+
 __all__ = ["main"]
 
 OUR_FAULT, WRONG_INPUT, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
 FULL = (errno.ENOSPC, errno.EDQUOT)
 LEAVE_SECONDS = 10.0
-"""How long a failed rank may take to find out whether another has told of it."""
+"""How long a failed rank may take to find out whether another has told of it, and an interrupted one to clean up."""
 
 
 def main() -> None:
@@ -23,23 +27,33 @@ def main() -> None:
     An error of the user's is one message, of the rank that met it first.
     """
     _quiet()
+    listen(LEAVE_SECONDS, _interrupted)
     from ..errors import MinitronError, Preempted
     from .app import Interrupted, app
 
     try:
         app()
+    except Interrupted:
+        _interrupted()
     except MinitronError as error:
         _fail(WRONG_INPUT, error, f"{type(error).__name__}: {error}")
     except Preempted:
         _say("Saved, as the scheduler's signal asked. Run the same command again to go on.")
         _leave(PREEMPTED)
-    except Interrupted:
-        _say("Interrupted. Run the same command again to go on.")
-        _leave(INTERRUPTED)
     except Exception as error:
+        if heard():  # what a library made of the KeyboardInterrupt
+            _interrupted()
         if isinstance(error, OSError) and error.errno in FULL:
             _fail(WRONG_INPUT, error, f"{error}. Make room, and run the same command again to go on.")
         _fail(OUR_FAULT, error, traceback.format_exc().strip())
+    finally:
+        ignore()
+
+
+def _interrupted() -> None:
+    Console().show_cursor()  # a bar may have hidden it
+    _say("Interrupted. Run the same command again to go on.")
+    _leave(INTERRUPTED)
 
 
 def _say(text: str) -> None:

@@ -21,6 +21,7 @@ from ..parallel import (
     broadcast_object,
     fail_together,
     gather_objects,
+    kill_writers,
     load_optimizer,
     save_sharded,
     torn_checkpoint_errors,
@@ -111,7 +112,7 @@ class Checkpoints:
     def close(self) -> None:
         """Gives up what is being written. Not collective."""
         for call in self._queue.async_calls if self._queue is not None else ():
-            call.async_caller.close(abort=True)
+            kill_writers(call.async_caller)
 
     def newest_first(self) -> list[Path]:
         """Those that are whole."""

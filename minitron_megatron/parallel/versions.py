@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import pickle
 import queue
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = [
     "failed_alone",
     "failed_together",
     "final_hidden",
+    "kill_writers",
     "load_optimizer",
     "mark_expert",
     "mend_distributed_optimizer",
@@ -237,13 +239,25 @@ def _mend_writer() -> None:
 
 
 def undisturbed(request: Any) -> Any:
-    """mcore's AsyncRequest, whose process does not hear the terminal's Ctrl-C."""
-    return request._replace(async_fn=request.async_fn and partial(_deaf, request.async_fn))
+    """mcore's AsyncRequest, whose processes do not hear the terminal's Ctrl-C and end together (`kill_writers`)."""
+    return request._replace(async_fn=request.async_fn and partial(_in_own_group, request.async_fn))
 
 
-def _deaf(work: Any, *args: Any, **kwargs: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _in_own_group(work: Any, *args: Any, **kwargs: Any) -> None:
+    os.setpgid(0, 0)
     work(*args, **kwargs)
+
+
+def kill_writers(caller: Any) -> None:
+    """Kills the processes of mcore's async caller that an `undisturbed` request runs in.
+
+    mcore kills the first alone; those that it forked would wait for it for ever, its standard error in their hands.
+    """
+    if caller.process is not None:
+        with suppress(ProcessLookupError):  # it has ended, or has no group yet and nothing forked
+            os.killpg(caller.process.pid, signal.SIGKILL)
+        caller.process.kill()
+        caller.process = None
 
 
 def failed_together() -> tuple[type[BaseException], ...]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import select
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from minitron_megatron.model import (
 )
 from minitron_megatron.parallel import Topology, mend_distributed_optimizer
 from minitron_megatron.testing import Pool
+from tests.limits import HANGS
 
 SHAPE = Shape(layers=2, hidden=16, ffn=16, heads=2, kv_groups=2, head_dim=8, vocab=100)
 
@@ -162,6 +166,34 @@ def save_where_it_is_full(topology: Topology, folder: Path, asynchronous: bool) 
     finally:
         filesystem_async._write_item = write
     return []
+
+
+def give_up_amid_a_write(topology: Topology, folder: Path) -> list[bytes]:
+    """What the writers of a checkpoint that never ends send: a byte when one is at work, nothing once all are gone."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    reads, writes = os.pipe()
+
+    def for_ever(*_: Any, **__: Any) -> None:
+        os.write(writes, b"1")
+        time.sleep(2 * HANGS)
+
+    write = filesystem_async._write_item
+    store = Checkpoints(folder, topology, asynchronous=True)
+    filesystem_async._write_item = for_ever
+    try:
+        store.save(1, [trainee(topology, 1)], {})
+    finally:
+        filesystem_async._write_item = write
+    os.close(writes)
+    begun = os.read(reads, 1)
+    store.close()
+    gone = os.read(reads, 1) if select.select([reads], [], [], HANGS / 10)[0] else b"still there"
+    return [begun, gone, *(path.suffix.encode() for path in folder.iterdir())]
+
+
+def test_no_process_stays_of_a_write_that_is_given_up(pool: Pool, tmp_path: Path) -> None:
+    assert pool.run(give_up_amid_a_write, tmp_path) == [[b"1", b"", b".partial"]]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])

@@ -1,0 +1,109 @@
+"""A Ctrl-C that Python or a library drops ends the process all the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.limits import HANGS
+
+BEGIN = """
+    import os, signal, time
+    from minitron_megatron.cli.interrupt import heard, ignore, listen, raise_if_heard
+    from minitron_megatron.events import Event
+
+    def end():
+        os._exit(7)
+
+    class Falls:
+        def __del__(self):  # what is raised in here is dropped
+            os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+def ends(program: str) -> int:
+    code = [sys.executable, "-c", textwrap.dedent(BEGIN) + textwrap.dedent(program)]
+    return subprocess.run(code, timeout=HANGS, check=False, stderr=subprocess.DEVNULL).returncode
+
+
+def test_it_is_a_keyboard_interrupt() -> None:
+    program = """
+        listen(60, end)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            os._exit(3 if heard() else 4)
+    """
+    assert ends(program) == 3
+
+
+def test_a_lost_one_is_raised_by_the_next_event() -> None:
+    program = """
+        listen(60, end)
+        raise_if_heard(Event("score", 1, 2))
+        Falls()
+        try:
+            raise_if_heard(Event("score", 2, 2))
+        except KeyboardInterrupt:
+            os._exit(3)
+    """
+    assert ends(program) == 3
+
+
+def test_the_process_ends_though_nothing_of_it_moves() -> None:
+    assert ends("listen(0.2, end); Falls(); time.sleep(600)") == 7
+
+
+def test_the_second_ends_at_once() -> None:
+    assert ends("listen(600, end); Falls(); time.sleep(1.5); Falls(); time.sleep(600)") == 7
+
+
+def test_two_of_one_key_are_one() -> None:
+    program = """
+        listen(600, end)
+        try:
+            Falls()
+            Falls()
+            time.sleep(2)
+        finally:
+            os._exit(3)
+    """
+    assert ends(program) == 3
+
+
+def test_nothing_that_python_holds_delays_the_end() -> None:
+    program = """
+        import threading
+        listen(0.2, end)
+        lock = threading.Lock()
+        lock.acquire()
+        Falls()
+        while True:
+            try:
+                lock.acquire()
+            except KeyboardInterrupt:
+                pass
+    """
+    assert ends(program) == 7
+
+
+@pytest.mark.parametrize("waits", [0.0, 0.5])
+def test_a_forked_process_has_a_plain_one(waits: float) -> None:
+    program = f"""
+        listen(0.1, end)
+        if child := os.fork():
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            time.sleep({waits})
+            os._exit(4 if heard() else 3)
+    """
+    assert ends(program) == 3
+
+
+def test_none_is_heard_when_the_work_is_done() -> None:
+    assert ends("listen(60, end); ignore(); Falls(); os.kill(os.getpid(), signal.SIGINT); os._exit(0)") == 0
