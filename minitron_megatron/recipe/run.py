@@ -27,9 +27,10 @@ from ..serve import check_fp8
 from .context import Context, Folders
 from .estimate import estimate
 from .fingerprint import fingerprint
+from .leaving import Leaving, leaving
 from .phases import ResolvedPhase, prefixes, resolved
 from .schema import Recipe
-from .searching import BY, PARTS, light_recipe, search_share
+from .searching import BY, light_recipe, search_share
 from .sizes import check_pruning, student_shape
 from .stages import STAGES, Stage
 from .tasks import WINOGRANDE
@@ -55,7 +56,8 @@ class Step:
 def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener: Listener = silent) -> Results:
     """Runs every stage that is not done, or `only` one, and returns the results by stage. Collective over the world.
 
-    Raises MinitronErrors on every rank alike, before anything is written where the recipe can tell.
+    Raises MinitronErrors on every rank alike, before anything is written where the recipe can tell, and Preempted after
+    SIGTERM or SIGUSR1.
     """
     before = peak_bytes()
     with ExitStack() as held:
@@ -64,10 +66,10 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
             check(recipe, topology)
             if topology.rank == 0:
                 held.enter_context(_claimed(recipe, topology))
-        return _run(recipe, topology, only, listener, before)
+        return _run(recipe, topology, only, held.enter_context(leaving(listener)), before)
 
 
-def _run(recipe: Recipe, topology: Topology, only: str | None, listener: Listener, before: int) -> Results:
+def _run(recipe: Recipe, topology: Topology, only: str | None, listener: Leaving, before: int) -> Results:
     _predict(recipe, topology)
     done: Results = {}
     for stage in wanted(recipe):
@@ -78,6 +80,7 @@ def _run(recipe: Recipe, topology: Topology, only: str | None, listener: Listene
                 raise RecipeError(
                     f"{only} needs the stage {stage.name}, which is not done. Run `minitron {stage.name}` first."
                 )
+            listener.begins(stage.name, keeps=bool(stage.keeps))
             marks = partial(fingerprint, stage, done=dict(done))
             record = _run_stage(stage, mark, Context(recipe, topology, listener, done, marks), before)
         done[stage.name] = record["result"] | {"seconds": record["seconds"]}
@@ -101,7 +104,9 @@ def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, li
                 raise RecipeError(f"task {task} of {tasks} is none. Tasks count from 0.")
             _check_wanted(recipe, "search")
             check(recipe, topology)
-            context = Context(recipe, topology, listener, results(recipe, "score"), lambda other: "")
+            leave = held.enter_context(leaving(listener))
+            leave.begins("search", keeps=True)
+            context = Context(recipe, topology, leave, results(recipe, "score"), lambda other: "")
             if topology.rank == 0:
                 mine = recipe.out / f".task-{task}-of-{tasks}.lock"
                 for path, shared in ((recipe.out / LOCK, True), (mine, False)):
@@ -140,7 +145,7 @@ def dry_run(recipe: Recipe) -> list[Step]:
             undecided.add(stage.name)
         if before:
             steps.append(Step(stage.name, "run", f"after {', '.join(before)}"))
-        elif stage.name == "search" and (Folders(recipe.out).search / PARTS).is_dir():
+        elif stage.keeps and (recipe.out / stage.keeps).is_dir():
             steps.append(Step(stage.name, "resume", "with what is measured already"))
         elif (Folders(recipe.out).checkpoints / mark[:16]).is_dir():
             steps.append(Step(stage.name, "resume", "from a checkpoint"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 from ..convert import folder_hash, read_config
 from ..data import check_tokenizer, prepare
+from ..evaluate import ValidationSet
 from ..events import Event
-from ..files import write_json
+from ..files import read_json, write_json
 from ..model import build, fill_initial
 from ..parallel import broadcast_object, fail_together
 from ..serve import quantize_fp8
@@ -20,7 +22,7 @@ from .card import write_card
 from .context import DTYPES, Context
 from .pruning import cut, decide, measure, measure_depth
 from .schema import Recipe
-from .searching import decided, search_asks, search_shapes
+from .searching import PARTS, decided, search_asks, search_shapes
 from .sizes import depth_keys, rounds, scores_wanted
 from .tasks import measured_row, write_table
 from .training import correcting, distil, distillation_asks, train_in_phases, training_asks
@@ -48,6 +50,8 @@ class Stage:
     """Whatever else of the recipe makes it run again when it changes, as JSON."""
     decides: Callable[[Recipe, Result], Recipe] | None = None
     """What a recipe becomes by its result: the stages after it read that, and its result by no other way."""
+    keeps: str = ""
+    """Where in the run folder what it has measured waits for the rest: it goes on from there when it was stopped."""
 
 
 def do_prepare(context: Context) -> Result:
@@ -169,7 +173,7 @@ def do_evaluate(context: Context) -> Result:
         models["random init"] = (context.folders.model("random"), "baseline")
     rows = []
     for number, (name, (folder, stage)) in enumerate(models.items(), 1):
-        row = measured_row(context, name, folder, held_out)
+        row = _row(context, name, folder, held_out)
         loss = {f"loss/{name}": row["loss_nats_per_token"]}
         context.listener(Event("evaluate", number, len(models), "models", loss))
         done = context.done.get(stage, {})
@@ -177,7 +181,21 @@ def do_evaluate(context: Context) -> Result:
     if context.topology.rank == 0:
         write_json(context.folders.summary, rows)
         write_table(rows, context.folders.evaluation / "table.md")
+        shutil.rmtree(context.folders.evaluation / PARTS, ignore_errors=True)
     return {"loss": {row["model"]: row["loss_nats_per_token"] for row in rows}}
+
+
+def _row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> dict[str, Any]:
+    """A model's row of the summary; one that a stopped run has measured is not measured again."""
+    path = context.folders.evaluation / PARTS / f"{name.replace(' ', '_')}.json"
+    mark = context.mark_of(context.recipe)
+    kept = broadcast_object(read_json(path) if path.is_file() else {})
+    if kept.get("fingerprint") == mark:
+        return dict(kept["row"])
+    row = measured_row(context, name, folder, held_out)
+    if context.topology.rank == 0:
+        write_json(path, {"fingerprint": mark, "row": row})
+    return row
 
 
 def do_export(context: Context) -> Result:
@@ -226,6 +244,7 @@ STAGES: Mapping[str, Stage] = {
             lambda recipe: recipe.search is not None,
             search_asks,
             decided,
+            keeps=f"search/{PARTS}",
         ),
         Stage("prune", do_prune, "pruned", ("prune", "dtype"), ("prepare", "correct", "score")),
         Stage(
@@ -251,6 +270,7 @@ STAGES: Mapping[str, Stage] = {
             "summary.json",
             ("evaluate",),
             ("prepare", "correct", "prune", "distill", "baseline"),
+            keeps=f"evaluation/{PARTS}",
         ),
         Stage("export", do_export, "export", ("export",), ("prepare", "distill", "evaluate")),
     )

@@ -9,6 +9,7 @@ from .learner import Learner
 from .loop import MOST_SKIPPED, train
 from .lora import Lora
 from .objective import LMObjective, Objective
+from .signals import hearing
 from .training import Training
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Lora",
     "Objective",
     "Training",
+    "hearing",
     "mean_loss",
     "train",
     "train_norms_only",

@@ -84,7 +84,7 @@ def train(
                 if validate and (last or done % training.validate_every == 0):
                     values |= validate()
                 listener(Event(label, done, training.steps, "steps", values))
-                stop = preempted() and not last
+                stop = preempted()  # at the last step too: writing what was trained takes its time
                 if stop or run.hopeless or (save_last if last else done % training.save_every == 0):
                     run.save(values.get(SCORE), wait=last or stop or run.hopeless)
                 if run.hopeless:

@@ -1,4 +1,4 @@
-"""The scheduler's word that the machine is wanted back: heard by any rank, obeyed by all after the step at work."""
+"""The scheduler's word that the machine is wanted back."""
 
 from __future__ import annotations
 
@@ -12,32 +12,38 @@ import torch
 
 from ..parallel import Topology, sum_over_world
 
-__all__ = ["listening"]
+__all__ = ["hearing", "listening"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Slurm sends the first on preemption, and the second ahead of the time limit where it is asked to."""
 
 
 @contextmanager
-def listening(topology: Topology) -> Iterator[Callable[[], bool]]:
-    """Yields whether any rank has heard a signal since; asking is collective over the world.
+def hearing() -> Iterator[Callable[[], bool]]:
+    """Yields whether this rank has heard a signal since; whoever heard them before is told of it at the end.
 
     Off the main thread, where Python allows no handlers, nothing is heard.
     """
-    heard = threading.Event()
+    heard: list[int] = []  # a lock, as in threading.Event, would be waited for by a handler within a handler
 
-    def hear(*_: Any) -> None:
-        heard.set()
-
-    def anyone() -> bool:
-        return bool(sum_over_world(torch.tensor(int(heard.is_set()), device=topology.device)))
+    def hear(number: int, *_: Any) -> None:
+        heard.append(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield anyone
+        yield lambda: False
         return
     before = {number: signal.signal(number, hear) for number in SIGNALS}
     try:
-        yield anyone
+        yield lambda: bool(heard)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+            if number in heard and callable(handler):
+                handler(number, None)
+
+
+@contextmanager
+def listening(topology: Topology) -> Iterator[Callable[[], bool]]:
+    """Yields whether any rank has heard a signal since; asking is collective over the world."""
+    with hearing() as heard:
+        yield lambda: bool(sum_over_world(torch.tensor(int(heard()), device=topology.device)))

@@ -1,0 +1,54 @@
+"""The scheduler's signal where nothing trains: the run ends at the next event, and what is done stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..errors import MinitronError, Preempted, RecipeError
+from ..events import Event, Listener
+from ..train import hearing
+
+__all__ = ["Leaving", "leaving"]
+
+
+class Leaving:
+    """A listener that raises Preempted after a signal, or RecipeError where the next start would get no further: a
+    stage that keeps nothing half done had all the time since this one.
+
+    Training hears its signals itself, and saves.
+    """
+
+    def __init__(self, listener: Listener, heard: Callable[[], bool]) -> None:
+        self._listener, self._heard = listener, heard
+        self._stage, self._gets_on = "", False
+
+    def begins(self, stage: str, *, keeps: bool) -> None:
+        """From now on `stage` is at work; keeps: it goes on from what it had."""
+        self._gets_on = self._gets_on or bool(self._stage) or keeps
+        self._stage = stage
+
+    def __call__(self, event: Event) -> None:
+        self._listener(event)
+        if not self._heard():
+            return
+        if self._gets_on:
+            raise Preempted
+        raise RecipeError(
+            f"the scheduler's signal came before the stage {self._stage} was done, and nothing else was done since the "
+            "start: it would come so again. Give the job more time, or more GPUs."
+        )
+
+
+@contextmanager
+def leaving(listener: Listener) -> Iterator[Leaving]:
+    """Yields the listener for a run. A failure after a signal is Preempted too: another rank has left first."""
+    with hearing() as heard:
+        try:
+            yield Leaving(listener, heard)
+        except MinitronError:
+            raise
+        except Exception:
+            if heard():
+                raise Preempted from None
+            raise
