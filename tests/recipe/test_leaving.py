@@ -21,8 +21,8 @@ from tests.recipe.test_search import KEYS
 __all__ = ["material", "recipe_file"]
 
 Write = Callable[..., Path]
-LAYOUTS = [{}, {"tp": 2}, {"dp": 2}]
-IDS = ["alone", "tp2", "dp2"]
+LAYOUTS = [{}, {"tp": 2}]
+IDS = ["alone", "tp2"]
 
 
 def signalled(topology: Topology, recipe: Path, label: str, at: int, number: int = signal.SIGUSR1) -> list[str]:
