@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from ..errors import MinitronError, Preempted, RecipeError
@@ -13,13 +14,13 @@ __all__ = ["Leaving", "leaving"]
 
 
 class Leaving:
-    """A listener that raises Preempted after a signal, or RecipeError where the next start would get no further: a
-    stage that keeps nothing half done had all the time since this one.
+    """A listener that raises Preempted after a signal, or RecipeError where the next start would get no further: the
+    time limit's came (SIGUSR1), and a stage that keeps nothing half done had all the time since this start.
 
     Training hears its signals itself, and saves.
     """
 
-    def __init__(self, listener: Listener, heard: Callable[[], bool]) -> None:
+    def __init__(self, listener: Listener, heard: Sequence[int]) -> None:
         self._listener, self._heard = listener, heard
         self._stage, self._gets_on = "", False
 
@@ -30,14 +31,13 @@ class Leaving:
 
     def __call__(self, event: Event) -> None:
         self._listener(event)
-        if not self._heard():
-            return
-        if self._gets_on:
+        if signal.SIGUSR1 in self._heard and not self._gets_on:
+            raise RecipeError(
+                f"the time limit's signal came before the stage {self._stage} was done, and nothing else was done since"
+                " the start: it would come so again. Give the job more time, or more GPUs."
+            )
+        if self._heard:
             raise Preempted
-        raise RecipeError(
-            f"the scheduler's signal came before the stage {self._stage} was done, and nothing else was done since the "
-            "start: it would come so again. Give the job more time, or more GPUs."
-        )
 
 
 @contextmanager
@@ -49,6 +49,6 @@ def leaving(listener: Listener) -> Iterator[Leaving]:
         except MinitronError:
             raise
         except Exception:
-            if heard():
+            if heard:
                 raise Preempted from None
             raise

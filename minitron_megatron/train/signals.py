@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def hearing() -> Iterator[Callable[[], bool]]:
-    """Yields whether this rank has heard a signal since; whoever heard them before is told of it at the end.
+def hearing() -> Iterator[Sequence[int]]:
+    """Yields the signals that this rank has heard since; whoever heard them before is told of it at the end.
 
     Off the main thread, where Python allows no handlers, nothing is heard.
     """
@@ -30,11 +30,11 @@ def hearing() -> Iterator[Callable[[], bool]]:
         heard.append(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield heard
         return
     before = {number: signal.signal(number, hear) for number in SIGNALS}
     try:
-        yield lambda: bool(heard)
+        yield heard
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -46,4 +46,4 @@ def hearing() -> Iterator[Callable[[], bool]]:
 def listening(topology: Topology) -> Iterator[Callable[[], bool]]:
     """Yields whether any rank has heard a signal since; asking is collective over the world."""
     with hearing() as heard:
-        yield lambda: bool(sum_over_world(torch.tensor(int(heard()), device=topology.device)))
+        yield lambda: bool(sum_over_world(torch.tensor(len(heard), device=topology.device)))

@@ -63,6 +63,7 @@ def test_a_stage_that_would_never_end_is_an_error(pool: Pool, recipe_file: Write
     recipe = recipe_file(random_baseline=False)
     assert pool.run(signalled, recipe, "score", 1) == [["Preempted", ""]]
     ((kind, said),) = pool.run(signalled, recipe, "score", 1)
+    assert pool.run(signalled, recipe, "score", 1, signal.SIGTERM) == [["Preempted", ""]]  # no matter of time
     assert kind == "RecipeError" and "before the stage score was done" in said and "more time" in said
     assert done(recipe) == ["correct", "prepare"]
 
