@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,29 @@ def test_every_room_stands_on_one_floor() -> None:
 def test_imports_go_down() -> None:
     found = [why for path, name in modules() for why in climbs(path.read_text(), name, path.name == "__init__.py")]
     assert not found, "\n" + "\n".join(found)
+
+
+def needs(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Module -> those of `sources` that it imports by their own names, lazily or not."""
+    return {
+        name: {
+            there
+            for each in imports(source, name)
+            for there in (each.name, each.name.rpartition(".")[0])
+            if there in sources and there != name
+        }
+        for name, source in sources.items()
+    }
+
+
+def test_no_two_modules_need_each_other() -> None:
+    TopologicalSorter(needs({name: path.read_text() for path, name in modules() if path.stem != "__init__"})).prepare()
+
+
+def test_the_check_of_circles_bites() -> None:
+    lazy = {"m.r.a": "from .b import x", "m.r.b": "def f():\n    from . import c", "m.r.c": "import m.r.a"}
+    with pytest.raises(CycleError):
+        TopologicalSorter(needs(lazy)).prepare()
 
 
 def test_importing_the_package_imports_nothing() -> None:

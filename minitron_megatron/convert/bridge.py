@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..layout import TABLE, pattern_of
 from ..model import ACTIVATIONS, ModelConfig
-from .families import WHOLE, Family, Keys, Names
+from .family import WHOLE, Family, Keys, Names
 
 __all__ = ["bridged", "check_bridged"]
 
@@ -155,7 +155,6 @@ def _family(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Family:
         },
         eps=next((key for key in EPSILONS if key in hf), EPSILONS[0]),
         rotary_share=provider.rotary_percent,
-        only={},
         keys=_keys(bridge, provider, hf),
         renormalises=not provider.moe_router_pre_softmax,
     )

@@ -14,7 +14,8 @@ from ..layout import lookup
 from ..model import ModelConfig, Recompute, Spec, adopt, build, named_shards
 from ..parallel import Topology, fail_together
 from .config import read_config
-from .families import Family, family_of
+from .families import family_of
+from .family import Family
 from .weights import Weights
 
 __all__ = ["load_hf"]

@@ -6,13 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..files import file_marks
 from .schema import Recipe
-
-if TYPE_CHECKING:
-    from .stages import Stage
+from .stage import Stage
 
 __all__ = ["digest", "fingerprint", "untimed"]
 

@@ -32,7 +32,8 @@ from .phases import ResolvedPhase, prefixes, resolved
 from .schema import Recipe
 from .searching import BY, light_recipe, search_share
 from .sizes import check_pruning, student_shape
-from .stages import STAGES, Stage
+from .stage import Stage
+from .stages import STAGES
 from .tasks import WINOGRANDE
 from .versions import versions
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +20,13 @@ from ..train import LMObjective
 from .card import write_card
 from .context import DTYPES, Context
 from .pruning import cut, decide, measure, measure_depth
-from .schema import Recipe
 from .searching import PARTS, decided, search_asks, search_shapes
 from .sizes import depth_keys, rounds, scores_wanted
+from .stage import Result, Stage
 from .tasks import measured_row, write_table
 from .training import correcting, distil, distillation_asks, train_in_phases, training_asks
 
-__all__ = ["STAGES", "Stage"]
-
-Result = dict[str, Any]
-"""What a stage leaves for those after it, as JSON. Those that read it run again when it changes."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of a run."""
-
-    name: str
-    does: Callable[[Context], Result]
-    makes: str
-    """What it leaves in the run folder."""
-    reads: tuple[str, ...]
-    """Keys of the recipe whose change makes it run again."""
-    after: tuple[str, ...] = ()
-    """Stages whose results it uses, and whose change makes it run again."""
-    wanted: Callable[[Recipe], bool] = lambda recipe: True
-    asks: Callable[[Recipe], Any] = lambda recipe: None
-    """Whatever else of the recipe makes it run again when it changes, as JSON."""
-    decides: Callable[[Recipe, Result], Recipe] | None = None
-    """What a recipe becomes by its result: the stages after it read that, and its result by no other way."""
-    keeps: str = ""
-    """Where in the run folder what it has measured waits for the rest: it goes on from there when it was stopped."""
+__all__ = ["STAGES"]
 
 
 def do_prepare(context: Context) -> Result:

@@ -1,0 +1,71 @@
+"""A model family: what Hugging Face calls each parameter, and what makes the family different."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layout import Shape, expert_of, layer_of, lookup, pattern_of
+
+__all__ = ["WHOLE", "Family", "Keys", "Names", "Only"]
+
+WHOLE = ""
+"""The role of a Hugging Face tensor that is all of a Megatron one."""
+
+Names = Mapping[str, Mapping[str, str]]
+"""Megatron pattern -> role -> Hugging Face pattern. Roles that name one tensor lie in it one after the other."""
+
+Keys = Mapping[str, tuple[str, ...]]
+"""Field of `Shape` -> the config's names for it: the first that is there is read, all are written."""
+
+Only = Mapping[str, tuple[Any, ...]]
+"""Setting -> the values that are supported; the first is what an absent one means."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of Hugging Face."""
+
+    model_type: str
+    architecture: str
+    names: Names
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    """What its config does not say of `Shape`."""
+    functions: Mapping[str, Any] = field(default_factory=dict)
+    """What its config does not say of `ModelConfig`."""
+    eps: str = "rms_norm_eps"
+    """The config's key for the norm's epsilon."""
+    rotary_share: float = 1.0
+    """The share of each head that is rotated where its config does not say."""
+    only: Only = field(default_factory=dict)
+    """Settings that change the function."""
+    keys: Keys = field(default_factory=lambda: {"ffn": ("intermediate_size",)})
+    """How its config calls what is not alike in all families."""
+    renormalises: bool = True
+    """Whether a token's experts are weighed among themselves where its config does not say (`norm_topk_prob`)."""
+
+    def hf_names(self, name: str) -> dict[str, str]:
+        """role -> Hugging Face tensor, for a parameter's global Megatron name."""
+        numbers = [str(number) for number in (layer_of(name), expert_of(name)) if number is not None]
+        return {role: hf.replace("*", "{}").format(*numbers) for role, hf in self.names[pattern_of(name)].items()}
+
+    def rows(self, name: str, sizes: Mapping[str, int]) -> dict[str, list[Tensor]]:
+        """Hugging Face tensor -> the rows of a parameter that it is, part by part: int64 [rows of the part] each."""
+        param = lookup(name)
+        parts: dict[str, list[Tensor]] = {}
+        for role, hf in self.hf_names(name).items():
+            every = role == WHOLE
+            rows = torch.arange(param.shape(sizes)[0]) if every else param.role_rows(0, role, sizes)
+            parts.setdefault(hf, []).append(rows)
+        return parts
+
+    def tensors(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every Hugging Face tensor of a shape with its own shape, in the order of the layers."""
+        sizes = shape.sizes(padded=False)
+        for name in shape.names():
+            for hf, parts in self.rows(name, sizes).items():
+                yield hf, (sum(map(len, parts)), *lookup(name).shape(sizes)[1:])
