@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -49,9 +51,18 @@ _encoder: Encoder
 
 
 def _start(encoder: Encoder) -> None:
-    """Gives a worker its encoder, once rather than with every batch."""
+    """Gives a worker its encoder, once rather than with every batch, and lets it end with the process that wants it."""
     global _encoder
     _encoder = encoder
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(texts: Sequence[str]) -> list[NDArray]:

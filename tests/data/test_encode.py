@@ -1,0 +1,32 @@
+"""The processes that tokenize."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from tests.limits import HANGS
+
+ENDLESS = """
+    import sys
+    from itertools import repeat
+    from tokenizers import Tokenizer
+    from minitron_megatron.data.encode import Encoder, encode_all
+
+    if __name__ == "__main__":
+        encoder = Encoder(Tokenizer.from_file(sys.argv[1]), 0, "uint16")
+        for each in encode_all(repeat(["w1 w2"]), encoder, 2):
+            print(each, flush=True)
+"""
+
+
+def test_they_end_with_a_process_that_is_killed(tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "endless.py").write_text(textwrap.dedent(ENDLESS))
+    code = [sys.executable, str(tmp_path / "endless.py"), str(tokenizer / "tokenizer.json")]
+    with subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as parent:
+        assert parent.stdout is not None
+        assert "array([1, 2, 0]" in parent.stdout.readline()
+        parent.kill()
+        parent.communicate(timeout=HANGS)  # returns when nobody holds its output any more
