@@ -18,7 +18,21 @@ NODE_RANK=${NODE_RANK:-0}
 export WORLD_SIZE=$(($1 * ${NODES:-1})) LOCAL_WORLD_SIZE=$1 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 shift
 PYTHON=${PYTHON:-python}
-MASTER_PORT=${MASTER_PORT:-$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}
+# a free port, of those that no system gives to outgoing connections: one of these could take it before rank 0 does
+MASTER_PORT=${MASTER_PORT:-$("$PYTHON" - <<'PORT'
+import random
+import socket
+
+while True:
+    port = random.randrange(20000, 30000)
+    try:
+        with socket.create_server(("", port)):
+            break
+    except OSError:
+        pass
+print(port)
+PORT
+)}
 export MASTER_PORT
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > LOCAL_WORLD_SIZE ? cores / LOCAL_WORLD_SIZE : 1))}

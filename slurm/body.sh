@@ -9,7 +9,7 @@ esac
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # kernels of one layer are issued in the order in which they are called, so that tensor-parallel communication starts
 # before the matrix multiplication that it hides behind (Megatron-LM's scripts set it)

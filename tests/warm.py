@@ -1,5 +1,7 @@
 """Imported by a fork server: its children have behind them what a process of a run does first."""
 
+import gc
+
 from minitron_megatron import recipe  # noqa: F401
 from minitron_megatron.parallel import install_cpu_backend
 
@@ -8,3 +10,5 @@ install_cpu_backend()
 import megatron.core.dist_checkpointing  # noqa: E402
 import megatron.core.models.gpt  # noqa: E402
 import megatron.core.optimizer  # noqa: E402, F401
+
+gc.freeze()

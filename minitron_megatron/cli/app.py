@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from .imports import imported
 from .interrupt import raise_if_heard
 
 __all__ = ["Interrupted", "app"]
@@ -186,6 +187,7 @@ def bench(
     from ..report import Progress, bench_table, fan_out, plot_bench
 
     loaded = load_recipe(recipe, overrides or (), out)
+    imported()
     with Progress() as progress:
         rows = measure(loaded, backend, listener=fan_out(raise_if_heard, progress))
     Console().print(bench_table(rows))
@@ -233,19 +235,26 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
+def _begun(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Any, Any]:
+    """A recipe and the topology of the processes that were started for it. Collective over them."""
+    from ..parallel import Topology
+    from ..recipe import load_recipe
+
+    recipe = load_recipe(path, overrides or (), out)
+    topology = Topology.start(**recipe.parallel.model_dump())
+    imported()
+    return recipe, topology
+
+
 def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | None = None) -> tuple[Any, Any]:
     """Runs a recipe's stages over the processes that were started, then draws the report on the first.
 
     Returns the recipe and the topology of those processes.
     """
-    from ..parallel import Topology
-    from ..recipe import load_recipe
     from ..recipe import run as run_stages
     from ..report import Machine, MetricsFile, Progress, Watchdog, fan_out, logged
 
-    recipe = load_recipe(path, overrides or (), out)
-    keys = recipe.parallel
-    topology = Topology.start(**keys.model_dump())
+    recipe, topology = _begun(path, overrides, out)
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
         with watchdog:
@@ -262,12 +271,10 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
 
 
 def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Any) -> None:
-    from ..parallel import Topology
-    from ..recipe import hand_over, load_recipe
+    from ..recipe import hand_over
     from ..report import Progress, fan_out
 
-    recipe = load_recipe(path, overrides or (), out)
-    topology = Topology.start(**recipe.parallel.model_dump())
+    recipe, topology = _begun(path, overrides, out)
     if topology.rank != 0:
         hand_over(recipe, topology, to, checkpoint=checkpoint, form=form)
         return
@@ -279,12 +286,10 @@ def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Pa
 
 def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, model: Path) -> None:
     from ..files import read_json
-    from ..parallel import Topology
-    from ..recipe import evaluate_folder, load_recipe
+    from ..recipe import evaluate_folder
     from ..report import Progress, fan_out, print_summary
 
-    recipe = load_recipe(path, overrides or (), out)
-    topology = Topology.start(**recipe.parallel.model_dump())
+    recipe, topology = _begun(path, overrides, out)
     if topology.rank != 0:
         evaluate_folder(recipe, topology, model)
         return
@@ -304,15 +309,13 @@ def _check_export(recipe: Any, topology: Any) -> None:
 
 def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task: str) -> None:
     from ..errors import RecipeError
-    from ..parallel import Topology
-    from ..recipe import load_recipe, search_task
+    from ..recipe import search_task
     from ..report import MetricsFile, Progress, fan_out
 
     number, _, count = task.partition("/")
     if not number.isdecimal() or not count.isdecimal():
         raise RecipeError(f"--task {task!r} is not of the form I/N. The first of six is 0/6.")
-    recipe = load_recipe(path, overrides or (), out)
-    topology = Topology.start(**recipe.parallel.model_dump())
+    recipe, topology = _begun(path, overrides, out)
     share = int(number), int(count)
     if topology.rank != 0:
         search_task(recipe, topology, *share)

@@ -11,6 +11,7 @@ import warnings
 
 from rich.console import Console
 
+from .imports import importing
 from .interrupt import heard, ignore, listen
 
 __all__ = ["main"]
@@ -27,6 +28,7 @@ def main() -> None:
     An error of the user's is one message, of the rank that met it first.
     """
     _quiet()
+    importing()
     listen(LEAVE_SECONDS, _interrupted)
     from ..errors import MinitronError, Preempted
     from .app import Interrupted, app

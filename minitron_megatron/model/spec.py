@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from ..errors import RecipeError
 from ..parallel import Span
@@ -104,6 +103,8 @@ def _last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of queries that are the last of the keys; on a GPU by flash attention, which knows such."""
     mine, every = q.shape[2], k.shape[2]
     if q.is_cuda:
+        from torch.nn.attention.bias import causal_lower_right  # a second of imports, torch's compiler with it
+
         return _causal(q, k, v, causal_lower_right(mine, every))
     return _causal(q, k, v, torch.ones(mine, every, dtype=torch.bool).tril(every - mine))
 

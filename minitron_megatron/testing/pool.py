@@ -11,7 +11,6 @@ import gc
 import os
 import pickle
 import signal
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from ..parallel import Topology, claim_device, install_cpu_backend
 
 __all__ = ["Pool"]
 
+HOST = "127.0.0.1"
 START_SECONDS = 900.0
 """How long a cold import of torch and megatron may take on a busy machine."""
 
@@ -79,16 +79,16 @@ class Pool:
         """
         seconds = self.timeout if timeout is None else timeout
         workers = self._ready(tp * pp * dp)
-        with tempfile.TemporaryDirectory() as meeting:
-            for rank, worker in enumerate(workers):
-                place = _Place(rank, len(workers), os.path.join(meeting, "store"), seconds)
-                worker.send((place, Topology(tp, pp, vp, ep, sequence_parallel, cp), fn, args))
-            try:
-                return self._collect(workers, seconds, getattr(fn, "__name__", str(fn)))
-            except BaseException:
-                if any(worker.busy for worker in workers):
-                    self.close()
-                raise
+        meeting = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+        for rank, worker in enumerate(workers):
+            place = _Place(rank, len(workers), meeting.port, seconds)
+            worker.send((place, Topology(tp, pp, vp, ep, sequence_parallel, cp), fn, args))
+        try:
+            return self._collect(workers, seconds, getattr(fn, "__name__", str(fn)))
+        except BaseException:
+            if any(worker.busy for worker in workers):
+                self.close()
+            raise
 
     def close(self) -> None:
         """Ends every worker, and what it started, at once."""
@@ -132,7 +132,7 @@ class _Place:
 
     rank: int
     world: int
-    store: str
+    port: int
     seconds: float
 
 
@@ -231,7 +231,7 @@ def _answer(message: bytes) -> bytes:
 def _in_own_world(place: _Place, layout: Topology, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """Joins the job's processes, lays them out, runs, and leaves nothing of it behind."""
     os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.rank), WORLD_SIZE=str(place.world))
-    store = dist.FileStore(place.store, place.world)
+    store = dist.TCPStore(HOST, place.port, timeout=timedelta(seconds=place.seconds))
     dist.init_process_group(
         claim_device(), store=store, rank=place.rank, world_size=place.world, timeout=timedelta(seconds=place.seconds)
     )
