@@ -208,7 +208,7 @@ def _serve(pipe: Connection) -> None:
     import megatron.core.models.gpt  # the slow part
     import megatron.core.optimizer  # noqa: F401
 
-    gc.freeze()  # each job ends with a collection, which need not look at what was imported
+    gc.freeze()
     answer = _packed(None)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
@@ -261,6 +261,7 @@ def _forget() -> None:
         wrapped.grad_accs.clear()
         wrapped.config.grad_scale_func = wrapped.config.finalize_model_grads_func = None
     gc.collect()
+    gc.freeze()  # what a job has imported stays, and the collections of the next one need not look at it
 
 
 def _packed(value: Any) -> bytes:

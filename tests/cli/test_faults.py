@@ -26,8 +26,8 @@ from tests.recipe.conftest import material, recipe_file
 __all__ = ["material", "recipe_file"]
 
 Write = Callable[..., Path]
-STEPS = {"tokens": 60 * 8 * 16, "global_batch": 8, "micro_batch": 2, "warmup_steps": 2, "lr": 5e-3, "save_every": 4}
-SHORT = {"correct": None, "random_baseline": False, "distill": STEPS | {"validate_every": 60}}
+STEPS = {"tokens": 36 * 8 * 16, "global_batch": 8, "micro_batch": 2, "warmup_steps": 2, "lr": 5e-3, "save_every": 4}
+SHORT = {"correct": None, "random_baseline": False, "distill": STEPS | {"validate_every": 36}}
 OPTIONS = ("--set", "parallel.tp=2", "--set", "data.repeat=true")
 
 
