@@ -121,10 +121,10 @@ def _gpt(mcore: Any, spec: Any, **arguments: Any) -> Any:
 
 
 def mark_parallel(gpt: Any) -> None:
-    """Marks parameters that bear no mark as mcore marks those that it gives their first values.
+    """Marks parameters that bear no mark as mcore marks its own.
 
-    Transformer Engine marks none on `meta` (module/linear.py, `reset_parameters`). By the marks mcore sums gradients
-    over tp and counts their norm.
+    Transformer Engine marks none on `meta` (module/linear.py, `reset_parameters`), and by the marks mcore sums
+    gradients over tp and counts their norm.
     """
     sizes = config_of(gpt).shape.sizes()
     for shard in named_shards(gpt):

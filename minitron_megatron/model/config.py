@@ -137,7 +137,7 @@ def transformer_config(
         calculate_per_token_loss=True,
         use_cpu_initialization=spec == "local",  # names no device, so that torch.device("meta") decides
         init_model_with_meta_device=spec == "te",  # whose modules name one, and know only this key for `meta`
-        perform_initialization=False,  # a model is filled after it is built, and `build` marks what is split
+        perform_initialization=True,  # on meta it costs nothing, and only it marks the parameters as parallel
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
