@@ -18,21 +18,24 @@ NODE_RANK=${NODE_RANK:-0}
 export WORLD_SIZE=$(($1 * ${NODES:-1})) LOCAL_WORLD_SIZE=$1 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 shift
 PYTHON=${PYTHON:-python}
-# a free port, of those that no system gives to outgoing connections: one of these could take it before rank 0 does
+# a free port, below those that Linux gives to outgoing connections, of which one could take it before rank 0 listens
 MASTER_PORT=${MASTER_PORT:-$("$PYTHON" - <<'PORT'
 import random
 import socket
+import sys
 
-while True:
-    port = random.randrange(20000, 30000)
+for port in random.sample(range(20000, 30000), 100):
     try:
-        with socket.create_server(("", port)):
-            break
-    except OSError:
-        pass
-print(port)
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        refused = error
+    else:
+        print(port)
+        break
+else:
+    sys.exit(f"launch/local.sh: none of a hundred ports from 20000 to 29999 could be opened ({refused}). Set MASTER_PORT.")
 PORT
-)}
+)} || exit 2
 export MASTER_PORT
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > LOCAL_WORLD_SIZE ? cores / LOCAL_WORLD_SIZE : 1))}

@@ -9,6 +9,7 @@ esac
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+# the port: below those that Linux gives to outgoing connections, of which one could hold it
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
 # kernels of one layer are issued in the order in which they are called, so that tensor-parallel communication starts

@@ -30,6 +30,8 @@ from ..parallel import Topology, claim_device, install_cpu_backend
 __all__ = ["Pool"]
 
 HOST = "127.0.0.1"
+"""Where the ranks of a job meet."""
+
 START_SECONDS = 900.0
 """How long a cold import of torch and megatron may take on a busy machine."""
 
@@ -208,11 +210,12 @@ def _serve(pipe: Connection) -> None:
     import megatron.core.models.gpt  # the slow part
     import megatron.core.optimizer  # noqa: F401
 
-    gc.freeze()
     answer = _packed(None)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             pipe.send_bytes(answer)
+            gc.collect()
+            gc.freeze()  # each job ends with a collection, which need not look at what was imported so far
             answer = _answer(pipe.recv_bytes())
 
 
@@ -261,7 +264,6 @@ def _forget() -> None:
         wrapped.grad_accs.clear()
         wrapped.config.grad_scale_func = wrapped.config.finalize_model_grads_func = None
     gc.collect()
-    gc.freeze()  # what a job has imported stays, and the collections of the next one need not look at it
 
 
 def _packed(value: Any) -> bytes:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.limits import HANGS
@@ -67,9 +68,11 @@ def lacks() -> str:
 
 
 def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A free one, below those that Linux gives to outgoing connections and above those of `slurm/body.sh`."""
+    for port in random.sample(range(30000, 32000), 100):
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
+    raise RuntimeError("none of a hundred ports could be opened")
 
 
 @contextmanager
