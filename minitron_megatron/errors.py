@@ -11,6 +11,7 @@ from collections.abc import Iterable
 __all__ = [
     "CheckpointError",
     "DataError",
+    "FileError",
     "LayoutError",
     "MinitronError",
     "PlanError",
@@ -50,6 +51,10 @@ class CheckpointError(MinitronError):
 
 class TrainingError(MinitronError):
     """Training cannot go on."""
+
+
+class FileError(MinitronError, ValueError):
+    """A file or folder cannot be read or written, or its content is torn."""
 
 
 class Preempted(Exception):

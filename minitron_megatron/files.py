@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PARTIAL", "file_marks", "locked", "read_json", "whole_file", "whole_folder", "write_json"]
+from .errors import FileError
+
+__all__ = [
+    "PARTIAL",
+    "checksum",
+    "file_marks",
+    "locked",
+    "read_json",
+    "verify_checksums",
+    "whole_file",
+    "whole_folder",
+    "write_checksums",
+    "write_json",
+]
 
 PARTIAL, OLD = ".partial", ".old"
 
@@ -79,8 +93,41 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return the value in a JSON file. Raises FileError, which names it, where it cannot be read or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except RecursionError as error:
+        raise FileError(f"{path} is nested too deeply to be read.") from error
+    except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        raise FileError(f"{path} is torn or not JSON: {error}.") from error
+
+
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file, read as a stream."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(path: Path, files: Iterable[Path]) -> None:
+    """Write the SHA-256 of `files` as JSON at `path`, under their names relative to its folder."""
+    write_json(path, {str(file.relative_to(path.parent)): checksum(file) for file in files})
+
+
+def verify_checksums(path: Path) -> None:
+    """Raise FileError, which names the file, where one is missing or differs from what `write_checksums` saw."""
+    known = read_json(path)
+    if not isinstance(known, dict):
+        raise FileError(f"{path} holds no checksums.")
+    for name, expected in known.items():
+        file = path.parent / name
+        try:
+            found = checksum(file)
+        except OSError as error:
+            raise FileError(f"{file} cannot be read: {error.strerror or error}.") from error
+        if found != expected:
+            raise FileError(f"{file} has changed since it was written: its checksum is another than {path} says.")
 
 
 def file_marks(paths: Iterable[Path]) -> list[list[Any]]:

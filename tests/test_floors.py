@@ -15,8 +15,8 @@ PACKAGE = "minitron_megatron"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "events", "files"}),
-    frozenset({"layout"}),
+    frozenset({"errors", "events"}),
+    frozenset({"files", "layout"}),
     frozenset({"parallel"}),
     frozenset({"records"}),
     frozenset({"model", "data", "losses"}),

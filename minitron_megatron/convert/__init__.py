@@ -4,10 +4,11 @@ Knows: Hugging Face's names, configs and files. Must not know: scores, plans, lo
 """
 
 from .check import check_folder
-from .config import flat_config, read_config
+from .config import read_config
 from .export import save_hf
 from .families import FAMILIES
 from .family import Family
+from .flat import flat_config
 from .identity import folder_hash, model_hash
 from .load import load_hf
 from .weights import Weights

@@ -1,4 +1,4 @@
-"""`config.json` in and out: what a Hugging Face config means here, and the form in which everyone reads it."""
+"""Read `config.json`: the ModelConfig that a Hugging Face config describes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..model import ModelConfig
 from .bridge import check_bridged
 from .families import FAMILIES, family_of
 
-__all__ = ["flat_config", "read_config"]
+__all__ = ["read_config"]
 
 ROPE: Mapping[str, tuple[str, ...]] = {
     "default": (),
@@ -104,36 +104,3 @@ def _model_config(hf: Mapping[str, Any]) -> ModelConfig:
 def _first(hf: Mapping[str, Any], keys: Sequence[str]) -> Any:
     """What a config says under the first of these keys that it has."""
     return hf[next((key for key in keys if key in hf), keys[0])]
-
-
-def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """`config.json` in the flat form that transformers 4.x and 5.x, vLLM and TensorRT-LLM read alike.
-
-    A config as transformers 5 saves it (`rope_parameters`) loads in 4.57 with a wrong rotary base, silently.
-    """
-    shape, source = config.shape, dict(config.source)
-    for nested in ("rope_parameters", "dtype", "transformers_version", "_name_or_path", "layer_types"):
-        source.pop(nested, None)
-    source.setdefault("model_type", "llama")
-    family = family_of(source)
-    if (config.rotary_share, family.rotary_share) != (1, 1):
-        source["partial_rotary_factor"] = config.rotary_share
-    return {
-        **source,
-        "architectures": [family.architecture],
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        **{key: getattr(shape, field) for field, keys in family.keys.items() for key in keys},
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_groups,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab,
-        "tie_word_embeddings": shape.tied,
-        "hidden_act": config.activation,
-        family.eps: config.norm_eps,
-        "rope_theta": config.rotary_base,
-        "rope_scaling": dict(config.rotary_scaling) if config.rotary_scaling else None,
-        "max_position_embeddings": config.max_positions,
-        "initializer_range": config.init_std,
-        "torch_dtype": dtype,
-    }

@@ -17,8 +17,8 @@ from ..files import whole_folder, write_json
 from ..layout import lookup
 from ..model import ModelConfig, chunks_of, config_of, home, named_shards
 from ..parallel import Topology, fail_together, move
-from .config import flat_config
 from .families import family_of
+from .flat import flat_config
 from .weights import INDEX, SafetensorsWriter, split_files
 
 __all__ = ["full_tensors", "save_hf"]
