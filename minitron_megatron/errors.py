@@ -6,6 +6,7 @@ A `MinitronError` is the user's to mend: the command line prints its message and
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "TopologyError",
     "TrainingError",
     "did_you_mean",
+    "expect_number",
 ]
 
 
@@ -69,3 +71,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the nearest known word, or the empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def expect_number(
+    name: str,
+    value: object,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Raise RecipeError where `value` is no finite number in its range. True and false are no numbers."""
+    fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if fits:
+        assert isinstance(value, int | float)
+        fits = (above is None or value > above) and (at_least is None or value >= at_least)
+        fits = fits and (at_most is None or value <= at_most)
+    if not fits:
+        ends = {"above": above, "at least": at_least, "at most": at_most}
+        bounds = " and ".join(f"{word} {end:g}" for word, end in ends.items() if end is not None)
+        kind = "whole number" if whole else "finite number"
+        raise RecipeError(f"{name} is {value!r}. It must be a {kind} {bounds}".rstrip() + ".")

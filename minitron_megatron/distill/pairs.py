@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -64,7 +65,7 @@ class StatePairs:
             raise RecipeError(
                 f"loss of states {self.loss!r} is not known.{did_you_mean(self.loss, STATE_LOSSES)} Known: {known}."
             )
-        if self.alpha != DYNAMIC and (isinstance(self.alpha, str) or self.alpha <= 0):
+        if self.alpha != DYNAMIC and (isinstance(self.alpha, str | bool) or not 0 < self.alpha < math.inf):
             raise RecipeError(f"alpha of the states is {self.alpha!r}. It must be above 0, or {DYNAMIC}.")
         if not self.pairs:
             kinds = ", ".join(field.name for field in fields(self)[:4])

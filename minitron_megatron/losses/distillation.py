@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from ..errors import RecipeError
+from ..errors import RecipeError, expect_number
 from .divergences import Divergence, divergence_named
 from .shortlist import LIVE_KEYS, over_shortlist
 from .vocab import CrossEntropy, Vocabulary
@@ -35,11 +35,11 @@ class KDLoss:
 
     def __post_init__(self) -> None:
         _ = self.measure
-        for name, value in (("temperature", self.temperature), ("top_k", self.top_k), ("budget", self.budget_bytes)):
-            if value is not None and value <= 0:
-                raise RecipeError(f"{name} of the loss is {value}. It must be above 0.")
-        if self.ce_weight < 0:
-            raise RecipeError(f"ce_weight is {self.ce_weight}. It must be 0 or more.")
+        expect_number("temperature of the loss", self.temperature, above=0)
+        expect_number("ce_weight", self.ce_weight, at_least=0)
+        for name, count in (("top_k", self.top_k), ("budget", self.budget_bytes)):
+            if count is not None:
+                expect_number(f"{name} of the loss", count, above=0, whole=True)
 
     def check(self, vocab: int) -> None:
         """Raises RecipeError where a vocabulary of `vocab` entries is too small for this loss."""

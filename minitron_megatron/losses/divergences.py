@@ -88,8 +88,8 @@ class ReverseKL:
 class JSD:
     """beta KL(teacher || m) + (1 - beta) KL(student || m), with m = beta q + (1 - beta) p.
 
-    With k = KL(student || m) its gradient is (1 - beta) p (log p - log m - k). Source: Agarwal et al., On-Policy
-    Distillation of Language Models (arXiv 2306.13649), section 2.
+    With k = KL(student || m) its gradient is (1 - beta) p (log p - log m - k), exactly 0 where the two are equal.
+    Source: Agarwal et al., On-Policy Distillation of Language Models (arXiv 2306.13649), section 2.
     """
 
     beta: float = 0.5
@@ -103,21 +103,20 @@ class JSD:
             )
 
     def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
-        log_beta, log_rest = math.log(self.beta), math.log1p(-self.beta)
         entries.log_softmax_(student, teacher)
-        student_part, teacher_part = student.add_(log_rest), teacher.add_(log_beta)
-        log_m = torch.logaddexp(student_part, teacher_part)
-        student_part.sub_(log_m)
-        teacher_part.sub_(log_m)
+        log_m = student + math.log1p(-self.beta)
+        log_m = torch.logaddexp(log_m, teacher + math.log(self.beta), out=log_m)
+        alike = student == teacher
+        torch.where(alike, student, log_m, out=log_m)  # exactly: equal models have no gradient
+        del alike
+        of_p, of_q = student.sub_(log_m), teacher.sub_(log_m)  # log p - log m, log q - log m
         m = log_m.exp_()
-        weight = teacher_part.exp().mul_(m)
-        value = teacher_part.sub_(log_beta).mul_(weight).sum(-1)
-        del weight
-        weight = m.mul_(student_part.exp())
-        weighted = student_part.sub_(log_rest).mul_(weight)
-        of_p = weighted.sum(-1)
-        gradient = weighted.sub_(weight.mul_((entries.total(of_p) / (1 - self.beta)).unsqueeze(-1)))
-        return value.add_(of_p), gradient
+        value = torch.exp(of_q).mul_(m).mul_(of_q).sum(-1).mul_(self.beta)
+        p = torch.exp(of_p, out=of_q).mul_(m)
+        weighted = of_p.mul_(p)
+        student_part = weighted.sum(-1)
+        gradient = weighted.sub_(p.mul_(entries.total(student_part).unsqueeze(-1))).mul_(1 - self.beta)
+        return value.add_(student_part, alpha=1 - self.beta), gradient
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,9 @@ class Cosine:
         dot, of_student, of_teacher = entries.total(torch.stack([(a * b).sum(-1) for a, b in products])).unsqueeze(-1)
         of_student, norms = of_student.clamp_min(TINY), (of_student * of_teacher).sqrt().clamp_min(TINY)
         cosine = dot / norms
-        gradient = student.mul_(cosine / of_student).sub_(teacher.div_(norms))
+        gradient = student.mul_(cosine / of_student).sub_(teacher.mul_(1 / norms))  # exactly 0 where the two are equal
+        if entries.size == 1:  # the direction of one number is its sign, which no small step changes
+            gradient.zero_()
         return (1 - cosine).squeeze(-1) / entries.ranks, gradient
 
 

@@ -3,26 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError
+from .key_names import nearest_key
 from .schema import Recipe, json_schema
+from .yaml_tree import read_yaml
 
 __all__ = ["load_recipe"]
+
+MOST_BYTES = 10 * 2**20
+WANTED: Mapping[str, str] = {
+    "tuple_type": "give a list",
+    "dict_type": "give a block of keys",
+    "model_type": "give a block of keys",
+    "bool_type": "give true or false",
+    "int_type": "give a whole number",
+    "int_parsing": "give a whole number",
+    "int_parsing_size": "give a smaller number",
+    "int_from_float": "give a whole number",
+    "float_type": "give a number",
+    "float_parsing": "give a number",
+    "finite_number": "give a finite number",
+    "string_type": "give text",
+    "path_type": "give a path",
+    "too_short": "give one at least",
+    "string_too_short": "give some text",
+}
+"""pydantic's kinds of problems -> what to do, where pydantic's own words are of Python."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Recipe:
     """Reads a YAML recipe; `overrides` are `a.b=value` with YAML values. Raises RecipeError in the user's words."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.is_file() and path.stat().st_size > MOST_BYTES:
+            raise RecipeError(f"recipe {path} is larger than {MOST_BYTES >> 20} MiB. Give a recipe.")
+        raw = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not YAML: {' '.join(str(error).split())}.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path} is not YAML: it is not UTF-8 at byte {error.start}.") from error
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {str(error).removeprefix(f'recipe {path} ')}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path} is not a mapping of keys. Start from `minitron init MODEL`.")
     for override in overrides:
@@ -37,55 +63,50 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = No
 
 def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
     """`raw` with one `a.b=value` said anew."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {text!r} is not of the form a.b=value.")
+    key, equals, written = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise RecipeError(f"--set {_short(text)} is not of the form a.b=value.")
     try:
-        return _replaced(raw, key.split("."), yaml.safe_load(value), text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text!r}: {value!r} is not a YAML value.") from error
+        value = read_yaml(written)
+    except RecipeError as error:
+        raise RecipeError(f"--set {_short(text)}: {_short(written)} is not a YAML value: {error}") from error
+    return _replaced(raw, key.split("."), value, text)
 
 
 def _replaced(node: Any, path: Sequence[str], value: Any, text: str) -> dict[str, Any]:
-    """A copy with the value at `path` replaced: blocks that YAML aliases share must not change together."""
+    """A copy with the value at `path` replaced."""
     first, *rest = path
     if node is not None and not isinstance(node, dict):
-        raise RecipeError(f"--set {text!r}: there is no block of keys that holds {first}.")
+        raise RecipeError(f"--set {_short(text)}: there is no block of keys that holds {first}.")
     block = node or {}
     return {**block, first: _replaced(block.get(first), rest, value, text) if rest else value}
 
 
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, with the nearest name for an unknown key, and how many more there are."""
-    problems = error.errors()
-    first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
+    problems = error.errors(include_url=False)
+    first = min(problems, key=lambda each: each["type"] != "extra_forbidden")  # it often explains the others
+    where, value = ".".join(str(part) for part in first["loc"]), first["input"]
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
-        text = f"{where} is not a known key.{did_you_mean(str(first['loc'][-1]), known)}"
+        text = f"{where} is not a known key.{nearest_key(first['loc'], _schema())}"
     elif first["type"] == "missing":
         text = f"{where} is missing."
     else:
-        message = first["msg"].removeprefix("Value error, ")
-        value = f"{where} is {first['input']!r}: {message[0].lower()}{message[1:]}."
-        text = value if where and not isinstance(first["input"], dict) else f"{where}: {message}.".removeprefix(": ")
+        message = WANTED.get(first["type"], first["msg"].removeprefix("Value error, ").removeprefix("Input "))
+        if where and not isinstance(value, dict):
+            text = f"{where} is {_short(value)}: {message[0].lower()}{message[1:]}."
+        else:
+            text = f"{where}: {message}.".removeprefix(": ")
     return text + (f" ({len(problems) - 1} more like this.)" if len(problems) > 1 else "")
 
 
-def _known_keys(place: Sequence[int | str]) -> list[str]:
-    """The keys that the schema has at a place in the tree."""
-    schema = json_schema()
-    at: Mapping[str, Any] = schema
-    for part in place:
-        at = _resolve(at["items"] if isinstance(part, int) else at["properties"][part], schema)
-    return list(at.get("properties", ()))
+def _short(value: Any) -> str:
+    """A value as YAML has it, cut where it is long."""
+    plain = value is None or isinstance(value, bool)
+    text = str(value).lower().replace("none", "null") if plain else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _resolve(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follows references and the non-null side of an optional block."""
-    for choice in node.get("anyOf", ()):
-        if "$ref" in choice:
-            node = choice
-    if "$ref" in node:
-        node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
-    return node
+@cache
+def _schema() -> dict[str, Any]:
+    return json_schema()

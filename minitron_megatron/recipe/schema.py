@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,7 +10,7 @@ from ..evaluate import PROGRAMS, SUITES, Task
 from ..layout import PUBLIC_AXES
 from ..model import Recompute, Spec
 from ..serve import LADDER
-from .keys import Count, DType, Keys, Layers, Positive
+from .keys import Count, DType, FilePath, HeldOut, Keys, Layers, Positive, Seed, Steps, Text
 from .search_keys import Search
 from .training_keys import Correct, Distill
 
@@ -38,11 +37,11 @@ class Parallel(Keys):
 class Source(Keys):
     """A part of the blend."""
 
-    path: Path
+    path: FilePath
     """A .jsonl or .txt file, or a folder of them."""
     weight: Positive = 1.0
     """Share of the samples, relative to the other sources."""
-    validation: Path | float = 0.01
+    validation: HeldOut = 0.01
     """Held-out files, or the share of documents to hold out."""
 
 
@@ -53,16 +52,16 @@ class Data(Keys):
     """What is blended, by weight."""
     sequence: Count = 8192
     """Tokens a sample."""
-    text_key: str = "text"
+    text_key: Text = "text"
     """The field of a .jsonl line that holds the text."""
     repeat: bool = False
     """Read a source again, in another order, where a budget asks for more than it holds; else that is an error."""
     cross_documents: bool = True
     """Let attention reach from a document into those packed before it in a sample, as in Megatron's pretraining; false:
     each document is on its own, and nothing is learnt from what follows its end."""
-    separator: str = "<|endoftext|>"
+    separator: Text = "<|endoftext|>"
     """Stands between the documents of a .txt file."""
-    workers: Count = 1
+    workers: Annotated[Count, Field(le=1024)] = 1
     """Processes that tokenize."""
 
 
@@ -130,7 +129,7 @@ class Prune(Keys):
     """How units are chosen. `random` (by `seed`) and `first` are what importance has to beat."""
     scope: Literal["layer", "network"] = "layer"
     """Neurons and heads are ranked in each layer; or by their sum over the layers, which then keep the same indices."""
-    iterations: Count = 1
+    iterations: Annotated[Count, Field(le=1000)] = 1
     """Score and cut the widths in so many even steps, each on the model that the one before left. Layers go in the
     first. The papers found no gain."""
     merge: Literal["none", "q", "q+o", "qkvo"] = "none"
@@ -146,9 +145,9 @@ class Prune(Keys):
 class TaskKeys(Keys):
     """A task of lm-evaluation-harness."""
 
-    name: str
+    name: Text
     """As the harness calls it; a group or a tag is all of its tasks."""
-    shots: Annotated[int, Field(ge=0)] | None = None
+    shots: Steps | None = None
     """Solved examples before each question; left out: as the task has it."""
     metric: str | None = None
     """The one that stands in tables; left out: the task's first."""
@@ -170,7 +169,7 @@ class Evaluate(Keys):
     """The papers' tasks with their shots, metrics and sampling; HumanEval and MBPP only with `run_code`."""
     tasks: tuple[TaskKeys, ...] = ()
     """More of them."""
-    task_files: Path | None = None
+    task_files: FilePath | None = None
     """A folder with `<task>/<split>.jsonl`, in the fields that the task reads; left out: they are downloaded."""
     limit: Count | None = None
     """Questions of each task."""
@@ -228,11 +227,11 @@ class Log(Keys):
 class Recipe(Keys):
     """A run from a pretrained checkpoint to a smaller one. Paths are relative to where the command runs."""
 
-    model: Path
+    model: FilePath
     """The Hugging Face folder of the teacher."""
-    out: Path
+    out: FilePath
     """The run folder."""
-    seed: int = 1
+    seed: Seed = 1
     dtype: DType = "bfloat16"
     """Of the weights in training; the optimizer keeps fp32."""
     recompute: Recompute = "none"
@@ -256,7 +255,7 @@ class Recipe(Keys):
     export: Export = Export()
     bench: Bench = Bench()
     log: Log = Log()
-    hang_seconds: Positive = 1800.0
+    hang_seconds: Annotated[float, Field(ge=1)] = 1800.0
     """Where no rank made progress for so long, each writes its stacks to `RUN/stacks` and ends with exit code 76, to be
     started again."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -10,11 +9,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from ..errors import did_you_mean
 from ..layout import PUBLIC_AXES
 from ..search import GPUS, Limit, Space
-from .keys import Count, Keys, NotNegative, Positive
+from .keys import Count, FilePath, Keys, NotNegative, Positive, Steps
 
 __all__ = ["Budget", "Light", "Search", "Serving"]
 
 AXES = ("layers", *PUBLIC_AXES)
+MOST_SIZES = 10_000
+"""Of one axis."""
 
 
 def _sizes(value: Any) -> Any:
@@ -27,6 +28,8 @@ def _sizes(value: Any) -> Any:
         raise ValueError("Give a list of sizes, or {from: 16, to: 32, step: 4}")
     if value["step"] < 1 or value["to"] < value["from"]:
         raise ValueError("A range goes up, in steps of 1 at least")
+    if (value["to"] - value["from"]) // value["step"] >= MOST_SIZES:
+        raise ValueError(f"A range has at most {MOST_SIZES:,} sizes")
     return tuple(range(value["from"], value["to"] + 1, value["step"]))
 
 
@@ -82,7 +85,7 @@ class Serving(Keys):
     """What keys and values are held in."""
     gpu: str | None = None
     """Speed by this GPU's data sheet: the bytes of a step over its bandwidth, or FLOPs over its peak; no overhead."""
-    table: Path | None = None
+    table: FilePath | None = None
     """Speed fitted to a `bench/table.json` of `minitron bench --backend torch`."""
 
     @model_validator(mode="after")
@@ -101,7 +104,7 @@ class Light(Keys):
     """How many, the best by their loss right after the cut; null: all of them, as the paper does."""
     tokens: Count = 1_887_436_800
     """Of each; rounded up to whole steps. The paper's 400 steps."""
-    halvings: Annotated[int, Field(ge=0)] = 0
+    halvings: Annotated[Steps, Field(le=32)] = 0
     """The worse half leaves at half of the steps; 2: at a quarter as well, and so on."""
     measure_every: Count = 50
     """Steps between the losses that ranks are compared by."""
@@ -113,7 +116,7 @@ class Light(Keys):
     micro_batch: Count | None = None
     lr: Positive | None = None
     min_lr: NotNegative | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Steps | None = None
 
 
 class Search(Keys):

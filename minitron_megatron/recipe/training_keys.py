@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -10,7 +9,7 @@ from pydantic import Field, model_validator
 from ..distill import StatePairs
 from ..errors import RecipeError
 from ..losses import KDLoss
-from .keys import Count, Keys, NotNegative, Positive, Written
+from .keys import Count, FilePath, Keys, NotNegative, Positive, Steps, Written
 
 __all__ = ["Correct", "Distill", "TrainingKeys"]
 
@@ -28,7 +27,7 @@ class TrainingKeys(Keys):
     """Peak learning rate."""
     min_lr: NotNegative = 1e-5
     """Learning rate at the end of the cosine."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 40
+    warmup_steps: Steps = 40
     weight_decay: NotNegative = 0.1
     clip: Positive = 1.0
     """Largest global norm of a step's gradient."""
@@ -53,7 +52,7 @@ class Correct(TrainingKeys):
     """Budget; rounded up to whole steps."""
     lr: Positive = 6e-5
     """Peak learning rate: a fifth of the one the teacher was pretrained with (here Llama 3.1's 3e-4)."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 120
+    warmup_steps: Steps = 120
     parameters: Literal["all", "norms", "lora"] = "all"
     """What trains: everything; the norms alone, which needs little more memory than the weights; or low-rank
     corrections of the layers' matrices, merged into them afterwards, which need about twice the weights."""
@@ -144,7 +143,7 @@ class Phase(Keys):
     lr: Positive | None = None
     """Peak learning rate of the phase, which warms up and decays anew."""
     min_lr: NotNegative | None = None
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Steps | None = None
 
 
 class Distill(TrainingKeys):
@@ -152,7 +151,7 @@ class Distill(TrainingKeys):
 
     phases: tuple[Phase, ...] = ()
     """What follows on `tokens`, each from where the one before ended. A phase that is added later continues the run."""
-    start: Path | None = None
+    start: FilePath | None = None
     """A Hugging Face folder of the student's shape to begin with, instead of what `prune` leaves: such as a checkpoint
     that was exported."""
     retain: bool = False

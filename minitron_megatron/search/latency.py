@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError, did_you_mean, expect_number
 from ..layout import Shape, active_parameters, flops_per_token, kv_cache_bytes, parameters
 
 __all__ = ["GPUS", "Conditions", "FittedSpeed", "Roofline", "SpeedRow"]
@@ -29,6 +29,12 @@ class Conditions:
     kv_bytes: int = 2
     """Of a number in the key-value cache."""
     speed: Speed | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context"):
+            expect_number(name, getattr(self, name), above=0, whole=True)
+        for name in ("weight_bytes", "kv_bytes"):
+            expect_number(name, getattr(self, name), above=0)
 
     def weights(self, shape: Shape) -> float:
         """Bytes of all weights."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 
-from ..errors import PlanError, RecipeError
+from ..errors import PlanError, RecipeError, expect_number
 from ..layout import PUBLIC_AXES, Shape, active_parameters, flops_per_token, parameters
 from ..prune import checked_sizes
 from .latency import Conditions
@@ -37,6 +37,13 @@ class Limit:
 
     at_least: float | None = None
     at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, end in (("at least", self.at_least), ("at most", self.at_most)):
+            if end is not None:
+                expect_number(f"the end {name!r} of a budget", end, at_least=0)
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise RecipeError(f"a budget asks for {self}: nothing is both. Give [at least, at most].")
 
     def holds(self, value: float) -> bool:
         return not (self.at_least is not None and value < self.at_least) and not (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import expect_number
+
 __all__ = ["Training"]
 
 
@@ -33,3 +35,15 @@ class Training:
     """Steps between validations."""
     seed: int = 0
     """Of whatever an objective draws: each step begins with this and its own number."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "save_every", "keep", "validate_every"):
+            expect_number(name, getattr(self, name), above=0, whole=True)
+        expect_number("warmup_steps", self.warmup_steps, at_least=0, whole=True)
+        expect_number("seed", self.seed, at_least=0, at_most=2**32 - 1, whole=True)
+        for name in ("lr", "clip", "eps"):
+            expect_number(name, getattr(self, name), above=0)
+        expect_number("min_lr", self.min_lr, at_least=0, at_most=self.lr)
+        expect_number("weight_decay", self.weight_decay, at_least=0)
+        for name in ("beta1", "beta2"):
+            expect_number(name, getattr(self, name), at_least=0, at_most=1)

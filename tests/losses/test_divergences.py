@@ -11,7 +11,8 @@ from torch import Tensor
 
 from minitron_megatron.errors import RecipeError
 from minitron_megatron.losses import DIVERGENCES, Entries, KDLoss, chunk_tokens, distill_loss
-from minitron_megatron.losses.shortlist import likeliest
+from minitron_megatron.losses.divergences import divergence_named
+from minitron_megatron.losses.shortlist import Shortlist, likeliest
 from minitron_megatron.losses.vocab import Vocabulary
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool, tolerance
@@ -74,6 +75,23 @@ def test_logits_in_the_hundreds_overflow_nowhere(pool: Pool, layout: dict[str, A
     """Where the student is certain, gradients with p in front are differences of nearly equal numbers in any fp32."""
     cases = [Case(KDLoss(name, top_k=top_k), spread=100.0) for name in DIVERGENCES for top_k in (None, 7)]
     assert_fused_equals_truth(pool, layout, 1e-4, *cases, rounding=10)
+
+
+@each_divergence
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_equal_logits_have_no_gradient_at_all(divergence: str, spread: float) -> None:
+    logits = spread * torch.randn(64, 131, generator=torch.Generator().manual_seed(3))
+    value, gradient = divergence_named(divergence)(logits.clone(), logits.clone(), Shortlist(131))
+    assert not gradient.any()
+    assert value.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "mse"])
+def test_over_one_entry_there_is_no_gradient_at_all(divergence: str) -> None:
+    """A softmax over one entry is 1, and the direction of one number is its sign."""
+    student, teacher = torch.randn(2, 256, 1, generator=torch.Generator().manual_seed(4))
+    _, gradient = divergence_named(divergence)(student, teacher, Shortlist(1))
+    assert not gradient.any()
 
 
 @each_divergence

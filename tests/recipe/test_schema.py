@@ -75,7 +75,7 @@ def test_an_override_changes_one_block_of_those_that_an_alias_shares(tmp_path: P
         (["prune.layers=0"], "prune.layers is 0: give how many"),
         (["prune.layers=[1, x]"], "prune.layers is [1, 'x']: give how many"),
         (["score.depth={metrik: kl}"], "score.depth.metrik is not a known key. Did you mean 'metric'?"),
-        (["data=null"], "data is None"),
+        (["data=null"], "data is null: give a block of keys"),
         (["spec=ta"], "spec is 'ta'"),
         (["spec=te", "distill.states={outputs: ['3:2']}"], "set spec to local, or map attention alone"),
         (["prune.hidden"], "is not of the form a.b=value"),
@@ -87,6 +87,81 @@ def test_a_wrong_key_or_value_is_named(recipe_file: Write, overrides: list[str],
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_file(), overrides)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["distill.learning_rate=1"], "distill.learning_rate is not a known key. Did you mean 'lr'?"),
+        (["data.seq_length=8"], "data.seq_length is not a known key. Did you mean 'sequence'?"),
+        (["parallel.tensor_model_parallel_size=2"], "Did you mean 'tp'?"),
+        (["distill.batch_size=8"], "Did you mean 'global_batch' or 'micro_batch'?"),
+        (["prune.num_layers=2"], "Did you mean 'layers'?"),
+        (["teacher=x"], "teacher is not a known key. Did you mean 'model'?"),
+        (["lr=1"], "lr is not a known key. Did you mean 'correct.lr' or 'search.light.lr' or 'distill.lr'?"),
+        (["data.sources=[{file: x}]"], "data.sources.0.file is not a known key. Did you mean 'path'?"),
+        (["quite.another=1"], "quite is not a known key."),
+    ],
+)
+def test_the_words_of_other_tools_are_understood(recipe_file: Write, overrides: list[str], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(), overrides)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"distill.lr={value}" for value in (".inf", "-.inf", ".nan", "inf", "nan", "1e999", "true", "[1]", "null")),
+        *(f"seed={value}" for value in (-1, 2**32, "true", "1.5", "x", 10**30)),
+        *(f"prune.hidden={value}" for value in ("true", "0", "-3", "1e30", ".inf", "{a: 1}")),
+        *(f"out={value}" for value in ('""', "true", "no", "3", '"a\\0b"', "[x]", "/".join(["x" * 300]), "x/" * 3000)),
+        *(f"data.sources=[{{path: x, validation: {value}}}]" for value in ("0", "1", "-0.1", "true", ".nan", "[x]")),
+        *("parallel.tp=true", "distill.save_async=1", "distill.save_async=maybe", "parallel.sequence_parallel=0"),
+        *("score.depth={lengths: [true]}", "search={budget: {params: true}}", "search={budget: {params: .nan}}"),
+        *("bench.batches=[true]", "prune.layers=[true]", "prune.layers=true", "prune.layers=[-1]", "prune.layers=[]"),
+        *("data.text_key=true", "data.separator=''", "data.workers=1e6", "prune.iterations=1e9", "hang_seconds=1e-9"),
+        *('data.text_key="\\ud83d"', "search={budget: {params: 1}, ffn: {from: 1, to: 1e12, step: 1}}"),
+        *("search={budget: {params: [3, 1]}}", f"distill.tokens={'9' * 5000}", f"seed={'[' * 3000}"),
+    ],
+    ids=lambda override: override[:40],
+)
+def test_absurd_values_are_refused_by_name(recipe_file: Write, override: str) -> None:
+    """Whatever is no number of its kind, in its range: true is not 1, and nothing is infinite."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(), [override])
+    assert override.partition("=")[0].partition(".")[0] in str(caught.value)
+    assert len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: a\nmodel: b\n", "the key 'model' stands twice"),
+        ("out: &a [*a]\n", "values"),
+        (
+            "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]),
+            "values",
+        ),
+        ("a: !!python/object/apply:os.system [ls]\n", "not YAML"),
+        ("a: !!timestamp 2024-13-45\n", "not YAML"),
+        ("1: 2\n", "the key 1, which is not text"),
+        ("a: " + "[" * 5000, "deeply"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_yaml_that_means_two_things_or_grows_without_bound_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml") as caught:
+        load_recipe(path)
+    assert said in str(caught.value)
+
+
+def test_numbers_are_those_that_a_reader_sees(recipe_file: Write) -> None:
+    """YAML 1.1 has octal 010 and sixty-based 1:30, and takes 1e-4 for text."""
+    recipe = load_recipe(recipe_file(), ["seed=010", "distill.lr=1e-4", "distill.tokens=1_000", "out=2024-01-02"])
+    assert (recipe.seed, recipe.distill.lr, recipe.distill.tokens, str(recipe.out)) == (10, 1e-4, 1000, "2024-01-02")
 
 
 def test_a_missing_key_is_named(recipe_file: Write) -> None:
