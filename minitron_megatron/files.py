@@ -22,6 +22,7 @@ __all__ = [
     "file_marks",
     "locked",
     "read_json",
+    "told_by",
     "verify_checksums",
     "whole_file",
     "whole_folder",
@@ -102,6 +103,22 @@ def read_json(path: Path) -> Any:
         raise FileError(f"{path} is nested too deeply to be read.") from error
     except ValueError as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise FileError(f"{path} is torn or not JSON: {error}.") from error
+
+
+def told_by(error: OSError) -> str:
+    """Return the message for an error of the file system that the user can mend, or the empty string."""
+    what = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{what}. Make room, and run the same command again to go on."
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{what}. Raise the limit (ulimit -n), and run the same command again to go on."
+    return f"{_named(error)}: {what}. Correct the path or its permissions." if error.filename is not None else ""
+
+
+def _named(error: OSError) -> str:
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
+    return name if len(name) <= 300 else f"{name[:297]}..."
 
 
 def checksum(path: Path) -> str:

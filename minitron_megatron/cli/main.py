@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import threading
@@ -13,11 +12,11 @@ from rich.console import Console
 
 from .imports import importing
 from .interrupt import heard, ignore, listen
+from .output import keep_writing
 
 __all__ = ["main"]
 
 OUR_FAULT, WRONG_INPUT, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
-FULL = (errno.ENOSPC, errno.EDQUOT)
 LEAVE_SECONDS = 10.0
 """How long a failed rank may take to find out whether another has told of it, and an interrupted one to clean up."""
 
@@ -27,10 +26,12 @@ def main() -> None:
 
     An error of the user's is one message, of the rank that met it first.
     """
+    keep_writing()
     _quiet()
     importing()
     listen(LEAVE_SECONDS, _interrupted)
     from ..errors import MinitronError, Preempted
+    from ..files import told_by
     from .app import Interrupted, app
 
     try:
@@ -45,8 +46,8 @@ def main() -> None:
     except Exception as error:
         if heard():  # what a library made of the KeyboardInterrupt
             _interrupted()
-        if isinstance(error, OSError) and error.errno in FULL:
-            _fail(WRONG_INPUT, error, f"{error}. Make room, and run the same command again to go on.")
+        if isinstance(error, OSError) and (told := told_by(error)):
+            _fail(WRONG_INPUT, error, told)
         _fail(OUR_FAULT, error, traceback.format_exc().strip())
     finally:
         ignore()
@@ -78,7 +79,7 @@ def _fail(code: int, error: Exception, told: str) -> None:
 
 def _speaks(code: int) -> bool:
     """Whether this rank tells why it ends. Those that are not joined yet all read the same recipe."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     from ..parallel import first_to_fail
 

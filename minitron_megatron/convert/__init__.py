@@ -10,7 +10,7 @@ from .families import FAMILIES
 from .family import Family
 from .flat import flat_config
 from .identity import folder_hash, model_hash
-from .load import load_hf
+from .load import check_weights, load_hf
 from .weights import Weights
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Family",
     "Weights",
     "check_folder",
+    "check_weights",
     "flat_config",
     "folder_hash",
     "load_hf",

@@ -18,7 +18,7 @@ from .families import family_of
 from .family import Family
 from .weights import Weights
 
-__all__ = ["load_hf"]
+__all__ = ["check_weights", "load_hf"]
 
 IGNORED = ("rotary_emb.inv_freq",)
 """Buffers that old exports carry and that are computed here."""
@@ -51,6 +51,12 @@ def load_hf(
         adopt(shard, tensor.to(topology.device, dtype))
         listener(Event("import", done, len(shards), "tensors"))
     return chunks
+
+
+def check_weights(folder: Path) -> None:
+    """Raise CheckpointError where a folder's weights are missing or not those of its config. Reads headers alone."""
+    config = read_config(folder)
+    check_tensors(Weights(folder), config, family_of(config.source))
 
 
 def check_tensors(weights: Weights, config: ModelConfig, family: Family) -> None:

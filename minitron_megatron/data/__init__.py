@@ -5,8 +5,9 @@ know: models, losses, recipes. Every rank reads its own batches; nothing is broa
 """
 
 from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches
-from .corpus import Corpus
+from .corpus import Corpus, samples_by_source
 from .prepare import Prepared, PreparedSplit, prepare
+from .sources import text_files
 from .tokenizer import check_tokenizer, transformers_tokenizer
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "check_tokenizer",
     "held_out_batches",
     "prepare",
+    "samples_by_source",
     "step_batches",
+    "text_files",
     "transformers_tokenizer",
 ]

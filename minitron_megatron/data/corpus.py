@@ -19,7 +19,7 @@ from ..files import whole_folder
 from ..parallel import broadcast_object, fail_together
 from .pair import Pair, find_pair
 
-__all__ = ["Corpus"]
+__all__ = ["Corpus", "samples_by_source"]
 
 Blend = Sequence[tuple[str | Path, float]]
 """(prefix of a prepared corpus, weight); the weights need not add up to 1."""
@@ -92,6 +92,12 @@ def _interleave(weights: NDArray[np.float64], samples: int) -> tuple[NDArray[np.
     choice, place = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
     build_blending_indices(choice, place, weights, len(weights), samples, False)
     return choice, place
+
+
+def samples_by_source(weights: Sequence[float], samples: int) -> list[int]:
+    """Return how many of `samples` each source of a blend gives."""
+    share = _normalised([("", weight) for weight in weights])
+    return np.bincount(_interleave(share, samples)[0], minlength=len(weights)).tolist()
 
 
 def _check_size(pair: Pair, sequence: int, count: int) -> None:

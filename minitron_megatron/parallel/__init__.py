@@ -25,7 +25,7 @@ from .collectives import (
     sum_over_world,
 )
 from .span import Span
-from .topology import Topology, claim_device
+from .topology import PlannedTopology, Topology, claim_device, launched
 from .versions import (
     FITS,
     count_padding,
@@ -45,6 +45,7 @@ from .versions import (
 __all__ = [
     "FITS",
     "Group",
+    "PlannedTopology",
     "Span",
     "Topology",
     "all_reduce",
@@ -66,6 +67,7 @@ __all__ = [
     "group_size",
     "install_cpu_backend",
     "kill_writers",
+    "launched",
     "load_optimizer",
     "local_sequence",
     "mark_expert",

@@ -16,7 +16,7 @@ from ..errors import TopologyError
 from .backend import install_cpu_backend
 from .versions import quieten
 
-__all__ = ["Topology", "claim_device"]
+__all__ = ["PlannedTopology", "Topology", "claim_device", "launched"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Topology:
         quieten()
         install_cpu_backend()
         topology = cls(tp, pp, vp, ep, sequence_parallel, cp)
-        topology.check(int(os.environ.get("WORLD_SIZE", 1)) if not dist.is_initialized() else dist.get_world_size())
+        topology.check(dist.get_world_size() if dist.is_initialized() else _launched_world())
         if not dist.is_initialized():
             _join()
         topology.lay_out()
@@ -263,14 +263,65 @@ def claim_device() -> str:
     """Takes the GPU of this process's LOCAL_RANK, where there are any; what its process group runs on."""
     if not torch.cuda.is_available():
         return "gloo"
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(launched("LOCAL_RANK", 0))
     return "cpu:gloo,cuda:nccl"
+
+
+@dataclass(frozen=True)
+class PlannedTopology(Topology):
+    """A layout of processes that are not started: its sizes can be asked for, its ranks and groups cannot."""
+
+    processes: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.processes
+
+
+def launched(variable: str, default: int) -> int:
+    """Return a number that the launcher put into the environment, such as RANK or WORLD_SIZE.
+
+    Raises TopologyError where it is no whole number.
+    """
+    said = os.environ.get(variable, "")
+    if not said:
+        return default
+    if not said.isdecimal():
+        raise TopologyError(f"the environment says {variable}={said!r}, which is no whole number. Correct or unset it.")
+    return int(said)
+
+
+def _launched_world() -> int:
+    """How many processes the launcher started. Raises TopologyError where its variables cannot be right."""
+    world = launched("WORLD_SIZE", 1)
+    if "RANK" not in os.environ:
+        if world > 1:
+            raise TopologyError(
+                f"the environment says WORLD_SIZE={world} and no RANK. Unset it, or use launch/local.sh."
+            )
+        return 1
+    rank, port = launched("RANK", 0), launched("MASTER_PORT", 0)
+    if not (rank < world and 0 < port < 2**16 and os.environ.get("MASTER_ADDR")):
+        said = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in ("RANK", "WORLD_SIZE", *MEETING))
+        raise TopologyError(f"the environment cannot start processes: {said}. Use launch/local.sh or torchrun.")
+    return world
+
+
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def _join() -> None:
     """Joins the process group: torchrun's where its variables are set, else one process by itself."""
     backend = claim_device()
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend)
+        except (dist.DistError, ValueError) as error:
+            meet = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            raise TopologyError(
+                f"the processes cannot meet at {meet} (MASTER_ADDR:MASTER_PORT): {reason}. Start them with another "
+                "MASTER_PORT, or let launch/local.sh choose one."
+            ) from error
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -6,7 +6,7 @@ Knows: scores, plans, shards. Must not know: how scores were made, losses, Huggi
 from .baselines import first_plan, random_plan
 from .choose import SAFE_MARGIN, checked_sizes, choose
 from .depth import choose_layers
-from .merge import MERGES, SIGNS, merge_heads
+from .merge import MERGES, SIGNS, check_merge, merge_heads
 from .trim import check_cut, realise, trim
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "SAFE_MARGIN",
     "SIGNS",
     "check_cut",
+    "check_merge",
     "checked_sizes",
     "choose",
     "choose_layers",

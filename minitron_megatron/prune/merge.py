@@ -14,7 +14,7 @@ from ..parallel import Topology, fail_together, gather_sequence
 from ..records import Plan, Scores
 from .choose import scores_of
 
-__all__ = ["MERGES", "SIGNS", "merge_heads"]
+__all__ = ["MERGES", "SIGNS", "check_merge", "merge_heads"]
 
 MERGES = ("q", "q+o", "qkvo")
 """Which projections of a head are merged. Keys and values only where each head has its own."""
@@ -37,7 +37,9 @@ def merge_heads(
     several heads share.
     """
     with fail_together():
-        _check(plan, merge, sign)
+        if sign not in SIGNS:
+            raise PlanError(f"sign {sign!r} is not known.{did_you_mean(sign, SIGNS)} Use {' or '.join(SIGNS)}.")
+        check_merge(plan.shape, plan.target, merge)
         pairs = {layer: _pairs(scores, plan, layer) for layer in plan.kept_layers}
     leaves = {"linear_qkv.weight": 0, "linear_qkv.bias": 0} | ({"linear_proj.weight": 1} if "o" in merge else {})
     for shard in named_shards(model):
@@ -53,17 +55,18 @@ def _axis(shape: Shape) -> str:
     return "kv_groups" if shape.heads == shape.kv_groups else "heads"
 
 
-def _check(plan: Plan, merge: str, sign: str) -> None:
-    for what, said, known in (("merge", merge, MERGES), ("sign", sign, tuple(SIGNS))):
-        if said not in known:
-            raise PlanError(f"{what} {said!r} is not known.{did_you_mean(said, known)} Use {' or '.join(known)}.")
-    if merge == "qkvo" and _axis(plan.shape) == "heads":
+def check_merge(teacher: Shape, student: Shape, merge: str) -> None:
+    """Raise PlanError where the heads of a cut cannot be merged so, from the two shapes alone."""
+    if merge not in MERGES:
+        raise PlanError(f"merge {merge!r} is not known.{did_you_mean(merge, MERGES)} Use {' or '.join(MERGES)}.")
+    axis = _axis(teacher)
+    if merge == "qkvo" and axis == "heads":
         raise PlanError("merge qkvo needs a key and a value for each head, and here several share one. Use q or q+o.")
-    if _axis(plan.shape) not in plan.keep:
+    there, stay = teacher.heads // teacher.kv_groups, student.heads // student.kv_groups
+    if axis == "kv_groups":
+        there, stay = teacher.heads, student.heads
+    if there == stay:
         raise PlanError("heads are to be merged, and the plan cuts none. Set prune.heads, or merge nothing.")
-    there, stay = plan.shape.heads // plan.shape.kv_groups, plan.target.heads // plan.target.kv_groups
-    if _axis(plan.shape) == "kv_groups":
-        there, stay = plan.shape.heads, plan.target.heads
     if there > 2 * stay:
         raise PlanError(f"{stay} of {there} heads stay, and each can take one along. Keep half of them at least.")
 

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..convert import read_config
-from ..errors import TopologyError
+from ..errors import TopologyError, expect_number
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..parallel import Topology
 from ..search import Candidate
 from .candidates import candidates_of
+from .check import check, planned
 from .memory import WEIGHT_BYTES, model_bytes, training_bytes
 from .phases import resolved
 from .schema import Recipe
 from .searching import light_recipe
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "count", "estimate", "shape_warnings"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Estimate:
 
     def expect_to_fit(self, gib: float) -> None:
         """Raises TopologyError where a rank holds more than `gib` GiB, activations not counted."""
+        expect_number("the memory of a GPU", gib, above=0)
         if self.rank_bytes > gib * 2**30:
             raise TopologyError(
                 f"a rank would hold {self.rank_bytes / 2**30:.1f} GiB before activations, and has {gib:g}. Raise "
@@ -108,15 +110,26 @@ def _say(shape: Shape) -> str:
 
 
 def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_flops: float = 989e12) -> Estimate:
-    """Counts a recipe.
+    """Counts a recipe, after the checks that a run begins with. Needs no weights and no GPU.
 
-    gpus: processes, by default tp * pp * cp. mfu: the share reached of `peak_flops`, which is an H100's in dense bf16.
+    gpus: processes, by default the fewest that the layout needs. mfu: the share reached of `peak_flops`, which is an
+    H100's in dense bf16. Raises MinitronErrors as `run` does.
     """
+    expect_number("mfu", mfu, above=0, at_most=1)
+    expect_number("peak_flops", peak_flops, above=0)
+    if gpus is not None:
+        expect_number("gpus", gpus, at_least=1, whole=True)
+    topology = planned(recipe, gpus)
+    check(recipe, topology, counts_only=True)
+    return count(recipe, gpus=topology.world, mfu=mfu, peak_flops=peak_flops)
+
+
+def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 989e12) -> Estimate:
+    """Counts a recipe that was checked."""
     config = read_config(recipe.model)
     teacher = config.shape
     student = student_shape(recipe, teacher)
     parallel = recipe.parallel
-    gpus = gpus or parallel.tp * parallel.pp * parallel.cp
     replicas = max(1, gpus // (parallel.tp * parallel.pp * parallel.cp))
     sequence, weight = recipe.data.sequence, WEIGHT_BYTES[recipe.dtype]
     phases = resolved(recipe.distill, recipe.data)
@@ -163,11 +176,11 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
         hours=flops / (gpus * peak_flops * mfu) / 3600,
         candidates=found,
         light_flops=light,
-        warnings=_warnings(str(config.source.get("model_type")), teacher, student),
+        warnings=shape_warnings(str(config.source.get("model_type")), teacher, student),
     )
 
 
-def _warnings(family: str, teacher: Shape, student: Shape) -> tuple[str, ...]:
+def shape_warnings(family: str, teacher: Shape, student: Shape) -> tuple[str, ...]:
     """transformers 5 holds a Llama's hidden size to be heads x something, whatever its head_dim is."""
     hidden, heads = student.hidden, student.heads
     if family != "llama" or hidden % heads == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -54,8 +53,11 @@ def _path(value: Any) -> Any:
     """Refuse what no file system takes; an empty path would be the current folder."""
     if not isinstance(value, str | Path):
         raise ValueError("Give a path")
-    text = os.fsencode(value) if "\0" not in str(value) else b""
-    if not text.strip():
+    try:
+        text = str(value).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("Give a path whose name is UTF-8") from error
+    if not text.strip() or b"\0" in text:
         raise ValueError("Give a path; it is empty or holds a NUL character")
     if len(text) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in text.split(b"/")):
         raise ValueError(f"Give a path of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}")

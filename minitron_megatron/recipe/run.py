@@ -9,32 +9,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..convert import read_config
-from ..data import check_tokenizer
-from ..errors import DataError, RecipeError, did_you_mean
-from ..evaluate import check_tasks
+from ..errors import RecipeError
 from ..events import Listener, silent
 from ..files import locked, read_json, whole_file, write_json
-from ..layout import Shape
-from ..model import check_fits, check_spec
-from ..parallel import Topology, barrier, broadcast_object, check_apart, fail_together, gather_objects, peak_bytes
-from ..serve import check_fp8
+from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, launched, peak_bytes
+from .check import check, check_corpus, planned
 from .context import Context, Folders
-from .estimate import estimate
+from .estimate import count
 from .fingerprint import fingerprint
 from .leaving import Leaving, leaving
-from .phases import ResolvedPhase, prefixes, resolved
+from .phases import prefixes
 from .schema import Recipe
-from .searching import BY, light_recipe, search_share
-from .sizes import check_pruning, student_shape
+from .searching import search_share
 from .stage import Stage
 from .stages import STAGES
-from .tasks import WINOGRANDE
 from .versions import versions
 
 __all__ = ["Results", "Step", "dry_run", "results", "run", "search_task", "wanted"]
@@ -90,6 +82,8 @@ def _run(recipe: Recipe, topology: Topology, only: str | None, listener: Leaving
             _predict(recipe, topology)
         if stage.name == only:
             break
+        if stage.name == "prepare":
+            check_corpus(recipe, done["prepare"]["sources"])
     return done
 
 
@@ -119,7 +113,7 @@ def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, li
 def _predict(recipe: Recipe, topology: Topology) -> None:
     """Writes what the run should take, on the first rank; before a search has ended, with the largest candidate."""
     if topology.rank == 0:
-        expected = estimate(recipe, gpus=topology.world)
+        expected = count(recipe, gpus=topology.world)
         write_json(recipe.out / "predicted.json", {"model": str(recipe.model), **expected.predictions()})
         for sentence in expected.warnings:
             warnings.warn(sentence, stacklevel=4)
@@ -127,7 +121,8 @@ def _predict(recipe: Recipe, topology: Topology) -> None:
 
 
 def dry_run(recipe: Recipe) -> list[Step]:
-    """What a run would do, stage by stage, from the records alone."""
+    """What a run would do, stage by stage, from the records alone. Raises what `run` would raise before work begins."""
+    check(recipe, planned(recipe, launched("WORLD_SIZE", 0)))
     steps: list[Step] = []
     done: Results = {}
     stale: set[str] = set()
@@ -138,6 +133,8 @@ def dry_run(recipe: Recipe) -> list[Step]:
         record = recorded(recipe, stage, mark) if mark else None
         if record is not None:
             done[stage.name] = record["result"]
+            if stage.name == "prepare":
+                check_corpus(recipe, record["result"]["sources"])
             steps.append(Step(stage.name, "done", ""))
             recipe = stage.decides(recipe, record["result"]) if stage.decides else recipe
             continue
@@ -205,98 +202,6 @@ def _check_wanted(recipe: Recipe, only: str | None) -> None:
     names = [stage.name for stage in wanted(recipe)]
     if only is not None and only not in names:
         raise RecipeError(f"this recipe has no stage {only}. Its stages are {', '.join(names)}.")
-
-
-def check(recipe: Recipe, topology: Topology) -> None:
-    """Everything that can be known to be wrong before work begins. Raises MinitronErrors. Not collective."""
-    check_spec(recipe.spec)
-    shape = read_config(recipe.model).shape
-    check_tokenizer(recipe.model, shape.vocab)
-    check_fits(shape, topology)
-    check_pruning(recipe, shape, topology)
-    if recipe.export.quantize == "fp8":
-        check_fp8(student_shape(recipe, shape))
-    recipe.distill.loss.loss().check(shape.vocab)
-    _check_search(recipe, topology)
-    _check_start(recipe, shape)
-    for key, phase in _phases(recipe):
-        _check_phase(key, phase, recipe, topology)
-    _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology)
-    depth = recipe.score.depth
-    tasks = recipe.evaluate.wanted() + ([WINOGRANDE] if depth and depth.metric == "winogrande" else [])
-    if tasks:
-        check_tasks(tasks, recipe.evaluate.task_files, run_code=recipe.evaluate.run_code)
-    for source in recipe.data.sources:
-        for path in (source.path, source.validation):
-            if isinstance(path, Path) and not path.exists():
-                raise DataError(f"data source {path} does not exist. Check data.sources.")
-            if isinstance(path, Path) and path.is_file() and path.stat().st_size == 0:
-                raise DataError(f"data source {path} is empty. Check data.sources.")
-
-
-def _check_start(recipe: Recipe, teacher: Shape) -> None:
-    start = recipe.distill.start
-    if start and (found := read_config(start).shape) != (wanted := student_shape(recipe, teacher)):
-        raise RecipeError(f"distill.start is {start}, of the shape {found}, and the student has {wanted}.")
-
-
-def _check_search(recipe: Recipe, topology: Topology) -> None:
-    keys = recipe.search
-    if keys is None:
-        return
-    known = [*BY, *(task.name for task in recipe.evaluate.wanted())]
-    if keys.choose not in known:
-        raise RecipeError(
-            f"search.choose {keys.choose!r} is not known.{did_you_mean(keys.choose, known)} It may be "
-            f"{' or '.join(known)}: the tasks are those of evaluate."
-        )
-    if keys.light:
-        if keys.light.apart:
-            check_apart(topology)
-        (phase,) = resolved(light_recipe(recipe).distill, recipe.data)
-        _check_phase("search.light", phase, recipe, topology, 1 if keys.light.apart else None)
-
-
-def _phases(recipe: Recipe) -> list[tuple[str, ResolvedPhase]]:
-    """(place in the recipe, phase) of all that trains."""
-    found = [("correct", phase) for phase in resolved(recipe.correct, recipe.data)] if recipe.correct else []
-    names = ["distill", *(f"distill.phases.{number}" for number in range(len(recipe.distill.phases)))]
-    return found + list(zip(names, resolved(recipe.distill, recipe.data), strict=True))
-
-
-def _check_phase(
-    key: str, phase: ResolvedPhase, recipe: Recipe, topology: Topology, replicas: int | None = None
-) -> None:
-    """replicas: among which its samples are split; None: all of the topology's."""
-    replicas = replicas or topology.replicas
-    _check_split(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology, replicas)
-    if len(phase.weights) != len(recipe.data.sources):
-        raise RecipeError(
-            f"{key}.weights are {len(phase.weights)}, and data.sources are {len(recipe.data.sources)}. "
-            "Give one weight for each source."
-        )
-    if phase.sequence % (unit := topology.sequence_unit):
-        where = "data.sequence" if phase.sequence == recipe.data.sequence else f"{key}.sequence"
-        by = [f"cp={topology.cp}"] * (topology.cp > 1) + [f"tp={topology.tp}"] * topology.sequence_parallel
-        raise RecipeError(
-            f"{where} is {phase.sequence}, which cannot be split over {' and '.join(by)}. Choose a multiple of {unit}."
-        )
-
-
-def _check_split(key: str, total: int, micro: int, topology: Topology, replicas: int | None = None) -> None:
-    """replicas: among which the samples are split; None: all of the data-parallel ones."""
-    dp = replicas or topology.dp
-    unit = micro * dp
-    if total % unit:
-        raise RecipeError(
-            f"{key} is {total}, which cannot be split into micro-batches of {micro} on {dp} data-parallel "
-            f"ranks. Choose a multiple of {unit}."
-        )
-    if topology.vp > 1 and total // unit % topology.pp:
-        raise RecipeError(
-            f"{key} gives {total // unit} micro-batches, and interleaving needs a multiple of pp={topology.pp}. "
-            f"Choose a multiple of {unit * topology.pp}, or vp: 1."
-        )
 
 
 @contextmanager

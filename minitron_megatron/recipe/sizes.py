@@ -10,7 +10,7 @@ from ..errors import PlanError, RecipeError
 from ..layout import Shape
 from ..model import check_fits
 from ..parallel import Topology
-from ..prune import checked_sizes
+from ..prune import check_merge, checked_sizes
 from ..records import Plan, Statistic
 from ..score import check_statistic
 from .candidates import candidates_of, check_candidates
@@ -137,6 +137,8 @@ def check_pruning(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
         check_statistic(statistic_of(recipe), teacher)
     if recipe.prune.merge != "none" and recipe.prune.by != "importance":
         raise RecipeError(f"prune.merge ranks heads by scores, and by: {recipe.prune.by} has none. Set it to none.")
+    if recipe.prune.merge != "none":
+        check_merge(teacher, student_shape(recipe, teacher), recipe.prune.merge)
     _check_depth(recipe, teacher)
     _check_rounds(recipe, teacher, topology)
     if recipe.distill.states:
@@ -168,5 +170,8 @@ def _check_rounds(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
     if keys.by != "importance" or not keys.sizes():
         why = f"by: {keys.by} scores nothing" if keys.by != "importance" else "no width is cut"
         raise RecipeError(f"prune.iterations is {keys.iterations}, but {why}. Set it to 1.")
+    most = max(teacher.axis_size(axis) - size for axis, size in keys.sizes().items())
+    if keys.iterations > max(most, 1):
+        raise RecipeError(f"prune.iterations is {keys.iterations}, and no axis loses more than {most}. Set it lower.")
     for shape in round_shapes(recipe, teacher):
         check_fits(shape, topology)

@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from ..errors import CheckpointError
 from ..files import read_json
@@ -56,20 +57,20 @@ def _curves(depth: DepthScores) -> DepthCurves:
 
 
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
-    """Names and values side by side."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
+    """Names and values side by side. Square brackets are text, not rich's markup: paths have them."""
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
     for name, value in pairs.items():
-        table.add_row(name.replace("_", " "), value if isinstance(value, str) else str(value))
+        table.add_row(Text(name.replace("_", " ")), Text(str(value)))
     return table
 
 
 def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Rows of text under their titles; the first column is a name and a last one may be a curve, others are numbers."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number and column != SCORED[-1] else "left")
+        table.add_column(Text(column), justify="right" if number and column != SCORED[-1] else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -46,7 +46,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(title.replace(" (", "\n("), justify="left" if text else "right", no_wrap=not text)
     tasks = tasks_of(rows)
     for name in tasks:
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for row in rows:
         table.add_row(*map(Text, cells(row, tasks)))
     return table
@@ -63,7 +63,7 @@ def candidates_table(candidates: Sequence[Mapping[str, Any]]) -> Table:
     for number, title in enumerate(ESTIMATED):
         table.add_column(title, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
     for row in estimated_rows(candidates):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

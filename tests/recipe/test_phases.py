@@ -40,11 +40,11 @@ def phased(recipe_file: Write, *phases: dict[str, Any], **distill: Any) -> Path:
 
 
 def test_what_a_phase_leaves_out_is_as_before(recipe_file: Write) -> None:
-    recipe = load_recipe(phased(recipe_file, SECOND, {"tokens": 4 * 32, "weights": [2.0]}))
+    recipe = load_recipe(phased(recipe_file, SECOND, {"tokens": 4 * 4 * 32, "weights": [2.0]}))
     first, second, third = resolved(recipe.distill, recipe.data)
     assert [phase.sequence for phase in (first, second, third)] == [16, 32, 32]
     assert [phase.keys.lr for phase in (first, second, third)] == [5e-3, 1e-3, 1e-3]
-    assert [phase.steps for phase in (first, second, third)] == [6, 6, 1]
+    assert [phase.steps for phase in (first, second, third)] == [6, 6, 4]
     assert third.weights == (2.0,) and third.keys.warmup_steps == 2
     assert estimate(recipe).distill_tokens == first.tokens + second.tokens + third.tokens
 
@@ -65,7 +65,7 @@ def test_phases_follow_each_other_and_one_more_continues(recipe_file: Write, poo
 
 def test_a_corpus_is_read_again_only_where_the_recipe_says_so(recipe_file: Write, pool: Pool) -> None:
     recipe = phased(recipe_file, tokens=60 * 8 * 16, validate_every=60, save_every=60)
-    with pytest.raises(DataError, match=r"480 different sequences .* let it repeat \(data\.repeat\)"):
+    with pytest.raises(DataError, match=r"480 samples .* let it repeat \(data\.repeat\)"):
         pool.run(work, recipe)
     assert len(pool.run(work, recipe, ("data.repeat=true",))[0]) == 60
 
