@@ -56,18 +56,29 @@ while [ "${#alive[@]}" -gt 0 ]; do
     ended=
     wait -n -p ended "${!alive[@]}"
     status=$?
-    [ -n "${ended:-}" ] || continue # a signal ended the wait, not a rank
+    ended=${ended:-} # bash unsets it where no rank ended
+    if [ -z "$ended" ]; then # a signal ended the wait, and bash may have forgotten a rank that ended meanwhile
+        for pid in "${!alive[@]}"; do
+            kill -0 "$pid" 2>/dev/null || ended=$pid
+        done
+        [ -n "$ended" ] || continue
+        wait "$ended"
+        status=$?
+    fi
     unset "alive[$ended]"
     if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
         code=$status
         # ranks that failed together end by themselves; one that hangs on a dead rank is ended
-        { sleep "$grace" && stop KILL; } >/dev/null 2>&1 & # its sleep outlives it, and would hold a pipe open
+        { trap 'kill "$nap"' TERM; sleep "$grace" & nap=$!; wait "$nap" && stop KILL; wait; } >/dev/null 2>&1 &
         reaper=$!
     elif [ "$code" -eq 1 ] && [ "$status" -gt 1 ] && [ "$status" -ne 137 ]; then
         code=$status # two ended at once, and the other knows why: 1 is also how a rank ends that lost another
     fi
 done
-[ -z "${reaper:-}" ] || kill "$reaper" 2>/dev/null
+if [ -n "${reaper:-}" ]; then
+    kill "$reaper" 2>/dev/null
+    wait "$reaper" 2>/dev/null # with its sleep: nobody else would
+fi
 # other nodes save too, or fail of the same: this one's end would end them
 [ "$code" -eq 0 ] || [ "${NODES:-1}" -eq 1 ] || sleep "$grace"
 exit "$code"

@@ -9,21 +9,26 @@ from types import FrameType
 
 __all__ = ["main"]
 
-INTERRUPTED = 130
+PREEMPTED, INTERRUPTED = 75, 130
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C while its modules are still being imported ends it like any other."""
+    """Run the command line. A signal that comes while its modules are imported ends it as one that comes later."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _leave)
     from minitron_megatron.cli import main as run
 
     run()
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    print("Interrupted. Run the same command again to go on.", file=sys.stderr)
-    os._exit(INTERRUPTED)
+    interrupted = number == signal.SIGINT
+    if os.environ.get("RANK", "0") == "0":
+        said = "Interrupted." if interrupted else "Stopped by the scheduler's signal before work began."
+        print(f"{said} Run the same command again to go on.", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED if interrupted else PREEMPTED)
 
 
 if __name__ == "__main__":

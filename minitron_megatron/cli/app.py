@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,13 +11,9 @@ import typer
 from rich.console import Console
 
 from .imports import imported
-from .interrupt import raise_if_heard
+from .interrupt import Interrupted, raise_if_heard
 
-__all__ = ["Interrupted", "app"]
-
-
-class Interrupted(Exception):
-    """Ctrl-C; typer would say nothing of how to go on."""
+__all__ = ["app"]
 
 
 class _Verbs(typer.core.TyperGroup):
@@ -335,9 +330,10 @@ def _print_report(out: Path) -> None:
 
 
 def _print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
+    from ..parallel import launched
     from ..recipe import dry_run, load_recipe
 
-    if os.environ.get("RANK", "0") != "0":
+    if launched("RANK", 0) != 0:
         return
     for step in dry_run(load_recipe(path, overrides or (), out)):
         print(f"{step.stage:<10} {step.state}{': ' + step.why if step.why else ''}")

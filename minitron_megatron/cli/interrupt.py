@@ -17,10 +17,15 @@ from types import FrameType
 
 from ..events import Event
 
-__all__ = ["heard", "ignore", "listen", "raise_if_heard"]
+__all__ = ["Interrupted", "heard", "ignore", "listen", "raise_if_heard"]
 
 SAME_SECONDS = 1.0
 """A terminal tells every process of a Ctrl-C, and whoever started them tells them again."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C; typer would say nothing of how to go on."""
+
 
 _heard: list[int] = []
 """The first signal. A lock, as in threading.Event, would be waited for by a handler within a handler."""

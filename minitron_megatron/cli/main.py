@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import traceback
 import warnings
+from types import FrameType
 
 from rich.console import Console
 
 from .imports import importing
-from .interrupt import heard, ignore, listen
+from .interrupt import Interrupted, heard, ignore, listen
 from .output import keep_writing
 
 __all__ = ["main"]
@@ -29,15 +31,22 @@ def main() -> None:
     keep_writing()
     _quiet()
     importing()
-    listen(LEAVE_SECONDS, _interrupted)
     from ..errors import MinitronError, Preempted
     from ..files import told_by
-    from .app import Interrupted, app
 
     try:
+        listen(LEAVE_SECONDS, _interrupted)
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # a stage at work hears them itself
+            signal.signal(number, _preempted)
+        from .app import app
+
         app()
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         _interrupted()
+    except SystemExit:
+        if heard():  # typer met the KeyboardInterrupt, while it read the command line
+            _interrupted()
+        raise
     except MinitronError as error:
         _fail(WRONG_INPUT, error, f"{type(error).__name__}: {error}")
     except Preempted:
@@ -51,6 +60,12 @@ def main() -> None:
         _fail(OUR_FAULT, error, traceback.format_exc().strip())
     finally:
         ignore()
+
+
+def _preempted(number: int, frame: FrameType | None) -> None:
+    from ..errors import Preempted
+
+    raise Preempted
 
 
 def _interrupted() -> None:
