@@ -3,6 +3,7 @@
 Knows: Hugging Face's names, configs and files. Must not know: scores, plans, losses, training.
 """
 
+from .carried import carried_files, carry
 from .check import check_folder
 from .config import read_config
 from .export import save_hf
@@ -17,6 +18,8 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Weights",
+    "carried_files",
+    "carry",
     "check_folder",
     "check_weights",
     "flat_config",
