@@ -3,6 +3,7 @@
 Knows: Hugging Face's names, configs and files. Must not know: scores, plans, losses, training.
 """
 
+from .by_transformers import transformers_failures, transformers_model
 from .carried import carried_files, carry
 from .check import check_folder
 from .config import read_config
@@ -28,4 +29,6 @@ __all__ = [
     "model_hash",
     "read_config",
     "save_hf",
+    "transformers_failures",
+    "transformers_model",
 ]

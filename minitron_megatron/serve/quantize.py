@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..convert import carry, read_config
+from ..convert import carry, read_config, transformers_model
 from ..errors import CheckpointError, PlanError
 from ..files import read_json, whole_folder, write_json
 from ..layout import Shape
@@ -68,10 +68,9 @@ def _quantize(source: Path, folder: Path, samples: Sequence[Tensor], kv_cache: b
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
     from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
-    from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True).to(device)
+    model = transformers_model(source).to(device)
     config: Any = mtq.FP8_DEFAULT_CFG
     if kv_cache:
         config = update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
