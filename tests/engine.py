@@ -56,7 +56,7 @@ def norm_column_parallel_linear() -> Any:
 
 
 def _unmarked(kind: Any) -> Any:
-    """On `meta` and without marks, whatever `use_cpu_initialization` says."""
+    """On `meta`, without marks, whatever `use_cpu_initialization` says, and with an `_extra_state` as version 2 has."""
 
     class Unmarked(kind):
         def __init__(self, *args: Any, **more: Any) -> None:
@@ -64,6 +64,12 @@ def _unmarked(kind: Any) -> Any:
             for name, parameter in [*self.named_parameters()]:
                 setattr(self, name, nn.Parameter(parameter.to("meta")))
             unmark(self)
+
+        def get_extra_state(self) -> Tensor:
+            return torch.empty(0, dtype=torch.uint8)
+
+        def set_extra_state(self, state: Tensor | None) -> None:
+            assert state is None or not state.numel()
 
     return Unmarked
 

@@ -43,6 +43,8 @@ def test_the_commands_for_ones_own_model_run(material: Path, recipe_file: Callab
     for line in own:
         done = run_command(line, ROOT, places)
         assert done.returncode == 0, (line, done.stderr)
+        if "--format megatron" in line:
+            assert (tmp_path / "megatron" / "megatron-args.sh").read_text() in done.stdout
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
     assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").is_file()
 

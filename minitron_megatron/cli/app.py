@@ -266,6 +266,7 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
 
 
 def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Any) -> None:
+    from ..model import MEGATRON_FLAGS
     from ..recipe import hand_over
     from ..report import Progress, fan_out
 
@@ -277,6 +278,8 @@ def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Pa
         heard = fan_out(raise_if_heard, progress)
         source = hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=heard)
     print(f"{source} -> {to}")
+    if form == "megatron":
+        print((to / MEGATRON_FLAGS).read_text(encoding="utf-8"), end="")
 
 
 def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, model: Path) -> None:

@@ -3,6 +3,8 @@
 Knows: Hugging Face's names, configs and files. Must not know: scores, plans, losses, training.
 """
 
+from .by_transformers import transformers_failures, transformers_model
+from .carried import carried_files, carry
 from .check import check_folder
 from .config import read_config
 from .export import save_hf
@@ -17,6 +19,8 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Weights",
+    "carried_files",
+    "carry",
     "check_folder",
     "check_weights",
     "flat_config",
@@ -25,4 +29,6 @@ __all__ = [
     "model_hash",
     "read_config",
     "save_hf",
+    "transformers_failures",
+    "transformers_model",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..model import MicroBatch, chunks_of, config_of, forward_only, output_weight
 from ..parallel import Topology, fail_together, gather_objects, gather_sequence
+from .by_transformers import transformers_failures, transformers_model
 
 __all__ = ["TOLERANCE", "check_folder", "logits_of"]
 
@@ -41,22 +42,28 @@ def check_folder(model: Any, folder: Path, batch: MicroBatch, topology: Topology
     mine, apart = logits_of(model, batch, topology), 0.0
     with fail_together():
         if mine is not None:
-            theirs = _by_transformers(folder, batch.tokens.cpu())
-            apart, largest = float((mine - theirs).abs().max()), float(theirs.abs().max())
-            if not apart <= TOLERANCE * largest:
-                raise CheckpointError(
-                    f"transformers reads {folder} otherwise: logits differ by up to {apart:.3g} where the largest is "
-                    f"{largest:.3g}. Export it again; if that does not help, its family needs a test in tests/convert."
-                )
+            apart = _apart(mine, _by_transformers(folder, batch.tokens.cpu()), folder)
     return max(gather_objects(apart))
 
 
-def _by_transformers(folder: Path, tokens: Tensor) -> Tensor:
-    from transformers import AutoModelForCausalLM
+def _apart(mine: Tensor, theirs: Tensor, folder: Path) -> float:
+    """Return the largest difference of two models' logits. Raises CheckpointError where it is too large."""
+    if mine.shape != theirs.shape:
+        raise CheckpointError(
+            f"transformers reads {folder} otherwise: its logits have shape {tuple(theirs.shape)}, and the model's "
+            f"{tuple(mine.shape)}. Export it again."
+        )
+    apart, largest = float((mine - theirs).abs().max()), float(theirs.abs().max())
+    if not apart <= TOLERANCE * largest:
+        raise CheckpointError(
+            f"transformers reads {folder} otherwise: logits differ by up to {apart:.3g} where the largest is "
+            f"{largest:.3g}. Export it again; if that does not help, its family needs a test in tests/convert."
+        )
+    return apart
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"transformers cannot read {folder}: {error}") from error
-    logits: Tensor = model(tokens).logits.float()
+
+def _by_transformers(folder: Path, tokens: Tensor) -> Tensor:
+    model = transformers_model(folder, torch.float32)
+    with transformers_failures("run", folder), torch.no_grad():
+        logits: Tensor = model(tokens).logits.float()
     return logits

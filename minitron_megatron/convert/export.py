@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,31 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MinitronError
 from ..events import Event, Listener, silent
 from ..files import whole_folder, write_json
 from ..layout import lookup
 from ..model import ModelConfig, chunks_of, config_of, home, named_shards
 from ..parallel import Topology, fail_together, move
+from .carried import carry
 from .families import family_of
 from .flat import flat_config
 from .weights import INDEX, SafetensorsWriter, split_files
 
 __all__ = ["full_tensors", "save_hf"]
-
-CARRIED = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-"""Files beside the weights that go along unchanged."""
 
 FILE_BYTES = 5 * 10**9
 
@@ -64,12 +50,14 @@ def save_hf(
             if topology.rank == 0:
                 with whole_folder(folder) as partial:
                     write_json(partial / "config.json", flat_config(config, str(dtype).removeprefix("torch.")))
-                    for name in CARRIED:
-                        if files_from is not None and (Path(files_from) / name).is_file():
-                            shutil.copyfile(Path(files_from) / name, partial / name)
+                    if files_from is not None:
+                        carry(Path(files_from), partial)
                     _write_tensors(stream, partial, config, dtype, file_bytes, listener)
-        except OSError as error:
+        except MinitronError:
             _run_out(stream)  # the others still send
+            raise
+        except OSError as error:
+            _run_out(stream)
             raise CheckpointError(f"{folder} cannot be written: {error}. Make room, or give another folder.") from error
         _run_out(stream)
 

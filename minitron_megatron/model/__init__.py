@@ -9,6 +9,8 @@ from .cache import Continued, Past
 from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
 from .config import ACTIVATIONS, ModelConfig, Recompute, check_fits, config_of
 from .initial import fill_initial
+from .megatron_flags import FLAGS as MEGATRON_FLAGS
+from .megatron_flags import check_megatron_lm
 from .megatron_lm import save_megatron_lm
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
 from .shards import BRIDGE, LORA, NamedShard, adopt, home, named_shards, output_weight, overlay
@@ -18,6 +20,7 @@ __all__ = [
     "ACTIVATIONS",
     "BRIDGE",
     "LORA",
+    "MEGATRON_FLAGS",
     "Checkpoints",
     "Continued",
     "MicroBatch",
@@ -31,6 +34,7 @@ __all__ = [
     "adopt",
     "build",
     "check_fits",
+    "check_megatron_lm",
     "check_spec",
     "chunks_of",
     "config_of",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,20 @@ from .context import Context
 from .versions import versions
 
 __all__ = ["write_card"]
+
+MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)//")
+"""What Markdown gives a meaning to inside a line: an underscore within a word has none."""
+
+
+class _OneLine(yaml.SafeDumper):
+    """Every string on one line, so that none of its lines can end a front matter or a code block."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_OneLine.add_representer(str, _quoted)
 
 
 def write_card(context: Context, folder: Path) -> None:
@@ -36,8 +52,8 @@ def _card(context: Context, folder: Path) -> str:
     sources = [(name, source["tokens"], source["weight"]) for name, source in done["prepare"]["sources"].items()]
     training = [(stage, done[stage]["tokens"]) for stage in ("correct", "distill") if stage in done]
     parts = [
-        f"---\n{yaml.safe_dump(about, sort_keys=False)}---\n",
-        f"# {folder.resolve().parent.name}: {recipe.model.name} pruned and distilled\n",
+        f"---\n{_yaml(about)}---\n",
+        f"# {_inline(folder.resolve().parent.name)}: {_inline(recipe.model.name)} pruned and distilled\n",
         f"{parameters(student):,} parameters, of the teacher's {parameters(teacher):,}, by the Minitron method: what "
         "matters least was cut, and what was left learnt from the teacher's logits.\n",
         _table(("", "teacher", "student"), [*shapes, ("parameters", parameters(teacher), parameters(student))]),
@@ -49,7 +65,7 @@ def _card(context: Context, folder: Path) -> str:
         "## Licence\n",
         "This model is derived from its teacher, whose licence applies to it. Read that before you pass this on.\n",
         "## How it was made\n",
-        f"```yaml\n{yaml.safe_dump(told, sort_keys=False)}```\n",
+        _fenced(_yaml(told)),
         _table(("with", "version"), list(versions().items())),
     ]
     return "\n".join(part for part in parts if part)
@@ -72,7 +88,23 @@ def _evaluation(context: Context) -> str:
     return _table(titles, cells)
 
 
+def _yaml(value: Any) -> str:
+    return yaml.dump(value, Dumper=_OneLine, sort_keys=False, width=float("inf"))
+
+
+def _fenced(body: str) -> str:
+    """Return a code block whose fence is longer than any run of backticks inside it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", body)), default=0))
+    return f"{fence}yaml\n{body}{fence}\n"
+
+
+def _inline(text: str) -> str:
+    """Return text from a recipe or a path as one line that Markdown and HTML show as it is."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return MARKUP.sub(lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), html.escape(line, quote=False))
+
+
 def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
-    text = [[f"{cell:,}" if isinstance(cell, int) else str(cell).replace("|", "/") for cell in line] for line in lines]
+    text = [[f"{cell:,}" if isinstance(cell, int) else _inline(str(cell)) for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in text) if len(lines) > 2 else ""

@@ -9,7 +9,7 @@ from typing import Literal
 from ..convert import read_config, save_hf
 from ..errors import CheckpointError, RecipeError
 from ..events import Listener, silent
-from ..model import Checkpoints, build, load_weights, save_megatron_lm
+from ..model import Checkpoints, build, check_megatron_lm, load_weights, save_megatron_lm
 from ..parallel import Topology, fail_together
 from .context import DTYPES, Context
 from .fingerprint import fingerprint
@@ -35,7 +35,8 @@ def hand_over(
     """Writes the student to the new folder `to` and returns where its weights were read. Collective over the world.
 
     checkpoint: of distillation: `newest`, `best` (least validation loss) or a step, of the last phase that has any;
-    none: what the stage left. The run may be at work meanwhile. Raises RecipeError where there is no such student.
+    none: what the stage left. The run may be at work meanwhile. Raises RecipeError where there is no such student, and
+    CheckpointError where Megatron-LM cannot express it.
     """
     with fail_together():
         if to.exists():
@@ -43,6 +44,8 @@ def hand_over(
         context = Context(
             recipe, topology, listener, results(recipe, "prune" if checkpoint else "distill"), lambda other: ""
         )
+        if form == "megatron":
+            check_megatron_lm(read_config(context.folders.model("pruned" if checkpoint else "distilled")))
     if checkpoint:
         with fail_together():
             path, identity = _find(context, checkpoint)

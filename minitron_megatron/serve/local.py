@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..convert import transformers_failures, transformers_model
 from .throughput import Measured, Workload
 
 __all__ = ["measure_locally"]
@@ -19,27 +20,19 @@ def measure_locally(folders: list[Path], workload: Workload, *, repeats: int = 3
     """Each model on the same random requests, `workload.batch` of them with a static key-value cache, in turn; medians.
 
     On a GPU decoding steps are one CUDA graph. Every model is in memory at once. A folder with no weights gets random
-    ones, which take as long.
+    ones, which take as long. Raises CheckpointError where transformers cannot read or run a folder.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = [_load(each).to(device).eval() for each in folders]
+    models = [transformers_model(each, random=not any(each.glob("*.safetensors"))).to(device) for each in folders]
     steps = [_step(model) for model in models]
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for turn in range(repeats + 1):
-        for model, step, seen in zip(models, steps, times, strict=True):
-            taken = _run(model, step, workload)
+        for folder, model, step, seen in zip(folders, models, steps, times, strict=True):
+            with transformers_failures("run", folder):
+                taken = _run(model, step, workload)
             if turn:  # the first one warms up
                 seen.append(taken)
     return [_measured(seen, workload) for seen in times]
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if any(folder.glob("*.safetensors")):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    return AutoModelForCausalLM.from_config(config, dtype=config.dtype)
 
 
 def _step(model: Any) -> Any:

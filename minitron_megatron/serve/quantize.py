@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..convert import read_config
+from ..convert import carry, read_config, transformers_model
 from ..errors import CheckpointError, PlanError
 from ..files import read_json, whole_folder, write_json
 from ..layout import Shape
@@ -28,6 +28,7 @@ MULTIPLE = 16
 OF_A_WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells its processes."""
 OF_QUANTISATION = "quantization_config"
+CARD = "README.md"
 
 
 def check_fp8(shape: Shape) -> None:
@@ -67,10 +68,9 @@ def _quantize(source: Path, folder: Path, samples: Sequence[Tensor], kv_cache: b
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
     from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
-    from transformers import AutoModelForCausalLM
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=True).to(device)
+    model = transformers_model(source).to(device)
     config: Any = mtq.FP8_DEFAULT_CFG
     if kv_cache:
         config = update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
@@ -85,9 +85,9 @@ def _quantize(source: Path, folder: Path, samples: Sequence[Tensor], kv_cache: b
         export_hf_checkpoint(model, export_dir=str(partial))
         about = read_json(partial / "config.json")[OF_QUANTISATION]
         write_json(partial / "config.json", read_json(source / "config.json") | {OF_QUANTISATION: about})
-        for file in source.iterdir():
-            if file.is_file() and not (partial / file.name).exists() and ".safetensors" not in file.name:
-                shutil.copyfile(file, partial / file.name)
+        carry(source, partial)
+        if (source / CARD).is_file():
+            shutil.copyfile(source / CARD, partial / CARD)
 
 
 def _main(source: str, folder: str, tokens: str, kv_cache: str) -> None:

@@ -40,7 +40,64 @@ def test_another_meaning_of_the_config_is_found(pool: Pool, hf_folder: Callable[
         pool.run(check, hf_folder("llama"), other, tp=2)
 
 
-def test_a_folder_that_transformers_cannot_read(pool: Pool, hf_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="transformers cannot read"):
-        pool.run(check, hf_folder("llama"), tmp_path / "empty")
+def broken(folder: Path, kind: str) -> Path:
+    """A folder that is spoilt so that transformers raises another class of error each time."""
+    config = json.loads((folder / "config.json").read_text())
+    changes: dict[str, Any] = {
+        "OSError": {},
+        "ValueError": {"model_type": "none of theirs", "auto_map": {"AutoConfig": "evil.Config"}},
+        "KeyError": {"hidden_act": "no such function"},
+        "strict dataclass": {"hidden_size": "forty"},
+        "ZeroDivisionError": {"num_key_value_heads": 0},
+        "fewer entries": {"vocab_size": 256},
+    }[kind]
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Config: ...\n")
+    if kind == "OSError":
+        (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind", ["OSError", "ValueError", "KeyError", "strict dataclass", "ZeroDivisionError", "fewer entries"]
+)
+def test_whatever_transformers_raises_is_one_error_that_names_the_folder(
+    pool: Pool, hf_folder: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    folder = broken(make_folder(tmp_path / "spoilt", "llama"), kind)
+    with pytest.raises(CheckpointError, match=r"^transformers (cannot (read|run)|reads) .*/spoilt") as raised:
+        pool.run(check, hf_folder("llama"), folder, tp=2)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("width", [14, 15])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_experts_of_any_width_are_checked(pool: Pool, tmp_path: Path, kind: str, width: int) -> None:
+    """transformers' grouped matmul takes rows of 16 bytes alone."""
+    key = "intermediate_size" if kind == "mixtral" else "moe_intermediate_size"
+    folder = make_folder(tmp_path / "odd", kind, **{key: width})
+    assert pool.run(check, folder, folder)[0] < 1e-4
+
+
+def track(topology: Topology, folder: Path) -> list[bool]:
+    """Whether gradients were recorded, at each model that transformers ran."""
+    from transformers import LlamaForCausalLM
+
+    seen, forward = [], LlamaForCausalLM.forward
+
+    def watched(model: Any, *args: Any, **more: Any) -> Any:
+        seen.append(torch.is_grad_enabled())
+        return forward(model, *args, **more)
+
+    LlamaForCausalLM.forward = watched
+    try:
+        check(topology, folder, folder)
+    finally:
+        LlamaForCausalLM.forward = forward
+    return seen
+
+
+def test_nothing_is_recorded_for_a_gradient(pool: Pool, hf_folder: Callable[[str], Path]) -> None:
+    [seen] = pool.run(track, hf_folder("llama"))
+    assert seen and not any(seen)

@@ -175,23 +175,6 @@ def test_a_model_in_several_files_loads_in_transformers(pool: Pool, hf_folder: H
     assert_same_bytes(tensors_of(tmp_path / "again"), want)
 
 
-def test_tokenizer_and_generation_files_go_along_and_nothing_else(
-    pool: Pool, hf_folder: HfFolder, tmp_path: Path
-) -> None:
-    beside, out = tmp_path / "beside", tmp_path / "out"
-    beside.mkdir()
-    carried = {
-        "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-        "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
-    }  # fmt: skip
-    for number, name in enumerate([*sorted(carried), "training_args.bin", "README.md"]):
-        (beside / name).write_bytes(bytes([number, 0, 255]))
-    pool.run(export_with, hf_folder("llama"), out, {"files_from": beside})
-    assert {path.name for path in out.iterdir()} == carried | {"config.json", "model.safetensors"}
-    for name in carried:
-        assert (out / name).read_bytes() == (beside / name).read_bytes()
-
-
 def export_first_weights(topology: Topology, source: Path, target: Path) -> None:
     model = build(read_config(source), topology)
     fill_initial(model, topology, seed=3)

@@ -1,0 +1,80 @@
+"""Files of a Hugging Face folder that go along unchanged with new weights: tokenizer, chat templates, generation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..files import read_json, write_json
+
+__all__ = ["carried_files", "carry"]
+
+CARRIED = (
+    "tokenizer*.json",  # tokenizer.json, its settings, and versions of it (tokenizer.4.0.0.json)
+    "tokenizer.model.v*",
+    "*.model",  # sentencepiece and tiktoken
+    "*.spm",
+    "*.tiktoken",
+    "*.tokenizer",
+    "*tekken*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*vocab*.json",
+    "vocab*.txt",
+    "merges*.txt",
+    "vocab.bpe",
+    "encoder.json",
+    "bpe.codes",
+    "byte_maps.json",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "word_*.json",
+    "chat_template*.jinja",
+    "chat_template*.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)
+"""File name patterns that transformers' tokenizers and generation read. Weights and code match none of them."""
+
+CODE = "auto_map"
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """Return the files in `folder` that go along with new weights, sorted; links to files count as files.
+
+    Raises CheckpointError where one of them is a link to nothing.
+    """
+    found = sorted({path for pattern in CARRIED for path in folder.glob(pattern)})
+    for path in found:
+        if path.is_symlink() and not path.exists():
+            raise CheckpointError(f"{path} is a link to a file that is not there. Download it again.")
+    return [path for path in found if path.is_file()]
+
+
+def carry(source: Path, target: Path) -> None:
+    """Copy the contents of the `carried_files` of one folder into another.
+
+    A tokenizer's `auto_map` names code, which stays behind, and goes with it: the export would ask for files that it
+    does not have. Raises CheckpointError where a file cannot be read.
+    """
+    for path in carried_files(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        try:
+            content = path.open("rb")
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {error.strerror}. It goes along with the weights."
+            ) from error
+        with content, copy.open("wb") as into:
+            shutil.copyfileobj(content, into)
+        if path.name == "tokenizer_config.json":
+            _drop_code(copy)
+
+
+def _drop_code(path: Path) -> None:
+    settings = read_json(path)
+    if isinstance(settings, dict) and settings.pop(CODE, None) is not None:
+        write_json(path, settings)

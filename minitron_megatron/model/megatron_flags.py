@@ -1,0 +1,157 @@
+"""The command-line flags with which Megatron-LM builds the model that a checkpoint of ours holds.
+
+Read against Megatron-LM core_v0.16.1, core_v0.19.0 and 0.20 (megatron/training/checkpointing.py, arguments.py,
+argument_utils.py). `load_args_from_checkpoint` takes most sizes from the checkpoint; all the rest is a flag here.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from .config import ModelConfig
+
+__all__ = ["FLAGS", "arguments_script", "check_megatron_lm", "megatron_lm_flags", "saved_arguments"]
+
+FLAGS = "megatron-args.sh"
+"""File beside the checkpoint that holds the flags as a bash array."""
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""Constants that mcore's rotary embedding fixes (`RotaryEmbedding._apply_scaling`)."""
+FACTOR = 8.0
+"""Scaling factor that `pretrain_gpt.py` builds every model with: it hands `--rope-scaling-factor` to no GPTModel."""
+ACTIVATIONS = {(True, "silu"), (False, "relu2")}
+"""Pairs of gated and activation that flags can say: `--swiglu` and `--squared-relu`."""
+
+
+def check_megatron_lm(config: ModelConfig) -> None:
+    """Raise CheckpointError, which names the setting, where no flag of Megatron-LM can express it."""
+    scaling = dict(config.rotary_scaling or {})
+    kind = scaling.get("rope_type", "default")
+    if kind not in ("default", "llama3"):
+        raise _inexpressible(f"rope_type {kind!r}", "its pretrain_gpt.py scales rotary embeddings as llama3 alone does")
+    for key, fixed in LLAMA3.items():
+        if kind == "llama3" and scaling[key] != fixed:
+            raise _inexpressible(f"{key}: {scaling[key]} of rope_type 'llama3'", f"it fixes {fixed:g}")
+    if (config.shape.gated, config.activation) not in ACTIVATIONS:
+        gate = "with" if config.shape.gated else "without"
+        raise _inexpressible(
+            f"activation {config.activation} {gate} a gate", "--swiglu and --squared-relu are its flags"
+        )
+
+
+def _inexpressible(what: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"Megatron-LM cannot express {what}: {why}. Leave --format out for a Hugging Face folder, or build "
+        "the model in a script of your own."
+    )
+
+
+def megatron_lm_flags(config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None = None) -> list[tuple[str, ...]]:
+    """Return every flag that Megatron-LM needs beside `--load`, each with its values.
+
+    dtype: of the weights. tokenizer: the Hugging Face folder whose tokenizer the model has. Raises CheckpointError
+    where no flag says what the model is.
+    """
+    check_megatron_lm(config)
+    shape, scaling = config.shape, dict(config.rotary_scaling or {})
+    wanted = [
+        (True, ("--use-checkpoint-args",)),
+        (True, ("--exit-on-missing-checkpoint",)),
+        (True, ("--ckpt-format", "torch_dist")),
+        (True, ("--norm-epsilon", repr(config.norm_eps))),
+        (config.zero_centered_norm, ("--apply-layernorm-1p",)),
+        (shape.qk_norm, ("--qk-layernorm",)),
+        (bool(scaling), ("--use-rope-scaling",)),
+        (bool(scaling), ("--rope-scaling-factor", repr(float(scaling.get("factor", FACTOR))))),
+        (shape.shared_gate, ("--moe-shared-expert-gate",)),
+        (dtype == torch.bfloat16, ("--bf16",)),
+        (dtype == torch.float16, ("--fp16",)),
+        (tokenizer is not None, ("--tokenizer-type", "HuggingFaceTokenizer")),
+        (tokenizer is not None, ("--tokenizer-model", str(tokenizer))),
+    ]
+    return [flag for holds, flag in wanted if holds]
+
+
+def arguments_script(config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None = None) -> str:
+    """Return a bash file that sets `MEGATRON_ARGS` to all flags, `--load` of its own folder first."""
+    lines = [
+        "# Flags with which Megatron-LM 0.16 or later loads this checkpoint as the model that it is:",
+        f'#   source {FLAGS}; torchrun ... pretrain_gpt.py "${{MEGATRON_ARGS[@]}}" ...',
+    ]
+    factor = (config.rotary_scaling or {}).get("factor", FACTOR)
+    if factor != FACTOR:
+        lines += [
+            f"# WARNING: pretrain_gpt.py reads --rope-scaling-factor and builds the model with {FACTOR:g} instead:",
+            f"# pass rope_scaling_factor={factor:g} to GPTModel there (gpt_config_from_args, or gpt_builders.py).",
+        ]
+    flags = [" ".join(map(shlex.quote, flag)) for flag in megatron_lm_flags(config, dtype, tokenizer)]
+    load = '--load "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"'
+    return "\n".join([*lines, "MEGATRON_ARGS=(", *(f"    {flag}" for flag in [load, *flags]), ")", ""])
+
+
+def saved_arguments(config: ModelConfig, layout: Mapping[str, int], tokenizer: Path | None) -> dict[str, Any]:
+    """Return what Megatron-LM reads of a checkpoint's `args` (training/checkpointing.py, `load_args_from_checkpoint`).
+
+    layout: sizes of the model-parallel groups that write it.
+    """
+    shape, scaling = config.shape, dict(config.rotary_scaling or {})
+    found = {
+        "num_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "ffn_hidden_size": shape.ffn or shape.expert_ffn,
+        "seq_length": config.max_positions,
+        "max_position_embeddings": config.max_positions,
+        "num_attention_heads": shape.heads,
+        "group_query_attention": shape.kv_groups != shape.heads,
+        "num_query_groups": shape.kv_groups,
+        "kv_channels": shape.head_dim,
+        "position_embedding_type": "rope",
+        "add_position_embedding": False,
+        "use_rotary_position_embeddings": True,
+        "rotary_base": config.rotary_base,
+        "rotary_percent": config.rotary_share,
+        "rotary_interleaved": False,
+        "use_rope_scaling": bool(scaling),
+        "rope_scaling_factor": scaling.get("factor", FACTOR),
+        "add_bias_linear": False,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "swiglu": shape.gated,
+        "squared_relu": config.activation == "relu2",
+        "untie_embeddings_and_output_weights": not shape.tied,
+        "normalization": config.norm,
+        "norm_epsilon": config.norm_eps,
+        "layernorm_epsilon": config.norm_eps,
+        "apply_layernorm_1p": config.zero_centered_norm,
+        "layernorm_zero_centered_gamma": config.zero_centered_norm,
+        "apply_query_key_layer_scaling": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "vocab_size": shape.vocab,
+        "padded_vocab_size": shape.padded_vocab,
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": str(tokenizer) if tokenizer else None,
+        **layout,
+    }
+    return found | (_mixture_arguments(config) if shape.experts else {})
+
+
+def _mixture_arguments(config: ModelConfig) -> dict[str, Any]:
+    shape = config.shape
+    return {
+        "num_experts": shape.experts,
+        "moe_layer_freq": 1,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.expert_ffn,
+        "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
+        "moe_shared_expert_gate": shape.shared_gate,
+        "moe_router_pre_softmax": config.router_pre_softmax,
+        "moe_router_score_function": "softmax",
+        "moe_router_enable_expert_bias": False,
+    }
