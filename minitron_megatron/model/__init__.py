@@ -8,6 +8,7 @@ from .build import build, chunks_of, rebuild
 from .cache import Continued, Past
 from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
 from .config import ACTIVATIONS, ModelConfig, Recompute, check_fits, config_of
+from .finite import check_finite
 from .initial import fill_initial
 from .megatron_lm import save_megatron_lm
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
@@ -30,6 +31,7 @@ __all__ = [
     "Trainee",
     "adopt",
     "build",
+    "check_finite",
     "check_fits",
     "check_spec",
     "chunks_of",
