@@ -49,7 +49,12 @@ def choose(scores: Scores, *, layers: Sequence[int] | None = None, scope: str = 
 
 
 def scores_of(axis: str, scores: Scores) -> Ranked:
-    """Layer -> scores of an axis; PlanError where there are none. A kv_group's are made from its heads'."""
+    """Layer -> scores of an axis; PlanError where there are none, or where one ranks nothing because it is not finite.
+    A kv_group's are made from its heads'."""
+    for at, units in scores.values.get("heads" if axis == "kv_groups" else axis, {}).items():
+        if not bool(units.isfinite().all()):
+            place = axis if at is None else f"{axis} in layer {at}"
+            raise PlanError(f"the scores of {place} are not all finite, and rank nothing. Score it again.")
     if axis in scores.values:
         return scores.values[axis]
     if axis == "kv_groups" and "heads" in scores.values:
