@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from ..convert import read_config
-from ..files import read_json, whole_file
+from ..files import whole_file
 from ..layout import parameters
+from ..records import read_summary
 from .context import Context
 from .versions import versions
 
@@ -56,20 +57,24 @@ def _card(context: Context, folder: Path) -> str:
 
 
 def _evaluation(context: Context) -> str:
-    rows: Sequence[dict[str, Any]] = read_json(context.folders.summary)
-    tasks = list(rows[0].get("tasks") or {})
+    rows = read_summary(context.folders.summary)
+    tasks = list(dict.fromkeys(name for row in rows for name in row.get("tasks", {})))
     titles = ("model", "parameters", "loss (nats/token)", "perplexity", *tasks)
     cells = [
         (
             row["model"],
-            f"{row['parameters']:,}",
-            f"{row['loss_nats_per_token']:.4f}",
-            f"{row['perplexity']:.2f}",
-            *(f"{row['tasks'][name]:.4f}" for name in tasks),
+            _said(row.get("parameters"), ",d"),
+            _said(row.get("loss_nats_per_token"), ".4f"),
+            _said(row.get("perplexity"), ".2f"),
+            *(_said(row.get("tasks", {}).get(name), ".4f") for name in tasks),
         )
         for row in rows
     ]
     return _table(titles, cells)
+
+
+def _said(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

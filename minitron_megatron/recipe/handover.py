@@ -9,7 +9,7 @@ from typing import Literal
 from ..convert import read_config, save_hf
 from ..errors import CheckpointError, RecipeError
 from ..events import Listener, silent
-from ..model import Checkpoints, build, load_weights, save_megatron_lm
+from ..model import Checkpoints, build, check_finite, load_weights, save_megatron_lm
 from ..parallel import Topology, fail_together
 from .context import DTYPES, Context
 from .fingerprint import fingerprint
@@ -44,10 +44,12 @@ def hand_over(
             recipe, topology, listener, results(recipe, "prune" if checkpoint else "distill"), lambda other: ""
         )
     if checkpoint:
+        context.expect_unchanged(context.folders.model("pruned"))
         with fail_together():
             path, identity = _find(context, checkpoint)
             student = build(read_config(context.folders.model("pruned")), topology, context.dtype)
         load_weights(path, student, topology, identity)
+        check_finite(student, str(path), "Give another checkpoint.")
     else:
         path = context.folders.model("distilled")
         student = context.load(path)
