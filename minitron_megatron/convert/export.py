@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MinitronError
 from ..events import Event, Listener, silent
 from ..files import whole_folder, write_json
 from ..layout import lookup
@@ -68,8 +68,11 @@ def save_hf(
                         if files_from is not None and (Path(files_from) / name).is_file():
                             shutil.copyfile(Path(files_from) / name, partial / name)
                     _write_tensors(stream, partial, config, dtype, file_bytes, listener)
-        except OSError as error:
+        except MinitronError:
             _run_out(stream)  # the others still send
+            raise
+        except OSError as error:
+            _run_out(stream)
             raise CheckpointError(f"{folder} cannot be written: {error}. Make room, or give another folder.") from error
         _run_out(stream)
 
