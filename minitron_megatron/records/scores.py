@@ -121,8 +121,8 @@ def _check_values(values: Values, shape: Shape) -> None:
         for layer, units in by_layer.items():
             place = axis if layer is None else f"{axis} in layer {layer}"
             known = axis in PUBLIC_AXES and (layer is not None) == (axis in PER_LAYER)
-            if not known or not (layer is None or 0 <= layer < shape.layers) or units.shape != (shape.units(axis),):
-                raise FileError(f"{place} does not fit the shape that it names")
+            if not known or not (layer is None or 0 <= layer < shape.layers) or units.dim() != 1:
+                raise FileError(f"{place} is no axis of the model that it names")
             if not bool(units.isfinite().all()):
                 raise FileError(f"the scores of {place} are not all finite")
 

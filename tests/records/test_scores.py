@@ -105,7 +105,7 @@ UNITS = {"ffn.0": torch.ones(6)}
         ({"ffn.12": torch.ones(6)}, metadata()),
         ({"ffn": torch.ones(6)}, metadata()),
         ({"fnf.0": torch.ones(6)}, metadata()),
-        ({"ffn.0": torch.ones(5)}, metadata()),
+        ({"ffn.0": torch.ones(6, 1)}, metadata()),
         ({"ffn.0": torch.full((6,), torch.nan)}, metadata()),
         ({"ffn.0": torch.tensor([1.0, torch.inf, 1, 1, 1, 1])}, metadata()),
         (UNITS, metadata(shape=asdict(SHAPE) | {"kv_groups": 0})),
