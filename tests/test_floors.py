@@ -36,7 +36,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers that have no tokenizer.json
     "safetensors": frozenset({"records", "convert", "serve"}),
     "tokenizers": frozenset({"data"}),
-    "pydantic": frozenset({"recipe"}),
+    "pydantic": frozenset({"files", "recipe"}),  # files: JSON is read through types
     "yaml": frozenset({"recipe"}),
     "typer": frozenset({"cli"}),
     "rich": frozenset({"cli", "report"}),

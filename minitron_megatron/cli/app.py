@@ -283,8 +283,8 @@ def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Pa
 
 
 def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, model: Path) -> None:
-    from ..files import read_json
     from ..recipe import evaluate_folder
+    from ..records import read_summary
     from ..report import Progress, fan_out, print_summary
 
     recipe, topology = _begun(path, overrides, out)
@@ -293,8 +293,7 @@ def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, 
         return
     with Progress() as progress:
         row = evaluate_folder(recipe, topology, model, listener=fan_out(raise_if_heard, progress))
-    beside = read_json(recipe.out / "summary.json") if (recipe.out / "summary.json").is_file() else []
-    print_summary([*beside, row])
+    print_summary([*read_summary(recipe.out / "summary.json"), row])
 
 
 def _check_export(recipe: Any, topology: Any) -> None:
@@ -324,10 +323,10 @@ def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task
 
 
 def _print_report(out: Path) -> None:
-    from ..files import read_json
+    from ..records import read_summary
     from ..report import print_summary, report_run
 
-    print_summary(read_json(out / "summary.json"))
+    print_summary(read_summary(out / "summary.json"))
     print(f"report: {report_run(out)}")
     print(f"export: {out / 'export'}")
 

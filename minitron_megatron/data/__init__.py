@@ -8,7 +8,7 @@ from .batches import Batch, calibration, calibration_batches, held_out_batches, 
 from .corpus import Corpus, samples_by_source
 from .prepare import Prepared, PreparedSplit, prepare
 from .sources import text_files
-from .tokenizer import check_tokenizer, transformers_tokenizer
+from .tokenizer import check_tokenizer, corpus_marks, settings_without_chat, transformers_tokenizer
 
 __all__ = [
     "Batch",
@@ -18,9 +18,11 @@ __all__ = [
     "calibration",
     "calibration_batches",
     "check_tokenizer",
+    "corpus_marks",
     "held_out_batches",
     "prepare",
     "samples_by_source",
+    "settings_without_chat",
     "step_batches",
     "text_files",
     "transformers_tokenizer",

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, FileError
 from ..files import whole_folder
 from ..parallel import broadcast_object, fail_together
 from .pair import Pair, find_pair
@@ -139,7 +139,7 @@ def _write_once(folder: Path, write: Callable[[Path], object]) -> None:
             try:
                 with whole_folder(folder) as partial:
                     write(partial)
-            except OSError as error:
+            except (OSError, FileError) as error:
                 raise DataError(f"The index of samples cannot be written: {error}. Set another cache.") from error
     with fail_together():
         if not folder.is_dir():

@@ -8,9 +8,27 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..errors import DataError
-from ..files import read_json
+from ..files import checksum, read_json
 
-__all__ = ["check_tokenizer", "end_of_document", "load_tokenizer", "transformers_tokenizer", "vocabulary"]
+__all__ = [
+    "check_tokenizer",
+    "corpus_marks",
+    "end_of_document",
+    "load_tokenizer",
+    "settings_without_chat",
+    "transformers_tokenizer",
+    "vocabulary",
+]
+
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""What a tokenizer is made of: the first alone, where it is there."""
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -87,6 +105,23 @@ def end_of_document(folder: str | Path, tokenizer: Tokenizer) -> int:
         f"The tokenizer in {folder} names no token that ends a document. "
         "Set eos_token in its tokenizer_config.json to one of its entries."
     )
+
+
+def corpus_marks(folder: str | Path) -> list[Any]:
+    """Return what decides the tokens of a corpus: the contents of the tokenizer's files, and the token that ends a
+    document. Chat templates and the other settings decide none. Raises DataError where there is no tokenizer."""
+    folder = Path(folder)
+    alone = (folder / "tokenizer.json").is_file()
+    paths = [folder / name for name in (TOKENIZER[:1] if alone else TOKENIZER) if (folder / name).is_file()]
+    settings = None if alone else settings_without_chat(folder)
+    return [*map(checksum, paths), settings, end_of_document(folder, load_tokenizer(folder))]
+
+
+def settings_without_chat(folder: Path) -> Any:
+    """Return a tokenizer's settings but for its chat template; None where it has none."""
+    path = folder / "tokenizer_config.json"
+    told = read_json(path) if path.is_file() else None
+    return {key: value for key, value in told.items() if key != "chat_template"} if isinstance(told, dict) else told
 
 
 def _setting(folder: str | Path, file: str, key: str) -> Any:

@@ -8,6 +8,7 @@ from .build import build, chunks_of, rebuild
 from .cache import Continued, Past
 from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
 from .config import ACTIVATIONS, ModelConfig, Recompute, check_fits, config_of
+from .finite import check_finite
 from .initial import fill_initial
 from .megatron_flags import FLAGS as MEGATRON_FLAGS
 from .megatron_flags import check_megatron_lm
@@ -33,6 +34,7 @@ __all__ = [
     "Trainee",
     "adopt",
     "build",
+    "check_finite",
     "check_fits",
     "check_megatron_lm",
     "check_spec",

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 from uuid import uuid4
 
 import torch
+from typing_extensions import TypedDict
 
-from ..errors import CheckpointError
-from ..files import PARTIAL, read_json, write_json
+from ..errors import CheckpointError, FileError
+from ..files import (
+    MANIFEST,
+    PARTIAL,
+    check_as,
+    read_as,
+    read_json,
+    verify_checksums,
+    write_checksums,
+    write_json,
+)
 from ..parallel import (
     Topology,
     barrier,
@@ -23,14 +35,14 @@ from ..parallel import (
     gather_objects,
     kill_writers,
     load_optimizer,
+    place_in_world,
     save_sharded,
-    torn_checkpoint_errors,
     undisturbed,
 )
 from .build import chunks_of
-from .metadata import check_metadata
+from .metadata import check_format
 from .shards import adopt, named_shards
-from .writing import cause_of, writing
+from .writing import reading, writing
 
 __all__ = ["Checkpoints", "Trainee", "load_checkpoint", "load_weights"]
 
@@ -38,7 +50,16 @@ RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The only optimizer format of mcore 0.16 that loads at another tp, pp or dp."""
 
 STATE = "state.json"
-SCORE = "score"
+SUMS = "sums"
+"""The suffix of the checksums of what one rank wrote, until the first rank gathers them."""
+
+
+class State(TypedDict):
+    """What a checkpoint says of itself, beside what its caller keeps in it."""
+
+    step: int
+    score: float | None
+    identity: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -77,36 +98,42 @@ class Checkpoints:
     ) -> None:
         """Writes `step_N` with weights, optimizers and `state` (JSON), then drops what need not stay. Collective.
 
-        score: what the best checkpoint has least of. wait: return when it is there. Raises CheckpointError where it
-        cannot be written; what was there before stays.
+        score: what the best checkpoint has least of; one that is not finite is none. wait: return when it is there.
+        Raises CheckpointError where it cannot be written; what was there before stays.
         """
         self.poll(wait=True)
-        partial = self._fresh(step)
+        fresh = self._fresh(step)
         requests = []
         for trainee in trainees:
-            sharded = _sharded(trainee, is_loading=False)
+            sharded, folder = _sharded(trainee, is_loading=False), fresh / trainee.name
             needed = sum(gather_objects(_bytes(sharded)))
-            with fail_together(), _writing():
+            with fail_together(), self._writing():
                 if self.topology.rank == 0:
-                    (partial / trainee.name).mkdir(parents=True, exist_ok=True)
-                    _expect_room(partial, needed)
-            with _writing():
-                requests.append(save_sharded(sharded, partial / trainee.name, later=self._queue is not None))
+                    folder.mkdir(parents=True, exist_ok=True)
+                    _expect_room(fresh, needed)
+            with self._writing():
+                requests.append(save_sharded(sharded, folder, later=self._queue is not None))
+                if self._queue is None:
+                    _sum_own(folder, self.topology.rank)
+        score = score if score is not None and math.isfinite(score) else None
 
         def finish() -> None:
-            self._finish(partial, step, {**state, SCORE: score, "step": step})
+            self._finish(fresh, step, {**state, "score": score, "step": step})
 
         if self._queue is None:
             return finish()
         requests[-1].add_finalize_fn(finish)
-        for request in requests:
-            self._queue.schedule_async_request(undisturbed(request))
+        for request, trainee in zip(requests, trainees, strict=True):
+            summed = request.async_fn and partial(
+                _write_and_sum, request.async_fn, fresh / trainee.name, self.topology.rank
+            )
+            self._queue.schedule_async_request(undisturbed(request._replace(async_fn=summed)))
         self.poll(wait=wait)
 
     def poll(self, *, wait: bool = False) -> None:
         """Finishes the checkpoint that is being written, if all ranks have written theirs. Collective."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            with _writing():
+            with self._writing():
                 self._queue.maybe_finalize_async_calls(blocking=wait)
 
     def close(self) -> None:
@@ -134,17 +161,44 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         return self.folder / f"step_{step:08}.{ticket}{PARTIAL}"
 
-    def _finish(self, partial: Path, step: int, state: Mapping[str, Any]) -> None:
+    def _finish(self, fresh: Path, step: int, state: Mapping[str, Any]) -> None:
         barrier()
-        with fail_together(), _writing():
+        with fail_together(), self._writing():
             if self.topology.rank == 0:
-                write_json(partial / STATE, state)
+                write_json(fresh / STATE, state)
+                _write_manifest(fresh)
                 path = self.folder / f"step_{step:08}"
                 shutil.rmtree(path, ignore_errors=True)
-                partial.rename(path)
+                fresh.rename(path)
                 there = _steps(self.folder)
                 for old in set(there) - set(there[-self.keep :]) - {_best(there)}:
                     shutil.rmtree(old)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(f"a checkpoint in {self.folder}", "The ones before it are whole; make room and run again.")
+
+
+def _write_and_sum(write: Any, folder: Path, rank: int, *args: Any, **options: Any) -> None:
+    """mcore's writing process of one rank, which then reads what it wrote, beside the training."""
+    write(*args, **options)
+    with suppress(FileError, OSError):  # what could not be written, mcore tells
+        _sum_own(folder, rank)
+
+
+def _sum_own(folder: Path, rank: int) -> None:
+    """Writes the checksums of what a rank wrote into `folder`."""
+    write_checksums(folder / f"{rank}.{SUMS}", folder.glob(f"*__{rank}_*.distcp"))
+
+
+def _write_manifest(folder: Path) -> None:
+    """Gathers the ranks' checksums into one list, with those of the small files that the first rank alone wrote."""
+    known: dict[str, str] = {}
+    for file in folder.rglob(f"*.{SUMS}"):
+        place = file.parent.relative_to(folder)
+        known |= {str(place / name): digest for name, digest in read_as(file, dict[str, str]).items()}
+        file.unlink()
+    others = (file for file in folder.rglob("*") if file.is_file() and str(file.relative_to(folder)) not in known)
+    write_checksums(folder / MANIFEST, others, known)
 
 
 def _bytes(sharded: Mapping[str, Any]) -> int:
@@ -168,24 +222,21 @@ def _expect_room(folder: Path, needed: int) -> None:
 def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "") -> dict[str, Any]:
     """Fills weights and optimizers from a checkpoint of any layout and returns its state. Collective.
 
-    Raises CheckpointError where its state is not of the run `identity`, where it is torn, or where a pickled index asks
-    for anything but plain metadata; what is filled is then half old and half new.
+    Raises CheckpointError, before anything is filled, where a file differs from what was written, where its state is
+    not of the run `identity`, or where a pickled index asks for anything but plain metadata; and where mcore cannot
+    read it, what is filled is then half old and half new.
     """
     from megatron.core import dist_checkpointing
 
-    for trainee in trainees:
-        check_metadata(path / trainee.name / ".metadata")
-    state = _state(path, identity)
+    state = _verified(path, identity, [trainee.name for trainee in trainees])
     for trainee in trainees:
         for part in getattr(trainee.optimizer, "chained_optimizers", [trainee.optimizer]):
             part._init_optimizer_states_with_dummy_values()  # mcore loads into states and makes none
-        try:
+        with reading(path):
             loaded = dist_checkpointing.load(_sharded(trainee, is_loading=True), path / trainee.name)
-        except torn_checkpoint_errors() as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {cause_of(error)}.") from error
-        for number, chunk in enumerate(trainee.chunks):
-            chunk.module.load_state_dict(loaded[_key(number)])
-        load_optimizer(trainee.optimizer, loaded["optimizer"])
+            for number, chunk in enumerate(trainee.chunks):
+                chunk.module.load_state_dict(loaded[_key(number)])
+            load_optimizer(trainee.optimizer, loaded["optimizer"])
     return state
 
 
@@ -193,35 +244,34 @@ def load_weights(path: Path, model: Any, topology: Topology, identity: str = "")
     """Fills a plain model, on `meta` or not, from a checkpoint of any layout. Collective; raises as load_checkpoint."""
     from megatron.core import dist_checkpointing
 
-    check_metadata(path / ".metadata")
-    _state(path, identity)
+    _verified(path, identity, [""])
     chunks = chunks_of(model)
     for shard in named_shards(chunks):
         adopt(shard, torch.empty_like(shard.tensor, device=topology.device))
     state = {
         _key(at): _tensors(chunk.sharded_state_dict(metadata=dict(RESHARDABLE))) for at, chunk in enumerate(chunks)
     }
-    try:
+    with reading(path):
         loaded = dist_checkpointing.load(state, path)
-    except torn_checkpoint_errors() as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {cause_of(error)}.") from error
-    for number, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[_key(number)], strict=False)  # without mcore's empty objects
+        for number, chunk in enumerate(chunks):
+            chunk.load_state_dict(loaded[_key(number)], strict=False)  # without mcore's empty objects
 
 
-def _state(path: Path, identity: str) -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = read_json(path / STATE)
-        theirs = state.get("identity", "")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {cause_of(error)}.") from error
-    if theirs != identity:
-        raise CheckpointError(f"checkpoint {path} belongs to another run.")
+def _verified(path: Path, identity: str, names: Sequence[str]) -> dict[str, Any]:
+    """The state of a checkpoint of the run `identity` whose files are all as they were written: each rank reads its
+    share of them. Collective over the world."""
+    with fail_together():
+        try:
+            for name in names:
+                check_format(path / name)
+            verify_checksums(path / MANIFEST, share=place_in_world())
+            state: dict[str, Any] = read_json(path / STATE)
+            check_as(state, State, str(path / STATE))
+        except FileError as error:
+            raise CheckpointError(f"checkpoint {path} is not whole: {error}") from error
+        if state.get("identity", "") != identity:
+            raise CheckpointError(f"checkpoint {path} belongs to another run.")
     return state
-
-
-def _writing() -> AbstractContextManager[None]:
-    return writing("a checkpoint", "The ones before it are whole; make room and run again.")
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -230,9 +280,16 @@ def _steps(folder: Path) -> list[Path]:
 
 def _best(checkpoints: Sequence[Path]) -> Path | None:
     """The one with the least score, the newest of equals; none where none was scored."""
-    scores = {path: read_json(path / STATE).get(SCORE) for path in checkpoints}
-    scored = [path for path in reversed(checkpoints) if scores[path] is not None]
-    return min(scored, key=lambda path: scores[path], default=None)
+    scores = {path: score for path in reversed(checkpoints) if (score := _score(path)) is not None}
+    return min(scores, key=lambda path: scores[path], default=None)
+
+
+def _score(path: Path) -> float | None:
+    """None where a checkpoint was not scored, or does not say so legibly."""
+    try:
+        return read_as(path / STATE, State)["score"]
+    except FileError:
+        return None
 
 
 def _key(number: int) -> str:

@@ -1,14 +1,44 @@
-"""The pickled index of torch's distributed checkpoints, opened with an allow-list: torch itself would run anything."""
+"""What mcore and torch would open of a distributed checkpoint without looking: its format, and pickles.
+
+The pickled index is opened with an allow-list: torch itself would run anything.
+"""
 
 from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from typing_extensions import TypedDict
 
 from ..errors import CheckpointError
+from ..files import read_as
+from .writing import cause_of
 
-__all__ = ["check_metadata"]
+__all__ = ["check_format", "check_metadata"]
+
+
+class Format(TypedDict):
+    """mcore's `metadata.json`."""
+
+    sharded_backend: Literal["torch_dist"]
+    sharded_backend_version: int
+    common_backend: Literal["torch"]
+    common_backend_version: int
+
+
+def check_format(folder: Path) -> None:
+    """Raise CheckpointError or FileError, which name the file, unless a folder is of the one format that is written
+    here, with an index and common values that are plain."""
+    read_as(folder / "metadata.json", Format)
+    check_metadata(folder / ".metadata")
+    common = folder / "common.pt"
+    try:
+        torch.load(common, map_location="cpu", weights_only=True)
+    except Exception as error:  # a spoilt pickle may raise anything
+        raise CheckpointError(f"{common} is torn or not safe to open: {cause_of(error)}.") from error
+
 
 ALLOWED = {  # not BytesStorageMetadata: what it names, torch unpickles without any check
     "collections": {"OrderedDict"},
@@ -53,4 +83,4 @@ def check_metadata(path: Path) -> None:
         with path.open("rb") as file:
             _MetadataUnpickler(file).load()
     except Exception as error:  # a spoilt pickle may raise anything
-        raise CheckpointError(f"checkpoint index {path} is torn or not safe to open: {error}.") from error
+        raise CheckpointError(f"checkpoint index {path} is torn or not safe to open: {cause_of(error)}.") from error

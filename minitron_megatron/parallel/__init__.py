@@ -20,6 +20,7 @@ from .collectives import (
     group_size,
     local_sequence,
     move,
+    place_in_world,
     scatter_sequence,
     sum_gradient,
     sum_over_world,
@@ -38,7 +39,6 @@ from .versions import (
     mend_distributed_optimizer,
     quieten,
     save_sharded,
-    torn_checkpoint_errors,
     undisturbed,
 )
 
@@ -75,11 +75,11 @@ __all__ = [
     "move",
     "peak_bytes",
     "peak_flops",
+    "place_in_world",
     "quieten",
     "save_sharded",
     "scatter_sequence",
     "sum_gradient",
     "sum_over_world",
-    "torn_checkpoint_errors",
     "undisturbed",
 ]

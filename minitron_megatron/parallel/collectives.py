@@ -26,6 +26,7 @@ __all__ = [
     "group_size",
     "local_sequence",
     "move",
+    "place_in_world",
     "scatter_sequence",
     "sum_gradient",
     "sum_over_world",
@@ -42,6 +43,11 @@ def group_rank(group: Group) -> int:
 def group_size(group: Group) -> int:
     """How many ranks `group` has."""
     return dist.get_world_size(group)
+
+
+def place_in_world() -> tuple[int, int]:
+    """(this process's rank, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def all_reduce(tensor: Tensor, group: Group, op: str = "sum") -> Tensor:

@@ -33,7 +33,6 @@ __all__ = [
     "mend_distributed_optimizer",
     "quieten",
     "save_sharded",
-    "torn_checkpoint_errors",
     "undisturbed",
 ]
 
@@ -271,12 +270,3 @@ def failed_alone(error: Exception) -> bool:
     """Whether this rank's own file system is at fault: torch's writer of zip files hides the OSError, and a rank that
     lost the others has a RuntimeError too."""
     return isinstance(error, OSError) or any(word in str(error) for word in ("inline_container", "iostream error"))
-
-
-def torn_checkpoint_errors() -> tuple[type[BaseException], ...]:
-    """All that mcore and torch raise at a distributed checkpoint that is not whole; torch's is no Exception."""
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    plain = (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError)
-    return (*plain, CheckpointingException, CheckpointException)

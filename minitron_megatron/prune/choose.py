@@ -49,7 +49,15 @@ def choose(scores: Scores, *, layers: Sequence[int] | None = None, scope: str = 
 
 
 def scores_of(axis: str, scores: Scores) -> Ranked:
-    """Layer -> scores of an axis; PlanError where there are none. A kv_group's are made from its heads'."""
+    """Layer -> scores of an axis; PlanError where there are none, not one for each unit, or one that ranks nothing
+    because it is not finite. A kv_group's are made from its heads'."""
+    measured = "heads" if axis == "kv_groups" and axis not in scores.values else axis
+    for at, units in scores.values.get(measured, {}).items():
+        place = axis if at is None else f"{axis} in layer {at}"
+        if units.shape != (scores.shape.units(measured),):
+            raise PlanError(f"the scores of {place} are not one for each of {scores.shape.units(measured)} units.")
+        if not bool(units.isfinite().all()):
+            raise PlanError(f"the scores of {place} are not all finite, and rank nothing. Score it again.")
     if axis in scores.values:
         return scores.values[axis]
     if axis == "kv_groups" and "heads" in scores.values:

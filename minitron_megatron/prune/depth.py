@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -25,6 +26,11 @@ def choose_layers(depth: DepthScores, *, keep: int, contiguous: bool = True) -> 
     go = layers - keep
     if not go:
         return tuple(range(layers))
+    for (first, length), value in depth.blocks.items():
+        if not math.isfinite(value):
+            raise PlanError(
+                f"layers {first} to {first + length - 1} measure {value}, which ranks nothing. Measure them again."
+            )
     gone = _block(depth, go) if contiguous else _scattered(depth, go)
     return tuple(layer for layer in range(layers) if layer not in gone)
 

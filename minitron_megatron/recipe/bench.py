@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ..convert import flat_config, read_config
 from ..errors import DataError, RecipeError
 from ..events import Event, Listener, silent
-from ..files import whole_file, write_json
+from ..files import MANIFEST, verify_checksums, whole_file, write_json
 from ..model import ModelConfig
 from ..serve import Measured, Workload, command, has_trtllm, measure_locally, parse_report, write_requests
 from .candidates import untimed_candidates
@@ -100,6 +100,9 @@ def _models(recipe: Recipe, backend: Backend) -> dict[str, Path]:
         if recipe.search and backend == "torch":
             return {"teacher": recipe.model, **_shapes(recipe)}
         raise RecipeError(f"{models['student']} is not there. Run `minitron run` first.")
+    for name in ("student", "student fp8"):
+        if (models[name] / MANIFEST).is_file():
+            verify_checksums(models[name] / MANIFEST)
     return {name: path for name, path in models.items() if path.is_dir()}
 
 

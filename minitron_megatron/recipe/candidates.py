@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ..errors import RecipeError, TopologyError
-from ..files import read_json
+from ..files import check_as, read_as
 from ..layout import Shape
 from ..model import check_fits
 from ..parallel import Topology
+from ..records import read_shape
 from ..search import TIMED, Candidate, Conditions, FittedSpeed, Roofline, SpeedRow, candidates
+from .keys import Count, NotNegative
 from .schema import Recipe
 
 __all__ = ["candidates_of", "check_candidates", "conditions_of", "speed_rows", "untimed_candidates"]
@@ -43,23 +48,46 @@ def conditions_of(recipe: Recipe) -> Conditions:
 def speed_rows(table: Path) -> list[SpeedRow]:
     """What a `bench/table.json` says of decoding. Raises RecipeError where it says nothing of it."""
     try:
-        raw = read_json(table)
-        shapes = {name: Shape(**shape) for name, shape in raw["shapes"].items()}
-        each = raw["weight_bytes"]
-        return [
-            SpeedRow(
-                shapes[name],
-                Conditions(row["batch"], row["inputs"] + row["outputs"], each[name], each[name]),
-                row[name]["token_ms"] / 1000,
-            )
-            for row in raw["rows"]
-            for name in shapes
-            if (row.get(name) or {}).get("token_ms")
-        ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        raw = read_as(table, _Speeds)
+        shapes = {name: read_shape(shape, f"{table}: {name}") for name, shape in raw["shapes"].items()}
+        each = {name: raw["weight_bytes"][name] for name in shapes}
+        return [_speed_row(shapes[name], each[name], rung, ms) for rung, name, ms in _times(raw, shapes, table)]
+    except (KeyError, ValueError) as error:
+        cause = str(error).rstrip(".")
         raise RecipeError(
-            f"search.serving.table {table} is no table of speeds ({error}). Make one: `minitron bench --backend torch`."
+            f"search.serving.table {table} is no table of speeds ({cause}). Make one: `minitron bench --backend torch`."
         ) from error
+
+
+def _times(raw: _Speeds, names: Iterable[str], table: Path) -> Iterator[tuple[_Rung, str, float]]:
+    """(rung, model, milliseconds a token) of what was measured of decoding."""
+    for row in raw["rows"]:
+        rung = check_as(row, _Rung, f"{table}: rows")
+        for name in names:
+            if ms := check_as(row.get(name) or {}, _Speed, f"{table}: {name}").get("token_ms"):
+                yield rung, name, ms
+
+
+def _speed_row(shape: Shape, each: int, rung: _Rung, ms: float) -> SpeedRow:
+    return SpeedRow(shape, Conditions(rung["batch"], rung["inputs"] + rung["outputs"], each, each), ms / 1000)
+
+
+class _Speeds(TypedDict):
+    """A `bench/table.json`."""
+
+    shapes: dict[str, dict[str, Any]]
+    weight_bytes: dict[str, Count]
+    rows: list[dict[str, Any]]
+
+
+class _Rung(TypedDict):
+    batch: Count
+    inputs: Count
+    outputs: Count
+
+
+class _Speed(TypedDict, total=False):
+    token_ms: NotNegative | None
 
 
 def check_candidates(recipe: Recipe, teacher: Shape, topology: Topology) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from ..convert import read_config
-from ..files import read_json, whole_file
+from ..files import whole_file
 from ..layout import parameters
+from ..records import read_summary
 from .context import Context
 from .versions import versions
 
@@ -72,16 +73,16 @@ def _card(context: Context, folder: Path) -> str:
 
 
 def _evaluation(context: Context) -> str:
-    rows: Sequence[dict[str, Any]] = read_json(context.folders.summary)
-    tasks = list(rows[0].get("tasks") or {})
+    rows = read_summary(context.folders.summary)
+    tasks = list(dict.fromkeys(name for row in rows for name in row.get("tasks", {})))
     titles = ("model", "parameters", "loss (nats/token)", "perplexity", *tasks)
     cells = [
         (
             row["model"],
-            f"{row['parameters']:,}",
-            f"{row['loss_nats_per_token']:.4f}",
-            f"{row['perplexity']:.2f}",
-            *(f"{row['tasks'][name]:.4f}" for name in tasks),
+            _said(row.get("parameters"), ",d"),
+            _said(row.get("loss_nats_per_token"), ".4f"),
+            _said(row.get("perplexity"), ".2f"),
+            *(_said(row.get("tasks", {}).get(name), ".4f") for name in tasks),
         )
         for row in rows
     ]
@@ -102,6 +103,10 @@ def _inline(text: str) -> str:
     """Return text from a recipe or a path as one line that Markdown and HTML show as it is."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return MARKUP.sub(lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), html.escape(line, quote=False))
+
+
+def _said(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

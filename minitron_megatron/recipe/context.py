@@ -12,14 +12,19 @@ import torch
 
 from ..convert import folder_hash, load_hf, model_hash, read_config, save_hf
 from ..data import Batch, Corpus, calibration, calibration_batches, held_out_batches, step_batches
-from ..errors import CheckpointError
+from ..errors import CheckpointError, FileError
 from ..evaluate import ValidationSet
 from ..events import Listener
-from ..parallel import Topology
+from ..files import MANIFEST, checksum, verify_checksums, write_checksums
+from ..model import check_finite
+from ..parallel import Topology, broadcast_object, fail_together, place_in_world
 from .phases import ResolvedPhase
 from .schema import Recipe
 
 __all__ = ["Context", "Folders"]
+
+WRITES = {"corrected": "correct", "pruned": "prune", "distilled": "distill", "random": "baseline", "export": "export"}
+"""Folder of a model in a run -> the stage that writes it."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -125,8 +130,12 @@ class Context:
         return str(self.done["correct"]["hash"] if corrected else self.done["prepare"]["model_hash"])
 
     def load(self, folder: Path, dtype: torch.dtype | None = None, *, trains: bool = False) -> list[Any]:
-        """A model of the run, in the training dtype unless said otherwise. Collective over the world."""
-        return load_hf(
+        """A model of the run, in the training dtype unless said otherwise. Collective over the world.
+
+        Raises CheckpointError where its files are not those that the run wrote, or a weight is not finite.
+        """
+        self.expect_unchanged(folder)
+        model = load_hf(
             folder,
             self.topology,
             dtype or self.dtype,
@@ -134,6 +143,25 @@ class Context:
             spec=self.recipe.spec,
             listener=self.listener,
         )
+        check_finite(model, str(folder), "Give a model that is whole.")
+        return model
+
+    def expect_unchanged(self, folder: Path) -> None:
+        """Raises CheckpointError where a model folder of this run holds other files than the stage that wrote it left.
+
+        Any other folder passes. Each rank reads its share of the files. Collective over the world.
+        """
+        stage = WRITES.get(folder.name) if folder.parent == self.recipe.out else None
+        recorded, manifest = self.done.get(stage or "", {}).get("files"), folder / MANIFEST
+        with fail_together():
+            if stage is None or not (recorded or manifest.is_file()):
+                return
+            try:
+                if recorded and checksum(manifest) != recorded:
+                    raise FileError(f"{manifest} is not the one that the stage {stage} wrote.")
+                verify_checksums(manifest, share=place_in_world())
+            except FileError as error:
+                raise CheckpointError(f"{error} Remove {folder}, and run `minitron {stage}` again.") from error
 
     def load_teacher(self, *, trains: bool = False) -> list[Any]:
         """The model that teaches, verified. Raises CheckpointError where it is not what the run recorded."""
@@ -156,9 +184,26 @@ class Context:
         return model_hash(model, self.topology) if exact else folder_hash(folder)
 
     def save(self, model: Any, folder: Path, dtype: torch.dtype | None = None) -> str:
-        """Writes a model with the teacher's tokenizer and returns its hash. Collective over the world."""
+        """Writes a model with the teacher's tokenizer and returns its hash. Collective over the world.
+
+        Raises CheckpointError, and writes nothing, where a weight is not finite.
+        """
+        check_finite(model, f"the model for {folder}", "It is not written.")
         save_hf(model, folder, self.topology, dtype=dtype, files_from=self.recipe.model, listener=self.listener)
         return model_hash(model, self.topology)
+
+    def sealed(self, folder: Path) -> str:
+        """Lists the checksums of a folder's files in it, and returns that of the list, for `expect_unchanged`.
+
+        Collective over the world.
+        """
+        digest, manifest = "", folder / MANIFEST
+        with fail_together():
+            if self.topology.rank == 0:
+                files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != manifest)
+                write_checksums(manifest, files)
+                digest = checksum(manifest)
+        return str(broadcast_object(digest))
 
     def checkpoints(self, recipe: Recipe) -> Path:
         """Where the stage at work would keep its checkpoints: another recipe's are elsewhere."""

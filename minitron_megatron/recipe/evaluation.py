@@ -49,6 +49,7 @@ def check_export(recipe: Recipe, topology: Topology, *, listener: Listener = sil
     reading the export. Collective over the world. Raises RecipeError where it is not exported yet."""
     with fail_together():
         context = Context(recipe, topology, listener, results(recipe, "export"), lambda other: "")
+    context.expect_unchanged(context.folders.model("export"))
     student = context.load(context.folders.model("distilled"), torch.float32)
     for chunk in student:
         for weight in chunk.parameters():

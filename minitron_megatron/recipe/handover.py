@@ -9,7 +9,14 @@ from typing import Literal
 from ..convert import read_config, save_hf
 from ..errors import CheckpointError, RecipeError
 from ..events import Listener, silent
-from ..model import Checkpoints, build, check_megatron_lm, load_weights, save_megatron_lm
+from ..model import (
+    Checkpoints,
+    build,
+    check_finite,
+    check_megatron_lm,
+    load_weights,
+    save_megatron_lm,
+)
 from ..parallel import Topology, fail_together
 from .context import DTYPES, Context
 from .fingerprint import fingerprint
@@ -47,10 +54,12 @@ def hand_over(
         if form == "megatron":
             check_megatron_lm(read_config(context.folders.model("pruned" if checkpoint else "distilled")))
     if checkpoint:
+        context.expect_unchanged(context.folders.model("pruned"))
         with fail_together():
             path, identity = _find(context, checkpoint)
             student = build(read_config(context.folders.model("pruned")), topology, context.dtype)
         load_weights(path, student, topology, identity)
+        check_finite(student, str(path), "Give another checkpoint.")
     else:
         path = context.folders.model("distilled")
         student = context.load(path)

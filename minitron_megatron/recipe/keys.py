@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -12,6 +12,7 @@ __all__ = [
     "DType",
     "FilePath",
     "HeldOut",
+    "HowToRun",
     "Keys",
     "Layers",
     "NotNegative",
@@ -88,12 +89,34 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
+T = TypeVar("T")
+
+
+class _HowToRun:
+    """The mark of a key that no result depends on."""
+
+
+HowToRun = Annotated[T, _HowToRun()]
+"""A key that only says how to run. Every key without this mark decides results, and is in the fingerprints of the
+stages that read it."""
+
+
 class Keys(BaseModel):
     """A block of keys. No number in it is infinite or NaN, and true is not 1."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=False
     )
+
+    @classmethod
+    def says_how_to_run(cls, name: str) -> bool:
+        """Whether no result depends on a key of this block."""
+        return any(isinstance(mark, _HowToRun) for mark in cls.model_fields[name].metadata)
+
+    def deciding(self) -> dict[str, Any]:
+        """The keys that results depend on, at any depth, as JSON."""
+        plain, names = self.model_dump(mode="json"), type(self).model_fields
+        return {name: _deciding(getattr(self, name), plain[name]) for name in names if not self.says_how_to_run(name)}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -106,6 +129,15 @@ class Keys(BaseModel):
         elif not any(isinstance(kind, type) and issubclass(kind, Keys) for kind in kinds) and _holds_bool(value):
             raise ValueError("Give a value; true and false are for switches")
         return value
+
+
+def _deciding(value: Any, plain: Any) -> Any:
+    """plain: the value as JSON."""
+    if isinstance(value, Keys):
+        return value.deciding()
+    if isinstance(value, tuple):
+        return [_deciding(*pair) for pair in zip(value, plain, strict=True)]
+    return plain
 
 
 def _leaf_types(annotation: Any) -> set[Any]:

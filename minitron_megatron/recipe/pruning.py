@@ -10,6 +10,7 @@ from ..convert import read_config
 from ..data import Batch
 from ..errors import CheckpointError
 from ..evaluate import Run
+from ..files import checksum
 from ..layout import PER_LAYER
 from ..model import config_of
 from ..parallel import fail_together
@@ -89,7 +90,7 @@ def cut(context: Context, plan: Plan) -> list[Any]:
     keys, model = context.recipe.prune, context.load_uncut()
     if keys.merge != "none":
         with fail_together():
-            scores = Scores.load(context.folders.scores)
+            scores = load_scores(context)
         merge_heads(model, scores, plan, context.topology, merge=keys.merge, sign=keys.merge_sign)
     return trim(model, plan, context.topology)
 
@@ -123,7 +124,8 @@ def _kept_layers(context: Context, layers: int) -> tuple[int, ...] | None:
 
 
 def load_scores(context: Context) -> Scores:
-    """What the score stage left. Raises CheckpointError where it is another model's."""
+    """What the score stage left. Raises CheckpointError where it is another model's, or was edited since."""
+    _expect_recorded(context, context.folders.scores)
     scores = Scores.load(context.folders.scores)
     _expect_teacher(context, scores.model_hash, context.folders.scores)
     return scores
@@ -131,9 +133,18 @@ def load_scores(context: Context) -> Scores:
 
 def load_depth(context: Context) -> DepthScores:
     """The same of layers."""
+    _expect_recorded(context, context.folders.depth)
     depth = DepthScores.load(context.folders.depth)
     _expect_teacher(context, depth.model_hash, context.folders.depth)
     return depth
+
+
+def _expect_recorded(context: Context, path: Path) -> None:
+    recorded = context.done.get("score", {}).get("files", {}).get(path.name)
+    if recorded is not None and path.is_file() and checksum(path) != recorded:
+        raise CheckpointError(
+            f"{path} has changed since it was measured. Remove {path.parent} and run `minitron score` again."
+        )
 
 
 def _expect_teacher(context: Context, model_hash: str, path: Path) -> None:

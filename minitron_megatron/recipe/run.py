@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import RecipeError
+from ..errors import CheckpointError, FileError, RecipeError
 from ..events import Listener, silent
-from ..files import locked, read_json, whole_file, write_json
+from ..files import check_as, locked, read_as, read_text, whole_file, write_json
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, launched, peak_bytes
 from .check import check, check_corpus, planned
 from .context import Context, Folders
@@ -23,11 +23,13 @@ from .estimate import count
 from .fingerprint import fingerprint
 from .leaving import Leaving, leaving
 from .phases import prefixes
+from .results import RESULTS, Record
 from .schema import Recipe
 from .searching import search_share
 from .stage import Stage
 from .stages import STAGES
 from .versions import versions
+from .yaml_tree import read_yaml
 
 __all__ = ["Results", "Step", "dry_run", "results", "run", "search_task", "wanted"]
 
@@ -143,7 +145,7 @@ def dry_run(recipe: Recipe) -> list[Step]:
             undecided.add(stage.name)
         if before:
             steps.append(Step(stage.name, "run", f"after {', '.join(before)}"))
-        elif stage.keeps and (recipe.out / stage.keeps).is_dir():
+        elif stage.keeps and (recipe.out / stage.keeps.format(mark=mark[:16])).is_dir():
             steps.append(Step(stage.name, "resume", "with what is measured already"))
         elif (Folders(recipe.out).checkpoints / mark[:16]).is_dir():
             steps.append(Step(stage.name, "resume", "from a checkpoint"))
@@ -163,8 +165,14 @@ def recorded(recipe: Recipe, stage: Stage, mark: str) -> dict[str, Any] | None:
     path = Folders(recipe.out).record(stage.name)
     if not path.is_file() or not (recipe.out / stage.makes).exists():
         return None
-    record = read_json(path)
-    return record if record["fingerprint"] == mark else None
+    try:
+        record: dict[str, Any] = dict(read_as(path, Record))
+        if record["fingerprint"] != mark:
+            return None
+        check_as(record["result"], RESULTS[stage.name], f"{path}: result")
+    except FileError as error:
+        raise CheckpointError(f"{error} Remove it to run the stage {stage.name} again.") from error
+    return record
 
 
 def results(recipe: Recipe, until: str) -> Results:
@@ -211,7 +219,10 @@ def _claimed(recipe: Recipe, topology: Topology) -> Iterator[None]:
     out, mine = recipe.out, recipe.model_dump(mode="json")
     saved = out / "recipe.yaml"
     if saved.is_file():
-        theirs: Sequence[Any] | dict[str, Any] = yaml.safe_load(saved.read_text(encoding="utf-8"))
+        try:
+            theirs = read_yaml(read_text(saved))
+        except RecipeError as error:
+            raise RecipeError(f"{saved}: {error} Give another folder with --out.") from error
         other = theirs.get("model") if isinstance(theirs, dict) else None
         if other != mine["model"]:
             raise RecipeError(f"{out} belongs to a recipe for the model {other}. Give another folder with --out.")

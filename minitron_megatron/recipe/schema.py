@@ -10,7 +10,7 @@ from ..evaluate import PROGRAMS, SUITES, Task
 from ..layout import PUBLIC_AXES
 from ..model import Recompute, Spec
 from ..serve import LADDER
-from .keys import Count, DType, FilePath, HeldOut, Keys, Layers, Positive, Seed, Steps, Text
+from .keys import Count, DType, FilePath, HeldOut, HowToRun, Keys, Layers, Positive, Seed, Steps, Text
 from .search_keys import Search
 from .training_keys import Correct, Distill
 
@@ -54,7 +54,7 @@ class Data(Keys):
     """Tokens a sample."""
     text_key: Text = "text"
     """The field of a .jsonl line that holds the text."""
-    repeat: bool = False
+    repeat: HowToRun[bool] = False
     """Read a source again, in another order, where a budget asks for more than it holds; else that is an error."""
     cross_documents: bool = True
     """Let attention reach from a document into those packed before it in a sample, as in Megatron's pretraining; false:
@@ -64,7 +64,7 @@ class Data(Keys):
     error."""
     separator: Text = "<|endoftext|>"
     """Stands between the documents of a .txt file."""
-    workers: Annotated[Count, Field(le=1024)] = 1
+    workers: HowToRun[Annotated[Count, Field(le=1024)]] = 1
     """Processes that tokenize."""
 
 
@@ -98,7 +98,7 @@ class Score(Keys):
     """Importance from forward passes over calibration samples."""
 
     samples: Count = 1024
-    micro_batch: Count = 1
+    micro_batch: HowToRun[Count] = 1
     statistic: StatisticKeys = StatisticKeys()
     dtype: DType = "float32"
     depth: Depth | None = None
@@ -167,7 +167,7 @@ class Evaluate(Keys):
 
     samples: Count = 256
     """Held-out sequences of each source."""
-    micro_batch: Count = 1
+    micro_batch: HowToRun[Count] = 1
     suite: Literal["base", "instruct"] | None = None
     """The papers' tasks with their shots, metrics and sampling; HumanEval and MBPP only with `run_code`."""
     tasks: tuple[TaskKeys, ...] = ()
@@ -232,18 +232,18 @@ class Recipe(Keys):
 
     model: FilePath
     """The Hugging Face folder of the teacher."""
-    out: FilePath
+    out: HowToRun[FilePath]
     """The run folder."""
     seed: Seed = 1
     dtype: DType = "bfloat16"
     """Of the weights in training; the optimizer keeps fp32."""
-    recompute: Recompute = "none"
+    recompute: HowToRun[Recompute] = "none"
     """What runs again in the backward pass to save memory: `selective` the MLPs, whose activations are the widest;
     `full` whole layers, of which only the input is kept, for a third more time."""
-    spec: Spec = "local"
+    spec: HowToRun[Spec] = "local"
     """Whose layers compute: Megatron's with our norm, or Transformer Engine's (`te`; it needs CUDA), which compute the
     same with the norms inside their linear layers."""
-    parallel: Parallel = Parallel()
+    parallel: HowToRun[Parallel] = Parallel()
     data: Data
     correct: Correct | None = None
     """Left out: the teacher is used as it is."""
@@ -256,9 +256,9 @@ class Recipe(Keys):
     """Also distil into a randomly initialised student of the same shape on the same tokens, for comparison."""
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
-    bench: Bench = Bench()
-    log: Log = Log()
-    hang_seconds: Annotated[float, Field(ge=1)] = 1800.0
+    bench: HowToRun[Bench] = Bench()
+    log: HowToRun[Log] = Log()
+    hang_seconds: HowToRun[Annotated[float, Field(ge=1)]] = 1800.0
     """Where no rank made progress for so long, each writes its stacks to `RUN/stacks` and ends with exit code 76, to be
     started again."""
 

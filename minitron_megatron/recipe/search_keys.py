@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ..errors import did_you_mean
 from ..layout import PUBLIC_AXES
 from ..search import GPUS, Limit, Space
-from .keys import Count, FilePath, Keys, NotNegative, Positive, Steps
+from .keys import Count, FilePath, HowToRun, Keys, NotNegative, Positive, Steps
 
 __all__ = ["Budget", "Light", "Search", "Serving"]
 
@@ -108,12 +108,12 @@ class Light(Keys):
     """The worse half leaves at half of the steps; 2: at a quarter as well, and so on."""
     measure_every: Count = 50
     """Steps between the losses that ranks are compared by."""
-    apart: bool = False
+    apart: HowToRun[bool] = False
     """Each data-parallel replica trains candidates of its own, instead of all of them each together: no gradient
     travels, but each replica holds all of an optimizer."""
     global_batch: Count | None = None
     """This and what follows: left out, as `distill` has it."""
-    micro_batch: Count | None = None
+    micro_batch: HowToRun[Count | None] = None
     lr: Positive | None = None
     min_lr: NotNegative | None = None
     warmup_steps: Steps | None = None

@@ -6,7 +6,6 @@ that share one run folder measure nothing twice.
 
 from __future__ import annotations
 
-import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,16 +16,17 @@ from typing import Any
 
 from ..convert import read_config
 from ..data import calibration_batches
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError, TrainingError, did_you_mean
 from ..events import Event
-from ..files import read_json, write_json
-from ..parallel import apart, broadcast_object, gather_objects
+from ..files import checksum, write_json
+from ..parallel import apart, broadcast_object, fail_together, gather_objects, place_in_world
 from ..prune import choose, choose_layers
 from ..records import DepthScores, Plan, Scores
 from ..search import MORE_IS_BETTER, Candidate, Curve, front, halving, knee, rungs, settled, zero_shot
 from .candidates import candidates_of
 from .context import DTYPES, Context
-from .fingerprint import digest, untimed
+from .fingerprint import digest, task_marks, untimed
+from .parts import AfterCut, Distilled, Part, curve_of, finite, number, read_part
 from .pruning import cut, load_depth, load_scores
 from .schema import Recipe
 from .tasks import score_of
@@ -38,10 +38,6 @@ TABLE, PARTS = "table.json", "parts"
 
 BY = ("loss", "pareto")
 """What may choose besides a task."""
-
-Part = dict[str, Any]
-"""What is known of a candidate: `loss` right after its cut; `curve`, step -> held-out loss; `score` at the task,
-more is better."""
 
 
 def search_shapes(context: Context) -> dict[str, Any]:
@@ -73,10 +69,22 @@ def search_asks(recipe: Recipe) -> Any:
     """What a search reads besides its keys: how its candidates are cut, and trained."""
     if recipe.search is None:
         return None
-    if recipe.search.light is None:
-        return [_cut_by(recipe)]
+    table = recipe.search.serving.table
+    told = [_cut_by(recipe), checksum(table) if table else None, _chosen_by(recipe)]
+    return told if recipe.search.light is None else [*told, _light_asks(recipe)]
+
+
+def _light_asks(recipe: Recipe) -> Any:
+    """What the light distillation of a candidate depends on, and the held-out text that its curve is measured on."""
     light = light_recipe(recipe)
-    return [_cut_by(recipe), light.distill.model_dump(mode="json"), light.dtype, distillation_asks(light)]
+    return [light.distill.deciding(), light.dtype, distillation_asks(light), recipe.evaluate.samples]
+
+
+def _chosen_by(recipe: Recipe) -> Any:
+    """All that a candidate's score depends on, where a task chooses."""
+    assert recipe.search is not None
+    keys = recipe.search
+    return None if keys.choose in BY else [keys.choose, recipe.evaluate.deciding(), task_marks(recipe)]
 
 
 def _cut_by(recipe: Recipe) -> dict[str, Any]:
@@ -154,34 +162,36 @@ class _Work:
     @cached_property
     def _measured_by(self) -> str:
         """A number for all that a candidate's loss right after the cut depends on, besides the candidate."""
-        by_task = self.keys.choose not in BY
-        told = [self.keys.choose, self.recipe.evaluate.model_dump(mode="json")] if by_task else []
-        return digest([untimed(self.context.done), _cut_by(self.recipe), *told])
+        return digest([untimed(self.context.done), _cut_by(self.recipe), _chosen_by(self.recipe)])
 
     @cached_property
     def _trained_by(self) -> str:
         """And for all that its curve depends on."""
-        return digest([self._measured_by, search_asks(self.recipe)])
+        return digest([self._measured_by, _light_asks(self.recipe)])
 
     def _parts(self, mark: str) -> Path:
         return self.context.folders.search / PARTS / mark[:16]
 
-    def _known(self, mark: str, names: Sequence[str]) -> dict[str, Part]:
-        """What the first rank finds of candidates, on every rank. Collective over the world."""
+    def _known(self, mark: str, names: Sequence[str], kind: Any) -> dict[str, Part]:
+        """What the first rank finds of candidates, on every rank. Collective over the world. Raises FileError for a
+        file that does not hold it."""
         paths = {name: self._parts(mark) / f"{name}.json" for name in names}
-        mine = {name: read_json(path) for name, path in paths.items() if path.is_file()}
+        mine: dict[str, Part] = {}
+        with fail_together():
+            if place_in_world()[0] == 0:
+                mine = {name: read_part(path, kind) for name, path in paths.items() if path.is_file()}
         found: dict[str, Part] = broadcast_object(mine)
         return found
 
     def after_cut(self) -> dict[str, Part]:
         """The loss, and the score where a task chooses, of every candidate. Collective over the world."""
         names = list(self.candidates)
-        known = self._known(self._measured_by, names)
+        known = self._known(self._measured_by, names, AfterCut)
         mine = [name for name in names[self.task :: self.tasks] if name not in known]
         if mine:
             known |= self._measure(mine)
         if len(known) < len(names):
-            known = self._known(self._measured_by, names)
+            known = self._known(self._measured_by, names, AfterCut)
         if len(known) < len(names):
             raise _WaitError(f"{len(known)} of {len(names)} candidates are measured right after their cut.")
         return known
@@ -207,7 +217,7 @@ class _Work:
 
     def best(self, known: Mapping[str, Part]) -> list[str]:
         """Those that are distilled, the least loss first."""
-        order = sorted(known, key=lambda name: _number(known[name]["loss"]))
+        order = sorted(known, key=lambda name: number(known[name]["loss"]))
         light = self.keys.light
         return order[: light.top] if light else []
 
@@ -229,12 +239,14 @@ class _Work:
 
         def train_all(left: Sequence[str], until: int) -> dict[str, Curve]:
             parts.update(self._train_share(left, until, steps))
-            there = self._known(self._trained_by, left) if self.tasks > 1 else {name: parts[name] for name in left}
+            there = {name: parts[name] for name in left if name in parts}
+            if self.tasks > 1:
+                there = self._known(self._trained_by, left, Distilled)
             waits = [name for name in left if str(until) not in there.get(name, {"curve": {}})["curve"]]
             if waits:
                 raise _WaitError(f"{len(left) - len(waits)} of {len(left)} candidates are distilled to step {until}.")
             parts.update(there)
-            return {name: _curve(parts[name]) for name in left}
+            return {name: curve_of(parts[name]) for name in left}
 
         halving(names, rungs(steps, light.halvings), train_all)
         return parts
@@ -251,14 +263,14 @@ class _Work:
 
     def _train(self, context: Context, name: str, until: int, steps: int, of: Sequence[str]) -> Part:
         """One candidate, from wherever it stands up to a step. Collective over the world of `context`."""
-        part = self._known(self._trained_by, [name]).get(name, {"curve": {}})
+        part = self._known(self._trained_by, [name], Distilled).get(name, {"curve": {}})
         scored = self.keys.choose not in BY and until == steps
         if str(until) in part["curve"] and ("score" in part or not scored):
             return part
 
         def listen(event: Event) -> None:
             if "validation_loss" in event.values:
-                part["curve"][str(event.done)] = _finite(event.values["validation_loss"])
+                part["curve"][str(event.done)] = finite(event.values["validation_loss"])
                 if context.topology.rank == 0:
                     self._note(self._trained_by, name, part)
             done = of.index(name) * steps + event.done
@@ -266,17 +278,20 @@ class _Work:
 
         own = replace(context, place=name, listener=listen)
         student = cut(own, self.plan(name))
-        distil(own, student, "light", until=until)
-        if scored:
-            part["score"] = score_of(own, student, self.keys.choose)
-            if context.topology.rank == 0:
-                self._note(self._trained_by, name, part)
+        try:
+            distil(own, student, "light", until=until)
+            if scored:
+                part["score"] = finite(score_of(own, student, self.keys.choose))
+        except TrainingError:  # a candidate that training destroys is the worst one, and no end of the search
+            part |= {"curve": part["curve"] | {str(until): None}, "score": None}
+        if context.topology.rank == 0:
+            self._note(self._trained_by, name, part)
         return part
 
     def conclude(self, losses: Mapping[str, Part], trained: Mapping[str, Part]) -> dict[str, Any]:
         """Writes the table, and returns what the stage leaves."""
         rows = [self._row(each, losses[name], trained.get(name, {})) for name, each in self.candidates.items()]
-        last = max((step for part in trained.values() for step in _curve(part)), default=None)
+        last = max((step for part in trained.values() for step in curve_of(part)), default=None)
         running = {row["name"]: row for row in rows if last is None or str(last) in row["curve"]}
         costs = list(self.keys.budget.limits())
         points = {
@@ -287,8 +302,8 @@ class _Work:
         winner, best = self._winner(running, points), set(front(points))
         for row in rows:
             row["front"], row["winner"] = row["name"] in best, row["name"] == winner
-        order = sorted(rows, key=lambda row: (row["name"] not in running, -_last(row), _number(row["loss"])))
-        curves = {name: _curve(part) for name, part in trained.items()}
+        order = sorted(rows, key=lambda row: (row["name"] not in running, -_last(row), number(row["loss"])))
+        curves = {name: curve_of(part) for name, part in trained.items()}
         if self.context.topology.rank == 0:
             table = {"by": self._by, "costs": costs, "candidates": order, "settled": settled(curves)}
             write_json(self.context.folders.search / TABLE, table)
@@ -336,20 +351,10 @@ class _Work:
             return knee({name: point[:2] for name, point in points.items()})
         if keys.choose == "loss":
             return min(points, key=lambda name: points[name][0])
-        return max(running, key=lambda name: running[name]["score"])
-
-
-def _finite(loss: float) -> float | None:
-    """JSON has no NaN."""
-    return loss if math.isfinite(loss) else None
-
-
-def _number(loss: float | None) -> float:
-    return math.inf if loss is None else loss
-
-
-def _curve(part: Part) -> Curve:
-    return {int(step): _number(loss) for step, loss in part.get("curve", {}).items()}
+        scores = {name: score for name, row in running.items() if (score := finite(row["score"])) is not None}
+        if not scores:
+            raise RecipeError(f"no candidate has a score at {keys.choose} that is finite. Choose by loss.")
+        return max(scores, key=lambda name: scores[name])
 
 
 def _last(row: Mapping[str, Any]) -> int:

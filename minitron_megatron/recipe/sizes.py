@@ -14,6 +14,7 @@ from ..prune import check_merge, checked_sizes
 from ..records import Plan, Statistic
 from ..score import check_statistic
 from .candidates import candidates_of, check_candidates
+from .fingerprint import task_marks
 from .schema import Depth, Recipe
 
 __all__ = [
@@ -97,7 +98,7 @@ def depth_keys(recipe: Recipe) -> list[Any] | None:
     if not _measures_depth(recipe):
         return None
     by_task = recipe.score.depth is not None and recipe.score.depth.metric == "winogrande"
-    told = recipe.evaluate.model_dump(mode="json", include={"task_files", "limit", "truncate"}) if by_task else None
+    told = [recipe.evaluate.limit, recipe.evaluate.truncate, task_marks(recipe)] if by_task else None
     layers = recipe.search.layers if recipe.search else recipe.prune.layers
     return [layers, recipe.prune.contiguous, told]
 

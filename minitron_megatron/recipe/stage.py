@@ -33,4 +33,5 @@ class Stage:
     decides: Callable[[Recipe, Result], Recipe] | None = None
     """What a recipe becomes by its result: the stages after it read that, and its result by no other way."""
     keeps: str = ""
-    """Where in the run folder what it has measured waits for the rest: it goes on from there when it was stopped."""
+    """Where in the run folder what it has measured waits for the rest: it goes on from there when it was stopped.
+    `{mark}` stands for the beginning of its fingerprint."""

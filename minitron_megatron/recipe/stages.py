@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..convert import folder_hash, read_config
 from ..data import check_tokenizer, prepare
+from ..errors import TrainingError
 from ..evaluate import ValidationSet
 from ..events import Event
-from ..files import read_json, write_json
+from ..files import checksum, read_as, write_json
 from ..model import build, fill_initial
 from ..parallel import broadcast_object, fail_together
 from ..serve import quantize_fp8
 from ..train import LMObjective
 from .card import write_card
 from .context import DTYPES, Context
+from .fingerprint import carried_marks, config_digest, task_marks
 from .pruning import cut, decide, measure, measure_depth
+from .results import Measured
 from .searching import PARTS, decided, search_asks, search_shapes
 from .sizes import depth_keys, rounds, scores_wanted
 from .stage import Result, Stage
 from .tasks import measured_row, write_table
-from .training import correcting, distil, distillation_asks, train_in_phases, training_asks
+from .training import correcting, distil, distillation_asks, train_in_phases
 
 __all__ = ["STAGES"]
 
@@ -35,7 +40,8 @@ def do_prepare(context: Context) -> Result:
     with fail_together():
         if context.topology.rank == 0:
             check_tokenizer(recipe.model, read_config(recipe.model).shape.vocab)
-            drawn = {"sequence": recipe.data.sequence, "seed": recipe.seed}  # what every later draw depends on
+            drawn: Result = {"sequence": recipe.data.sequence, "seed": recipe.seed}  # what every later draw depends on
+            drawn |= {"cross_documents": recipe.data.cross_documents, "config": config_digest(recipe.model)}
             result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context), **drawn}
     return broadcast_object(result)
 
@@ -69,7 +75,12 @@ def do_correct(context: Context) -> Result:
     model = context.load(context.recipe.model, trains=True)
     with correcting(context, model):
         tokens = train_in_phases(context, model, LMObjective(context.topology), keys, "correct")
-    return {"hash": context.save(model, context.folders.corrected), "tokens": tokens}
+    return {**_saved(context, model, context.folders.corrected), "tokens": tokens}
+
+
+def _saved(context: Context, model: list[Any], folder: Path, dtype: torch.dtype | None = None) -> Result:
+    """Writes a model; returns its hash, and the checksum of the list of its files'. Collective over the world."""
+    return {"hash": context.save(model, folder, dtype), "files": context.sealed(folder)}
 
 
 def do_score(context: Context) -> Result:
@@ -84,13 +95,9 @@ def do_score(context: Context) -> Result:
         folders.depth.unlink(missing_ok=True)
         if depth is not None:
             depth.save(folders.depth)
-        files = {path.name: _digest(path) for path in (folders.scores, folders.depth) if path.exists()}
+        files = {path.name: checksum(path) for path in (folders.scores, folders.depth) if path.exists()}
     result = {"samples": scores.samples, "tokens": scores.tokens, "statistic": keys.statistic.model_dump()}
     return result | {"depth": depth.metric if depth else None, "files": broadcast_object(files)}
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def do_search(context: Context) -> Result:
@@ -102,11 +109,14 @@ def do_prune(context: Context) -> Result:
     """Chooses what stays and cuts the teacher to it."""
     plan = decide(context)
     model = cut(context, plan)
-    digest = context.save(model, context.folders.model("pruned"))
-    if context.topology.rank == 0:
-        plan.save(context.folders.plan)
+    folder = context.folders.model("pruned")
+    digest = context.save(model, folder)
+    with fail_together():
+        if context.topology.rank == 0:
+            plan.save(context.folders.plan)
     return {
         "hash": digest,
+        "files": context.sealed(folder),
         "margins": {axis: min(by.values()) for axis, by in plan.margins.items()},
         "by": context.recipe.prune.by,
         "layers": list(plan.kept_layers),
@@ -122,6 +132,7 @@ def do_distill(context: Context) -> Result:
 
 def do_baseline(context: Context) -> Result:
     """Distils the teacher into a random student of the same shape, on the same tokens."""
+    context.expect_unchanged(context.folders.model("pruned"))
     config = read_config(context.folders.model("pruned"))
     recipe = context.recipe
     student = build(config, context.topology, context.dtype, recompute=recipe.recompute, spec=recipe.spec)
@@ -131,7 +142,7 @@ def do_baseline(context: Context) -> Result:
 
 def _distill(context: Context, student: list[Any], name: str) -> Result:
     tokens = distil(context, student, "distill" if name == "distilled" else "baseline")
-    return {"hash": context.save(student, context.folders.model(name)), "tokens": tokens}
+    return {**_saved(context, student, context.folders.model(name)), "tokens": tokens}
 
 
 def do_evaluate(context: Context) -> Result:
@@ -162,14 +173,18 @@ def do_evaluate(context: Context) -> Result:
 
 def _row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> dict[str, Any]:
     """A model's row of the summary; one that a stopped run has measured is not measured again."""
-    path = context.folders.evaluation / PARTS / f"{name.replace(' ', '_')}.json"
-    mark = context.mark_of(context.recipe)
-    kept = broadcast_object(read_json(path) if path.is_file() else {})
-    if kept.get("fingerprint") == mark:
-        return dict(kept["row"])
+    path = context.folders.evaluation / PARTS / context.mark_of(context.recipe)[:16] / f"{name.replace(' ', '_')}.json"
+    with fail_together():
+        kept = read_as(path, Measured) if path.is_file() and context.topology.rank == 0 else None
+    if kept := broadcast_object(kept):
+        return dict(kept)
     row = measured_row(context, name, folder, held_out)
+    if not math.isfinite(row["loss_nats_per_token"]):
+        raise TrainingError(
+            f"{folder} has a loss of {row['loss_nats_per_token']} on the held-out text. It is no result."
+        )
     if context.topology.rank == 0:
-        write_json(path, {"fingerprint": mark, "row": row})
+        write_json(path, row)
     return row
 
 
@@ -178,11 +193,11 @@ def do_export(context: Context) -> Result:
     dtype = DTYPES[context.recipe.export.dtype]
     model = context.load(context.folders.model("distilled"))
     folder = context.folders.model("export")
-    digest = context.save(model, folder, dtype)
-    write_card(context, folder)
+    saved = _saved(context, model, folder, dtype)
+    write_card(context, folder)  # after the checksums: whoever serves the model may edit it
     if context.recipe.export.quantize == "fp8":
         _quantize(context, folder)
-    return {"hash": digest, "dtype": context.recipe.export.dtype}
+    return {**saved, "dtype": context.recipe.export.dtype}
 
 
 def _quantize(context: Context, folder: Path) -> None:
@@ -193,6 +208,7 @@ def _quantize(context: Context, folder: Path) -> None:
     with fail_together():
         if context.topology.rank == 0:
             quantize_fp8(folder, context.folders.model("export-fp8"), samples, kv_cache=keys.kv_cache_fp8)
+    context.sealed(context.folders.model("export-fp8"))
 
 
 DATA = ("model", "data", "seed")
@@ -207,7 +223,6 @@ STAGES: Mapping[str, Stage] = {
             ("correct", "dtype"),
             ("prepare",),
             lambda recipe: recipe.corrects_first,
-            training_asks,
         ),
         Stage("score", do_score, "scores", ("score",), ("prepare", "correct"), scores_wanted, depth_keys),
         Stage(
@@ -243,10 +258,18 @@ STAGES: Mapping[str, Stage] = {
             "evaluate",
             do_evaluate,
             "summary.json",
-            ("evaluate",),
+            ("evaluate", "dtype"),
             ("prepare", "correct", "prune", "distill", "baseline"),
-            keeps=f"evaluation/{PARTS}",
+            asks=lambda recipe: task_marks(recipe) if recipe.evaluate.wanted() else None,
+            keeps=f"evaluation/{PARTS}/{{mark}}",
         ),
-        Stage("export", do_export, "export", ("export",), ("prepare", "distill", "evaluate")),
+        Stage(
+            "export",
+            do_export,
+            "export",
+            ("export",),
+            ("prepare", "distill", "evaluate"),
+            asks=lambda recipe: carried_marks(recipe.model),
+        ),
     )
 }

@@ -19,21 +19,16 @@ from .phases import ResolvedPhase, prefixes, resolved
 from .schema import Recipe
 from .training_keys import TrainingKeys
 
-__all__ = ["correcting", "distil", "distillation_asks", "train_in_phases", "training_asks"]
+__all__ = ["correcting", "distil", "distillation_asks", "train_in_phases"]
 
 Measure = Callable[[], dict[str, float]]
 
 
-def training_asks(recipe: Recipe) -> Any:
-    """What every stage that trains reads besides its keys: the held-out samples that it validates on."""
-    return [recipe.evaluate.samples, recipe.evaluate.micro_batch]
-
-
 def distillation_asks(recipe: Recipe) -> Any:
-    """Of distillation also all of `correct` where the teacher is corrected meanwhile, and the files of the student that
-    it begins with."""
-    correct = recipe.correct.model_dump(mode="json") if recipe.correct and recipe.correct.continuous else None
-    return [training_asks(recipe), correct, file_marks([recipe.distill.start] if recipe.distill.start else [])]
+    """All of `correct` where the teacher is corrected meanwhile, and the files of the student that distillation begins
+    with. Held-out text is none of it: validation moves no weight."""
+    correct = recipe.correct.deciding() if recipe.correct and recipe.correct.continuous else None
+    return [correct, file_marks([recipe.distill.start] if recipe.distill.start else [])]
 
 
 def distil(context: Context, student: list[Any], label: str, *, until: int | None = None) -> int:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from ..distill import StatePairs
 from ..errors import RecipeError
 from ..losses import KDLoss
-from .keys import Count, FilePath, Keys, NotNegative, Positive, Steps, Written
+from .keys import Count, FilePath, HowToRun, Keys, NotNegative, Positive, Steps, Written
 
 __all__ = ["Correct", "Distill", "TrainingKeys"]
 
@@ -21,7 +21,7 @@ class TrainingKeys(Keys):
     """Budget; rounded up to whole steps."""
     global_batch: Count = 1152
     """Samples a step."""
-    micro_batch: Count = 1
+    micro_batch: HowToRun[Count] = 1
     """Samples a forward pass of one data-parallel rank."""
     lr: Positive = 1e-4
     """Peak learning rate."""
@@ -31,13 +31,13 @@ class TrainingKeys(Keys):
     weight_decay: NotNegative = 0.1
     clip: Positive = 1.0
     """Largest global norm of a step's gradient."""
-    save_every: Count = 100
+    save_every: HowToRun[Count] = 100
     """Steps between checkpoints. Those of validated steps can be the best."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: HowToRun[Count] = 2
     """Checkpoints that stay while the stage is at work, besides the one with the least validation loss."""
-    save_async: bool = True
+    save_async: HowToRun[bool] = True
     """Train on while a checkpoint is written."""
-    validate_every: Count = 100
+    validate_every: HowToRun[Count] = 100
     """Steps between validations."""
 
     def steps(self, sequence: int) -> int:
@@ -76,7 +76,7 @@ class LossKeys(Keys):
     """Compare only the teacher's likeliest entries of each token, both softmaxes over these alone."""
     ce_weight: NotNegative = 0.0
     """Weight of cross-entropy with the next token, beside the divergence's 1."""
-    budget_mib: Count | None = None
+    budget_mib: HowToRun[Count | None] = None
     """Memory for logits in MiB: the more, the larger the chunks. By default an eighth of all logits, at most 512."""
 
     @model_validator(mode="after")
@@ -139,7 +139,7 @@ class Phase(Keys):
     weights: tuple[Positive, ...] | None = None
     """The blend: one weight for each of `data.sources`."""
     global_batch: Count | None = None
-    micro_batch: Count | None = None
+    micro_batch: HowToRun[Count | None] = None
     lr: Positive | None = None
     """Peak learning rate of the phase, which warms up and decays anew."""
     min_lr: NotNegative | None = None
@@ -154,16 +154,16 @@ class Distill(TrainingKeys):
     start: FilePath | None = None
     """A Hugging Face folder of the student's shape to begin with, instead of what `prune` leaves: such as a checkpoint
     that was exported."""
-    retain: bool = False
+    retain: HowToRun[bool] = False
     """Leave the checkpoints when the stage is done, to add a phase to."""
     loss: LossKeys = LossKeys()
     states: StateKeys | None = None
     """Left out: the student learns from the logits alone, as in both papers' final recipes."""
-    teacher_window: Count | None = None
+    teacher_window: HowToRun[Count | None] = None
     """Micro-batches of a data-parallel rank that the teacher runs ahead of the student, whose final states are held
     meanwhile. By default all of a step, which costs fewest pipeline bubbles."""
     teacher_dtype: Literal["float32", "bfloat16", "float8"] | None = None
     """What the teacher is held in; left out: the recipe's dtype. float8: its layers' matrices take a byte a weight and
     are widened as each runs, which rounds what they teach."""
-    offload_teacher: bool = False
+    offload_teacher: HowToRun[bool] = False
     """Keep the teacher in host memory while the student trains: less device memory, a copy to the device each step."""

@@ -5,12 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from ..errors import CheckpointError
-from ..files import read_json, write_json
+from ..errors import CheckpointError, FileError
+from ..files import read_as, write_json
 from ..layout import Shape
+from .shape import read_shape
 
 __all__ = ["DepthScores"]
+
+
+@dataclass(frozen=True)
+class _File:
+    """What a file of depth scores holds."""
+
+    shape: dict[str, Any]
+    metric: str
+    lower_is_better: bool
+    baseline: float
+    blocks: list[tuple[int, int, float]]
+    greedy: list[tuple[int, float]]
+    samples: int
+    tokens: int
+    model_hash: str
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (where pydantic looks for it)
 
 
 @dataclass(frozen=True)
@@ -50,9 +68,14 @@ class DepthScores:
     def load(cls, path: Path) -> DepthScores:
         """Raises CheckpointError where the file is missing, torn or holds no depth scores."""
         try:
-            raw = read_json(path)
-            blocks = {(int(first), int(length)): float(value) for first, length, value in raw["blocks"]}
-            greedy = tuple((int(layer), float(value)) for layer, value in raw["greedy"])
-            return cls(**{**raw, "shape": Shape(**raw["shape"]), "blocks": blocks, "greedy": greedy})
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} holds no depth scores ({error}). Run `minitron score` again.") from error
+            raw = read_as(path, _File)
+            shape = read_shape(raw.shape, f"{path}: shape")
+            if any(first < 0 or length < 1 or first + length > shape.layers for first, length, _ in raw.blocks):
+                raise FileError(f"{path}: a block lies outside of its {shape.layers} layers.")
+            if any(not 0 <= layer < shape.layers for layer, _ in raw.greedy):
+                raise FileError(f"{path}: greedy takes a layer outside of its {shape.layers}.")
+        except FileError as error:
+            cause = str(error).rstrip(".")
+            raise CheckpointError(f"{path} holds no depth scores ({cause}). Run `minitron score` again.") from error
+        blocks = {(first, length): value for first, length, value in raw.blocks}
+        return cls(**{**vars(raw), "shape": shape, "blocks": blocks, "greedy": tuple(raw.greedy)})

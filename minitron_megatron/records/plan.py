@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from ..errors import CheckpointError, PlanError, did_you_mean
-from ..files import read_json, write_json
+from ..files import read_as, write_json
 from ..layout import PER_LAYER, PUBLIC_AXES, WITHIN, Keep, Shape
+from .shape import read_shape
 
 __all__ = ["Plan"]
 
 Indices = Mapping[str, Mapping[int | None, tuple[int, ...]]]
+
+
+class _File(TypedDict):
+    """What a plan's file holds; layers are JSON's string keys."""
+
+    shape: dict[str, Any]
+    keep: dict[str, dict[str, tuple[int, ...]]]
+    layers: tuple[int, ...] | None
+    margins: dict[str, dict[str, float | None]]
+    model_hash: str
 
 
 @dataclass(frozen=True)
@@ -114,19 +127,27 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         """Raises CheckpointError where the file holds no plan, and PlanError where the plan is not valid."""
         try:
-            raw = read_json(path)
-            keep = {axis: _by_layer(indices, tuple) for axis, indices in raw["keep"].items()}
-            margins = {axis: _by_layer(values, float) for axis, values in raw["margins"].items()}
-            layers = None if raw["layers"] is None else tuple(raw["layers"])
-            shape, model_hash = Shape(**raw["shape"]), raw["model_hash"]
-        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} holds no plan ({error}). Run `minitron prune` again.") from error
-        return cls(shape, keep, layers, margins, model_hash)
+            raw = read_as(path, _File)
+            shape = read_shape(raw["shape"], f"{path}: shape")
+            keep = {axis: _by_layer(indices) for axis, indices in raw["keep"].items()}
+            margins = {axis: _by_layer(values, _margin) for axis, values in raw["margins"].items()}
+        except ValueError as error:
+            cause = str(error).rstrip(".")
+            raise CheckpointError(f"{path} holds no plan ({cause}). Run `minitron prune` again.") from error
+        try:
+            return cls(shape, keep, raw["layers"], margins, raw["model_hash"])
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
 
-def _by_layer(values: Mapping[str, Any], of: Any) -> dict[int | None, Any]:
+def _by_layer(values: Mapping[str, Any], of: Callable[[Any], Any] = lambda value: value) -> dict[int | None, Any]:
     """JSON's string keys back to layers."""
     return {None if key == "null" else int(key): of(value) for key, value in values.items()}
+
+
+def _margin(value: float | None) -> float:
+    """JSON has no NaN."""
+    return math.nan if value is None else value
 
 
 def _check_indices(axis: str, kept: tuple[int, ...], size: int) -> None:

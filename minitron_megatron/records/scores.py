@@ -6,13 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from ..errors import CheckpointError, RecipeError, did_you_mean
-from ..files import whole_file
-from ..layout import Shape
+from ..errors import CheckpointError, FileError, RecipeError, did_you_mean
+from ..files import check_as, whole_file
+from ..layout import PER_LAYER, PUBLIC_AXES, Shape
+from .shape import read_shape
 
 __all__ = ["Scores", "Statistic"]
 
@@ -49,6 +52,16 @@ class Statistic:
                 )
 
 
+class About(TypedDict):
+    """What a scores file says beside its numbers."""
+
+    shape: dict[str, Any]
+    statistic: Statistic
+    samples: int
+    tokens: int
+    model_hash: str
+
+
 Values = Mapping[str, Mapping[int | None, Tensor]]
 """Axis -> layer -> score of each unit: fp64 [units]. The layer is None on an axis that all layers share."""
 
@@ -82,21 +95,36 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Raises CheckpointError where the file is missing, torn or holds no scores."""
+        """Raises CheckpointError where the file is missing, torn or holds no scores, or some that are not finite."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["scores"])
+                raw = json.loads((file.metadata() or {})["scores"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             values: dict[str, dict[int | None, Tensor]] = {}
             for key in sorted(tensors, key=_order):
                 axis, layer = _parse(key)
                 values.setdefault(axis, {})[layer] = tensors[key].to(torch.float64)
-            shape, statistic = Shape(**about["shape"]), Statistic(**about["statistic"])
-            return cls(values, shape, statistic, about["samples"], about["tokens"], about["model_hash"])
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{path} holds no scores ({error}). Run `minitron score` again.") from error
+            about = check_as(raw, About, "its header")
+            shape = read_shape(about["shape"], "its header")
+            _check_values(values, shape)
+            return cls(values, shape, about["statistic"], about["samples"], about["tokens"], about["model_hash"])
+        except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+            cause = str(error).rstrip(".") or type(error).__name__
+            raise CheckpointError(f"{path} holds no scores ({cause}). Run `minitron score` again.") from error
+
+
+def _check_values(values: Values, shape: Shape) -> None:
+    """Raises FileError for an axis or a layer that a model of `shape` has not, and for numbers that rank nothing."""
+    for axis, by_layer in values.items():
+        for layer, units in by_layer.items():
+            place = axis if layer is None else f"{axis} in layer {layer}"
+            known = axis in PUBLIC_AXES and (layer is not None) == (axis in PER_LAYER)
+            if not known or not (layer is None or 0 <= layer < shape.layers) or units.dim() != 1:
+                raise FileError(f"{place} is no axis of the model that it names")
+            if not bool(units.isfinite().all()):
+                raise FileError(f"the scores of {place} are not all finite")
 
 
 def _key(axis: str, layer: int | None) -> str:

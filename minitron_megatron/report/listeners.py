@@ -28,7 +28,7 @@ from ..errors import CheckpointError
 from ..events import Event, Listener
 from . import numbers
 
-__all__ = ["MetricsFile", "Progress", "fan_out", "read_metrics"]
+__all__ = ["MetricsFile", "Progress", "fan_out", "lost_lines", "parse_line", "read_metrics"]
 
 
 def fan_out(*listeners: Listener) -> Listener:
@@ -161,6 +161,10 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+FIELDS: dict[str, type] = {"time": str, "stage": str, "unit": str, "done": int, "total": int}
+"""What a line of metrics holds beside its measurements."""
+
+
 class MetricsFile:
     """Appends each event that measured something as a JSON line, in one write: a kill tears the last line at most.
 
@@ -205,16 +209,32 @@ class MetricsFile:
             ) from error
 
 
+def parse_line(text: bytes) -> dict[str, Any] | None:
+    """Return a line of a metrics file; None for one that is torn or foreign."""
+    try:
+        line = json.loads(text, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict):
+        return None
+    known = all(isinstance(line.get(name, fits()), fits) for name, fits in FIELDS.items())
+    values = (value for name, value in line.items() if name not in FIELDS)
+    measured = all(value is None or isinstance(value, int | float) for value in values)
+    return line if known and measured and {"stage", "done"} <= line.keys() else None
+
+
+def lost_lines(path: Path) -> int:
+    """How many whole lines of a metrics file are torn or foreign. The last one, of a killed run, is none of them."""
+    *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    return sum(bool(text.strip()) and parse_line(text) is None for text in whole)
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a metrics file; torn and foreign ones are skipped."""
     if not path.exists():
         return
     for text in path.read_bytes().split(b"\n"):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and "stage" in line and "done" in line:
+        if (line := parse_line(text)) is not None:
             yield line
 
 

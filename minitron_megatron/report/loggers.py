@@ -11,15 +11,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from typing_extensions import TypedDict
+
 from ..errors import RecipeError
 from ..events import Event, Listener
-from ..files import read_json, write_json
+from ..files import read_as, write_json
 
 __all__ = ["logged"]
 
 WandbMode = Literal["online", "offline"]
 WANDB_ID = "wandb.json"
 """Beside the metrics: a run that is killed and begun again is one run there."""
+
+
+class WandbId(TypedDict):
+    id: str
 
 
 def _finite(event: Event) -> dict[str, float]:
@@ -69,13 +75,13 @@ def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, Any
         write_json(known, {"id": secrets.token_hex(8)})
     try:
         log = wandb.init(
-            id=read_json(known)["id"],
+            id=read_as(known, WandbId)["id"],
             name=folder.resolve().name,
             project=project,
             mode=mode,
             dir=folder,
             resume="allow" if mode == "online" else None,
-            config=dict(config) | {"versions": read_json(folder / "versions.json")},
+            config=dict(config) | {"versions": read_as(folder / "versions.json", dict[str, str | int | None])},
             settings=wandb.Settings(console="off", silent=True),
         )
     except wandb.Error as error:

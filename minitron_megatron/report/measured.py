@@ -33,7 +33,7 @@ def predicted_rows(run: Path) -> list[Row]:
         stages = {path.stem: read_json(path) for path in sorted((run / "stages").glob("*.json"))}
         metrics = read_metrics(run / "metrics.jsonl")
         return _sizes(run, predicted, stages) + _work(predicted, stages, metrics) + _slowest(metrics)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return []
 
 

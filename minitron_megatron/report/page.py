@@ -11,18 +11,24 @@ from html import escape
 from pathlib import Path
 from statistics import median
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 
-from ..files import read_json, whole_file
+from typing_extensions import TypedDict
+
+from ..errors import FileError
+from ..files import read_as, whole_file
+from ..records import Row
 from . import numbers, plots
 from .importance import KEPT, kept_rows, shares
-from .listeners import read_metrics
+from .listeners import lost_lines, read_metrics
 from .measured import PREDICTED, predicted_rows
 from .plots import ByLayer, DepthCurves
-from .searched import SEARCHED, searched_rows
+from .searched import SEARCHED, SearchTable, searched_rows
 from .tables import COLUMNS, cells, tasks_of
 
 __all__ = ["write_report"]
+
+T = TypeVar("T")
 
 
 def write_report(
@@ -39,9 +45,13 @@ def write_report(
     depth: what the network is worth without some layers.
     """
     scores, plan, margins = scores or {}, plan or {}, margins or {}
-    summary, metrics = _rows(_json(run / "summary.json")), read_metrics(run / "metrics.jsonl")
-    search = _json(run / "search" / "table.json")
-    warnings = [*_close_cuts(margins), *_lost_losses(metrics)]
+    warnings: list[str] = []
+    summary = _read(run / "summary.json", list[Row], warnings) or []
+    search = _read(run / "search" / "table.json", SearchTable, warnings)
+    versions = _read(run / "versions.json", dict[str, str | int | None], warnings)
+    stages = _read_stages(run / "stages", warnings)
+    metrics = read_metrics(run / "metrics.jsonl")
+    warnings += [*_lost_lines(run / "metrics.jsonl"), *_close_cuts(margins), *_lost_losses(metrics)]
     figures = {
         "losses": lambda path: plots.loss_curves(metrics, summary, path),
         "models": lambda path: plots.bars(summary, path),
@@ -60,9 +70,9 @@ def write_report(
         _section("Search", _table(SEARCHED, searched_rows(search)) + drawn["search"] + drawn["ranks"]),
         _section("What was kept", _table(KEPT, kept_rows(plan, scores, margins)) + kept),
         _section("Predicted and measured", _table(PREDICTED, predicted_rows(run))),
-        _section("Stages", _stages(run / "stages", metrics)),
+        _section("Stages", _stages(stages, metrics)),
         _section("Recipe", _recipe(run / "recipe.yaml")),
-        _section("Versions", _pairs(_json(run / "versions.json"))),
+        _section("Versions", _pairs(versions or {})),
     ]
     body = _warnings(warnings) + "".join(sections)
     page = run / "report.html"
@@ -75,16 +85,33 @@ def write_report(
 # -------------------------------------------------------------------------------------------------------- what is there
 
 
-def _json(path: Path) -> Any:
-    """What a JSON file holds, or None where it is absent or torn."""
+class StageFile(TypedDict, total=False):
+    """What the page shows of a stage's record."""
+
+    seconds: float | None
+
+
+def _read(path: Path, kind: type[T], warnings: list[str]) -> T | None:
+    """What a JSON file holds, or None where it is absent; or torn, which becomes a warning."""
+    if not path.exists():
+        return None
     try:
-        return read_json(path)
-    except (OSError, ValueError):
+        return read_as(path, kind)
+    except FileError as error:
+        warnings.append(f"{error} It is left out.")
         return None
 
 
-def _rows(value: Any) -> list[dict[str, Any]]:
-    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
+def _read_stages(folder: Path, warnings: list[str]) -> dict[str, StageFile]:
+    """In the order in which they ended."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    found = {path.stem: _read(path, StageFile, warnings) for path in paths}
+    return {name: record for name, record in found.items() if record is not None}
+
+
+def _lost_lines(path: Path) -> list[str]:
+    lost = lost_lines(path)
+    return [f"{lost} lines of {path} are torn or foreign. They are left out."] if lost else []
 
 
 def _close_cuts(margins: ByLayer[float]) -> list[str]:
@@ -168,10 +195,9 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
     return _table([*(title for title, _ in COLUMNS.values()), *tasks], (cells(row, tasks) for row in rows))
 
 
-def _stages(folder: Path, metrics: Sequence[Mapping[str, Any]]) -> str:
+def _stages(stages: Mapping[str, StageFile], metrics: Sequence[Mapping[str, Any]]) -> str:
     """A row a stage, in the order in which they ended: its time, and what its lines of metrics say of its work."""
-    done = [(path.stem, _json(path)) for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)]
-    times = [(name, stage.get("seconds")) for name, stage in done if isinstance(stage, dict)]
+    times = [(name, stage.get("seconds")) for name, stage in stages.items()]
     rows = [(name, numbers.duration(seconds), *_work(name, metrics)) for name, seconds in times]
     if len(rows) > 1:
         rows.append(("all", numbers.duration(sum(seconds or 0.0 for _, seconds in times)), "", "", ""))
@@ -195,10 +221,10 @@ def _recipe(path: Path) -> str:
         return ""
 
 
-def _pairs(value: Any) -> str:
+def _pairs(pairs: Mapping[str, object]) -> str:
     """A mapping as a table of two columns."""
-    pairs = value.items() if isinstance(value, dict) else ()
-    return _table(("name", "version"), ((str(name), numbers.ABSENT if it is None else str(it)) for name, it in pairs))
+    rows = ((name, numbers.ABSENT if value is None else str(value)) for name, value in pairs.items())
+    return _table(("name", "version"), rows)
 
 
 _PAGE = Template("""<!DOCTYPE html>

@@ -11,10 +11,11 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import TypedDict
 
 from ..errors import CheckpointError
-from ..files import read_json
-from ..records import DepthScores, Plan, Scores
+from ..files import read_as
+from ..records import DepthScores, Plan, Scores, read_summary
 from . import numbers
 from .importance import CUT, KEPT, SCORED, cut_rows, kept_rows, score_rows
 from .measured import PREDICTED, predicted_rows
@@ -80,7 +81,7 @@ def describe(path: Path) -> Table | Group:
         scores, plan, margins = _cut(path)
         kept = text_table("What was kept", KEPT, kept_rows(plan, scores, margins))
         predicted = text_table("Predicted and measured", PREDICTED, predicted_rows(path))
-        return Group(summary_table(read_json(path / "summary.json")), kept, predicted)
+        return Group(summary_table(read_summary(path / "summary.json")), kept, predicted)
     if path.suffix == ".safetensors":
         return _scores(Scores.load(path))
     if path.name == DEPTH.name and path.is_file():
@@ -135,8 +136,15 @@ def _plan(path: Path) -> Group:
 def _config(path: Path) -> dict[str, Any]:
     keys: Sequence[str] = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
     keys = (*keys, "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "torch_dtype")
-    config = read_json(path)
+    config = read_as(path, dict[str, Any])
     return {key: config[key] for key in keys if key in config}
+
+
+class StageRecord(TypedDict):
+    """What is shown of a stage's record."""
+
+    seconds: float
+    result: dict[str, Any]
 
 
 def _by_age(folder: Path) -> list[Path]:
@@ -144,5 +152,5 @@ def _by_age(folder: Path) -> list[Path]:
 
 
 def _stage(path: Path) -> str:
-    record = read_json(path)
+    record = read_as(path, StageRecord)
     return f"{numbers.duration(record['seconds'])}  {json.dumps(record['result'])[:100]}"

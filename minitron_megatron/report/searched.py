@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from . import numbers
 
-__all__ = ["ESTIMATED", "SEARCHED", "estimated_rows", "searched_rows"]
+__all__ = ["ESTIMATED", "SEARCHED", "SearchTable", "estimated_rows", "searched_rows"]
 
 Row = tuple[str, ...]
 
@@ -18,13 +20,35 @@ SEARCHED = ("candidate", "parameters", "after the cut", "distilled for a while",
 ESTIMATED = ("candidate", "parameters", "memory\n(GiB)", "FLOPs\na token", "decoding\n(ms)", "light\n(hours)")
 
 
-def searched_rows(table: Mapping[str, Any] | None) -> list[Row]:
+class SearchedCandidate(TypedDict):
+    name: str
+    costs: dict[str, float]
+    after_cut: float | None
+    loss: float | None
+    curve: dict[str, float | None]
+    front: bool
+    winner: bool
+    sizes: NotRequired[dict[str, int]]
+    layers: NotRequired[list[int] | None]
+    score: NotRequired[float | None]
+
+
+class SearchTable(TypedDict):
+    """A run's `search/table.json`."""
+
+    candidates: list[SearchedCandidate]
+    by: NotRequired[str]
+    costs: NotRequired[list[str]]
+    settled: NotRequired[list[tuple[int, float | None]]]
+
+
+def searched_rows(table: SearchTable | None) -> list[Row]:
     """Rows under `SEARCHED`: the best by their last loss, and how many more there are."""
-    rows = list((table or {}).get("candidates", ()))
+    rows = table["candidates"] if table else []
     shown: list[Row] = [
         (
             row["name"],
-            numbers.count(row["costs"]["params"]),
+            numbers.count(row["costs"].get("params")),
             numbers.loss(row["after_cut"]),
             numbers.loss(row["loss"] if row["curve"] else None),
             "chosen" if row["winner"] else "beaten by none" if row["front"] else "",

@@ -35,7 +35,7 @@ def cells(row: Mapping[str, Any], tasks: Sequence[str] = ()) -> list[str]:
     """The row's values as text, in the order of `COLUMNS` and then of `tasks`; a dash for what is absent."""
     plain = [numbers.ABSENT if row.get(key) is None else write(row[key]) for key, (_, write) in COLUMNS.items()]
     scores = row.get("tasks") or {}
-    return plain + [numbers.ABSENT if name not in scores else f"{scores[name]:.4g}" for name in tasks]
+    return plain + [numbers.ABSENT if scores.get(name) is None else f"{scores[name]:.4g}" for name in tasks]
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:

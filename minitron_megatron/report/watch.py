@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..events import Event, Listener
-from .listeners import read_metrics
+from .listeners import parse_line, read_metrics
 from .machine import MACHINE
 
 __all__ = ["watch"]
@@ -38,7 +37,8 @@ def watch(run: Path, listener: Listener, *, goes_on: Callable[[], bool] = lambda
         whole = fresh[: fresh.rfind(b"\n") + 1]
         read = min(read, _whole_bytes(path)) + len(whole)
         for text in whole.splitlines():
-            _tell(listener, json.loads(text))
+            if (fresh_line := parse_line(text)) is not None:
+                _tell(listener, fresh_line)
 
 
 def _whole_bytes(path: Path) -> int:
@@ -47,7 +47,7 @@ def _whole_bytes(path: Path) -> int:
 
 
 def _tell(listener: Listener, line: dict[str, float | str | None]) -> None:
-    if line["stage"] == MACHINE:
+    if line["stage"] == MACHINE or "total" not in line:
         return
     values = {name: value for name, value in line.items() if name not in NOT_VALUES and isinstance(value, int | float)}
-    listener(Event(str(line["stage"]), int(line["done"]), int(line["total"]), str(line["unit"]), values))  # type: ignore[arg-type]
+    listener(Event(str(line["stage"]), int(line["done"]), int(line["total"]), str(line.get("unit", "steps")), values))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from .halving import Curve
@@ -22,6 +23,7 @@ def rank_correlation(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
+    values = [math.inf if math.isnan(value) else value for value in values]  # a NaN is the worst loss
     ordered = sorted(values)
     return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]
 
@@ -43,7 +45,9 @@ Point = tuple[float, ...]
 
 
 def front(points: Mapping[str, Point]) -> list[str]:
-    """The names that no other beats: none has everything as small, and something smaller. In order of their loss."""
+    """The names that no other beats: none has everything as small, and something smaller. In order of their loss. A
+    point that is not finite is none of them."""
+    points = {name: point for name, point in points.items() if all(map(math.isfinite, point))}
     best = [name for name, point in points.items() if not any(_beats(other, point) for other in points.values())]
     return sorted(best, key=lambda name: points[name])
 
@@ -53,7 +57,10 @@ def _beats(one: Point, other: Point) -> bool:
 
 
 def knee(points: Mapping[str, Point]) -> str:
-    """Of the front of (loss, cost), where both are scaled to run from 0 to 1 along it, the one nearest to (0, 0)."""
+    """Of the front of (loss, cost), where both are scaled to run from 0 to 1 along it, the one nearest to (0, 0).
+
+    Raises ValueError where no point is finite.
+    """
     names = front(points)
     ends = [(min(axis), max(axis)) for axis in zip(*(points[name] for name in names), strict=True)]
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import TypedDict
 
 from ..data import Batch
-from ..errors import CheckpointError, Preempted, TrainingError
+from ..errors import CheckpointError, FileError, Preempted, TrainingError
 from ..events import Event, Listener, silent
+from ..files import check_as
 from ..layout import flops_per_token
-from ..model import Checkpoints, config_of, load_checkpoint
+from ..model import Checkpoints, check_finite, config_of, load_checkpoint
 from ..parallel import Topology, peak_flops
 from .learner import Learner
 from .objective import Objective
@@ -33,6 +35,16 @@ MOST_SKIPPED = 10
 
 SCORE = "validation_loss"
 """The measurement that tells the best checkpoint."""
+
+
+class Saved(TypedDict):
+    """What a checkpoint's state must hold for training to go on."""
+
+    step: int
+    tokens: int
+    skipped: int
+    spikes: tuple[list[float], int]
+    schedulers: list[dict[str, Any]]
 
 
 def train(
@@ -63,8 +75,8 @@ def train(
     after every `validate_every` steps and at the end. Returns the last step's values: `loss` (nats per token), `tokens`
     seen, `skipped` steps, `spikes` of the loss.
 
-    A step whose loss or gradient is not finite changes nothing and is counted; `MOST_SKIPPED` of them in a row raise
-    TrainingError. SIGTERM or SIGUSR1 at any rank raises Preempted after the step at work. Both save the state first.
+    A step whose loss or gradient is not finite changes nothing and is counted. TrainingError: `MOST_SKIPPED` in a row,
+    or no result (`_Run.finish`). Preempted: SIGTERM or SIGUSR1 at any rank. Either comes after a save.
     """
     learners = [Learner(model, training, topology), *beside]
     run = _Run(learners, objective, training, topology, identity, label, beside_flops)
@@ -91,7 +103,7 @@ def train(
                     raise run.hopelessness()
                 if stop:
                     raise Preempted
-        run.finish()
+        run.finish(values)
         return values
     finally:
         run.release()
@@ -169,9 +181,31 @@ class _Run:
                 rates[f"{name}mfu"] = flops / peak
         return rates
 
+    def finish(self, values: Mapping[str, float]) -> None:
+        """Waits for the checkpoint that is being written. Raises TrainingError where there is no result: nothing but
+        skipped steps, weights that are not finite, or a last validation (without one: a last loss) that is not."""
+        if self.store:
+            self.store.poll(wait=True)
+        self._expect_finite()
+        told = values.get(SCORE, values.get("loss", 0.0))
+        if not math.isfinite(told) or self.skipped_in_a_row == self.training.steps:
+            raise TrainingError(
+                f"{self.label} ended at step {self.step} without a result: its loss is not finite. Look at the data, "
+                "or lower the learning rate (`lr`)."
+            )
+
+    def _expect_finite(self) -> None:
+        for learner in self.learners:
+            name = f"the {learner.trainee.name or 'model'} that `{self.label}` trains"
+            advice = "Lower the learning rate (`lr`), or look at the data; checkpoints of earlier steps stay."
+            check_finite(
+                [chunk.module for chunk in learner.chunks], f"{name}, after step {self.step},", advice, TrainingError
+            )
+
     def save(self, score: float | None, *, wait: bool) -> None:
         if self.store is None:
             return
+        self._expect_finite()
         state = {
             "identity": self.identity,
             "tokens": self.tokens,
@@ -181,17 +215,11 @@ class _Run:
         }
         self.store.save(self.step, [learner.trainee for learner in self.learners], state, score=score, wait=wait)
 
-    def finish(self) -> None:
-        """Waits for the checkpoint that is being written."""
-        if self.store:
-            self.store.poll(wait=True)
-
     def resume(self, begin: tuple[Path, str] | None) -> None:
         """Goes on from the newest checkpoint that can be read; else from the end of the phase before, if any."""
         state = self._newest(self.store, self.identity) if self.store else None
         if state:
-            for learner, scheduler in zip(self.learners, state["schedulers"], strict=True):
-                learner.scheduler.load_state_dict(scheduler)
+            self._resume_schedules(state["schedulers"])
             self.step, self.spikes = state["step"], Spikes(*state["spikes"])
         elif begin is not None:
             state = self._newest(Checkpoints(begin[0], self.topology), begin[1])
@@ -199,6 +227,17 @@ class _Run:
                 raise CheckpointError(f"{begin[0]} holds no checkpoint to begin from. Remove it to train it again.")
         if state:
             self.tokens, self.skipped = state["tokens"], state["skipped"]
+
+    def _resume_schedules(self, schedules: Sequence[dict[str, Any]]) -> None:
+        try:
+            for learner, schedule in zip(self.learners, schedules, strict=True):
+                learner.scheduler.load_state_dict(schedule)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            assert self.store is not None
+            raise CheckpointError(
+                f"the newest checkpoint in {self.store.folder} has a learning rate schedule of another training. "
+                "Remove it to go on from the one before."
+            ) from error
 
     def _newest(self, store: Checkpoints, identity: str) -> dict[str, Any] | None:
         """The state of the newest that can be read, now loaded; None where there is none at all.
@@ -209,8 +248,10 @@ class _Run:
         there = store.newest_first()
         for path, older in zip_longest(there, there[1:]):
             try:
-                return load_checkpoint(path, trainees, identity)
-            except CheckpointError as error:
+                state = load_checkpoint(path, trainees, identity)
+                check_as(state, Saved, f"{path}'s state")
+                return state
+            except (CheckpointError, FileError) as error:
                 if older is None:
                     raise CheckpointError(
                         f"{error} No older one is there: remove {store.folder} to start again."

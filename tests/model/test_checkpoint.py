@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import pickle
+import re
 import select
 import shutil
 import time
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.files import MANIFEST, write_checksums
 from minitron_megatron.layout import Shape
 from minitron_megatron.model import (
     Checkpoints,
@@ -27,6 +31,7 @@ from minitron_megatron.model import (
     load_checkpoint,
     named_shards,
 )
+from minitron_megatron.model.writing import cause_of
 from minitron_megatron.parallel import Topology, mend_distributed_optimizer
 from minitron_megatron.testing import Pool
 from tests.limits import HANGS
@@ -121,6 +126,7 @@ def test_what_is_loaded_is_what_was_saved(pool: Pool, tmp_path: Path, layout: di
         ({}, [9, 10]),
         ({7: 1.0, 8: 0.5, 9: 0.7}, [8, 9, 10]),
         ({7: 0.5, 10: 0.5}, [9, 10]),
+        ({7: 0.5, 8: math.nan, 9: -math.inf}, [7, 9, 10]),
     ],
 )
 def test_the_newest_two_and_the_best_stay(
@@ -229,6 +235,64 @@ def test_a_torn_checkpoint_is_an_error_that_names_it(
         pool.run(load, copy)
 
 
+@pytest.mark.parametrize("pattern", [".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "state.json"])
+def test_a_flipped_bit_is_an_error_that_names_the_file(pool: Pool, copy: Path, pattern: str) -> None:
+    [file] = copy.glob(pattern)
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=re.escape(str(file))):
+        pool.run(load, copy, dp=2)
+
+
+def changed(path: Path, change: Callable[[Any], Any]) -> None:
+    """Rewrites a JSON file, and the list of checksums as its writer would."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    others = (file for file in path.parent.iterdir() if file.name != MANIFEST)
+    write_checksums(path.parent / MANIFEST, others)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("state.json", lambda state: []),
+        ("state.json", lambda state: state | {"step": "1"}),
+        ("state.json", lambda state: state | {"score": "best"}),
+        ("metadata.json", lambda about: []),
+        ("metadata.json", lambda about: about | {"sharded_backend": "zarr"}),
+        ("metadata.json", lambda about: about | {"more": 1} if about.pop("sharded_backend_version") else about),
+        ("checksums.json", lambda known: {}),
+        ("checksums.json", lambda known: known | {"../../x": "0" * 64}),
+    ],
+)
+def test_a_foreign_file_is_one_error_that_names_it(pool: Pool, copy: Path, name: str, change: Any) -> None:
+    changed(copy / name, change) if name != MANIFEST else (copy / name).write_text(
+        json.dumps(change(json.loads((copy / name).read_text())) or None)
+    )
+    with pytest.raises(CheckpointError, match=re.escape(str(copy / name))):
+        pool.run(load, copy)
+
+
+def test_a_torn_or_hostile_common_file_advises_nothing_unsafe(pool: Pool, copy: Path, tmp_path: Path) -> None:
+    for content in (b"", b"torn", pickle.dumps(Payload(tmp_path / "ran"))):
+        (copy / "common.pt").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"common\.pt is torn or not safe to open: \w") as caught:
+            pool.run(load, copy)
+        assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (EOFError(), "EOFError"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"), "as when it is full"),
+        (ValueError("first.\nTraceback"), "first"),
+    ],
+)
+def test_a_cause_is_never_empty(error: Exception, said: str) -> None:
+    assert cause_of(error).endswith(said)
+
+
 @pytest.mark.parametrize("stop", range(0, 100, 7))
 def test_an_index_cut_anywhere_is_torn(pool: Pool, copy: Path, stop: int) -> None:
     from minitron_megatron.model.metadata import check_metadata
@@ -286,6 +350,7 @@ def test_a_hostile_object_among_the_weights_does_not_run(
     index.storage_data = {key: at for key, at in index.storage_data.items() if key.fqn != name}
     index.storage_data[MetadataIndex(name)] = _StorageInfo("hostile.distcp", 0, len(body.getvalue()))
     (copy / ".metadata").write_bytes(pickle.dumps(index))
+    write_checksums(copy / MANIFEST, (file for file in copy.iterdir() if file.name != MANIFEST))
     with pytest.raises(CheckpointError):
         pool.run(load, copy)
     assert not marker.exists()

@@ -189,3 +189,20 @@ def test_what_cannot_be_kept_is_refused(asked: dict, says: str) -> None:
     scores = random_scores()
     with pytest.raises(PlanError, match=says):
         choose(scores_of({axis: scores.values[axis] for axis in ("heads", "hidden")}), **asked)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("axis", "cut"), [("hidden", "hidden"), ("ffn", "ffn"), ("heads", "heads"), ("heads", "kv_groups")]
+)
+def test_a_score_that_is_not_finite_ranks_nothing(axis: str, cut: str, value: float) -> None:
+    scores = random_scores()
+    list(scores.values[axis].values())[-1][3] = value
+    with pytest.raises(PlanError, match=f"the scores of {cut}.* are not all finite"):
+        choose(scores, **{cut: 6 if cut != "kv_groups" else 2})
+
+
+def test_scores_of_another_shape_rank_nothing() -> None:
+    values = {"hidden": {None: torch.ones(5, dtype=torch.float64)}}
+    with pytest.raises(PlanError, match="the scores of hidden are not one for each of 12 units"):
+        choose(scores_of(values), hidden=4)

@@ -98,3 +98,10 @@ def test_the_choice_is_a_plans() -> None:
 def test_what_was_not_measured_cannot_be_chosen(depth: DepthScores, asked: dict, says: str) -> None:
     with pytest.raises(PlanError, match=says):
         choose_layers(depth, **asked)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_block_whose_value_is_not_finite_ranks_nothing(value: float, contiguous: bool) -> None:
+    with pytest.raises(PlanError, match=r"layers 2 to 2 measure (nan|inf), which ranks nothing"):
+        choose_layers(singles(1.0, 2.0, value, 3.0), keep=LAYERS - 1, contiguous=contiguous)

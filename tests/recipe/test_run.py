@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, rmtree
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import yaml
 
 from minitron_megatron.errors import CheckpointError, DataError, MinitronError, PlanError, RecipeError, TopologyError
 from minitron_megatron.events import Event
-from minitron_megatron.files import locked, read_json, write_json
+from minitron_megatron.files import MANIFEST, checksum, locked, read_json, write_checksums, write_json
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import STAGES, dry_run, load_recipe, run
 from minitron_megatron.report.measured import predicted_rows
@@ -223,6 +224,128 @@ def test_one_stage_needs_those_before_it(recipe_file: Write, pool: Pool) -> None
     pool.run(work, recipe_file(), (), "prepare", tp=2)
     with pytest.raises(RecipeError, match="prune needs the stage correct"):
         pool.run(work, recipe_file(), (), "prune", tp=2)
+
+
+HOW_TO_RUN = [
+    *("data.workers=2", "data.repeat=true", "score.micro_batch=4", "evaluate.micro_batch=1", "recompute=full"),
+    *("hang_seconds=600", "log.project=other", "bench.requests=64", "distill.micro_batch=4", "distill.save_every=1"),
+    *("distill.keep_checkpoints=1", "distill.save_async=false", "distill.validate_every=1", "distill.teacher_window=1"),
+    *("distill.offload_teacher=true", "distill.loss.budget_mib=1"),
+]
+
+
+def first_step(topology: Topology, recipe: Path, overrides: list[str]) -> int:
+    """Runs a recipe; gives the first step of distillation that it took."""
+    steps: list[int] = []
+    run(
+        load_recipe(recipe, overrides),
+        topology,
+        listener=lambda e: steps.append(e.done) if e.label == "distill" else None,
+    )
+    return steps[0]
+
+
+def test_a_key_that_says_how_to_run_throws_no_work_away(finished: Path, recipe_file: Write, pool: Pool) -> None:
+    """On a run that is done nothing runs again; one at work goes on from its checkpoint, to the same numbers."""
+    recipe = recipe_file()
+    copy_until(finished, recipe, "distill")
+    assert in_a_process(recipe, ("distill", "distill", 9)) == -signal.SIGKILL
+    for key in HOW_TO_RUN:
+        assert {step.state for step in dry_run(load_recipe(finished, [key]))} == {"done"}, key
+        states = {step.stage: step.state for step in dry_run(load_recipe(recipe, [key]))}
+        assert states["prune"] == "done" and states["distill"] == "resume", key
+    assert {step.stage: step.state for step in dry_run(load_recipe(recipe, ["distill.clip=0.5"]))}["distill"] == "run"
+    [first] = pool.run(first_step, recipe, HOW_TO_RUN)
+    assert first > 4
+    for mine, theirs in zip(table(recipe), table(finished), strict=True):
+        assert mine["loss_nats_per_token"] == pytest.approx(theirs["loss_nats_per_token"], abs=1e-5)
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def other_rope(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_theta": 3.0}))
+
+
+def exchanged(path: Path) -> None:
+    """Another model of the run in its place, whole."""
+    rmtree(path)
+    copytree(path.parent / "random", path)
+
+
+def lost_scores(path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as file:
+        about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors["hidden"][3] = float("nan")
+    save_file(tensors, path, about)
+
+
+SPOILT: list[tuple[str, str, Callable[[Path], None]]] = [
+    ("prune", "scores/scores.safetensors", flipped),
+    ("prune", "scores/scores.safetensors", lost_scores),
+    ("distill", "pruned/model.safetensors", flipped),
+    ("distill", "pruned/config.json", other_rope),
+    ("distill", "pruned/plan.json", Path.unlink),
+    ("evaluate", "corrected/model.safetensors", flipped),
+    ("evaluate", "distilled", exchanged),
+    ("export", "distilled/model.safetensors", flipped),
+]
+
+
+@pytest.mark.parametrize(("stage", "name", "spoil"), SPOILT, ids=[f"{row[0]}-{row[1]}" for row in SPOILT])
+def test_what_a_stage_reads_is_what_the_run_wrote(
+    finished: Path, recipe_file: Write, pool: Pool, stage: str, name: str, spoil: Callable[[Path], None]
+) -> None:
+    recipe = recipe_file()
+    copy_until(finished, recipe, stage)
+    spoil(load_recipe(recipe).out / name)
+    with pytest.raises(CheckpointError, match=name.partition("/")[0]) as caught:
+        pool.run(work, recipe, (), stage, dp=2)
+    assert "Remove" in str(caught.value) and "again" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["stages/prepare.json", "stages/score.json"])
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"fingerprint": 1}', "NaN", None])
+def test_a_torn_or_foreign_record_is_one_error_that_names_it(
+    finished: Path, recipe_file: Write, name: str, content: str | None
+) -> None:
+    recipe = recipe_file()
+    copy_until(finished, recipe, "prune")
+    path = load_recipe(recipe).out / name
+    if content is None:  # its own fingerprint, and nothing that the stage left
+        content = json.dumps(json.loads(path.read_text()) | {"result": {"sources": []}})
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        dry_run(load_recipe(recipe))
+
+
+def test_a_student_that_is_not_finite_is_not_written(finished: Path, recipe_file: Write, pool: Pool) -> None:
+    """Nor is a model evaluated whose weights are none."""
+    from safetensors.torch import load_file, save_file
+
+    recipe = recipe_file()
+    copy_until(finished, recipe, "export")
+    weights = load_recipe(recipe).out / "distilled" / "model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    record = load_recipe(recipe).out / "stages" / "distill.json"
+    manifest = weights.parent / MANIFEST
+    write_checksums(manifest, (path for path in weights.parent.iterdir() if path != manifest))
+    saved = read_json(record)
+    saved["result"]["files"] = checksum(manifest)
+    write_json(record, saved)
+    rmtree(load_recipe(recipe).out / "export")
+    with pytest.raises(CheckpointError, match="distilled has weights that are not finite, in "):
+        pool.run(work, recipe, (), dp=2)
+    assert not (load_recipe(recipe).out / "export").exists()
 
 
 def with_tokenizer(model: Path, folder: Path, ids: dict[str, int]) -> Path:

@@ -118,6 +118,11 @@ def drop(key: str) -> Any:
         lambda raw: {**raw, "keep": []},
         lambda raw: {**raw, "keep": {"ffn": {"first": [1]}}},
         lambda raw: {**raw, "shape": {"layers": 1}},
+        lambda raw: {**raw, "shape": {**raw["shape"], "kv_groups": 0}},
+        lambda raw: {**raw, "keep": {"hidden": {"null": ["1"]}}},
+        lambda raw: {**raw, "keep": {"hidden": {"null": 1}}},
+        lambda raw: {**raw, "layers": [True]},
+        lambda raw: {**raw, "margins": {"hidden": {"null": "wide"}}},
     ],
 )
 def test_a_foreign_file_holds_no_plan(tmp_path: Path, change: Any) -> None:

@@ -102,6 +102,15 @@ UNITS = {"ffn.0": torch.ones(6)}
         (UNITS, metadata(shape=[1])),
         (UNITS, metadata(statistic={"batch": "median"})),
         ({"ffn.first": torch.ones(6)}, metadata()),
+        ({"ffn.12": torch.ones(6)}, metadata()),
+        ({"ffn": torch.ones(6)}, metadata()),
+        ({"fnf.0": torch.ones(6)}, metadata()),
+        ({"ffn.0": torch.ones(6, 1)}, metadata()),
+        ({"ffn.0": torch.full((6,), torch.nan)}, metadata()),
+        ({"ffn.0": torch.tensor([1.0, torch.inf, 1, 1, 1, 1])}, metadata()),
+        (UNITS, metadata(shape=asdict(SHAPE) | {"kv_groups": 0})),
+        (UNITS, metadata(shape=asdict(SHAPE) | {"hidden": "8"})),
+        (UNITS, metadata(tokens="many")),
     ],
 )
 def test_a_foreign_file_holds_no_scores(tmp_path: Path, tensors: dict, about: dict | None) -> None:

@@ -63,3 +63,15 @@ def test_halving_trains_half_of_the_rest_after_each_rung() -> None:
     curves = halving(list(losses), [1, 2, 4], train_all)
     assert trained == [(["a", "b", "c", "d", "e"], 1), (["b", "d", "e"], 2), (["b", "d"], 4)]
     assert {name: max(curve) for name, curve in curves.items()} == {"a": 1, "b": 4, "c": 1, "d": 4, "e": 2}
+
+
+def test_nothing_that_is_not_finite_is_best() -> None:
+    points = {
+        "lost": (math.nan, 1.0),
+        "free": (3.0, -math.inf),
+        "good": (1.0, 9.0),
+        "bent": (2.0, 2.0),
+        "cheap": (9.0, 1.0),
+    }
+    assert front(points) == ["good", "bent", "cheap"] and knee(points) == "bent"
+    assert rank_correlation([1.0, 2.0, math.nan], [1.0, 2.0, 3.0]) == 1.0

@@ -15,6 +15,7 @@ from torch import Tensor
 from minitron_megatron.convert import load_hf, model_hash
 from minitron_megatron.errors import Preempted, TrainingError
 from minitron_megatron.events import Event
+from minitron_megatron.model import named_shards
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import MOST_SKIPPED, LMObjective, Training, train
@@ -27,7 +28,8 @@ Said = list[tuple[int, float, str]]
 
 @dataclass(frozen=True)
 class Job:
-    """broken: steps, from 1, whose gradient is not finite. signalled: (rank, step after which it hears the signal)."""
+    """broken: steps, from 1, whose gradient is not finite. signalled: (rank, step after which it hears the signal).
+    poisoned: the step after which a weight of the last rank is not a number. validation: what validation finds."""
 
     folder: Path
     broken: frozenset[int] = frozenset()
@@ -35,6 +37,8 @@ class Job:
     checkpoints: Path | None = None
     training: Training = TRAINING
     number: int = signal.SIGTERM
+    poisoned: int = 0
+    validation: float | None = None
 
 
 class Fragile(LMObjective):
@@ -62,6 +66,8 @@ def run(topology: Topology, job: Job, start: int = 0) -> tuple[Said, str]:
         said.append((event.done, event.values["skipped"], model_hash(model, topology)))
         if job.signalled == (topology.rank, event.done):
             os.kill(os.getpid(), job.number)
+        if job.poisoned == event.done and topology.rank == topology.world - 1:
+            list(named_shards(model))[-1].tensor.data.view(-1)[-1] = torch.nan
 
     def batches(step: int) -> list[Any]:
         return share(samples(8, seed=step), topology)
@@ -75,6 +81,7 @@ def run(topology: Topology, job: Job, start: int = 0) -> tuple[Said, str]:
             topology,
             label="distill",
             checkpoints=job.checkpoints,
+            validate=None if job.validation is None else lambda: {"validation_loss": job.validation},
             listener=listen,
         )
     except (Preempted, TrainingError) as error:
@@ -117,3 +124,35 @@ def test_a_signal_at_any_rank_saves_and_the_next_run_goes_on(
     rest, error = pool.run(run, replace(job, signalled=None), **LAYOUTS[layout])[0]
     assert error == "" and rest == whole[3:]
     assert signal.getsignal(number) is signal.SIG_DFL
+
+
+ENDS = [
+    ({"broken": range(1, 9)}, "distill ended at step 8 without a result"),
+    ({"broken": range(1, 9), "validation": 2.0}, "distill ended at step 8 without a result"),
+    ({"broken": [8]}, ""),  # the model is that of step 7, whose loss was finite; this one's is too
+    ({"validation": torch.nan}, "distill ended at step 8 without a result"),
+    ({"validation": torch.inf}, "distill ended at step 8 without a result"),
+    ({"broken": [8], "validation": 2.0}, ""),
+    ({"poisoned": 2}, "the model that `distill` trains, after step 8, has weights that are not finite"),
+    (
+        {"poisoned": 8, "validation": 2.0},
+        "the model that `distill` trains, after step 8, has weights that are not finite",
+    ),
+]
+
+
+@pytest.mark.parametrize(("how", "said"), ENDS)
+def test_an_end_without_a_result_is_an_error(pool: Pool, checkpoints: dict[str, Path], how: Any, said: str) -> None:
+    """In fewer steps than those in a row that stop a training."""
+    job = Job(checkpoints["untied"], **{**how, "broken": frozenset(how.get("broken", ()))})
+    for _, error in pool.run(run, job, tp=2):
+        assert error.startswith(f"TrainingError: {said}" if said else "") and bool(error) == bool(said)
+
+
+def test_weights_that_are_not_finite_are_never_saved(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    training = replace(TRAINING, save_every=2, keep=1)
+    job = Job(checkpoints["untied"], checkpoints=tmp_path, training=training, poisoned=5)
+    for said, error in pool.run(run, job, pp=2):
+        assert error.startswith("TrainingError") and "after step 6, has weights that are not finite" in error
+        assert [step for step, *_ in said] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]

@@ -1,0 +1,104 @@
+"""What each stage leaves for those after it, as the types that its record is read back through."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from typing_extensions import TypedDict
+
+__all__ = ["RESULTS", "Measured", "Record"]
+
+
+class Record(TypedDict):
+    """A stage that is done."""
+
+    fingerprint: str
+    result: dict[str, Any]
+    seconds: float
+    peak_bytes: int
+
+
+class Source(TypedDict):
+    tokens: int
+    validation_tokens: int
+    end: int
+    content: str
+    weight: float
+
+
+class Prepared(TypedDict):
+    model_hash: str
+    sources: dict[str, Source]
+    sequence: int
+    seed: int
+    cross_documents: bool
+    config: str
+
+
+class Model(TypedDict):
+    hash: str
+    files: str
+    """The checksum of the list of its files' checksums."""
+
+
+class Trained(Model):
+    tokens: int
+
+
+class Scored(TypedDict):
+    samples: int
+    tokens: int
+    statistic: dict[str, str]
+    depth: str | None
+    files: dict[str, str]
+
+
+class Searched(TypedDict):
+    winner: str
+    by: str
+    loss: float | None
+    sizes: dict[str, int]
+    layers: list[int] | None
+    candidates: int
+    distilled: int
+
+
+class Pruned(Model):
+    margins: dict[str, float | None]
+    by: str
+    layers: list[int]
+    rounds: list[dict[str, int]]
+
+
+class Evaluated(TypedDict):
+    loss: dict[str, float | None]
+
+
+class Exported(Model):
+    dtype: str
+
+
+class Measured(TypedDict):
+    """A model's row of the summary, while the others are measured."""
+
+    model: str
+    parameters: int
+    loss_nats_per_token: float
+    perplexity: float
+    loss_by_source: dict[str, float | None]
+    tasks: dict[str, float | None]
+
+
+RESULTS: Mapping[str, Any] = {
+    "prepare": Prepared,
+    "correct": Trained,
+    "score": Scored,
+    "search": Searched,
+    "prune": Pruned,
+    "distill": Trained,
+    "baseline": Trained,
+    "evaluate": Evaluated,
+    "export": Exported,
+}
+"""By stage."""
