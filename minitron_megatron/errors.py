@@ -14,6 +14,7 @@ __all__ = [
     "FileError",
     "LayoutError",
     "MinitronError",
+    "ModelError",
     "PlanError",
     "Preempted",
     "RecipeError",
@@ -35,6 +36,10 @@ class LayoutError(MinitronError, KeyError):
     """A parameter or an axis has no row in the layout table."""
 
     __str__ = Exception.__str__  # KeyError would print the message's repr
+
+
+class ModelError(MinitronError, ValueError):
+    """Sizes or constants that make no model."""
 
 
 class PlanError(MinitronError, ValueError):
