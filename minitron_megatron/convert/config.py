@@ -238,7 +238,10 @@ def _rope(reader: _Reader) -> tuple[float, float, dict[str, Any] | None]:
     if nested.get("type", kind) != kind:
         raise reader.refusal(f"{where}.type", nested["type"], f"and rope_type: {kind!r}. Remove the wrong one.")
     if kind not in reader.family.rope:
-        raise reader.refusal("rope_type", kind, f"which is not supported; {', '.join(reader.family.rope)} are.")
+        kinds = " and ".join(map(repr, reader.family.rope))
+        raise reader.refusal(
+            "rope_type", kind, f"which is not supported in {where} of {reader.family.model_type}; {kinds} are."
+        )
     constants = ROPE[kind]
     for key in nested:
         if key not in (*ROPE_KEYS, *constants):

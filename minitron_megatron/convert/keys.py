@@ -60,6 +60,9 @@ EPSILON = Kind(
 DEVIATION = Kind("a fraction from 0 to 1", lambda value: isinstance(value, float) and 0 <= value <= 1)
 NUMBER = _number("a number from 0 on", lambda value: value >= 0)
 ID = _whole(-1, 2**31 - 1)
+QUANTISER = Kind(
+    "an object that says its quant_method", lambda value: isinstance(value, dict) and "quant_method" in value
+)
 TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value))
 IDS = Kind("a list of whole numbers", lambda value: isinstance(value, list) and all(map(ID.holds, value)))
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -133,7 +136,7 @@ ONLY: Only = {
 }
 
 DROPPED: Mapping[str, tuple[Kind, str]] = {
-    "quantization_config": (OBJECT | NULL, "its weights are read as they are stored, and written unquantised"),
+    "quantization_config": (QUANTISER | NULL, "its weights are read as they are stored, and written unquantised"),
     "auto_map": (OBJECT, "no code of a model's folder is run, nor goes along"),
 }
 """Keys that are true of a folder's files and of no export, each with its kind and reason."""
@@ -147,7 +150,7 @@ def free(reason: str, kind: Kind, keys: str | Iterable[str]) -> dict[str, tuple[
 FREE: Mapping[str, tuple[Kind, str]] = {
     **free("the family's class is chosen by model_type", TEXTS | NULL, "architectures"),
     **free("the family", TEXT, "model_type"),
-    **free("dropout acts in training with transformers; here nothing is dropped", NUMBER | NULL,
+    **free("dropout acts in training with transformers; here nothing is dropped", NUMBER,
            "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop classifier_dropout"),
     **free("keys and values kept while generating are what they would be anew", FLAG, "use_cache"),
     **free("how the weights are stored; files say it themselves", DTYPE | NULL, "torch_dtype dtype"),

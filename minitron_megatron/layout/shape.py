@@ -57,8 +57,6 @@ class Shape:
             raise ModelError(f"{self.heads} heads cannot be shared by {self.kv_groups} kv_groups of a shape.")
         if self.experts_per_token > self.experts:
             raise ModelError(f"a token cannot go to {self.experts_per_token} of {self.experts} experts.")
-        if not (self.expert_ffn if self.experts else self.ffn):
-            raise ModelError(f"a shape with {self.experts} experts needs {'expert_ffn' if self.experts else 'ffn'}.")
 
     @property
     def padded_vocab(self) -> int:

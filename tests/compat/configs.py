@@ -79,13 +79,16 @@ BY_KEY: Mapping[str, list[Any]] = {
     "original_max_position_embeddings": [16, 64, 4096],
     "rope_scaling": [
         {"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2}, {"rope_type": "linear"},
-        {"rope_type": "linear", "factor": 0.5}, {"rope_type": "linear", "factor": 0}, {"rope_type": "linear", "factor": "2"},
+        {"rope_type": "linear", "factor": 0.5}, {"rope_type": "linear", "factor": 0},
+        {"rope_type": "linear", "factor": "2"},
         {"type": "linear", "rope_type": "default", "factor": 2.0}, {"factor": 2.0}, {"rope_type": "default"},
-        {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}, {"type": "su"}, {"rope_type": None},
+        {"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}, {"type": "su"},
+        {"rope_type": None},
         {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0},
         {"rope_type": "linear", "factor": 2.0, "rope_theta": 700.0}, {"rope_type": "default", "rope_theta": None},
         {"rope_type": "default", "partial_rotary_factor": 0.5}, {"rope_type": "linear", "factor": 2.0, "beta": 3},
-        {"mrope_section": [1, 1, 2], "rope_type": "default"}, {"rope_type": ["default"]}, {"rope_type": "default", "factor": 4.0},
+        {"mrope_section": [1, 1, 2], "rope_type": "default"}, {"rope_type": ["default"]},
+        {"rope_type": "default", "factor": 4.0},
         LLAMA3, {**LLAMA3, "factor": 1.0}, {**LLAMA3, "low_freq_factor": 4.0}, {**LLAMA3, "high_freq_factor": 0.5},
         {**LLAMA3, "low_freq_factor": 0}, {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"},
         {k: v for k, v in LLAMA3.items() if k != "factor"}, {**LLAMA3, "original_max_position_embeddings": 32},
@@ -117,7 +120,8 @@ FOREIGN = (
     "attention_chunk_size", "num_key_value_head", "n_layer", "rope_interleaved", "embedding_multiplier",
     "logit_scale", "final_logit_softcapping", "clip_qkv", "query_pre_attn_scalar", "num_nextn_predict_layers",
     "tie_last_hidden_states", "transformers_weights", "torch_dtype", "dtype", "auto_map", "no_rope_layers",
-    "attn_implementation", "quantization_config", "text_config", "max_length", "top_k", "temperature", "is_decoder", "use_mrope",
+    "attn_implementation", "quantization_config", "text_config", "max_length", "top_k", "temperature",
+    "is_decoder", "use_mrope",
 )  # fmt: skip
 """Keys that a family may not have in this version of transformers."""
 
