@@ -15,6 +15,7 @@ __all__ = [
     "FileError",
     "LayoutError",
     "MinitronError",
+    "ModelError",
     "PlanError",
     "Preempted",
     "RecipeError",
@@ -37,6 +38,10 @@ class LayoutError(MinitronError, KeyError):
     """A parameter or an axis has no row in the layout table."""
 
     __str__ = Exception.__str__  # KeyError would print the message's repr
+
+
+class ModelError(MinitronError, ValueError):
+    """Sizes or constants that make no model."""
 
 
 class PlanError(MinitronError, ValueError):

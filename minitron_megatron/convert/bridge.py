@@ -18,6 +18,7 @@ from ..errors import CheckpointError
 from ..layout import TABLE, pattern_of
 from ..model import ACTIVATIONS, ModelConfig
 from .family import WHOLE, Family, Keys, Names
+from .keys import SHARE
 
 __all__ = ["bridged", "check_bridged"]
 
@@ -99,7 +100,7 @@ def _known(config: str) -> Known | None:
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig, PretrainedConfig
 
-    hf = json.loads(config)
+    hf = {key: value for key, value in json.loads(config).items() if key != "auto_map"}  # no code of a folder is run
     try:
         asked = AutoConfig.for_model(**hf)
     except ValueError:  # of a family that transformers does not know
@@ -154,9 +155,10 @@ def _family(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Family:
             "activation": _activation(provider.activation_func, hf),
         },
         eps=next((key for key in EPSILONS if key in hf), EPSILONS[0]),
-        rotary_share=provider.rotary_percent,
         keys=_keys(bridge, provider, hf),
-        renormalises=not provider.moe_router_pre_softmax,
+        read={"partial_rotary_factor": SHARE},
+        defaults={"partial_rotary_factor": provider.rotary_percent, "max_position_embeddings": 2048},
+        norm_topk_prob=not provider.moe_router_pre_softmax,
     )
 
 

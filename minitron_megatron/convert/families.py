@@ -1,4 +1,4 @@
-"""The model families, a row each."""
+"""The model families, a row each: their tensors' names, and the keys of their configs beside the common ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from ..errors import CheckpointError, did_you_mean
 from .bridge import bridged
-from .family import WHOLE, Family, Keys, Names, Only
+from .family import WHOLE, Family, Keys, Names
+from .keys import FLAG, LAYER_TYPES, NATURAL, NULL, NUMBER, SHARE, SIZE, WINDOW, Kind, Only, free
 
 __all__ = ["FAMILIES", "family_of"]
 
@@ -81,45 +82,136 @@ QWEN_SHARED: Names = {
     LAYER + "mlp.shared_experts.gate_weight": {WHOLE: HF_LAYER + "mlp.shared_expert_gate.weight"},
 }
 EXPERT_KEYS: Keys = {"experts_per_token": ("num_experts_per_tok",)}
-MIXTRAL_KEYS: Keys = {**EXPERT_KEYS, "experts": ("num_local_experts",), "expert_ffn": ("intermediate_size",)}
-QWEN_MOE_KEYS: Keys = {
+MIXTRAL_KEYS: Keys = {
     **EXPERT_KEYS,
-    "experts": ("num_experts", "num_local_experts"),  # of transformers 4.x and, for Qwen3, 5.x
+    "experts": ("num_local_experts", "num_experts"),
+    "expert_ffn": ("intermediate_size",),
+}
+QWEN2_MOE_KEYS: Keys = {
+    **EXPERT_KEYS,
+    "experts": ("num_experts",),
+    "expert_ffn": ("moe_intermediate_size",),
+    "shared_ffn": ("shared_expert_intermediate_size",),
+}
+QWEN3_MOE_KEYS: Keys = {
+    **EXPERT_KEYS,
+    "experts": ("num_experts", "num_local_experts"),  # of transformers 4.x and 5.x
     "expert_ffn": ("moe_intermediate_size",),
 }
 
-LLAMA_ONLY: Only = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,)}
-NEMOTRON_ONLY: Only = {"hidden_act": ("relu2",), "attention_bias": (False,), "mlp_bias": (False,)}
-MIXTRAL_ONLY: Only = {"hidden_act": ("silu",), "attention_bias": (False,)}
-QWEN_ONLY: Only = {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)}
-QWEN_MOE_ONLY: Only = {**QWEN_ONLY, "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
+WINDOWS: Mapping[str, Kind] = {"sliding_window": WINDOW}
+LAYER_WINDOWS: Mapping[str, Kind] = {
+    "use_sliding_window": FLAG,
+    "sliding_window": WINDOW,
+    "max_window_layers": NATURAL,
+    "layer_types": LAYER_TYPES,
+}
+ROTATED: Mapping[str, Kind] = {"partial_rotary_factor": SHARE}
+QWEN_DEFAULTS: Mapping[str, Any] = {
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+MISTRAL_DEFAULTS: Mapping[str, Any] = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+QWEN_MOE: Mapping[str, Kind] = {"norm_topk_prob": FLAG}
+QWEN_MOE_ONLY: Only = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
+ROUTER = free("losses of the router are of training with transformers", NUMBER | NULL, "router_aux_loss_coef")
+ROUTER |= free("losses of the router are of training with transformers", FLAG, "output_router_logits")
+DENSE = free("neurons of layers without experts, of which there are none", SIZE, "intermediate_size")
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", LLAMA_NAMES, only=LLAMA_ONLY),
-        Family("mistral", "MistralForCausalLM", LLAMA_NAMES, only=LLAMA_ONLY),
-        Family("qwen2", "Qwen2ForCausalLM", QWEN2_NAMES, {"qkv_bias": True}, only=QWEN_ONLY),
-        Family("qwen3", "Qwen3ForCausalLM", QWEN3_NAMES, {"qk_norm": True}, only=QWEN_ONLY),
-        Family("phi3", "Phi3ForCausalLM", PHI3_NAMES, only=LLAMA_ONLY),
-        Family("mixtral", "MixtralForCausalLM", MIXTRAL_NAMES, only=MIXTRAL_ONLY, keys=MIXTRAL_KEYS),
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            LLAMA_NAMES,
+            defaults={"max_position_embeddings": 2048},
+            nullable=("num_key_value_heads", "head_dim"),
+        ),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            LLAMA_NAMES,
+            read=WINDOWS,
+            defaults={**MISTRAL_DEFAULTS, "sliding_window": 4096},
+            nullable=("head_dim",),
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            QWEN2_NAMES,
+            {"qkv_bias": True},
+            read=LAYER_WINDOWS,
+            defaults={**QWEN_DEFAULTS, "num_key_value_heads": 32},
+            nullable=("num_key_value_heads",),
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            QWEN3_NAMES,
+            {"qk_norm": True},
+            read=LAYER_WINDOWS,
+            defaults={**QWEN_DEFAULTS, "num_key_value_heads": 32, "head_dim": 128},
+            nullable=("num_key_value_heads",),
+        ),
+        Family(
+            "phi3",
+            "Phi3ForCausalLM",
+            PHI3_NAMES,
+            read={**WINDOWS, **ROTATED},
+            defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0},
+            nullable=("num_key_value_heads",),
+            rope=("default",),
+        ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            MIXTRAL_NAMES,
+            keys=MIXTRAL_KEYS,
+            read=WINDOWS,
+            defaults={**MISTRAL_DEFAULTS, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
+            nullable=("head_dim",),
+            only={"norm_topk_prob": (True,)},
+            free={**ROUTER, **free("noise of training with transformers", NUMBER, "router_jitter_noise")},
+        ),
         Family(
             "qwen2_moe",
             "Qwen2MoeForCausalLM",
             _mixture(QWEN2_NAMES, {**QWEN_EXPERTS, **QWEN_SHARED}),
             {"qkv_bias": True, "shared_gate": True},
-            only={**QWEN_MOE_ONLY, "qkv_bias": (True,)},
-            keys={**QWEN_MOE_KEYS, "shared_ffn": ("shared_expert_intermediate_size",)},
-            renormalises=False,
+            keys=QWEN2_MOE_KEYS,
+            read={"layer_types": LAYER_TYPES, **QWEN_MOE},
+            defaults={
+                **QWEN_DEFAULTS,
+                "num_key_value_heads": 16,
+                "num_experts_per_tok": 4,
+                "norm_topk_prob": False,
+            },
+            only={**QWEN_MOE_ONLY, "qkv_bias": (True,), "use_sliding_window": (False,)},
+            free={
+                **ROUTER,
+                **DENSE,
+                **free("exports of earlier versions say it beside num_experts", SIZE, "num_local_experts"),
+                **free("of windows, which are off", NATURAL | NULL, "sliding_window max_window_layers"),
+            },
         ),
         Family(
             "qwen3_moe",
             "Qwen3MoeForCausalLM",
             _mixture(QWEN3_NAMES, QWEN_EXPERTS),
             {"qk_norm": True},
+            keys=QWEN3_MOE_KEYS,
+            read={"use_sliding_window": FLAG, **WINDOWS, **QWEN_MOE},
+            defaults={
+                **QWEN_DEFAULTS,
+                "num_key_value_heads": 4,
+                "num_experts_per_tok": 8,
+                "norm_topk_prob": False,
+            },
             only=QWEN_MOE_ONLY,
-            keys=QWEN_MOE_KEYS,
-            renormalises=False,
+            free={**ROUTER, **DENSE, **free("its windows are of all layers or none", NATURAL, "max_window_layers")},
         ),
         Family(
             "nemotron",
@@ -128,8 +220,17 @@ FAMILIES: Mapping[str, Family] = {
             {"gated": False, "norm_bias": True},
             {"norm": "LayerNorm", "zero_centered_norm": True, "activation": "relu2"},
             eps="norm_eps",
-            rotary_share=0.5,
-            only=NEMOTRON_ONLY,
+            read=ROTATED,
+            defaults={
+                "max_position_embeddings": 4096,
+                "norm_eps": 1e-5,
+                "initializer_range": 0.0134,
+                "partial_rotary_factor": 0.5,
+                "num_key_value_heads": ...,
+            },
+            nullable=("head_dim",),
+            only={"hidden_act": ("relu2",)},
+            free=free("transformers reads norm_eps alone", NUMBER, "rms_norm_eps layer_norm_eps"),
         ),
     )
 }

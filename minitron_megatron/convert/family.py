@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..layout import Shape, expert_of, layer_of, lookup, pattern_of
+from .keys import DEFAULTS, DERIVED, Kind, Only
 
-__all__ = ["WHOLE", "Family", "Keys", "Names", "Only"]
+__all__ = ["WHOLE", "Family", "Keys", "Names"]
 
 WHOLE = ""
 """The role of a Hugging Face tensor that is all of a Megatron one."""
@@ -20,10 +21,7 @@ Names = Mapping[str, Mapping[str, str]]
 """Megatron pattern -> role -> Hugging Face pattern. Roles that name one tensor lie in it one after the other."""
 
 Keys = Mapping[str, tuple[str, ...]]
-"""Field of `Shape` -> the config's names for it: the first that is there is read, all are written."""
-
-Only = Mapping[str, tuple[Any, ...]]
-"""Setting -> the values that are supported; the first is what an absent one means."""
+"""Field of `Shape` -> the config's names for it, which must agree; all are written."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,26 @@ class Family:
     """What its config does not say of `ModelConfig`."""
     eps: str = "rms_norm_eps"
     """The config's key for the norm's epsilon."""
-    rotary_share: float = 1.0
-    """The share of each head that is rotated where its config does not say."""
-    only: Only = field(default_factory=dict)
-    """Settings that change the function."""
     keys: Keys = field(default_factory=lambda: {"ffn": ("intermediate_size",)})
-    """How its config calls what is not alike in all families."""
-    renormalises: bool = True
-    """Whether a token's experts are weighed among themselves where its config does not say (`norm_topk_prob`)."""
+    """How its config calls the sizes that not all families have, or call alike."""
+    read: Mapping[str, Kind] = field(default_factory=dict)
+    """Keys that its config has beyond the common ones and its sizes, and that are read."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What an absent key means where that differs from `DEFAULTS` and `DERIVED`; ...: it must be said."""
+    nullable: tuple[str, ...] = ()
+    """Keys of `DERIVED` whose null means what an absent one does in most families."""
+    only: Only = field(default_factory=dict)
+    """Settings that change the function, with the values that are supported, beside `ONLY`."""
+    free: Mapping[str, tuple[Kind, str]] = field(default_factory=dict)
+    """Keys of its own that change nothing, beside `FREE`."""
+    rope: tuple[str, ...] = ("default", "linear", "llama3")
+    """The kinds of rotary embedding that its class in transformers takes, of those that are known here."""
+    norm_topk_prob: bool = True
+    """Whether a token's experts are weighed among themselves, in a family whose config does not say."""
+
+    def default(self, key: str) -> Any:
+        """The meaning of an absent key: a value, a function of other keys, or ... where it must be said."""
+        return self.defaults.get(key, DEFAULTS.get(key, DERIVED.get(key, ...)))
 
     def hf_names(self, name: str) -> dict[str, str]:
         """role -> Hugging Face tensor, for a parameter's global Megatron name."""
@@ -63,9 +73,12 @@ class Family:
             parts.setdefault(hf, []).append(rows)
         return parts
 
+    def shapes(self, name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every Hugging Face tensor of a parameter with its own shape."""
+        for hf, parts in self.rows(name, sizes).items():
+            yield hf, (sum(map(len, parts)), *lookup(name).shape(sizes)[1:])
+
     def tensors(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Every Hugging Face tensor of a shape with its own shape, in the order of the layers."""
-        sizes = shape.sizes(padded=False)
         for name in shape.names():
-            for hf, parts in self.rows(name, sizes).items():
-                yield hf, (sum(map(len, parts)), *lookup(name).shape(sizes)[1:])
+            yield from self.shapes(name, shape.sizes(padded=False))

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..model import ModelConfig
 from .families import family_of
+from .family import Family
 
 __all__ = ["flat_config"]
 
@@ -20,8 +21,10 @@ def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         source.pop(nested, None)
     source.setdefault("model_type", "llama")
     family = family_of(source)
-    if (config.rotary_share, family.rotary_share) != (1, 1):
+    if (config.rotary_share, family.defaults.get("partial_rotary_factor", 1)) != (1, 1):
         source["partial_rotary_factor"] = config.rotary_share
+    if "use_sliding_window" in family.read:
+        source |= _window(config, family)
     return {
         **source,
         "architectures": [family.architecture],
@@ -41,3 +44,13 @@ def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "initializer_range": config.init_std,
         "torch_dtype": dtype,
     }
+
+
+def _window(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The keys of a family whose windows may be of some layers: here all layers have one, or none has."""
+    if config.window is None:
+        return {"use_sliding_window": False}
+    said: dict[str, Any] = {"use_sliding_window": True, "sliding_window": config.window}
+    if "layer_types" in family.read:
+        said |= {"max_window_layers": 0, "layer_types": ["sliding_attention"] * config.shape.layers}
+    return said

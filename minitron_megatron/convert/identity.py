@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..model import chunks_of
 from ..parallel import Topology, broadcast_object
-from .config import read_config
+from .config import open_weights
 from .export import full_tensors
 from .families import family_of
 from .load import check_tensors
-from .weights import Weights
 
 __all__ = ["folder_hash", "model_hash"]
 
@@ -30,7 +29,7 @@ def model_hash(model: Any, topology: Topology) -> str:
 
 def folder_hash(folder: Path) -> str:
     """The `model_hash` of the weights in a Hugging Face folder, without building the model."""
-    config, weights = read_config(folder), Weights(folder)
+    config, weights = open_weights(folder)
     check_tensors(weights, config, family_of(config.source))
     return _combine(_line(hf, weights.read(hf)) for hf, _ in family_of(config.source).tensors(config.shape))
 

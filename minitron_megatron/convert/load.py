@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +13,25 @@ from torch import Tensor
 
 from ..errors import CheckpointError, did_you_mean
 from ..events import Event, Listener, silent
-from ..layout import lookup
+from ..layout import lookup, words
 from ..model import ModelConfig, Recompute, Spec, adopt, build, named_shards
 from ..parallel import Topology, fail_together
-from .config import read_config
+from .config import open_weights
 from .families import family_of
 from .family import Family
 from .weights import Weights
 
 __all__ = ["check_weights", "load_hf"]
 
-IGNORED = ("rotary_emb.inv_freq",)
+IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 """Buffers that old exports carry and that are computed here."""
+AXIS_KEYS: Mapping[str, tuple[str, ...]] = {
+    "vocab": ("vocab_size",),
+    "hidden": ("hidden_size",),
+    "kv_group": ("num_attention_heads", "num_key_value_heads"),
+    "head_dim": ("head_dim",),
+}
+"""Word of the layout table -> the keys of a config that say its size, where all families call it alike."""
 
 
 def load_hf(
@@ -41,8 +51,7 @@ def load_hf(
     """
     folder = Path(folder)
     with fail_together():
-        config = read_config(folder)
-        weights = Weights(folder)
+        config, weights = open_weights(folder)
         check_tensors(weights, config, family_of(config.source))
         chunks = build(config, topology, dtype, recompute=recompute, spec=spec)
     shards = list(named_shards(chunks))
@@ -61,38 +70,64 @@ def check_weights(folder: Path) -> None:
 
 def check_tensors(weights: Weights, config: ModelConfig, family: Family) -> None:
     """Raises CheckpointError where the headers do not hold exactly this model's tensors."""
-    expected = dict(family.tensors(config.shape))
-    for hf, shape in expected.items():
-        if hf not in weights:
-            near = did_you_mean(hf, [name for name in weights.names() if name not in expected])
-            raise CheckpointError(f"{weights.folder} lacks the tensor {hf}.{near}")
-        if weights.shape(hf) != shape:
-            raise CheckpointError(
-                f"{weights.folder}: {hf} has shape {weights.shape(hf)}, and config.json makes it {shape}."
-            )
+    sizes, expected = config.shape.sizes(padded=False), set()
+    for name in config.shape.names():
+        for hf, shape in family.shapes(name, sizes):
+            expected.add(hf)
+            if hf not in weights:
+                patterns = {pattern for roles in family.names.values() for pattern in roles.values()}
+                near = did_you_mean(hf, [there for there in weights.names() if _pattern(there) not in patterns])
+                raise CheckpointError(f"{weights.folder} lacks the tensor {hf}.{near}{_counted(hf, config, family)}")
+            if weights.shape(hf) != shape:
+                raise CheckpointError(
+                    f"{weights.folder}: {hf} has shape {weights.shape(hf)}, and config.json makes it {shape}. "
+                    f"Look at its {', '.join(_keys(name, family))}."
+                )
+    tied_copy = {"lm_head.weight"} if config.shape.tied else set()
     for hf in weights.names():
-        tied_copy = config.shape.tied and hf == "lm_head.weight"
-        if hf not in expected and not tied_copy and not hf.endswith(IGNORED):
-            raise CheckpointError(f"{weights.folder} holds a tensor that the model does not have: {hf}.")
+        if hf not in expected | tied_copy and not hf.endswith(IGNORED):
+            raise CheckpointError(
+                f"{weights.folder} holds a tensor that the model does not have: {hf}.{_counted(hf, config, family)}"
+            )
+
+
+def _pattern(hf: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", hf)
+
+
+def _keys(name: str, family: Family) -> list[str]:
+    """The keys of a config that say a parameter's shape."""
+    of_family = {"expert" if field == "experts" else field: keys for field, keys in family.keys.items()}
+    known = {**AXIS_KEYS, **of_family}
+    return [key for dim in lookup(name).dims for word in words(dim) for key in known.get(word, ())]
+
+
+def _counted(hf: str, config: ModelConfig, family: Family) -> str:
+    """The key of a config that says whether there is such a tensor."""
+    numbers, shape = re.findall(r"\.(\d+)\.", hf), config.shape
+    if not numbers:
+        return f" config.json says tie_word_embeddings: {str(shape.tied).lower()}." if hf == "lm_head.weight" else ""
+    if len(numbers) > 1:
+        return f" config.json says {family.keys['experts'][0]}: {shape.experts}." if shape.experts else ""
+    return f" config.json says num_hidden_layers: {shape.layers}."
 
 
 def read_shard(weights: Weights, name: str, config: ModelConfig, topology: Topology) -> Tensor:
-    """This rank's shard of one parameter, padding zero, in the file's dtype."""
+    """This rank's shard of one parameter, padding zero, in the file's dtype: of fused tensors the widest."""
     param, sizes = lookup(name), config.shape.sizes()
     rows = [param.shard_rows(dim, sizes, topology.tp_rank, topology.tp) for dim in range(len(param.dims))]
     tail = [_range(dim_rows) for dim_rows in rows[1:]]
-    shard: Tensor | None = None
-    for hf, parts in family_of(config.source).rows(name, sizes).items():
+    tensors = family_of(config.source).rows(name, sizes)
+    dtype = reduce(torch.promote_types, map(weights.dtype, tensors))
+    shard = torch.zeros([len(dim_rows) for dim_rows in rows], dtype=dtype)
+    for hf, parts in tensors.items():
         start = 0
         for of_part in parts:
             at = torch.isin(rows[0], of_part).nonzero().flatten()
             first, last = _range(torch.searchsorted(of_part, rows[0][at]))
             part = weights.read(hf, (start + first, min(start + last, weights.shape(hf)[0])), *tail)
-            if shard is None:
-                shard = part.new_zeros([len(dim_rows) for dim_rows in rows])
-            shard[at[: len(part)]] = part
+            shard[at[: len(part)]] = part.to(dtype)
             start += len(of_part)
-    assert shard is not None
     return shard
 
 

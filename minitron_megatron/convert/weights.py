@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,26 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
-from ..files import read_json
+from ..errors import CheckpointError, FileError
+from ..files import file_marks, read_json
 
-__all__ = ["SafetensorsWriter", "Weights"]
+__all__ = ["SafetensorsWriter", "Weights", "stored"]
 
-INDEX = "model.safetensors.index.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+FLOATS = {"F64": torch.float64} | {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+SCALES = ("_scale", "_scale_inv")
+BLOCK = 2**24
+"""Numbers that are compared at once."""
 
 
 class Weights:
-    """The tensors of a folder by name. `bytes_read` counts the bytes of the slices asked for."""
+    """The tensors of a folder by name, in the files that transformers reads.
+
+    `bytes_read` counts the bytes of the slices asked for.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bytes_read = 0
-        self._slices: dict[str, Any] = {}
-        for file in _files(folder):
-            opened = _open(file)
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                self._slices[name] = opened.get_slice(name)
+        self._slices = _slices(_files(folder))
+        if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+            _refuse_unlike(folder)
 
     def __contains__(self, name: str) -> bool:
         return name in self._slices
@@ -43,6 +49,10 @@ class Weights:
         """The shape of one tensor, read from the header."""
         return tuple(self._slices[name].get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of one tensor, read from the header."""
+        return FLOATS[self._slices[name].get_dtype()]
+
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
         """The slice `[start, stop)` of each dim named (the others whole), in the file's dtype."""
         wanted = tuple(slice(start, stop) for start, stop in ranges) or slice(None)
@@ -50,19 +60,94 @@ class Weights:
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
+    def rename(self, old: str, new: str) -> None:
+        """Call a tensor otherwise than its file does."""
+        self._slices[new] = self._slices.pop(old)
+
+    def alike(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape and numbers."""
+        return _alike(self._slices[one], self._slices[other])
+
+    def refuse_quantised(self) -> None:
+        """Raise CheckpointError at a tensor that is no plain matrix of floating-point numbers."""
+        for name, part in self._slices.items():
+            if part.get_dtype() not in FLOATS or name.endswith(SCALES):
+                raise CheckpointError(
+                    f"{self.folder}: {name} is stored as {part.get_dtype()}, of quantised weights, which are not read. "
+                    "Give the folder of the model before it was quantised."
+                )
+
+
+def stored(folder: Path) -> Weights | None:
+    """The tensors of a folder; None where it has none that can be read, as one of a config alone."""
+    try:
+        return Weights(folder)
+    except CheckpointError:
+        return None
+
 
 def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = set(read_json(index)["weight_map"].values())
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} is torn or not an index ({error}). Copy it again.") from error
-        return [folder / name for name in sorted(names)]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
+    """The files that transformers reads: one, or those of an index."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        return _indexed(folder)
     raise CheckpointError(
         f"model {folder} has no model.safetensors and no {INDEX}. Save it with safe_serialization=True."
+    )
+
+
+def _indexed(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    try:
+        weight_map = read_json(index)["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (FileError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{index} is torn or not an index ({error}). Copy it again.") from error
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index} names {file!r}, which is no file of its folder. Copy the model again.")
+    return [folder / file for file in files]
+
+
+def _slices(files: Sequence[Path]) -> dict[str, Any]:
+    """Name -> slice of every tensor in some files."""
+    found: dict[str, Any] = {}
+    owner: dict[str, Path] = {}
+    for file in files:
+        opened = _open(file)
+        for name in opened.keys():  # noqa: SIM118 (not a dict)
+            if name in found:
+                raise CheckpointError(f"{file} and {owner[name].name} both hold {name}. Remove the wrong one.")
+            found[name], owner[name] = opened.get_slice(name), file
+    return found
+
+
+def _refuse_unlike(folder: Path) -> None:
+    """Raise CheckpointError where the one file, which transformers reads, and those of the index hold other tensors."""
+    files = [folder / SINGLE, *_indexed(folder)]
+    if len(set(files)) > 1 and not _same_tensors(str(folder), str(file_marks(files))):
+        raise CheckpointError(
+            f"{folder} holds model.safetensors and {INDEX}, and their tensors differ. Remove the one that is stale."
+        )
+
+
+@cache
+def _same_tensors(folder: str, marks: str) -> bool:
+    """marks: of the files, so that the same ones are compared once."""
+    single, several = (_slices(files) for files in ([Path(folder) / SINGLE], _indexed(Path(folder))))
+    return single.keys() == several.keys() and all(_alike(single[name], several[name]) for name in single)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    shape = one.get_shape()
+    if shape != other.get_shape():
+        return False
+    if len(shape) < 2:
+        return torch.equal(one[:].double(), other[:].double())
+    rows = max(1, BLOCK // max(1, torch.Size(shape[1:]).numel()))
+    return all(
+        torch.equal(one[at : at + rows].double(), other[at : at + rows].double()) for at in range(0, shape[0], rows)
     )
 
 

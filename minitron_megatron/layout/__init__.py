@@ -4,7 +4,7 @@ Knows: names of Megatron-Core parameters, axes, sizes. Must not know: processes,
 """
 
 from .count import active_parameters, flops_per_token, kv_cache_bytes, parameters
-from .param import Axis, Param, coords
+from .param import Axis, Param, coords, words
 from .shape import Shape
 from .table import (
     PER_LAYER,
@@ -42,4 +42,5 @@ __all__ = [
     "markdown",
     "parameters",
     "pattern_of",
+    "words",
 ]

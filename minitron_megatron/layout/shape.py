@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+
+from ..errors import ModelError
 
 __all__ = ["VOCAB_MULTIPLE", "Shape"]
 
@@ -11,6 +13,8 @@ VOCAB_MULTIPLE = 128
 """The embedding is padded to this multiple whatever the layout, so that a padded row never depends on TP."""
 
 ATTENTION = "self_attention"
+MUST = ("layers", "hidden", "heads", "kv_groups", "head_dim", "vocab")
+"""Sizes that every shape has."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,19 @@ class Shape:
     """Neurons of the experts that every token goes through, all together."""
     shared_gate: bool = False
     """Whether a gate weighs what the shared experts give."""
+
+    def __post_init__(self) -> None:
+        """Raise ModelError where these numbers make no model."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), bool if field.type == "bool" else int
+            if type(value) is not kind:
+                raise ModelError(f"{field.name} of a shape is {value!r}, which is no {kind.__name__}.")
+            if value < (field.name in MUST):
+                raise ModelError(f"{field.name} of a shape is {value}, too few.")
+        if self.heads % self.kv_groups:
+            raise ModelError(f"{self.heads} heads cannot be shared by {self.kv_groups} kv_groups of a shape.")
+        if self.experts_per_token > self.experts:
+            raise ModelError(f"a token cannot go to {self.experts_per_token} of {self.experts} experts.")
 
     @property
     def padded_vocab(self) -> int:

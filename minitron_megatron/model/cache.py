@@ -27,11 +27,13 @@ class Past:
         """int64 [batch, seq], of tokens that come next; on the host."""
         return self.starts[:, None] + torch.arange(tokens.shape[1])
 
-    def extend(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def extend(
+        self, layer: nn.Module, key: Tensor, value: Tensor, window: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Takes in a layer's keys and values, [batch, kv_groups, seq, head_dim], from `starts` on.
 
-        Returns all that the new tokens may see, and of it what each does see: bool [batch, 1, seq, all], None: what is
-        not after it. What a row held from there on is gone.
+        Returns all keys and values so far, and which of them each new token sees, within a window where there is one:
+        bool [batch, 1, seq, all], or None, which means causal. What a row held from there on is gone.
         """
         if not self.starts.any():
             self._held[layer] = tuple(_roomy(each, self.room) for each in (key, value))  # type: ignore[assignment]
@@ -41,7 +43,11 @@ class Past:
         rows = torch.arange(len(at), device=key.device)[:, None]
         keys[rows, :, at], values[rows, :, at] = key.transpose(1, 2), value.transpose(1, 2)
         end = int(self.starts.max()) + key.shape[2]
-        return keys[:, :, :end], values[:, :, :end], (torch.arange(end, device=key.device) <= at[..., None])[:, None]
+        places = torch.arange(end, device=key.device)
+        seen = places <= at[..., None]
+        if window:
+            seen &= places > at[..., None] - window
+        return keys[:, :, :end], values[:, :, :end], seen[:, None]
 
 
 def _roomy(part: Tensor, room: int) -> Tensor:

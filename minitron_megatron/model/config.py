@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import TopologyError
+from ..errors import ModelError, TopologyError
 from ..layout import Shape
 from ..parallel import Topology
 from .spec import Spec
@@ -53,9 +53,33 @@ class ModelConfig:
     rotary_scaling: Mapping[str, Any] | None = None
     """Hugging Face's `rope_scaling`: `rope_type` of `linear` or `llama3` and its factors; None: no scaling."""
     max_positions: int = 2048
+    window: int | None = None
+    """The tokens that a token attends to, itself among them; None: all before it."""
     init_std: float = 0.02
     source: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """The Hugging Face config that this came from, carried to the export."""
+
+    def __post_init__(self) -> None:
+        """Raise ModelError where these constants make no model."""
+        constants = {name: getattr(self, name) for name in ("norm_eps", "rotary_base", "rotary_share", "init_std")}
+        scaling = {key: value for key, value in (self.rotary_scaling or {}).items() if key not in ("rope_type", "type")}
+        for name, value in {**constants, **scaling}.items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < 0 or (value == 0 and name != "init_std"):
+                raise ModelError(f"{name} of a model is {value!r}, which is not a finite number above 0.")
+        if self.rotary_share > 1:
+            raise ModelError(f"rotary_share of a model is {self.rotary_share}, more than whole heads.")
+        for name in ("max_positions", "window"):
+            value = getattr(self, name)
+            if not (name == "window" and value is None) and (type(value) is not int or value < 1):
+                raise ModelError(f"{name} of a model is {value!r}, which is not a whole number above 0.")
+        if self.norm not in ("RMSNorm", "LayerNorm") or self.activation not in ACTIVATIONS:
+            raise ModelError(f"norm {self.norm!r} or activation {self.activation!r} of a model is not known.")
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a sequence, within its positions and its window."""
+        return min(self.max_positions, self.window or self.max_positions)
 
     def resized(self, **sizes: int) -> ModelConfig:
         """The same model with other sizes on some public axes."""
@@ -121,6 +145,7 @@ def transformer_config(
         add_qkv_bias=shape.qkv_bias,
         qk_layernorm=shape.qk_norm,
         **_mixture(config, topology),
+        window_size=(config.window - 1, 0) if config.window else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,

@@ -43,10 +43,14 @@ class Norm(nn.Module):
 
 
 class CoreAttention(nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention: flash on a GPU, and works on a CPU."""
+    """Causal attention by torch's scaled_dot_product_attention: flash on a GPU, and works on a CPU.
+
+    A token attends to itself and those before it; with mcore's `window_size` to so many of them.
+    """
 
     def __init__(self, config: Any, **_: Any) -> None:
         super().__init__()
+        self.window: int | None = config.window_size[0] + 1 if config.window_size else None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | Past | None, **_: Any
@@ -62,51 +66,58 @@ class CoreAttention(nn.Module):
             key, value = span.whole(torch.cat([key, value], -1)).chunk(2, -1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is None:
-            out = _causal(q, k, v)
+            out = _causal(self.window, q, k, v)
         elif isinstance(attention_mask, Past):
-            k, v, seen = attention_mask.extend(self, k, v)
-            out = _causal(q, k, v, seen)
+            k, v, seen = attention_mask.extend(self, k, v, self.window)
+            out = _causal(self.window, q, k, v) if seen is None else _attend(q, k, v, seen)
         elif span:
-            out = _shared(q, k, v, span)
+            out = _shared(self.window, q, k, v, span)
         else:
             samples = zip(*(x.split(1) for x in (q, k, v)), attention_mask, strict=True)
-            out = torch.cat([_apart(*sample) for sample in samples])
+            out = torch.cat([_apart(self.window, *sample) for sample in samples])
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
-    """seen: bool [batch, 1, queries, keys], or a bias; by default what is not after a query."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """seen: bool [batch, 1, queries, keys], or a bias; None: what is not after a query, of as many keys."""
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=grouped)
 
 
-def _apart(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+def _causal(window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of queries that are the last of the keys, within a window: [batch, heads, queries, head_dim]."""
+    mine, every = q.shape[2], k.shape[2]
+    if window and every > window:
+        seen = torch.ones(mine, every, dtype=torch.bool, device=q.device)
+        return _attend(q, k, v, seen.tril(every - mine).triu(every - mine - window + 1))
+    if mine == every:
+        return _attend(q, k, v, None)
+    if q.is_cuda:  # flash attention knows such queries
+        from torch.nn.attention.bias import causal_lower_right  # a second of imports, torch's compiler with it
+
+        return _attend(q, k, v, causal_lower_right(mine, every))
+    return _attend(q, k, v, torch.ones(mine, every, dtype=torch.bool).tril(every - mine))
+
+
+def _apart(window: int | None, q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
     """Causal attention of one sample in each of its documents: [1, heads, s, head_dim]."""
     lengths = documents.unique_consecutive(return_counts=True)[1].tolist()
     parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([_causal(*part) for part in parts], dim=2)
+    return torch.cat([_causal(window, *part) for part in parts], dim=2)
 
 
-def _shared(q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+def _shared(window: int | None, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
     """Causal attention of a part's queries, each piece to what is not after it: [batch, heads, part, head_dim]."""
     samples = zip(*(x.chunk(len(span.pieces)) for x in (q, k, v)), span.pieces, strict=True)
-    return torch.cat([_by_piece(*sample) for sample in samples])
+    return torch.cat([_by_piece(window, *sample) for sample in samples])
 
 
-def _by_piece(q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[tuple[int, int, int]]) -> Tensor:
+def _by_piece(window: int | None, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[tuple[int, int, int]]) -> Tensor:
     queries = q.split([end - start for start, end, _ in pieces], dim=2)
     keys = [slice(first, end) for _, end, first in pieces]
-    return torch.cat([_last(mine, k[:, :, at], v[:, :, at]) for mine, at in zip(queries, keys, strict=True)], dim=2)
-
-
-def _last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of queries that are the last of the keys; on a GPU by flash attention, which knows such."""
-    mine, every = q.shape[2], k.shape[2]
-    if q.is_cuda:
-        from torch.nn.attention.bias import causal_lower_right  # a second of imports, torch's compiler with it
-
-        return _causal(q, k, v, causal_lower_right(mine, every))
-    return _causal(q, k, v, torch.ones(mine, every, dtype=torch.bool).tril(every - mine))
+    return torch.cat(
+        [_causal(window, mine, k[:, :, at], v[:, :, at]) for mine, at in zip(queries, keys, strict=True)], dim=2
+    )
 
 
 def reads_past(chunk: Any) -> bool:

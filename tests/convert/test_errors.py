@@ -93,11 +93,6 @@ def other_rope(folder: Path) -> str:
     return "says rope_type: 'yarn', which is not supported"
 
 
-def short_window(folder: Path) -> str:
-    with_config(folder, model_type="mistral", sliding_window=32)
-    return "says sliding_window: 32"
-
-
 def silent_config(folder: Path) -> str:
     with_config(folder, hidden_size="gone")
     return "does not say 'hidden_size'. A llama config must."
@@ -161,7 +156,7 @@ def empty_index(folder: Path) -> str:
 
 
 SPOILS = [
-    no_folder, no_config, not_json, unknown_family, no_family, attention_bias, activation, other_rope, short_window,
+    no_folder, no_config, not_json, unknown_family, no_family, attention_bias, activation, other_rope,
     silent_config, incomplete_rope, missing_tensor, renamed_tensor, surplus_tensor, misshapen_tensor, no_weights,
     truncated_weights, no_safetensors, missing_file, torn_index, empty_index,
 ]  # fmt: skip

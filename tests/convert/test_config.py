@@ -1,0 +1,189 @@
+"""`config.json` is read as the installed transformers reads it, or refused by name: no third outcome."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_megatron.convert import FAMILIES, read_config
+from minitron_megatron.convert.config import _Reader
+from minitron_megatron.convert.keys import DERIVED, DROPPED, FREE, ONLY
+from minitron_megatron.errors import CheckpointError
+from minitron_megatron.parallel import Topology
+from minitron_megatron.testing import Pool
+
+from ..compat import configs
+
+SAMPLE = 71
+"""Of the variants of tests/compat/configs.py, which runs them all, every so manyth is tried here."""
+REQUIRED = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}
+NOT_OF_A_FILE = {"_attn_implementation_internal", "_experts_implementation_internal", "ignore_keys_at_rope_validation"}
+
+
+def config_of_transformers(family: str, **said: Any) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(family, **said)
+
+
+def reader_of(family: str) -> _Reader:
+    return _Reader(Path("config.json"), {}, FAMILIES[family])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_absent_keys_mean_what_they_mean_in_transformers(family: str) -> None:
+    row, theirs = FAMILIES[family], config_of_transformers(family)
+    sizes = {key for keys in row.keys.values() for key in keys}
+    for key in [*reader_of(family).kinds(), *sizes]:
+        ours = row.default(key)
+        if ours is ...:
+            assert key in REQUIRED | sizes or getattr(theirs, key) is None, key
+            continue
+        rope = theirs.rope_parameters
+        known = {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor")}
+        if key in ("rope_parameters", "rope_scaling", "original_max_position_embeddings", "layer_types"):
+            assert ours is None
+        elif key in known:
+            assert ours == known[key], key
+        elif key in DERIVED and ours is DERIVED[key]:
+            said = {name: getattr(theirs, name) for name in REQUIRED}
+            assert ours(said) == (getattr(theirs, key, None) or ours(said)), key
+        elif key == "sliding_window" and "use_sliding_window" in row.read:
+            assert ours == next(each.default for each in fields(type(theirs)) if each.name == key)
+        else:
+            assert ours == getattr(theirs, key), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_of_transformers_is_known(family: str) -> None:
+    row, theirs = FAMILIES[family], config_of_transformers(family)
+    sizes = {key for keys in row.keys.values() for key in keys}
+    known = {*reader_of(family).kinds(), *sizes, *ONLY, *row.only, *FREE, *row.free, *DROPPED}
+    assert set(theirs.to_dict()) | {each.name for each in fields(type(theirs))} <= known | NOT_OF_A_FILE
+
+
+def test_what_changes_nothing_has_a_reason() -> None:
+    every = [*FREE.items(), *(item for family in FAMILIES.values() for item in family.free.items())]
+    assert all(reason and kind.words for _, (kind, reason) in every)
+
+
+def outcomes(topology: Topology, family: str, folder: Path, offset: int) -> list[str]:
+    """Each variant of a sample that is neither equal nor refused by name; first how many were which."""
+    flat = configs.make(family, folder)
+    chosen = list(configs.variants(family, flat))[offset::SAMPLE]
+    found = [(variant, configs.check(variant, flat, folder, topology)) for variant in chosen]
+    counts = {word: sum(each == word for _, each in found) for word in ("equal", "refused")}
+    return [json.dumps(counts), *(f"{variant} -> {each}" for variant, each in found if each not in counts)]
+
+
+@pytest.mark.parametrize(("offset", "family"), list(enumerate(FAMILIES)))
+def test_a_config_is_read_as_transformers_reads_it_or_refused_by_name(
+    pool: Pool, tmp_path: Path, family: str, offset: int
+) -> None:
+    [(counts, *wrong)] = pool.run(outcomes, family, tmp_path, offset)
+    assert not wrong
+    assert min(json.loads(counts).values()) > 0
+
+
+# ---- one message each
+
+BASE = {"model_type": "llama", **configs.SIZES, "intermediate_size": 40}
+
+
+def said(folder: Path, config: Any) -> Path:
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "null", '"llama"', "{}", "3", "[" * 100_000, '{"model_type": 1e999}', "\ufeff{}"]
+)
+def test_what_is_no_config_is_one_message(tmp_path: Path, text: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_config(said(tmp_path, text))
+    assert "config.json" in str(caught.value) or "model_type" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["4", None, 0, -1, 10**9, 10**400, 2.0, True, [4], {}, float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "head_dim"])
+def test_a_size_that_is_none_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
+    if key == "head_dim" and value is None:
+        return
+    with pytest.raises(CheckpointError, match=f"says {key}: .*, which is not a whole number from 1 to") as caught:
+        read_config(said(tmp_path, {**BASE, key: value}))
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
+    "null base": ({"rope_theta": None}, "rope_theta"),
+    "null epsilon": ({"rms_norm_eps": None}, "rms_norm_eps"),
+    "unknown": (
+        {"num_hidden_layer": 3},
+        "num_hidden_layer: 3, a key that is not known. Did you mean 'num_hidden_layers'",
+    ),
+    "bidirectional": ({"is_causal": False}, "is_causal"),
+    "part-rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
+    "nested part": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
+    "two scalings": ({"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 3.0}}, "rope_scaling"),
+    "two bases": ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta: 5.0, and 6.0"),
+    "two kinds": ({"rope_scaling": {**LINEAR, "type": "default"}}, "rope_scaling.type: 'default'"),
+    "unread constant": ({"rope_scaling": {**LINEAR, "beta_fast": 3}}, "rope_scaling.beta_fast: 3"),
+    "groups": ({"num_key_value_heads": 3}, "num_key_value_heads: 3, which does not divide num_attention_heads: 4"),
+    "odd head": ({"head_dim": 7}, "head_dim: 7"),
+    "padding": ({"pad_token_id": 96}, "pad_token_id: 96"),
+    "true is not 1": ({"pretraining_tp": True}, "pretraining_tp: True"),
+}
+
+
+@pytest.mark.parametrize(("keys", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_would_be_another_model_is_refused_by_name(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_config(said(tmp_path, {**BASE, **keys}))
+    assert words in str(caught.value)
+
+
+MIXTRAL = {**BASE, "model_type": "mixtral", "num_local_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob: False"),
+        ({"num_experts": 5}, "num_experts: 5, and num_local_experts: 4"),
+        ({"num_experts_per_tok": 1}, "num_experts_per_tok: 1"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok: 5"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused_by_name(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_config(said(tmp_path, {**MIXTRAL, **keys}))
+    assert words in str(caught.value)
+
+
+def test_each_family_has_its_own_defaults(tmp_path: Path) -> None:
+    def read(family: str, *absent: str) -> Any:
+        config = {**BASE, "model_type": family, **configs.FAMILIES[family]}
+        return read_config(said(tmp_path, {key: value for key, value in config.items() if key not in absent}))
+
+    assert read("mixtral", "rope_theta").rotary_base == 1e6
+    assert read("mistral", "sliding_window").window == 4096
+    assert read("qwen2", "max_position_embeddings").max_positions == 32768
+    assert read("llama", "num_key_value_heads").shape.kv_groups == 4
+
+
+# ---- said once
+
+
+def test_what_goes_no_further_is_said_once(tmp_path: Path) -> None:
+    config = {**BASE, "quantization_config": {"quant_method": "fp8"}, "auto_map": {"AutoConfig": "x.X"}}
+    with pytest.warns(UserWarning, match="quantization_config and auto_map go no further") as heard:
+        source = read_config(said(tmp_path, config)).source
+        read_config(tmp_path)
+    assert len(heard) == 1
+    assert not {"quantization_config", "auto_map"} & source.keys()
