@@ -64,8 +64,8 @@ def load_hf(
 
 def check_weights(folder: Path) -> None:
     """Raise CheckpointError where a folder's weights are missing or not those of its config. Reads headers alone."""
-    config = read_config(folder)
-    check_tensors(Weights(folder), config, family_of(config.source))
+    config, weights = open_weights(folder)
+    check_tensors(weights, config, family_of(config.source))
 
 
 def check_tensors(weights: Weights, config: ModelConfig, family: Family) -> None:

@@ -209,10 +209,11 @@ def _check_lengths(recipe: Recipe, config: ModelConfig, phases: Iterable[tuple[s
     lengths = {"data.sequence": recipe.data.sequence}
     lengths |= {f"{key}.sequence": phase.sequence for key, phase in phases if key.startswith("distill.phases")}
     for key, length in lengths.items():
-        if length > config.max_positions and not recipe.data.beyond_positions:
+        if length > config.longest and not recipe.data.beyond_positions:
+            what = "max_position_embeddings" if config.longest == config.max_positions else "sliding_window"
             raise RecipeError(
-                f"{key} is {length}, and the model has max_position_embeddings of {config.max_positions}: it was "
-                f"never trained beyond. Set {key} to {config.max_positions} or less, or data.beyond_positions to true."
+                f"{key} is {length}, and the model has a {what} of {config.longest}. "
+                f"Set {key} to {config.longest} or less, or data.beyond_positions to true."
             )
 
 

@@ -60,8 +60,8 @@ class Data(Keys):
     """Let attention reach from a document into those packed before it in a sample, as in Megatron's pretraining; false:
     each document is on its own, and nothing is learnt from what follows its end."""
     beyond_positions: bool = False
-    """Let samples be longer than the model's `max_position_embeddings`, where it was never trained; else that is an
-    error."""
+    """Let samples be longer than the model's `max_position_embeddings`, beyond which it was never trained, or its
+    sliding window; else that is an error."""
     separator: Text = "<|endoftext|>"
     """Stands between the documents of a .txt file."""
     workers: HowToRun[Annotated[Count, Field(le=1024)]] = 1

@@ -56,7 +56,7 @@ UNITS, WIDE = (256, 128, 64, 32, 16, 8, 4, 2, 1), 1024
 def starter_recipe(model: Path) -> str:
     """Return YAML text: widths cut to three quarters and nine fourteenths, to sizes that every check lets through."""
     config = read_config(model)
-    shape, sequence = config.shape, min(8192, config.max_positions)
+    shape, sequence = config.shape, min(8192, config.longest)
     steps = ceil(TOKENS / (Distill().global_batch * sequence))
     sizes = _sizes(shape, str(config.source.get("model_type")))
     return TEMPLATE.format(

@@ -45,7 +45,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["correct.tokens=1e7"], "correct.tokens asks"),
     (["score.samples=100000"], "score.samples asks"),
     (["distill.tokens=1e18", "data.repeat=true"], "index alone takes"),
-    (["data.sequence=65"], "max_position_embeddings of 64"),
+    (["data.sequence=65"], "a max_position_embeddings of 64"),
     (["distill.phases=[{tokens: 1e5, sequence: 128}]"], "distill.phases.0.sequence is 128"),
     (["prune.merge=qkvo"], "merge qkvo"),
     (["prune={hidden: 32, merge: q}"], "the plan cuts none"),
