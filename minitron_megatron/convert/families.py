@@ -161,7 +161,12 @@ FAMILIES: Mapping[str, Family] = {
             "Phi3ForCausalLM",
             PHI3_NAMES,
             read={**WINDOWS, **ROTATED},
-            defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0},
+            defaults={
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-5,
+                "partial_rotary_factor": 1.0,
+                "pad_token_id": 32000,
+            },
             nullable=("num_key_value_heads",),
             rope=("default",),
         ),
