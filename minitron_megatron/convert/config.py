@@ -77,6 +77,10 @@ def _untied(config: ModelConfig, weights: Weights) -> ModelConfig:
     """As transformers 5 has it: tied by config, and two matrices that differ in the file, is not tied."""
     embedding, head = _tied_names(config)
     if embedding in weights and head in weights and not weights.alike(embedding, head):
+        _say_once(
+            f"{weights.folder} says tie_word_embeddings: true and holds {head}, which differs from {embedding}: "
+            "the two are read, and stay apart, as in transformers 5."
+        )
         return replace(config, shape=replace(config.shape, tied=False))
     return config
 
@@ -308,8 +312,8 @@ def _refuse_impossible(reader: _Reader, sizes: Mapping[str, int], share: float, 
     if int(width * share) % 2 or not int(width * share):
         key = "head_dim" if share == 1 else "partial_rotary_factor"
         raise reader.refusal(key, width if share == 1 else share, "of which no pairs of channels can be rotated.")
-    pad = reader.hf.get("pad_token_id")
-    if pad is not None and isinstance(pad, int) and pad >= said["vocab_size"]:
+    pad = reader.hf.get("pad_token_id", reader.family.defaults.get("pad_token_id"))
+    if isinstance(pad, int) and pad >= said["vocab_size"]:
         raise reader.refusal("pad_token_id", pad, f"beyond vocab_size: {said['vocab_size']}.")
     if "experts" in sizes:
         _refuse_experts(reader, sizes, renormalises)

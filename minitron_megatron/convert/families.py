@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import CheckpointError, did_you_mean
 from .bridge import bridged
 from .family import WHOLE, Family, Keys, Names
-from .keys import FLAG, LAYER_TYPES, NATURAL, NULL, NUMBER, SHARE, SIZE, WINDOW, Kind, Only, free
+from .keys import DECIMAL, FLAG, LAYER_TYPES, NATURAL, NULL, NUMBER, SHARE, SIZE, WINDOW, Kind, Only, free
 
 __all__ = ["FAMILIES", "family_of"]
 
@@ -116,7 +116,7 @@ QWEN_DEFAULTS: Mapping[str, Any] = {
 MISTRAL_DEFAULTS: Mapping[str, Any] = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
 QWEN_MOE: Mapping[str, Kind] = {"norm_topk_prob": FLAG}
 QWEN_MOE_ONLY: Only = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
-ROUTER = free("losses of the router are of training with transformers", NUMBER | NULL, "router_aux_loss_coef")
+ROUTER = free("losses of the router are of training with transformers", DECIMAL, "router_aux_loss_coef")
 ROUTER |= free("losses of the router are of training with transformers", FLAG, "output_router_logits")
 DENSE = free("neurons of layers without experts, of which there are none", SIZE, "intermediate_size")
 
@@ -161,7 +161,12 @@ FAMILIES: Mapping[str, Family] = {
             "Phi3ForCausalLM",
             PHI3_NAMES,
             read={**WINDOWS, **ROTATED},
-            defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "partial_rotary_factor": 1.0},
+            defaults={
+                "max_position_embeddings": 4096,
+                "rms_norm_eps": 1e-5,
+                "partial_rotary_factor": 1.0,
+                "pad_token_id": 32000,
+            },
             nullable=("num_key_value_heads",),
             rope=("default",),
         ),
@@ -174,7 +179,7 @@ FAMILIES: Mapping[str, Family] = {
             defaults={**MISTRAL_DEFAULTS, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
             nullable=("head_dim",),
             only={"norm_topk_prob": (True,)},
-            free={**ROUTER, **free("noise of training with transformers", NUMBER, "router_jitter_noise")},
+            free={**ROUTER, **free("noise of training with transformers", DECIMAL, "router_jitter_noise")},
         ),
         Family(
             "qwen2_moe",

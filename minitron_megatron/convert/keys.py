@@ -59,6 +59,9 @@ EPSILON = Kind(
 )
 DEVIATION = Kind("a fraction from 0 to 1", lambda value: isinstance(value, float) and 0 <= value <= 1)
 NUMBER = _number("a number from 0 on", lambda value: value >= 0)
+DECIMAL = Kind(
+    "a number with a decimal point, from 0 on", lambda value: isinstance(value, float) and NUMBER.holds(value)
+)
 ID = _whole(-1, 2**31 - 1)
 QUANTISER = Kind(
     "an object that says its quant_method", lambda value: isinstance(value, dict) and "quant_method" in value

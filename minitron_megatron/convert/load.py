@@ -103,13 +103,12 @@ def _keys(name: str, family: Family) -> list[str]:
 
 
 def _counted(hf: str, config: ModelConfig, family: Family) -> str:
-    """The key of a config that says whether there is such a tensor."""
+    """Say the keys of a config that decide whether there is such a tensor."""
     numbers, shape = re.findall(r"\.(\d+)\.", hf), config.shape
     if not numbers:
         return f" config.json says tie_word_embeddings: {str(shape.tied).lower()}." if hf == "lm_head.weight" else ""
-    if len(numbers) > 1:
-        return f" config.json says {family.keys['experts'][0]}: {shape.experts}." if shape.experts else ""
-    return f" config.json says num_hidden_layers: {shape.layers}."
+    experts = f" and {family.keys['experts'][0]}: {shape.experts}" if shape.experts and len(numbers) > 1 else ""
+    return f" config.json says num_hidden_layers: {shape.layers}{experts}."
 
 
 def read_shard(weights: Weights, name: str, config: ModelConfig, topology: Topology) -> Tensor:

@@ -38,6 +38,8 @@ def check_megatron_lm(config: ModelConfig) -> None:
     for key, fixed in LLAMA3.items():
         if kind == "llama3" and scaling[key] != fixed:
             raise _inexpressible(f"{key}: {scaling[key]} of rope_type 'llama3'", f"it fixes {fixed:g}")
+    if config.window and config.window < config.max_positions:
+        raise _inexpressible(f"sliding_window: {config.window}", "its --window-size was not tried")
     if (config.shape.gated, config.activation) not in ACTIVATIONS:
         gate = "with" if config.shape.gated else "without"
         raise _inexpressible(

@@ -38,6 +38,7 @@ def reader_of(family: str) -> _Reader:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_absent_keys_mean_what_they_mean_in_transformers(family: str) -> None:
     row, theirs = FAMILIES[family], config_of_transformers(family)
+    assert row.defaults.get("pad_token_id") == theirs.pad_token_id
     sizes = {key for keys in row.keys.values() for key in keys}
     for key in [*reader_of(family).kinds(), *sizes]:
         ours = row.default(key)
