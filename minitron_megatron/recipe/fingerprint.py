@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..convert import read_config
+from ..convert import carried_files, read_config
 from ..data import corpus_marks, settings_without_chat
 from ..files import checksum, file_marks
 from .schema import Recipe
@@ -18,7 +18,6 @@ from .stage import Stage
 __all__ = ["carried_marks", "config_digest", "digest", "fingerprint", "task_marks", "untimed"]
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-NOT_CARRIED = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".py", ".md"}
 
 
 def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, Any]]) -> str:
@@ -53,8 +52,7 @@ def config_digest(folder: Path) -> str:
 
 def carried_marks(folder: Path) -> dict[str, str]:
     """The contents of the files that go along with new weights: tokenizer, chat templates, generation settings."""
-    files = (path for path in sorted(folder.glob("*")) if path.is_file() and path.suffix not in NOT_CARRIED)
-    return {path.name: checksum(path) for path in files if path.name != "config.json"}
+    return {str(path.relative_to(folder)): checksum(path) for path in carried_files(folder)}
 
 
 def task_marks(recipe: Recipe) -> list[Any]:
@@ -62,7 +60,7 @@ def task_marks(recipe: Recipe) -> list[Any]:
     prompts are put into it, and the questions."""
     files, marks = recipe.evaluate.task_files, carried_marks(recipe.model)
     if not recipe.evaluate.chat:
-        marks = {name: mark for name, mark in marks.items() if not name.startswith("chat_template")}
+        marks = {name: mark for name, mark in marks.items() if "chat_template" not in name}
         marks["tokenizer_config.json"] = digest(settings_without_chat(recipe.model))
     return [marks, file_marks([files] if files else [])]
 
