@@ -38,8 +38,6 @@ def check_megatron_lm(config: ModelConfig) -> None:
     for key, fixed in LLAMA3.items():
         if kind == "llama3" and scaling[key] != fixed:
             raise _inexpressible(f"{key}: {scaling[key]} of rope_type 'llama3'", f"it fixes {fixed:g}")
-    if config.window and config.window < config.max_positions:
-        raise _inexpressible(f"sliding_window: {config.window}", "its --window-size was not tried")
     if (config.shape.gated, config.activation) not in ACTIVATIONS:
         gate = "with" if config.shape.gated else "without"
         raise _inexpressible(
@@ -69,6 +67,7 @@ def megatron_lm_flags(config: ModelConfig, dtype: torch.dtype, tokenizer: Path |
         (True, ("--norm-epsilon", repr(config.norm_eps))),
         (config.zero_centered_norm, ("--apply-layernorm-1p",)),
         (shape.qk_norm, ("--qk-layernorm",)),
+        (config.window is not None, ("--window-size", f"{(config.window or 1) - 1},0")),  # without the token itself
         (bool(scaling), ("--use-rope-scaling",)),
         (bool(scaling), ("--rope-scaling-factor", repr(float(scaling.get("factor", FACTOR))))),
         (shape.shared_gate, ("--moe-shared-expert-gate",)),

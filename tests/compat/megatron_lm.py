@@ -27,6 +27,7 @@ LLAMA3 = {
 }  # fmt: skip
 OTHER = {
     "llama": {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}, "rms_norm_eps": 1e-3},
+    "mistral": {"sliding_window": 8},
     "qwen3_moe": {"rms_norm_eps": 1e-3},
 }
 """Settings that Megatron-LM can express, in the place of those of the tests' folders."""

@@ -27,6 +27,7 @@ LLAMA3 = {
 }  # fmt: skip
 CONFIGS = {
     "llama": ModelConfig(replace(SHAPE, tied=True), rotary_scaling=LLAMA3),
+    "mistral": ModelConfig(SHAPE, window=9),
     "qwen2": ModelConfig(replace(SHAPE, qkv_bias=True), norm_eps=1e-6),
     "qwen3": ModelConfig(replace(SHAPE, qk_norm=True), norm_eps=1e-6),
     "nemotron": ModelConfig(
@@ -104,6 +105,7 @@ def test_a_mixture_loads_at_another_layout_and_spec(pool: Pool, layout: str, wri
 ALWAYS = {"--use-checkpoint-args", "--exit-on-missing-checkpoint", "--ckpt-format", "--norm-epsilon"}
 SAID = {
     "llama": {"--use-rope-scaling", "--rope-scaling-factor"},
+    "mistral": {"--window-size"},
     "qwen3": {"--qk-layernorm"},
     "nemotron": {"--apply-layernorm-1p"},
     "qwen2_moe": {"--moe-shared-expert-gate"},
@@ -116,6 +118,7 @@ def test_flags_say_what_the_checkpoint_args_do_not(kind: str) -> None:
     flags = megatron_lm_flags(CONFIGS[kind], torch.float32)
     assert {flag for flag, *_ in flags} == ALWAYS | SAID.get(kind, set())
     assert ("--norm-epsilon", repr(CONFIGS[kind].norm_eps)) in flags
+    assert kind != "mistral" or ("--window-size", "8,0") in flags
     assert ("--bf16",) in megatron_lm_flags(CONFIGS[kind], torch.bfloat16)
 
 
