@@ -100,7 +100,7 @@ def _known(config: str) -> Known | None:
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig, PretrainedConfig
 
-    hf = {key: value for key, value in json.loads(config).items() if key != "auto_map"}  # no code of a folder is run
+    hf = json.loads(config)  # of its auto_map the name of the class alone is read
     try:
         asked = AutoConfig.for_model(**hf)
     except ValueError:  # of a family that transformers does not know
@@ -158,6 +158,7 @@ def _family(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Family:
         keys=_keys(bridge, provider, hf),
         read={"partial_rotary_factor": SHARE},
         defaults={"partial_rotary_factor": provider.rotary_percent, "max_position_embeddings": 2048},
+        strict=False,
         norm_topk_prob=not provider.moe_router_pre_softmax,
     )
 

@@ -15,7 +15,7 @@ from ..errors import CheckpointError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig
 from .bridge import check_bridged
-from .families import FAMILIES, family_of
+from .families import family_of
 from .family import Family
 from .keys import DERIVED, DROPPED, FREE, LARGEST, ONLY, POSITIVE, READ, SHARE, SIZE, Kind
 from .weights import Weights, stored
@@ -98,9 +98,9 @@ def _said(folder: Path) -> ModelConfig:
         )
     family = family_of(hf)
     reader = _Reader(path, hf, family)
-    reader.refuse_unsupported(strict=family is FAMILIES.get(str(hf.get("model_type"))))
+    reader.refuse_unsupported()
     config = _model_config(reader)
-    if family.model_type not in FAMILIES:
+    if not family.strict:
         check_bridged(config)
     return config
 
@@ -178,26 +178,30 @@ class _Reader:
         unlike = {"rms_norm_eps", "norm_eps"} - {self.family.eps}
         return {key: kind for key, kind in {**READ, **self.family.read}.items() if key not in unlike}
 
-    def refuse_unsupported(self, *, strict: bool) -> None:
-        """Raise CheckpointError at a key with a value that is not supported; strict: at one that is unknown, too."""
+    def refuse_unsupported(self) -> None:
+        """Raise CheckpointError at a key that is not known, or has a value that is not supported.
+
+        Those of a family that has no row here are for Megatron-Bridge to know.
+        """
+        if not self.family.strict:
+            return
         only = {key: allowed for key, allowed in ONLY.items() if key not in self.family.read} | dict(self.family.only)
-        free = {**FREE, **DROPPED, **self.family.free}
         sizes = {key for keys in self.family.keys.values() for key in keys}
-        known = {*self.kinds(), *sizes, *free} | (only.keys() if strict else set())
+        free = {key: kind for key, (kind, _) in {**FREE, **DROPPED, **self.family.free}.items() if key not in sizes}
+        known = {*self.kinds(), *sizes, *free, *only}
         for key, value in self.hf.items():
-            if strict and key not in known:
+            if key not in known:
                 near = did_you_mean(key, known)
                 raise self.refusal(key, value, f"a key that is not known.{near} Remove it if it changes nothing.")
-            if key in only and (strict or key in self.family.only):
-                allowed = only[key]
-                if not any(type(value) is type(each) and value == each for each in allowed):
-                    raise self.refusal(key, value, f"which is not supported; only {allowed[0]!r} is.")
-            elif strict and key in free and key not in sizes:
-                self.check(key, value, free[key][0])
+            allowed = only.get(key, (value,))
+            if not any(type(value) is type(each) and (value is each or value == each) for each in allowed):
+                raise self.refusal(key, value, f"which is not supported; only {allowed[0]!r} is.")
+            if key in free:
+                self.check(key, value, free[key])
 
 
 def _model_config(reader: _Reader) -> ModelConfig:
-    family, hf = reader.family, reader.hf
+    family = reader.family
     for key, kind in reader.kinds().items():
         reader.read(key, kind)
     sizes = {name: reader.size(keys) for name, keys in family.keys.items()}
@@ -225,7 +229,7 @@ def _model_config(reader: _Reader) -> ModelConfig:
         window=_window(reader),
         init_std=said["initializer_range"],
         router_pre_softmax=not renormalises,
-        source=_without_dropped(reader.path, hf),
+        source=_without_dropped(reader),
         **family.functions,
     )
 
@@ -332,11 +336,15 @@ def _refuse_experts(reader: _Reader, sizes: Mapping[str, int], renormalises: boo
         )  # fmt: skip
 
 
-def _without_dropped(path: Path, hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without the keys that are true of its own folder alone; said once."""
-    if gone := {key: reason for key, (_, reason) in DROPPED.items() if hf.get(key)}:
-        _say_once(f"{path}: {' and '.join(gone)} go no further: {'; '.join(gone.values())}.")
-    return {key: value for key, value in hf.items() if key not in DROPPED}
+def _without_dropped(reader: _Reader) -> dict[str, Any]:
+    """The config without the keys that are true of its own folder alone; said once.
+
+    By its auto_map Megatron-Bridge knows a family that has no row here.
+    """
+    dropped = {key: reason for key, (_, reason) in DROPPED.items() if reader.family.strict or key != "auto_map"}
+    if gone := [key for key in dropped if reader.hf.get(key)]:
+        _say_once(f"{reader.path}: {' and '.join(gone)} go no further: {'; '.join(dropped[key] for key in gone)}.")
+    return {key: value for key, value in reader.hf.items() if key not in dropped}
 
 
 @cache

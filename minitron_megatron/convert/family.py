@@ -51,6 +51,8 @@ class Family:
     """Keys of its own that change nothing, beside `FREE`."""
     rope: tuple[str, ...] = ("default", "linear", "llama3")
     """The kinds of rotary embedding that its class in transformers takes, of those that are known here."""
+    strict: bool = True
+    """Whether all keys of its config are known here."""
     norm_topk_prob: bool = True
     """Whether a token's experts are weighed among themselves, in a family whose config does not say."""
 

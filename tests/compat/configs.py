@@ -128,8 +128,8 @@ FOREIGN = (
 
 
 VERSION = int(transformers.__version__.split(".")[0])
-IGNORED_BY_4 = ("rope_parameters",)
-"""Keys that 4.x passes over, and with them what they say: configs are read as 5.x reads them."""
+OTHER_IN_4 = ("rope_parameters", "tie_word_embeddings")
+"""Keys that 4.x passes over, and that it honours beside an output layer of its own: both are read as 5.x reads them."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def make(family: str, folder: Path) -> Mapping[str, Any]:
 def variants(family: str, flat: Mapping[str, Any]) -> Iterator[Variant]:
     own = transformers.AutoConfig.for_model(family).to_dict()
     for key in dict.fromkeys([*own, *flat, *FOREIGN]):
-        if VERSION == 4 and key in IGNORED_BY_4:
+        if VERSION == 4 and key in OTHER_IN_4:
             continue
         if key in flat:
             yield Variant(family, key, GONE)
@@ -182,7 +182,7 @@ def variants(family: str, flat: Mapping[str, Any]) -> Iterator[Variant]:
                 seen.append(value)
                 yield Variant(family, key, value)
     for variant in together(family):
-        if VERSION > 4 or not {variant.key, *(key for key, _ in variant.beside)} & {*IGNORED_BY_4}:
+        if VERSION > 4 or not {variant.key, *(key for key, _ in variant.beside)} & {*OTHER_IN_4}:
             yield variant
 
 

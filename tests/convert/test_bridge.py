@@ -215,6 +215,7 @@ def test_it_is_read_as_what_it_is_and_written_as_it_was(
     assert set(written) == set(read) and all(torch.equal(written[name], read[name]) for name in read)
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("ours", ["OursForCausalLM"])
+    assert config["auto_map"]  # by which Megatron-Bridge knows the export again
 
 
 def test_what_neither_knows_is_an_error_that_names_both(installed: None, ours: Path) -> None:
