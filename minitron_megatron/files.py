@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -26,6 +27,7 @@ __all__ = [
     "check_as",
     "checksum",
     "file_marks",
+    "files_below",
     "locked",
     "read_as",
     "read_json",
@@ -266,11 +268,42 @@ def _size(manifest: Path, name: str, digest: str) -> int:
         return file.stat().st_size
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return everything below a folder that is not a folder, sorted by name.
+
+    Links to folders are followed. No folder is entered twice: a link to one that was entered adds nothing. Raises
+    FileError where a folder cannot be read.
+    """
+    found: list[Path] = []
+    entered: set[tuple[int, int]] = set()
+
+    def fresh(path: Path) -> bool:
+        status = path.stat()
+        known = (status.st_dev, status.st_ino) in entered
+        entered.add((status.st_dev, status.st_ino))
+        return not known
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    waiting = deque([folder])
+    try:
+        while waiting:
+            if not fresh(top := waiting.popleft()):
+                continue
+            for here, folders, names in os.walk(top, onerror=refuse):
+                inner = [Path(here, name) for name in sorted(folders)]
+                waiting.extend(path for path in inner if path.is_symlink())  # later: real names come first
+                folders[:] = [path.name for path in inner if not path.is_symlink() and fresh(path)]
+                found += (Path(here, name) for name in names)
+    except OSError as error:
+        raise FileError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from error
+    return sorted(found)
+
+
 def file_marks(paths: Iterable[Path]) -> list[list[Any]]:
     """Name, size and time of files, and of all that folders hold: cheap to see, and changed when they are."""
-    files = [
-        file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()
-    ]
+    files = [file for path in paths for file in (files_below(path) if path.is_dir() else [path]) if file.is_file()]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

@@ -6,6 +6,7 @@ know: models, losses, recipes. Every rank reads its own batches; nothing is broa
 
 from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches
 from .corpus import Corpus, samples_by_source
+from .pair import check_content
 from .prepare import Prepared, PreparedSplit, prepare
 from .sources import text_files
 from .tokenizer import check_tokenizer, corpus_marks, settings_without_chat, transformers_tokenizer
@@ -17,6 +18,7 @@ __all__ = [
     "PreparedSplit",
     "calibration",
     "calibration_batches",
+    "check_content",
     "check_tokenizer",
     "corpus_marks",
     "held_out_batches",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import DataError, FileError
-from ..files import whole_folder
+from ..errors import DataError
 from ..parallel import broadcast_object, fail_together
-from .pair import Pair, find_pair
+from .cache import write_once
+from .pair import Pair, check_blocks, find_pair
 
 __all__ = ["Corpus", "samples_by_source"]
 
@@ -35,7 +35,7 @@ class Corpus:
     corpus too small for its part is read again in another order (mcore's epochs), or refused where `repeat` is false.
     `end`: the token after which batches begin another document.
     Collective over the world: rank 0 writes the index that every rank reads to `cache`, a folder that all of them see.
-    Raises DataError where a corpus is missing or too small.
+    Raises DataError where a corpus is missing, damaged or too small.
     """
 
     def __init__(
@@ -50,7 +50,11 @@ class Corpus:
         repeat: bool = True,
         end: int | None = None,
     ) -> None:
+        from megatron.core import __version__ as megatron
+
         self.end = end
+        ticket = uuid4().hex
+        first_rank = broadcast_object(ticket) == ticket
         with fail_together():
             weights = _normalised(blend)
             pairs = [find_pair(prefix, split) for prefix, _ in blend]
@@ -58,13 +62,15 @@ class Corpus:
             counts = np.bincount(self._choice, minlength=len(pairs)).tolist()
             for pair, count in zip(pairs, counts, strict=True):
                 _check_size(pair, sequence, 1 if repeat else count)
-        key = json.dumps([split, sequence, seed, counts, [pair.content for pair in pairs]])
+                if first_rank:
+                    check_blocks(pair)
+        key = json.dumps([megatron, split, sequence, seed, counts, [pair.content for pair in pairs]])
         folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
         def index(folder: Path) -> list[Any]:
             return [_dataset(p, count, split, sequence, seed, folder) for p, count in zip(pairs, counts, strict=True)]
 
-        _write_once(folder, index)
+        write_once(folder, index, first_rank=first_rank)
         self._datasets = index(folder)
 
     def __len__(self) -> int:
@@ -80,7 +86,7 @@ class Corpus:
 
 def _normalised(blend: Blend) -> NDArray[np.float64]:
     weights = np.array([weight for _, weight in blend], np.float64)
-    if not len(weights) or not (weights > 0).all():
+    if not len(weights) or not (weights > 0).all() or not np.isfinite(weights).all():
         raise DataError(f"The weights {weights.tolist()} do not blend. Name one corpus or more, each above 0.")
     return weights / weights.sum()
 
@@ -128,19 +134,3 @@ def _dataset(pair: Pair, samples: int, split: str, sequence: int, seed: int, fol
     tokens = GPTDataset.build_low_level_dataset(str(pair.prefix), config)
     every = np.arange(len(tokens), dtype=np.int32)
     return GPTDataset(tokens, pair.content, every, samples, Split[split], config)  # by content: a corpus may move
-
-
-def _write_once(folder: Path, write: Callable[[Path], object]) -> None:
-    """Has rank 0 fill `folder`, whole or not at all, where there is none yet. Collective over the world."""
-    ticket = uuid4().hex
-    first_rank = broadcast_object(ticket) == ticket
-    with fail_together():
-        if first_rank and not folder.is_dir():
-            try:
-                with whole_folder(folder) as partial:
-                    write(partial)
-            except (OSError, FileError) as error:
-                raise DataError(f"The index of samples cannot be written: {error}. Set another cache.") from error
-    with fail_together():
-        if not folder.is_dir():
-            raise DataError(f"Not every rank sees {folder}, which rank 0 wrote. Set cache to a shared file system.")

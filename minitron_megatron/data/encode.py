@@ -8,13 +8,20 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from tokenizers import Tokenizer
 
-__all__ = ["Encoder", "encode_all"]
+from ..errors import DataError
+
+__all__ = ["EncodeError", "Encoder", "encode_all", "foreign"]
+
+
+class EncodeError(Exception):
+    """A text cannot be tokenized: its number in its batch, and why."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,27 @@ class Encoder:
     dtype: DTypeLike
 
     def __call__(self, texts: Sequence[str]) -> list[NDArray]:
-        encode = self.tokenizer.encode
-        return [np.array([*encode(text, add_special_tokens=False).ids, self.end], self.dtype) for text in texts]
+        return [self._ids(number, text) for number, text in enumerate(texts)]
+
+    def _ids(self, number: int, text: str) -> NDArray:
+        try:
+            return np.array([*self.tokenizer.encode(text, add_special_tokens=False).ids, self.end], self.dtype)
+        except BaseException as error:
+            if not foreign(error):
+                raise
+            raise EncodeError(number, str(error)) from None
+
+
+def foreign(error: BaseException) -> bool:
+    """Whether tokenizers may have raised it: bare Exceptions, and panics, which are none; no interrupt is."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def encode_all(batches: Iterable[Sequence[str]], encoder: Encoder, workers: int) -> Iterator[list[NDArray]]:
-    """`encoder` of each batch, in the order of `batches`, of which only a few a worker are held at a time."""
+    """`encoder` of each batch, in the order of `batches`, of which only a few a worker are held at a time.
+
+    Raises EncodeError where a text cannot be tokenized, when its batch's turn comes.
+    """
     if workers == 1:
         yield from map(encoder, batches)
         return
@@ -39,12 +61,17 @@ def encode_all(batches: Iterable[Sequence[str]], encoder: Encoder, workers: int)
     context.set_forkserver_preload([__name__])  # the imports are then paid once, not once a worker
     with ProcessPoolExecutor(workers, context, _start, (encoder,)) as pool:
         waiting: deque[Future[list[NDArray]]] = deque()
-        for batch in batches:
-            waiting.append(pool.submit(_encode, batch))
-            if len(waiting) > 2 * workers:
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(_encode, batch))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "A process that tokenizes was killed, perhaps for memory. Set fewer data.workers."
+            ) from error
 
 
 _encoder: Encoder

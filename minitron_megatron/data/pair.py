@@ -1,22 +1,44 @@
-"""A `.bin/.idx` pair on disk, in megatron-core's format: writing it whole, and finding and checking it."""
+"""A `.bin/.idx` pair on disk, in megatron-core's format: writing it whole, and finding and checking it.
+
+A `.json` beside a pair holds checksums of both, of the `.bin` a block at a time. Pairs that others wrote have none.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Iterator, Sequence
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from numpy.typing import DTypeLike, NDArray
 
-from ..errors import DataError
-from ..files import whole_file
+from ..errors import DataError, FileError
+from ..files import checksum, read_json, told_by, whole_file
+from .idx import count_tokens
 
-__all__ = ["SPLITS", "Pair", "PairWriter", "find_pair", "pair_writers", "token_dtype"]
+__all__ = [
+    "SPLITS",
+    "Pair",
+    "PairWriter",
+    "check_blocks",
+    "check_content",
+    "content_of",
+    "find_pair",
+    "pair_writers",
+    "token_dtype",
+]
 
 SPLITS = ("train", "valid")
+KINDS = ("idx", "json", "bin")
+"""The files of a pair, the last to take its place first."""
+BLOCK = 1 << 24
+"""Bytes of a `.bin` file under one checksum."""
+BLOCKS_CHECKED = 64
+"""Blocks read whenever a corpus is opened: a gigabyte, which takes about a second."""
 
 
 def token_dtype(vocab: int) -> DTypeLike:
@@ -24,6 +46,33 @@ def token_dtype(vocab: int) -> DTypeLike:
     from megatron.core.datasets.indexed_dataset import DType
 
     return DType.optimal_dtype(vocab)
+
+
+@dataclass
+class Blocks:
+    """SHA-256 of each `BLOCK` bytes of a stream."""
+
+    done: list[str] = field(default_factory=list)
+    _hash: Any = field(default_factory=hashlib.sha256)
+    _held: int = 0
+
+    def add(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            part, rest = rest[: BLOCK - self._held], rest[BLOCK - self._held :]
+            self._hash.update(part)
+            self._held += len(part)
+            if self._held == BLOCK:
+                self._close()
+
+    def end(self) -> list[str]:
+        if self._held:
+            self._close()
+        return self.done
+
+    def _close(self) -> None:
+        self.done.append(self._hash.hexdigest())
+        self._hash, self._held = hashlib.sha256(), 0
 
 
 class PairWriter:
@@ -34,17 +83,22 @@ class PairWriter:
 
         self._builder = IndexedDatasetBuilder(str(bin_file), dtype)
         self._hash = hashlib.sha256()
+        self._blocks = Blocks()
         self.documents = 0
         self.tokens = 0
 
     def add(self, ids: NDArray) -> None:
         self._builder.add_document(ids, [len(ids)])
-        self._hash.update(len(ids).to_bytes(8, "little") + ids.tobytes())
+        data = ids.tobytes()
+        self._hash.update(len(ids).to_bytes(8, "little") + data)
+        self._blocks.add(data)
         self.documents += 1
         self.tokens += len(ids)
 
-    def close(self, idx_file: Path) -> None:
+    def close(self, idx_file: Path) -> dict[str, Any]:
+        """Writes the index, and returns the pair's checksums."""
         self._builder.finalize(str(idx_file))
+        return {"content": self.content, "idx": checksum(idx_file), "block": BLOCK, "bin": self._blocks.end()}
 
     @property
     def content(self) -> str:
@@ -54,17 +108,27 @@ class PairWriter:
 
 @contextmanager
 def pair_writers(out_prefix: str | Path, splits: Sequence[str], dtype: DTypeLike) -> Iterator[dict[str, PairWriter]]:
-    """A writer for each of `splits`. On success their pairs, and no older ones, stand at `<out_prefix>.<split>`."""
-    with ExitStack() as stack:  # leaves in reverse order: no .idx stands before all .bin do
-        idx = {split: stack.enter_context(whole_file(_file(out_prefix, split, "idx"))) for split in splits}
-        data = {split: stack.enter_context(whole_file(_file(out_prefix, split, "bin"))) for split in splits}
-        writers = {split: PairWriter(data[split], dtype) for split in splits}
-        yield writers
-        for split, writer in writers.items():
-            writer.close(idx[split])
-        for split in SPLITS:
-            for kind in ("idx", "bin"):
-                _file(out_prefix, split, kind).unlink(missing_ok=True)
+    """A writer for each of `splits`. On success their pairs, and no older ones, stand at `<out_prefix>.<split>`.
+
+    Raises FileError where they cannot be written.
+    """
+    try:
+        with ExitStack() as stack:  # leaves in reverse order: no .idx stands before all .bin and their checksums do
+            files = {
+                (split, kind): stack.enter_context(whole_file(_file(out_prefix, split, kind)))
+                for kind in KINDS
+                for split in splits
+            }
+            writers = {split: PairWriter(files[split, "bin"], dtype) for split in splits}
+            yield writers
+            for split, writer in writers.items():
+                sums = writer.close(files[split, "idx"])
+                files[split, "json"].write_text(json.dumps(sums) + "\n", encoding="utf-8")
+            for split in SPLITS:
+                for kind in KINDS:
+                    _file(out_prefix, split, kind).unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(told_by(error) or f"The corpus {out_prefix} cannot be written: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -78,25 +142,72 @@ class Pair:
 
 
 def find_pair(prefix: str | Path, split: str) -> Pair:
-    """The pair of a split. DataError where a file of it is missing, or where the two do not belong together."""
-    from megatron.core.datasets.indexed_dataset import DType, _IndexReader
+    """The pair of a split.
 
+    DataError where a file of it is missing, where the two do not belong together, or where the `.idx` file has changed.
+    """
     idx, data = (_file(prefix, split, kind) for kind in ("idx", "bin"))
-    for file in (idx, data):
-        if not file.is_file():
-            raise DataError(f"There is no {file}. Prepare the corpus {prefix}, or correct its prefix.")
-    if not data.stat().st_size:
-        raise DataError(f"{data} is empty. Prepare the corpus {prefix} again.")
+    again = f"Prepare the corpus {prefix} again."
     try:
-        index = _IndexReader(str(idx), multimodal=False)
-        tokens = int(index.sequence_lengths.sum(dtype="int64"))
-        whole = tokens * DType.size(index.dtype) == data.stat().st_size
-    except (AssertionError, ValueError, struct.error):  # what mcore raises on a file that is not its own
-        whole = False
-    if not whole:
-        raise DataError(f"{idx} is no index of {data}. Prepare the corpus {prefix} again.")
-    with idx.open("rb") as stream:
-        return Pair(idx.with_suffix(""), tokens, hashlib.file_digest(stream, "sha256").hexdigest())
+        for file in (idx, data):
+            if not file.is_file():
+                raise DataError(f"There is no {file}. Prepare the corpus {prefix}, or correct its prefix.")
+        if not data.stat().st_size:
+            raise DataError(f"{data} is empty. {again}")
+        tokens, size = count_tokens(idx)
+        if tokens * size != data.stat().st_size:
+            raise ValueError(f"it counts {tokens:,} tokens of {size} bytes")
+        found = Pair(idx.with_suffix(""), tokens, checksum(idx))
+    except ValueError as error:
+        raise DataError(f"{idx} is no index of {data}: {error}. {again}") from error
+    except OSError as error:
+        raise DataError(f"{error.filename or idx} cannot be read: {error.strerror or error}. {again}") from error
+    sums = _checksums(found.prefix)
+    if sums and sums["idx"] != found.content:
+        raise DataError(f"{idx} has changed since it was written. {again}")
+    return found
+
+
+def check_blocks(pair: Pair) -> None:
+    """Raise DataError where blocks of the `.bin` file have changed since it was written.
+
+    Reads the first, the last and others at random, up to `BLOCKS_CHECKED`; every one of a corpus of a gigabyte.
+    """
+    if not (sums := _checksums(pair.prefix)):
+        return
+    data, block, known = Path(f"{pair.prefix}.bin"), sums["block"], sums["bin"]
+    chosen = {0, len(known) - 1, *random.SystemRandom().sample(range(len(known)), min(len(known), BLOCKS_CHECKED - 2))}
+    with data.open("rb") as stream:
+        for number in sorted(chosen if len(known) > BLOCKS_CHECKED else range(len(known))):
+            stream.seek(number * block)
+            if hashlib.sha256(stream.read(block)).hexdigest() != known[number]:
+                where = f"between the bytes {number * block:,} and {(number + 1) * block:,}"
+                raise DataError(f"{data} has changed since it was written, {where}. Prepare the corpus again.")
+
+
+def check_content(prefix: str | Path, content: str) -> None:
+    """Raise DataError where the pairs at `prefix` are others than those of which `prepare` returned `content`."""
+    known = [_checksums(Path(f"{prefix}.{split}")) for split in SPLITS if _file(prefix, split, "json").exists()]
+    if known and content_of(sums["content"] for sums in known) != content:
+        raise DataError(f"{prefix} is not the corpus that this run prepared. Prepare it again.")
+
+
+def content_of(splits: Iterable[str]) -> str:
+    """Return the number of a whole corpus from those of its splits."""
+    return hashlib.sha256("".join(splits).encode()).hexdigest()
+
+
+def _checksums(prefix: Path) -> dict[str, Any]:
+    """The checksums beside a pair; none where there is no file of them. DataError where it is broken."""
+    file, data = Path(f"{prefix}.json"), Path(f"{prefix}.bin")
+    if not file.exists():
+        return {}
+    sums = read_json(file)
+    match sums:
+        case {"content": str(), "idx": str(), "block": int(block), "bin": [*known]} if 0 < block <= BLOCK:
+            if data.is_file() and len(known) == -(-data.stat().st_size // block):
+                return sums
+    raise DataError(f"{file} holds no checksums of {data}. Prepare the corpus again.")
 
 
 def _file(prefix: str | Path, split: str, kind: str) -> Path:

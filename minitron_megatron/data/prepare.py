@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +12,10 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..events import Event, Listener, silent
-from .encode import Encoder, encode_all
-from .pair import SPLITS, PairWriter, pair_writers, token_dtype
-from .sources import Document, documents, text_files
+from .encode import EncodeError, Encoder, encode_all
+from .pair import SPLITS, PairWriter, content_of, pair_writers, token_dtype
+from .readers import Document, documents
+from .sources import left_out, names, text_files
 from .tokenizer import end_of_document, load_tokenizer, vocabulary
 
 __all__ = ["Prepared", "PreparedSplit", "prepare"]
@@ -57,19 +59,26 @@ def prepare(
     text_key: str = "text",
     separator: str = "<|endoftext|>",
     seed: int = 0,
+    vocab: int | None = None,
     listener: Listener = silent,
 ) -> Prepared:
     """Tokenizes `.jsonl` (a `{text_key: ...}` a line) and `.txt` files (documents parted by `separator`), or folders.
 
     Writes `<out_prefix>.train.bin/.idx` and `<out_prefix>.valid.bin/.idx`. `validation` is the share of the documents
     that is held out, drawn by `seed` (0: no such split), or the sources to hold out instead. `tokenizer` is a Hugging
-    Face folder; each document ends with its end-of-sequence token and gets no other special token. Not collective: call
-    it in one process. Raises DataError where a source or the tokenizer cannot be read, or where a split would be empty.
+    Face folder; each document ends with its end-of-sequence token and gets no other special token. `vocab` is the
+    number of entries of the model's embedding. Not collective: call it in one process.
+
+    Warns of files of a folder that hold no data, and of halves of surrogate pairs, which become U+FFFD. Raises
+    DataError where a source or the tokenizer cannot be read, where a document gives a token that the model does not
+    have, or where a split would be empty; FileError where nothing can be written at `out_prefix`.
     """
+    if not separator:
+        raise DataError("An empty separator parts no documents. Set data.separator to what stands between them.")
     reader = load_tokenizer(tokenizer)
     encoder = Encoder(reader, end_of_document(tokenizer, reader), token_dtype(vocabulary(reader)))
     share, held_out = _held_out(validation)
-    files = text_files(sources)
+    files = _files(sources)
     total = sum(file.stat().st_size for file in chain(files, held_out))
 
     read = partial(_read, text_key=text_key, separator=separator)
@@ -77,12 +86,12 @@ def prepare(
     named = (("valid", document) for document in read(held_out))
     with pair_writers(out_prefix, SPLITS if share or held_out else ("train",), encoder.dtype) as writers:
         done = 0
-        for size in _write(writers, _batches(chain(drawn, named)), encoder, workers):
+        for size in _write(writers, _batches(chain(drawn, named)), encoder, workers, vocab):
             done = min(done + size, total)
             listener(Event("prepare", done, total, "bytes", _counts(writers)))
         listener(Event("prepare", total, total, "bytes", _counts(writers)))
         _refuse_empty(writers, validation)
-    content = hashlib.sha256("".join(writer.content for writer in writers.values()).encode()).hexdigest()
+    content = content_of(writer.content for writer in writers.values())
     splits = {name: PreparedSplit(Path(f"{out_prefix}.{name}"), w.documents, w.tokens) for name, w in writers.items()}
     return Prepared(splits["train"], splits.get("valid"), encoder.end, content)
 
@@ -90,14 +99,27 @@ def prepare(
 def _held_out(validation: float | Sequence[str | Path]) -> tuple[float, list[Path]]:
     """The share of documents to hold out, and the files to hold out whole: one of them is nothing."""
     if not isinstance(validation, (int, float)):
-        return 0.0, text_files(validation)
+        return 0.0, _files(validation)
     if not 0 <= validation < 1:
         raise DataError(f"validation={validation} is no share of the documents. Give 0, a number below 1, or files.")
     return validation, []
 
 
+def _files(sources: Sequence[str | Path]) -> list[Path]:
+    if left := left_out(sources):
+        warnings.warn(f"Left out of the sources, for they hold no data: {names(map(str, left))}.", stacklevel=3)
+    return text_files(sources)
+
+
 def _read(files: Iterable[Path], text_key: str, separator: str) -> Iterator[Document]:
-    return (document for file in files for document in documents(file, text_key, separator))
+    halves, first = 0, ""
+    for file in files:
+        for document in documents(file, text_key, separator):
+            if document.replaced:
+                halves, first = halves + document.replaced, first or document.place
+            yield document
+    if halves:
+        warnings.warn(f"{halves} halves of surrogate pairs became U+FFFD, the first in {first}.", stacklevel=2)
 
 
 def _draw(seed: int, index: int) -> float:
@@ -120,16 +142,36 @@ def _batches(items: Iterable[Assigned]) -> Iterator[list[Assigned]]:
 
 
 def _write(
-    writers: Mapping[str, PairWriter], batches: Iterator[list[Assigned]], encoder: Encoder, workers: int
+    writers: Mapping[str, PairWriter],
+    batches: Iterator[list[Assigned]],
+    encoder: Encoder,
+    workers: int,
+    vocab: int | None,
 ) -> Iterator[int]:
     """Encodes and writes batch by batch; gives the bytes that each took up in its sources."""
     batches, ahead = tee(batches)
     texts = ([document.text for _, document in batch] for batch in ahead)
-    for encoded in encode_all(texts, encoder, workers):
-        batch = next(batches)
-        for (split, _), ids in zip(batch, encoded, strict=True):
-            writers[split].add(ids)
-        yield sum(document.source_bytes for _, document in batch)
+    beyond = vocab is not None and vocabulary(encoder.tokenizer) > vocab
+    try:
+        for encoded in encode_all(texts, encoder, workers):
+            batch = next(batches)
+            for (split, document), ids in zip(batch, encoded, strict=True):
+                if beyond and ids.max() >= vocab:
+                    raise _unknown(document, int(ids[ids >= vocab][0]), encoder, vocab)
+                writers[split].add(ids)
+            yield sum(document.source_bytes for _, document in batch)
+    except EncodeError as error:
+        number, why = error.args
+        place = next(batches)[number][1].place
+        raise DataError(f"{place} cannot be tokenized: {why}. Correct the text, or the model's tokenizer.") from error
+
+
+def _unknown(document: Document, token: int, encoder: Encoder, vocab: int | None) -> DataError:
+    word = encoder.tokenizer.id_to_token(token)
+    return DataError(
+        f"The document that begins at {document.place} has the token {word!r} ({token}), and the model has {vocab} "
+        f"entries. Take it out of the text, or use the tokenizer that came with the model."
+    )
 
 
 def _counts(writers: Mapping[str, PairWriter]) -> dict[str, float]:

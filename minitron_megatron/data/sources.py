@@ -1,85 +1,106 @@
-"""Documents out of text files, JSON lines and folders of them."""
+"""The text files that sources name, and the other files that folders hold."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import DataError
+from ..files import files_below
+from .readers import READERS, reader_of
 
-__all__ = ["Document", "documents", "text_files"]
+__all__ = ["left_out", "names", "text_files"]
 
-SUFFIXES = (".jsonl", ".txt")
-CHUNK_CHARS = 1 << 26
+ADVICE = {
+    "decompress it": (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z"),
+    "write its rows as .jsonl": (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".json"),
+    "rename it to .jsonl": (".ndjson", ".jsonlines", ".jl"),
+}
+"""What to do with data of another format, by suffix."""
+UNKNOWN = "rename it to .txt or .jsonl if it is such"
 
+NO_DATA_SUFFIXES = (
+    *(".md", ".rst", ".py", ".ipynb", ".sh", ".yaml", ".yml", ".toml", ".cfg", ".ini"),
+    *(".lock", ".metadata", ".md5", ".sha256", ".crc", ".png", ".jpg", ".svg"),
+)
+NO_DATA_NAMES = ("readme", "license", "licence", "notice", "copying", "authors", "citation", "changelog", "makefile")
+"""Beginnings of names. Files of these names and suffixes lie beside corpora and hold none of it."""
 
-class Document(NamedTuple):
-    text: str
-    source_bytes: int
-    """How much of its file it took up."""
+MOST_NAMES = 4
+"""Files that a message names, of many."""
 
 
 def text_files(sources: Sequence[str | Path]) -> list[Path]:
-    """The files of `sources` in order, those of a folder (at any depth) by name. DataError where one gives none."""
-    return [file for source in sources for file in _files(Path(source))]
+    """Return the files to read, in the order of `sources`, those of a folder (at any depth, through links) by name.
+
+    Raises DataError where a source holds nothing to read, or a folder holds what may be data in another format.
+    """
+    return [file for source in sources for file in _split(Path(source))[0]]
 
 
-def _files(source: Path) -> list[Path]:
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-        if not files:
-            raise DataError(f"The folder {source} holds no .jsonl or .txt files. Name one that does.")
-        return files
+def left_out(sources: Sequence[str | Path]) -> list[Path]:
+    """Return the files in folders of `sources` that are surely no data, which nothing reads."""
+    return [file for source in sources for file in _split(Path(source))[1]]
+
+
+def _split(source: Path) -> tuple[list[Path], list[Path]]:
+    try:
+        if not source.exists():
+            raise DataError(f"There is no file or folder {source}. Correct its path.")
+        return _in_folder(source) if source.is_dir() else (_file(source), [])
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror or error}. Correct its path.") from error
+
+
+def _file(source: Path) -> list[Path]:
     if not source.is_file():
-        raise DataError(f"There is no file or folder {source}. Correct its path.")
-    if source.suffix not in SUFFIXES:
-        raise DataError(f"{source} is neither .jsonl nor .txt. Convert it to one of them.")
+        raise DataError(f"{source} is neither a regular file nor a folder. Write its text to a file.")
+    if reader_of(source) is None:
+        raise DataError(f"{source} is neither {_formats('nor')}: {_advice(source)}.")
     return [source]
 
 
-def documents(file: Path, text_key: str, separator: str) -> Iterator[Document]:
-    """The documents of a file that are not blank. DataError where there are none, or where one cannot be read."""
-    found = False
-    try:
-        for document in _json_lines(file, text_key) if file.suffix == ".jsonl" else _parts(file, separator):
-            if document.text and not document.text.isspace():
-                found = True
-                yield document
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8: {error.reason} at byte {error.start}. Convert it.") from error
-    if not found:
-        raise DataError(f"{file} holds no documents. Remove it, or fill it.")
+def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files of a folder to read, and those that hold no data. DataError where others are there, or none to read."""
+    read: list[Path] = []
+    left: list[Path] = []
+    unread: list[Path] = []
+    for file in files_below(folder):
+        kind = unread if not file.is_file() else read if reader_of(file) else left if _no_data(file) else unread
+        kind.append(file)
+    named = names(f"{file.relative_to(folder)} ({_advice(file)})" for file in unread)
+    if not read:
+        held = f"; it holds {named}" if unread else ""
+        raise DataError(f"The folder {folder} holds no {_formats('or')} files{held}. Name one that does.")
+    if unread:
+        raise DataError(
+            f"The folder {folder} holds files that would be left out: {named}. "
+            f"Make each of them {_formats('or')}, or move it away."
+        )
+    return read, left
 
 
-def _json_lines(file: Path, key: str) -> Iterator[Document]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.isspace():
-                yield Document(_text(line, key, f"{file}:{number}"), len(line))
+def _no_data(file: Path) -> bool:
+    """Whether a file surely is no part of a corpus."""
+    name = file.name.lower()
+    if any(name.endswith(suffixes) for suffixes in ADVICE.values()):
+        return False
+    hidden = name.startswith(".") and not file.suffix
+    return hidden or name.endswith(NO_DATA_SUFFIXES) or name.startswith(NO_DATA_NAMES) or not file.stat().st_size
 
 
-def _text(line: bytes, key: str, place: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place} is not valid JSON: {error}. Correct the line, or remove it.") from error
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        there = f"the keys {', '.join(map(repr, value))}" if isinstance(value, dict) else f"a {type(value).__name__}"
-        raise DataError(f"{place} has no text under the key {key!r}; it holds {there}. Set text_key to the right one.")
-    return value[key]
+def _advice(file: Path) -> str:
+    if not file.is_file():
+        return "a link to nothing" if file.is_symlink() else "no regular file"
+    return next((advice for advice, ends in ADVICE.items() if file.name.lower().endswith(ends)), UNKNOWN)
 
 
-def _parts(file: Path, separator: str) -> Iterator[Document]:
-    """The file's parts between separators, without the newlines around them; the whole file where there is none."""
-    rest = ""
-    with file.open(encoding="utf-8") as stream:
-        while chunk := stream.read(CHUNK_CHARS):
-            *whole, rest = (rest + chunk).split(separator)
-            yield from map(_part, whole)
-    yield _part(rest)
+def names(files: Iterable[str]) -> str:
+    """Return the first few of `files` as a list in words, and how many more there are."""
+    every = list(files)
+    more = f" and {len(every) - MOST_NAMES} more" if len(every) > MOST_NAMES else ""
+    return ", ".join(every[:MOST_NAMES]) + more
 
 
-def _part(text: str) -> Document:
-    return Document(text.strip("\n"), len(text.encode()))
+def _formats(word: str) -> str:
+    return f" {word} ".join(READERS)

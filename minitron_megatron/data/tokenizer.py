@@ -1,14 +1,22 @@
-"""The tokenizer of a Hugging Face folder, and what of it a corpus and a model must agree on."""
+"""The tokenizer of a Hugging Face folder, and what of it a corpus and a model must agree on.
+
+No code of the folder ever runs, and nothing is downloaded.
+"""
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from ..errors import DataError
+from ..errors import DataError, MinitronError
 from ..files import checksum, read_json
+from .encode import foreign
 
 __all__ = [
     "check_tokenizer",
@@ -30,77 +38,150 @@ TOKENIZER = (
 )
 """What a tokenizer is made of: the first alone, where it is there."""
 
+MOST_BYTES = 1 << 30
+"""Of a tokenizer.json; the largest known ones have 40 million."""
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, without truncation and padding. DataError where there is none that can be read."""
+    """Return the tokenizer of a folder, without truncation and padding. Raises DataError where none can be read."""
     folder = Path(folder)
-    try:
-        tokenizer = _from_json(folder) if (folder / "tokenizer.json").is_file() else _from_transformers(folder)
-    except Exception as error:  # tokenizers and transformers raise anything, bare Exception included
-        raise DataError(
-            f"{folder} holds no tokenizer that can be read: {_first_line(error)}. "
-            "Name the Hugging Face folder that holds the model's tokenizer.json."
-        ) from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    with _explained(folder):
+        tokenizer = _from_json(folder) if (folder / "tokenizer.json").exists() else _backend(folder)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if not vocabulary(tokenizer):
+            raise DataError(f"The tokenizer in {folder} has no entries. Use the one that came with the model.")
     return tokenizer
 
 
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turns what tokenizers and transformers raise, which may be anything, into a DataError."""
+    try:
+        yield
+    except MinitronError:
+        raise
+    except BaseException as error:
+        if not foreign(error):
+            raise
+        why = _first_line(error)
+        if "trust_remote_code" in str(error):
+            raise DataError(
+                f"The tokenizer in {folder} is code (auto_map in tokenizer_config.json), which is never run. "
+                "Save it as a tokenizer.json, and remove auto_map."
+            ) from error
+        raise DataError(
+            f"{folder} holds no tokenizer that can be read: {why}. "
+            "Name the Hugging Face folder that holds the model's tokenizer.json."
+        ) from error
+
+
 def _from_json(folder: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(f"{file} is no file. Put the model's tokenizer.json there.")
+    if (size := file.stat().st_size) > MOST_BYTES:
+        raise DataError(f"{file} has {size:,} bytes, and no tokenizer has. Put the model's tokenizer.json there.")
+    return Tokenizer.from_file(str(file))
 
 
-def _from_transformers(folder: Path) -> Tokenizer:
+def _backend(folder: Path) -> Tokenizer:
     """For folders with sentencepiece or vocab/merges files alone."""
-    if not folder.is_dir():
-        raise FileNotFoundError("there is no such folder")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+    made = _from_transformers(folder)
+    if not isinstance(getattr(made, "backend_tokenizer", None), Tokenizer):
+        raise ValueError(f"transformers has but a slow {type(made).__name__} for it")
+    return made.backend_tokenizer
 
 
 def transformers_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer as transformers has it, with what it puts before a text and its chat template. Raises DataError."""
-    from transformers import AutoTokenizer
+    """Return transformers' tokenizer, with what it puts before a text and its chat template. Raises DataError."""
+    with _explained(Path(folder)):
+        return _from_transformers(Path(folder))
 
+
+def _from_transformers(folder: Path) -> Any:
+    if not folder.is_dir():
+        raise FileNotFoundError("there is no such folder")  # the name would be looked up among downloads
+    settings, *_ = (_settings(folder, file) for file in SETTINGS)
+    whole = (folder / "tokenizer.json").exists()
+    if not whole and (folder / "tokenizer.model").is_file():
+        _check_pieces(folder / "tokenizer.model")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    plain = PreTrainedTokenizerFast if whole and "auto_map" in settings else AutoTokenizer  # its own class is never run
+    return plain.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+
+
+def _check_pieces(file: Path) -> None:
+    """Raise where a sentencepiece model cannot be read: transformers would take it for one of tiktoken, and say so."""
+    with file.open("rb") as stream:
+        if TIKTOKEN_LINE.fullmatch(stream.readline(1000)):
+            return
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers raises anything
-        raise DataError(f"transformers cannot read the tokenizer in {folder}: {_first_line(error)}.") from error
+        import google.protobuf  # noqa: F401
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise DataError(
+            f"{file} can only be read with the packages sentencepiece and protobuf: {error}. "
+            "Install both (pip install sentencepiece protobuf)."
+        ) from error
+    try:
+        SentencePieceProcessor(model_file=str(file))
+    except Exception as error:
+        raise DataError(f"{file} is torn, or no sentencepiece model. Copy the model's own anew.") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, added tokens included."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    """Return one more than the largest id, added tokens included."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def check_tokenizer(folder: str | Path, vocab: int) -> None:
-    """Raises DataError where the tokenizer has ids that a model of `vocab` entries has no embedding for."""
-    entries = vocabulary(load_tokenizer(folder))
-    if entries > vocab:
+    """Raise DataError where the tokenizer cannot be read, or ends documents with no token that the model has.
+
+    Entries beyond the `vocab` of the model are well as long as no text gives them: `prepare` looks at each. It warns of
+    those that are not added tokens, for they may be a sign of another model's tokenizer.
+    """
+    tokenizer = load_tokenizer(folder)
+    if (end := end_of_document(folder, tokenizer)) >= vocab:
         raise DataError(
-            f"The tokenizer in {folder} has {entries} entries and does not match the model's vocabulary of {vocab}. "
-            "Use the tokenizer that came with the model."
+            f"The tokenizer in {folder} ends documents with {tokenizer.id_to_token(end)!r} ({end}), and the model has "
+            f"{vocab} entries. Set eos_token in its tokenizer_config.json to a token that the model knows."
+        )
+    plain = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+    if plain > vocab:
+        warnings.warn(
+            f"The tokenizer in {folder} has {plain} entries, and the model has {vocab}: text that gives one of the "
+            "others is refused. Is it the tokenizer that came with the model?",
+            stacklevel=1,  # one place, so that it is said once in a process
         )
 
 
 def end_of_document(folder: str | Path, tokenizer: Tokenizer) -> int:
-    """The id that ends a document: the `eos_token` of the tokenizer's settings, else the model's `eos_token_id`."""
-    token = _setting(folder, "tokenizer_config.json", "eos_token")
-    if isinstance(token, dict):
-        token = token["content"]
-    if token is not None and (named := tokenizer.token_to_id(token)) is not None:
-        return named
-    for file in ("generation_config.json", "config.json"):
-        number = _setting(folder, file, "eos_token_id")
-        if isinstance(number, list) and number:
-            number = number[0]
-        if isinstance(number, int) and 0 <= number < vocabulary(tokenizer):
-            return number
+    """Return the id that ends a document: the `eos_token` of the tokenizer's settings, else the model's `eos_token_id`.
+
+    Raises DataError where there is none, or a setting is of the wrong type.
+    """
+    entries = vocabulary(tokenizer)
+    for file, key in (
+        ("tokenizer_config.json", "eos_token"),
+        ("generation_config.json", "eos_token_id"),
+        ("config.json", "eos_token_id"),
+        ("special_tokens_map.json", "eos_token"),
+    ):
+        try:
+            found = _id(_settings(folder, file).get(key), tokenizer, text=key == "eos_token")
+        except TypeError as error:
+            where = f"{Path(folder) / file} has a wrong {key}"
+            raise DataError(f"{where}: {error}. Set it to one of the tokenizer's entries.") from error
+        if found is not None and 0 <= found < entries:
+            return found
     raise DataError(
         f"The tokenizer in {folder} names no token that ends a document. "
         "Set eos_token in its tokenizer_config.json to one of its entries."
@@ -119,11 +200,31 @@ def corpus_marks(folder: str | Path) -> list[Any]:
 
 def settings_without_chat(folder: Path) -> Any:
     """Return a tokenizer's settings but for its chat template; None where it has none."""
-    path = folder / "tokenizer_config.json"
-    told = read_json(path) if path.is_file() else None
-    return {key: value for key, value in told.items() if key != "chat_template"} if isinstance(told, dict) else told
+    told = _settings(folder, "tokenizer_config.json")
+    there = (folder / "tokenizer_config.json").exists()
+    return {key: value for key, value in told.items() if key != "chat_template"} if there else None
 
 
-def _setting(folder: str | Path, file: str, key: str) -> Any:
+def _id(value: Any, tokenizer: Tokenizer, *, text: bool) -> int | None:
+    """The id that a setting gives as a token's text, or an object with it, or else as a number, or a list of numbers.
+
+    None where it gives none. TypeError where it is of another type.
+    """
+    if isinstance(value, dict) and text:
+        value = value.get("content", value)
+    elif isinstance(value, list) and not text:
+        value = value[0] if value else None
+    if value is None or (text and isinstance(value, str)):
+        return None if value is None else tokenizer.token_to_id(value)
+    if text or isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"it is {str(value)[:40]!r}")
+    return value
+
+
+def _settings(folder: str | Path, file: str) -> dict[str, Any]:
+    """The settings in a file of a folder; none where there is no such file. FileError, DataError where it is broken."""
     path = Path(folder) / file
-    return read_json(path).get(key) if path.is_file() else None
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no JSON object. Put the model's own file there.")
+    return found

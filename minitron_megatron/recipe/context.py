@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..convert import folder_hash, load_hf, model_hash, read_config, save_hf
-from ..data import Batch, Corpus, calibration, calibration_batches, held_out_batches, step_batches
+from ..data import Batch, Corpus, calibration, calibration_batches, check_content, held_out_batches, step_batches
 from ..errors import CheckpointError, FileError
 from ..evaluate import ValidationSet
 from ..events import Listener
@@ -221,10 +221,11 @@ class Context:
         return None if self.recipe.data.cross_documents else int(first["end"])
 
     def _weighted(self, weights: Sequence[float]) -> list[tuple[Path, float]]:
-        return [
-            (self.folders.data / name, weight)
-            for name, weight in zip(self.done["prepare"]["sources"], weights, strict=True)
-        ]
+        """(prefix, weight) of each source. Raises DataError where a corpus is not the one that the run prepared."""
+        sources = self.done["prepare"]["sources"]
+        for name, told in sources.items():
+            check_content(self.folders.data / name, told["content"])
+        return [(self.folders.data / name, weight) for name, weight in zip(sources, weights, strict=True)]
 
     def training_batches(self, phase: ResolvedPhase, seed: int) -> Callable[[int], list[Batch]]:
         """step -> this rank's micro-batches of the blend. Collective over the world."""

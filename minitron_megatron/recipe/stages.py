@@ -39,14 +39,15 @@ def do_prepare(context: Context) -> Result:
     recipe, result = context.recipe, None
     with fail_together():
         if context.topology.rank == 0:
-            check_tokenizer(recipe.model, read_config(recipe.model).shape.vocab)
+            vocab = read_config(recipe.model).shape.vocab
+            check_tokenizer(recipe.model, vocab)
             drawn: Result = {"sequence": recipe.data.sequence, "seed": recipe.seed}  # what every later draw depends on
             drawn |= {"cross_documents": recipe.data.cross_documents, "config": config_digest(recipe.model)}
-            result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context), **drawn}
+            result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context, vocab), **drawn}
     return broadcast_object(result)
 
 
-def _prepare_sources(context: Context) -> Result:
+def _prepare_sources(context: Context, vocab: int) -> Result:
     data, sources = context.recipe.data, {}
     for number, source in enumerate(data.sources):
         name = f"{number}-{source.path.stem}"
@@ -60,6 +61,7 @@ def _prepare_sources(context: Context) -> Result:
             text_key=data.text_key,
             separator=data.separator,
             seed=context.recipe.seed,
+            vocab=vocab,
             listener=context.listener,
         )
         validation_tokens = made.valid.tokens if made.valid else 0

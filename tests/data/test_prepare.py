@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def test_documents_end_with_the_end_token_and_get_no_other(tokenizer: Path, line
     assert stored(result.train.prefix) == [[5, 6, 7, 0], [8, 0]]
     assert (result.train.documents, result.train.tokens, result.valid) == (2, 6, None)
     assert (tmp_path / "out" / "a.train.bin").stat().st_size == 6 * 2  # uint16
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.train.bin", "a.train.idx"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.train.bin", "a.train.idx", "a.train.json"]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_documents_end_with_the_end_token_and_get_no_other(tokenizer: Path, line
 def test_text_files_are_parted_at_the_separator(
     text: str, expected: list[list[int]], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron_megatron.data.sources.CHUNK_CHARS", 5)  # separators straddle the chunks
+    monkeypatch.setattr("minitron_megatron.data.readers.CHUNK_CHARS", 5)  # separators straddle the chunks
     (tmp_path / "a.txt").write_text(text)
     assert stored(prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "a", validation=0).train.prefix) == expected
 
@@ -135,7 +136,7 @@ def test_a_later_run_leaves_no_split_of_an_earlier_one(tokenizer: Path, lines: L
     source = lines("a.jsonl", '{"text": "w1"}')
     prepare([source], tokenizer, tmp_path / "out" / "a", validation=[source])
     prepare([source], tokenizer, tmp_path / "out" / "a", validation=0)
-    assert set(snapshot(tmp_path / "out")) == {"a.train.bin", "a.train.idx"}
+    assert set(snapshot(tmp_path / "out")) == {"a.train.bin", "a.train.idx", "a.train.json"}
 
 
 def test_a_run_killed_while_publishing_leaves_no_pair_of_two_runs(
@@ -162,8 +163,18 @@ def test_a_run_killed_while_publishing_leaves_no_pair_of_two_runs(
         ('{"text": "  "}\n\n', "in.jsonl holds no documents"),
         ('{"text": "w1"}\n{"text": \n', "in.jsonl:2 is not valid JSON"),
         ('{"body": "w1", "id": 3}\n', "in.jsonl:1 has no text under the key 'text'; it holds the keys 'body', 'id'"),
-        ('{"text": 3}\n', "in.jsonl:1 has no text under the key 'text'"),
+        ('{"text": null}\n', "in.jsonl:1 has no text under the key 'text': its value is null"),
+        ('{"text": "w1"}\n{"text": 3}\n', "in.jsonl:2 has no text under the key 'text': its value is a number"),
+        ('{"text": NaN}\n', "in.jsonl:1 has no text under the key 'text': its value is a number"),
+        ('{"text": ["w1"]}\n', "in.jsonl:1 has no text under the key 'text': its value is a list"),
+        ('{"text": {"text": "w1"}}\n', "in.jsonl:1 has no text under the key 'text': its value is an object"),
+        ('{"text": true}\n', "in.jsonl:1 has no text under the key 'text': its value is a boolean"),
         ("[1]\n", "in.jsonl:1 has no text under the key 'text'; it holds a list"),
+        ("{}\n", "in.jsonl:1 has no text under the key 'text'; it holds no keys"),
+        ('{"text": "w1", "a": 1, "text": "w2"}\n', "in.jsonl:1 has the key 'text' twice"),
+        ('{"text": "w1"}\n' + "[" * 100_000 + "\n", "in.jsonl:2 is nested too deeply"),
+        ('{"text": "w1", "a": ' + '{"a":' * 100_000 + "\n", "in.jsonl:1 is nested too deeply"),
+        ('{"text": "a\0b"}\n', "in.jsonl:1 is not valid JSON"),
     ],
 )
 def test_bad_lines_are_named(content: str, message: str, tokenizer: Path, tmp_path: Path) -> None:
@@ -178,8 +189,10 @@ def test_bad_lines_are_named(content: str, message: str, tokenizer: Path, tmp_pa
     [
         ("missing.txt", None, "There is no file or folder"),
         ("table.csv", b"a,b", "neither .jsonl nor .txt"),
-        ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8"),
-        ("latin.jsonl", b'{"text": "caf\xe9"}', "latin.jsonl:1 is not valid JSON"),
+        ("latin.txt", b"w1\r\ncaf\xe9", "latin.txt:2 is not UTF-8: .* at byte 3 of the line"),
+        ("latin.jsonl", b'{"text": "caf\xe9"}', "latin.jsonl:1 is not UTF-8: .* at byte 13 of the line"),
+        ("wide.txt", "w1".encode("utf-16"), r"wide.txt:1 is not UTF-8.*iconv -f UTF-16"),
+        ("wide.jsonl", '{"text": "w1"}'.encode("utf-16"), r"wide.jsonl:1 is not UTF-8.*iconv -f UTF-16"),
         ("folder/table.csv", b"a,b", "holds no .jsonl or .txt files"),
     ],
 )
@@ -200,6 +213,24 @@ def test_a_share_that_leaves_a_split_empty_is_refused(tokenizer: Path, lines: Li
     with pytest.raises(DataError, match=r"validation=1\.5 is no share"):
         prepare([source], tokenizer, tmp_path / "a", validation=1.5)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_sound_text_gives_the_bytes_that_it_always_gave(tokenizer: Path, tmp_path: Path) -> None:
+    """Line ends of every kind, blank documents, nested folders, hidden files, NaN beside the text, marks at lines."""
+    folder = tmp_path / "in"
+    (folder / "b" / "c.jsonl").mkdir(parents=True)
+    long = (json.dumps({"text": f"w{i} " * (i % 7), "n": 1.5, "o": {"text": 1}}) + "\r\n" for i in range(1, 200))
+    (folder / "z.jsonl").write_bytes("".join(long).encode())
+    (folder / "a.txt").write_bytes(
+        b"\r\nw1 w2\r\nw3\r<|endoftext|>\n\n<|endoftext|> w4 <|endoftext|>\n" + "é w5\u2028w6 ".encode()
+    )
+    pairs = '{"a": 1, "text": "w7 \\u00e9 \\ud83d\\ude00 w8\\nw9"}\n\n  \n{"text": ""}\n'
+    (folder / "b" / "c.jsonl" / "x.jsonl").write_bytes(pairs.encode())
+    (folder / "b" / ".h.jsonl").write_bytes('\ufeff{"text": "w10"}\n\ufeff{"text": "w11", "x": NaN}\n'.encode())
+    made = prepare([folder], tokenizer, tmp_path / "out", validation=0.2, seed=3)
+    files = (tmp_path / f"out.{split}.{kind}" for split in ("train", "valid") for kind in ("bin", "idx"))
+    assert hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest().startswith("ebcd0d034ae19cfa")
+    assert made.content.startswith("536478195d92a3e0")
 
 
 def test_the_token_dtype_follows_the_vocabulary() -> None:
