@@ -94,7 +94,7 @@ def _said(folder: Path) -> ModelConfig:
         )
     family = family_of(hf)
     reader = _Reader(path, hf, family)
-    reader.refuse_unsupported(strict=family is FAMILIES.get(str(hf.get("model_type"))))
+    reader.refuse_unsupported(strict=family.model_type in FAMILIES)
     config = _model_config(reader)
     if family.model_type not in FAMILIES:
         check_bridged(config)
