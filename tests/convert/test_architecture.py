@@ -1,4 +1,4 @@
-"""A Qwen2 whose heads do not fill its hidden size is exported as a Llama, and such a Llama is read as the Qwen2 it is."""
+"""A Qwen2 whose heads do not fill its hidden size is exported as a Llama; such a Llama is read as the Qwen2 it is."""
 
 from __future__ import annotations
 
