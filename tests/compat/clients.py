@@ -33,12 +33,12 @@ TOKENS = [int(token) for token in torch.randint(2, 500, (20,), generator=torch.G
 
 TEACHER = {
     "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 192,
+    "hidden_size": 384,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 32,
+    "head_dim": 64,
     "eos_token_id": 1,
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,8 +54,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Family -> its kind in the tests of `convert`, and sizes that every client's kernels take."""
 
-SHAPES = {"whole": {"ffn": 160}, "narrow": {"hidden": 96}, "odd": {"hidden": 98}}
-"""What the students keep: heads x head_dim is 128, so that it is hidden in the first alone; 98 is no multiple of 4."""
+SHAPES = {"whole": {"ffn": 192}, "narrow": {"hidden": 192}, "odd": {"hidden": 160}}
+"""What the students keep. heads x head_dim is 384, hidden in the first alone; 192 is a multiple of the 6 heads, 160 none."""
 
 TITLES = {
     "whole": "hidden = heads x head_dim",
@@ -153,7 +153,12 @@ def table(work: Path) -> None:
         for case in cases():
             found = outcome(work, client, case.name)
             if found is not None:
-                named = {"family": case.family, "shape": case.shape, "tied": case.tied, "architecture": case.architecture}
+                named = {
+                    "family": case.family,
+                    "shape": case.shape,
+                    "tied": case.tied,
+                    "architecture": case.architecture,
+                }
                 lines.append({"client": client, "version": version, **named, **found, **about})
     RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
     text, (begin, end) = PAGE.read_text(), MARKS
@@ -171,7 +176,10 @@ def markdown(lines: list[dict[str, Any]]) -> str:
         family = line["family"] + (" as Llama" if line["architecture"] == "auto" else "")
         rows.setdefault((family, shape), {})[line["client"]] = word(line)
     titles = ["family", "student", *(f"{client} {version}" for client, version in clients)]
-    cells = [[family, TITLES[shape], *(row.get(client, "") for client, _ in clients)] for (family, shape), row in rows.items()]
+    cells = [
+        [family, TITLES[shape], *(row.get(client, "") for client, _ in clients)]
+        for (family, shape), row in rows.items()
+    ]
     return "".join(f"| {' | '.join(line)} |\n" for line in (titles, ["---"] * len(titles), *cells))
 
 

@@ -142,7 +142,10 @@ WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
         Space({"hidden": (32, 40), "heads": (2, 6)}, multiples={"hidden": FILLED}),
         {"params": Limit(at_most=1.5e5)},
         RecipeError,
-        ["multiples.hidden: heads x head_dim lets none through", "nearest hidden is 40, with 6 heads of 8: 48 would do"],
+        [
+            "multiples.hidden: heads x head_dim lets none through",
+            "nearest hidden is 40, with 6 heads of 8: 48 would do",
+        ],
     ),
     (
         Space({"heads": (3, 5)}),
