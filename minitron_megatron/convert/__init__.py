@@ -10,19 +10,21 @@ from .config import read_config
 from .export import save_hf
 from .families import FAMILIES
 from .family import Family
-from .flat import flat_config
+from .flat import Architecture, exported_config, flat_config
 from .identity import folder_hash, model_hash
 from .load import check_weights, load_hf
 from .weights import Weights
 
 __all__ = [
     "FAMILIES",
+    "Architecture",
     "Family",
     "Weights",
     "carried_files",
     "carry",
     "check_folder",
     "check_weights",
+    "exported_config",
     "flat_config",
     "folder_hash",
     "load_hf",

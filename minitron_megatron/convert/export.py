@@ -18,7 +18,7 @@ from ..model import ModelConfig, chunks_of, config_of, home, named_shards
 from ..parallel import Topology, fail_together, move
 from .carried import carry
 from .families import family_of
-from .flat import flat_config
+from .flat import Architecture, exported_config, flat_config
 from .weights import INDEX, SafetensorsWriter, split_files
 
 __all__ = ["full_tensors", "save_hf"]
@@ -33,16 +33,18 @@ def save_hf(
     *,
     dtype: torch.dtype | None = None,
     files_from: str | Path | None = None,
+    architecture: Architecture = "own",
     file_bytes: int = FILE_BYTES,
     listener: Listener = silent,
 ) -> None:
     """Writes a model as a Hugging Face folder, whole or not at all. Collective over the world.
 
     dtype: of the tensors written; None keeps the model's. files_from: the folder whose tokenizer and generation
-    settings go along. file_bytes: where to start another weights file. Memory beyond the model: one tensor.
+    settings go along. architecture: `auto` may write another family that computes the same (`exported_config`).
+    file_bytes: where to start another weights file. Memory beyond the model: one tensor.
     Raises CheckpointError on every rank where the folder cannot be written.
     """
-    folder, config = Path(folder), config_of(chunks_of(model)[0])
+    folder, config = Path(folder), exported_config(config_of(chunks_of(model)[0]), architecture)
     dtype = dtype or next(chunks_of(model)[0].parameters()).dtype
     stream = full_tensors(model, topology, dtype)
     with fail_together():
@@ -75,7 +77,9 @@ def _write_tensors(
     file_bytes: int,
     listener: Listener,
 ) -> None:
-    shapes = dict(family_of(config.source).tensors(config.shape))
+    family = family_of(config.source)
+    zeros = dict(family.zero_tensors(config.shape))
+    shapes = dict(family.tensors(config.shape)) | zeros
     weigh = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
     files = split_files(weigh, file_bytes)
     weight_map = {}
@@ -85,7 +89,7 @@ def _write_tensors(
             file = "model.safetensors" if len(files) == 1 else f"model-{number:05}-of-{len(files):05}.safetensors"
             writer = stack.enter_context(SafetensorsWriter(folder / file, [(n, shapes[n]) for n in names], dtype))
             for name in names:
-                got, tensor = next(stream)
+                got, tensor = (name, torch.zeros(zeros[name], dtype=dtype)) if name in zeros else next(stream)
                 assert got == name
                 writer.add(name, tensor)
                 del tensor  # before the next one comes

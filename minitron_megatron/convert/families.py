@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import CheckpointError, did_you_mean
@@ -240,6 +241,15 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 
+BIASED_LLAMA = replace(
+    FAMILIES["llama"],
+    names=QWEN2_NAMES,
+    shape={"qkv_bias": True},
+    only={"attention_bias": (True,)},
+    zeros={LAYER + "self_attention.linear_proj.weight": HF_LAYER + "self_attn.o_proj.bias"},
+)
+"""A Llama with `attention_bias`: the function of a Qwen2, where the bias of the attention's output is zero."""
+
 
 def family_of(hf: Mapping[str, Any]) -> Family:
     """The family of a Hugging Face config, llama for the empty one of a model built elsewhere; without a row here, what
@@ -248,6 +258,8 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     Raises CheckpointError where neither knows it.
     """
     model_type = str(hf.get("model_type")) if hf else "llama"
+    if model_type == "llama" and hf.get("attention_bias") is True:
+        return BIASED_LLAMA
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     family = bridged(hf)

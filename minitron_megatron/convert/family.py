@@ -55,6 +55,9 @@ class Family:
     """Whether all keys of its config are known here."""
     norm_topk_prob: bool = True
     """Whether a token's experts are weighed among themselves, in a family whose config does not say."""
+    zeros: Mapping[str, str] = field(default_factory=dict)
+    """Megatron pattern of a matrix -> Hugging Face pattern of a bias on its rows. Its model here has no such bias: the
+    tensor is written as zeros, and a folder where it is not zero is refused."""
 
     def default(self, key: str) -> Any:
         """The meaning of an absent key: a value, a function of other keys, or ... where it must be said."""
@@ -84,3 +87,13 @@ class Family:
         """Every Hugging Face tensor of a shape with its own shape, in the order of the layers."""
         for name in shape.names():
             yield from self.shapes(name, shape.sizes(padded=False))
+
+    def zeros_of(self, name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The tensor of `zeros` that goes with a parameter, with its own shape, where there is one."""
+        if hf := self.zeros.get(pattern_of(name)):
+            yield hf.replace("*", str(layer_of(name))), lookup(name).shape(sizes)[:1]
+
+    def zero_tensors(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every Hugging Face tensor of `zeros` with its own shape, in the order of the layers."""
+        for name in shape.names():
+            yield from self.zeros_of(name, shape.sizes(padded=False))

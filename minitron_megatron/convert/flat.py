@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from ..model import ModelConfig
 from .families import family_of
 from .family import Family
 
-__all__ = ["flat_config"]
+__all__ = ["Architecture", "exported_config", "flat_config"]
+
+Architecture = Literal["auto", "own"]
+
+OF_ANY_FAMILY = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "use_cache")
+"""Settings that a Qwen2 and a Llama read alike, besides those that `flat_config` writes."""
+
+
+def exported_config(config: ModelConfig, architecture: Architecture) -> ModelConfig:
+    """The config under whose family a model is exported: its own, or with `auto` one of the same function that more
+    clients read.
+
+    Many clients take a Qwen2's head size to be hidden / heads, whatever its `head_dim` says, and read a Llama's. A
+    Llama with `attention_bias` computes the same, where the bias of the attention's output is zero.
+    """
+    shape, source = config.shape, config.source
+    whole_heads = shape.hidden == shape.heads * shape.head_dim
+    as_llama = shape.hidden % shape.heads == 0 and config.window is None  # transformers reads no other Llama
+    if architecture == "own" or source.get("model_type") != "qwen2" or whole_heads or not as_llama:
+        return config
+    kept = {key: source.get(key) for key in OF_ANY_FAMILY if key in source or key.endswith("_token_id")}
+    return replace(config, source={**kept, "model_type": "llama", "attention_bias": True, "mlp_bias": False})
 
 
 def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:

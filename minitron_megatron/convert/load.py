@@ -63,19 +63,20 @@ def load_hf(
 
 
 def check_weights(folder: Path) -> None:
-    """Raise CheckpointError where a folder's weights are missing or not those of its config. Reads headers alone."""
+    """Raise CheckpointError where a folder's weights are missing or not those of its config. Reads headers."""
     config, weights = open_weights(folder)
     check_tensors(weights, config, family_of(config.source))
 
 
 def check_tensors(weights: Weights, config: ModelConfig, family: Family) -> None:
-    """Raises CheckpointError where the headers do not hold exactly this model's tensors."""
+    """Raises CheckpointError where the headers do not hold exactly this model's tensors, or a bias of a kind that
+    models here do not have is not zero."""
     sizes, expected = config.shape.sizes(padded=False), set()
     for name in config.shape.names():
-        for hf, shape in family.shapes(name, sizes):
+        for hf, shape in (*family.shapes(name, sizes), *family.zeros_of(name, sizes)):
             expected.add(hf)
             if hf not in weights:
-                patterns = {pattern for roles in family.names.values() for pattern in roles.values()}
+                patterns = {pattern for roles in (*family.names.values(), family.zeros) for pattern in roles.values()}
                 near = did_you_mean(hf, [there for there in weights.names() if _pattern(there) not in patterns])
                 raise CheckpointError(f"{weights.folder} lacks the tensor {hf}.{near}{_counted(hf, config, family)}")
             if weights.shape(hf) != shape:
@@ -88,6 +89,16 @@ def check_tensors(weights: Weights, config: ModelConfig, family: Family) -> None
         if hf not in expected | tied_copy and not hf.endswith(IGNORED):
             raise CheckpointError(
                 f"{weights.folder} holds a tensor that the model does not have: {hf}.{_counted(hf, config, family)}"
+            )
+    _check_zeros(weights, config, family)
+
+
+def _check_zeros(weights: Weights, config: ModelConfig, family: Family) -> None:
+    for hf, _ in family.zero_tensors(config.shape):
+        if weights.read(hf).any():
+            raise CheckpointError(
+                f"{weights.folder}: {hf} is not zero, and models here have no such bias. "
+                f"A {family.model_type} whose {hf.split('.', 3)[-1]} is zero in every layer can be read."
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..convert import folder_hash, load_hf, model_hash, read_config, save_hf
+from ..convert import Architecture, folder_hash, load_hf, model_hash, read_config, save_hf
 from ..data import Batch, Corpus, calibration, calibration_batches, check_content, held_out_batches, step_batches
 from ..errors import CheckpointError, FileError
 from ..evaluate import ValidationSet
@@ -183,13 +183,23 @@ class Context:
         exact = dtype == torch.float32 or DTYPES.get(stored.get("torch_dtype") or stored.get("dtype", "")) == dtype
         return model_hash(model, self.topology) if exact else folder_hash(folder)
 
-    def save(self, model: Any, folder: Path, dtype: torch.dtype | None = None) -> str:
+    def save(
+        self, model: Any, folder: Path, dtype: torch.dtype | None = None, architecture: Architecture = "own"
+    ) -> str:
         """Writes a model with the teacher's tokenizer and returns its hash. Collective over the world.
 
         Raises CheckpointError, and writes nothing, where a weight is not finite.
         """
         check_finite(model, f"the model for {folder}", "It is not written.")
-        save_hf(model, folder, self.topology, dtype=dtype, files_from=self.recipe.model, listener=self.listener)
+        save_hf(
+            model,
+            folder,
+            self.topology,
+            dtype=dtype,
+            files_from=self.recipe.model,
+            architecture=architecture,
+            listener=self.listener,
+        )
         return model_hash(model, self.topology)
 
     def sealed(self, folder: Path) -> str:

@@ -13,13 +13,14 @@ from ..parallel import Topology
 from ..search import Candidate
 from .candidates import candidates_of
 from .check import check, planned
+from .clients import client_notes, client_warnings
 from .memory import WEIGHT_BYTES, model_bytes, training_bytes
 from .phases import resolved
 from .schema import Recipe
 from .searching import light_recipe
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
-__all__ = ["Estimate", "count", "estimate", "shape_warnings"]
+__all__ = ["Estimate", "count", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Estimate:
     light_flops: Mapping[str, int]
     """Candidate -> what its light distillation takes."""
     warnings: tuple[str, ...]
-    """What will work, but not for everybody."""
+    """Clients that will not serve the export."""
+    notes: tuple[str, ...]
+    """The same, of clients that the guide does not serve with."""
 
     def expect_to_fit(self, gib: float) -> None:
         """Raises TopologyError where a rank holds more than `gib` GiB, activations not counted."""
@@ -101,7 +104,7 @@ class Estimate:
             "distillation": f"{self.distill_tokens:,} tokens",
             "work": f"{self.flops:.3g} FLOPs",
             "time": f"{self.hours:.3g} hours on {self.gpus} GPUs",
-        } | ({"warning": " ".join(self.warnings)} if self.warnings else {})
+        } | {name: " ".join(said) for name, said in (("warning", self.warnings), ("note", self.notes)) if said}
 
 
 def _say(shape: Shape) -> str:
@@ -176,20 +179,8 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 98
         hours=flops / (gpus * peak_flops * mfu) / 3600,
         candidates=found,
         light_flops=light,
-        warnings=shape_warnings(str(config.source.get("model_type")), teacher, student),
-    )
-
-
-def shape_warnings(family: str, teacher: Shape, student: Shape) -> tuple[str, ...]:
-    """transformers 5 holds a Llama's hidden size to be heads x something, whatever its head_dim is."""
-    hidden, heads = student.hidden, student.heads
-    if family != "llama" or hidden % heads == 0:
-        return ()
-    below = hidden // heads * heads
-    near = " or ".join(str(size) for size in (below, below + heads) if 0 < size <= teacher.hidden)
-    return (
-        f"transformers 5 refuses a llama of hidden size {hidden} with {heads} heads: it wants a multiple. Choose "
-        f"hidden {near}, or load the export with transformers 4.",
+        warnings=client_warnings(config, student, recipe.export.architecture),
+        notes=client_notes(config, student, recipe.export.architecture),
     )
 
 

@@ -66,8 +66,15 @@ def hand_over(
     if form == "megatron":
         save_megatron_lm(student, to, topology, tokenizer=recipe.model.resolve())
     else:
-        dtype = DTYPES[recipe.export.dtype]
-        save_hf(student, to, topology, dtype=dtype, files_from=recipe.model, listener=listener)
+        save_hf(
+            student,
+            to,
+            topology,
+            dtype=DTYPES[recipe.export.dtype],
+            files_from=recipe.model,
+            architecture=recipe.export.architecture,
+            listener=listener,
+        )
     return path
 
 

@@ -194,6 +194,9 @@ class Export(Keys):
     """The Hugging Face folder that is served."""
 
     dtype: DType = "bfloat16"
+    architecture: Literal["auto", "own"] = "auto"
+    """`auto` writes a Qwen2 whose hidden size is not heads x head_dim as a Llama with `attention_bias`, which computes
+    the same and which more clients read; `own` writes the teacher's family."""
     quantize: Literal["none", "fp8"] = "none"
     """Also write `export-fp8`: ModelOpt's post-training quantisation, e4m3 with a scale for each matrix and its input,
     found on calibration samples in one process."""

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ..errors import did_you_mean
 from ..layout import PUBLIC_AXES
-from ..search import GPUS, Limit, Space
+from ..search import FILLED, GPUS, Limit, Space
 from .keys import Count, FilePath, HowToRun, Keys, NotNegative, Positive, Steps
 
 __all__ = ["Budget", "Light", "Search", "Serving"]
@@ -47,6 +47,19 @@ def _floor(value: Any) -> Any:
     return _window(value) if isinstance(value, list | tuple) else (float(value), None)
 
 
+def _multiples(value: Any) -> Any:
+    """Words are refused here, where pydantic would tell of each alternative."""
+    if not isinstance(value, dict):
+        return value
+    for axis, unit in value.items():
+        if axis not in AXES:
+            raise ValueError(f"multiples names the axis {axis!r}.{did_you_mean(str(axis), AXES)}")
+        if isinstance(unit, str) and not unit[:1].isdigit() and (axis, unit) != ("hidden", FILLED):
+            raise ValueError(f"multiples.{axis} is {unit!r}. Give a number, or for hidden {FILLED!r}")
+    return value
+
+
+Multiples = Annotated[dict[str, Count | Literal["heads x head_dim"]], BeforeValidator(_multiples)]
 Sizes = Annotated[tuple[Count, ...], BeforeValidator(_sizes), Field(min_length=1)]
 Window = Annotated[tuple[float | None, float | None], BeforeValidator(_window)]
 AtLeast = Annotated[tuple[float | None, float | None], BeforeValidator(_floor)]
@@ -141,8 +154,9 @@ class Search(Keys):
     """Neurons of each expert."""
     shared_ffn: Sizes | None = None
     """Neurons of the experts that every token goes through."""
-    multiples: dict[str, Count] = Field(default_factory=dict)
-    """Axis -> what its sizes must be multiples of; others are left out."""
+    multiples: Multiples = Field(default_factory=dict)
+    """Axis -> what its sizes must be multiples of; others are left out. `hidden: heads x head_dim` keeps the shapes
+    whose hidden size is equal to that: some clients read no other (docs/guide/serving.md)."""
     budget: Budget
     """What the student may have."""
     serving: Serving = Serving()
@@ -158,9 +172,6 @@ class Search(Keys):
     def _has_a_budget(self) -> Search:
         if not self.budget.limits():
             raise ValueError("A search needs a budget: set budget.params, or another")
-        for axis in self.multiples:
-            if axis not in AXES:
-                raise ValueError(f"multiples names the axis {axis!r}.{did_you_mean(axis, AXES)}")
         return self
 
     def space(self) -> Space:

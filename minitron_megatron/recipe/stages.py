@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..convert import folder_hash, read_config
+from ..convert import Architecture, folder_hash, read_config
 from ..data import check_tokenizer, prepare
 from ..errors import TrainingError
 from ..evaluate import ValidationSet
@@ -80,9 +80,15 @@ def do_correct(context: Context) -> Result:
     return {**_saved(context, model, context.folders.corrected), "tokens": tokens}
 
 
-def _saved(context: Context, model: list[Any], folder: Path, dtype: torch.dtype | None = None) -> Result:
+def _saved(
+    context: Context,
+    model: list[Any],
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    architecture: Architecture = "own",
+) -> Result:
     """Writes a model; returns its hash, and the checksum of the list of its files'. Collective over the world."""
-    return {"hash": context.save(model, folder, dtype), "files": context.sealed(folder)}
+    return {"hash": context.save(model, folder, dtype, architecture), "files": context.sealed(folder)}
 
 
 def do_score(context: Context) -> Result:
@@ -195,7 +201,7 @@ def do_export(context: Context) -> Result:
     dtype = DTYPES[context.recipe.export.dtype]
     model = context.load(context.folders.model("distilled"))
     folder = context.folders.model("export")
-    saved = _saved(context, model, folder, dtype)
+    saved = _saved(context, model, folder, dtype, context.recipe.export.architecture)
     write_card(context, folder)  # after the checksums: whoever serves the model may edit it
     if context.recipe.export.quantize == "fp8":
         _quantize(context, folder)

@@ -11,10 +11,10 @@ from pathlib import Path
 from ..convert import read_config
 from ..errors import MinitronError
 from ..layout import Shape
-from ..model import check_fits
+from ..model import ModelConfig, check_fits
 from ..parallel import Topology
 from ..prune import checked_sizes
-from .estimate import shape_warnings
+from .clients import client_warnings
 from .training_keys import Correct, Distill
 
 __all__ = ["starter_recipe"]
@@ -58,7 +58,7 @@ def starter_recipe(model: Path) -> str:
     config = read_config(model)
     shape, sequence = config.shape, min(8192, config.longest)
     steps = ceil(TOKENS / (Distill().global_batch * sequence))
-    sizes = _sizes(shape, str(config.source.get("model_type")))
+    sizes = _sizes(config)
     return TEMPLATE.format(
         model=_quoted(str(model)),
         out=_quoted(str(_out(model))),
@@ -71,14 +71,15 @@ def starter_recipe(model: Path) -> str:
     )
 
 
-def _sizes(teacher: Shape, model_type: str) -> dict[str, int]:
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    teacher = config.shape
     for sizes in _candidates(teacher):
         try:
             student = teacher.resized(**checked_sizes(teacher, sizes))
             check_fits(student, Topology())
         except MinitronError:
             continue
-        if not shape_warnings(model_type, teacher, student):
+        if not client_warnings(config, student, "auto"):
             return sizes
     return {axis: teacher.axis_size(axis) for axis in ("ffn", "expert_ffn") if teacher.axis_size(axis)}
 

@@ -7,11 +7,12 @@ run folders, objectives (training and evaluation come as functions).
 from .choice import front, knee, rank_correlation, settled
 from .halving import Curve, halving, rungs
 from .latency import GPUS, Conditions, FittedSpeed, Roofline, SpeedRow
-from .space import COSTS, MORE_IS_BETTER, TIMED, Candidate, Limit, Space, candidates, costs_of
+from .space import COSTS, FILLED, MORE_IS_BETTER, TIMED, Candidate, Limit, Space, candidates, costs_of
 from .zero_shot import zero_shot
 
 __all__ = [
     "COSTS",
+    "FILLED",
     "GPUS",
     "MORE_IS_BETTER",
     "TIMED",

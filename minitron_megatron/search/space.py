@@ -12,9 +12,12 @@ from ..layout import PUBLIC_AXES, Shape, active_parameters, flops_per_token, par
 from ..prune import checked_sizes
 from .latency import Conditions
 
-__all__ = ["COSTS", "MORE_IS_BETTER", "TIMED", "Candidate", "Limit", "Space", "candidates", "costs_of"]
+__all__ = ["COSTS", "FILLED", "MORE_IS_BETTER", "TIMED", "Candidate", "Limit", "Space", "candidates", "costs_of"]
 
 AXES = ("layers", *PUBLIC_AXES)
+
+FILLED = "heads x head_dim"
+"""In the place of a multiple of `hidden`: hidden must be equal to this, for some clients take it to be so."""
 
 COSTS: Mapping[str, Callable[[Shape, Conditions], float]] = {
     "params": lambda shape, _: parameters(shape),
@@ -63,8 +66,8 @@ class Space:
     """Public axis, or `layers` -> sizes."""
     expansions: tuple[float, ...] = ()
     """In the place of `ffn`: neurons over hidden channels."""
-    multiples: Mapping[str, int] = field(default_factory=dict)
-    """Axis -> what its sizes must be multiples of."""
+    multiples: Mapping[str, int | str] = field(default_factory=dict)
+    """Axis -> what its sizes must be multiples of; `hidden` may be held to FILLED."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,10 @@ def _rules(space: Space, budget: Mapping[str, Limit]) -> list[_Rule]:
     return rules + [_Rule(f"budget.{name}: {limit}", *_within(name, limit)) for name, limit in budget.items()]
 
 
-def _multiple(axis: str, unit: int) -> tuple[Callable[[_Point], bool], Callable[[Sequence[_Point]], str]]:
+def _multiple(axis: str, unit: int | str) -> tuple[Callable[[_Point], bool], Callable[[Sequence[_Point]], str]]:
+    if isinstance(unit, str):
+        return _filled()
+
     def off(point: _Point) -> int:
         return min(point.shape.axis_size(axis) % unit, -point.shape.axis_size(axis) % unit)
 
@@ -205,6 +211,21 @@ def _multiple(axis: str, unit: int) -> tuple[Callable[[_Point], bool], Callable[
         size = min(points, key=off).shape.axis_size(axis)
         down = size // unit * unit
         return f"The nearest {axis} is {size}: {down or unit} or {down + unit} would do."
+
+    return lambda point: off(point) == 0, nearest
+
+
+def _filled() -> tuple[Callable[[_Point], bool], Callable[[Sequence[_Point]], str]]:
+    def wanted(point: _Point) -> int:
+        return point.shape.heads * point.shape.head_dim
+
+    def off(point: _Point) -> int:
+        return abs(point.shape.hidden - wanted(point))
+
+    def nearest(points: Sequence[_Point]) -> str:
+        best = min(points, key=off)
+        heads = f"{best.shape.heads} heads of {best.shape.head_dim}"
+        return f"The nearest hidden is {best.shape.hidden}, with {heads}: {wanted(best)} would do."
 
     return lambda point: off(point) == 0, nearest
 

@@ -79,8 +79,13 @@ def no_family(folder: Path) -> str:
 
 
 def attention_bias(folder: Path) -> str:
-    with_config(folder, attention_bias=True)
+    with_config(folder, model_type="mistral", sliding_window=None, attention_bias=True)
     return "says attention_bias: True, which is not supported"
+
+
+def missing_bias(folder: Path) -> str:
+    with_config(folder, attention_bias=True)
+    return "lacks the tensor model.layers.0.self_attn.q_proj.bias."
 
 
 def activation(folder: Path) -> str:
@@ -156,8 +161,8 @@ def empty_index(folder: Path) -> str:
 
 
 SPOILS = [
-    no_folder, no_config, not_json, unknown_family, no_family, attention_bias, activation, other_rope,
-    silent_config, incomplete_rope, missing_tensor, renamed_tensor, surplus_tensor, misshapen_tensor, no_weights,
+    no_folder, no_config, not_json, unknown_family, no_family, attention_bias, missing_bias, activation,
+    other_rope, silent_config, incomplete_rope, missing_tensor, renamed_tensor, surplus_tensor, misshapen_tensor, no_weights,
     truncated_weights, no_safetensors, missing_file, torn_index, empty_index,
 ]  # fmt: skip
 

@@ -359,6 +359,13 @@ def test_what_is_wrong_is_one_error_before_anything_is_written(
         ({"search": SEARCH | {"hiden": [4]}}, "search.hiden is not a known key. Did you mean 'hidden'?"),
         ({"search": SEARCH | {"layers": {"from": 3}}}, "{from: 16, to: 32, step: 4}"),
         ({"search": SEARCH | {"multiples": {"fnn": 4}}}, "Did you mean 'ffn'?"),
+        (
+            {"search": SEARCH | {"multiples": {"ffn": "heads x head_dim"}}},
+            "multiples.ffn is 'heads x head_dim'. Give a num",
+        ),
+        ({"search": SEARCH | {"multiples": {"hidden": "heads"}}}, "number, or for hidden 'heads x head_dim'"),
+        ({"search": SEARCH | {"multiples": {"hidden": 0}}}, "search.multiples.hidden"),
+        ({"search": SEARCH | {"multiples": {"hidden": "4 heads"}}}, "search.multiples.hidden"),
         ({"search": SEARCH | {"serving": {"gpu": "H10"}}}, "The GPU 'H10' is not known. Did you mean 'H100'?"),
         ({"search": None}, "prune is missing: it names the sizes to keep, or `search` finds them"),
     ],

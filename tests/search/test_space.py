@@ -8,7 +8,7 @@ import pytest
 
 from minitron_megatron.errors import PlanError, RecipeError
 from minitron_megatron.layout import Shape, kv_cache_bytes, parameters
-from minitron_megatron.search import Conditions, Limit, Roofline, Space, candidates, costs_of
+from minitron_megatron.search import FILLED, Conditions, Limit, Roofline, Space, candidates, costs_of
 
 NEMOTRON = {"head_dim": 128, "vocab": 256000, "gated": False, "norm_bias": True, "kv_groups": 8}
 TEACHER_15B = Shape(layers=32, hidden=6144, ffn=24576, heads=48, **NEMOTRON)
@@ -109,6 +109,16 @@ def test_sizes_that_cannot_be_cut_and_other_than_multiples_are_left_out() -> Non
     assert pairs == {(1, 2), (1, 4), (2, 2), (2, 4)}  # one group holds 4 heads; the teacher itself is none
 
 
+def test_hidden_can_be_held_to_what_the_heads_fill() -> None:
+    """Heads of 8: 64 channels go with 8 of them, 32 with 4, 48 with 6; whichever of the axes the grid varies."""
+    space = Space({"hidden": (32, 40, 48, 64), "heads": (4, 6, 8)}, multiples={"hidden": FILLED})
+    found = candidates(space, SMALL, {"params": Limit(at_least=1)}, Conditions())
+    assert [(each.shape.hidden, each.shape.heads) for each in found] == [(48, 6), (32, 4)]
+    for sizes in ({"hidden": (32, 48)}, {"heads": (2, 4)}):
+        with pytest.raises(RecipeError, match=r"multiples\.hidden: heads x head_dim lets none through"):
+            candidates(Space(sizes, multiples={"hidden": FILLED}), SMALL, {"params": Limit(at_least=1)}, Conditions())
+
+
 WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
     (Space({"hidden": (80,)}), {"params": Limit(at_most=1e4)}, PlanError, ["search.hidden tries 80 of 64"]),
     (Space({"experts": (2,)}), {"params": Limit(at_most=1e4)}, PlanError, ["search.experts", "none"]),
@@ -127,6 +137,15 @@ WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
         {"params": Limit(at_most=1e5)},
         RecipeError,
         ["multiples.ffn: 16 lets none through", "nearest ffn is 67", "64 or 80"],
+    ),
+    (
+        Space({"hidden": (32, 40), "heads": (2, 6)}, multiples={"hidden": FILLED}),
+        {"params": Limit(at_most=1.5e5)},
+        RecipeError,
+        [
+            "multiples.hidden: heads x head_dim lets none through",
+            "nearest hidden is 40, with 6 heads of 8: 48 would do",
+        ],
     ),
     (
         Space({"heads": (3, 5)}),
