@@ -16,6 +16,7 @@ Metric = str | tuple[str, ...] | None
 
 def check_metric(task: str, config: Mapping[str, Any], metric: Metric) -> None:
     """Raise RecipeError where the configuration of a task shows that it has no such metric."""
+    _refuse_downloads(task, config)
     known, open_ended = _metrics(config)
     filters = [each["name"] for each in config.get("filter_list") or [{"name": "none"}]]
     for each in [metric] if isinstance(metric, str) else metric or ():
@@ -26,6 +27,18 @@ def check_metric(task: str, config: Mapping[str, Any], metric: Metric) -> None:
             raise RecipeError(
                 f"task {task} has no filter {chosen} for its metric {name}.{_hint(chosen, filters)} "
                 f"It has {', '.join(filters)}."
+            )
+
+
+def _refuse_downloads(task: str, config: Mapping[str, Any]) -> None:
+    """A metric that the harness does not have itself is code that it would download and run."""
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    for each in config.get("metric_list") or [] if config.get("process_results") is None else []:
+        name = each["metric"]
+        if each.get("hf_evaluate") or (isinstance(name, str) and name not in METRIC_REGISTRY):
+            raise RecipeError(
+                f"task {task} is scored by {name}, which is code from the hub and is never run. Leave it out."
             )
 
 

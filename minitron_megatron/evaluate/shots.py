@@ -42,7 +42,7 @@ def _splits(task: str, config: Mapping[str, Any]) -> tuple[str, str | None]:
             raise RecipeError(f"task {task} has {len(listed)} examples, and its shots are {wanted}. Ask for fewer.")
         return scored, None
     source = named or next(config[key] for key in SPLITS[:3] if config.get(key))
-    if source == scored and named != config.get("test_split"):
+    if source == scored and (named is None or named != config.get("test_split")):
         raise RecipeError(
             f"task {task} has no examples but the questions that are scored, which would show their answers. "
             "Set its shots to 0."

@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from .metrics import check_metric, first_metric, metric_key, metric_value
 from .own import OWN, PROGRAMS, graded
 from .predict import Predictor, Run
 from .programs import isolation
+from .registry import every_name, loader, registered
 from .shots import check_rows, check_shots, check_texts, with_files
 from .suites import Task
 
@@ -213,7 +213,7 @@ def _built(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     built: dict[str, Any] = {}
     for config in configs:
         with named_errors(str(config["task"])):
-            built |= _manager().load([config])["tasks"]
+            built |= loader().load([config])["tasks"]
     for task in built.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -255,25 +255,16 @@ def lower_is_better(results: Mapping[str, Any], task: Task) -> bool:
     return results["higher_is_better"][leaf].get(key.split(",")[0]) is False
 
 
-@cache
-def _manager() -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
 def _leaves(name: str) -> dict[str, dict[str, Any]]:
     """A task, or all of a group's or a tag's -> what groups say of it. Raises RecipeError for an unknown name."""
-    index = _manager().task_index
     if name in OWN:
         return {name: {}}
-    if name not in index:
-        raise RecipeError(f"there is no task {name}.{did_you_mean(name, [*index, *OWN])}")
-    kind = index[name].kind.name
-    if kind == "TAG":
-        tagged = [leaf for leaf, entry in index.items() if name in entry.tags and leaf != name]
-        return {leaf: keys for each in tagged for leaf, keys in _leaves(each).items()}
-    return _members(name, index[name].cfg) if kind == "GROUP" else {name: {}}
+    entry = registered(name)
+    if entry is None:
+        raise RecipeError(f"there is no task {name}.{did_you_mean(name, [*every_name(), *OWN])}")
+    if entry.kind.name == "TAG":
+        return {leaf: keys for each in sorted(entry.tags) for leaf, keys in _leaves(each).items()}
+    return _members(name, entry.cfg) if entry.kind.name == "GROUP" else {name: {}}
 
 
 def _members(group: str, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -286,7 +277,7 @@ def _members(group: str, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]
             inside = _leaves(part)
         elif isinstance(part.get("task"), list):
             inside = _members(f"{group}::{part.get('group')}", part)
-        elif (named := part.get("task", part.get("group"))) in _manager().task_index:
+        elif (named := part.get("task", part.get("group"))) and registered(named):
             inside = _leaves(named)
         else:
             raise RecipeError(f"{group} defines a task of its own, {named}, which is not supported. Name other tasks.")
@@ -306,6 +297,7 @@ def _configured(
     config = _own(task, name, run_code) if name in OWN or name in PROGRAMS else _registered(name, True)
     config = {**config, **(keys or {})}
     config.pop("tag", None)
+    config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "trust_remote_code": False}
     if task.shots is not None:
         config["num_fewshot"] = task.shots
     if config.get("output_type") == "loglikelihood_rolling":
@@ -335,9 +327,12 @@ def _registered(name: str, functions: bool) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        return load_yaml(_manager().task_index[name].yaml_path, resolve_func=functions)
+        return load_yaml(registered(name).yaml_path, resolve_func=functions)
     except ImportError as error:
         raise RecipeError(
             f"task {name} needs a package that is not here: {error}. Install lm-eval with its extra for it, such as "
             "`pip install 'lm-eval[ifeval]'`."
         ) from error
+    except Exception as error:  # modules of tasks raise anything, and some download when they are imported
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        raise RecipeError(f"task {name} cannot be loaded by the harness: {cause}. Leave it out.") from error
