@@ -9,7 +9,14 @@ from .corpus import Corpus, samples_by_source
 from .pair import check_content
 from .prepare import Prepared, PreparedSplit, prepare
 from .sources import text_files
-from .tokenizer import check_tokenizer, corpus_marks, settings_without_chat, transformers_tokenizer
+from .tokenizer import (
+    check_tokenizer,
+    corpus_marks,
+    end_of_document,
+    load_tokenizer,
+    settings_without_chat,
+    transformers_tokenizer,
+)
 
 __all__ = [
     "Batch",
@@ -21,7 +28,9 @@ __all__ = [
     "check_content",
     "check_tokenizer",
     "corpus_marks",
+    "end_of_document",
     "held_out_batches",
+    "load_tokenizer",
     "prepare",
     "samples_by_source",
     "settings_without_chat",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import DataError
 from ..events import Listener, silent
+from .decoding import Decoding, decoding, stopper
 from .predict import Predictor
 
 __all__ = ["harness_model"]
+
+log = logging.getLogger("lm_eval")
+"""The harness's own, whose warnings reach the user."""
 
 MOST_TOKENS = 256
 """Generated where a task does not say, as in the harness's own models."""
@@ -18,22 +23,34 @@ Pair = tuple[list[int], list[int]]
 
 
 def harness_model(
-    predictor: Predictor, tokenizer: Any, *, truncate: bool = False, seed: int = 0, listener: Listener = silent
+    tokenizer: Any,
+    *,
+    end: int,
+    context: int,
+    vocab: int,
+    settings: Mapping[str, Any],
+    predictor: Predictor | None = None,
+    truncate: bool = False,
+    seed: int = 0,
+    listener: Listener = silent,
 ) -> Any:
     """An `lm_eval` model that gives the numbers of its own Hugging Face one. Collective, as `predictor` is.
 
-    tokenizer: of transformers. truncate: drop the beginning of what is longer than the context; else it is a DataError.
+    tokenizer: of transformers. end: id that ends a document. context, vocab: positions and embeddings of the model.
+    settings: generation settings, as in generation_config.json. predictor: None where prompts are only checked.
+    truncate: drop the beginning of what is longer than the context; else it is a DataError.
     """
     from lm_eval.api.model import TemplateLM
 
     made: Any = type("MegatronLM", (_Answers, TemplateLM), {})()
-    made.predictor, made.tokenizer, made.truncate, made.seed, made.listener = (
-        predictor,
+    made.tokenizer, made.eot_token_id, made.context, made.vocab, made.settings = (
         tokenizer,
-        truncate,
-        seed,
-        listener,
+        end,
+        context,
+        vocab,
+        settings,
     )
+    made.predictor, made.truncate, made.seed, made.listener = predictor, truncate, seed, listener
     return made
 
 
@@ -42,13 +59,13 @@ class _Answers:
 
     predictor: Predictor
     tokenizer: Any
+    eot_token_id: int = 0
+    context: int
+    vocab: int
+    settings: Mapping[str, Any]
     truncate: bool
     seed: int
     listener: Listener
-
-    @property
-    def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int:
@@ -59,23 +76,82 @@ class _Answers:
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    @property
-    def context(self) -> int:
-        return self.predictor.config.max_positions
-
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+        from jinja2.exceptions import TemplateError
+
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
+        try:
+            return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
+        except TemplateError:
+            log.warning("Failed to apply chat template. removing the system role in chat history.")
+        others = [message for message in chat_history if message["role"] != "system"]
+        try:
+            return str(self.tokenizer.apply_chat_template(others, tokenize=False, **options))
+        except TemplateError as error:
+            raise DataError(
+                f"the tokenizer's chat template refuses a prompt: {str(error)[:200].rstrip('.')}. "
+                "Leave out evaluate.chat or this task."
+            ) from error
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+        if (
+            add_special_tokens is None
+            and isinstance(string, str)
+            and string.startswith(self.tokenizer.decode(self.prefix_token_id))
+        ):
             add_special_tokens = False
+        return self._encoded(string, add_special_tokens)
+
+    def _encoded(self, string: str, add_special_tokens: bool | None) -> list[int]:
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return list(self.tokenizer.encode(string, **options))
+        if not isinstance(string, str):
+            raise DataError(f"a prompt or an answer is {string!r}, which is no text. Mend the task's data.")
+        tokens = list(self.tokenizer.encode(string, **options))
+        if tokens and (most := max(tokens)) >= self.vocab:
+            raise DataError(
+                f"a prompt holds the token {self.tokenizer.decode([most])!r}, whose id is {most}, and the model has "
+                f"{self.vocab} embeddings. Use the tokenizer that came with the model."
+            )
+        return tokens
+
+    def check_settings(self, how: Any) -> None:
+        """Raise DataError where no answer could be generated by a task's `generation_kwargs`."""
+        _cut([0], self.context - self._rules(how)[2], True)
+
+    def checked(self, requests: Sequence[Any]) -> None:
+        """Raise DataError where the model could not run these requests."""
+        for request in requests:
+            if request.request_type == "loglikelihood":
+                self._pairs([request])
+            elif request.request_type == "generate_until":
+                self._prompts([request.args[0]], self._rules(request.args[1])[2])
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._loglikelihood_tokens([(None, *pair) for pair in self._pairs(requests)])
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        pairs = [_fitted(before, after, self.context, self.truncate) for _, before, after in requests]
-        return self.predictor.likelihoods(pairs, listener=self.listener)
+        return self.predictor.likelihoods([(before, after) for _, before, after in requests], listener=self.listener)
+
+    def _pairs(self, requests: Sequence[Any]) -> list[Pair]:
+        """Tokens of each (context, continuation), as `TemplateLM` splits them."""
+        pairs = []
+        for context, continuation in (request.args[:2] for request in requests):
+            if not isinstance(continuation, str):
+                raise DataError(f"an answer is {continuation!r}, which is no text. Mend the task's data.")
+            if context == "":
+                after = self.tok_encode(continuation, add_special_tokens=False)
+                before = [self.prefix_token_id]
+                if after[:1] == before:
+                    before, after = after[:1], after[1:]
+            else:
+                before, after = self._encode_pair(context, continuation)  # type: ignore[attr-defined]
+            if not before or not after:
+                raise DataError(
+                    f"the answer {continuation[:80]!r} has no tokens of its own after {context[-80:]!r}. "
+                    "Mend or leave out this question."
+                )
+            pairs.append(self._fitted(before, after))
+        return pairs
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -103,51 +179,65 @@ class _Answers:
                 answers[number] = text
         return answers
 
-    def _generated(self, texts: Sequence[str], how: Any) -> list[str]:
+    def _rules(self, how: Any) -> tuple[Decoding, list[str], int]:
+        """Rules for the next token, stop strings, and the most tokens of an answer."""
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
         options = normalize_gen_kwargs(how, MOST_TOKENS)
+        rules = decoding(self.settings, options, self.tokenizer.name_or_path)
         ends = handle_stop_sequences(options["until"], eos=self.tokenizer.decode(self.eot_token_id))
-        most = options["max_gen_toks"]
+        return rules, ends, options["max_gen_toks"]
+
+    def _prompts(self, texts: Sequence[str], most: int) -> list[list[int]]:
+        """Tokens of prompts that leave room for an answer of `most` tokens."""
+        first = self.tokenizer.bos_token
+        special = [False if first and text.startswith(first) else None for text in texts]
+        found = [self._encoded(text, each) for text, each in zip(texts, special, strict=True)]
+        if not all(found):
+            raise DataError(
+                "a prompt has no tokens, so that nothing can be generated after it. Leave out its question."
+            )
+        return [_cut(tokens, self.context - most, self.truncate) for tokens in found]
+
+    def _generated(self, texts: Sequence[str], how: Any) -> list[str]:
+        rules, ends, most = self._rules(how)
+        prompts = self._prompts(texts, most)
+        if rules.most is not None:
+            most = min(rules.most, self.context - max(map(len, prompts)))
         made = self.predictor.continuations(
-            [_cut(self.tok_encode(text), self.context - most, self.truncate) for text in texts],
+            prompts,
             most,
-            stop=_stopper(self.tokenizer, ends, self.eot_token_id),
-            temperature=float(options.get("temperature", 0.0)),
-            top_p=float(options.get("top_p", 1.0)),
+            stop=stopper(self.tokenizer, ends, rules.ends),
+            adjust=rules.adjust,
+            temperature=rules.temperature,
+            top_k=rules.top_k,
+            top_p=rules.top_p,
             seed=self.seed,
             listener=self.listener,
         )
         return [_until(self.tokenizer.decode(tokens, skip_special_tokens=True), ends) for tokens in made]
 
-
-def _fitted(before: list[int], after: list[int], context: int, truncate: bool) -> Pair:
-    """A pair whose input, without the last token, fits the context."""
-    if len(after) > context:
-        raise DataError(f"a continuation of {len(after)} tokens is longer than the model's context of {context}.")
-    return _cut(before, context + 1 - len(after), truncate), after
+    def _fitted(self, before: list[int], after: list[int]) -> Pair:
+        """A pair whose input, without the last token, fits the context."""
+        if len(after) > self.context:
+            raise DataError(
+                f"a continuation of {len(after)} tokens is longer than the model's context of {self.context}."
+            )
+        return _cut(before, self.context + 1 - len(after), self.truncate), after
 
 
 def _cut(tokens: list[int], most: int, truncate: bool) -> list[int]:
-    if len(tokens) > most and not truncate:
-        raise DataError(
-            f"a prompt of {len(tokens)} tokens is longer than the {max(most, 0)} that the model's context leaves it. "
-            "Ask for fewer shots, or set evaluate.truncate to drop the beginnings of prompts."
-        )
     if most < 1:
         raise DataError(
             "the model's context leaves no room for prompts beside what the task generates. "
             "Leave the task out, or raise max_position_embeddings where the model bears it."
         )
+    if len(tokens) > most and not truncate:
+        raise DataError(
+            f"a prompt of {len(tokens)} tokens is longer than the {most} that the model's context leaves it. "
+            "Ask for fewer shots, or set evaluate.truncate to drop the beginnings of prompts."
+        )
     return tokens[-most:]
-
-
-def _stopper(tokenizer: Any, ends: Sequence[str], eos: int) -> Callable[[Sequence[int]], bool]:
-    def stop(made: Sequence[int]) -> bool:
-        text = tokenizer.decode(made, skip_special_tokens=True)
-        return made[-1] == eos or any(end in text for end in ends if end)
-
-    return stop
 
 
 def _until(text: str, ends: Sequence[str]) -> str:

@@ -23,6 +23,8 @@ Likelihood = tuple[float, bool]
 """log p in nats, and whether greedy decoding would give just this."""
 Run = Callable[[Sequence[Batch]], list[Tensor]]
 """The final hidden states of micro-batches, on the last pipeline stage."""
+Adjust = Callable[[Sequence[int], int, Tensor], Tensor]
+"""(tokens so far, how many of them are new, logits [vocab]) -> logits."""
 
 
 class Predictor:
@@ -66,15 +68,18 @@ class Predictor:
         most: int,
         *,
         stop: Callable[[Sequence[int]], bool] = lambda made: False,
+        adjust: Adjust | None = None,
         temperature: float = 0.0,
+        top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
         listener: Listener = silent,
     ) -> list[list[int]]:
         """At most `most` tokens after each prompt, until `stop` of what was made. temperature 0: the likeliest.
 
-        What is sampled depends on the seed and the prompt's number alone. Each token is one step of a model whose
-        attention is ours, for keys and values are kept; of another, or with a `run` of its own, a pass over all before.
+        adjust: changes the logits first. top_k: sample among so many; 0: among all. What is sampled depends on the seed
+        and the prompt's number alone. Each token is one step of a model whose attention is ours, for keys and values
+        are kept; of another, or with a `run` of its own, a pass over all before.
         """
         made: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda at: (-len(prompts[at]), at))
@@ -85,7 +90,13 @@ class Predictor:
             read, going = self._reader(texts, most), {at for at in mine if at is not None}
             for step in range(most):
                 states = {at: hidden for column, hidden in read(texts).items() if (at := mine[column]) in going}
-                chosen = self._next(states, temperature, top_p, (seed, step))
+                logits = self._logits(states, texts, mine, step, adjust) if adjust or temperature else None
+                if logits is None or not states:
+                    chosen = self._likeliest(states)
+                elif temperature == 0:
+                    chosen = dict(zip(states, logits.argmax(-1).tolist(), strict=True))
+                else:
+                    chosen = _sampled(states, logits / temperature, top_k, top_p, (seed, step))
                 everyone = {at: token for part in gather_objects(chosen) for at, token in part.items()}
                 for at, token in everyone.items():
                     made[at].append(token)
@@ -151,28 +162,46 @@ class Predictor:
         weight, vocab = output_weight(self.model[-1]), self.config.shape.vocab
         return token_likelihood(hidden, weight, labels, vocab=vocab, group=self.topology.tp_group)
 
-    def _next(
-        self, states: Mapping[int, Tensor], temperature: float, top_p: float, seed: tuple[int, int]
-    ) -> dict[int, int]:
-        """Prompt -> the token after its state [h]."""
+    def _likeliest(self, states: Mapping[int, Tensor]) -> dict[int, int]:
+        """Prompt -> the likeliest token after its state [h]."""
         if not states:
             return {}
         hidden = torch.stack(list(states.values()))
-        if temperature == 0:
-            none = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-            return dict(zip(states, self._likelihood(hidden, none)[2].tolist(), strict=True))
+        none = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        return dict(zip(states, self._likelihood(hidden, none)[2].tolist(), strict=True))
+
+    def _logits(
+        self, states: Mapping[int, Tensor], texts: Texts, mine: Sequence[int | None], new: int, adjust: Adjust | None
+    ) -> Tensor | None:
+        """[states, vocab] on every tensor-parallel rank, after `adjust`. texts: what each of `mine` has so far."""
+        if not states:
+            return None
+        hidden = torch.stack(list(states.values()))
         logits = (hidden @ output_weight(self.model[-1]).t()).float().t()
         whole = gather_sequence(logits, self.topology.tp_group).t()[:, : self.config.shape.vocab]
-        chances, tokens = (whole / temperature).softmax(-1).sort(descending=True)
-        chances[chances.cumsum(-1) - chances >= top_p] = 0
-        chosen = {}
-        for at, row, of_row in zip(states, chances, tokens, strict=True):
-            generator = torch.Generator(hidden.device).manual_seed(hash((*seed, at)) % 2**63)
-            chosen[at] = int(of_row[torch.multinomial(row, 1, generator=generator)])
-        return chosen
+        if adjust is None:
+            return whole
+        so_far = {at: text for at, text in zip(mine, texts, strict=True) if at is not None}
+        return torch.stack([adjust(so_far[at], new, row) for at, row in zip(states, whole, strict=True)])
 
     def _together(self, mine: Mapping[int, Likelihood], count: int) -> list[Likelihood]:
         every: dict[int, Likelihood] = {}
         for part in gather_objects(dict(mine)):
             every |= part
         return [every[number] for number in range(count)]
+
+
+def _sampled(
+    states: Mapping[int, Tensor], logits: Tensor, top_k: int, top_p: float, seed: tuple[int, int]
+) -> dict[int, int]:
+    """Prompt -> a token drawn from its row of logits, by the seed and the prompt's number."""
+    chances, tokens = logits.softmax(-1).sort(descending=True)
+    if top_k:
+        chances[:, top_k:] = 0
+        chances /= chances.sum(-1, keepdim=True)
+    chances[chances.cumsum(-1) - chances >= top_p] = 0
+    chosen = {}
+    for at, row, of_row in zip(states, chances, tokens, strict=True):
+        generator = torch.Generator(logits.device).manual_seed(hash((*seed, at)) % 2**63)
+        chosen[at] = int(of_row[torch.multinomial(row, 1, generator=generator)])
+    return chosen

@@ -3,42 +3,136 @@
 from __future__ import annotations
 
 import json
-import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from functools import cache
-from io import StringIO
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..convert import read_config
+from ..data import end_of_document, load_tokenizer, transformers_tokenizer
 from ..errors import DataError, RecipeError, did_you_mean
 from ..events import Listener, silent
 from ..parallel import Topology, broadcast_object
+from .decoding import generation_settings
 from .harness import harness_model
+from .messages import named_errors, quiet, warn
+from .metrics import check_metric, first_metric, metric_key, metric_value
 from .own import OWN, PROGRAMS, graded
 from .predict import Predictor, Run
+from .programs import isolation
+from .registry import every_name, loader, registered
+from .shots import check_rows, check_shots, check_texts, with_files
 from .suites import Task
 
 __all__ = ["check_tasks", "lower_is_better", "run_tasks", "scores_of"]
 
+GROUP_KEYS = {"group", "group_alias", "task", "task_alias", "tag", "aggregate_metric_list", "metadata"}
+"""Of a group's configuration; its others hold for all its tasks."""
+SAMPLED = 16
+"""Questions and examples by which a task is checked before it runs."""
 
-SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-"""What a task's configuration calls its data."""
 
+def check_tasks(
+    tasks: Sequence[Task],
+    files: Path | None,
+    *,
+    run_code: bool = False,
+    tokenizer: Path | None = None,
+    model: Path | None = None,
+    chat: bool = False,
+    truncate: bool = False,
+) -> None:
+    """Check tasks without running them, and without a download.
 
-def check_tasks(tasks: Sequence[Task], files: Path | None, *, run_code: bool = False) -> None:
-    """Raises RecipeError for a task that the harness does not know, that lacks a package, or whose answers are programs
-    where `run_code` does not say that they may run; DataError for one without its files."""
+    tokenizer: the folder that holds it; None: prompts are not looked at. model: the folder whose context and generation
+    settings have to bear them; None: the tokenizer's. chat, truncate: as in `run_tasks`. Raises
+    RecipeError for a task that the harness does not know, that lacks a package, a metric or examples besides the scored
+    questions, or whose answers are programs where `run_code` does not say that they may run; DataError for one without
+    its files, and for files and prompts that cannot be.
+    """
+    lm = _checking_model(tokenizer, model or tokenizer, chat, truncate) if tokenizer is not None else None
+    seen: set[str] = set()
     for task in tasks:
-        for leaf in _leaves(task.name):
-            if leaf in PROGRAMS and not run_code:
-                raise RecipeError(
-                    f"task {leaf} runs programs that a model wrote, on this machine and with your rights. "
-                    "Set evaluate.run_code where that may be, as in a container without a network."
-                )
-            _configured(task, leaf, files)
-            if leaf == "ifeval":
-                _check_sentences()
+        firsts = set()
+        for leaf, keys in _leaves(task.name).items():
+            if leaf in seen:
+                raise RecipeError(f"task {leaf} is asked for twice, and results have one place for it. Remove one.")
+            seen.add(leaf)
+            config = _checked(task, leaf, keys, files, run_code)
+            firsts.add(first_metric(config))
+            _check_prompts(leaf, config, files, lm, chat)
+        if task.metric is None and len(firsts) > 1:
+            raise RecipeError(
+                f"the tasks of {task.name} have unlike first metrics ({', '.join(sorted(map(str, firsts)))}), which "
+                "have no mean. Give a metric that all have, or name the tasks one by one."
+            )
+
+
+def _checked(task: Task, leaf: str, keys: Mapping[str, Any], files: Path | None, run_code: bool) -> dict[str, Any]:
+    """The configuration of one task that is fit to run."""
+    if leaf in PROGRAMS and not run_code:
+        raise RecipeError(
+            f"task {leaf} runs programs that a model wrote, on this machine and with your rights. "
+            "Set evaluate.run_code where that may be, as in a container without a network."
+        )
+    config = _configured(task, leaf, files, keys)
+    check_metric(leaf, config, task.metric)
+    if "class" not in config:
+        check_shots(leaf, config)
+    if files is not None:
+        check_rows(leaf, config, files)
+    if leaf == "ifeval":
+        _check_sentences()
+    return config
+
+
+def _checking_model(folder: Path, model: Path, chat: bool, truncate: bool) -> Any:
+    """The model as the harness sees it, without weights. Raises RecipeError for a missing or broken chat template."""
+    config = read_config(model)
+    lm = harness_model(
+        transformers_tokenizer(folder),
+        end=end_of_document(folder, load_tokenizer(folder)),
+        context=config.max_positions,
+        vocab=config.shape.vocab,
+        settings=generation_settings(model),
+        truncate=truncate,
+    )
+    if chat:
+        try:
+            lm.apply_chat_template([{"role": "user", "content": "one"}])
+        except Exception as error:  # a template raises anything
+            lines = str(error).strip().splitlines()
+            raise RecipeError(
+                f"evaluate.chat needs a chat template, and the tokenizer in {folder} has none that works: "
+                f"{lines[0][:200].rstrip('.') if lines else type(error).__name__}. "
+                "Leave evaluate.chat out, or put the template into chat_template.jinja there."
+            ) from error
+    return lm
+
+
+def _check_prompts(leaf: str, config: Mapping[str, Any], files: Path | None, lm: Any, chat: bool) -> None:
+    """Raise DataError where a model cannot take a task's prompts: its first one, where its data are here."""
+    if lm is not None and config.get("output_type", "generate_until") == "generate_until" and "class" not in config:
+        lm.check_settings(config.get("generation_kwargs") or {})
+    if files is None:
+        return
+    data = replace(config["custom_dataset"], most=max(SAMPLED, (config.get("num_fewshot") or 0) + 2))
+    with quiet(), named_errors(leaf):
+        (built,) = _built([{**config, "custom_dataset": data}]).values()
+        check_texts(leaf, built, config["custom_dataset"])
+        if lm is None:
+            return
+        built.build_all_requests(limit=1, **_chatting(lm, chat))
+    lm.checked(built.instances)
+
+
+def _chatting(lm: Any, chat: bool) -> dict[str, Any]:
+    template = {"chat_template": lm.apply_chat_template, "tokenizer_name": lm.tokenizer_name} if chat else {}
+    return {"apply_chat_template": chat, "fewshot_as_multiturn": True, **template}
 
 
 def _check_sentences() -> None:
@@ -61,6 +155,7 @@ def run_tasks(
     topology: Topology,
     *,
     files: Path | None = None,
+    folder: Path | None = None,
     limit: int | None = None,
     truncate: bool = False,
     chat: bool = False,
@@ -72,100 +167,149 @@ def run_tasks(
     """Runs tasks and returns the harness's own results, samples included, on every rank. Collective over the world.
 
     files: `FOLDER/<task>/<split>.jsonl` with the fields that the harness's own data have, in the place of downloads.
-    limit: questions a task. truncate: drop the beginnings of prompts longer than the context. chat: prompts go through
-    the tokenizer's chat template. seed: of what is sampled. run: in the place of the model's forward pass. Programs
-    that the model writes run on the first rank alone.
+    folder: whose generation settings count; None: the tokenizer's. limit: questions a task. truncate: drop the
+    beginnings of prompts longer than the context. chat: prompts go through the tokenizer's chat template. seed: of what
+    is sampled. run: in the place of the model's forward pass. Programs that the model writes run on the first rank
+    alone, and `programs` in the results says how they were isolated.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
 
-    predictor = Predictor(model, topology, micro_batch=micro_batch, run=run)
-    lm = harness_model(predictor, tokenizer, truncate=truncate, seed=seed, listener=listener)
+    predictor, home = Predictor(model, topology, micro_batch=micro_batch, run=run), Path(tokenizer.name_or_path)
+    lm = harness_model(
+        tokenizer,
+        end=end_of_document(home, load_tokenizer(home)),
+        context=predictor.config.max_positions,
+        vocab=predictor.config.shape.vocab,
+        settings=generation_settings(folder or home),
+        predictor=predictor,
+        truncate=truncate,
+        seed=seed,
+        listener=listener,
+    )
     first = topology.rank == 0
-    with _quiet():
-        found = simple_evaluate(
-            model=lm,
-            tasks=[_configured(task, leaf, files, run_code=first) for task in tasks for leaf in _leaves(task.name)],
-            task_manager=_manager(),
+    leaves = [(task, leaf, keys) for task in tasks for leaf, keys in _leaves(task.name).items()]
+    with _seeded(), quiet() as told, named_errors():
+        configs = [_configured(task, leaf, files, keys, run_code=first) for task, leaf, keys in leaves]
+        found = evaluate(
+            lm=lm,
+            task_dict={"tasks": _built(configs), "groups": {}, "group_map": {}},
             limit=limit,
             bootstrap_iters=0,
-            log_samples=True,
-            apply_chat_template=chat,
             confirm_run_unsafe_code=True,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=True,
         )
-    # the harness answers the first rank of a machine alone
+    if first:
+        warn(told)
+        if any(leaf in PROGRAMS for _, leaf, _ in leaves):
+            found["programs"] = isolation().said
     return broadcast_object(json.loads(json.dumps(found, default=str)) if first else None)
+
+
+def _built(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Task's name -> the harness's task, its data loaded and its examples seeded as `simple_evaluate` does it."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    built: dict[str, Any] = {}
+    for config in configs:
+        with named_errors(str(config["task"])):
+            built |= loader().load([config])["tasks"]
+    for task in built.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return built
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed what tasks draw from, as `simple_evaluate` does it, and put the generators back."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    before, arrays = random.getstate(), np.random.get_state()
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(arrays)
 
 
 def scores_of(results: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, float]:
     """Task -> the number that stands in tables; of a group the mean over all its questions."""
     scores = {}
     for task in tasks:
-        leaves = _leaves(task.name)
+        leaves = list(_leaves(task.name))
         counts = [results["n-samples"][leaf]["effective"] for leaf in leaves]
-        values = [_metric(results["results"][leaf], task.metric) for leaf in leaves]
+        values = [metric_value(leaf, results["results"][leaf], task.metric) for leaf in leaves]
         scores[task.name] = sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
     return scores
 
 
 def lower_is_better(results: Mapping[str, Any], task: Task) -> bool:
     """Whether less of a task's number is better, as of a perplexity."""
-    leaf = _leaves(task.name)[0]
-    key = _key(results["results"][leaf], task.metric if not isinstance(task.metric, tuple) else task.metric[0])
+    leaf = next(iter(_leaves(task.name)))
+    metric = task.metric[0] if isinstance(task.metric, tuple) else task.metric
+    key = metric_key(leaf, results["results"][leaf], metric)
     return results["higher_is_better"][leaf].get(key.split(",")[0]) is False
 
 
-def _metric(found: Mapping[str, Any], name: str | tuple[str, ...] | None) -> float:
-    """The number of a metric, or the mean of several."""
-    if isinstance(name, tuple):
-        return sum(_metric(found, each) for each in name) / len(name)
-    return float(found[_key(found, name)])
-
-
-def _key(found: Mapping[str, Any], name: str | None) -> str:
-    """The harness writes `metric,filter`: a metric's first filter, or the first metric where none is so called."""
-    plain = [key for key in found if "," in key and "_stderr," not in key]
-    return next((key for key in plain if key.split(",")[0] == name), plain[0])
-
-
-@cache
-def _manager() -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def _leaves(name: str) -> list[str]:
-    """A task, or all of a group's or a tag's. Raises RecipeError where there is none of the name."""
-    index = _manager().task_index
+def _leaves(name: str) -> dict[str, dict[str, Any]]:
+    """A task, or all of a group's or a tag's -> what groups say of it. Raises RecipeError for an unknown name."""
     if name in OWN:
-        return [name]
-    if name not in index:
-        raise RecipeError(f"there is no task {name}.{did_you_mean(name, [*index, *OWN])}")
-    kind = index[name].kind.name
-    if kind == "TAG":
-        return [leaf for leaf, entry in index.items() if name in entry.tags]
-    if kind != "GROUP":
-        return [name]
-    parts = [each if isinstance(each, str) else each.get("task", each.get("group")) for each in index[name].cfg["task"]]
-    return [leaf for part in parts for leaf in _leaves(part)]
+        return {name: {}}
+    entry = registered(name)
+    if entry is None:
+        raise RecipeError(f"there is no task {name}.{did_you_mean(name, [*every_name(), *OWN])}")
+    if entry.kind.name == "TAG":
+        return {leaf: keys for each in sorted(entry.tags) for leaf, keys in _leaves(each).items()}
+    return _members(name, entry.cfg) if entry.kind.name == "GROUP" else {name: {}}
 
 
-def _configured(task: Task, name: str, files: Path | None, *, run_code: bool = False) -> dict[str, Any]:
-    """The harness's own configuration of a task, with our shots, sampling and data."""
+def _members(group: str, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tasks of a group's configuration, as `_leaves`."""
+    found: dict[str, dict[str, Any]] = {}
+    shared = {key: value for key, value in config.items() if key not in GROUP_KEYS}
+    for part in config["task"]:
+        keys = {} if isinstance(part, str) else {key: part[key] for key in part if key not in GROUP_KEYS}
+        if isinstance(part, str):
+            inside = _leaves(part)
+        elif isinstance(part.get("task"), list):
+            inside = _members(f"{group}::{part.get('group')}", part)
+        elif (named := part.get("task", part.get("group"))) and registered(named):
+            inside = _leaves(named)
+        else:
+            raise RecipeError(f"{group} defines a task of its own, {named}, which is not supported. Name other tasks.")
+        found |= {leaf: {**own, **shared, **keys} for leaf, own in inside.items()}
+    return found
+
+
+def _configured(
+    task: Task,
+    name: str,
+    files: Path | None,
+    keys: Mapping[str, Any] | None = None,
+    *,
+    run_code: bool = False,
+) -> dict[str, Any]:
+    """The harness's own configuration of a task, with what its groups say, our shots, sampling and data."""
     config = _own(task, name, run_code) if name in OWN or name in PROGRAMS else _registered(name, True)
+    config = {**config, **(keys or {})}
     config.pop("tag", None)
-    if files is not None:
-        splits = _local(name, files)
-        config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": splits}}
-        config |= {key: None for key in SPLITS if config.get(key) not in splits}
+    config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "trust_remote_code": False}
     if task.shots is not None:
         config["num_fewshot"] = task.shots
+    if config.get("output_type") == "loglikelihood_rolling":
+        config["num_fewshot"] = 0  # there is no prompt that could hold them
     if task.temperature is not None:
         how = {"do_sample": task.temperature > 0, "temperature": task.temperature, "top_p": task.top_p}
         config["generation_kwargs"] = {**config.get("generation_kwargs", {}), **how}
     if task.answers > 1:
         config["repeats"] = task.answers
-    return config
+    if files is not None and "class" in config:
+        raise RecipeError(f"task {name} is a program of the harness that reads no files but its own. Leave it out.")
+    return with_files(name, config, files) if files is not None else config
 
 
 def _own(task: Task, name: str, run_code: bool) -> dict[str, Any]:
@@ -183,31 +327,12 @@ def _registered(name: str, functions: bool) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
-        return load_yaml(_manager().task_index[name].yaml_path, resolve_func=functions)
+        return load_yaml(registered(name).yaml_path, resolve_func=functions)
     except ImportError as error:
         raise RecipeError(
             f"task {name} needs a package that is not here: {error}. Install lm-eval with its extra for it, such as "
             "`pip install 'lm-eval[ifeval]'`."
         ) from error
-
-
-def _local(name: str, files: Path) -> dict[str, str]:
-    """Split -> file. Raises DataError where there is none."""
-    folder = files / name
-    found = {path.stem: str(path) for path in sorted(folder.glob("*.jsonl"))}
-    if not found:
-        raise DataError(f"{folder} has no .jsonl file: one is to be there for each split, such as test.jsonl.")
-    return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The harness without its log and its bars."""
-    log = logging.getLogger("lm_eval")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with redirect_stderr(StringIO()):
-            yield
-    finally:
-        log.setLevel(level)
+    except Exception as error:  # modules of tasks raise anything, and some download when they are imported
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        raise RecipeError(f"task {name} cannot be loaded by the harness: {cause}. Leave it out.") from error

@@ -14,7 +14,6 @@ import psutil
 from ..convert import check_weights, read_config
 from ..data import check_tokenizer, samples_by_source, text_files
 from ..errors import DataError, RecipeError, did_you_mean
-from ..evaluate import check_tasks
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec
 from ..parallel import PlannedTopology, Topology, check_apart
@@ -23,7 +22,7 @@ from .phases import ResolvedPhase, resolved
 from .schema import Recipe, Source
 from .searching import BY, light_recipe
 from .sizes import check_pruning, student_shape
-from .tasks import WINOGRANDE
+from .tasks import check_evaluation
 
 __all__ = ["check", "check_corpus", "planned"]
 
@@ -76,7 +75,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology, topology.dp)
     _check_lora(recipe, shape)
     _check_text_is_enough(recipe, phases)
-    _check_evaluation(recipe)
+    check_evaluation(recipe)
 
 
 def check_corpus(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]]) -> None:
@@ -290,10 +289,3 @@ def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPh
                     f"{key} asks {source.path} for {needed:,} tokens, and it has {size:,} bytes. Ask for fewer tokens "
                     "or less of this source, or let it repeat (data.repeat)."
                 )
-
-
-def _check_evaluation(recipe: Recipe) -> None:
-    depth = recipe.score.depth
-    tasks = recipe.evaluate.wanted() + ([WINOGRANDE] if depth and depth.metric == "winogrande" else [])
-    if tasks:
-        check_tasks(tasks, recipe.evaluate.task_files, run_code=recipe.evaluate.run_code)

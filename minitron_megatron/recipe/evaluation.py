@@ -10,14 +10,13 @@ import torch
 from ..convert import check_folder, read_config
 from ..data import Batch
 from ..errors import RecipeError
-from ..evaluate import check_tasks
 from ..events import Listener, silent
 from ..model import check_fits
 from ..parallel import Topology, fail_together
 from .context import DTYPES, Context
 from .run import results
 from .schema import Recipe
-from .tasks import measured_row
+from .tasks import check_evaluation, measured_row
 
 __all__ = ["check_export", "evaluate_folder"]
 
@@ -39,7 +38,7 @@ def evaluate_folder(recipe: Recipe, topology: Topology, folder: Path, *, listene
                 "different tokenizers do not compare. Give a model with this tokenizer."
             )
         check_fits(shape, topology)
-        check_tasks(recipe.evaluate.wanted(), recipe.evaluate.task_files, run_code=recipe.evaluate.run_code)
+        check_evaluation(recipe, folder)
         context = Context(recipe, topology, listener, results(recipe, "prepare"), lambda other: "")
     return measured_row(context, folder.resolve().name, folder, context.held_out())
 

@@ -181,8 +181,8 @@ class Evaluate(Keys):
     chat: bool = False
     """Put prompts into the tokenizer's chat template, as a model that was tuned to instructions wants them."""
     run_code: bool = False
-    """Run the programs that models write for HumanEval and MBPP, on the first rank's machine with your rights, behind
-    limits of time and memory and nothing else. Only where they can do no harm, as in a container without a network."""
+    """Run the programs that models write for HumanEval and MBPP, on the first rank's machine, as isolated as it allows:
+    namespaces of bubblewrap or unshare where they are there, else limits alone, and then only in a container."""
 
     def wanted(self) -> list[Task]:
         """Of the suite and besides."""

@@ -46,9 +46,11 @@ def test_a_program_passes_if_it_comes_to_its_end(body: str, right: bool) -> None
     assert passes(f"{ADD}{body}\n{TESTS}", seconds=3) is right
 
 
-def test_what_a_program_starts_ends_with_it(tmp_path: Path) -> None:
-    child = f"import subprocess, time; subprocess.Popen(['sleep', '3']); open({str(tmp_path / 'ran')!r}, 'w')"
-    assert passes(child) and (tmp_path / "ran").exists()
+def test_what_a_program_starts_ends_with_it() -> None:
+    child = (
+        "import os, subprocess, time; subprocess.Popen(['sleep', '3']); open('ran', 'w'); assert os.path.exists('ran')"
+    )
+    assert passes(child)
     assert not passes(f"{child}; time.sleep(60)", seconds=2)
 
 

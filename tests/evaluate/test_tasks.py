@@ -17,7 +17,9 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.data import transformers_tokenizer
 from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.evaluate import Predictor, Task, check_tasks, run_tasks, scores_of
-from minitron_megatron.evaluate.tasks import _configured, _manager, _quiet
+from minitron_megatron.evaluate.messages import quiet
+from minitron_megatron.evaluate.registry import loader
+from minitron_megatron.evaluate.tasks import _configured
 from minitron_megatron.layout import Shape
 from minitron_megatron.model import forward_only
 from minitron_megatron.parallel import Topology
@@ -107,10 +109,10 @@ def theirs(model: Path, files: Path, tasks: tuple[Task, ...]) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet():
+    with quiet():
         lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=3)
         configured = [_configured(task, task.name, files) for task in tasks]
-        found = simple_evaluate(lm, tasks=configured, task_manager=_manager(), bootstrap_iters=0, log_samples=True)
+        found = simple_evaluate(lm, tasks=configured, task_manager=loader(), bootstrap_iters=0, log_samples=True)
     return {"samples": json.loads(json.dumps(found["samples"], default=str)), "scores": scores_of(found, tasks)}
 
 

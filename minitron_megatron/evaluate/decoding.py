@@ -1,0 +1,195 @@
+"""Decoding as transformers' `generate` does it with a folder's settings, where lm-evaluation-harness calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..files import read_json
+
+__all__ = ["Decoding", "decoding", "generation_settings", "stopper"]
+
+TOP_K = 50
+"""transformers' own default when it samples."""
+
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "bad_words_ids": (),
+    "begin_suppress_tokens": (),
+    "constraints": (),
+    "custom_generate": (),
+    "diversity_penalty": (0,),
+    "dola_layers": (),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "max_length": (),
+    "max_time": (),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "penalty_alpha": (0,),
+    "sequence_bias": (),
+    "stop_strings": (),
+    "token_healing": (False,),
+    "watermarking_config": (),
+}
+"""Setting of `generate` that changes an answer and is not imitated -> the values besides null that change nothing."""
+
+UNSUPPORTED_SAMPLING: Mapping[str, tuple[Any, ...]] = {
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "min_p": (0,),
+    "top_h": (),
+    "typical_p": (1,),
+}
+
+IMITATED = {
+    *("eos_token_id", "max_new_tokens", "min_new_tokens", "min_length", "no_repeat_ngram_size", "repetition_penalty"),
+    *("suppress_tokens", "temperature", "top_k", "top_p", "do_sample", "until", "max_gen_toks"),
+}
+"""What a task may set, and so may generation_config.json but for the last two."""
+NO_MATTER = {"use_cache", "pad_token_id", "bos_token_id", "early_stopping", "length_penalty"}
+"""What a task may set besides: without beams and padding it changes nothing."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Rules for the next token, from generation_config.json and a task's `generation_kwargs`."""
+
+    ends: frozenset[int]
+    """Ids that each end an answer."""
+    most: int | None
+    """`max_new_tokens` of generation_config.json: in transformers it outweighs the length that the harness asks for."""
+    temperature: float
+    """0: greedy."""
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    min_new_tokens: int
+    min_length: int
+    """Tokens of prompt and answer before an end may come."""
+    suppressed: tuple[int, ...]
+
+    @property
+    def adjust(self) -> Callable[[Sequence[int], int, Tensor], Tensor] | None:
+        """Function of (tokens so far, how many are new, logits [vocab]) -> logits; None where nothing is adjusted."""
+        plain = self.repetition_penalty == 1 and not self.no_repeat_ngram_size and not self.suppressed
+        return None if plain and not self.min_new_tokens and not self.min_length else self._adjusted
+
+    def _adjusted(self, tokens: Sequence[int], new: int, logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        if self.repetition_penalty != 1:
+            seen = torch.tensor(sorted(set(tokens)), device=logits.device)
+            before = logits[seen]
+            logits[seen] = torch.where(before < 0, before * self.repetition_penalty, before / self.repetition_penalty)
+        banned = [*self.suppressed, *_repeats(tokens, self.no_repeat_ngram_size)]
+        if new < self.min_new_tokens or len(tokens) < self.min_length:
+            banned += self.ends
+        logits[[each for each in banned if each < len(logits)]] = -torch.inf
+        return logits
+
+
+def _repeats(tokens: Sequence[int], size: int) -> list[int]:
+    """Tokens that would complete an n-gram which is there already."""
+    if not size or len(tokens) + 1 < size:
+        return []
+    last = tuple(tokens[len(tokens) - size + 1 :])
+    return [tokens[at + size - 1] for at in range(len(tokens) - size + 1) if tuple(tokens[at : at + size - 1]) == last]
+
+
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """Return what transformers reads a folder's generation settings from: generation_config.json, else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        if (path := folder / name).is_file():
+            settings = read_json(path)
+            if not isinstance(settings, dict):
+                raise DataError(f"{path} is no JSON object.")
+            return {key: value for key, value in settings.items() if key != "max_length"}
+    return {}
+
+
+def decoding(settings: Mapping[str, Any], options: Mapping[str, Any], source: str) -> Decoding:
+    """Return the rules of a folder's settings and of a task's options as the harness has normalised them.
+
+    source: the folder, for messages. Raises DataError where they ask for what is not imitated here.
+    """
+    strange = options.keys() - IMITATED - NO_MATTER - UNSUPPORTED.keys() - UNSUPPORTED_SAMPLING.keys()
+    if strange:
+        raise DataError(f"generation_kwargs of a task hold {min(strange)}, which `generate` of transformers has not.")
+    temperature = float(options.get("temperature", 0.0))
+    told = {**settings, **options}
+    refused = {**UNSUPPORTED, **(UNSUPPORTED_SAMPLING if temperature else {})}
+    for key, harmless in refused.items():
+        if (value := told.get(key)) is not None and value not in harmless:
+            raise DataError(
+                f"generation_config.json of {source}, or a task, sets {key} to {value!r}, which is not supported here. "
+                "Remove it, or leave out the tasks that generate."
+            )
+    read = _Reader(told, source)
+    most = _Reader(settings, source).number("max_new_tokens", 0)
+    return Decoding(
+        ends=frozenset(read.ids("eos_token_id")),
+        most=int(most) or None,
+        temperature=temperature,
+        top_k=int(read.number("top_k", TOP_K)),
+        top_p=read.number("top_p", 1.0),
+        repetition_penalty=read.number("repetition_penalty", 1.0),
+        no_repeat_ngram_size=int(read.number("no_repeat_ngram_size", 0)),
+        min_new_tokens=int(read.number("min_new_tokens", 0)),
+        min_length=int(read.number("min_length", 0)),
+        suppressed=tuple(read.ids("suppress_tokens")),
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    told: Mapping[str, Any]
+    source: str
+
+    def number(self, key: str, default: float) -> float:
+        value = self.told.get(key)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise DataError(
+                f"{key} is {value!r} in the generation settings of {self.source}. It is a number from 0 on."
+            )
+        return value
+
+    def ids(self, key: str) -> list[int]:
+        value = self.told.get(key)
+        found = [] if value is None else value if isinstance(value, list) else [value]
+        if any(isinstance(each, bool) or not isinstance(each, int) for each in found):
+            raise DataError(f"{key} is {value!r} in the generation settings of {self.source}. It is an id, or a list.")
+        return found
+
+
+def stopper(tokenizer: Any, strings: Sequence[str], ends: frozenset[int]) -> Callable[[Sequence[int]], bool]:
+    """Return whether an answer of so many tokens is at its end, as transformers and the harness say.
+
+    The harness looks for a stop string in the last tokens alone: as many as it has itself, and two more. Special tokens
+    count there, so that they can be stop strings.
+    """
+    windows: dict[int, list[str]] = {}
+    for string in strings:
+        windows.setdefault(len(tokenizer.encode(string, add_special_tokens=False)) + 2, []).append(string)
+
+    def stop(made: Sequence[int]) -> bool:
+        if made[-1] in ends:
+            return True
+        for size, those in windows.items():
+            text = tokenizer.decode(made[-size:])
+            if any(string in text for string in those):
+                return True
+        return False
+
+    return stop

@@ -1,0 +1,110 @@
+"""Local files in the place of a task's downloads: `FOLDER/<task>/<split>.jsonl`, read strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+__all__ = ["LocalData", "read_rows", "split_files"]
+
+Row = dict[str, Any]
+
+
+def split_files(task: str, files: Path) -> dict[str, Path]:
+    """Split -> file of a task. Raises DataError where there is none."""
+    folder = files / task
+    found = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+    if not found:
+        raise DataError(f"{folder} has no .jsonl file: one is to be there for each split, such as test.jsonl.")
+    return found
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The JSON objects of a file, one a line. Raises DataError, which names the line, for anything else."""
+    try:
+        data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            rows.append(_row(line, f"{path}, line {number}"))
+    if not rows:
+        raise DataError(f"{path} holds no questions: one is to be on each line, as a JSON object.")
+    return rows
+
+
+def _row(line: bytes, place: str) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8"), parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place} is not UTF-8. Write the file anew as UTF-8.") from error
+    except RecursionError as error:
+        raise DataError(f"{place} is nested too deeply to be read.") from error
+    except ValueError as error:
+        raise DataError(f"{place} is not JSON: {str(error)[:200]}.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place} is not a JSON object with the fields of a question.")
+    return row
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """Splits of a task from local files, as the harness's `custom_dataset`."""
+
+    files: Mapping[str, str]
+    most: int | None = None
+    """Only the first rows of each; None: all."""
+
+    def __call__(self, **_: Any) -> dict[str, Any]:
+        return {split: _dataset(Path(file), read_rows(Path(file))[: self.most]) for split, file in self.files.items()}
+
+
+def _dataset(path: Path, rows: Sequence[Row]) -> Any:
+    from datasets import Dataset
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    try:
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
+    except Exception as error:  # pyarrow raises anything
+        raise DataError(_unlike(path, rows, names) or f"{path} cannot be read as a table: {error}.") from error
+
+
+def _unlike(path: Path, rows: Sequence[Row], names: Sequence[str]) -> str | None:
+    """The first row whose field is not of the kind that the rows before it have."""
+    from datasets import Dataset
+
+    def fits(name: str, count: int) -> bool:
+        try:
+            Dataset.from_dict({name: [row.get(name) for row in rows[:count]]})
+        except Exception:  # as above
+            return False
+        return True
+
+    for name in names:
+        if not fits(name, len(rows)):
+            count = _first(lambda count, name=name: not fits(name, count), len(rows))  # type: ignore[misc]
+            value = json.dumps(rows[count - 1].get(name))[:80]
+            return (
+                f"{path}, question {count}: the field {name} is {value}, which is no text, or of another kind than in "
+                "the questions before it. Give it one kind in the whole file."
+            )
+    return None
+
+
+def _first(fails: Callable[[int], bool], most: int) -> int:
+    """The smallest count in 1 to `most` that fails; those after it fail too, and `most` does."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fails(middle) else (middle + 1, high)
+    return low

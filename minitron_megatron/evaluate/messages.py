@@ -1,0 +1,109 @@
+"""Messages of the harness: its warnings go to the user once, its errors name the task and the question."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from . import harness
+from .local import LocalData
+
+__all__ = ["named_errors", "quiet", "warn"]
+
+OURS = ("Custom kwargs can be passed", "No chat template is set")
+"""Warnings about how we call the harness."""
+
+
+@contextmanager
+def quiet() -> Iterator[list[str]]:
+    """Run the harness without its log and its bars, and yield the list that takes its warnings."""
+    log, told = logging.getLogger("lm_eval"), _Told()
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.WARNING)
+    log.addHandler(told)
+    log.propagate = False
+    try:
+        with redirect_stderr(StringIO()), warnings.catch_warnings(record=True) as caught:
+            yield told.found
+        told.found += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
+    finally:
+        log.removeHandler(told)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+class _Told(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if not any(ours in text for ours in OURS):
+            self.found.append(text)
+
+
+def warn(told: list[str]) -> None:
+    """Issue each distinct warning once, by its first line; of those that differ in the task alone, the first."""
+    first: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for text in told:
+        line = text.strip().partition("\n")[0][:300]
+        kind = re.sub(r"^\[?(Task: )?[\w-]+\]?:? ?", "", line)
+        first.setdefault(kind, line)
+        counts[kind] = counts.get(kind, 0) + 1
+    for kind, line in first.items():
+        more = f" ({counts[kind]} times)" if counts[kind] > 1 else ""
+        warnings.warn(f"lm-eval: {line}{more}", stacklevel=3)
+
+
+@contextmanager
+def named_errors(task: str = "") -> Iterator[None]:
+    """Turn what the harness raises over a task's data into a DataError that names the task, the file and the question.
+
+    Errors of this package pass, and those that its model raised.
+    """
+    try:
+        yield
+    except Exception as error:  # templates and functions of tasks raise anything
+        frames = []
+        trace = error.__traceback__
+        while trace is not None:
+            frames.append(trace.tb_frame)
+            trace = trace.tb_next
+        ours = any(frame.f_code.co_filename == harness.__file__ for frame in frames)
+        if isinstance(error, DataError) or ours:
+            raise
+        raise DataError(_blame(task, frames, error)) from error
+
+
+def _blame(task: str, frames: list[Any], error: Exception) -> str:
+    from lm_eval.api.task import Task
+
+    cause = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200].rstrip('.')}"
+    place = ""
+    for frame in frames:
+        if isinstance(owner := frame.f_locals.get("self"), Task):
+            task = str(owner.config.task or task)
+            for name in ("fs_doc", "doc", "test_doc"):
+                place = place or _place(owner.config, frame.f_locals.get(name))
+    return f"task {task} cannot be built from its data{place}: {cause}. Mend or leave out this question or this task."
+
+
+def _place(config: Any, doc: Any) -> str:
+    """File and number of a question among a task's local files."""
+    data = config.custom_dataset
+    if not isinstance(doc, dict) or not isinstance(data, LocalData):
+        return ""
+    for split, table in data().items():
+        for number, row in enumerate(table, 1):
+            if row == doc:
+                return f" ({Path(data.files[split])}, question {number})"
+    return ""

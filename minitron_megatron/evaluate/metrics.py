@@ -1,0 +1,89 @@
+"""Names of a task's metrics, before it runs and in its results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import RecipeError, did_you_mean
+from .own import OWN, PROGRAMS
+
+__all__ = ["check_metric", "first_metric", "metric_key", "metric_value"]
+
+Metric = str | tuple[str, ...] | None
+"""`name` or `name,filter`; several, whose mean counts; None: the task's first."""
+
+
+def check_metric(task: str, config: Mapping[str, Any], metric: Metric) -> None:
+    """Raise RecipeError where the configuration of a task shows that it has no such metric."""
+    _refuse_downloads(task, config)
+    known, open_ended = _metrics(config)
+    filters = [each["name"] for each in config.get("filter_list") or [{"name": "none"}]]
+    for each in [metric] if isinstance(metric, str) else metric or ():
+        name, _, chosen = each.partition(",")
+        if name not in known and not open_ended:
+            raise _unknown(task, name, known)
+        if chosen and chosen not in filters:
+            raise RecipeError(
+                f"task {task} has no filter {chosen} for its metric {name}.{_hint(chosen, filters)} "
+                f"It has {', '.join(filters)}."
+            )
+
+
+def _refuse_downloads(task: str, config: Mapping[str, Any]) -> None:
+    """A metric that the harness does not have itself is code that it would download and run."""
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    for each in config.get("metric_list") or [] if config.get("process_results") is None else []:
+        name = each["metric"]
+        if each.get("hf_evaluate") or (isinstance(name, str) and name not in METRIC_REGISTRY):
+            raise RecipeError(
+                f"task {task} is scored by {name}, which is code from the hub and is never run. Leave it out."
+            )
+
+
+def first_metric(config: Mapping[str, Any]) -> str | None:
+    """Name of a task's first metric; None where the configuration names none."""
+    return next(iter(_metrics(config)[0]), None)
+
+
+def metric_value(task: str, found: Mapping[str, Any], metric: Metric) -> float:
+    """The number of a metric in a task's results, or the mean of several."""
+    if isinstance(metric, tuple):
+        return sum(metric_value(task, found, each) for each in metric) / len(metric)
+    return float(found[metric_key(task, found, metric)])
+
+
+def metric_key(task: str, found: Mapping[str, Any], metric: str | None) -> str:
+    """The harness writes `metric,filter`: a metric's first filter is taken where none is named.
+
+    Raises RecipeError where the results have no such metric.
+    """
+    keys = [key for key in found if "," in key and "_stderr," not in key]
+    fitting = keys if metric is None else [key for key in keys if metric in (key, key.split(",")[0])]
+    if not fitting:
+        raise _unknown(task, str(metric), list(dict.fromkeys(key.split(",")[0] for key in keys)))
+    return fitting[0]
+
+
+def _metrics(config: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """Names, and whether the task may give others: a function as a metric may give several under their own names."""
+    from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
+
+    if "class" in config:
+        return [], True
+    listed = config.get("metric_list")
+    if listed is None:
+        return list(DEFAULT_METRIC_REGISTRY[config.get("output_type", "generate_until")]), False
+    metrics = [each["metric"] for each in listed]
+    names = [each if isinstance(each, str) else each.__name__ for each in metrics]
+    return names, any(map(callable, metrics)) and config.get("task") not in {*OWN, *PROGRAMS}
+
+
+def _unknown(task: str, name: str, known: Sequence[str]) -> RecipeError:
+    return RecipeError(f"task {task} has no metric {name}.{_hint(name, known)} It has {', '.join(known) or 'none'}.")
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    near = [each for each in known if each.startswith(word) or word.startswith(each)]
+    return did_you_mean(word, known) or (f" Did you mean {near[0]!r}?" if near else "")

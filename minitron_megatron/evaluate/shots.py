@@ -1,0 +1,129 @@
+"""Splits of a task: the one that is scored, and the one that its solved examples come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, RecipeError
+from .local import LocalData, read_rows, split_files
+
+__all__ = ["SPLITS", "check_rows", "check_shots", "check_texts", "with_files"]
+
+SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+"""What a task's configuration calls its data."""
+LOOKED_AT = 100
+"""Questions with missing fields whose texts are made before a task runs."""
+
+
+def check_shots(task: str, config: Mapping[str, Any]) -> None:
+    """Raise RecipeError where examples would come from the split that is scored, or where there are too few."""
+    _splits(task, config)
+
+
+def _splits(task: str, config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The scored split, and the one of the examples where there are any. Raises RecipeError as `check_shots`.
+
+    The rules are the harness's: `fewshot_split`, else listed examples, else training, validation, test. It leaves a
+    question out of its own examples where a task names its test split as theirs, and nowhere else.
+    """
+    scored = config.get("test_split") or config.get("validation_split")
+    if not scored:
+        raise RecipeError(f"task {task} names no split that is scored. Leave it out.")
+    wanted, how = config.get("num_fewshot") or 0, config.get("fewshot_config") or {}
+    named = _named(config)
+    if not wanted:
+        return scored, None
+    if named is None and how.get("samples") is not None:
+        listed = how["samples"]
+        if isinstance(listed, Sequence) and len(listed) < wanted:
+            raise RecipeError(f"task {task} has {len(listed)} examples, and its shots are {wanted}. Ask for fewer.")
+        return scored, None
+    source = named or next(config[key] for key in SPLITS[:3] if config.get(key))
+    if source == scored and (named is None or named != config.get("test_split")):
+        raise RecipeError(
+            f"task {task} has no examples but the questions that are scored, which would show their answers. "
+            "Set its shots to 0."
+        )
+    return scored, source
+
+
+def _named(config: Mapping[str, Any]) -> str | None:
+    how = config.get("fewshot_config") or {}
+    return how.get("split", config.get("fewshot_split"))
+
+
+def with_files(task: str, config: Mapping[str, Any], files: Path) -> dict[str, Any]:
+    """The configuration with local files in the place of downloads. Raises DataError where one is missing."""
+    scored, source = _splits(task, config)
+    found = split_files(task, files)
+    for split, use in ((scored, "is scored on it"), (source, "takes its examples from it")):
+        if split is not None and split not in found:
+            raise DataError(
+                f"{files / task / split}.jsonl is missing: task {task} {use}. "
+                f"Add it{', or set shots to 0' if split == source else ''}; the folder has {', '.join(found)}."
+            )
+    wanted = {split: str(found[split]) for split in (scored, source) if split is not None}
+    gone: dict[str, Any] = {key: None for key in SPLITS if config.get(key) not in wanted}
+    if (config.get("fewshot_config") or {}).get("split") not in {None, *wanted}:
+        gone["fewshot_config"] = {key: value for key, value in config["fewshot_config"].items() if key != "split"}
+    data = {"custom_dataset": LocalData(wanted), "dataset_path": "json", "dataset_name": None, "dataset_kwargs": None}
+    return {**config, **gone, **data}
+
+
+def check_rows(task: str, config: Mapping[str, Any], files: Path) -> None:
+    """Raise DataError where local files hold too few examples, or the scored questions among them."""
+    scored, source = _splits(task, config)
+    found = split_files(task, files)
+    questions = read_rows(found[scored])
+    if source is None:
+        return
+    examples = read_rows(found[source])
+    spare = int(_named(config) == config.get("test_split"))  # the harness draws one more there
+    if config.get("process_docs") is None and len(examples) < (wanted := config["num_fewshot"] + spare):
+        raise DataError(
+            f"{found[source]} holds {len(examples)} examples, and task {task} with {config['num_fewshot']} shots needs "
+            f"{wanted}. Add more, or ask for fewer shots."
+        )
+    if source != scored and _texts(questions) <= _texts(examples):
+        raise DataError(
+            f"{found[source]} holds all questions of {found[scored].name}, which are scored: examples would show their "
+            "answers. Give the task's own examples, or set its shots to 0."
+        )
+
+
+def _texts(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    return {json.dumps(row, sort_keys=True) for row in rows}
+
+
+def check_texts(task: str, built: Any, data: LocalData) -> None:
+    """Raise DataError where a field that a prompt or an answer needs is missing or null in a question.
+
+    built: the harness's task. Only questions that lack a field of the file's first one are looked at.
+    """
+    if built.config.process_docs is not None:
+        return
+    for file in data.files.values():
+        rows = read_rows(Path(file))
+        needed = {name for name, value in rows[0].items() if value is not None}
+        lacking = [(at, row) for at, row in enumerate(rows, 1) if any(row.get(name) is None for name in needed)]
+        names = {name for row in rows for name in row}
+        for at, row in lacking[:LOOKED_AT]:
+            missing = sorted(name for name in needed if row.get(name) is None)
+            if _lacks(built, {**dict.fromkeys(names), **row}):
+                raise DataError(
+                    f"{file}, question {at}: {', '.join(missing)} is missing or null, and task {task} needs it. "
+                    "Mend or leave out this question."
+                )
+
+
+def _lacks(built: Any, row: Mapping[str, Any]) -> bool:
+    """Whether a question's texts cannot be made, or say None where no field does."""
+    try:
+        texts = [built.doc_to_text(row), built.doc_to_target(row)]
+        texts += [built.doc_to_choice(row)] if built.config.doc_to_choice is not None else []
+    except Exception:  # templates and functions of tasks raise anything
+        return True
+    return "None" in str(texts) and "None" not in str([value for value in row.values() if value is not None])
