@@ -1,6 +1,6 @@
 """`write FOLDER`: exports of every family in several shapes, and the log-probabilities of our own models.
-`table FOLDER`: what each client gave against them, as lines of benchmarks/results/clients.jsonl and as the guide's table.
-`clients.sh` runs both and, between them, each client's reader in an environment of its own."""
+`table FOLDER`: what each client gave against them, as lines of benchmarks/results/clients.jsonl and as a table of the
+guide. `clients.sh` runs both and, between them, each client's reader in an environment of its own."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Family -> its kind in the tests of `convert`, and sizes that every client's kernels take."""
 
 SHAPES = {"whole": {"ffn": 192}, "narrow": {"hidden": 192}, "odd": {"hidden": 160}}
-"""What the students keep. heads x head_dim is 384, hidden in the first alone; 192 is a multiple of the 6 heads, 160 none."""
+"""What the students keep. Only in the first is hidden 384, which is heads x head_dim; 192 is a multiple of the 6 heads,
+160 is none."""
 
 TITLES = {
     "whole": "hidden = heads x head_dim",
