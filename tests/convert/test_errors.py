@@ -162,8 +162,8 @@ def empty_index(folder: Path) -> str:
 
 SPOILS = [
     no_folder, no_config, not_json, unknown_family, no_family, attention_bias, missing_bias, activation,
-    other_rope, silent_config, incomplete_rope, missing_tensor, renamed_tensor, surplus_tensor, misshapen_tensor, no_weights,
-    truncated_weights, no_safetensors, missing_file, torn_index, empty_index,
+    other_rope, silent_config, incomplete_rope, missing_tensor, renamed_tensor, surplus_tensor, misshapen_tensor,
+    no_weights, truncated_weights, no_safetensors, missing_file, torn_index, empty_index,
 ]  # fmt: skip
 
 
