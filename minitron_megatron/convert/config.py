@@ -20,7 +20,7 @@ from .family import Family
 from .keys import DERIVED, DROPPED, FREE, LARGEST, ONLY, POSITIVE, READ, SHARE, SIZE, Kind
 from .weights import Weights, stored
 
-__all__ = ["open_weights", "read_config"]
+__all__ = ["read_config", "tied_names"]
 
 ROPE: Mapping[str, Mapping[str, Kind]] = {
     "default": {},
@@ -53,20 +53,7 @@ def read_config(folder: Path) -> ModelConfig:
     return _untied(config, weights) if config.shape.tied else config
 
 
-def open_weights(folder: Path) -> tuple[ModelConfig, Weights]:
-    """The config of a folder and its tensors. A tied matrix that is stored as the output layer alone is the embedding.
-
-    Raises CheckpointError as `read_config` does, and where the weights cannot be read.
-    """
-    config, weights = read_config(folder), Weights(folder)
-    if config.shape.tied:
-        embedding, head = _tied_names(config)
-        if embedding not in weights and head in weights:
-            weights.rename(head, embedding)
-    return config, weights
-
-
-def _tied_names(config: ModelConfig) -> tuple[str, str]:
+def tied_names(config: ModelConfig) -> tuple[str, str]:
     """The tensors' names of the embedding and of the output layer."""
     names = family_of(config.source).hf_names
     (embedding,), (head,) = names("embedding.word_embeddings.weight").values(), names("output_layer.weight").values()
@@ -75,7 +62,7 @@ def _tied_names(config: ModelConfig) -> tuple[str, str]:
 
 def _untied(config: ModelConfig, weights: Weights) -> ModelConfig:
     """As transformers 5 has it: tied by config, and two matrices that differ in the file, is not tied."""
-    embedding, head = _tied_names(config)
+    embedding, head = tied_names(config)
     if embedding in weights and head in weights and not weights.alike(embedding, head):
         _say_once(
             f"{weights.folder} says tie_word_embeddings: true and holds {head}, which differs from {embedding}: "
@@ -328,7 +315,7 @@ def _refuse_experts(reader: _Reader, sizes: Mapping[str, int], renormalises: boo
     if experts * layers > MOST_EXPERTS:
         raise reader.refusal(reader.family.keys["experts"][0], experts, f"too many for num_hidden_layers: {layers}.")
     if chosen > experts:
-        raise reader.refusal("num_experts_per_tok", chosen, f"more than the {experts} experts that there are.")
+        raise reader.refusal("num_experts_per_tok", chosen, f"more than {reader.family.keys['experts'][0]}: {experts}.")
     if chosen == 1 and renormalises:
         raise reader.refusal(
             "num_experts_per_tok", chosen, "which is not supported where a token's experts are weighed among "

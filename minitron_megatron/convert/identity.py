@@ -12,10 +12,9 @@ from torch import Tensor
 
 from ..model import chunks_of
 from ..parallel import Topology, broadcast_object
-from .config import open_weights
 from .export import full_tensors
 from .families import family_of
-from .load import check_tensors
+from .load import check_tensors, open_weights
 
 __all__ = ["folder_hash", "model_hash"]
 

@@ -16,7 +16,7 @@ from ..events import Event, Listener, silent
 from ..layout import lookup, words
 from ..model import ModelConfig, Recompute, Spec, adopt, build, named_shards
 from ..parallel import Topology, fail_together
-from .config import open_weights
+from .config import read_config, tied_names
 from .families import family_of
 from .family import Family
 from .weights import Weights
@@ -60,6 +60,19 @@ def load_hf(
         adopt(shard, tensor.to(topology.device, dtype))
         listener(Event("import", done, len(shards), "tensors"))
     return chunks
+
+
+def open_weights(folder: Path) -> tuple[ModelConfig, Weights]:
+    """The config of a folder and its tensors. A tied matrix that is stored as the output layer alone is the embedding.
+
+    Raises CheckpointError as `read_config` does, and where the weights cannot be read.
+    """
+    config, weights = read_config(folder), Weights(folder)
+    if config.shape.tied:
+        embedding, head = tied_names(config)
+        if embedding not in weights and head in weights:
+            weights.rename(head, embedding)
+    return config, weights
 
 
 def check_weights(folder: Path) -> None:

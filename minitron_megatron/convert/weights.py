@@ -23,6 +23,8 @@ FLOATS = {"F64": torch.float64} | {name: dtype for dtype, name in SAFETENSORS_NA
 SCALES = ("_scale", "_scale_inv")
 BLOCK = 2**24
 """Numbers that are compared at once."""
+COMPARED: dict[tuple[str, str, str], bool] = {}
+"""(the files' marks, two tensors) -> whether they are alike."""
 
 
 class Weights:
@@ -34,7 +36,8 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bytes_read = 0
-        self._slices = _slices(_files(folder))
+        self._files = _files(folder)
+        self._slices = _slices(self._files)
         if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
             _refuse_unlike(folder)
 
@@ -65,8 +68,11 @@ class Weights:
         self._slices[new] = self._slices.pop(old)
 
     def alike(self, one: str, other: str) -> bool:
-        """Whether two tensors have the same shape and numbers."""
-        return _alike(self._slices[one], self._slices[other])
+        """Whether two tensors have the same shape and numbers. The same files are compared once."""
+        key = (str(file_marks(self._files)), one, other)
+        if key not in COMPARED:
+            COMPARED[key] = _alike(self._slices[one], self._slices[other])
+        return COMPARED[key]
 
     def refuse_quantised(self) -> None:
         """Raise CheckpointError at a tensor that is no plain matrix of floating-point numbers."""
