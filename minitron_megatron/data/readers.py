@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import DataError
 
-__all__ = ["READERS", "Document", "documents", "reader_of"]
+__all__ = ["HALF_SURROGATE", "READERS", "Document", "documents", "reader_of"]
 
 CHUNK_CHARS = 1 << 26
 MOST_CHARS = 1 << 30
@@ -20,6 +20,7 @@ MOST_KEYS, MOST_KEY_CHARS = 8, 40
 """Keys of a line that a message names."""
 
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
 DECODER = json.JSONDecoder(parse_int=float)  # an int of 5,000 digits is an error, and nobody reads these numbers
 JSON_TYPES = {type(None): "null", bool: "a boolean", float: "a number", str: "text", list: "a list", dict: "an object"}
 
@@ -31,7 +32,7 @@ class Document(NamedTuple):
     place: str
     """The file and the line where it begins."""
     replaced: int = 0
-    """Halves of surrogate pairs, which no UTF-8 can hold: U+FFFD stands in the place of each."""
+    """Halves of surrogate pairs, in the place of each of which U+FFFD stands."""
 
 
 def json_lines(file: Path, text_key: str, separator: str) -> Iterator[Document]:
@@ -112,7 +113,7 @@ READERS: dict[str, Reader] = {
     ".jsonl": json_lines,
     ".txt": parted_text,
 }
-"""The end of a file's name, in any case -> what reads it."""
+"""Suffix, in any case -> reader: another format is another line."""
 
 
 def reader_of(file: Path) -> Reader | None:

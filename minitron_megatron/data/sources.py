@@ -16,7 +16,7 @@ ADVICE = {
     "write its rows as .jsonl": (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".json"),
     "rename it to .jsonl": (".ndjson", ".jsonlines", ".jl"),
 }
-"""What to do with data of another format, by suffix."""
+"""Advice on data of other formats, by suffix."""
 UNKNOWN = "rename it to .txt or .jsonl if it is such"
 
 NO_DATA_SUFFIXES = (

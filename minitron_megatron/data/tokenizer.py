@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from ..errors import DataError, MinitronError
 from ..files import checksum, read_json
 from .encode import foreign
+from .readers import HALF_SURROGATE
 
 __all__ = [
     "check_tokenizer",
@@ -39,7 +40,7 @@ TOKENIZER = (
 """What a tokenizer is made of: the first alone, where it is there."""
 
 MOST_BYTES = 1 << 30
-"""Of a tokenizer.json; the largest known ones have 40 million."""
+"""Size limit of a tokenizer.json; the largest known ones have 40 million bytes."""
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
@@ -214,8 +215,10 @@ def _id(value: Any, tokenizer: Tokenizer, *, text: bool) -> int | None:
         value = value.get("content", value)
     elif isinstance(value, list) and not text:
         value = value[0] if value else None
-    if value is None or (text and isinstance(value, str)):
-        return None if value is None else tokenizer.token_to_id(value)
+    if value is None:
+        return None
+    if text and isinstance(value, str) and not HALF_SURROGATE.search(value):
+        return tokenizer.token_to_id(value)
     if text or isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"it is {str(value)[:40]!r}")
     return value

@@ -95,6 +95,7 @@ def test_the_end_of_a_document_is_found(files: dict[str, object], expected: int,
         ({"tokenizer_config": {"eos_token": {"content": 2}}}, "tokenizer_config.json has a wrong eos_token: it is '2'"),
         ({"tokenizer_config": {"eos_token": 2}}, "tokenizer_config.json has a wrong eos_token: it is '2'"),
         ({"tokenizer_config": {"eos_token": ["w1"]}}, "tokenizer_config.json has a wrong eos_token"),
+        ({"tokenizer_config": {"eos_token": "\ud83d"}}, "tokenizer_config.json has a wrong eos_token"),
         ({"tokenizer_config": []}, "tokenizer_config.json holds no JSON object"),
         ({"tokenizer_config": None}, "tokenizer_config.json holds no JSON object"),
         (
