@@ -11,7 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, MinitronError, Preempted
 from . import harness
 from .local import LocalData
 
@@ -79,7 +79,7 @@ def named_errors(task: str = "") -> Iterator[None]:
             frames.append(trace.tb_frame)
             trace = trace.tb_next
         ours = any(frame.f_code.co_filename == harness.__file__ for frame in frames)
-        if isinstance(error, DataError) or ours:
+        if isinstance(error, MinitronError | Preempted) or ours:
             raise
         raise DataError(_blame(task, frames, error)) from error
 

@@ -16,7 +16,7 @@ from minitron_megatron.data import transformers_tokenizer
 from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.evaluate import PROGRAMS, SUITES, Task, check_tasks, run_tasks, scores_of, tasks
 from minitron_megatron.evaluate.own import OWN
-from minitron_megatron.evaluate.programs import passes, share_that_pass
+from minitron_megatron.evaluate.programs import isolation, passes, share_that_pass
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.testing import Pool
@@ -112,6 +112,7 @@ def answers(topology: Topology, folder: Path, files: Path, chat: str = "") -> tu
         found = run_tasks(
             load_hf(folder, topology), TASKS, tokenizer, topology, files=files, truncate=True, chat=bool(chat), seed=5
         )
+    assert found["programs"] == isolation().said
     asked = {
         name: [(item["arguments"], item["resps"], item["filtered_resps"]) for item in items]
         for name, items in found["samples"].items()

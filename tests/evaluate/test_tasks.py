@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ours(
-    topology: Topology, model: Path, files: Path, tasks: tuple[Task, ...], truncate: bool = False
+    topology: Topology, model: Path, files: Path, tasks: tuple[Task, ...], truncate: bool = False, chat: bool = False
 ) -> dict[str, Any]:
     found = run_tasks(
         load_hf(model, topology),
@@ -100,19 +101,22 @@ def ours(
         topology,
         files=files,
         truncate=truncate,
+        chat=chat,
         micro_batch=3,
     )
     return {"samples": found["samples"], "scores": scores_of(found, tasks)}
 
 
-def theirs(model: Path, files: Path, tasks: tuple[Task, ...]) -> dict[str, Any]:
+def theirs(model: Path, files: Path, tasks: tuple[Task, ...], chat: bool = False) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     with quiet():
         lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=3)
         configured = [_configured(task, task.name, files) for task in tasks]
-        found = simple_evaluate(lm, tasks=configured, task_manager=loader(), bootstrap_iters=0, log_samples=True)
+        found = simple_evaluate(
+            lm, tasks=configured, task_manager=loader(), bootstrap_iters=0, log_samples=True, apply_chat_template=chat
+        )
     return {"samples": json.loads(json.dumps(found["samples"], default=str)), "scores": scores_of(found, tasks)}
 
 
@@ -147,6 +151,40 @@ def test_every_item_is_that_of_the_harness_own_model(
 ) -> None:
     for found in pool.run(ours, model, files, TASKS, **LAYOUTS[layout]):
         assert expect_alike(found, truth) > 60
+
+
+TEMPLATE = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not (loop.last and continue_final_message) %}<end>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_three_shots_and_chat(pool: Pool, model: Path, tmp_path: Path, chat: bool) -> None:
+    """Prompts too, those that are cut among them. MMLU has a description, which this template refuses as a system."""
+    folder, files = tmp_path / "model", tmp_path / "files"
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *range(60, 90)]}))
+    asked = [{"question": f"Who is {i}?", "answer": {"aliases": ["a", "b"], "value": "a"}} for i in range(9)]
+    choices = [
+        {"question": f"Is {i} odd?", "choices": ["no", "yes", "both", "none"], "answer": i % 2} for i in range(9)
+    ]
+    for name, rows, scored, shots in (
+        ("triviaqa", asked, "validation", "train"),
+        ("mmlu_anatomy", choices, "test", "dev"),
+    ):
+        write_lines(files / name / f"{scored}.jsonl", rows[:3])
+        write_lines(files / name / f"{shots}.jsonl", rows[3:])
+    tasks = (Task("triviaqa", 3, "exact_match"), Task("mmlu_anatomy", 3, "acc"))
+    check_tasks(tasks, files, tokenizer=folder, chat=chat, truncate=True)
+    found, truth = pool.run(ours, folder, files, tasks, True, chat)[0], theirs(folder, files, tasks, chat)
+    assert expect_alike(found, truth) == 15
+    for name, items in truth["samples"].items():
+        assert [item["arguments"] for item in found["samples"][name]] == [item["arguments"] for item in items]
+        assert ("<user>" in items[0]["arguments"][0][0]) is chat
 
 
 def sampled(topology: Topology, model: Path, temperature: float, top_p: float, kept: bool = True) -> list[list[int]]:
