@@ -72,11 +72,12 @@ class Plan:
         for axis in WITHIN.keys() & self.keep.keys():
             for layer, kept in self.keep[axis].items():
                 self._check_groups(axis, layer, kept)
-        if self.target.experts < self.target.experts_per_token:
-            raise PlanError(
-                f"axis experts keeps {self.target.experts}, and every token goes through "
-                f"{self.target.experts_per_token}. Keep as many at least."
-            )
+        for kept in self.keep.get("experts", {}).values():
+            if len(kept) < self.shape.experts_per_token:
+                raise PlanError(
+                    f"axis experts keeps {len(kept)}, and every token goes through {self.shape.experts_per_token}. "
+                    "Keep as many at least."
+                )
 
     def _check_groups(self, axis: str, layer: int | None, kept: tuple[int, ...]) -> None:
         groups, each = WITHIN[axis], self.shape.units(axis) // self.shape.axis_size(WITHIN[axis])
