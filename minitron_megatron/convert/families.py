@@ -200,7 +200,8 @@ FAMILIES: Mapping[str, Family] = {
                 **ROUTER,
                 **DENSE,
                 **free("exports of earlier versions say it beside num_experts", SIZE, "num_local_experts"),
-                **free("of windows, which are off", NATURAL | NULL, "sliding_window max_window_layers"),
+                **free("of windows, which are off", NATURAL | NULL, "sliding_window"),
+                **free("of windows, which are off", NATURAL, "max_window_layers"),
             },
         ),
         Family(
