@@ -187,15 +187,22 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 98
 def _score_flops(recipe: Recipe, teacher: Shape) -> int:
     """Of a calibration token: a pass for the units in each round, and what is left of every network without a block."""
     sequence, sweep = recipe.data.sequence, depth_sweep(recipe, teacher)
-    passes = [teacher] if scores_wanted(recipe) else []
-    passes += round_shapes(recipe, teacher)[:-1]
+    widths = [teacher] if scores_wanted(recipe) else []
+    total = sum(flops_per_token(shape, sequence) for shape in [*widths, *round_shapes(recipe, teacher)[:-1]])
     if sweep is not None:
         there = teacher.layers
         blocks = [(first, length) for length in sweep.lengths for first in range(there - length + 1)]
         behind = [there] if sweep.metric == "bi" else [there, *(there - first - length for first, length in blocks)]
         behind += [left for gone in range(1, sweep.greedy) for left in (there - gone, *range(there - gone))]
-        passes += [teacher.resized(layers=left) for left in behind]
-    return sum(flops_per_token(shape, sequence) for shape in passes)
+        first, layer = _flops_of_layers(teacher, sequence)
+        total += sum(first + left * layer for left in behind)
+    return total
+
+
+def _flops_of_layers(teacher: Shape, sequence: int) -> tuple[int, int]:
+    """FLOPs a token of a network without layers, and of each layer."""
+    one, two = (flops_per_token(teacher.resized(layers=layers), sequence) for layers in (1, 2))
+    return one - (two - one), two - one
 
 
 def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> dict[str, int]:

@@ -12,7 +12,7 @@ import pytest
 
 from minitron_megatron.errors import TopologyError
 from minitron_megatron.recipe import estimate, load_recipe, slurm_commands
-from tests.recipe.test_presets import CASES, GPUS, PRESETS, teacher
+from tests.recipe.test_presets import CASES, GPUS, PRESETS, material_of
 
 Write = Callable[..., Path]
 
@@ -39,7 +39,7 @@ def test_the_lines(recipe_file: Write, gpus: int, hours: float, wanted: str) -> 
 @pytest.mark.parametrize("name", CASES)
 def test_the_lines_of_a_preset(name: str, tmp_path: Path) -> None:
     preset = PRESETS / f"{name}.yaml"
-    found = estimate(load_recipe(preset, [f"model={teacher(tmp_path / 'teacher', CASES[name][0])}"]), gpus=GPUS)
+    found = estimate(load_recipe(preset, material_of(name, tmp_path)), gpus=GPUS)
     assert slurm_commands(preset, [], found) == (
         f"source slurm/cluster.env\nsbatch --nodes=32 --time=04:00:00 slurm/run.sbatch {preset}\n"
     )

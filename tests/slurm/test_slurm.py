@@ -19,7 +19,7 @@ from minitron_megatron.files import read_json
 from minitron_megatron.recipe import estimate, load_recipe, slurm_commands
 from tests.limits import HANGS
 from tests.recipe.conftest import material, recipe_file
-from tests.recipe.test_presets import CASES, PRESETS, teacher
+from tests.recipe.test_presets import CASES, PRESETS, material_of
 from tests.slurm.cluster import lacks, running
 
 __all__ = ["material", "recipe_file"]
@@ -248,7 +248,7 @@ def test_slurm_accepts_the_scripts_as_they_are(slurm: Environment, home: Path) -
 def test_slurm_accepts_the_lines_of_every_preset(slurm: Environment, home: Path, tmp_path: Path, name: str) -> None:
     """As they are printed, on the nodes that there are."""
     preset = PRESETS / f"{name}.yaml"
-    found = estimate(load_recipe(preset, [f"model={teacher(tmp_path / 'teacher', CASES[name][0])}"]), gpus=16)
+    found = estimate(load_recipe(preset, material_of(name, tmp_path)), gpus=16)
     lines = slurm_commands(preset, [], found).replace("sbatch ", "sbatch --test-only ", 1)
     ask(slurm, "bash", "-e", "-c", lines, cwd=home)
 
