@@ -189,13 +189,15 @@ def _score_flops(recipe: Recipe, teacher: Shape) -> int:
     sequence, sweep = recipe.data.sequence, depth_sweep(recipe, teacher)
     passes = [teacher] if scores_wanted(recipe) else []
     passes += round_shapes(recipe, teacher)[:-1]
+    flops = sum(flops_per_token(shape, sequence) for shape in passes)
     if sweep is not None:
         there = teacher.layers
         blocks = [(first, length) for length in sweep.lengths for first in range(there - length + 1)]
         behind = [there] if sweep.metric == "bi" else [there, *(there - first - length for first, length in blocks)]
         behind += [left for gone in range(1, sweep.greedy) for left in (there - gone, *range(there - gone))]
-        passes += [teacher.resized(layers=left) for left in behind]
-    return sum(flops_per_token(shape, sequence) for shape in passes)
+        one, two = (flops_per_token(teacher.resized(layers=layers), sequence) for layers in (1, 2))
+        flops += sum(one + (left - 1) * (two - one) for left in behind)  # of no layers, only the output layer is left
+    return flops
 
 
 def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> dict[str, int]:
