@@ -120,9 +120,9 @@ def passes(program: str, seconds: float = SECONDS, how: Isolation | None = None)
             with suppress(subprocess.TimeoutExpired):
                 supervisor.wait(timeout=seconds + GRACE)
         finally:
-            with suppress(ProcessLookupError):
+            if supervisor.poll() is None:
                 os.killpg(supervisor.pid, signal.SIGKILL)
-            supervisor.wait()
+                supervisor.wait()
         return supervisor.returncode == 0
 
 
