@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 
-from ..convert import read_config
+from ..convert import Architecture, read_config
 from ..files import whole_file
-from ..layout import parameters
+from ..layout import Shape, parameters
+from ..model import ModelConfig
 from ..records import read_summary
+from .clients import client_notes, client_warnings
 from .context import Context
 from .versions import versions
 
@@ -44,7 +46,8 @@ def write_card(context: Context, folder: Path) -> None:
 
 def _card(context: Context, folder: Path) -> str:
     recipe, done = context.recipe, context.done
-    student, teacher = read_config(folder).shape, read_config(recipe.model).shape
+    original = read_config(recipe.model)
+    student, teacher = read_config(folder).shape, original.shape
     tags = ["minitron", "pruned", "distilled"]
     about = {"base_model": recipe.model.name, "library_name": "transformers", "tags": tags}
     told = recipe.model_dump(mode="json", exclude_none=True, exclude={"model": True, "out": True, "data": {"sources"}})
@@ -58,6 +61,7 @@ def _card(context: Context, folder: Path) -> str:
         f"{parameters(student):,} parameters, of the teacher's {parameters(teacher):,}, by the Minitron method: what "
         "matters least was cut, and what was left learnt from the teacher's logits.\n",
         _table(("", "teacher", "student"), [*shapes, ("parameters", parameters(teacher), parameters(student))]),
+        _clients(original, student, recipe.export.architecture),
         "## Training\n",
         _table(("stage", "tokens"), training),
         _table(("source", "tokens held", "weight"), sources),
@@ -70,6 +74,12 @@ def _card(context: Context, folder: Path) -> str:
         _table(("with", "version"), list(versions().items())),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _clients(teacher: ModelConfig, student: Shape, architecture: Architecture) -> str:
+    """Who will not serve it."""
+    said = (*client_warnings(teacher, student, architecture), *client_notes(teacher, student, architecture))
+    return "## Clients\n\n" + "".join(f"* {sentence}\n" for sentence in said) if said else ""
 
 
 def _evaluation(context: Context) -> str:

@@ -35,7 +35,7 @@ class Gap:
     """Their `model_type` in the export."""
     condition: Condition
     silent: bool = False
-    """Whether it gives other results without an error."""
+    """Whether it gives other results without an error, at some sizes at least."""
     noted: bool = False
     """Whether it stands in notes alone: the client is none that the guide serves with."""
 
@@ -72,12 +72,15 @@ TIED = Condition(
 GAPS = (
     Gap("transformers 5", ("llama",), NO_MULTIPLE),
     Gap("vLLM", ("llama",), NO_MULTIPLE),
-    Gap("vLLM", ("qwen2", "qwen2_moe"), UNFILLED),
+    Gap("vLLM", ("qwen2", "qwen2_moe"), UNFILLED, silent=True),
     Gap("llama.cpp", ("qwen2", "qwen2_moe", "nemotron", "phi3"), UNFILLED),
     Gap("llama.cpp", ("qwen2_moe", "nemotron"), TIED),
     Gap("MLX-LM", ("qwen2", "qwen2_moe", "mixtral", "phi3"), UNFILLED),
     Gap("MLX-LM", ("qwen2_moe",), TIED),
+    Gap("OpenVINO", ("llama",), NO_MULTIPLE),
+    Gap("CTranslate2", ("llama", "qwen2"), UNFILLED, noted=True),
 )
+"""Families that a client reads in no shape are none of its."""
 
 
 def gaps(model_type: str, student: Shape) -> list[Gap]:
@@ -107,10 +110,19 @@ def _sentences(teacher: ModelConfig, student: Shape, architecture: Architecture,
     for condition, those in by_condition.items():
         loud, silent = ([gap.client for gap in those if gap.silent is kind] for kind in (False, True))
         what = f"a {model_type} {condition.name(student)}"
-        said = [f"{_listed(loud)} refuse{'s' * (len(loud) == 1 and loud[0][-1] != '5')} {what}."] if loud else []
+        said = [f"{_listed(loud)} refuse{'s' * (len(loud) == 1)} {what}."] if loud else []
         if silent:
-            said.append(f"{_listed(silent)} give wrong results of {'it' if loud else what}, without an error.")
-        yield " ".join([*said, condition.advice(student, teacher.shape) + "."])
+            gives = f"{_listed(silent)} give{'s' * (len(silent) == 1)} wrong results"
+            said.append(f"{gives} from {'it' if loud else what}, without an error.")
+        yield " ".join([*said, _advice(condition, model_type, student, teacher)])
+
+
+def _advice(condition: Condition, model_type: str, student: Shape, teacher: ModelConfig) -> str:
+    if condition is not UNFILLED or model_type != "qwen2" or teacher.window is not None:
+        return condition.advice(student, teacher.shape) + "."
+    if student.hidden % student.heads == 0:
+        return "Set export.architecture to auto, which writes a Llama that more clients read."
+    return f"Choose hidden {_nearest(student, teacher.shape)}, which is exported as a Llama that more clients read."
 
 
 def _listed(clients: list[str]) -> str:

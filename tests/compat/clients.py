@@ -1,6 +1,6 @@
 """`write FOLDER`: exports of every family in several shapes, and the log-probabilities of our own models.
-`table FOLDER`: what each client gave against them, as lines of benchmarks/results/clients.jsonl and as a table of the
-guide. `clients.sh` runs both and, between them, each client's reader in an environment of its own."""
+`table FOLDER`: what each client gave against them, as lines of benchmarks/results/clients.jsonl and the guide's table.
+`clients.sh` runs both and, between them, each client's reader in an environment of its own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TEACHER = {
     "eos_token_id": 1,
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
+    "llama": ("llama-tied", {}),  # without rotary scaling, of which CTranslate2 makes something else
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3-tied", {}),
@@ -55,15 +55,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 """Family -> its kind in the tests of `convert`, and sizes that every client's kernels take."""
 
 SHAPES = {"whole": {"ffn": 192}, "narrow": {"hidden": 192}, "odd": {"hidden": 160}}
-"""What the students keep. Only in the first is hidden 384, which is heads x head_dim; 192 is a multiple of the 6 heads,
-160 is none."""
+"""What students keep. heads x head_dim is 384, hidden in the first alone; 192 is a multiple of 6 heads, 160 is not."""
 
-TITLES = {
-    "whole": "hidden = heads x head_dim",
-    "tied": "the same, tied",
-    "narrow": "hidden a multiple of heads only",
-    "odd": "hidden no multiple of heads",
-}
+NAMES = {"narrow": "hidden ≠ heads x head_dim", "odd": "hidden no multiple of heads", "tied": "tied"}
 
 
 @dataclass(frozen=True)
@@ -169,29 +163,31 @@ def table(work: Path) -> None:
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
-    """A row for each family and shape that differs somewhere, a column for each client."""
-    clients = sorted({(line["client"], line["version"]) for line in lines})
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for line in lines:
-        shape = "tied" if line["tied"] else line["shape"]
-        family = line["family"] + (" as Llama" if line["architecture"] == "auto" else "")
-        rows.setdefault((family, shape), {})[line["client"]] = word(line)
-    titles = ["family", "student", *(f"{client} {version}" for client, version in clients)]
-    cells = [
-        [family, TITLES[shape], *(row.get(client, "") for client, _ in clients)]
-        for (family, shape), row in rows.items()
-    ]
+    """A row for each family, a column for each client."""
+    clients = {line["client"]: line["version"] for line in sorted(lines, key=lambda line: str(line["client"]).lower())}
+    rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for line in sorted(lines, key=lambda line: list(FAMILIES).index(line["family"])):
+        family = f"`{line['family']}`" + (" as a Llama" if line["architecture"] == "auto" else "")
+        rows.setdefault(family, {}).setdefault(line["client"], []).append(line)
+    titles = ["family", *(f"{client.split()[0]} {version}" for client, version in clients.items())]
+    cells = [[family, *(word(of_client.get(client, [])) for client in clients)] for family, of_client in rows.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in (titles, ["---"] * len(titles), *cells))
 
 
-def word(line: dict[str, Any]) -> str:
-    """`equal`, `refused`, or how far off it silently is."""
-    if "error" in line:
-        return "**error**"
-    difference = line["difference"]
-    if difference is not None and difference < TOLERANCE:
-        return "equal"
-    return f"**wrong**, {difference:.2g}" if difference is not None else "**wrong**, NaN"
+def word(lines: list[dict[str, Any]]) -> str:
+    """Which students of a family a client reads, and how it fails on the others."""
+    failed = {"tied" if line["tied"] else line["shape"]: line for line in lines if not _equal(line)}
+    if not failed:
+        return "yes" if lines else ""
+    if len(failed) == len(lines):
+        return "no"
+    where = [NAMES[shape] for shape in NAMES if shape in failed and not (shape == "odd" and "narrow" in failed)]
+    silent = " **without an error**" if any("error" not in line for line in failed.values()) else ""
+    return f"not where {' or '.join(where)}{silent}"
+
+
+def _equal(line: dict[str, Any]) -> bool:
+    return "error" not in line and line["difference"] is not None and line["difference"] < TOLERANCE
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """llama.cpp: its own conversion to GGUF and its own server, in xllamacpp, which is built.
 
-LLAMA_CPP names the source folder of llama.cpp; the source archive of llama-cpp-python on PyPI holds one,
-`vendor/llama.cpp`."""
+LLAMA_CPP names the source folder of llama.cpp; llama-cpp-python's source archive on PyPI holds it: vendor/llama.cpp."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ WORDS = ["<unk>", "<s>", "</s>", "<|endoftext|>", *(f"w{number}" for number in r
 
 
 def convert(folder: Path, file: Path) -> None:
-    """Do what `convert_hf_to_gguf.py --outtype f32` does, with a vocabulary: the script knows those of real models."""
+    """As `convert_hf_to_gguf.py --outtype f32`, with a vocabulary of ours: it knows those of real models alone."""
     source = Path(os.environ["LLAMA_CPP"])
     sys.path[:0] = [str(source), str(source / "gguf-py")]
     import gguf

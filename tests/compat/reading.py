@@ -1,5 +1,5 @@
-"""What a client makes of the exports: `reader.py FOLDER` asks it for each, in a process of its own, which goes on with
-the next where the client aborts. Runs in the client's environment, where this project is not installed."""
+"""What a client makes of the exports: `read_CLIENT.py FOLDER` asks it for each, in a process of its own that is begun
+again where the client aborts. Runs in the client's environment, where this project is not installed."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def is_there(tensors: dict[str, torch.Tensor], name: str) -> None:
     ],
 )
 def test_a_llama_with_other_biases_is_refused_by_name(
-    pool: Pool, tmp_path: Path, change: Callable[..., None], config: dict[str, Any], says: str
+    tmp_path: Path, change: Callable[..., None], config: dict[str, Any], says: str
 ) -> None:
     folder, name = make_folder(tmp_path / "model", "llama", attention_bias=True), OUTPUT_BIAS.format(1)
     tensors = load_file(folder / "model.safetensors")
