@@ -13,7 +13,7 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from tests.guide import ROOT, commands, run_command
-from tests.recipe.conftest import material, recipe_file
+from tests.recipe.conftest import material, recipe_file, tiny_recipe
 from tests.recipe.test_presets import NEMO
 from tests.recipe.test_presets import teacher as config_alone
 from tests.tiny import samples, share
@@ -34,12 +34,17 @@ def test_the_two_make_commands_are_targets() -> None:
 
 def test_the_commands_for_ones_own_model_run(material: Path, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """In the order of the page, on a tiny model and the recipe made for it."""
-    recipe = recipe_file("recipe.yaml", bench={"ladder": [[4, 4]], "batches": [1]})
+    training = tiny_recipe(material)["distill"] | {"global_batch": 16}  # which eight GPUs can share
+    recipe = recipe_file("recipe.yaml", bench={"ladder": [[4, 4]], "batches": [1]}, correct=training, distill=training)
     own = [line for line in commands(ROOT / "README.md") if not line.startswith("make")]
     assert len(own) == 8
     nemo = config_alone(tmp_path / "nemo", NEMO)
+    (tmp_path / "text").mkdir()
+    with (tmp_path / "text" / "corpus.jsonl").open("wb") as corpus:
+        corpus.truncate(2**40)  # as large as the budgets of the preset; it takes no room
     places = {"path/to/llama": material / "model", "> recipe.yaml": f"> {tmp_path / 'init'}", "recipe.yaml": recipe}
     places |= {"path/to/Mistral-Nemo-Base-2407": nemo, "path/to/folder": tmp_path / "megatron"}
+    places |= {"path/to/corpus": tmp_path / "text"}
     for line in own:
         done = run_command(line, ROOT, places)
         assert done.returncode == 0, (line, done.stderr)
