@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..convert import Architecture, read_config
+from ..convert import read_config
 from ..files import whole_file
 from ..layout import Shape, parameters
 from ..model import ModelConfig
@@ -46,8 +47,8 @@ def write_card(context: Context, folder: Path) -> None:
 
 def _card(context: Context, folder: Path) -> str:
     recipe, done = context.recipe, context.done
-    original = read_config(recipe.model)
-    student, teacher = read_config(folder).shape, original.shape
+    exported, teacher = read_config(folder), read_config(recipe.model).shape
+    student = exported.shape
     tags = ["minitron", "pruned", "distilled"]
     about = {"base_model": recipe.model.name, "library_name": "transformers", "tags": tags}
     told = recipe.model_dump(mode="json", exclude_none=True, exclude={"model": True, "out": True, "data": {"sources"}})
@@ -61,7 +62,7 @@ def _card(context: Context, folder: Path) -> str:
         f"{parameters(student):,} parameters, of the teacher's {parameters(teacher):,}, by the Minitron method: what "
         "matters least was cut, and what was left learnt from the teacher's logits.\n",
         _table(("", "teacher", "student"), [*shapes, ("parameters", parameters(teacher), parameters(student))]),
-        _clients(original, student, recipe.export.architecture),
+        _clients(exported, teacher),
         "## Training\n",
         _table(("stage", "tokens"), training),
         _table(("source", "tokens held", "weight"), sources),
@@ -76,9 +77,10 @@ def _card(context: Context, folder: Path) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _clients(teacher: ModelConfig, student: Shape, architecture: Architecture) -> str:
+def _clients(exported: ModelConfig, teacher: Shape) -> str:
     """Who will not serve it."""
-    said = (*client_warnings(teacher, student, architecture), *client_notes(teacher, student, architecture))
+    cut, student = replace(exported, shape=teacher), exported.shape
+    said = (*client_warnings(cut, student, "own"), *client_notes(cut, student, "own"))
     return "## Clients\n\n" + "".join(f"* {sentence}\n" for sentence in said) if said else ""
 
 

@@ -77,7 +77,6 @@ GAPS = (
     Gap("llama.cpp", ("qwen2_moe", "nemotron"), TIED),
     Gap("MLX-LM", ("qwen2", "qwen2_moe", "mixtral", "phi3"), UNFILLED),
     Gap("MLX-LM", ("qwen2_moe",), TIED),
-    Gap("OpenVINO", ("llama",), NO_MULTIPLE),
     Gap("CTranslate2", ("llama", "qwen2"), UNFILLED, noted=True),
 )
 """Families that a client reads in no shape are none of its."""
