@@ -129,6 +129,8 @@ def _keys(name: str, family: Family) -> list[str]:
 def _counted(hf: str, config: ModelConfig, family: Family) -> str:
     """Say the keys of a config that decide whether there is such a tensor."""
     numbers, shape = re.findall(r"\.(\d+)\.", hf), config.shape
+    if hf.endswith("proj.bias") and "attention_bias" in config.source:
+        return f" config.json says attention_bias: {str(config.source['attention_bias']).lower()}."
     if not numbers:
         return f" config.json says tie_word_embeddings: {str(shape.tied).lower()}." if hf == "lm_head.weight" else ""
     experts = f" and {family.keys['experts'][0]}: {shape.experts}" if shape.experts and len(numbers) > 1 else ""

@@ -99,7 +99,7 @@ def test_a_step_of_distillation_takes_the_flops_that_are_predicted(
     """Of one step of 8 samples; `tests/layout` shows that attention, left out here, is counted as torch does."""
     student = SHAPE.resized(hidden=32, ffn=48, heads=4, layers=4)
     counted = pool.run(step_flops, material / "model", write_llama(tmp_path / "student", student, seed=2), **layout)
-    keys = {"tokens": 8 * SEQUENCE, "global_batch": 8}
+    keys = {"tokens": 8 * SEQUENCE, "global_batch": 8, "warmup_steps": 0}
     recipe = recipe_file(distill=keys, prune={"hidden": 32, "ffn": 48, "heads": 4, "layers": [0, 1, 3, 4]})
     found = estimate(load_recipe(recipe, [f"data.sequence={SEQUENCE}"]))
 

@@ -80,6 +80,7 @@ EDITS: dict[str, Any] = {
     "evaluate.tasks.top_p": 0.5,
     "evaluate.limit": 4,
     "export.dtype": "float32",
+    "export.architecture": "own",
     "export.quantize": "fp8",
     "bench.ladder": [[8, 8]],
     "bench.batches": [1],
