@@ -70,7 +70,9 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     phases = list(_training(recipe))
     for key, phase in phases:
         _check_samples(key, phase, recipe, topology)
+    for key, phase in phases:
         _check_schedule(key, phase)
+        _check_index(key, phase)
     _check_lengths(recipe, config, phases)
     _check_apart(recipe, topology)
     _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology, topology.dp)
@@ -196,6 +198,9 @@ def _check_samples(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Top
         raise RecipeError(
             f"{where} is {phase.sequence}, which cannot be split over {' and '.join(by)}. Choose a multiple of {unit}."
         )
+
+
+def _check_index(key: str, phase: ResolvedPhase) -> None:
     needed, there = phase.steps * phase.keys.global_batch * INDEX_BYTES, psutil.virtual_memory().total
     if needed > there:
         raise RecipeError(

@@ -416,8 +416,10 @@ def test_an_empty_corpus_and_a_foreign_tokenizer_are_refused(
     empty.touch()
     with pytest.raises(DataError, match="empty"):
         pool.run(work, recipe_file(data={"sources": [{"path": str(empty)}]}), dp=2)
-    model = with_tokenizer(material / "model", tmp_path / "other", {"<end>": 0, **{f"x{i}": i for i in range(1, 500)}})
-    with pytest.raises(DataError, match="vocabulary"):
+    model = with_tokenizer(
+        material / "model", tmp_path / "other", {"<end>": 0, **{f"w{i}": i + 300 for i in range(1, 131)}}
+    )
+    with pytest.raises(DataError, match=r"the token 'w\d+'"):
         pool.run(work, recipe_file(model=str(model)), dp=2)
 
 
