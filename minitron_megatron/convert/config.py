@@ -116,7 +116,7 @@ class _Reader:
     hf: Mapping[str, Any]
     family: Family
     known: dict[str, Any] = field(default_factory=dict)
-    """What was read so far, with defaults."""
+    """Values read so far, with defaults."""
 
     def refusal(self, key: str, value: Any, why: str) -> CheckpointError:
         said = repr(value)

@@ -23,7 +23,7 @@ class Kind:
     """The values that a key may have."""
 
     words: str
-    """What they are, after "is not"."""
+    """Name the values that fit, as they follow "is not"."""
     holds: Callable[[Any], bool]
 
     def __or__(self, other: Kind) -> Kind:
@@ -95,13 +95,13 @@ READ: Mapping[str, Kind] = {
     "rope_parameters": OBJECT | NULL,
     "rope_scaling": OBJECT | NULL,
 }
-"""What every family's reader reads, of those that a family has."""
+"""Keys that every family's reader reads, where the family has them."""
 
 DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "num_key_value_heads": lambda hf: hf["num_attention_heads"],
     "head_dim": lambda hf: hf["hidden_size"] // hf["num_attention_heads"],
 }
-"""What follows from other keys where a key is absent, and where it is null in a family that takes null."""
+"""Defaults that follow from other keys: of an absent key, and of a null one in a family that takes null."""
 
 DEFAULTS: Mapping[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -114,7 +114,7 @@ DEFAULTS: Mapping[str, Any] = {
     "sliding_window": None,
     "layer_types": None,
 }
-"""What an absent key means in transformers; what is neither here nor beside a family's row must be said."""
+"""Defaults of transformers for absent keys; a key that is neither here nor beside a family's row must be said."""
 
 ONLY: Only = {
     "hidden_act": ("silu", "swish"),

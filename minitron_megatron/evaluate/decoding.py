@@ -55,9 +55,9 @@ IMITATED = {
     *("eos_token_id", "max_new_tokens", "min_new_tokens", "min_length", "no_repeat_ngram_size", "repetition_penalty"),
     *("suppress_tokens", "temperature", "top_k", "top_p", "do_sample", "until", "max_gen_toks"),
 }
-"""What a task may set, and so may generation_config.json but for the last two."""
+"""Settings of a task; generation_config.json may have all but the last two."""
 NO_MATTER = {"use_cache", "pad_token_id", "bos_token_id", "early_stopping", "length_penalty"}
-"""What a task may set besides: without beams and padding it changes nothing."""
+"""Further settings of a task, which change nothing without beams and padding."""
 
 
 @dataclass(frozen=True)

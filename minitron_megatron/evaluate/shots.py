@@ -13,7 +13,7 @@ from .local import LocalData, read_rows, split_files
 __all__ = ["SPLITS", "check_rows", "check_shots", "check_texts", "with_files"]
 
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-"""What a task's configuration calls its data."""
+"""Keys by which a task's configuration names its data."""
 LOOKED_AT = 100
 """Questions with missing fields whose texts are made before a task runs."""
 

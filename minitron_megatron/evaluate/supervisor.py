@@ -22,7 +22,7 @@ __all__: list[str] = []
 GIBIBYTE = 2**30
 PROCESSES = 64
 SUBREAPER, DUMPABLE, KEEP_CAPABILITIES, AMBIENT, RAISE = 36, 4, 8, 47, 2
-"""Of prctl(2)."""
+"""Options of prctl(2)."""
 prctl = ctypes.CDLL(None).prctl
 
 

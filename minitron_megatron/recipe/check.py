@@ -27,7 +27,7 @@ from .tasks import check_evaluation
 __all__ = ["check", "check_corpus", "planned"]
 
 INDEX_BYTES = 30
-"""Of host memory for each sample of a phase: its source, its place, and megatron-core's indices of documents and
+"""Host memory for each sample of a phase: its source, its place, and megatron-core's indices of documents and
 samples."""
 
 

@@ -1,4 +1,4 @@
-"""What a search knows of its candidates while it is at work, a file a candidate."""
+"""Measurements of a search's candidates while it is at work, in one file for each candidate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..search import Curve
 __all__ = ["AfterCut", "Distilled", "Part", "curve_of", "finite", "number", "read_part"]
 
 Part = dict[str, Any]
-"""What is known of a candidate, `AfterCut` or `Distilled`."""
+"""Measurements of a candidate, `AfterCut` or `Distilled`."""
 
 
 class AfterCut(TypedDict):

@@ -1,4 +1,4 @@
-"""What each stage leaves for those after it, as the types that its record is read back through."""
+"""Results that each stage leaves for those after it, as the types that its record is read back through."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from ..errors import RecipeError
 __all__ = ["read_yaml"]
 
 MOST_NODES, DEEPEST = 100_000, 64
-"""Of a tree with every alias written out. The largest recipe has some hundred nodes."""
+"""Limits of a tree with every alias written out. The largest recipe has some hundred nodes."""
 
 
 class _Loader(yaml.SafeLoader):
