@@ -99,10 +99,11 @@ def candidates(space: Space, teacher: Shape, budget: Mapping[str, Limit], condit
     _check_axes(space, teacher)
     _check_budget(budget, teacher, conditions)
     points = [_Point(sizes, teacher, conditions) for sizes in _grid(space, teacher)]
+    possible = [point for point in points if not point.problem]
     rules = _rules(space, budget)
-    left = [point for point in points if all(rule.holds(point) for rule in rules)]
+    left = [point for point in possible if all(rule.holds(point) for rule in rules)]
     if not left:
-        raise RecipeError(_why_empty(points, rules))
+        raise RecipeError(_why_empty(points, possible, rules))
     found = {point.shape: Candidate(point.shape, point.sizes, point.costs) for point in left if point.shape != teacher}
     return sorted(found.values(), key=lambda each: (-each.costs["params"], each.name))
 
@@ -126,8 +127,7 @@ class _Point:
 
     @cached_property
     def shape(self) -> Shape:
-        widths = self._widths if self.problem else checked_sizes(self.teacher, self._widths)
-        return self.teacher.resized(**{**self.sizes, **widths})
+        return self.teacher.resized(**{**self.sizes, **checked_sizes(self.teacher, self._widths)})
 
     @cached_property
     def costs(self) -> dict[str, float]:
@@ -193,10 +193,7 @@ def _grid(space: Space, teacher: Shape) -> Iterator[dict[str, int]]:
 
 
 def _rules(space: Space, budget: Mapping[str, Limit]) -> list[_Rule]:
-    rules = [
-        _Rule("what can be cut out of the teacher", lambda point: not point.problem, lambda points: points[0].problem)
-    ]
-    rules += [_Rule(f"multiples.{axis}: {unit}", *_multiple(axis, unit)) for axis, unit in space.multiples.items()]
+    rules = [_Rule(f"multiples.{axis}: {unit}", *_multiple(axis, unit)) for axis, unit in space.multiples.items()]
     return rules + [_Rule(f"budget.{name}: {limit}", *_within(name, limit)) for name, limit in budget.items()]
 
 
@@ -246,16 +243,21 @@ def _sizes(shape: Shape) -> str:
     return ", ".join(f"{axis} {shape.axis_size(axis)}" for axis in AXES if shape.axis_size(axis))
 
 
-def _why_empty(points: Sequence[_Point], rules: Sequence[_Rule]) -> str:
-    """Which rule empties the grid: the one without which something were left, or else the first that leaves nothing."""
+def _why_empty(points: Sequence[_Point], possible: Sequence[_Point], rules: Sequence[_Rule]) -> str:
+    """Which rule empties the grid: the one without which something were left, or else the first that leaves nothing.
+
+    possible: those of the points that can be cut out of the teacher.
+    """
     what = f"none of the {len(points)} combinations of search is left"
     if not points:
         return "search has no combination but the teacher itself. Try other sizes."
+    if not possible:
+        return f"{what}: none can be cut out of the teacher. {points[0].problem}"
     for rule in rules:
-        others = [point for point in points if all(each.holds(point) for each in rules if each is not rule)]
+        others = [point for point in possible if all(each.holds(point) for each in rules if each is not rule)]
         if others:
             return f"{what}: {rule.name} lets none through. {rule.nearest(others)}"
-    left = list(points)
+    left = list(possible)
     for rule in rules:
         through = [point for point in left if rule.holds(point)]
         if not through:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def attend(topology: Topology, apart: bool) -> tuple[Tensor, ...]:
     query, key, value, documents = inputs()
     mine = Span(topology.cp_rank, topology.cp, topology.cp_group, LENGTH, documents if apart else None)
     parts = [mine.take(x.transpose(0, 1)).transpose(0, 1).requires_grad_() for x in (query, key, value)]
-    out = CoreAttention(None)(*parts, mine.ticket)
+    out = CoreAttention(SimpleNamespace(window_size=None))(*parts, mine.ticket)
     (out * weights(mine.take(torch.arange(LENGTH)[None])[0])).sum().backward()
     return (out.detach().view(*parts[0].shape), *(part.grad for part in parts if part.grad is not None))
 

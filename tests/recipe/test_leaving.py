@@ -71,7 +71,8 @@ def test_a_stage_that_would_never_end_is_an_error(pool: Pool, recipe_file: Write
 def test_a_model_that_is_measured_is_not_measured_again(pool: Pool, recipe_file: Write) -> None:
     recipe = recipe_file(random_baseline=False)
     pool.run(signalled, recipe, "evaluate", 2)
-    kept = load_recipe(recipe).out / "evaluation" / "parts"
+    parts = load_recipe(recipe).out / "evaluation" / "parts"
+    (kept,) = parts.iterdir()
     assert sorted(path.stem for path in kept.iterdir()) == ["corrected_teacher", "teacher"]
     assert "evaluate: with what is measured already" in {
         f"{step.stage}: {step.why}" for step in dry_run(load_recipe(recipe))
@@ -81,7 +82,7 @@ def test_a_model_that_is_measured_is_not_measured_again(pool: Pool, recipe_file:
     pool.run(signalled, recipe, "none", 1)
     rows = read_json(load_recipe(recipe).out / "summary.json")
     assert [str(row["parameters"])[0] == "1" for row in rows[:2]] == [True, False]
-    assert not kept.exists()
+    assert not parts.exists()
 
 
 def test_a_training_that_ends_at_the_signal_is_not_done_again(pool: Pool, recipe_file: Write) -> None:

@@ -62,15 +62,17 @@ def test_an_estimate_is_what_the_fullest_rank_of_a_distillation_holds(
     pool: Pool, tmp_path: Path, recipe_file: Callable[..., Path], layout: dict[str, Any], dtype: str
 ) -> None:
     """`minitron estimate` counts both models, gradients, optimizer and the teacher's hidden states."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("one " * 1000)
     teacher, student = write_llama(tmp_path / "teacher", SHAPE, 1), write_llama(tmp_path / "student", STUDENT, 2)
     recipe = recipe_file(
         model=str(teacher),
         dtype=dtype,
         correct=None,
         parallel={key: value for key, value in layout.items() if key != "dp"},
-        data={"sequence": SEQUENCE, "sources": [{"path": "corpus.jsonl"}]},
+        data={"sequence": SEQUENCE, "beyond_positions": True, "sources": [{"path": str(corpus)}]},
         prune={"hidden": 128, "ffn": 256, "heads": 4},
-        distill={"tokens": SAMPLES * SEQUENCE * 2, "global_batch": SAMPLES, "micro_batch": 2},
+        distill={"tokens": SAMPLES * SEQUENCE * 2, "global_batch": SAMPLES, "micro_batch": 2, "warmup_steps": 0},
     )
     planned = estimate(load_recipe(recipe), gpus=2)
     assert planned.stash_bytes > 0.1 * planned.rank_bytes

@@ -352,10 +352,12 @@ def with_tokenizer(model: Path, folder: Path, ids: dict[str, int]) -> Path:
     """A copy of a model with another tokenizer."""
     import shutil
 
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     shutil.copytree(model, folder)
-    Tokenizer(models.WordLevel(ids, unk_token="<end>")).save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
