@@ -63,7 +63,7 @@ def test_an_estimate_is_what_the_fullest_rank_of_a_distillation_holds(
 ) -> None:
     """`minitron estimate` counts both models, gradients, optimizer and the teacher's hidden states."""
     corpus = tmp_path / "corpus.txt"
-    corpus.write_text("one " * 1000)
+    corpus.write_text("one " * 10_000)
     teacher, student = write_llama(tmp_path / "teacher", SHAPE, 1), write_llama(tmp_path / "student", STUDENT, 2)
     recipe = recipe_file(
         model=str(teacher),
