@@ -21,9 +21,10 @@ from record import RESULTS, record
 
 from minitron_megatron.files import read_json, write_json
 from minitron_megatron.parallel import Topology
-from minitron_megatron.recipe import load_recipe, run
-from minitron_megatron.recipe.run import wanted
+from minitron_megatron.recipe import load_recipe
 from minitron_megatron.report import MetricsFile, Progress, fan_out, read_metrics
+from minitron_megatron.run import run
+from minitron_megatron.run.engine import wanted
 
 RECIPE = Path(__file__).parents[1] / "examples" / "quickstart" / "recipe.yaml"
 FULL, LM = "forward KL", "importance pruning + LM loss"

@@ -23,9 +23,11 @@ from minitron_megatron.files import read_json
 from minitron_megatron.model import config_of
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import choose, first_plan, random_plan, trim
-from minitron_megatron.recipe import load_recipe, run
-from minitron_megatron.recipe.context import Context, Folders
+from minitron_megatron.recipe import load_recipe
 from minitron_megatron.records import Plan, Statistic
+from minitron_megatron.run import run
+from minitron_megatron.run.context import Context
+from minitron_megatron.run_folder import RunFolder
 from minitron_megatron.score import score
 
 SHARES = {"hidden": 3 / 4, "ffn": 1 / 2, "heads": 1 / 2}
@@ -40,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     topology, recipe = Topology.start(), load_recipe(args.recipe, args.overrides, args.work)
     run(recipe, topology, only="prepare")
-    prepared = read_json(Folders(recipe.out).record("prepare"))["result"]
+    prepared = read_json(RunFolder(recipe.out).record("prepare"))["result"]
     context = Context(recipe, topology, silent, {"prepare": prepared}, "")
     calibration, held_out = context.calibration_batches(), context.held_out()
     teacher = load_hf(recipe.model, topology)

@@ -18,8 +18,9 @@ from record import record
 
 from minitron_megatron.files import read_json
 from minitron_megatron.parallel import Topology
-from minitron_megatron.recipe import load_recipe, run
+from minitron_megatron.recipe import load_recipe
 from minitron_megatron.report import MetricsFile, Progress, fan_out
+from minitron_megatron.run import run
 
 RECIPE = Path(__file__).parents[1] / "examples" / "quickstart" / "recipe.yaml"
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from minitron_megatron.recipe.versions import versions
+from minitron_megatron.run.versions import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -31,10 +31,11 @@ from minitron_megatron.evaluate import validation_loss
 from minitron_megatron.layout import parameters
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import trim
-from minitron_megatron.recipe import load_recipe, run
-from minitron_megatron.recipe.context import Context
-from minitron_megatron.recipe.run import results
-from minitron_megatron.recipe.searching import _Work
+from minitron_megatron.recipe import load_recipe
+from minitron_megatron.run import run
+from minitron_megatron.run.context import Context
+from minitron_megatron.run.engine import results
+from minitron_megatron.run.stages.search import _Work
 from minitron_megatron.search import zero_shot
 from minitron_megatron.testing import LivePeak
 

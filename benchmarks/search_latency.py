@@ -20,8 +20,9 @@ from search_cost import RECIPE, SEARCH
 
 from minitron_megatron.convert import flat_config, read_config
 from minitron_megatron.files import write_json
-from minitron_megatron.recipe import bench, load_recipe
-from minitron_megatron.recipe.candidates import speed_rows, untimed_candidates
+from minitron_megatron.forecast.candidates import speed_rows, untimed_candidates
+from minitron_megatron.recipe import load_recipe
+from minitron_megatron.run import bench
 from minitron_megatron.search import Conditions, FittedSpeed, rank_correlation
 from minitron_megatron.serve import Workload, measure_locally
 

@@ -18,11 +18,12 @@ from record import record
 from search_cost import RECIPE, SEARCH
 
 from minitron_megatron.parallel import Topology
-from minitron_megatron.recipe import load_recipe, run
-from minitron_megatron.recipe.context import Context
-from minitron_megatron.recipe.run import results
-from minitron_megatron.recipe.searching import _Work
+from minitron_megatron.recipe import load_recipe
 from minitron_megatron.report import Progress
+from minitron_megatron.run import run
+from minitron_megatron.run.context import Context
+from minitron_megatron.run.engine import results
+from minitron_megatron.run.stages.search import _Work
 from minitron_megatron.search import rank_correlation, settled
 
 STEPS, TOP = 48, 6

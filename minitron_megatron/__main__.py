@@ -18,7 +18,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, _leave)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _leave)
-    from minitron_megatron.cli import main as run
+    from .cli import main as run
 
     run()
 

@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from minitron_megatron.testing import Pool
+from tests.recipes import material, recipe_file
+
+__all__ = ["material", "recipe_file"]
 
 LONGEST = (
-    "recipe/test_run.py",
+    "run/test_run.py",
     "slurm/test_slurm.py",
     "cli/test_faults.py",
-    "recipe/test_tasks.py",
-    "recipe/test_phases.py",
+    "run/test_tasks.py",
+    "run/test_phases.py",
 )
 """Of two processes that take a file at a time, none should begin one of these when the other is nearly done."""
 

@@ -16,13 +16,15 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "events"}),
-    frozenset({"files", "layout"}),
+    frozenset({"files", "layout", "run_folder"}),
     frozenset({"parallel"}),
     frozenset({"records"}),
     frozenset({"model", "data", "losses"}),
     frozenset({"score", "prune", "train", "convert"}),
-    frozenset({"distill", "search", "evaluate", "serve", "align"}),
+    frozenset({"distill", "search", "evaluate", "serve"}),
     frozenset({"recipe", "report"}),
+    frozenset({"forecast"}),
+    frozenset({"run"}),
     frozenset({"cli"}),
     frozenset({"testing", "__main__"}),  # above everything: nobody in the package imports them
 )
@@ -37,7 +39,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "safetensors": frozenset({"records", "convert", "serve"}),
     "tokenizers": frozenset({"data"}),
     "pydantic": frozenset({"files", "recipe"}),  # files: JSON is read through types
-    "yaml": frozenset({"recipe"}),
+    "yaml": frozenset({"recipe", "run"}),
     "typer": frozenset({"cli"}),
     "rich": frozenset({"cli", "report"}),
     "matplotlib": frozenset({"report"}),

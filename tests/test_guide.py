@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from minitron_megatron.recipe import estimate, load_recipe
+from minitron_megatron.forecast import estimate
+from minitron_megatron.recipe import load_recipe
 from tests.guide import ROOT, commands, run_command
-from tests.recipe.conftest import material, tiny_recipe
-
-__all__ = ["material"]
+from tests.recipes import tiny_recipe
 
 GUIDE = ROOT / "docs" / "guide"
 PAGES = re.findall(r"\]\(([\w-]+)\.md\)", (GUIDE / "README.md").read_text())

@@ -12,13 +12,11 @@ import pytest
 from minitron_megatron.convert import load_hf
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
+from tests.forecast.test_presets import NEMO
+from tests.forecast.test_presets import teacher as config_alone
 from tests.guide import ROOT, commands, run_command
-from tests.recipe.conftest import material, recipe_file, tiny_recipe
-from tests.recipe.test_presets import NEMO
-from tests.recipe.test_presets import teacher as config_alone
+from tests.recipes import tiny_recipe
 from tests.tiny import samples, share
-
-__all__ = ["material", "recipe_file"]
 
 README = (ROOT / "README.md").read_text()
 

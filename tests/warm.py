@@ -2,7 +2,7 @@
 
 import gc
 
-from minitron_megatron import recipe  # noqa: F401
+from minitron_megatron import run  # noqa: F401
 from minitron_megatron.parallel import install_cpu_backend
 
 install_cpu_backend()

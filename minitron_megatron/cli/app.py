@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from ..run_folder import RunFolder
 from .imports import imported
 from .interrupt import Interrupted, raise_if_heard
 
@@ -151,8 +152,9 @@ def estimate(
     slurm: Annotated[bool, typer.Option("--slurm", help="Print the lines that submit it, and no more.")] = False,
 ) -> None:
     """Count shapes, parameters, bytes, FLOPs and hours; needs no GPU and no weights."""
-    from ..recipe import estimate as count
-    from ..recipe import load_recipe, slurm_commands
+    from ..forecast import estimate as count
+    from ..forecast import slurm_commands
+    from ..recipe import load_recipe
     from ..report import candidates_table, pairs_table
 
     found = count(load_recipe(recipe, overrides or (), out), gpus=gpus, mfu=mfu)
@@ -177,19 +179,20 @@ def bench(
     backend: Annotated[Backend, typer.Option("--backend", help="trtllm-bench, or torch in this process.")] = "trtllm",
 ) -> None:
     """Measure how fast teacher and student serve."""
-    from ..recipe import bench as measure
     from ..recipe import load_recipe
     from ..report import Progress, bench_table, fan_out, plot_bench
+    from ..run import bench as measure
 
     loaded = load_recipe(recipe, overrides or (), out)
     imported()
     with Progress() as progress:
         rows = measure(loaded, backend, listener=fan_out(raise_if_heard, progress))
     Console().print(bench_table(rows))
-    if plot := plot_bench(rows, loaded.out / "bench" / "ratios.png"):
+    if plot := plot_bench(rows, RunFolder(loaded.out).bench / "ratios.png"):
         print(f"plot: {plot}")
     if backend == "trtllm" and any(row["student"] is None for row in rows):
-        print(f"trtllm-bench is not installed here. In TensorRT-LLM's container: sh {loaded.out}/bench/commands.sh")
+        commands = RunFolder(loaded.out).bench / "commands.sh"
+        print(f"trtllm-bench is not installed here. In TensorRT-LLM's container: sh {commands}")
         print("Then run this again, or `--backend torch` for a ratio on this machine.")
 
 
@@ -246,8 +249,8 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
 
     Returns the recipe and the topology of those processes.
     """
-    from ..recipe import run as run_stages
     from ..report import Machine, MetricsFile, Progress, Watchdog, fan_out, logged
+    from ..run import run as run_stages
 
     recipe, topology = _begun(path, overrides, out)
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
@@ -257,7 +260,7 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
         return recipe, topology
     told = recipe.model_dump(mode="json")
     with logged(recipe.out, told, **recipe.log.model_dump()) as log, Progress() as progress, watchdog:
-        kept = fan_out(MetricsFile(recipe.out / "metrics.jsonl"), log)
+        kept = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
         heard = fan_out(raise_if_heard, progress, kept, Machine(kept), watchdog)
         run_stages(recipe, topology, only=only, listener=heard)
     if only is None:
@@ -267,8 +270,8 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
 
 def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Any) -> None:
     from ..model import MEGATRON_FLAGS
-    from ..recipe import hand_over
     from ..report import Progress, fan_out
+    from ..run import hand_over
 
     recipe, topology = _begun(path, overrides, out)
     if topology.rank != 0:
@@ -283,9 +286,9 @@ def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Pa
 
 
 def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, model: Path) -> None:
-    from ..recipe import evaluate_folder
     from ..records import read_summary
     from ..report import Progress, fan_out, print_summary
+    from ..run import evaluate_folder
 
     recipe, topology = _begun(path, overrides, out)
     if topology.rank != 0:
@@ -293,21 +296,21 @@ def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, 
         return
     with Progress() as progress:
         row = evaluate_folder(recipe, topology, model, listener=fan_out(raise_if_heard, progress))
-    print_summary([*read_summary(recipe.out / "summary.json"), row])
+    print_summary([*read_summary(RunFolder(recipe.out).summary), row])
 
 
 def _check_export(recipe: Any, topology: Any) -> None:
-    from ..recipe import check_export
+    from ..run import check_export
 
     apart = check_export(recipe, topology)
     if topology.rank == 0:
-        print(f"{recipe.out / 'export'}: transformers gives the student's logits, to {apart:.1e}")
+        print(f"{RunFolder(recipe.out).model('export')}: transformers gives the student's logits, to {apart:.1e}")
 
 
 def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task: str) -> None:
     from ..errors import RecipeError
-    from ..recipe import search_task
     from ..report import MetricsFile, Progress, fan_out
+    from ..run import search_task
 
     number, _, count = task.partition("/")
     if not number.isdecimal() or not count.isdecimal():
@@ -318,7 +321,7 @@ def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task
         search_task(recipe, topology, *share)
         return
     with Progress() as progress:
-        everyone = fan_out(raise_if_heard, progress, MetricsFile(recipe.out / "metrics.jsonl"))
+        everyone = fan_out(raise_if_heard, progress, MetricsFile(RunFolder(recipe.out).metrics))
         print(search_task(recipe, topology, *share, listener=everyone))
 
 
@@ -326,14 +329,15 @@ def _print_report(out: Path) -> None:
     from ..records import read_summary
     from ..report import print_summary, report_run
 
-    print_summary(read_summary(out / "summary.json"))
+    print_summary(read_summary(RunFolder(out).summary))
     print(f"report: {report_run(out)}")
-    print(f"export: {out / 'export'}")
+    print(f"export: {RunFolder(out).model('export')}")
 
 
 def _print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
     from ..parallel import launched
-    from ..recipe import dry_run, load_recipe
+    from ..recipe import load_recipe
+    from ..run import dry_run
 
     if launched("RANK", 0) != 0:
         return

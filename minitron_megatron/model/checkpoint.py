@@ -17,16 +17,7 @@ import torch
 from typing_extensions import TypedDict
 
 from ..errors import CheckpointError, FileError
-from ..files import (
-    MANIFEST,
-    PARTIAL,
-    check_as,
-    read_as,
-    read_json,
-    verify_checksums,
-    write_checksums,
-    write_json,
-)
+from ..files import MANIFEST, PARTIAL, check_as, read_as, read_json, verify_checksums, write_checksums, write_json
 from ..parallel import (
     Topology,
     barrier,

@@ -1,34 +1,31 @@
-"""The recipe of a run: its keys, its stages, what each stage reads, what is done and what must be done again.
+"""Recipes: what a user asks of a run.
 
-Knows: the schema, the order of the stages, the run folder. Must not know: terminals, plots, command lines.
+Knows: the keys and their defaults, YAML. Must not know: how a run is carried out, or what it costs.
 """
 
-from .bench import bench
-from .estimate import Estimate, estimate
-from .evaluation import check_export, evaluate_folder
-from .handover import hand_over
+from .keys import Count, NotNegative
 from .load import load_recipe
-from .run import Step, dry_run, run, search_task
-from .schema import Recipe, json_schema
-from .slurm import slurm_commands
-from .stages import STAGES
+from .phases import ResolvedPhase, light_recipe, prefixes, resolved
+from .schema import Depth, Recipe, Source, json_schema
+from .search_keys import CHOOSE_BY
 from .starter import starter_recipe
+from .training_keys import TrainingKeys
+from .yaml_tree import read_yaml
 
 __all__ = [
-    "STAGES",
-    "Estimate",
+    "CHOOSE_BY",
+    "Count",
+    "Depth",
+    "NotNegative",
     "Recipe",
-    "Step",
-    "bench",
-    "check_export",
-    "dry_run",
-    "estimate",
-    "evaluate_folder",
-    "hand_over",
+    "ResolvedPhase",
+    "Source",
+    "TrainingKeys",
     "json_schema",
+    "light_recipe",
     "load_recipe",
-    "run",
-    "search_task",
-    "slurm_commands",
+    "prefixes",
+    "read_yaml",
+    "resolved",
     "starter_recipe",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .schema import Data, Recipe
 from .training_keys import Distill, TrainingKeys
 
-__all__ = ["ResolvedPhase", "prefixes", "resolved"]
+__all__ = ["ResolvedPhase", "light_recipe", "prefixes", "resolved"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,13 @@ def prefixes(recipe: Recipe) -> list[Recipe]:
     phases = recipe.distill.phases
     cut = [recipe.distill.model_copy(update={"phases": phases[:number]}) for number in range(len(phases) + 1)]
     return [recipe.model_copy(update={"distill": distill}) for distill in cut]
+
+
+def light_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe with a search's light distillation in place of its own."""
+    assert recipe.search is not None and recipe.search.light is not None
+    keys = recipe.search.light
+    given = keys.model_dump(exclude_none=True, exclude={"top", "halvings", "measure_every", "apart"})
+    given |= {"validate_every": keys.measure_every, "save_every": keys.measure_every, "save_async": False}
+    distill = recipe.distill.model_copy(update={**given, "phases": (), "start": None, "retain": False})
+    return recipe.model_copy(update={"distill": distill})

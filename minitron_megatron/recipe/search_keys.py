@@ -11,9 +11,11 @@ from ..layout import PUBLIC_AXES
 from ..search import FILLED, GPUS, Limit, Space
 from .keys import Count, FilePath, HowToRun, Keys, NotNegative, Positive, Steps
 
-__all__ = ["Budget", "Light", "Search", "Serving"]
+__all__ = ["CHOOSE_BY", "Budget", "Light", "Search", "Serving"]
 
 AXES = ("layers", *PUBLIC_AXES)
+CHOOSE_BY = ("loss", "pareto")
+"""Values of `choose` besides the name of a task."""
 MOST_SIZES = 10_000
 """Of one axis."""
 

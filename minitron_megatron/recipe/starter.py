@@ -14,7 +14,7 @@ from ..layout import Shape
 from ..model import ModelConfig, check_fits
 from ..parallel import Topology
 from ..prune import checked_sizes
-from .clients import client_warnings
+from ..serve import client_warnings
 from .training_keys import Correct, Distill
 
 __all__ = ["starter_recipe"]

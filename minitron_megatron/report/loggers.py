@@ -16,12 +16,11 @@ from typing_extensions import TypedDict
 from ..errors import RecipeError
 from ..events import Event, Listener
 from ..files import read_as, write_json
+from ..run_folder import RunFolder
 
 __all__ = ["logged"]
 
 WandbMode = Literal["online", "offline"]
-WANDB_ID = "wandb.json"
-"""Beside the metrics: a run that is killed and begun again is one run there."""
 
 
 class WandbId(TypedDict):
@@ -58,7 +57,7 @@ def logged(
             if not listeners and wandb:
                 listeners.append(held.enter_context(_wandb(folder, wandb, project, config)))
             if len(listeners) < bool(wandb) + tensorboard:
-                listeners.append(held.enter_context(_tensorboard(folder / "tensorboard", config)))
+                listeners.append(held.enter_context(_tensorboard(RunFolder(folder).tensorboard, config)))
             for listener in listeners:
                 listener(event)
 
@@ -70,7 +69,7 @@ def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, Any
     """Under the id that `folder` keeps; each stage has steps of its own."""
     import wandb
 
-    known = folder / WANDB_ID
+    known = RunFolder(folder).wandb_id
     if not known.exists():
         write_json(known, {"id": secrets.token_hex(8)})
     try:
@@ -81,7 +80,7 @@ def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, Any
             mode=mode,
             dir=folder,
             resume="allow" if mode == "online" else None,
-            config=dict(config) | {"versions": read_as(folder / "versions.json", dict[str, str | int | None])},
+            config=dict(config) | {"versions": read_as(RunFolder(folder).versions, dict[str, str | int | None])},
             settings=wandb.Settings(console="off", silent=True),
         )
     except wandb.Error as error:

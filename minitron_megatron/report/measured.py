@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files import read_json
+from ..run_folder import RunFolder
 from . import numbers
 from .listeners import read_metrics
 
@@ -29,23 +30,24 @@ def predicted_rows(run: Path) -> list[Row]:
     None where the records are missing, torn or of another version.
     """
     try:
-        predicted = read_json(run / "predicted.json")
-        stages = {path.stem: read_json(path) for path in sorted((run / "stages").glob("*.json"))}
-        metrics = read_metrics(run / "metrics.jsonl")
-        return _sizes(run, predicted, stages) + _work(predicted, stages, metrics) + _slowest(metrics)
+        folder = RunFolder(run)
+        predicted = read_json(folder.predicted)
+        stages = {path.stem: read_json(path) for path in folder.record_paths()}
+        metrics = read_metrics(folder.metrics)
+        return _sizes(folder, predicted, stages) + _work(predicted, stages, metrics) + _slowest(metrics)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return []
 
 
-def _sizes(run: Path, predicted: Mapping[str, Any], stages: Mapping[str, Any]) -> list[Row]:
+def _sizes(run: RunFolder, predicted: Mapping[str, Any], stages: Mapping[str, Any]) -> list[Row]:
     """Numbers in the files of each model, bytes in those of the export, and memory."""
     rows: list[Row] = []
     for model, parameters in predicted["parameters"].items():
-        folder = Path(predicted["model"]) if model == "teacher" else run / model
+        folder = Path(predicted["model"]) if model == "teacher" else run.model(model)
         if folder.is_dir():
             rows.append(_row(f"parameters, {model}", parameters, _held(folder)[0]))
-    if (run / "export").is_dir():
-        rows.append(_row("bytes of the export", predicted["export_bytes"], _held(run / "export")[1]))
+    if run.model("export").is_dir():
+        rows.append(_row("bytes of the export", predicted["export_bytes"], _held(run.model("export"))[1]))
     peak = max((stages[name].get("peak_bytes", 0) for name in TRAIN if name in stages), default=0)
     if peak:
         rows.append(_row("bytes of a rank (predicted: without activations)", predicted["rank_bytes"], peak))

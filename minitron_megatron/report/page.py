@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 from ..errors import FileError
 from ..files import read_as, whole_file
 from ..records import Row
+from ..run_folder import RunFolder
 from . import numbers, plots
 from .importance import KEPT, kept_rows, shares
 from .listeners import lost_lines, read_metrics
@@ -46,12 +47,13 @@ def write_report(
     """
     scores, plan, margins = scores or {}, plan or {}, margins or {}
     warnings: list[str] = []
-    summary = _read(run / "summary.json", list[Row], warnings) or []
-    search = _read(run / "search" / "table.json", SearchTable, warnings)
-    versions = _read(run / "versions.json", dict[str, str | int | None], warnings)
-    stages = _read_stages(run / "stages", warnings)
-    metrics = read_metrics(run / "metrics.jsonl")
-    warnings += [*_lost_lines(run / "metrics.jsonl"), *_close_cuts(margins), *_lost_losses(metrics)]
+    folder = RunFolder(run)
+    summary = _read(folder.summary, list[Row], warnings) or []
+    search = _read(folder.search_table, SearchTable, warnings)
+    versions = _read(folder.versions, dict[str, str | int | None], warnings)
+    stages = _read_stages(folder, warnings)
+    metrics = read_metrics(folder.metrics)
+    warnings += [*_lost_lines(folder.metrics), *_close_cuts(margins), *_lost_losses(metrics)]
     figures = {
         "losses": lambda path: plots.loss_curves(metrics, summary, path),
         "models": lambda path: plots.bars(summary, path),
@@ -62,7 +64,7 @@ def write_report(
         "search": lambda path: plots.search_front(search, path),
         "ranks": lambda path: plots.search_ranks(search, path),
     }
-    drawn = {name: _figure(run, name, draw, warnings) for name, draw in figures.items()}
+    drawn = {name: _figure(folder, name, draw, warnings) for name, draw in figures.items()}
     kept = "".join(drawn[name] for name in ("depth", "importance", "shares", "margins"))
     sections = [
         _section("Models", _summary(summary) + drawn["models"]),
@@ -71,15 +73,14 @@ def write_report(
         _section("What was kept", _table(KEPT, kept_rows(plan, scores, margins)) + kept),
         _section("Predicted and measured", _table(PREDICTED, predicted_rows(run))),
         _section("Stages", _stages(stages, metrics)),
-        _section("Recipe", _recipe(run / "recipe.yaml")),
+        _section("Recipe", _recipe(folder.recipe)),
         _section("Versions", _pairs(versions or {})),
     ]
     body = _warnings(warnings) + "".join(sections)
-    page = run / "report.html"
-    with whole_file(page) as partial:
+    with whole_file(folder.report) as partial:
         name = escape(run.resolve().name)
         partial.write_text(_PAGE.substitute(name=name, body=body or "<p>Nothing here yet.</p>"), encoding="utf-8")
-    return page
+    return folder.report
 
 
 # -------------------------------------------------------------------------------------------------------- what is there
@@ -102,10 +103,9 @@ def _read(path: Path, kind: type[T], warnings: list[str]) -> T | None:
         return None
 
 
-def _read_stages(folder: Path, warnings: list[str]) -> dict[str, StageFile]:
-    """In the order in which they ended."""
-    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-    found = {path.stem: _read(path, StageFile, warnings) for path in paths}
+def _read_stages(run: RunFolder, warnings: list[str]) -> dict[str, StageFile]:
+    """Return the records by stage, in the order in which the stages ended."""
+    found = {path.stem: _read(path, StageFile, warnings) for path in run.record_paths()}
     return {name: record for name, record in found.items() if record is not None}
 
 
@@ -161,10 +161,10 @@ _CAPTIONS = {
 }
 
 
-def _figure(run: Path, name: str, draw: Callable[[Path], Path | None], warnings: list[str]) -> str:
+def _figure(run: RunFolder, name: str, draw: Callable[[Path], Path | None], warnings: list[str]) -> str:
     """Draws `plots/<name>.png`; where that fails the page goes without and says so."""
     try:
-        path = draw(run / "plots" / f"{name}.png")
+        path = draw(run.plots / f"{name}.png")
     except Exception as error:
         warnings.append(f"The plot of {name} could not be drawn: {type(error).__name__}: {error}")
         return ""

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 from ..errors import CheckpointError
 from ..files import read_as
 from ..records import DepthScores, Plan, Scores, read_summary
+from ..run_folder import RunFolder
 from . import numbers
 from .importance import CUT, KEPT, SCORED, cut_rows, kept_rows, score_rows
 from .measured import PREDICTED, predicted_rows
@@ -25,25 +26,21 @@ from .tables import summary_table
 
 __all__ = ["describe", "pairs_table", "report_run"]
 
-SCORES, PLAN = Path("scores", "scores.safetensors"), Path("pruned", "plan.json")
-DEPTH = Path("scores", "depth.json")
-
 
 def report_run(run: Path) -> Path:
     """Writes the page and the plots of a run folder; returns the page. Raises CheckpointError where it is none."""
-    if not (run / "recipe.yaml").is_file():
-        raise CheckpointError(f"{run} is not a run folder: it has no recipe.yaml. Give the `out` of a recipe.")
-    scores, plan, margins = _cut(run)
-    depth = _curves(DepthScores.load(run / DEPTH)) if (run / DEPTH).is_file() else None
+    folder = RunFolder.existing(run)
+    scores, plan, margins = _cut(folder)
+    depth = _curves(DepthScores.load(folder.depth)) if folder.depth.is_file() else None
     return write_report(run, scores=scores, plan=plan, margins=margins, depth=depth)
 
 
-def _cut(run: Path) -> tuple[ByLayer[Sequence[float]], ByLayer[Sequence[int]], ByLayer[float]]:
+def _cut(run: RunFolder) -> tuple[ByLayer[Sequence[float]], ByLayer[Sequence[int]], ByLayer[float]]:
     """(scores, kept units, margins) of a run, as plain mappings; empty where it has none."""
-    values = _plain(Scores.load(run / SCORES)) if (run / SCORES).is_file() else {}
-    if not (run / PLAN).is_file():
+    values = _plain(Scores.load(run.scores)) if run.scores.is_file() else {}
+    if not run.plan.is_file():
         return values, {}, {}
-    plan = Plan.load(run / PLAN)
+    plan = Plan.load(run.plan)
     return values, {**plan.keep, "layers": {None: plan.kept_layers}}, plan.margins
 
 
@@ -77,24 +74,25 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 def describe(path: Path) -> Table | Group:
     """What a scores file, a plan, a Hugging Face folder or a run folder holds; anything else is a CheckpointError."""
-    if (path / "summary.json").is_file():
-        scores, plan, margins = _cut(path)
+    run = RunFolder(path)
+    if run.summary.is_file():
+        scores, plan, margins = _cut(run)
         kept = text_table("What was kept", KEPT, kept_rows(plan, scores, margins))
         predicted = text_table("Predicted and measured", PREDICTED, predicted_rows(path))
-        return Group(summary_table(read_summary(path / "summary.json")), kept, predicted)
+        return Group(summary_table(read_summary(run.summary)), kept, predicted)
     if path.suffix == ".safetensors":
         return _scores(Scores.load(path))
-    if path.name == DEPTH.name and path.is_file():
+    if path.name == run.depth.name and path.is_file():
         return _depth(DepthScores.load(path))
     if path.suffix == ".json" and path.is_file():
         return _plan(path)
-    for inside in ("scores.safetensors", "plan.json"):
+    for inside in (run.scores.name, run.plan.name):
         if (path / inside).is_file():
             return describe(path / inside)
     if (path / "config.json").is_file():
         return pairs_table(f"model {path}", _config(path / "config.json"))
-    if (path / "stages").is_dir():
-        return pairs_table(f"run {path}", {record.stem: _stage(record) for record in _by_age(path / "stages")})
+    if run.records.is_dir():
+        return pairs_table(f"run {path}", {record.stem: _stage(record) for record in run.record_paths()})
     raise CheckpointError(f"{path} is not a scores file, a plan, a model folder or a run folder.")
 
 
@@ -124,7 +122,7 @@ def _depth(depth: DepthScores) -> Table:
 
 def _plan(path: Path) -> Group:
     """Sizes, and each cut; its share of the score where the run that the plan lies in has that teacher's scores."""
-    plan, beside = Plan.load(path), path.absolute().parent.parent / SCORES
+    plan, beside = Plan.load(path), RunFolder(path.absolute().parent.parent).scores
     scores = Scores.load(beside) if beside.is_file() else None
     known = _plain(scores) if scores and scores.shape == plan.shape else {}
     target = {axis: f"{plan.shape.axis_size(axis)} -> {plan.target.axis_size(axis)}" for axis in plan.keep}
@@ -145,10 +143,6 @@ class StageRecord(TypedDict):
 
     seconds: float
     result: dict[str, Any]
-
-
-def _by_age(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
 
 
 def _stage(path: Path) -> str:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import CheckpointError
 from ..events import Event, Listener
+from ..run_folder import RunFolder
 from .listeners import parse_line, read_metrics
 from .machine import MACHINE
 
@@ -21,9 +21,7 @@ def watch(run: Path, listener: Listener, *, goes_on: Callable[[], bool] = lambda
 
     Raises CheckpointError where the folder is no run.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise CheckpointError(f"{run} is not a run folder: it has no recipe.yaml. Give the `out` of a recipe.")
-    path, read = run / "metrics.jsonl", 0
+    path, read = RunFolder.existing(run).metrics, 0
     for line in read_metrics(path):
         _tell(listener, line)
     read = _whole_bytes(path)

@@ -14,13 +14,13 @@ from types import TracebackType
 from typing import Self
 
 from ..events import Event
+from ..run_folder import RunFolder
 
 __all__ = ["STUCK", "Watchdog"]
 
 STUCK = 76
 """The exit code of a rank that waited in vain: begin again, what is saved is good."""
 
-HEARTBEAT, STACKS = "heartbeat", "stacks"
 TOUCH_SECONDS = 1.0
 
 
@@ -41,17 +41,17 @@ class Watchdog:
         end: Callable[[int], None] = os._exit,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._folder, self._rank, self._seconds, self._end, self._clock = folder, rank, seconds, end, clock
+        self._run, self._rank, self._seconds, self._end, self._clock = RunFolder(folder), rank, seconds, end, clock
         self._touched = -TOUCH_SECONDS
         self._seen, self._since = self._mark(), clock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __call__(self, event: Event) -> None:
-        if self._clock() - self._touched >= TOUCH_SECONDS and self._folder.is_dir():
+        if self._clock() - self._touched >= TOUCH_SECONDS and self._run.path.is_dir():
             self._touched = self._clock()
             with suppress(OSError):  # of a full disk, or one that is away for a moment: the next event tries again
-                (self._folder / HEARTBEAT).touch()
+                self._run.heartbeat.touch()
 
     def __enter__(self) -> Self:
         self._since = self._clock()
@@ -81,12 +81,12 @@ class Watchdog:
 
     def _mark(self) -> int:
         try:
-            return (self._folder / HEARTBEAT).stat().st_mtime_ns
+            return self._run.heartbeat.stat().st_mtime_ns
         except OSError:
             return 0
 
     def _give_up(self) -> None:
-        path = self._folder / STACKS / f"rank-{self._rank}.txt"
+        path = self._run.stacks / f"rank-{self._rank}.txt"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:

@@ -1,8 +1,9 @@
-"""What serves a Hugging Face folder: FP8, and how fast it is.
+"""Serving of a Hugging Face folder: clients that read it, FP8, and throughput.
 
 Knows: Hugging Face folders, modelopt, trtllm-bench. Must not know: training, recipes, run folders.
 """
 
+from .clients import client_notes, client_warnings
 from .local import measure_locally
 from .quantize import check_fp8, quantize_fp8
 from .throughput import LADDER, Measured, Workload, command, has_trtllm, parse_report, write_requests
@@ -12,6 +13,8 @@ __all__ = [
     "Measured",
     "Workload",
     "check_fp8",
+    "client_notes",
+    "client_warnings",
     "command",
     "has_trtllm",
     "measure_locally",

@@ -20,9 +20,6 @@ from minitron_megatron.cli import app
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.recipe import load_recipe
 from tests.limits import HANGS
-from tests.recipe.conftest import material, recipe_file
-
-__all__ = ["material", "recipe_file"]
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[2]

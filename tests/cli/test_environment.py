@@ -18,9 +18,6 @@ from minitron_megatron.parallel import Topology, launched
 from minitron_megatron.parallel.topology import _launched_world
 from tests.cli.test_commands import ENVIRONMENT, ROOT, call
 from tests.limits import HANGS
-from tests.recipe.conftest import material, recipe_file
-
-__all__ = ["material", "recipe_file"]
 
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
 

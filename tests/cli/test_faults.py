@@ -21,9 +21,6 @@ from minitron_megatron.recipe import load_recipe
 from minitron_megatron.report import Watchdog
 from tests.cli.test_commands import ENVIRONMENT, ROOT, call
 from tests.limits import HANGS
-from tests.recipe.conftest import material, recipe_file
-
-__all__ = ["material", "recipe_file"]
 
 Write = Callable[..., Path]
 STEPS = {"tokens": 36 * 8 * 16, "global_batch": 8, "micro_batch": 2, "warmup_steps": 2, "lr": 5e-3, "save_every": 4}

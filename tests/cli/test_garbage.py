@@ -16,9 +16,7 @@ from typer.testing import CliRunner
 from minitron_megatron.cli import app
 from minitron_megatron.errors import MinitronError
 from minitron_megatron.recipe import json_schema
-from tests.recipe.conftest import material, tiny_recipe
-
-__all__ = ["material"]
+from tests.recipes import tiny_recipe
 
 bounded = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None

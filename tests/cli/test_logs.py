@@ -19,9 +19,7 @@ from minitron_megatron.events import Event
 from minitron_megatron.files import read_json, write_json
 from minitron_megatron.report import logged, read_metrics, watch
 from tests.cli.test_commands import call, say
-from tests.recipe.conftest import material, tiny_recipe
-
-__all__ = ["material"]
+from tests.recipes import tiny_recipe
 
 Points = dict[str, dict[int, float]]
 """`stage/measurement` -> step -> the last value told."""

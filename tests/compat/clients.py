@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minitron_megatron.recipe.versions import versions  # noqa: E402
+from minitron_megatron.run.versions import versions  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "clients.jsonl"
 PAGE = ROOT / "docs" / "guide" / "serving.md"

@@ -21,9 +21,8 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.testing import Pool
 from tests.evaluate.test_tasks import model, write_lines
-from tests.recipe.conftest import material, recipe_file
 
-__all__ = ["material", "model", "recipe_file"]
+__all__ = ["model"]
 
 ADD = "def add(a, b):\n"
 CHECK = "def check(f):\n    pass"

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from minitron_megatron.testing import Pool
-from tests.recipe.conftest import material, recipe_file
 from tests.tiny import checkpoints
 
-__all__ = ["checkpoints", "material", "recipe_file"]
+__all__ = ["checkpoints"]
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from minitron_megatron.train import train
 from tests.distill.test_objective import BATCH, TRAINING, Job, distil
 from tests.losses.cases import Case, make_data, truth
 from tests.model.test_checkpoint import load, save
-from tests.recipe.test_run import table, work
+from tests.run.test_run import table, work
 from tests.tiny import SHAPE, samples, share
 
 RELATIVE = 1e-4

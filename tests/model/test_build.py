@@ -11,16 +11,7 @@ from torch import Tensor
 
 from minitron_megatron.errors import TopologyError
 from minitron_megatron.layout import Shape, lookup
-from minitron_megatron.model import (
-    ModelConfig,
-    adopt,
-    build,
-    check_fits,
-    config_of,
-    fill_initial,
-    home,
-    named_shards,
-)
+from minitron_megatron.model import ModelConfig, adopt, build, check_fits, config_of, fill_initial, home, named_shards
 from minitron_megatron.model.config import pipeline_layout, rotary_frequencies
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from minitron_megatron.errors import MinitronError
 from minitron_megatron.events import silent
+from minitron_megatron.forecast.candidates import speed_rows
 from minitron_megatron.layout import Shape
-from minitron_megatron.recipe.candidates import speed_rows
 from minitron_megatron.records import DepthScores, Plan
 from minitron_megatron.report import describe, page, report_run, watch
 

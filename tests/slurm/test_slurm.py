@@ -16,13 +16,11 @@ import psutil
 import pytest
 
 from minitron_megatron.files import read_json
-from minitron_megatron.recipe import estimate, load_recipe, slurm_commands
+from minitron_megatron.forecast import estimate, slurm_commands
+from minitron_megatron.recipe import load_recipe
+from tests.forecast.test_presets import CASES, PRESETS, material_of
 from tests.limits import HANGS
-from tests.recipe.conftest import material, recipe_file
-from tests.recipe.test_presets import CASES, PRESETS, material_of
 from tests.slurm.cluster import lacks, running
-
-__all__ = ["material", "recipe_file"]
 
 Write = Callable[..., Path]
 Environment = dict[str, str]

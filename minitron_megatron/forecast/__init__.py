@@ -1,0 +1,33 @@
+"""Forecasts: what is wrong with a recipe, and what it would cost, before any work begins.
+
+Knows: recipes, shapes, the layout table. Must not know: weights, processes, run folders.
+"""
+
+from .candidates import candidates_of, untimed_candidates
+from .check import check, check_corpus, planned
+from .check_tasks import WINOGRANDE, check_evaluation, settings_folder
+from .estimate import Estimate, count, estimate
+from .memory import WEIGHT_BYTES
+from .sizes import depth_sweep, measures_depth, rounds, scores_wanted, statistic_of
+from .slurm import slurm_commands
+
+__all__ = [
+    "WEIGHT_BYTES",
+    "WINOGRANDE",
+    "Estimate",
+    "candidates_of",
+    "check",
+    "check_corpus",
+    "check_evaluation",
+    "count",
+    "depth_sweep",
+    "estimate",
+    "measures_depth",
+    "planned",
+    "rounds",
+    "scores_wanted",
+    "settings_folder",
+    "slurm_commands",
+    "statistic_of",
+    "untimed_candidates",
+]

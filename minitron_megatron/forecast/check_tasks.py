@@ -1,0 +1,38 @@
+"""Checks of the tasks that a recipe names, before work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..evaluate import Task, check_tasks
+from ..recipe import Recipe
+
+__all__ = ["WINOGRANDE", "check_evaluation", "settings_folder"]
+
+WINOGRANDE = Task("winogrande", 5, "acc")
+"""As the second paper chooses layers by it."""
+
+
+def check_evaluation(recipe: Recipe, folder: Path | None = None) -> None:
+    """Check the tasks that a recipe names, and the one that chooses layers, before work begins. Raises MinitronErrors.
+
+    folder: the model that runs them; None: the recipe's.
+    """
+    keys, depth = recipe.evaluate, recipe.score.depth
+    tokenizer = recipe.model if any(recipe.model.glob("tokenizer*")) else None  # an estimate needs none
+    for tasks in (keys.wanted(), [WINOGRANDE] if depth and depth.metric == "winogrande" else []):
+        if tasks:
+            check_tasks(
+                tasks,
+                keys.task_files,
+                run_code=keys.run_code,
+                tokenizer=tokenizer,
+                model=settings_folder(recipe, folder or recipe.model),
+                chat=keys.chat,
+                truncate=keys.truncate,
+            )
+
+
+def settings_folder(recipe: Recipe, folder: Path) -> Path:
+    """The folder whose generation settings count: a model's own, or the recipe's model's where it has none."""
+    return folder if (folder / "generation_config.json").is_file() else recipe.model

@@ -1,0 +1,236 @@
+"""What a recipe will take: counted from shapes alone, with no GPU and no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..convert import read_config
+from ..errors import TopologyError, expect_number
+from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
+from ..parallel import Topology
+from ..recipe import Recipe, light_recipe, resolved
+from ..search import Candidate
+from ..serve import client_notes, client_warnings
+from .candidates import candidates_of
+from .check import check, planned
+from .memory import WEIGHT_BYTES, model_bytes, training_bytes
+from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
+
+__all__ = ["Estimate", "count", "estimate"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Shapes, sizes and work of a run on `gpus` processes."""
+
+    teacher: Shape
+    student: Shape
+    gpus: int
+    teacher_parameters: int
+    student_parameters: int
+    rank_bytes: int
+    """On the fullest rank, at its fullest: weights of both models, the student's gradients and optimizer, the teacher's
+    stash; or, where the teacher is corrected, its weights, gradients and optimizer."""
+    stash_bytes: int
+    """The teacher's final hidden states of a step, on a last-stage rank."""
+    disk_bytes: int
+    """Every model that the run writes."""
+    kv_cache_bytes: int
+    """The student's, bf16, for one sequence of `data.sequence` tokens."""
+    correct_tokens: int
+    distill_tokens: int
+    export_bytes: int
+    """Of the tensors of the export."""
+    flops: int
+    """Of the whole run."""
+    stage_flops: Mapping[str, int]
+    """Of each stage that trains or scores; the teacher's forward passes included."""
+    teacher_flops: int
+    """Of the teacher's forward passes in one distillation."""
+    hours: float
+    candidates: tuple[Candidate, ...]
+    """Of a search, the largest first; the student is then the first of them, and `flops` a bound."""
+    light_flops: Mapping[str, int]
+    """Candidate -> what its light distillation takes."""
+    warnings: tuple[str, ...]
+    """Clients that will not serve the export."""
+    notes: tuple[str, ...]
+    """The same, of clients that the guide does not serve with."""
+
+    def expect_to_fit(self, gib: float) -> None:
+        """Raises TopologyError where a rank holds more than `gib` GiB, activations not counted."""
+        expect_number("the memory of a GPU", gib, above=0)
+        if self.rank_bytes > gib * 2**30:
+            raise TopologyError(
+                f"a rank would hold {self.rank_bytes / 2**30:.1f} GiB before activations, and has {gib:g}. Raise "
+                "parallel.tp or pp, or lighten the teacher (distill.offload_teacher, teacher_dtype, teacher_window)."
+            )
+
+    def predictions(self) -> dict[str, Any]:
+        """What a report can set beside what was measured: parameters of each model, bytes, FLOPs of each stage."""
+        smaller = dict.fromkeys(("pruned", "distilled", "random", "export"), self.student_parameters)
+        return {
+            "parameters": {"teacher": self.teacher_parameters, "corrected": self.teacher_parameters, **smaller},
+            "export_bytes": self.export_bytes,
+            "rank_bytes": self.rank_bytes,
+            "flops": dict(self.stage_flops),
+            "teacher_flops": self.teacher_flops,
+        }
+
+    def candidate_rows(self) -> list[dict[str, Any]]:
+        """Of each candidate its name, its costs and the hours of its light distillation."""
+        rate = self.hours / self.flops if self.flops else 0.0
+        return [
+            {"name": each.name, "costs": dict(each.costs), "hours": self.light_flops.get(each.name, 0) * rate}
+            for each in self.candidates
+        ]
+
+    def rows(self) -> dict[str, str]:
+        """The estimate in words."""
+        gib = 2**30
+        return {
+            "teacher": f"{self.teacher_parameters:,} parameters",
+            "student": f"{self.student_parameters:,} parameters",
+            "student shape": _say(self.student),
+            "memory a rank": f"{self.rank_bytes / gib:.3f} GiB before activations",
+            "of that, teacher states": f"{self.stash_bytes / gib:.3f} GiB",
+            "disk": f"{self.disk_bytes / gib:.3f} GiB",
+            "KV cache a sequence": f"{self.kv_cache_bytes / gib:.3f} GiB",
+            "correction": f"{self.correct_tokens:,} tokens",
+            "distillation": f"{self.distill_tokens:,} tokens",
+            "work": f"{self.flops:.3g} FLOPs",
+            "time": f"{self.hours:.3g} hours on {self.gpus} GPUs",
+        } | {name: " ".join(said) for name, said in (("warning", self.warnings), ("note", self.notes)) if said}
+
+
+def _say(shape: Shape) -> str:
+    width = f"hidden {shape.hidden}, ffn {shape.ffn}, {shape.heads} heads in {shape.kv_groups} kv_groups"
+    return f"{shape.layers} layers, {width} of {shape.head_dim}"
+
+
+def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_flops: float = 989e12) -> Estimate:
+    """Counts a recipe, after the checks that a run begins with. Needs no weights and no GPU.
+
+    gpus: processes, by default the fewest that the layout needs. mfu: the share reached of `peak_flops`, which is an
+    H100's in dense bf16. Raises MinitronErrors as `run` does.
+    """
+    expect_number("mfu", mfu, above=0, at_most=1)
+    expect_number("peak_flops", peak_flops, above=0)
+    if gpus is not None:
+        expect_number("gpus", gpus, at_least=1, whole=True)
+    topology = planned(recipe, gpus)
+    check(recipe, topology, counts_only=True)
+    return count(recipe, gpus=topology.world, mfu=mfu, peak_flops=peak_flops)
+
+
+def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 989e12) -> Estimate:
+    """Counts a recipe that was checked."""
+    config = read_config(recipe.model)
+    teacher = config.shape
+    student = student_shape(recipe, teacher)
+    parallel = recipe.parallel
+    replicas = max(1, gpus // (parallel.tp * parallel.pp * parallel.cp))
+    sequence, weight = recipe.data.sequence, WEIGHT_BYTES[recipe.dtype]
+    phases = resolved(recipe.distill, recipe.data)
+    split = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    window = recipe.distill.teacher_window
+    ahead = max(
+        min(phase.keys.global_batch // replicas, (window or phase.keys.global_batch) * phase.keys.micro_batch)
+        * phase.sequence
+        for phase in phases
+    )
+    stash = ahead * teacher.hidden * WEIGHT_BYTES[recipe.teacher_runs_in] // split
+    corrected = resolved(recipe.correct, recipe.data)[0].tokens if recipe.correct and recipe.corrects_first else 0
+    passes = 3 if recipe.correct and recipe.correct.continuous else 1
+    taught = passes * sum(flops_per_token(teacher, phase.sequence) * phase.tokens for phase in phases)
+    distillation = 3 * sum(flops_per_token(student, phase.sequence) * phase.tokens for phase in phases) + taught
+    found = tuple(candidates_of(recipe, teacher)) if recipe.search else ()
+    light = _light_flops(recipe, teacher, found)
+    stage_flops = {
+        "correct": 3 * flops_per_token(teacher, sequence) * corrected,
+        "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
+        "search": _search_flops(recipe, found, light),
+        "distill": distillation,
+        "baseline": distillation if recipe.random_baseline else 0,
+    }
+    flops = sum(stage_flops.values())
+    written = 3 if recipe.random_baseline else 2
+    models = parameters(student) * (weight * written + WEIGHT_BYTES[recipe.export.dtype])
+    return Estimate(
+        teacher=teacher,
+        student=student,
+        gpus=gpus,
+        teacher_parameters=parameters(teacher),
+        student_parameters=parameters(student),
+        rank_bytes=_rank_bytes(recipe, teacher, student, gpus, stash),
+        stash_bytes=stash,
+        disk_bytes=models + (parameters(teacher) * weight if recipe.corrects_first else 0),
+        kv_cache_bytes=kv_cache_bytes(student, 1, sequence),
+        correct_tokens=corrected,
+        distill_tokens=sum(phase.tokens for phase in phases),
+        export_bytes=parameters(student) * WEIGHT_BYTES[recipe.export.dtype],
+        flops=flops,
+        stage_flops=stage_flops,
+        teacher_flops=taught,
+        hours=flops / (gpus * peak_flops * mfu) / 3600,
+        candidates=found,
+        light_flops=light,
+        warnings=client_warnings(config, student, recipe.export.architecture),
+        notes=client_notes(config, student, recipe.export.architecture),
+    )
+
+
+def _score_flops(recipe: Recipe, teacher: Shape) -> int:
+    """Of a calibration token: a pass for the units in each round, and what is left of every network without a block."""
+    sequence, sweep = recipe.data.sequence, depth_sweep(recipe, teacher)
+    widths = [teacher] if scores_wanted(recipe) else []
+    total = sum(flops_per_token(shape, sequence) for shape in [*widths, *round_shapes(recipe, teacher)[:-1]])
+    if sweep is not None:
+        there = teacher.layers
+        blocks = [(first, length) for length in sweep.lengths for first in range(there - length + 1)]
+        behind = [there] if sweep.metric == "bi" else [there, *(there - first - length for first, length in blocks)]
+        behind += [left for gone in range(1, sweep.greedy) for left in (there - gone, *range(there - gone))]
+        first, layer = _flops_of_layers(teacher, sequence)
+        total += sum(first + left * layer for left in behind)
+    return total
+
+
+def _flops_of_layers(teacher: Shape, sequence: int) -> tuple[int, int]:
+    """FLOPs a token of a network without layers, and of each layer."""
+    one, two = (flops_per_token(teacher.resized(layers=layers), sequence) for layers in (1, 2))
+    return one - (two - one), two - one
+
+
+def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> dict[str, int]:
+    """Of each candidate, were it distilled for a while; the teacher's passes with it."""
+    if recipe.search is None or recipe.search.light is None:
+        return {}
+    keys, sequence = light_recipe(recipe).distill, recipe.data.sequence
+    tokens, taught = keys.steps(sequence) * keys.global_batch * sequence, flops_per_token(teacher, sequence)
+    return {each.name: (3 * flops_per_token(each.shape, sequence) + taught) * tokens for each in found}
+
+
+def _search_flops(recipe: Recipe, found: Sequence[Candidate], light: Mapping[str, int]) -> int:
+    """A pass of each candidate over the calibration samples, and the light distillation of the most expensive ones."""
+    sequence = recipe.data.sequence
+    passes = sum(flops_per_token(each.shape, sequence) for each in found) * recipe.score.samples * sequence
+    top = recipe.search.light.top if recipe.search and recipe.search.light else None
+    return passes + sum(sorted(light.values(), reverse=True)[:top])
+
+
+def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stash: int) -> int:
+    """The most that a rank holds in distillation, or in correction."""
+    keys, dtype = recipe.parallel, recipe.dtype
+    topology = Topology(**keys.model_dump())
+    trained: list[float] = training_bytes(teacher, topology, dtype, world)
+    if recipe.correct and recipe.correct.parameters != "all":  # the rest is small; lora keeps weights with corrections
+        weights = {"norms": 1, "lora": 2}[recipe.correct.parameters]
+        trained = [weights * each for each in model_bytes(teacher, topology, dtype)]
+    frozen = model_bytes(teacher, topology, recipe.teacher_runs_in, packed=recipe.distill.teacher_dtype == "float8")
+    beside = frozen if recipe.corrects_first or not recipe.correct else trained
+    both = zip(beside, training_bytes(student, topology, dtype, world), strict=True)
+    distill = [teacher_bytes + student_bytes for teacher_bytes, student_bytes in both]
+    distill[-1] += stash
+    return round(max(distill + (trained if recipe.corrects_first else [])))

@@ -1,0 +1,22 @@
+"""Runs: the stages of a recipe in order, what each reads and leaves, what is done and what must be done again.
+
+Knows: recipes, forecasts, the run folder. Must not know: terminals, plots, command lines.
+"""
+
+from .bench import bench
+from .engine import Step, dry_run, run, search_task
+from .evaluation import check_export, evaluate_folder
+from .handover import hand_over
+from .stages import STAGES
+
+__all__ = [
+    "STAGES",
+    "Step",
+    "bench",
+    "check_export",
+    "dry_run",
+    "evaluate_folder",
+    "hand_over",
+    "run",
+    "search_task",
+]

@@ -1,0 +1,166 @@
+"""Teacher and student as they serve, side by side."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..convert import flat_config, read_config
+from ..errors import DataError, RecipeError
+from ..events import Event, Listener, silent
+from ..files import MANIFEST, verify_checksums, whole_file, write_json
+from ..forecast import WEIGHT_BYTES, untimed_candidates
+from ..model import ModelConfig
+from ..recipe import Recipe
+from ..run_folder import RunFolder
+from ..serve import Measured, Workload, command, has_trtllm, measure_locally, parse_report, write_requests
+
+__all__ = ["Backend", "bench"]
+
+Backend = Literal["trtllm", "torch"]
+
+Row = dict[str, Any]
+"""`inputs`, `outputs`, `batch`; of each model what was measured; `ratio`: the student's tokens a second over the
+teacher's, and `ratio_fp8` over the bf16 teacher's; of a rung's largest batch also `ratio_batches` and
+`ratio_batches_fp8`, over the teacher's at the smallest, as the second paper compares."""
+CANDIDATES = 5
+"""Of a search, measured beside the teacher."""
+RATIOS = {"ratio": "student", "ratio_fp8": "student fp8"}
+
+
+def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = silent) -> list[Row]:
+    """Measures every rung and batch, writes `bench/table.json` and returns its rows. One process.
+
+    Where trtllm-bench is not installed it writes the requests and `bench/commands.sh`, to be run in TensorRT-LLM's
+    container where this folder is, and returns what reports of an earlier call are there. In torch, a recipe with a
+    search may come before its student: then some of its candidates are measured, with random weights, and the table
+    tells the search how fast the others are. Raises RecipeError where the student is not exported yet.
+    """
+    models = _models(recipe, backend)
+    folder = RunFolder(recipe.out).bench
+    rows, commands = [], []
+    workloads = list(_workloads(recipe, min(read_config(each).max_positions for each in models.values())))
+    for done, workload in enumerate(workloads, 1):
+        measured: dict[str, Measured | None]
+        if backend == "torch":
+            measured = dict(zip(models, measure_locally(list(models.values()), workload), strict=True))
+        else:
+            requests = folder / f"{workload.name}.jsonl"
+            if not requests.exists():
+                write_requests(requests, workload, read_config(models["teacher"]).shape.vocab, recipe.seed)
+            calls = _calls(models, folder, requests, workload, recipe.bench.tp)
+            commands += [shlex.join(call) for call, _ in calls.values()]
+            measured = {name: _measured(*call) for name, call in calls.items()}
+        rows.append(_row(workload, measured))
+        listener(Event("bench", done, len(workloads), "rungs"))
+    _compare_batches(rows)
+    if commands:
+        with whole_file(folder / "commands.sh") as partial:
+            partial.write_text("#!/bin/sh\nset -e\n" + "\n".join(commands) + "\n", encoding="utf-8")
+    write_json(RunFolder(recipe.out).bench_table, {"backend": backend, "rows": rows, **_told(models)})
+    return rows
+
+
+def _told(models: Mapping[str, Path]) -> dict[str, Any]:
+    """What a search must know of the models to learn from the rows."""
+    configs = {name: read_config(path) for name, path in models.items()}
+    return {
+        "shapes": {name: asdict(config.shape) for name, config in configs.items()},
+        "weight_bytes": {
+            name: 1 if name.endswith("fp8") else WEIGHT_BYTES[_dtype(config)] for name, config in configs.items()
+        },
+    }
+
+
+def _dtype(config: ModelConfig) -> str:
+    return str(config.source.get("torch_dtype") or config.source.get("dtype") or "float32")
+
+
+def _shapes(recipe: Recipe) -> dict[str, Path]:
+    """RunFolder with the configuration of some candidates, from the largest to the smallest, and with no weights."""
+    config = read_config(recipe.model)
+    found = untimed_candidates(recipe, config.shape)
+    last = max(1, min(CANDIDATES, len(found)) - 1)
+    folders = {}
+    for each in (found[at * (len(found) - 1) // last] for at in range(last + 1)):
+        folders[each.name] = RunFolder(recipe.out).bench / "shapes" / each.name
+        write_json(folders[each.name] / "config.json", flat_config(replace(config, shape=each.shape), _dtype(config)))
+    return folders
+
+
+def _models(recipe: Recipe, backend: Backend) -> dict[str, Path]:
+    folders = RunFolder(recipe.out)
+    models = {"teacher": recipe.model, "student": folders.model("export"), "student fp8": folders.model("export-fp8")}
+    if not models["student"].is_dir():
+        if recipe.search and backend == "torch":
+            return {"teacher": recipe.model, **_shapes(recipe)}
+        raise RecipeError(f"{models['student']} is not there. Run `minitron run` first.")
+    for name in ("student", "student fp8"):
+        if (models[name] / MANIFEST).is_file():
+            verify_checksums(models[name] / MANIFEST)
+    return {name: path for name, path in models.items() if path.is_dir()}
+
+
+def _workloads(recipe: Recipe, context: int) -> Iterator[Workload]:
+    """The rungs that fit the models' context. Raises RecipeError where none does."""
+    keys = recipe.bench
+    fits = [(inputs, outputs) for inputs, outputs in keys.ladder if inputs + outputs <= context]
+    if not fits:
+        raise RecipeError(f"no rung of bench.ladder fits the context of {context} tokens. Give shorter ones.")
+    for inputs, outputs in fits:
+        for batch in keys.batches:
+            yield Workload(inputs, outputs, batch, max(batch, keys.requests))
+
+
+def _calls(
+    models: dict[str, Path], folder: Path, requests: Path, workload: Workload, tp: int
+) -> dict[str, tuple[list[str], Path]]:
+    """Model -> (command, the report that it writes)."""
+    calls = {}
+    for name, model in models.items():
+        report = folder / f"{workload.name}-{name.replace(' ', '-')}.json"
+        calls[name] = command(model.resolve().name, model, requests, report, workload, tp=tp), report
+    return calls
+
+
+def _measured(call: list[str], report: Path) -> Measured | None:
+    """None: not run yet, and not to be run here."""
+    if not report.exists():
+        if not has_trtllm():
+            return None
+        done = subprocess.run(call, check=False, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            raise DataError(
+                f"trtllm-bench ended with {done.returncode}: {' '.join(last)}. Its call: {shlex.join(call)}"
+            )
+    return parse_report(report)
+
+
+def _row(workload: Workload, measured: dict[str, Measured | None]) -> Row:
+    row: Row = {"inputs": workload.inputs, "outputs": workload.outputs, "batch": workload.batch}
+    row |= {name: asdict(found) if found else None for name, found in measured.items()}
+    return row | {key: found for key, name in RATIOS.items() if (found := _ratio(row.get(name), row["teacher"]))}
+
+
+def _compare_batches(rows: list[Row]) -> None:
+    """What fits a smaller model serves more requests at a time: adds the ratios of unlike batches."""
+    rungs: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        rungs.setdefault((row["inputs"], row["outputs"]), []).append(row)
+    for of_rung in rungs.values():
+        first, last = (pick(of_rung, key=lambda row: row["batch"]) for pick in (min, max))
+        if first is not last:
+            found = {key: _ratio(last.get(name), first["teacher"]) for key, name in RATIOS.items()}
+            last |= {key.replace("ratio", "ratio_batches"): value for key, value in found.items() if value}
+
+
+def _ratio(student: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None) -> float | None:
+    """Of tokens a second, where both are known."""
+    if not student or not teacher or not student["tokens_per_second"] or not teacher["tokens_per_second"]:
+        return None
+    return float(student["tokens_per_second"] / teacher["tokens_per_second"])

@@ -1,0 +1,86 @@
+"""How good a model is by the recipe: its loss on the held-out text, and the tasks that the recipe names."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..data import transformers_tokenizer
+from ..evaluate import Run, Task, ValidationSet, lower_is_better, run_tasks, scores_of, validation_loss
+from ..files import whole_file, write_json
+from ..forecast import WINOGRANDE, settings_folder
+from ..layout import parameters
+from ..model import chunks_of, config_of
+from .context import Context
+
+__all__ = ["measured_row", "score_of", "winogrande", "write_table"]
+
+
+def measured_row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> dict[str, Any]:
+    """Loss on the held-out text and the tasks' scores of a model, as a row of the summary. Collective."""
+    model = context.load(folder)
+    losses = validation_loss(model, held_out, context.topology)
+    return {
+        "model": name,
+        "parameters": parameters(config_of(chunks_of(model)[0]).shape),
+        "loss_nats_per_token": losses["all"],
+        "perplexity": math.exp(min(losses["all"], 700.0)),
+        "loss_by_source": {source: loss for source, loss in losses.items() if source != "all"},
+        "tasks": _evaluate_tasks(context, model, name.replace(" ", "_"), folder),
+    }
+
+
+def _evaluate_tasks(context: Context, model: Any, name: str, folder: Path) -> dict[str, float]:
+    """Task -> score; the harness's own results go to `evaluation/<name>.json`. Collective over the world."""
+    tasks = context.recipe.evaluate.wanted()
+    if not tasks:
+        return {}
+    found = _run(context, model, tasks, folder=folder)
+    if context.topology.rank == 0:
+        write_json(context.folders.evaluation / f"{name}.json", found)
+    return scores_of(found, tasks)
+
+
+def score_of(context: Context, model: Any, name: str) -> float:
+    """A model's score at one of the recipe's tasks, more is better: of a perplexity the negative. Collective."""
+    task = next(task for task in context.recipe.evaluate.wanted() if task.name == name)
+    found = _run(context, model, [task])
+    return scores_of(found, [task])[name] * (-1 if lower_is_better(found, task) else 1)
+
+
+def winogrande(context: Context, model: Any, run: Run) -> float:
+    """Accuracy of what `run` runs of a model. Collective over the world."""
+    return scores_of(_run(context, model, [WINOGRANDE], run), [WINOGRANDE])[WINOGRANDE.name]
+
+
+def _run(
+    context: Context, model: Any, tasks: list[Task], run: Run | None = None, folder: Path | None = None
+) -> dict[str, Any]:
+    keys = context.recipe.evaluate
+    return run_tasks(
+        model,
+        tasks,
+        transformers_tokenizer(context.recipe.model),
+        context.topology,
+        files=keys.task_files,
+        folder=settings_folder(context.recipe, folder or context.recipe.model),
+        limit=keys.limit,
+        truncate=keys.truncate,
+        chat=keys.chat,
+        seed=context.recipe.seed,
+        micro_batch=keys.micro_batch,
+        run=run,
+        listener=context.listener,
+    )
+
+
+def write_table(rows: list[dict[str, Any]], path: Path) -> None:
+    """The scores as a Markdown table, a row a model; nothing where there are none."""
+    names = list(rows[0]["tasks"]) if rows else []
+    if not names:
+        return
+    lines = [["model", *names], ["---"] * (len(names) + 1)]
+    lines += [[row["model"], *(f"{row['tasks'][name]:.4f}" for name in names)] for row in rows]
+    with whole_file(path) as partial:
+        partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")

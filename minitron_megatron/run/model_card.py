@@ -1,0 +1,127 @@
+"""The model card that lies in an export: what the student is, where it came from and how good it is."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..convert import read_config
+from ..files import whole_file
+from ..layout import Shape, parameters
+from ..model import ModelConfig
+from ..records import read_summary
+from ..serve import client_notes, client_warnings
+from .context import Context
+from .versions import versions
+
+__all__ = ["write_card"]
+
+MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)//")
+"""What Markdown gives a meaning to inside a line: an underscore within a word has none."""
+
+
+class _OneLine(yaml.SafeDumper):
+    """Every string on one line, so that none of its lines can end a front matter or a code block."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_OneLine.add_representer(str, _quoted)
+
+
+def write_card(context: Context, folder: Path) -> None:
+    """Writes `README.md` into the export, on the first rank: Hugging Face's metadata, then prose and tables."""
+    if context.topology.rank != 0:
+        return
+    with whole_file(folder / "README.md") as partial:
+        partial.write_text(_card(context, folder), encoding="utf-8")
+
+
+def _card(context: Context, folder: Path) -> str:
+    recipe, done = context.recipe, context.done
+    exported, teacher = read_config(folder), read_config(recipe.model).shape
+    student = exported.shape
+    tags = ["minitron", "pruned", "distilled"]
+    about = {"base_model": recipe.model.name, "library_name": "transformers", "tags": tags}
+    told = recipe.model_dump(mode="json", exclude_none=True, exclude={"model": True, "out": True, "data": {"sources"}})
+    axes = ("layers", "hidden", "ffn", "heads", "kv_groups", "experts", "expert_ffn", "shared_ffn")
+    shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in axes if getattr(teacher, axis)]
+    sources = [(name, source["tokens"], source["weight"]) for name, source in done["prepare"]["sources"].items()]
+    training = [(stage, done[stage]["tokens"]) for stage in ("correct", "distill") if stage in done]
+    parts = [
+        f"---\n{_yaml(about)}---\n",
+        f"# {_inline(folder.resolve().parent.name)}: {_inline(recipe.model.name)} pruned and distilled\n",
+        f"{parameters(student):,} parameters, of the teacher's {parameters(teacher):,}, by the Minitron method: what "
+        "matters least was cut, and what was left learnt from the teacher's logits.\n",
+        _table(("", "teacher", "student"), [*shapes, ("parameters", parameters(teacher), parameters(student))]),
+        _clients(exported, teacher),
+        "## Training\n",
+        _table(("stage", "tokens"), training),
+        _table(("source", "tokens held", "weight"), sources),
+        "## Evaluation\n",
+        _evaluation(context),
+        "## Licence\n",
+        "This model is derived from its teacher, whose licence applies to it. Read that before you pass this on.\n",
+        "## How it was made\n",
+        _fenced(_yaml(told)),
+        _table(("with", "version"), list(versions().items())),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _clients(exported: ModelConfig, teacher: Shape) -> str:
+    """Who will not serve it."""
+    cut, student = replace(exported, shape=teacher), exported.shape
+    said = (*client_warnings(cut, student, "own"), *client_notes(cut, student, "own"))
+    return "## Clients\n\n" + "".join(f"* {sentence}\n" for sentence in said) if said else ""
+
+
+def _evaluation(context: Context) -> str:
+    rows = read_summary(context.folders.summary)
+    tasks = list(dict.fromkeys(name for row in rows for name in row.get("tasks", {})))
+    titles = ("model", "parameters", "loss (nats/token)", "perplexity", *tasks)
+    cells = [
+        (
+            row["model"],
+            _said(row.get("parameters"), ",d"),
+            _said(row.get("loss_nats_per_token"), ".4f"),
+            _said(row.get("perplexity"), ".2f"),
+            *(_said(row.get("tasks", {}).get(name), ".4f") for name in tasks),
+        )
+        for row in rows
+    ]
+    return _table(titles, cells)
+
+
+def _yaml(value: Any) -> str:
+    return yaml.dump(value, Dumper=_OneLine, sort_keys=False, width=float("inf"))
+
+
+def _fenced(body: str) -> str:
+    """Return a code block whose fence is longer than any run of backticks inside it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", body)), default=0))
+    return f"{fence}yaml\n{body}{fence}\n"
+
+
+def _inline(text: str) -> str:
+    """Return text from a recipe or a path as one line that Markdown and HTML show as it is."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return MARKUP.sub(lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), html.escape(line, quote=False))
+
+
+def _said(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    text = [[f"{cell:,}" if isinstance(cell, int) else _inline(str(cell)) for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in text) if len(lines) > 2 else ""

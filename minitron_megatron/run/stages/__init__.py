@@ -1,0 +1,23 @@
+"""Stages of a run, a file each: what a stage reads, does and makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..stage import Stage
+from .baseline import BASELINE
+from .correct import CORRECT
+from .distill import DISTILL
+from .evaluate import EVALUATE
+from .export import EXPORT
+from .prepare import PREPARE
+from .prune import PRUNE
+from .score import SCORE
+from .search import SEARCH
+
+__all__ = ["STAGES"]
+
+STAGES: Mapping[str, Stage] = {
+    stage.name: stage for stage in (PREPARE, CORRECT, SCORE, SEARCH, PRUNE, DISTILL, BASELINE, EVALUATE, EXPORT)
+}
+"""Stages by name, in the order in which they run."""

@@ -1,0 +1,26 @@
+"""Distil the teacher into the pruned student."""
+
+from __future__ import annotations
+
+from ..context import Context
+from ..stage import Result, Stage
+from ..training import distil, distillation_asks
+
+__all__ = ["DISTILL"]
+
+
+def do_distill(context: Context) -> Result:
+    """Distils the teacher into the pruned student."""
+    student = context.load(context.recipe.distill.start or context.folders.model("pruned"), trains=True)
+    tokens = distil(context, student, "distill")
+    return {**context.save_sealed(student, context.folders.model("distilled")), "tokens": tokens}
+
+
+DISTILL = Stage(
+    "distill",
+    do_distill,
+    makes=lambda run: run.model("distilled"),
+    reads=("distill", "dtype"),
+    after=("prepare", "correct", "prune"),
+    asks=distillation_asks,
+)

@@ -1,0 +1,75 @@
+"""Measure every model of the run on held-out text and tasks."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ...errors import TrainingError
+from ...evaluate import ValidationSet
+from ...events import Event
+from ...files import read_as, write_json
+from ...parallel import broadcast_object, fail_together
+from ..context import Context
+from ..fingerprint import task_marks
+from ..measure_tasks import measured_row, write_table
+from ..results import Measured
+from ..stage import Result, Stage
+
+__all__ = ["EVALUATE"]
+
+
+def do_evaluate(context: Context) -> Result:
+    """Loss of every model of the run on the held-out text."""
+    held_out = context.held_out()
+    models: dict[str, tuple[Path, str]] = {"teacher": (context.recipe.model, "")}
+    if context.recipe.corrects_first:
+        models["corrected teacher"] = (context.folders.model("corrected"), "correct")
+    models |= {
+        "pruned": (context.folders.model("pruned"), "prune"),
+        "distilled": (context.folders.model("distilled"), "distill"),
+    }
+    if context.recipe.random_baseline:
+        models["random init"] = (context.folders.model("random"), "baseline")
+    rows = []
+    for number, (name, (folder, stage)) in enumerate(models.items(), 1):
+        row = _row(context, name, folder, held_out)
+        loss = {f"loss/{name}": row["loss_nats_per_token"]}
+        context.listener(Event("evaluate", number, len(models), "models", loss))
+        done = context.done.get(stage, {})
+        rows.append(row | {"tokens": done.get("tokens", 0), "seconds": done.get("seconds", 0.0)})
+    if context.topology.rank == 0:
+        write_json(context.folders.summary, rows)
+        write_table(rows, context.folders.evaluation / "table.md")
+        shutil.rmtree(context.folders.evaluation_parts, ignore_errors=True)
+    return {"loss": {row["model"]: row["loss_nats_per_token"] for row in rows}}
+
+
+def _row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> dict[str, Any]:
+    """A model's row of the summary; one that a stopped run has measured is not measured again."""
+    path = context.folders.evaluation_parts / context.mark_of(context.recipe)[:16] / f"{name.replace(' ', '_')}.json"
+    with fail_together():
+        kept = read_as(path, Measured) if path.is_file() and context.topology.rank == 0 else None
+    if kept := broadcast_object(kept):
+        return dict(kept)
+    row = measured_row(context, name, folder, held_out)
+    if not math.isfinite(row["loss_nats_per_token"]):
+        raise TrainingError(
+            f"{folder} has a loss of {row['loss_nats_per_token']} on the held-out text. It is no result."
+        )
+    if context.topology.rank == 0:
+        write_json(path, row)
+    return row
+
+
+EVALUATE = Stage(
+    "evaluate",
+    do_evaluate,
+    makes=lambda run: run.summary,
+    reads=("evaluate", "dtype"),
+    after=("prepare", "correct", "prune", "distill", "baseline"),
+    asks=lambda recipe: task_marks(recipe) if recipe.evaluate.wanted() else None,
+    keeps=lambda run, mark: run.evaluation_parts / mark[:16],
+)

@@ -1,0 +1,47 @@
+"""Write the student as the Hugging Face folder that is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...parallel import fail_together
+from ...serve import quantize_fp8
+from ..context import DTYPES, Context
+from ..fingerprint import carried_marks
+from ..model_card import write_card
+from ..stage import Result, Stage
+
+__all__ = ["EXPORT"]
+
+
+def do_export(context: Context) -> Result:
+    """Writes the student as the Hugging Face folder that is served."""
+    dtype = DTYPES[context.recipe.export.dtype]
+    model = context.load(context.folders.model("distilled"))
+    folder = context.folders.model("export")
+    saved = context.save_sealed(model, folder, dtype, context.recipe.export.architecture)
+    write_card(context, folder)  # after the checksums: whoever serves the model may edit it
+    if context.recipe.export.quantize == "fp8":
+        _quantize(context, folder)
+    return {**saved, "dtype": context.recipe.export.dtype}
+
+
+def _quantize(context: Context, folder: Path) -> None:
+    """`export-fp8` beside the export, on the first rank."""
+    keys = context.recipe.export
+    corpus = context.calibration()
+    samples = [corpus[number][0][None] for number in range(min(keys.quantize_samples, len(corpus)))]
+    with fail_together():
+        if context.topology.rank == 0:
+            quantize_fp8(folder, context.folders.model("export-fp8"), samples, kv_cache=keys.kv_cache_fp8)
+    context.sealed(context.folders.model("export-fp8"))
+
+
+EXPORT = Stage(
+    "export",
+    do_export,
+    makes=lambda run: run.model("export"),
+    reads=("export",),
+    after=("prepare", "distill", "evaluate"),
+    asks=lambda recipe: carried_marks(recipe.model),
+)

@@ -1,0 +1,51 @@
+"""Tokenize the corpus."""
+
+from __future__ import annotations
+
+from ...convert import folder_hash, read_config
+from ...data import check_tokenizer, prepare
+from ...parallel import broadcast_object, fail_together
+from ..context import Context
+from ..fingerprint import config_digest
+from ..stage import Result, Stage
+
+__all__ = ["PREPARE"]
+
+
+def do_prepare(context: Context) -> Result:
+    """Text -> tokens, one corpus a source, on rank 0; says who the teacher is."""
+    recipe, result = context.recipe, None
+    with fail_together():
+        if context.topology.rank == 0:
+            vocab = read_config(recipe.model).shape.vocab
+            check_tokenizer(recipe.model, vocab)
+            drawn: Result = {"sequence": recipe.data.sequence, "seed": recipe.seed}  # what every later draw depends on
+            drawn |= {"cross_documents": recipe.data.cross_documents, "config": config_digest(recipe.model)}
+            result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context, vocab), **drawn}
+    return broadcast_object(result)
+
+
+def _prepare_sources(context: Context, vocab: int) -> Result:
+    data, sources = context.recipe.data, {}
+    for number, source in enumerate(data.sources):
+        name = f"{number}-{source.path.stem}"
+        held_out = source.validation if isinstance(source.validation, float) else [source.validation]
+        made = prepare(
+            [source.path],
+            context.recipe.model,
+            context.folders.data / name,
+            validation=held_out,
+            workers=data.workers,
+            text_key=data.text_key,
+            separator=data.separator,
+            seed=context.recipe.seed,
+            vocab=vocab,
+            listener=context.listener,
+        )
+        validation_tokens = made.valid.tokens if made.valid else 0
+        tokens = {"tokens": made.train.tokens, "validation_tokens": validation_tokens}
+        sources[name] = {**tokens, "end": made.end, "content": made.content, "weight": source.weight}
+    return sources
+
+
+PREPARE = Stage("prepare", do_prepare, makes=lambda run: run.data, reads=("model", "data", "seed"))

@@ -1,0 +1,125 @@
+"""Measure the importance of units and layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...data import Batch
+from ...errors import CheckpointError
+from ...evaluate import Run
+from ...files import checksum
+from ...forecast import depth_sweep, measures_depth, scores_wanted, statistic_of
+from ...model import config_of
+from ...parallel import broadcast_object
+from ...recipe import Recipe
+from ...records import DepthScores, Scores
+from ...score import block_importance, leave_out, score
+from ..context import DTYPES, Context
+from ..fingerprint import task_marks
+from ..measure_tasks import winogrande
+from ..stage import Result, Stage
+
+__all__ = ["SCORE", "load_depth", "load_scores", "measure"]
+
+
+def do_score(context: Context) -> Result:
+    """Importance of every axis that the recipe may cut."""
+    keys, folders = context.recipe.score, context.folders
+    model, batches = context.load_uncut(DTYPES[keys.dtype]), context.calibration_batches()
+    scores = measure(context, model, batches, context.uncut_hash)
+    depth = measure_depth(context, model, batches)
+    files: dict[str, str] = {}
+    if context.topology.rank == 0:
+        scores.save(folders.scores)
+        folders.depth.unlink(missing_ok=True)
+        if depth is not None:
+            depth.save(folders.depth)
+        files = {path.name: checksum(path) for path in (folders.scores, folders.depth) if path.exists()}
+    result = {"samples": scores.samples, "tokens": scores.tokens, "statistic": keys.statistic.model_dump()}
+    return result | {"depth": depth.metric if depth else None, "files": broadcast_object(files)}
+
+
+def measure(context: Context, model: Any, batches: Sequence[Batch], model_hash: str = "") -> Scores:
+    """Importance of every width that the recipe may cut. Collective over the world."""
+    return score(
+        model,
+        batches,
+        topology=context.topology,
+        statistic=statistic_of(context.recipe),
+        model_hash=model_hash,
+        listener=context.listener,
+    )
+
+
+def measure_depth(context: Context, model: Any, batches: Sequence[Batch]) -> DepthScores | None:
+    """Importance of layers, where the recipe asks for it or its plan needs it. Collective over the world."""
+    sweep = depth_sweep(context.recipe, config_of(model[0]).shape)
+    if sweep is None:
+        return None
+    options: dict[str, Any] = {"topology": context.topology, "lengths": sweep.lengths, "listener": context.listener}
+    options["model_hash"] = context.uncut_hash
+    if sweep.metric == "bi":
+        return block_importance(model, batches, **options)
+    metric: Any = sweep.metric
+    if metric == "winogrande":
+
+        def metric(run: Run) -> float:
+            return winogrande(context, model, run)
+
+        metric.__name__ = "winogrande"
+    return leave_out(model, batches, metric=metric, greedy=sweep.greedy, **options)
+
+
+def depth_keys(recipe: Recipe) -> list[Any] | None:
+    """What decides how layers are measured besides the keys `score`; None: they are not."""
+    if not measures_depth(recipe):
+        return None
+    by_task = recipe.score.depth is not None and recipe.score.depth.metric == "winogrande"
+    told = [recipe.evaluate.limit, recipe.evaluate.truncate, task_marks(recipe)] if by_task else None
+    layers = recipe.search.layers if recipe.search else recipe.prune.layers
+    return [layers, recipe.prune.contiguous, told]
+
+
+def load_scores(context: Context) -> Scores:
+    """What the score stage left. Raises CheckpointError where it is another model's, or was edited since."""
+    _expect_recorded(context, context.folders.scores)
+    scores = Scores.load(context.folders.scores)
+    _expect_teacher(context, scores.model_hash, context.folders.scores)
+    return scores
+
+
+def load_depth(context: Context) -> DepthScores:
+    """The same of layers."""
+    _expect_recorded(context, context.folders.depth)
+    depth = DepthScores.load(context.folders.depth)
+    _expect_teacher(context, depth.model_hash, context.folders.depth)
+    return depth
+
+
+def _expect_recorded(context: Context, path: Path) -> None:
+    recorded = context.done.get("score", {}).get("files", {}).get(path.name)
+    if recorded is not None and path.is_file() and checksum(path) != recorded:
+        raise CheckpointError(
+            f"{path} has changed since it was measured. Remove {path.parent} and run `minitron score` again."
+        )
+
+
+def _expect_teacher(context: Context, model_hash: str, path: Path) -> None:
+    if model_hash != context.uncut_hash:
+        raise CheckpointError(
+            f"{path} was measured on another model than {context.uncut}. "
+            f"Remove {path.parent} and run `minitron score` again."
+        )
+
+
+SCORE = Stage(
+    "score",
+    do_score,
+    makes=lambda run: run.scores.parent,
+    reads=("score",),
+    after=("prepare", "correct"),
+    wanted=scores_wanted,
+    asks=depth_keys,
+)

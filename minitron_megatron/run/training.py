@@ -1,0 +1,182 @@
+"""The stages that train, in the recipe's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from ..distill import ContinuousObjective, KDObjective, StateLoss
+from ..evaluate import validation_loss
+from ..events import Event
+from ..files import file_marks
+from ..layout import flops_per_token
+from ..model import config_of
+from ..recipe import Recipe, ResolvedPhase, TrainingKeys, prefixes, resolved
+from ..train import Learner, Lora, Objective, Training, train, train_norms_only
+from .context import Context
+
+__all__ = ["correcting", "distil", "distillation_asks", "train_in_phases"]
+
+Measure = Callable[[], dict[str, float]]
+
+
+def distillation_asks(recipe: Recipe) -> Any:
+    """All of `correct` where the teacher is corrected meanwhile, and the files of the student that distillation begins
+    with. Held-out text is none of it: validation moves no weight."""
+    correct = recipe.correct.deciding() if recipe.correct and recipe.correct.continuous else None
+    return [correct, file_marks([recipe.distill.start] if recipe.distill.start else [])]
+
+
+def distil(context: Context, student: list[Any], label: str, *, until: int | None = None) -> int:
+    """Distils the run's teacher into a student, in place; returns the tokens seen. until: a step to stop after, from
+    which another call goes on."""
+    keys, correct, topology = context.recipe.distill, context.recipe.correct, context.topology
+    continuous = correct is not None and correct.continuous
+    teacher, loss = context.load_teacher(trains=continuous), keys.loss.loss()
+    vocab = config_of(student[0]).shape.vocab
+    states = _states(context, teacher, student)
+    if not continuous:
+        objective = KDObjective(
+            teacher,
+            topology,
+            vocab=vocab,
+            loss=loss,
+            states=states,
+            window=keys.teacher_window,
+            offload=keys.offload_teacher,
+            pack=keys.teacher_dtype == "float8",
+        )
+        with _released(states):
+            return train_in_phases(context, student, objective, keys, label, teacher=objective, until=until)
+    assert correct is not None
+
+    def taught(phase: ResolvedPhase) -> ContinuousObjective:
+        """Each phase corrects with a schedule of its own, as long as the phase."""
+        settings = _training(ResolvedPhase(correct.model_copy(update=_budget(phase)), phase.sequence, ()), 0)
+        learner = Learner(teacher, settings, topology, "teacher")
+        return ContinuousObjective(learner, topology, vocab=vocab, loss=loss, states=states)
+
+    with correcting(context, teacher), _released(states):
+        return train_in_phases(context, student, taught, keys, label, until=until)
+
+
+@contextmanager
+def correcting(context: Context, teacher: list[Any]) -> Iterator[None]:
+    """Inside, of the teacher trains what the recipe says; afterwards it is a plain model."""
+    correct = context.recipe.correct
+    assert correct is not None
+    if correct.parameters == "norms":
+        train_norms_only(teacher)
+    lora = None
+    if correct.parameters == "lora":
+        lora = Lora(teacher, context.topology, rank=correct.lora_rank, seed=context.recipe.seed)
+    yield
+    if lora:
+        lora.merge()
+
+
+def _states(context: Context, teacher: list[Any], student: list[Any]) -> StateLoss | None:
+    keys, seed = context.recipe.distill.states, context.recipe.seed
+    return StateLoss(teacher, student, keys.pairs(), context.topology, seed=seed) if keys else None
+
+
+@contextmanager
+def _released(states: StateLoss | None) -> Iterator[None]:
+    """Training, after which nothing of `states` is left on the models."""
+    try:
+        yield
+    finally:
+        if states:
+            states.release()
+
+
+def _budget(phase: ResolvedPhase) -> dict[str, int]:
+    return {"tokens": phase.keys.tokens, "global_batch": phase.keys.global_batch}
+
+
+def train_in_phases(
+    context: Context,
+    model: list[Any],
+    objective: Objective | Callable[[ResolvedPhase], ContinuousObjective],
+    keys: TrainingKeys,
+    label: str,
+    *,
+    teacher: KDObjective | None = None,
+    until: int | None = None,
+) -> int:
+    """Trains in place, with checkpoints and validation; returns the tokens seen.
+
+    objective: of every phase, or what makes that of one. teacher: whose divergence validation measures.
+    """
+    phases, held_out, tokens, before = resolved(keys, context.recipe.data), context.held_out(), 0, None
+    total, first = sum(phase.steps for phase in phases), 0
+    for number, phase in enumerate(phases):
+        mine = objective(phase) if callable(objective) else objective
+        taught = mine if isinstance(mine, ContinuousObjective) else teacher
+        beside = [mine.learner] if isinstance(mine, ContinuousObjective) else []
+        recipe = prefixes(context.recipe)[number]
+        at = (context.checkpoints(recipe), context.mark_of(recipe))
+        values = train(
+            model,
+            mine,
+            context.training_batches(phase, context.recipe.seed + number),
+            _training(phase, context.recipe.seed),
+            context.topology,
+            label=label,
+            checkpoints=at[0],
+            identity=at[1],
+            begin=before,
+            until=until,
+            save_last=len(phases) > 1 or (label == "distill" and context.recipe.distill.retain),
+            beside=beside,
+            beside_flops=_flops(taught, phase, trains=bool(beside)),
+            validate=_validation(context, model, held_out, taught),
+            listener=_shifted(context.listener, first, total),
+        )
+        tokens, before, first = int(values["tokens"]), at, first + phase.steps
+    return tokens
+
+
+def _training(phase: ResolvedPhase, seed: int) -> Training:
+    keys = phase.keys
+    return Training(
+        steps=phase.steps,
+        lr=keys.lr,
+        min_lr=keys.min_lr,
+        warmup_steps=keys.warmup_steps,
+        weight_decay=keys.weight_decay,
+        clip=keys.clip,
+        save_every=keys.save_every,
+        keep=keys.keep_checkpoints,
+        asynchronous=keys.save_async,
+        validate_every=keys.validate_every,
+        seed=seed,
+    )
+
+
+def _flops(teacher: KDObjective | None, phase: ResolvedPhase, *, trains: bool) -> int:
+    """Of a token: the teacher's forward pass, and its backward where it trains."""
+    if teacher is None:
+        return 0
+    return (3 if trains else 1) * flops_per_token(config_of(teacher.teacher[0]).shape, phase.sequence)
+
+
+def _validation(context: Context, model: list[Any], held_out: Any, teacher: KDObjective | None) -> Measure:
+    """Cross-entropy with the text of each source, and the divergence from the teacher where there is one."""
+
+    def measure() -> dict[str, float]:
+        losses = validation_loss(model, held_out, context.topology)
+        found = {"validation_loss": losses["all"]}
+        found |= {f"validation_loss/{source}": loss for source, loss in losses.items() if source != "all"}
+        if teacher is not None:
+            found["validation_kl"] = validation_loss(model, held_out, context.topology, teacher.plain())["all"]
+        return found
+
+    return measure
+
+
+def _shifted(listener: Callable[[Event], None], first: int, total: int) -> Callable[[Event], None]:
+    """Counts the steps of all phases as one."""
+    return lambda event: listener(replace(event, done=event.done + first, total=total))

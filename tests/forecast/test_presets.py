@@ -1,0 +1,169 @@
+"""The papers' recipes count to the papers' sizes, fit 32 DGX H100 nodes, and run, shrunk, through every stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from shutil import copy
+from typing import Any
+
+import pytest
+import yaml
+
+from minitron_megatron.errors import TopologyError
+from minitron_megatron.files import read_json
+from minitron_megatron.forecast import estimate
+from minitron_megatron.parallel import Topology
+from minitron_megatron.recipe import load_recipe
+from minitron_megatron.run import run
+from minitron_megatron.testing import Pool
+
+PRESETS = Path(__file__).parents[2] / "examples" / "presets"
+GPUS = 256
+LLAMA_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def config(kind: str, layers: int, hidden: int, heads: int, ffn: int, vocab: int, **more: Any) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+NEMOTRON = config(
+    "nemotron", 32, 6144, 48, 24576, 256000, hidden_act="relu2", norm_eps=1e-5, max_position_embeddings=4096
+)
+LLAMA = config(
+    "llama",
+    32,
+    4096,
+    32,
+    14336,
+    128256,
+    rms_norm_eps=1e-5,
+    rope_theta=5e5,
+    rope_scaling=LLAMA_ROPE,
+    max_position_embeddings=131072,
+)
+NEMO = config(
+    "mistral",
+    40,
+    5120,
+    32,
+    14336,
+    131072,
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+    max_position_embeddings=131072,
+    sliding_window=None,
+)
+CASES = {
+    "minitron-8b": (NEMOTRON, 15_628_775_424, 8_271_699_968),
+    "minitron-4b": (NEMOTRON, 15_628_775_424, 4_190_509_056),
+    "llama-3.1-minitron-4b-width": (LLAMA, 8_030_261_248, 4_512_746_496),
+    "llama-3.1-minitron-4b-depth": (LLAMA, 8_030_261_248, 4_540_469_248),
+    "mn-minitron-8b": (NEMO, 12_247_782_400, 8_414_105_600),
+}
+
+
+def teacher(folder: Path, about: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+def material_of(name: str, folder: Path) -> list[str]:
+    """What a preset's user has, as far as counting it goes: the teacher's config, and a corpus as large as its budgets
+    (which takes no room on the disk)."""
+    with (folder / "corpus.jsonl").open("wb") as corpus:
+        corpus.truncate(2**40)
+    sources = json.dumps([{"path": str(folder / "corpus.jsonl")}])
+    return [f"model={teacher(folder / 'teacher', CASES[name][0])}", f"data.sources={sources}"]
+
+
+def test_every_preset_has_its_numbers() -> None:
+    assert {path.stem for path in PRESETS.glob("*.yaml")} == set(CASES)
+    page = (PRESETS / "README.md").read_text()
+    for name, (_, _, student) in CASES.items():
+        assert f"[{name}]({name}.yaml)" in page and f"{student:,}" in page
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_the_papers_and_a_rank_holds_them(name: str, tmp_path: Path) -> None:
+    _, before, after = CASES[name]
+    recipe = load_recipe(PRESETS / f"{name}.yaml", material_of(name, tmp_path))
+    found = estimate(recipe, gpus=GPUS)
+    assert (found.teacher_parameters, found.student_parameters) == (before, after)
+    found.expect_to_fit(80)
+    with pytest.raises(TopologyError, match=r"a rank would hold .* GiB before activations, and has 2\. Raise"):
+        found.expect_to_fit(2)
+    phase = recipe.distill
+    assert phase.global_batch % (GPUS // recipe.parallel.tp) == 0
+    assert found.distill_tokens >= phase.tokens > found.distill_tokens - phase.global_batch * recipe.data.sequence
+    assert 1 < found.hours < 1000
+
+
+SMALLER = {"hidden": 128, "ffn": 128, "heads": 4}
+"""What the sizes are divided by."""
+TRAINING = {"tokens": 4 * 8 * 16, "global_batch": 8, "micro_batch": 2, "warmup_steps": 1, "validate_every": 4}
+
+
+def shrunk(name: str, folder: Path, material: Path) -> Path:
+    """The preset with a teacher of its family, of tiny sizes, and tiny budgets; what else it says stays."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe, about = yaml.safe_load((PRESETS / f"{name}.yaml").read_text()), CASES[name][0]
+    sizes = {"hidden_size": about["hidden_size"] // 128, "intermediate_size": about["intermediate_size"] // 128}
+    sizes |= {"num_attention_heads": about["num_attention_heads"] // 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes |= {"num_hidden_layers": 4, "vocab_size": 131, "max_position_embeddings": 64}
+    options = {key: value for key, value in (about | sizes).items() if key not in ("model_type", "rope_scaling")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(about["model_type"], **options))
+    model.save_pretrained(folder / "teacher")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        copy(material / "model" / file, folder / "teacher" / file)
+    recipe |= {"model": str(folder / "teacher"), "out": str(folder / "run"), "dtype": "float32"}
+    recipe["parallel"] = {"tp": 2, "sequence_parallel": True}
+    recipe["data"] = {"sequence": 16, "sources": [{"path": str(material / "corpus.jsonl"), "validation": 0.2}]}
+    keys = recipe["prune"]
+    recipe["prune"] = {axis: size // SMALLER[axis] for axis, size in keys.items() if axis in SMALLER}
+    if "layers" in keys:
+        recipe["prune"]["layers"] = 2
+        recipe["score"]["depth"]["metric"] = "loss"
+    recipe["score"] |= {"samples": 8, "micro_batch": 2}
+    recipe["distill"] |= TRAINING
+    recipe["distill"].pop("start", None)
+    if "correct" in recipe:
+        recipe["correct"] |= TRAINING
+    recipe["evaluate"] = {"samples": 8, "micro_batch": 2}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def work(topology: Topology, recipe: Path) -> None:
+    run(load_recipe(recipe), topology)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_preset_runs_through_every_stage(name: str, pool: Pool, material: Path, tmp_path: Path) -> None:
+    recipe = shrunk(name, tmp_path, material)
+    pool.run(work, recipe, tp=2, sequence_parallel=True)
+    out = load_recipe(recipe).out
+    rows = {row["model"]: row for row in read_json(out / "summary.json")}
+    assert rows["distilled"]["parameters"] < rows["teacher"]["parameters"]
+    assert ("corrected teacher" in rows) == ("correct" in yaml.safe_load(recipe.read_text()))
+    assert (out / "export" / "config.json").is_file() and (out / "export" / "README.md").is_file()

@@ -1,0 +1,92 @@
+"""`minitron bench`: with trtllm-bench, without it, and in torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minitron_megatron.convert import load_hf, save_hf
+from minitron_megatron.errors import DataError, RecipeError
+from minitron_megatron.files import read_json
+from minitron_megatron.parallel import Topology
+from minitron_megatron.recipe import load_recipe
+from minitron_megatron.report import bench_table, plot_bench
+from minitron_megatron.run import bench
+from minitron_megatron.testing import Pool
+
+Write = Callable[..., Path]
+KEYS = {"ladder": [[4, 4], [8, 4], [30000, 10]], "batches": [2, 3], "requests": 4}
+TOOL = """#!/usr/bin/env python3
+import json, sys
+args = dict(zip(sys.argv[1:], sys.argv[2:]))
+lines = open(args["--dataset"]).read().splitlines()
+if "broken" in args["--model_path"]:
+    sys.exit("out of memory")
+speed = 300.0 if args["--model_path"].endswith("export") else 100.0
+json.dump({"performance": {"system_output_throughput_tok_s": speed * len(lines)}}, open(args["--report_json"], "w"))
+"""
+
+
+def copy(topology: Topology, source: Path, to: Path) -> None:
+    save_hf(load_hf(source, topology), to, topology, files_from=source)
+
+
+@pytest.fixture
+def exported(recipe_file: Write, pool: Pool) -> Path:
+    """A recipe whose student is there: the teacher itself."""
+    path = recipe_file(bench=KEYS)
+    recipe = load_recipe(path)
+    pool.run(copy, recipe.model, recipe.out / "export")
+    return path
+
+
+def test_without_the_tool_it_says_what_to_run(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    recipe = load_recipe(exported)
+    rows = bench(recipe)
+    assert [(row["inputs"], row["batch"]) for row in rows] == [(4, 2), (4, 3), (8, 2), (8, 3)]
+    assert all(row["teacher"] is None and "ratio" not in row for row in rows)
+    script = (recipe.out / "bench" / "commands.sh").read_text()
+    assert script.count("trtllm-bench") == 8 and "--concurrency 3" in script
+    assert len((recipe.out / "bench" / "4-4-b2.jsonl").read_text().splitlines()) == 4
+    assert plot_bench(rows, recipe.out / "plot.png") is None and bench_table(rows).row_count == 4
+
+
+def test_reports_become_ratios(exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = tmp_path / "bin" / "trtllm-bench"
+    tool.parent.mkdir()
+    tool.write_text(TOOL)
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    recipe = load_recipe(exported)
+    rows = bench(recipe)
+    assert [row["ratio"] for row in rows] == pytest.approx([3.0] * 4)
+    assert [row.get("ratio_batches") for row in rows] == [None, 3.0, None, 3.0]
+    assert rows[0]["student"]["tokens_per_second"] == 1200.0
+    assert bench_table(rows).row_count == 4
+    assert read_json(recipe.out / "bench" / "table.json")["rows"] == json.loads(json.dumps(rows))
+    plot = plot_bench(rows, recipe.out / "plot.png")
+    assert plot and plot.stat().st_size > 5000
+    tool.unlink()
+    assert bench(recipe) == rows  # reports that are there are not measured again
+    (recipe.out / "bench" / "4-4-b2-teacher.json").write_text("{")
+    with pytest.raises(DataError, match="is no report"):
+        bench(recipe)
+
+
+def test_torch_gives_a_ratio_anywhere(exported: Path) -> None:
+    rows = bench(load_recipe(exported, ["bench.batches=[1]", "bench.ladder=[[4,4]]"]), "torch")
+    assert rows[0]["teacher"]["first_token_ms"] > 0
+    assert 0.1 < rows[0]["ratio"] < 10  # the same model twice
+
+
+def test_what_cannot_be_measured_is_one_message(recipe_file: Write, exported: Path) -> None:
+    with pytest.raises(RecipeError, match=r"export is not there. Run `minitron run` first"):
+        bench(load_recipe(recipe_file("other.yaml", out=str(exported.parent / "none"))))
+    with pytest.raises(RecipeError, match=r"no rung of bench\.ladder fits the context"):
+        bench(load_recipe(exported, ["bench.ladder=[[30000,10]]"]))
