@@ -68,7 +68,7 @@ def main() -> None:
     work = _Work(context)
     names = list(work.candidates)
     batches = calibration_batches(context.calibration(), micro_batch=recipe.score.micro_batch, dp_rank=0, dp=1)
-    teacher = context.load_uncut()
+    teacher = context.load_prune_source()
 
     def separate(name: str) -> float:
         path, student = folder / "separate", trim(load_hf(recipe.model, topology), work.plan(name), topology)

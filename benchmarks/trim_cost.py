@@ -19,7 +19,7 @@ import torch
 from record import record
 
 from minitron_megatron.layout import Shape, lookup, parameters
-from minitron_megatron.model import ModelConfig, adopt, build, named_shards
+from minitron_megatron.model import ModelConfig, assign, build, named_shards
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import random_plan, trim
 
@@ -48,7 +48,7 @@ def main() -> None:
         model = build(ModelConfig(shape), topology, torch.bfloat16)
         for shard in named_shards(model):
             size = shard.tensor.numel()
-            adopt(shard, pattern.repeat(-(-size // len(pattern)))[:size].view(shard.tensor.shape).clone())
+            assign(shard, pattern.repeat(-(-size // len(pattern)))[:size].view(shard.tensor.shape).clone())
         return model
 
     def copied() -> None:

@@ -42,7 +42,7 @@ SKIPPED = re.compile(
 )
 """Folders and files that some machines lack, that are tables rather than code, or that belong to one machine."""
 
-Span = tuple[tuple[int, int], tuple[int, int]]
+ContextShard = tuple[tuple[int, int], tuple[int, int]]
 """(line, column) of a start and of an end; lines from 1, columns in characters."""
 
 GONE = "\0"
@@ -75,7 +75,7 @@ def docstrings(source: str) -> dict[int, tuple[str, bool]]:
 
 def separate(source: str) -> tuple[str, str]:
     """The code of a module without its words, and its words: docstrings and whole-line comments, in order."""
-    docs, cuts, words = docstrings(source), list[tuple[Span, str]](), list[str]()
+    docs, cuts, words = docstrings(source), list[tuple[ContextShard, str]](), list[str]()
     previous_comment, in_docstring = 0, False
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line = token.start[0]
@@ -97,7 +97,7 @@ def separate(source: str) -> tuple[str, str]:
     return without(source, cuts), "\n".join(words).strip() + "\n"
 
 
-def without(source: str, cuts: list[tuple[Span, str]]) -> str:
+def without(source: str, cuts: list[tuple[ContextShard, str]]) -> str:
     """`source` with each span replaced; lines that this empties go, and at most two blank lines stay together."""
     lines = source.split("\n")
     for ((first, start), (last, end)), instead in reversed(cuts):

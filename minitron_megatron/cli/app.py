@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 
 from ..run_folder import RunFolder
-from .imports import imported
-from .interrupt import Interrupted, raise_if_heard
+from .gc_tuning import restore_gc
+from .interrupt import Interrupted, raise_if_interrupted
 
 __all__ = ["app"]
 
@@ -184,9 +184,9 @@ def bench(
     from ..run import bench as measure
 
     loaded = load_recipe(recipe, overrides or (), out)
-    imported()
+    restore_gc()
     with Progress() as progress:
-        rows = measure(loaded, backend, listener=fan_out(raise_if_heard, progress))
+        rows = measure(loaded, backend, listener=fan_out(raise_if_interrupted, progress))
     Console().print(bench_table(rows))
     if plot := plot_bench(rows, RunFolder(loaded.out).bench / "ratios.png"):
         print(f"plot: {plot}")
@@ -240,7 +240,7 @@ def _begun(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[A
 
     recipe = load_recipe(path, overrides or (), out)
     topology = Topology.start(**recipe.parallel.model_dump())
-    imported()
+    restore_gc()
     return recipe, topology
 
 
@@ -256,12 +256,12 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
         with watchdog:
-            run_stages(recipe, topology, only=only, listener=fan_out(raise_if_heard, watchdog))
+            run_stages(recipe, topology, only=only, listener=fan_out(raise_if_interrupted, watchdog))
         return recipe, topology
     told = recipe.model_dump(mode="json")
     with logged(recipe.out, told, **recipe.log.model_dump()) as log, Progress() as progress, watchdog:
         kept = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
-        heard = fan_out(raise_if_heard, progress, kept, Machine(kept), watchdog)
+        heard = fan_out(raise_if_interrupted, progress, kept, Machine(kept), watchdog)
         run_stages(recipe, topology, only=only, listener=heard)
     if only is None:
         _print_report(recipe.out)
@@ -278,7 +278,7 @@ def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Pa
         hand_over(recipe, topology, to, checkpoint=checkpoint, form=form)
         return
     with Progress() as progress:
-        heard = fan_out(raise_if_heard, progress)
+        heard = fan_out(raise_if_interrupted, progress)
         source = hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=heard)
     print(f"{source} -> {to}")
     if form == "megatron":
@@ -295,7 +295,7 @@ def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, 
         evaluate_folder(recipe, topology, model)
         return
     with Progress() as progress:
-        row = evaluate_folder(recipe, topology, model, listener=fan_out(raise_if_heard, progress))
+        row = evaluate_folder(recipe, topology, model, listener=fan_out(raise_if_interrupted, progress))
     print_summary([*read_summary(RunFolder(recipe.out).summary), row])
 
 
@@ -321,7 +321,7 @@ def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task
         search_task(recipe, topology, *share)
         return
     with Progress() as progress:
-        everyone = fan_out(raise_if_heard, progress, MetricsFile(RunFolder(recipe.out).metrics))
+        everyone = fan_out(raise_if_interrupted, progress, MetricsFile(RunFolder(recipe.out).metrics))
         print(search_task(recipe, topology, *share, listener=everyone))
 
 

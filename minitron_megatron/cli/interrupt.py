@@ -17,7 +17,7 @@ from types import FrameType
 
 from ..events import Event
 
-__all__ = ["Interrupted", "heard", "ignore", "listen", "raise_if_heard"]
+__all__ = ["Interrupted", "ignore", "interrupted", "listen", "raise_if_interrupted"]
 
 SAME_SECONDS = 1.0
 """A terminal tells every process of a Ctrl-C, and whoever started them tells them again."""
@@ -66,14 +66,14 @@ def ignore() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def heard() -> bool:
+def interrupted() -> bool:
     """Whether there was a Ctrl-C."""
     return bool(_heard)
 
 
-def raise_if_heard(event: Event) -> None:
+def raise_if_interrupted(event: Event) -> None:
     """The listener that raises a lost KeyboardInterrupt again; for the main thread."""
-    if heard():
+    if interrupted():
         raise KeyboardInterrupt
 
 

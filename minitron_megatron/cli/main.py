@@ -12,8 +12,8 @@ from types import FrameType
 
 from rich.console import Console
 
-from .imports import importing
-from .interrupt import Interrupted, heard, ignore, listen
+from .gc_tuning import relax_gc
+from .interrupt import Interrupted, ignore, interrupted, listen
 from .output import keep_writing
 
 __all__ = ["main"]
@@ -30,7 +30,7 @@ def main() -> None:
     """
     keep_writing()
     _quiet()
-    importing()
+    relax_gc()
     from ..errors import MinitronError, Preempted
     from ..files import told_by
 
@@ -44,7 +44,7 @@ def main() -> None:
     except (Interrupted, KeyboardInterrupt):
         _interrupted()
     except SystemExit:
-        if heard():  # typer met the KeyboardInterrupt, while it read the command line
+        if interrupted():  # typer met the KeyboardInterrupt, while it read the command line
             _interrupted()
         raise
     except MinitronError as error:
@@ -53,7 +53,7 @@ def main() -> None:
         _say("Saved, as the scheduler's signal asked. Run the same command again to go on.")
         _leave(PREEMPTED)
     except Exception as error:
-        if heard():  # what a library made of the KeyboardInterrupt
+        if interrupted():  # what a library made of the KeyboardInterrupt
             _interrupted()
         if isinstance(error, OSError) and (told := told_by(error)):
             _fail(WRONG_INPUT, error, told)

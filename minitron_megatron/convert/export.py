@@ -14,7 +14,7 @@ from ..errors import CheckpointError, MinitronError
 from ..events import Event, Listener, silent
 from ..files import whole_folder, write_json
 from ..layout import lookup
-from ..model import ModelConfig, chunks_of, config_of, home, named_shards
+from ..model import ModelConfig, chunks_of, config_of, named_shards, owner_rank
 from ..parallel import Topology, fail_together, move
 from .carried import carry
 from .families import family_of
@@ -106,7 +106,7 @@ def full_tensors(model: Any, topology: Topology, dtype: torch.dtype) -> Iterator
     Collective over the world: every rank must run the iterator to its end. Vocabulary padding is cut off.
     """
     config = config_of(chunks_of(model)[0])
-    mine = {shard.name: shard for shard in named_shards(model) if not shard.second_home}
+    mine = {shard.name: shard for shard in named_shards(model) if not shard.tied_copy}
     sizes, unpadded = config.shape.sizes(), config.shape.sizes(padded=False)
     for name in config.shape.names():
         local = mine[name].tensor.detach().to(dtype) if name in mine else None
@@ -128,7 +128,7 @@ def _gather(
 ) -> Tensor | None:
     """The unsharded parameter on global rank 0, None elsewhere; only the first replica sends."""
     param, sizes = lookup(name), config.shape.sizes()
-    sources = [home(name, config.shape, topology, tp_rank, replica=0) for tp_rank in range(topology.tp)]
+    sources = [owner_rank(name, config.shape, topology, tp_rank, replica=0) for tp_rank in range(topology.tp)]
     writer = topology.rank == 0
     if param.tp is None or topology.tp == 1:
         return move(local, param.shape(sizes), dtype, topology.device, source=sources[0])

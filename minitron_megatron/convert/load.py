@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError, did_you_mean
 from ..events import Event, Listener, silent
 from ..layout import lookup, words
-from ..model import ModelConfig, Recompute, Spec, adopt, build, named_shards
+from ..model import ModelConfig, Recompute, Spec, assign, build, named_shards
 from ..parallel import Topology, fail_together
 from .config import read_config, tied_names
 from .families import family_of
@@ -57,7 +57,7 @@ def load_hf(
     shards = list(named_shards(chunks))
     for done, shard in enumerate(shards, 1):
         tensor = read_shard(weights, shard.name, config, topology)
-        adopt(shard, tensor.to(topology.device, dtype))
+        assign(shard, tensor.to(topology.device, dtype))
         listener(Event("import", done, len(shards), "tensors"))
     return chunks
 

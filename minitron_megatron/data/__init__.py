@@ -6,9 +6,9 @@ know: models, losses, recipes. Every rank reads its own batches; nothing is broa
 
 from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches
 from .corpus import Corpus, samples_by_source
-from .pair import check_content
 from .prepare import Prepared, PreparedSplit, prepare
 from .sources import text_files
+from .token_files import check_content
 from .tokenizer import (
     check_tokenizer,
     corpus_marks,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..parallel import Span, Topology
+from ..parallel import ContextShard, Topology
 from .corpus import Blend, Corpus
 
 __all__ = ["Batch", "calibration", "calibration_batches", "held_out_batches", "step_batches"]
@@ -26,7 +26,7 @@ class Batch:
     """int64 [batch, seq]: the token after each token."""
     mask: Tensor
     """bool [batch, seq]: where the loss counts."""
-    beside: Tensor | Span | None = None
+    beside: Tensor | ContextShard | None = None
     """Where documents are apart, the number of each token's in its sample: int64 [batch, seq]. It stays on the host,
     which says what runs. Or which part of its sequences this is."""
 
@@ -42,8 +42,8 @@ class Batch:
             raise RecipeError(
                 f"sequences of {sequence} cannot be shared over cp={topology.cp}: choose a multiple of {unit}."
             )
-        assert not isinstance(self.beside, Span)
-        span = Span(topology.cp_rank, topology.cp, topology.cp_group, sequence, self.beside)
+        assert not isinstance(self.beside, ContextShard)
+        span = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, sequence, self.beside)
         return Batch(span.take(self.tokens), span.take(self.labels), span.take(self.mask), span)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..parallel import broadcast_object, fail_together
 from .cache import write_once
-from .pair import Pair, check_blocks, find_pair
+from .token_files import TokenFiles, check_blocks, find_token_files
 
 __all__ = ["Corpus", "samples_by_source"]
 
@@ -57,7 +57,7 @@ class Corpus:
         first_rank = broadcast_object(ticket) == ticket
         with fail_together():
             weights = _normalised(blend)
-            pairs = [find_pair(prefix, split) for prefix, _ in blend]
+            pairs = [find_token_files(prefix, split) for prefix, _ in blend]
             self._choice, self._place = _interleave(weights, samples)
             counts = np.bincount(self._choice, minlength=len(pairs)).tolist()
             for pair, count in zip(pairs, counts, strict=True):
@@ -106,7 +106,7 @@ def samples_by_source(weights: Sequence[float], samples: int) -> list[int]:
     return np.bincount(_interleave(share, samples)[0], minlength=len(weights)).tolist()
 
 
-def _check_size(pair: Pair, sequence: int, count: int) -> None:
+def _check_size(pair: TokenFiles, sequence: int, count: int) -> None:
     held = (pair.tokens - 1) // sequence  # one token more, for the last label
     if held < count:
         raise DataError(
@@ -115,7 +115,7 @@ def _check_size(pair: Pair, sequence: int, count: int) -> None:
         )
 
 
-def _dataset(pair: Pair, samples: int, split: str, sequence: int, seed: int, folder: Path) -> Any:
+def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: int, folder: Path) -> Any:
     """mcore's GPTDataset with its index in `folder`; rank 0 alone writes what is not there yet (mcore's own rule)."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split

@@ -13,9 +13,9 @@ from pathlib import Path
 from ..errors import DataError
 from ..events import Event, Listener, silent
 from .encode import EncodeError, Encoder, encode_all
-from .pair import SPLITS, PairWriter, content_of, pair_writers, token_dtype
 from .readers import Document, documents
 from .sources import left_out, names, text_files
+from .token_files import SPLITS, TokenFileWriter, content_of, pair_writers, token_dtype
 from .tokenizer import end_of_document, load_tokenizer, vocabulary
 
 __all__ = ["Prepared", "PreparedSplit", "prepare"]
@@ -142,7 +142,7 @@ def _batches(items: Iterable[Assigned]) -> Iterator[list[Assigned]]:
 
 
 def _write(
-    writers: Mapping[str, PairWriter],
+    writers: Mapping[str, TokenFileWriter],
     batches: Iterator[list[Assigned]],
     encoder: Encoder,
     workers: int,
@@ -174,14 +174,14 @@ def _unknown(document: Document, token: int, encoder: Encoder, vocab: int | None
     )
 
 
-def _counts(writers: Mapping[str, PairWriter]) -> dict[str, float]:
+def _counts(writers: Mapping[str, TokenFileWriter]) -> dict[str, float]:
     return {
         "documents": sum(writer.documents for writer in writers.values()),
         "tokens": sum(writer.tokens for writer in writers.values()),
     }
 
 
-def _refuse_empty(writers: Mapping[str, PairWriter], validation: object) -> None:
+def _refuse_empty(writers: Mapping[str, TokenFileWriter], validation: object) -> None:
     for split, writer in writers.items():
         if not writer.documents:
             raise DataError(

@@ -61,15 +61,15 @@ class _Keeping(LMObjective):
     """Cross-entropy that leaves the final hidden states of each micro-batch."""
 
     def __init__(
-        self, topology: Topology, micro_batches: int, listening: Callable[[], AbstractContextManager[None]]
+        self, topology: Topology, micro_batches: int, capturing: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        """listening: around a forward pass, whose states are wanted."""
+        """capturing: around a forward pass, whose states are wanted."""
         super().__init__(topology)
-        self.listening = listening
+        self.capturing = capturing
         self.hidden: list[Any] = [None] * micro_batches
 
     def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
-        with self.listening():
+        with self.capturing():
             return final_hidden(chunk, batch.tokens, batch.beside)
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:

@@ -72,7 +72,7 @@ class KDObjective:
             self.states.begin(batches)
 
     def _listening(self) -> AbstractContextManager[None]:
-        return self.states.listening() if self.states else nullcontext()
+        return self.states.capturing() if self.states else nullcontext()
 
     def _measure(self, batches: Sequence[Batch]) -> None:
         """A first forward pass, where the weight of the states' loss is still to be found."""

@@ -15,14 +15,14 @@ from ..layout import Shape
 from ..losses import STATE_LOSSES
 from ..parallel import Topology
 
-__all__ = ["ATTENTION", "MLP_INPUTS", "OUTPUTS", "Pair", "StatePairs"]
+__all__ = ["ATTENTION", "MLP_INPUTS", "OUTPUTS", "LayerPair", "StatePairs"]
 
 OUTPUTS, MLP_INPUTS, ATTENTION = "outputs", "mlp_inputs", "attention"
 
 DYNAMIC = "dynamic"
 
 
-class Pair(NamedTuple):
+class LayerPair(NamedTuple):
     """A state of the teacher and one of the student. The embedding is the output of layer -1."""
 
     kind: str
@@ -76,8 +76,8 @@ class StatePairs:
         return self.alpha == DYNAMIC
 
     @cached_property
-    def pairs(self) -> tuple[Pair, ...]:
-        found = [Pair(OUTPUTS, -1, -1)] if self.embedding else []
+    def pairs(self) -> tuple[LayerPair, ...]:
+        found = [LayerPair(OUTPUTS, -1, -1)] if self.embedding else []
         for kind in (OUTPUTS, MLP_INPUTS, ATTENTION):
             found += [_parsed(kind, written) for written in getattr(self, kind)]
         return tuple(found)
@@ -101,22 +101,22 @@ class StatePairs:
                 raise RecipeError(_of_two_stages(pair, teacher, student, topology))
 
 
-def _parsed(kind: str, written: str) -> Pair:
+def _parsed(kind: str, written: str) -> LayerPair:
     found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(written))
     if not found:
         raise RecipeError(
             f"states {kind} has {written!r}, which is no pair of layers. Write teacher:student in quotes, as '29:13'."
         )
-    return Pair(kind, int(found[1]), int(found[2]))
+    return LayerPair(kind, int(found[1]), int(found[2]))
 
 
-def _stages(pair: Pair, teacher: Shape, student: Shape, topology: Topology) -> tuple[int, int]:
+def _stages(pair: LayerPair, teacher: Shape, student: Shape, topology: Topology) -> tuple[int, int]:
     """The pipeline rank of the teacher's state, and of the student's."""
     layers = at_layer(pair.kind, pair.teacher, teacher), at_layer(pair.kind, pair.student, student)
     return topology.stage_of(layers[0], teacher.layers), topology.stage_of(layers[1], student.layers)
 
 
-def _of_two_stages(pair: Pair, teacher: Shape, student: Shape, topology: Topology) -> str:
+def _of_two_stages(pair: LayerPair, teacher: Shape, student: Shape, topology: Topology) -> str:
     """What is wrong, and the mapping that is nearest to the one asked for."""
     theirs, ours = _stages(pair, teacher, student, topology)
     there = _on_one_stage(pair.kind, teacher, student, topology)
@@ -127,8 +127,8 @@ def _of_two_stages(pair: Pair, teacher: Shape, student: Shape, topology: Topolog
     )
 
 
-def _on_one_stage(kind: str, teacher: Shape, student: Shape, topology: Topology) -> Iterator[Pair]:
+def _on_one_stage(kind: str, teacher: Shape, student: Shape, topology: Topology) -> Iterator[LayerPair]:
     for layers in product(range(teacher.layers), range(student.layers)):
-        theirs, ours = _stages(Pair(kind, *layers), teacher, student, topology)
+        theirs, ours = _stages(LayerPair(kind, *layers), teacher, student, topology)
         if theirs == ours:
-            yield Pair(kind, *layers)
+            yield LayerPair(kind, *layers)

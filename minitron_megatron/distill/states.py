@@ -15,11 +15,11 @@ from torch import Tensor
 from ..data import Batch
 from ..errors import RecipeError
 from ..layout import lookup
-from ..losses import also_minimise, relation_loss, state_loss
+from ..losses import attach_loss, relation_loss, state_loss
 from ..model import chunks_of, config_of
 from ..parallel import Topology, local_sequence, sum_over_world
 from .bridge import attach, detach
-from .pairs import ATTENTION, MLP_INPUTS, OUTPUTS, Pair, StatePairs, at_layer
+from .pairs import ATTENTION, MLP_INPUTS, OUTPUTS, LayerPair, StatePairs, at_layer
 
 __all__ = ["StateLoss"]
 
@@ -27,7 +27,7 @@ QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 RELATIONS = ("q", "k", "v")
 
 
-class Tap(NamedTuple):
+class StateTap(NamedTuple):
     """Where a state is measured: what leaves a module. The embedding is the output of layer -1."""
 
     kind: str
@@ -64,8 +64,8 @@ class StateLoss:
         self._listening = self._measuring = False
         self._at: int | None = None
         self._masks: list[Tensor] = []
-        self._seen: dict[Tap, list[Tensor]] = {Tap(pair.kind, pair.teacher): [] for pair in pairs.pairs}
-        self._again: dict[Tap, deque[int]] = {Tap(pair.kind, pair.student): deque() for pair in pairs.pairs}
+        self._seen: dict[StateTap, list[Tensor]] = {StateTap(pair.kind, pair.teacher): [] for pair in pairs.pairs}
+        self._again: dict[StateTap, deque[int]] = {StateTap(pair.kind, pair.student): deque() for pair in pairs.pairs}
         self._sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
         hooks = [(self.teacher, self._seen, self._hear), (self.student, self._again, self._compare)]
         self._handles = [each for chunks, taps, hook in hooks for each in _hooked(chunks, taps, hook)]
@@ -76,7 +76,7 @@ class StateLoss:
         return float(self.bridges[0].alpha) if self.pairs.dynamic else float(self.pairs.alpha)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def capturing(self) -> Iterator[None]:
         """Inside, what the teacher runs leaves its states, a micro-batch after the other."""
         self._listening = True
         try:
@@ -148,11 +148,11 @@ class StateLoss:
         scale = self.student[0].config.grad_scale_func
         return weight if scale is None else scale(weight)
 
-    def _hear(self, tap: Tap, module: Any, inputs: Any, output: Any) -> None:
+    def _hear(self, tap: StateTap, module: Any, inputs: Any, output: Any) -> None:
         if self._listening:
             self._seen[tap].append(_states(output).detach())
 
-    def _compare(self, tap: Tap, module: Any, inputs: Any, output: Any) -> Any:
+    def _compare(self, tap: StateTap, module: Any, inputs: Any, output: Any) -> Any:
         """A hook on the student: its states, with the losses of the pairs that they are in.
 
         A layer that is recomputed runs without gradients first, and again, in the order of micro-batches, when its turn
@@ -169,11 +169,13 @@ class StateLoss:
         states = _states(output)
         for pair in self.pairs.pairs:
             if tap == (pair.kind, pair.student):
-                loss = self._loss(pair, states, self._seen[Tap(pair.kind, pair.teacher)][index], self._masks[index])
-                states = also_minimise(states, loss, self._weight) if torch.is_grad_enabled() else states
+                loss = self._loss(
+                    pair, states, self._seen[StateTap(pair.kind, pair.teacher)][index], self._masks[index]
+                )
+                states = attach_loss(states, loss, self._weight) if torch.is_grad_enabled() else states
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
-    def _loss(self, pair: Pair, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
+    def _loss(self, pair: LayerPair, student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
         """This rank's part of the sum over tokens; it is added to L_is. counts: [s, b]."""
         topology = self.topology
         if pair.kind == ATTENTION:
@@ -215,7 +217,7 @@ def _hooked(chunks: Sequence[Any], taps: Any, hook: Callable[..., Any]) -> Itera
                 yield module.register_forward_hook(partial(hook, tap))
 
 
-def _module(chunk: Any, tap: Tap) -> Any | None:
+def _module(chunk: Any, tap: StateTap) -> Any | None:
     """The module that a tap's states leave; None where another chunk has it. Raises RecipeError where no norm does."""
     shape = config_of(chunk).shape
     if tap.kind == OUTPUTS and tap.layer == shape.layers - 1:

@@ -3,9 +3,9 @@
 Knows: models, held-out batches, the harness. Must not know: how a model came about, recipes.
 """
 
+from .extra_tasks import PROGRAMS
 from .losses import ValidationSet, validation_loss
-from .own import PROGRAMS
-from .predict import Predictor, Run
+from .predict import Predictor, RunBatches
 from .suites import SUITES, Task
 from .tasks import check_tasks, lower_is_better, run_tasks, scores_of
 
@@ -13,7 +13,7 @@ __all__ = [
     "PROGRAMS",
     "SUITES",
     "Predictor",
-    "Run",
+    "RunBatches",
     "Task",
     "ValidationSet",
     "check_tasks",

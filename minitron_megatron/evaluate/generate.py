@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import Continued, Past
+from ..model import DecodeBatch, KVCache
 from ..parallel import Topology, gather_objects, gather_sequence
 
-__all__ = ["Reader", "Texts", "padded"]
+__all__ = ["IncrementalDecoder", "Texts", "padded"]
 
 Texts = Sequence[Sequence[int]]
 
 
-class Reader:
+class IncrementalDecoder:
     """Reads texts as they grow, each token once: keys and values of what it has read are kept.
 
     Collective over the world, whose ranks are to give as many texts each.
@@ -34,7 +34,7 @@ class Reader:
         self._run, self._topology, self._micro_batch = run, topology, micro_batch
         room = padded(texts, topology).shape[1] + most + topology.tp  # tp: what pads the last token
         rows = torch.arange(len(texts)).split(micro_batch)
-        self._pasts = [Past(len(part), room) for part in rows]
+        self._pasts = [KVCache(len(part), room) for part in rows]
         self._read = [0] * len(texts)
 
     def __call__(self, texts: Texts) -> dict[int, Tensor]:
@@ -45,7 +45,7 @@ class Reader:
         for past, own in zip(self._pasts, torch.tensor(starts).split(self._micro_batch), strict=True):
             past.starts = own
         batches = [
-            Continued(part.to(self._topology.device), past) for part, past in zip(parts, self._pasts, strict=True)
+            DecodeBatch(part.to(self._topology.device), past) for part, past in zip(parts, self._pasts, strict=True)
         ]
         self._read = [len(text) for text in texts]
         found = {}

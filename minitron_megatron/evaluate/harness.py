@@ -19,7 +19,7 @@ log = logging.getLogger("lm_eval")
 MOST_TOKENS = 256
 """Generated where a task does not say, as in the harness's own models."""
 
-Pair = tuple[list[int], list[int]]
+ContextAndAnswer = tuple[list[int], list[int]]
 
 
 def harness_model(
@@ -132,7 +132,7 @@ class _Answers:
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         return self.predictor.likelihoods([(before, after) for _, before, after in requests], listener=self.listener)
 
-    def _pairs(self, requests: Sequence[Any]) -> list[Pair]:
+    def _pairs(self, requests: Sequence[Any]) -> list[ContextAndAnswer]:
         """Tokens of each (context, continuation), as `TemplateLM` splits them."""
         pairs = []
         for context, continuation in (request.args[:2] for request in requests):
@@ -156,7 +156,7 @@ class _Answers:
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        windows: list[Pair] = []
+        windows: list[ContextAndAnswer] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -217,7 +217,7 @@ class _Answers:
         )
         return [_until(self.tokenizer.decode(tokens, skip_special_tokens=True), ends) for tokens in made]
 
-    def _fitted(self, before: list[int], after: list[int]) -> Pair:
+    def _fitted(self, before: list[int], after: list[int]) -> ContextAndAnswer:
         """A pair whose input, without the last token, fits the context."""
         if len(after) > self.context:
             raise DataError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import RecipeError, did_you_mean
-from .own import OWN, PROGRAMS
+from .extra_tasks import EXTRA_TASKS, PROGRAMS
 
 __all__ = ["check_metric", "first_metric", "metric_key", "metric_value"]
 
@@ -77,7 +77,7 @@ def _metrics(config: Mapping[str, Any]) -> tuple[list[str], bool]:
         return list(DEFAULT_METRIC_REGISTRY[config.get("output_type", "generate_until")]), False
     metrics = [each["metric"] for each in listed]
     names = [each if isinstance(each, str) else each.__name__ for each in metrics]
-    return names, any(map(callable, metrics)) and config.get("task") not in {*OWN, *PROGRAMS}
+    return names, any(map(callable, metrics)) and config.get("task") not in {*EXTRA_TASKS, *PROGRAMS}
 
 
 def _unknown(task: str, name: str, known: Sequence[str]) -> RecipeError:

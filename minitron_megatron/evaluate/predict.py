@@ -14,14 +14,14 @@ from ..events import Event, Listener, silent
 from ..losses import token_likelihood
 from ..model import chunks_of, config_of, forward_only, output_weight, reads_past
 from ..parallel import Topology, gather_objects, gather_sequence
-from .generate import Reader, Texts, padded
+from .generate import IncrementalDecoder, Texts, padded
 
-__all__ = ["Predictor", "Run"]
+__all__ = ["Predictor", "RunBatches"]
 
 Tokens = tuple[int, ...]
 Likelihood = tuple[float, bool]
 """log p in nats, and whether greedy decoding would give just this."""
-Run = Callable[[Sequence[Batch]], list[Tensor]]
+RunBatches = Callable[[Sequence[Batch]], list[Tensor]]
 """The final hidden states of micro-batches, on the last pipeline stage."""
 Adjust = Callable[[Sequence[int], int, Tensor], Tensor]
 """(tokens so far, how many of them are new, logits [vocab]) -> logits."""
@@ -33,7 +33,7 @@ class Predictor:
     Data-parallel ranks share the work, longest first; what pads a batch comes after what counts and changes nothing.
     """
 
-    def __init__(self, model: Any, topology: Topology, *, micro_batch: int = 8, run: Run | None = None) -> None:
+    def __init__(self, model: Any, topology: Topology, *, micro_batch: int = 8, run: RunBatches | None = None) -> None:
         """run: in the place of `forward_only` of the model."""
         self._run = run or partial(forward_only, model)
         self.model, self.topology, self.micro_batch = chunks_of(model), topology, micro_batch
@@ -112,7 +112,7 @@ class Predictor:
     def _reader(self, texts: Texts, most: int) -> Callable[[Texts], Mapping[int, Tensor]]:
         """Text -> the final state [h] of its last token, however it grows; last pipeline stage only."""
         if self._keeps:
-            return Reader(self._run, self.topology, texts, most, self.micro_batch)
+            return IncrementalDecoder(self._run, self.topology, texts, most, self.micro_batch)
 
         def all_again(texts: Texts) -> dict[int, Tensor]:
             found = self._last_states(range(len(texts)), [(tuple(text), 1) for text in texts])

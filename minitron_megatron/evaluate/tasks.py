@@ -18,11 +18,11 @@ from ..errors import DataError, RecipeError, did_you_mean
 from ..events import Listener, silent
 from ..parallel import Topology, broadcast_object
 from .decoding import generation_settings
+from .extra_tasks import EXTRA_TASKS, PROGRAMS, graded
 from .harness import harness_model
 from .messages import named_errors, quiet, warn
 from .metrics import check_metric, first_metric, metric_key, metric_value
-from .own import OWN, PROGRAMS, graded
-from .predict import Predictor, Run
+from .predict import Predictor, RunBatches
 from .programs import isolation
 from .registry import every_name, loader, registered
 from .shots import check_rows, check_shots, check_texts, with_files
@@ -161,7 +161,7 @@ def run_tasks(
     chat: bool = False,
     seed: int = 0,
     micro_batch: int = 8,
-    run: Run | None = None,
+    run: RunBatches | None = None,
     listener: Listener = silent,
 ) -> dict[str, Any]:
     """Runs tasks and returns the harness's own results, samples included, on every rank. Collective over the world.
@@ -257,11 +257,11 @@ def lower_is_better(results: Mapping[str, Any], task: Task) -> bool:
 
 def _leaves(name: str) -> dict[str, dict[str, Any]]:
     """A task, or all of a group's or a tag's -> what groups say of it. Raises RecipeError for an unknown name."""
-    if name in OWN:
+    if name in EXTRA_TASKS:
         return {name: {}}
     entry = registered(name)
     if entry is None:
-        raise RecipeError(f"there is no task {name}.{did_you_mean(name, [*every_name(), *OWN])}")
+        raise RecipeError(f"there is no task {name}.{did_you_mean(name, [*every_name(), *EXTRA_TASKS])}")
     if entry.kind.name == "TAG":
         return {leaf: keys for each in sorted(entry.tags) for leaf, keys in _leaves(each).items()}
     return _members(name, entry.cfg) if entry.kind.name == "GROUP" else {name: {}}
@@ -294,7 +294,7 @@ def _configured(
     run_code: bool = False,
 ) -> dict[str, Any]:
     """The harness's own configuration of a task, with what its groups say, our shots, sampling and data."""
-    config = _own(task, name, run_code) if name in OWN or name in PROGRAMS else _registered(name, True)
+    config = _own(task, name, run_code) if name in EXTRA_TASKS or name in PROGRAMS else _registered(name, True)
     config = {**config, **(keys or {})}
     config.pop("tag", None)
     config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "trust_remote_code": False}
@@ -313,8 +313,8 @@ def _configured(
 
 
 def _own(task: Task, name: str, run_code: bool) -> dict[str, Any]:
-    if name in OWN:
-        return dict(OWN[name])
+    if name in EXTRA_TASKS:
+        return dict(EXTRA_TASKS[name])
     if task.shots:
         raise RecipeError(
             f"task {name} with {task.shots} shots is not supported. Set its shots to 0, as the papers do."

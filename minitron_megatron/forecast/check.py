@@ -16,7 +16,7 @@ from ..data import check_tokenizer, samples_by_source, text_files
 from ..errors import DataError, RecipeError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec
-from ..parallel import PlannedTopology, Topology, check_apart
+from ..parallel import PlannedTopology, Topology, check_independent_replicas
 from ..recipe import CHOOSE_BY, Recipe, ResolvedPhase, Source, light_recipe, resolved
 from ..serve import check_fp8
 from .check_tasks import check_evaluation
@@ -182,7 +182,7 @@ def _check_schedule(key: str, phase: ResolvedPhase) -> None:
 
 
 def _check_samples(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Topology) -> None:
-    alone = key == "search.light" and recipe.search and recipe.search.light and recipe.search.light.apart
+    alone = key == "search.light" and recipe.search and recipe.search.light and recipe.search.light.independent_replicas
     replicas = 1 if alone else topology.replicas
     _check_split(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology, replicas)
     if len(phase.weights) != len(recipe.data.sources):
@@ -221,8 +221,8 @@ def _check_lengths(recipe: Recipe, config: ModelConfig, phases: Iterable[tuple[s
 
 
 def _check_apart(recipe: Recipe, topology: Topology) -> None:
-    if recipe.search and recipe.search.light and recipe.search.light.apart:
-        check_apart(topology)
+    if recipe.search and recipe.search.light and recipe.search.light.independent_replicas:
+        check_independent_replicas(topology)
 
 
 def _check_split(key: str, total: int, micro: int, topology: Topology, replicas: int) -> None:

@@ -10,7 +10,7 @@ from .distillation import KDLoss
 from .divergences import DIVERGENCES, Divergence
 from .fused import chunk_tokens, distill_loss, lm_loss
 from .likelihood import token_likelihood
-from .states import STATE_LOSSES, also_minimise, relation_loss, state_loss
+from .states import STATE_LOSSES, attach_loss, relation_loss, state_loss
 from .vocab import Entries
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "Divergence",
     "Entries",
     "KDLoss",
-    "also_minimise",
+    "attach_loss",
     "chunk_tokens",
     "distill_loss",
     "lm_loss",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["STATE_LOSSES", "also_minimise", "relation_loss", "state_loss"]
+__all__ = ["STATE_LOSSES", "attach_loss", "relation_loss", "state_loss"]
 
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _log_relations(vectors: Tensor, later: Tensor) -> Tensor:
     return scores.masked_fill(later, torch.finfo(scores.dtype).min).log_softmax(-1)
 
 
-def also_minimise(states: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+def attach_loss(states: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
     """`states` as they are; their backward pass descends `weight * loss` as well. weight: scalar, a constant.
 
     So a loss is minimised on a pipeline stage that has none, as mcore does with the auxiliary losses of experts

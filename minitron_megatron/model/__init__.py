@@ -5,16 +5,16 @@ Knows: mcore's modules, configs and schedules, training checkpoints. Must not kn
 """
 
 from .build import build, chunks_of, rebuild
-from .cache import Continued, Past
 from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
 from .config import ACTIVATIONS, ModelConfig, Recompute, check_fits, config_of
 from .finite import check_finite
 from .initial import fill_initial
+from .kv_cache import DecodeBatch, KVCache
 from .megatron_flags import FLAGS as MEGATRON_FLAGS
 from .megatron_flags import check_megatron_lm
 from .megatron_lm import save_megatron_lm
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
-from .shards import BRIDGE, LORA, NamedShard, adopt, home, named_shards, output_weight, overlay
+from .shards import BRIDGE, LORA, NamedShard, assign, named_shards, output_weight, overlay, owner_rank
 from .spec import Spec, check_spec, reads_past
 
 __all__ = [
@@ -23,16 +23,16 @@ __all__ = [
     "LORA",
     "MEGATRON_FLAGS",
     "Checkpoints",
-    "Continued",
+    "DecodeBatch",
+    "KVCache",
     "MicroBatch",
     "ModelConfig",
     "NamedShard",
-    "Past",
     "Recompute",
     "Spec",
     "States",
     "Trainee",
-    "adopt",
+    "assign",
     "build",
     "check_finite",
     "check_fits",
@@ -45,12 +45,12 @@ __all__ = [
     "forward_kept",
     "forward_only",
     "forward_rest",
-    "home",
     "load_checkpoint",
     "load_weights",
     "named_shards",
     "output_weight",
     "overlay",
+    "owner_rank",
     "reads_past",
     "rebuild",
     "save_megatron_lm",

@@ -32,7 +32,7 @@ from ..parallel import (
 )
 from .build import chunks_of
 from .metadata import check_format
-from .shards import adopt, named_shards
+from .shards import assign, named_shards
 from .writing import reading, writing
 
 __all__ = ["Checkpoints", "Trainee", "load_checkpoint", "load_weights"]
@@ -238,7 +238,7 @@ def load_weights(path: Path, model: Any, topology: Topology, identity: str = "")
     _verified(path, identity, [""])
     chunks = chunks_of(model)
     for shard in named_shards(chunks):
-        adopt(shard, torch.empty_like(shard.tensor, device=topology.device))
+        assign(shard, torch.empty_like(shard.tensor, device=topology.device))
     state = {
         _key(at): _tensors(chunk.sharded_state_dict(metadata=dict(RESHARDABLE))) for at, chunk in enumerate(chunks)
     }

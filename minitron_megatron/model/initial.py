@@ -13,7 +13,7 @@ from ..layout import lookup
 from ..parallel import Topology
 from .build import chunks_of
 from .config import ModelConfig, config_of
-from .shards import adopt, named_shards
+from .shards import assign, named_shards
 
 __all__ = ["fill_initial"]
 
@@ -29,7 +29,7 @@ def fill_initial(model: Any, topology: Topology, seed: int) -> None:
         param, sizes = lookup(shard.name), config.shape.sizes()
         for dim in range(full.dim()):
             full = full.index_select(dim, param.shard_rows(dim, sizes, topology.tp_rank, topology.tp))
-        adopt(shard, full.to(topology.device, shard.tensor.dtype))
+        assign(shard, full.to(topology.device, shard.tensor.dtype))
 
 
 def _draw(name: str, config: ModelConfig, seed: int) -> Tensor:

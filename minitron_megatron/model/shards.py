@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layout import Shape, expert_of, layer_of
 from ..parallel import Topology
 
-__all__ = ["BRIDGE", "LORA", "NamedShard", "adopt", "home", "named_shards", "output_weight", "overlay"]
+__all__ = ["BRIDGE", "LORA", "NamedShard", "assign", "named_shards", "output_weight", "overlay", "owner_rank"]
 
 FUSED_NORMS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 """Transformer Engine's linear layers that hold the norm before them, as `layer_norm_weight` and `layer_norm_bias`."""
@@ -32,7 +32,7 @@ class NamedShard:
     """Global: layers numbered over the whole model; a tied output layer bears the embedding's name."""
     module: nn.Module
     leaf: str
-    second_home: bool = False
+    tied_copy: bool = False
     """Whether this is the last stage's copy of a tied embedding."""
 
     @property
@@ -81,7 +81,9 @@ def output_weight(chunk: Any) -> Tensor:
     )
 
 
-def home(name: str, shape: Shape, topology: Topology, tp_rank: int | None = None, replica: int | None = None) -> int:
+def owner_rank(
+    name: str, shape: Shape, topology: Topology, tp_rank: int | None = None, replica: int | None = None
+) -> int:
     """The global rank that holds a parameter's shard (of a tied embedding: the first home).
 
     tp_rank: of which shard; replica: on which data-parallel rank, of an expert's parameter on which of the ranks that
@@ -102,7 +104,7 @@ def home(name: str, shape: Shape, topology: Topology, tp_rank: int | None = None
     )
 
 
-def adopt(shard: NamedShard, tensor: Tensor) -> None:
+def assign(shard: NamedShard, tensor: Tensor) -> None:
     """Puts `tensor` in the place of a parameter, which may be on `meta`; mcore's marks on it are kept.
 
     Raises ValueError where the shapes differ.

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RecipeError
-from ..parallel import Span
-from .cache import Past
+from ..parallel import ContextShard
+from .kv_cache import KVCache
 
 __all__ = ["CoreAttention", "Norm", "Spec", "block_spec", "check_spec", "reads_past"]
 
@@ -53,21 +53,26 @@ class CoreAttention(nn.Module):
         self.window: int | None = config.window_size[0] + 1 if config.window_size else None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | Past | None, **_: Any
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | KVCache | None, **_: Any
     ) -> Tensor:
         """query: [s, b, heads, head_dim]; key, value: [s, b, kv_groups, head_dim]. Returns [s, b, heads * head_dim].
 
         attention_mask: no mask, but the number of each token's document, [b, s] on the host, or None: all are one. A
         call a document: as fast as flash attention is over so many, and nothing between documents is computed. Or what
-        came before these tokens; or the ticket of a Span, int64 []: then keys and values of the rest are fetched.
+        came before these tokens; or the ticket of a ContextShard, int64 []: then keys and values of the rest are
+        fetched.
         """
-        span = Span.of(attention_mask) if isinstance(attention_mask, Tensor) and attention_mask.dim() == 0 else None
+        span = (
+            ContextShard.of(attention_mask)
+            if isinstance(attention_mask, Tensor) and attention_mask.dim() == 0
+            else None
+        )
         if span:
             key, value = span.whole(torch.cat([key, value], -1)).chunk(2, -1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is None:
             out = _causal(self.window, q, k, v)
-        elif isinstance(attention_mask, Past):
+        elif isinstance(attention_mask, KVCache):
             k, v, seen = attention_mask.extend(self, k, v, self.window)
             out = _causal(self.window, q, k, v) if seen is None else _attend(q, k, v, seen)
         elif span:
@@ -106,7 +111,7 @@ def _apart(window: int | None, q: Tensor, k: Tensor, v: Tensor, documents: Tenso
     return torch.cat([_causal(window, *part) for part in parts], dim=2)
 
 
-def _shared(window: int | None, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+def _shared(window: int | None, q: Tensor, k: Tensor, v: Tensor, span: ContextShard) -> Tensor:
     """Causal attention of a part's queries, each piece to what is not after it: [batch, heads, part, head_dim]."""
     samples = zip(*(x.chunk(len(span.pieces)) for x in (q, k, v)), span.pieces, strict=True)
     return torch.cat([_by_piece(window, *sample) for sample in samples])
@@ -121,7 +126,7 @@ def _by_piece(window: int | None, q: Tensor, k: Tensor, v: Tensor, pieces: Seque
 
 
 def reads_past(chunk: Any) -> bool:
-    """Whether a GPTModel's attention is ours, which alone knows `Past`."""
+    """Whether a GPTModel's attention is ours, which alone knows `KVCache`."""
     return all(isinstance(layer.self_attention.core_attention, CoreAttention) for layer in chunk.decoder.layers)
 
 

@@ -4,7 +4,6 @@ Knows: ranks, groups, devices, which layer lives on which pipeline stage, what m
 versions differ. Must not know: scores, plans, losses, recipes.
 """
 
-from .apart import apart, check_apart
 from .backend import install_cpu_backend, peak_bytes, peak_flops
 from .collectives import (
     Group,
@@ -25,9 +24,8 @@ from .collectives import (
     sum_gradient,
     sum_over_world,
 )
-from .span import Span
-from .topology import PlannedTopology, Topology, claim_device, launched
-from .versions import (
+from .context_shard import ContextShard
+from .mcore_compat import (
     FITS,
     count_padding,
     failed_alone,
@@ -41,19 +39,20 @@ from .versions import (
     save_sharded,
     undisturbed,
 )
+from .replicas import check_independent_replicas, independent_replicas
+from .topology import PlannedTopology, Topology, claim_device, launched
 
 __all__ = [
     "FITS",
+    "ContextShard",
     "Group",
     "PlannedTopology",
-    "Span",
     "Topology",
     "all_reduce",
     "all_to_all",
-    "apart",
     "barrier",
     "broadcast_object",
-    "check_apart",
+    "check_independent_replicas",
     "claim_device",
     "count_padding",
     "fail_together",
@@ -65,6 +64,7 @@ __all__ = [
     "gather_sequence",
     "group_rank",
     "group_size",
+    "independent_replicas",
     "install_cpu_backend",
     "kill_writers",
     "launched",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ..errors import TopologyError
 from .backend import install_cpu_backend
-from .versions import quieten
+from .mcore_compat import quieten
 
 __all__ = ["PlannedTopology", "Topology", "claim_device", "launched"]
 
@@ -24,8 +24,9 @@ class Topology:
     """Sizes and ranks of tensor (tp), pipeline (pp), virtual pipeline (vp), data (dp), expert (ep) and context (cp)
     parallelism.
 
-    Of `dp` data-parallel ranks, `cp` neighbours each share the sequences that they train on (`Span`). mcore does not
-    know it: it sums their gradients as those of all data-parallel ranks. What does not train treats them as any.
+    Of `dp` data-parallel ranks, `cp` neighbours each share the sequences that they train on (`ContextShard`). mcore
+    does not know it: it sums their gradients as those of all data-parallel ranks. Scoring and validation treat them as
+    any others.
 
     The groups are mcore's own: `Topology.start` is the only call that makes them, `stop` the only one that ends them.
     """

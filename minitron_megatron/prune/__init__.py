@@ -7,7 +7,7 @@ from .baselines import first_plan, random_plan
 from .choose import SAFE_MARGIN, checked_sizes, choose
 from .depth import choose_layers
 from .merge import MERGES, SIGNS, check_merge, merge_heads
-from .trim import check_cut, realise, trim
+from .trim import check_cut, trim, trimmed_view
 
 __all__ = [
     "MERGES",
@@ -21,6 +21,6 @@ __all__ = [
     "first_plan",
     "merge_heads",
     "random_plan",
-    "realise",
     "trim",
+    "trimmed_view",
 ]

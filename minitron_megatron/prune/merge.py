@@ -22,7 +22,7 @@ MERGES = ("q", "q+o", "qkvo")
 SIGNS = {"printed": 1, "reversed": -1}
 """`printed`: head + (head - partner), as the paper prints it; `reversed`: head + (partner - head), as LaCo has it."""
 
-Pair = tuple[int, int]
+HeadPair = tuple[int, int]
 """(a head that stays, its partner that goes), as indices of the axis that is cut."""
 
 
@@ -71,7 +71,7 @@ def check_merge(teacher: Shape, student: Shape, merge: str) -> None:
         raise PlanError(f"{stay} of {there} heads stay, and each can take one along. Keep half of them at least.")
 
 
-def _pairs(scores: Scores, plan: Plan, layer: int) -> list[Pair]:
+def _pairs(scores: Scores, plan: Plan, layer: int) -> list[HeadPair]:
     axis = _axis(plan.shape)
     units, kept = scores_of(axis, scores)[layer], set(plan.keep[axis][layer])
     groups = [range(plan.shape.heads)]
@@ -87,7 +87,14 @@ def _pairs(scores: Scores, plan: Plan, layer: int) -> list[Pair]:
 
 
 def _merge(
-    shard: Tensor, param: Param, dim: int, role: str | None, pairs: list[Pair], sign: int, shape: Shape, at: Topology
+    shard: Tensor,
+    param: Param,
+    dim: int,
+    role: str | None,
+    pairs: list[HeadPair],
+    sign: int,
+    shape: Shape,
+    at: Topology,
 ) -> None:
     """Rewrites this rank's rows of a split dim; role: which of its rows, None: all that a head has. Collective over
     tp, since a partner may lie on another rank."""

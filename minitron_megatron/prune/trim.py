@@ -1,4 +1,4 @@
-"""Plan -> smaller model: new modules on `meta` adopt the trimmed shards one by one, each old one freed or kept."""
+"""Plan -> smaller model: new modules on `meta` take the trimmed shards one by one, each old one freed or kept."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..layout import PUBLIC_AXES, Param, Shape, expert_of, kept_rows, layer_of, lookup
-from ..model import NamedShard, adopt, check_fits, chunks_of, config_of, home, named_shards, rebuild
+from ..model import NamedShard, assign, check_fits, chunks_of, config_of, named_shards, owner_rank, rebuild
 from ..parallel import Topology, all_to_all, fail_together, move
 from ..records import Plan
 
-__all__ = ["check_cut", "realise", "trim"]
+__all__ = ["check_cut", "trim", "trimmed_view"]
 
 BLOCKS = 16
 """A parameter is cut, and sent to other ranks, in so many pieces: what that takes besides is a few times 1/16 of it."""
@@ -33,7 +33,7 @@ def trim(model: Any, plan: Plan, topology: Topology) -> list[Any]:
     return _cut(model, plan, topology, free=True)
 
 
-def realise(model: Any, plan: Plan, topology: Topology) -> list[Any]:
+def trimmed_view(model: Any, plan: Plan, topology: Topology) -> list[Any]:
     """What `trim` would give, beside a model that stays whole: to be measured, not trained, for what the cut leaves
     whole is the model's own.
 
@@ -54,8 +54,8 @@ def _cut(model: Any, plan: Plan, topology: Topology, *, free: bool) -> list[Any]
     """free: let go of each old shard once it is cut."""
     old_chunks, target = chunks_of(model), plan.target
     new_chunks = rebuild(old_chunks, config_of(old_chunks[0]).resized(**_sizes(target)), topology)
-    old = {(shard.name, shard.second_home): shard for shard in named_shards(old_chunks)}
-    new = {(shard.name, shard.second_home): shard for shard in named_shards(new_chunks)}
+    old = {(shard.name, shard.tied_copy): shard for shard in named_shards(old_chunks)}
+    new = {(shard.name, shard.tied_copy): shard for shard in named_shards(new_chunks)}
     stay = {_source_name(name, plan) for name in target.names()}
     for (name, _), shard in old.items():
         if free and name not in stay:
@@ -63,8 +63,8 @@ def _cut(model: Any, plan: Plan, topology: Topology, *, free: bool) -> list[Any]
     for name in target.names():
         _carry(name, plan, old, new, topology, free=free)
     for key, shard in old.items():
-        if shard.second_home:
-            adopt(new[key], _trimmed(shard, plan, topology))
+        if shard.tied_copy:
+            assign(new[key], _trimmed(shard, plan, topology))
             if free:
                 _free(shard)
     return new_chunks
@@ -91,7 +91,7 @@ Shards = dict[tuple[str, bool], NamedShard]
 def _carry(name: str, plan: Plan, old: Shards, new: Shards, topology: Topology, *, free: bool) -> None:
     """Brings one parameter of the new model from where it was to where it belongs. Only its two homes take part."""
     source_name = _source_name(name, plan)
-    source, target = home(source_name, plan.shape, topology), home(name, plan.target, topology)
+    source, target = owner_rank(source_name, plan.shape, topology), owner_rank(name, plan.target, topology)
     tensor: Tensor | None = None
     if topology.rank == source:
         shard = old[source_name, False]
@@ -103,7 +103,7 @@ def _carry(name: str, plan: Plan, old: Shards, new: Shards, topology: Topology, 
         tensor = move(tensor, shape, dtype, topology.device, source=source, target=target)
     if topology.rank == target:
         assert tensor is not None
-        adopt(new[name, False], tensor)
+        assign(new[name, False], tensor)
 
 
 def _new_shape(name: str, new: Shards, tensor: Tensor | None) -> tuple[tuple[int, ...], torch.dtype]:

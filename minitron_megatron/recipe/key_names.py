@@ -54,6 +54,7 @@ OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
     "shots": ("num_fewshot", "fewshot", "n_shot"),
     "quantize": ("quantization", "fp8"),
     "wandb": ("wandb_mode",),
+    "independent_replicas": ("apart",),
 }
 """Key -> how other tools call it."""
 

@@ -52,7 +52,7 @@ def light_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe with a search's light distillation in place of its own."""
     assert recipe.search is not None and recipe.search.light is not None
     keys = recipe.search.light
-    given = keys.model_dump(exclude_none=True, exclude={"top", "halvings", "measure_every", "apart"})
+    given = keys.model_dump(exclude_none=True, exclude={"top", "halvings", "measure_every", "independent_replicas"})
     given |= {"validate_every": keys.measure_every, "save_every": keys.measure_every, "save_async": False}
     distill = recipe.distill.model_copy(update={**given, "phases": (), "start": None, "retain": False})
     return recipe.model_copy(update={"distill": distill})

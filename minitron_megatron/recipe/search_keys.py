@@ -123,7 +123,7 @@ class Light(Keys):
     """The worse half leaves at half of the steps; 2: at a quarter as well, and so on."""
     measure_every: Count = 50
     """Steps between the losses that ranks are compared by."""
-    apart: HowToRun[bool] = False
+    independent_replicas: HowToRun[bool] = False
     """Each data-parallel replica trains candidates of its own, instead of all of them each together: no gradient
     travels, but each replica holds all of an optimizer."""
     global_batch: Count | None = None

@@ -57,14 +57,14 @@ class Context:
         return self.folders.model("corrected") if self.recipe.corrects_first else self.recipe.model
 
     @property
-    def uncut(self) -> Path:
+    def prune_source(self) -> Path:
         """The folder of the model that is scored and pruned: the teacher, or what it was before its correction."""
         return self.recipe.model if self.recipe.prune.teacher == "original" else self.teacher
 
     @property
-    def uncut_hash(self) -> str:
+    def prune_source_hash(self) -> str:
         """Who the model to prune must be."""
-        return self._expected(self.uncut)
+        return self._expected(self.prune_source)
 
     def _expected(self, folder: Path) -> str:
         """The hash that the run recorded of the original or the corrected model."""
@@ -109,9 +109,9 @@ class Context:
         """The model that teaches, verified. Raises CheckpointError where it is not what the run recorded."""
         return self._verified(self.teacher, DTYPES[self.recipe.teacher_runs_in], trains=trains)
 
-    def load_uncut(self, dtype: torch.dtype | None = None) -> list[Any]:
+    def load_prune_source(self, dtype: torch.dtype | None = None) -> list[Any]:
         """The model to prune, verified as `load_teacher` does."""
-        return self._verified(self.uncut, dtype or self.dtype)
+        return self._verified(self.prune_source, dtype or self.dtype)
 
     def _verified(self, folder: Path, dtype: torch.dtype, *, trains: bool = False) -> list[Any]:
         model = self.load(folder, dtype, trains=trains)

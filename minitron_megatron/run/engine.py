@@ -22,7 +22,7 @@ from ..recipe import Recipe, prefixes, read_yaml
 from ..run_folder import RunFolder
 from .context import Context
 from .fingerprint import fingerprint
-from .preemption import Leaving, leaving
+from .preemption import PreemptionListener, raise_when_preempted
 from .results import RESULTS, Record
 from .stage import Stage
 from .stages import STAGES
@@ -57,10 +57,10 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
             check(recipe, topology)
             if topology.rank == 0:
                 held.enter_context(_claimed(recipe, topology))
-        return _run(recipe, topology, only, held.enter_context(leaving(listener)), before)
+        return _run(recipe, topology, only, held.enter_context(raise_when_preempted(listener)), before)
 
 
-def _run(recipe: Recipe, topology: Topology, only: str | None, listener: Leaving, before: int) -> Results:
+def _run(recipe: Recipe, topology: Topology, only: str | None, listener: PreemptionListener, before: int) -> Results:
     _predict(recipe, topology)
     walk = _Walk(recipe)
     for stage in walk.stages:
@@ -96,7 +96,7 @@ def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, li
                 raise RecipeError(f"task {task} of {tasks} is none. Tasks count from 0.")
             _check_wanted(recipe, "search")
             check(recipe, topology)
-            leave = held.enter_context(leaving(listener))
+            leave = held.enter_context(raise_when_preempted(listener))
             leave.begins("search", keeps=True)
             context = Context(recipe, topology, leave, results(recipe, "score"), lambda other: "")
             if topology.rank == 0:

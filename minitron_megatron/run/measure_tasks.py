@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import transformers_tokenizer
-from ..evaluate import Run, Task, ValidationSet, lower_is_better, run_tasks, scores_of, validation_loss
+from ..evaluate import RunBatches, Task, ValidationSet, lower_is_better, run_tasks, scores_of, validation_loss
 from ..files import whole_file, write_json
 from ..forecast import WINOGRANDE, settings_folder
 from ..layout import parameters
@@ -49,13 +49,13 @@ def score_of(context: Context, model: Any, name: str) -> float:
     return scores_of(found, [task])[name] * (-1 if lower_is_better(found, task) else 1)
 
 
-def winogrande(context: Context, model: Any, run: Run) -> float:
+def winogrande(context: Context, model: Any, run: RunBatches) -> float:
     """Accuracy of what `run` runs of a model. Collective over the world."""
     return scores_of(_run(context, model, [WINOGRANDE], run), [WINOGRANDE])[WINOGRANDE.name]
 
 
 def _run(
-    context: Context, model: Any, tasks: list[Task], run: Run | None = None, folder: Path | None = None
+    context: Context, model: Any, tasks: list[Task], run: RunBatches | None = None, folder: Path | None = None
 ) -> dict[str, Any]:
     keys = context.recipe.evaluate
     return run_tasks(

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 from ..errors import MinitronError, Preempted, RecipeError
 from ..events import Event, Listener
-from ..train import hearing
+from ..train import local_signals
 
-__all__ = ["Leaving", "leaving"]
+__all__ = ["PreemptionListener", "raise_when_preempted"]
 
 
-class Leaving:
+class PreemptionListener:
     """A listener that raises Preempted after a signal, or RecipeError where the next start would get no further: the
     time limit's came (SIGUSR1), and a stage that keeps nothing half done had all the time since this start.
 
@@ -41,11 +41,11 @@ class Leaving:
 
 
 @contextmanager
-def leaving(listener: Listener) -> Iterator[Leaving]:
+def raise_when_preempted(listener: Listener) -> Iterator[PreemptionListener]:
     """Yields the listener for a run. A failure after a signal is Preempted too: another rank has left first."""
-    with hearing() as heard:
+    with local_signals() as heard:
         try:
-            yield Leaving(listener, heard)
+            yield PreemptionListener(listener, heard)
         except MinitronError:
             raise
         except Exception:

@@ -4,9 +4,9 @@ Knows: activations, taps, statistics, the losses that a network without some lay
 is cut, recipes.
 """
 
-from .depth import Metric, Run, leave_out
+from .depth import Metric, RunBatches, leave_out
 from .similarity import block_importance
 from .sweep import score
 from .taps import check_statistic
 
-__all__ = ["Metric", "Run", "block_importance", "check_statistic", "leave_out", "score"]
+__all__ = ["Metric", "RunBatches", "block_importance", "check_statistic", "leave_out", "score"]

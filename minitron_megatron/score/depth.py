@@ -21,13 +21,13 @@ from ..parallel import Topology, all_reduce, sum_over_world
 from ..records import DepthScores
 from .bare import bare_chunks
 
-__all__ = ["Metric", "Run", "blocks_of", "count", "evaluating", "expect_finite", "leave_out"]
+__all__ = ["Metric", "RunBatches", "blocks_of", "count", "evaluating", "expect_finite", "leave_out"]
 
-Run = Callable[[Sequence[MicroBatch]], list[Tensor]]
+RunBatches = Callable[[Sequence[MicroBatch]], list[Tensor]]
 """`forward_only` of what is left of the network: the final hidden states of this replica's micro-batches on the last
 pipeline stage, nothing before it. Collective over the model's ranks."""
 
-Metric = Callable[[Run], float]
+Metric = Callable[[RunBatches], float]
 """A caller's own measure, higher is better. Called on every rank, it gives the same number on each."""
 
 Layers = Sequence[int]

@@ -10,7 +10,7 @@ from ..data import Batch
 from ..events import Event, Listener, silent
 from ..model import chunks_of
 from ..parallel import Topology, fail_together, gather_objects
-from ..prune import check_cut, realise
+from ..prune import check_cut, trimmed_view
 from ..records import Plan
 from ..train import LMObjective, mean_loss
 
@@ -46,7 +46,7 @@ def zero_shot(
     first = topology.tp_rank == topology.pp_rank == 0 and (apart or topology.dp_rank == 0)
     found: dict[str, Found] = {}
     for number, name in enumerate(mine, 1):
-        found[name] = _measured(realise(model, plan_of(name), topology), batches, topology, score)
+        found[name] = _measured(trimmed_view(model, plan_of(name), topology), batches, topology, score)
         if first:
             tell(name, found[name])
         through = min(len(names), number * topology.dp) if apart else number

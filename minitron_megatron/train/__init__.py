@@ -9,7 +9,7 @@ from .learner import Learner
 from .loop import MOST_SKIPPED, train
 from .lora import Lora
 from .objective import LMObjective, Objective
-from .signals import hearing
+from .signals import local_signals
 from .training import Training
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "Lora",
     "Objective",
     "Training",
-    "hearing",
+    "local_signals",
     "mean_loss",
     "train",
     "train_norms_only",

@@ -23,9 +23,9 @@ from ..model import Checkpoints, check_finite, config_of, load_checkpoint
 from ..parallel import Topology, peak_flops
 from .learner import Learner
 from .objective import Objective
-from .pace import Pace
-from .signals import listening
+from .signals import any_rank_signalled
 from .spikes import Spikes
+from .straggler import StragglerMonitor
 from .training import Training
 
 __all__ = ["MOST_SKIPPED", "train"]
@@ -87,7 +87,7 @@ def train(
         values = {"tokens": float(run.tokens)}
         end = training.steps if until is None else min(until, training.steps)
         save_last = save_last or end < training.steps
-        with listening(topology) as preempted:
+        with any_rank_signalled(topology) as preempted:
             for done in range(run.step + 1, end + 1):
                 with run.pace.alone():
                     batches = batches_of(done - 1)
@@ -128,7 +128,7 @@ class _Run:
     spikes: Spikes = field(default_factory=Spikes)
 
     def __post_init__(self) -> None:
-        self.pace = Pace(self.topology)
+        self.pace = StragglerMonitor(self.topology)
 
     @property
     def hopeless(self) -> bool:

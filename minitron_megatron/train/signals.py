@@ -12,14 +12,14 @@ import torch
 
 from ..parallel import Topology, sum_over_world
 
-__all__ = ["hearing", "listening"]
+__all__ = ["any_rank_signalled", "local_signals"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Slurm sends the first on preemption, and the second ahead of the time limit where it is asked to."""
 
 
 @contextmanager
-def hearing() -> Iterator[Sequence[int]]:
+def local_signals() -> Iterator[Sequence[int]]:
     """Yields the signals that this rank has heard since; whoever heard them before is told of it at the end.
 
     Off the main thread, where Python allows no handlers, nothing is heard.
@@ -43,7 +43,7 @@ def hearing() -> Iterator[Sequence[int]]:
 
 
 @contextmanager
-def listening(topology: Topology) -> Iterator[Callable[[], bool]]:
+def any_rank_signalled(topology: Topology) -> Iterator[Callable[[], bool]]:
     """Yields whether any rank has heard a signal since; asking is collective over the world."""
-    with hearing() as heard:
+    with local_signals() as heard:
         yield lambda: bool(sum_over_world(torch.tensor(len(heard), device=topology.device)))

@@ -12,7 +12,7 @@ from tests.limits import HANGS
 
 BEGIN = """
     import os, signal, time
-    from minitron_megatron.cli.interrupt import heard, ignore, listen, raise_if_heard
+    from minitron_megatron.cli.interrupt import heard, ignore, listen, raise_if_interrupted
     from minitron_megatron.events import Event
 
     def end():
@@ -35,7 +35,7 @@ def test_it_is_a_keyboard_interrupt() -> None:
         try:
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt:
-            os._exit(3 if heard() else 4)
+            os._exit(3 if interrupted() else 4)
     """
     assert ends(program) == 3
 
@@ -43,10 +43,10 @@ def test_it_is_a_keyboard_interrupt() -> None:
 def test_a_lost_one_is_raised_by_the_next_event() -> None:
     program = """
         listen(60, end)
-        raise_if_heard(Event("score", 1, 2))
+        raise_if_interrupted(Event("score", 1, 2))
         Falls()
         try:
-            raise_if_heard(Event("score", 2, 2))
+            raise_if_interrupted(Event("score", 2, 2))
         except KeyboardInterrupt:
             os._exit(3)
     """
@@ -100,7 +100,7 @@ def test_a_forked_process_has_a_plain_one(waits: float) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         except KeyboardInterrupt:
             time.sleep({waits})
-            os._exit(4 if heard() else 3)
+            os._exit(4 if interrupted() else 3)
     """
     assert ends(program) == 3
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from minitron_megatron.data import Corpus, check_content, prepare
-from minitron_megatron.data.pair import find_pair
+from minitron_megatron.data.token_files import find_token_files
 from minitron_megatron.errors import DataError, FileError, MinitronError
 from minitron_megatron.files import write_checksums
 from minitron_megatron.parallel import Topology
@@ -50,10 +50,10 @@ def written(
 
 def test_an_index_of_megatrons_own_and_of_others_is_read(pair: Path) -> None:
     tokens = Path(f"{pair}.train.bin").stat().st_size // 2
-    assert find_pair(pair, "train").tokens == tokens
+    assert find_token_files(pair, "train").tokens == tokens
     Path(f"{pair}.train.json").unlink()  # a pair of somebody else's has none
     written(pair, [tokens - 5, 0, 5], ends=[0, 2, 3])
-    assert find_pair(pair, "train").tokens == tokens
+    assert find_token_files(pair, "train").tokens == tokens
     assert len(opened(pair)) == 20
 
 
@@ -81,7 +81,7 @@ def test_a_hostile_index_is_refused(lengths: list[int], changes: dict, message: 
     Path(f"{pair}.train.json").unlink()
     Path(f"{pair}.train.bin").write_bytes(bytes(180))
     written(pair, [90])
-    assert find_pair(pair, "train").tokens == 90
+    assert find_token_files(pair, "train").tokens == 90
     written(pair, lengths, **changes)
     with pytest.raises(DataError, match=rf"low\.train\.idx is no index of .*bin: .*({message})"):
         opened(pair)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from minitron_megatron.data import Corpus, check_tokenizer, prepare, text_files
 from minitron_megatron.data.cache import _check_array
-from minitron_megatron.data.pair import find_pair
 from minitron_megatron.data.readers import documents
+from minitron_megatron.data.token_files import find_token_files
 from minitron_megatron.errors import MinitronError
 
 bounded = settings(
@@ -154,7 +154,7 @@ def test_files_of_a_pair(corpora: tuple[str, str], tmp_path: Path) -> None:
             if not known:
                 (tmp_path / "a.train.json").unlink()
             with only_ours():
-                find_pair(tmp_path / "a", "train")
+                find_token_files(tmp_path / "a", "train")
                 corpus = Corpus([(tmp_path / "a", 1.0)], sequence=8, samples=9, seed=0, cache=tmp_path / "cache")
                 assert [len(corpus[i][0]) for i in range(9)] == [8] * 9
 

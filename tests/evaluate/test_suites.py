@@ -15,7 +15,7 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.data import transformers_tokenizer
 from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.evaluate import PROGRAMS, SUITES, Task, check_tasks, run_tasks, scores_of, tasks
-from minitron_megatron.evaluate.own import OWN
+from minitron_megatron.evaluate.extra_tasks import EXTRA_TASKS
 from minitron_megatron.evaluate.programs import isolation, passes, share_that_pass
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
@@ -67,7 +67,7 @@ def test_the_program_of_an_answer() -> None:
 
 
 def test_summaries_are_compared_by_their_longest_common_subsequence() -> None:
-    (metric,) = (each["metric"] for each in OWN["xlsum_english"]["metric_list"])
+    (metric,) = (each["metric"] for each in EXTRA_TASKS["xlsum_english"]["metric_list"])
     assert metric(["the cat sat on a mat"], ["the cat was on a mat"]) == pytest.approx(5 / 6)
     assert metric(["cats sitting"], ["cat sit"]) == 1.0 and metric(["cat"], ["dog"]) == 0.0
 
@@ -105,9 +105,9 @@ def answers(topology: Topology, folder: Path, files: Path, chat: str = "") -> tu
         return config | {"generation_kwargs": {**config["generation_kwargs"], "max_gen_toks": 12}}
 
     tokenizer.chat_template = chat or None
-    brief = {**OWN["xlsum_english"]["generation_kwargs"], "max_gen_toks": 12}
-    summary = {"xlsum_english": {**OWN["xlsum_english"], "generation_kwargs": brief}}
-    with patch.object(tasks, "_registered", short), patch.object(tasks, "OWN", summary):
+    brief = {**EXTRA_TASKS["xlsum_english"]["generation_kwargs"], "max_gen_toks": 12}
+    summary = {"xlsum_english": {**EXTRA_TASKS["xlsum_english"], "generation_kwargs": brief}}
+    with patch.object(tasks, "_registered", short), patch.object(tasks, "EXTRA_TASKS", summary):
         found = run_tasks(
             load_hf(folder, topology), TASKS, tokenizer, topology, files=files, truncate=True, chat=bool(chat), seed=5
         )

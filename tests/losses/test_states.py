@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron_megatron.losses import also_minimise, relation_loss, state_loss
+from minitron_megatron.losses import attach_loss, relation_loss, state_loss
 from tests.losses.cases import assert_close
 
 SEQUENCE, BATCH = 9, 3
@@ -90,7 +90,7 @@ def test_a_relation_loss_is_plain_torchs(heads: int) -> None:
 
 def test_what_is_minimised_besides_changes_the_gradient_alone() -> None:
     def loss(states: Tensor) -> Tensor:
-        passed = also_minimise(states, states.square().sum(), torch.tensor(0.5))
+        passed = attach_loss(states, states.square().sum(), torch.tensor(0.5))
         assert torch.equal(passed, states)
         return passed.sum()
 

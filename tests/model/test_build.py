@@ -11,7 +11,16 @@ from torch import Tensor
 
 from minitron_megatron.errors import TopologyError
 from minitron_megatron.layout import Shape, lookup
-from minitron_megatron.model import ModelConfig, adopt, build, check_fits, config_of, fill_initial, home, named_shards
+from minitron_megatron.model import (
+    ModelConfig,
+    assign,
+    build,
+    check_fits,
+    config_of,
+    fill_initial,
+    named_shards,
+    owner_rank,
+)
 from minitron_megatron.model.config import pipeline_layout, rotary_frequencies
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
@@ -87,7 +96,7 @@ def names_and_places(topology: Topology, shape: Shape) -> list[tuple[str, bool, 
     """(name, second home, home rank) of this rank's shards, which build leaves on `meta`."""
     shards = list(named_shards(build(ModelConfig(shape), topology)))
     assert all(shard.tensor.is_meta for shard in shards)
-    return [(shard.name, shard.second_home, home(shard.name, shape, topology)) for shard in shards]
+    return [(shard.name, shard.tied_copy, owner_rank(shard.name, shape, topology)) for shard in shards]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -189,7 +198,7 @@ def adopted(topology: Topology, shape: Shape) -> list[tuple[str, dict[str, Any],
     for shard in named_shards(build(ModelConfig(shape), topology)):
         before = dict(shard.tensor.__dict__)
         given = torch.rand(shard.tensor.shape)
-        adopt(shard, given)
+        assign(shard, given)
         now: Any = shard.tensor
         told.append((shard.name, before, dict(now.__dict__), torch.equal(now, given) and now.requires_grad))
     return told
@@ -211,7 +220,7 @@ def misfit(topology: Topology) -> str:
     shard = next(iter(named_shards(build(ModelConfig(SHAPE), topology))))
     before = shard.tensor
     with pytest.raises(ValueError) as caught:
-        adopt(shard, torch.zeros(256, 23))
+        assign(shard, torch.zeros(256, 23))
     assert shard.tensor is before
     return str(caught.value)
 

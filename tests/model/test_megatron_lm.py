@@ -12,7 +12,7 @@ import torch
 
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.layout import Shape
-from minitron_megatron.model import ModelConfig, Spec, adopt, build, check_megatron_lm, fill_initial, named_shards
+from minitron_megatron.model import ModelConfig, Spec, assign, build, check_megatron_lm, fill_initial, named_shards
 from minitron_megatron.model.megatron_flags import FLAGS, megatron_lm_flags
 from minitron_megatron.model.megatron_lm import save_megatron_lm
 from minitron_megatron.parallel import Topology
@@ -63,14 +63,14 @@ def read(topology: Topology, config: ModelConfig, spec: Spec, folder: Path) -> t
         wanted = build(config, topology)
     fill_initial(wanted, topology, 1)
     for shard in named_shards(chunks):
-        adopt(shard, torch.full(shard.tensor.shape, torch.nan))
+        assign(shard, torch.full(shard.tensor.shape, torch.nan))
     asked = {f"model{number}": chunk.sharded_state_dict(metadata={}) for number, chunk in enumerate(chunks)}
     keys = sorted({tensor.key for each in asked.values() for tensor in each.values()})
     loaded = dist_checkpointing.load(asked, str(folder / "release"), strict="raise_unexpected")
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{number}"], strict=True)
-    mine = {(shard.name, shard.second_home): shard.tensor for shard in named_shards(chunks)}
-    theirs = {(shard.name, shard.second_home): shard.tensor for shard in named_shards(wanted)}
+    mine = {(shard.name, shard.tied_copy): shard.tensor for shard in named_shards(chunks)}
+    theirs = {(shard.name, shard.tied_copy): shard.tensor for shard in named_shards(wanted)}
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), keys
 
 

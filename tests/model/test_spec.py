@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minitron_megatron.errors import RecipeError
 from minitron_megatron.layout import Shape
-from minitron_megatron.model import ModelConfig, Spec, adopt, build, check_spec, fill_initial, named_shards
+from minitron_megatron.model import ModelConfig, Spec, assign, build, check_spec, fill_initial, named_shards
 from minitron_megatron.model.build import mark_parallel
 from minitron_megatron.parallel import Topology, final_hidden
 from minitron_megatron.testing import Pool, tolerance
@@ -86,7 +86,7 @@ def hidden_of(topology: Topology, config: ModelConfig, spec: Spec, tokens: Tenso
     fill_initial(chunks, topology, 1)
     for shard in named_shards(chunks):
         if "norm" in shard.name:
-            adopt(shard, torch.linspace(0.5, 1.5, len(shard.tensor)))
+            assign(shard, torch.linspace(0.5, 1.5, len(shard.tensor)))
     with torch.no_grad():
         return sorted(shard.name for shard in named_shards(chunks)), final_hidden(chunks[0], tokens)
 

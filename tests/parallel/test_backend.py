@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minitron_megatron.layout import Shape, lookup
-from minitron_megatron.model import ModelConfig, adopt, build, named_shards
+from minitron_megatron.model import ModelConfig, assign, build, named_shards
 from minitron_megatron.parallel import (
     FITS,
     Topology,
@@ -82,7 +82,7 @@ def model_of(
     chunks = build(ModelConfig(shape, max_positions=SEQUENCE), topology, dtype)
     for shard in named_shards(chunks):
         weight = full(shard.name) if full else made_up(shard.name, shape)
-        adopt(shard, cut(shard.name, weight, shape, topology.tp_rank, topology.tp).to(dtype))
+        assign(shard, cut(shard.name, weight, shape, topology.tp_rank, topology.tp).to(dtype))
     return chunks
 
 

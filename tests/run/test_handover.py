@@ -13,7 +13,7 @@ import yaml
 from minitron_megatron.convert import folder_hash, model_hash, read_config
 from minitron_megatron.errors import MinitronError, RecipeError
 from minitron_megatron.files import read_json, write_json
-from minitron_megatron.model import adopt, build, named_shards
+from minitron_megatron.model import assign, build, named_shards
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.run.handover import Format, hand_over
@@ -71,7 +71,7 @@ def megatron_hash(topology: Topology, folder: Path, like: Path) -> tuple[str, st
     tracker = (folder / "latest_checkpointed_iteration.txt").read_text()
     path, model = str(folder / tracker), build(read_config(like), topology)
     for shard in named_shards(model):
-        adopt(shard, torch.full(shard.tensor.shape, torch.nan))
+        assign(shard, torch.full(shard.tensor.shape, torch.nan))
     sharded = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(model)}
     sharded = sharded if len(model) > 1 else {"model": sharded["model0"]}
     loaded = dist_checkpointing.load(sharded, path)

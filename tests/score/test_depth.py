@@ -21,7 +21,7 @@ from minitron_megatron.losses import lm_loss
 from minitron_megatron.model import config_of, forward_only, named_shards, output_weight
 from minitron_megatron.parallel import Topology, sum_over_world
 from minitron_megatron.records import DepthScores
-from minitron_megatron.score import Run, block_importance, leave_out
+from minitron_megatron.score import RunBatches, block_importance, leave_out
 from minitron_megatron.testing import Pool
 from tests.tiny import LAYOUTS, SHAPE, each_layout, samples, share, transformer
 
@@ -131,7 +131,7 @@ def by_function(topology: Topology, folder: Path) -> tuple[DepthScores, DepthSco
     """The loss measured by a caller's own function, its sign turned; and by name."""
     model, mine = load_hf(folder, topology), share(samples(SAMPLES), topology)
 
-    def minus_loss(run: Run) -> float:
+    def minus_loss(run: RunBatches) -> float:
         pair = torch.zeros(2, dtype=torch.float64)
         for hidden, batch in zip(run(mine), mine, strict=topology.is_last_stage):
             loss = lm_loss(

@@ -46,7 +46,7 @@ def batches(count: int = 8) -> list[Batch]:
 def measured(topology: Topology, folder: Path, names: list[str]) -> tuple[dict[str, Any], bool, list[str]]:
     """(losses, whether the teacher is what it was, of whom this rank was told)."""
     model, told = load_hf(folder, topology), []
-    before = {(shard.name, shard.second_home): shard.tensor.detach().clone() for shard in named_shards(model)}
+    before = {(shard.name, shard.tied_copy): shard.tensor.detach().clone() for shard in named_shards(model)}
     shape = config_of(model[0]).shape
     found = zero_shot(
         model,
@@ -56,7 +56,7 @@ def measured(topology: Topology, folder: Path, names: list[str]) -> tuple[dict[s
         topology=topology,
         tell=lambda name, _: told.append(name),
     )
-    same = all(torch.equal(shard.tensor, before[shard.name, shard.second_home]) for shard in named_shards(model))
+    same = all(torch.equal(shard.tensor, before[shard.name, shard.tied_copy]) for shard in named_shards(model))
     return {name: part["loss"] for name, part in found.items()}, same, told
 
 

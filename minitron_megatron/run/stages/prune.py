@@ -43,7 +43,7 @@ def decide(context: Context) -> Plan:
     With several `prune.iterations` the teacher is loaded, cut and scored again between them, and the plan is the one
     that does at once what the rounds did. Raises CheckpointError for scores of another model.
     """
-    keys, teacher = context.recipe.prune, read_config(context.uncut).shape
+    keys, teacher = context.recipe.prune, read_config(context.prune_source).shape
     first, *others = rounds(context.recipe, teacher)
     with fail_together():
         layers = _kept_layers(context, teacher.layers)
@@ -57,7 +57,7 @@ def decide(context: Context) -> Plan:
 
 def _further(context: Context, plan: Plan, others: Sequence[dict[str, int]]) -> Plan:
     """The plan after more rounds, in the dtype of scoring."""
-    model, step = context.load_uncut(DTYPES[context.recipe.score.dtype]), plan
+    model, step = context.load_prune_source(DTYPES[context.recipe.score.dtype]), plan
     batches = context.calibration_batches()
     for sizes in others:
         model = trim(model, step, context.topology)
@@ -69,7 +69,7 @@ def _further(context: Context, plan: Plan, others: Sequence[dict[str, int]]) -> 
 
 def cut(context: Context, plan: Plan) -> list[Any]:
     """The teacher, cut by its plan. Collective over the world."""
-    keys, model = context.recipe.prune, context.load_uncut()
+    keys, model = context.recipe.prune, context.load_prune_source()
     if keys.merge != "none":
         with fail_together():
             scores = load_scores(context)

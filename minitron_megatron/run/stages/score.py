@@ -8,7 +8,7 @@ from typing import Any
 
 from ...data import Batch
 from ...errors import CheckpointError
-from ...evaluate import Run
+from ...evaluate import RunBatches
 from ...files import checksum
 from ...forecast import depth_sweep, measures_depth, scores_wanted, statistic_of
 from ...model import config_of
@@ -27,8 +27,8 @@ __all__ = ["SCORE", "load_depth", "load_scores", "measure"]
 def do_score(context: Context) -> Result:
     """Importance of every axis that the recipe may cut."""
     keys, folders = context.recipe.score, context.folders
-    model, batches = context.load_uncut(DTYPES[keys.dtype]), context.calibration_batches()
-    scores = measure(context, model, batches, context.uncut_hash)
+    model, batches = context.load_prune_source(DTYPES[keys.dtype]), context.calibration_batches()
+    scores = measure(context, model, batches, context.prune_source_hash)
     depth = measure_depth(context, model, batches)
     files: dict[str, str] = {}
     if context.topology.rank == 0:
@@ -59,13 +59,13 @@ def measure_depth(context: Context, model: Any, batches: Sequence[Batch]) -> Dep
     if sweep is None:
         return None
     options: dict[str, Any] = {"topology": context.topology, "lengths": sweep.lengths, "listener": context.listener}
-    options["model_hash"] = context.uncut_hash
+    options["model_hash"] = context.prune_source_hash
     if sweep.metric == "bi":
         return block_importance(model, batches, **options)
     metric: Any = sweep.metric
     if metric == "winogrande":
 
-        def metric(run: Run) -> float:
+        def metric(run: RunBatches) -> float:
             return winogrande(context, model, run)
 
         metric.__name__ = "winogrande"
@@ -107,9 +107,9 @@ def _expect_recorded(context: Context, path: Path) -> None:
 
 
 def _expect_teacher(context: Context, model_hash: str, path: Path) -> None:
-    if model_hash != context.uncut_hash:
+    if model_hash != context.prune_source_hash:
         raise CheckpointError(
-            f"{path} was measured on another model than {context.uncut}. "
+            f"{path} was measured on another model than {context.prune_source}. "
             f"Remove {path.parent} and run `minitron score` again."
         )
 

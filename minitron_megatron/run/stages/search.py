@@ -20,7 +20,7 @@ from ...errors import RecipeError, TrainingError, did_you_mean
 from ...events import Event
 from ...files import checksum, write_json
 from ...forecast import candidates_of
-from ...parallel import apart, broadcast_object, fail_together, gather_objects, place_in_world
+from ...parallel import broadcast_object, fail_together, gather_objects, independent_replicas, place_in_world
 from ...prune import choose, choose_layers
 from ...recipe import CHOOSE_BY, Recipe, light_recipe
 from ...records import DepthScores, Plan, Scores
@@ -118,7 +118,7 @@ class _Work:
 
     @cached_property
     def candidates(self) -> dict[str, Candidate]:
-        teacher = read_config(self.context.uncut).shape
+        teacher = read_config(self.context.prune_source).shape
         return {each.name: each for each in candidates_of(self.recipe, teacher)}
 
     @cached_property
@@ -185,7 +185,7 @@ class _Work:
 
     def _measure(self, names: Sequence[str]) -> dict[str, Part]:
         context, keys = self.context, self.recipe.score
-        model, corpus = context.load_uncut(DTYPES[keys.dtype]), context.calibration()
+        model, corpus = context.load_prune_source(DTYPES[keys.dtype]), context.calibration()
         batches = calibration_batches(corpus, micro_batch=keys.micro_batch, dp_rank=0, dp=1)
         by_task = self.keys.choose not in CHOOSE_BY and self.keys.light is None
         return zero_shot(
@@ -240,10 +240,10 @@ class _Work:
 
     def _train_share(self, names: Sequence[str], until: int, steps: int) -> dict[str, Part]:
         mine, topology = names[self.task :: self.tasks], self.context.topology
-        if not self.keys.light.apart or topology.dp == 1:
+        if not self.keys.light.independent_replicas or topology.dp == 1:
             return {name: self._train(self.training, name, until, steps, mine) for name in mine}
         own = mine[topology.dp_rank :: topology.dp]
-        with apart(topology) as alone:
+        with independent_replicas(topology) as alone:
             replica = replace(self.training, topology=alone)
             found = {name: self._train(replica, name, until, steps, own) for name in own}
         return {name: part for each in gather_objects(found) for name, part in each.items()}

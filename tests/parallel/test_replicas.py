@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minitron_megatron.errors import RecipeError, TopologyError
-from minitron_megatron.parallel import Topology, all_reduce, apart, gather_objects, sum_over_world
+from minitron_megatron.parallel import Topology, all_reduce, gather_objects, independent_replicas, sum_over_world
 from minitron_megatron.testing import Pool
 
 
@@ -23,7 +23,7 @@ def _places(topology: Topology) -> dict[str, Any]:
     topology_rank, replica = topology.rank, topology.dp_rank
     found: dict[str, Any] = {"before": seen(topology)}
     for turn in ("first", "second"):
-        with apart(topology) as own:
+        with independent_replicas(topology) as own:
             time.sleep(0.3 * replica)
             found[turn] = (seen(own), float(sum_over_world(torch.tensor(float(replica)))))
     return found | {"after": seen(topology)}
@@ -46,7 +46,7 @@ def test_each_replica_is_a_world_and_then_all_are_one(pool: Pool, layout: dict[s
 
 def _fails(topology: Topology) -> None:
     replica = topology.dp_rank
-    with apart(topology):
+    with independent_replicas(topology):
         if replica:
             raise RecipeError("one replica's fault")
 
@@ -58,7 +58,7 @@ def test_the_fault_of_one_replica_is_everybodys(pool: Pool) -> None:
 
 
 def _experts(topology: Topology) -> None:
-    with apart(topology):
+    with independent_replicas(topology):
         pass
 
 

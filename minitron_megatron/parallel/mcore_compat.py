@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .span import Span
+from .context_shard import ContextShard
 
 __all__ = [
     "FITS",
@@ -77,7 +77,7 @@ def final_hidden(model: Any, tokens: Tensor, beside: Any = None) -> Tensor:
         positions = beside.positions(tokens)
         most = -(-int(positions.max() + 1) // 256) * 256  # mcore keeps the angles of a few lengths
         rotary = gpt.rotary_pos_emb(most)[positions.t()].squeeze(2)
-    carried = beside.ticket if isinstance(beside, Span) else beside
+    carried = beside.ticket if isinstance(beside, ContextShard) else beside
     return gpt.decoder(hidden_states=states, attention_mask=carried, rotary_pos_emb=rotary)
 
 

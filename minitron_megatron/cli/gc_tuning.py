@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import gc
 
-__all__ = ["imported", "importing"]
+__all__ = ["relax_gc", "restore_gc"]
 
 ALL_ALIVE = (100_000, 50, 1000)
 _usual = gc.get_threshold()
 
 
-def importing() -> None:
+def relax_gc() -> None:
     """From now on nearly everything that is made stays: there is little to collect."""
     gc.set_threshold(*ALL_ALIVE)
 
 
-def imported() -> None:
+def restore_gc() -> None:
     """The work begins: collections are as usual, and look at nothing that was there before."""
     gc.freeze()
     gc.set_threshold(*_usual)

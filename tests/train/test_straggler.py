@@ -6,13 +6,13 @@ from typing import Any
 
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train.pace import LOOKS, Pace
+from minitron_megatron.train.straggler import LOOKS, StragglerMonitor
 
 
 def looks(topology: Topology, slow: list[int]) -> list[tuple[dict[str, float], int | None]]:
     """Two steps a look; a step takes the rank in `slow` 3 s and the others 1 s, the probe none."""
     now, seen = 0.0, []
-    pace = Pace(topology, every=2, clock=lambda: now)
+    pace = StragglerMonitor(topology, every=2, clock=lambda: now)
     for step in range(1, 2 * len(slow) + 1):
         with pace.alone():
             now += 3.0 if topology.rank == slow[(step - 1) // 2] else 1.0

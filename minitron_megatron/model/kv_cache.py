@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Continued", "Past"]
+__all__ = ["DecodeBatch", "KVCache"]
 
 
-class Past:
+class KVCache:
     """Of one micro-batch, whose rows may be of unlike lengths, at each of this rank's layers.
 
     It weighs 2 x layers x batch x kv_groups (over tp) x room x head_dim numbers.
@@ -57,11 +57,11 @@ def _roomy(part: Tensor, room: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Continued:
+class DecodeBatch:
     """A micro-batch of what follows `beside`: tokens, int64 [batch, seq]. `mask` counts nothing: there is no loss."""
 
     tokens: Tensor
-    beside: Past
+    beside: KVCache
 
     @property
     def mask(self) -> Tensor:

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from minitron_megatron.errors import RecipeError, TopologyError
 from minitron_megatron.model.spec import CoreAttention
-from minitron_megatron.parallel import Span, Topology, apart
-from minitron_megatron.parallel.span import by_rank, in_order
+from minitron_megatron.parallel import ContextShard, Topology, independent_replicas
+from minitron_megatron.parallel.context_shard import by_rank, in_order
 from minitron_megatron.testing import Pool
 from tests.tiny import SEQUENCE, samples, share
 
 LENGTH, BATCH = 24, 2
 
 
-def span(rank: int, size: int, documents: Tensor | None = None, group: Any = None) -> Span:
-    return Span(rank, size, group, LENGTH, documents)
+def span(rank: int, size: int, documents: Tensor | None = None, group: Any = None) -> ContextShard:
+    return ContextShard(rank, size, group, LENGTH, documents)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -44,7 +44,7 @@ def test_pieces_are_chunks_cut_by_documents() -> None:
 def attend(topology: Topology, apart: bool) -> tuple[Tensor, ...]:
     """What this rank computes, and its part of the three gradients: each [part, batch, heads, head_dim]."""
     query, key, value, documents = inputs()
-    mine = Span(topology.cp_rank, topology.cp, topology.cp_group, LENGTH, documents if apart else None)
+    mine = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, LENGTH, documents if apart else None)
     parts = [mine.take(x.transpose(0, 1)).transpose(0, 1).requires_grad_() for x in (query, key, value)]
     out = CoreAttention(SimpleNamespace(window_size=None))(*parts, mine.ticket)
     (out * weights(mine.take(torch.arange(LENGTH)[None])[0])).sum().backward()
@@ -93,7 +93,7 @@ def test_neighbours_share_sequences_and_replicas_read_their_own(pool: Pool) -> N
 
 
 def part(topology: Topology) -> None:
-    with apart(topology):
+    with independent_replicas(topology):
         pass
 
 

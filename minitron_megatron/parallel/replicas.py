@@ -14,12 +14,12 @@ from ..errors import MinitronError, TopologyError
 from .collectives import broadcast_object, fail_together
 from .topology import Topology, claim_device
 
-__all__ = ["apart", "check_apart"]
+__all__ = ["check_independent_replicas", "independent_replicas"]
 
 WAIT_SECONDS = 0.2
 
 
-def check_apart(topology: Topology) -> None:
+def check_independent_replicas(topology: Topology) -> None:
     """Raises TopologyError where replicas hold experts or sequences between them."""
     if topology.ep > 1:
         raise TopologyError(f"ep={topology.ep} spreads experts over replicas, which cannot part. Set ep to 1.")
@@ -28,14 +28,14 @@ def check_apart(topology: Topology) -> None:
 
 
 @contextmanager
-def apart(topology: Topology) -> Iterator[Topology]:
+def independent_replicas(topology: Topology) -> Iterator[Topology]:
     """Inside, each data-parallel replica is a world of its own, laid out as what is yielded; in the end all are one
     again, once the last is there, however long that takes. What knows a group of one world is of no use in the other.
 
-    Collective over the world. Raises what `check_apart` does; a MinitronError of one replica is raised on all ranks
-    once they are together.
+    Collective over the world. Raises what `check_independent_replicas` does; a MinitronError of one replica is raised
+    on all ranks once they are together.
     """
-    check_apart(topology)
+    check_independent_replicas(topology)
     if topology.dp == 1:
         yield topology
         return

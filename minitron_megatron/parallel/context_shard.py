@@ -14,17 +14,17 @@ from torch import Tensor
 
 from .collectives import Group, gather_sequence, scatter_sequence
 
-__all__ = ["Span"]
+__all__ = ["ContextShard"]
 
 Piece = tuple[int, int, int]
 """First query, end of them, first key that they see: positions."""
 
 _NUMBERS = count()
-_SPANS: WeakValueDictionary[int, Span] = WeakValueDictionary()
+_SHARDS: WeakValueDictionary[int, ContextShard] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
-class Span:
+class ContextShard:
     """Of `size` ranks that share each sequence, the part of rank `rank`: of 2 x size equal chunks the one of its number
     and the one as far from the end, so that causal attention is the same work for all."""
 
@@ -39,12 +39,12 @@ class Span:
     def ticket(self) -> Tensor:
         """A number under which `of` finds it while it lives: mcore's recomputation of layers carries tensors alone."""
         number = next(_NUMBERS)
-        _SPANS[number] = self
+        _SHARDS[number] = self
         return torch.tensor(number)
 
     @staticmethod
-    def of(ticket: Tensor) -> Span:
-        return _SPANS[int(ticket)]
+    def of(ticket: Tensor) -> ContextShard:
+        return _SHARDS[int(ticket)]
 
     @property
     def chunk(self) -> int:
@@ -85,7 +85,7 @@ class Span:
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, span: Span) -> Tensor:
+    def forward(ctx: Any, part: Tensor, span: ContextShard) -> Tensor:
         ctx.span = span
         return in_order(gather_sequence(part, span.group), span.size)
 

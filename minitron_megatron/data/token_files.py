@@ -22,12 +22,12 @@ from .idx import count_tokens
 
 __all__ = [
     "SPLITS",
-    "Pair",
-    "PairWriter",
+    "TokenFileWriter",
+    "TokenFiles",
     "check_blocks",
     "check_content",
     "content_of",
-    "find_pair",
+    "find_token_files",
     "pair_writers",
     "token_dtype",
 ]
@@ -75,7 +75,7 @@ class Blocks:
         self._hash, self._held = hashlib.sha256(), 0
 
 
-class PairWriter:
+class TokenFileWriter:
     """Writes documents to a pair and keeps count of them."""
 
     def __init__(self, bin_file: Path, dtype: DTypeLike) -> None:
@@ -107,7 +107,9 @@ class PairWriter:
 
 
 @contextmanager
-def pair_writers(out_prefix: str | Path, splits: Sequence[str], dtype: DTypeLike) -> Iterator[dict[str, PairWriter]]:
+def pair_writers(
+    out_prefix: str | Path, splits: Sequence[str], dtype: DTypeLike
+) -> Iterator[dict[str, TokenFileWriter]]:
     """A writer for each of `splits`. On success their pairs, and no older ones, stand at `<out_prefix>.<split>`.
 
     Raises FileError where they cannot be written.
@@ -119,7 +121,7 @@ def pair_writers(out_prefix: str | Path, splits: Sequence[str], dtype: DTypeLike
                 for kind in KINDS
                 for split in splits
             }
-            writers = {split: PairWriter(files[split, "bin"], dtype) for split in splits}
+            writers = {split: TokenFileWriter(files[split, "bin"], dtype) for split in splits}
             yield writers
             for split, writer in writers.items():
                 sums = writer.close(files[split, "idx"])
@@ -132,7 +134,7 @@ def pair_writers(out_prefix: str | Path, splits: Sequence[str], dtype: DTypeLike
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenFiles:
     """A pair that was found whole."""
 
     prefix: Path
@@ -141,7 +143,7 @@ class Pair:
     """SHA-256 of the `.idx` file: of the lengths of its documents, in order."""
 
 
-def find_pair(prefix: str | Path, split: str) -> Pair:
+def find_token_files(prefix: str | Path, split: str) -> TokenFiles:
     """The pair of a split.
 
     DataError where a file of it is missing, where the two do not belong together, or where the `.idx` file has changed.
@@ -157,7 +159,7 @@ def find_pair(prefix: str | Path, split: str) -> Pair:
         tokens, size = count_tokens(idx)
         if tokens * size != data.stat().st_size:
             raise ValueError(f"it counts {tokens:,} tokens of {size} bytes")
-        found = Pair(idx.with_suffix(""), tokens, checksum(idx))
+        found = TokenFiles(idx.with_suffix(""), tokens, checksum(idx))
     except ValueError as error:
         raise DataError(f"{idx} is no index of {data}: {error}. {again}") from error
     except OSError as error:
@@ -168,7 +170,7 @@ def find_pair(prefix: str | Path, split: str) -> Pair:
     return found
 
 
-def check_blocks(pair: Pair) -> None:
+def check_blocks(pair: TokenFiles) -> None:
     """Raise DataError where blocks of the `.bin` file have changed since it was written.
 
     Reads the first, the last and others at random, up to `BLOCKS_CHECKED`; every one of a corpus of a gigabyte.

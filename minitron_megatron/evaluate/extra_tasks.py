@@ -7,7 +7,7 @@ from typing import Any
 
 from .programs import share_that_pass
 
-__all__ = ["OWN", "PROGRAMS", "graded"]
+__all__ = ["EXTRA_TASKS", "PROGRAMS", "graded"]
 
 Doc = Mapping[str, Any]
 
@@ -20,7 +20,7 @@ def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
     return float(scorer.score(references[0], predictions[0].strip())["rougeL"].fmeasure)
 
 
-OWN: Mapping[str, Mapping[str, Any]] = {
+EXTRA_TASKS: Mapping[str, Mapping[str, Any]] = {
     "xlsum_english": {
         "task": "xlsum_english",
         "dataset_path": "csebuetnlp/xlsum",

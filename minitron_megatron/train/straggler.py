@@ -12,7 +12,7 @@ import torch
 
 from ..parallel import Topology, gather_objects
 
-__all__ = ["Pace"]
+__all__ = ["StragglerMonitor"]
 
 LOOK_EVERY = 50
 """Steps."""
@@ -22,7 +22,7 @@ LOOKS = 3
 REPEATS = 8
 
 
-class Pace:
+class StragglerMonitor:
     """A rank's own time: a step's for its batches, and that for a few matrix products, alike on every rank, at each
     look."""
 
