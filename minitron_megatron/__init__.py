@@ -1,3 +1,3 @@
-"""Minitron for Megatron-Core: correct the teacher, score what matters, cut the rest, distil the loss away."""
+"""Minitron for Megatron-Core: prune a pretrained LLM by activation importance, then distil it from the original."""
 
 __version__ = "0.1.0"

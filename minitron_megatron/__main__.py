@@ -1,4 +1,4 @@
-"""`minitron` and `python -m minitron_megatron`, so that torchrun can start the command line."""
+"""Entry point of `minitron` and of `python -m minitron_megatron`, which torchrun starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PREEMPTED, INTERRUPTED = 75, 130
 
 
 def main() -> None:
-    """Run the command line. A signal that comes while its modules are imported ends it as one that comes later."""
+    """Run the command line. A signal during its imports gives the same exit code as a later one."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -26,8 +26,8 @@ def main() -> None:
 def _leave(number: int, frame: FrameType | None) -> None:
     interrupted = number == signal.SIGINT
     if os.environ.get("RANK", "0") == "0":
-        said = "Interrupted." if interrupted else "Stopped by the scheduler's signal before work began."
-        print(f"{said} Run the same command again to go on.", file=sys.stderr, flush=True)
+        reason = "Interrupted." if interrupted else "Stopped by the scheduler's signal before work began."
+        print(f"{reason} Run the same command again to go on.", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED if interrupted else PREEMPTED)
 
 

@@ -1,6 +1,6 @@
-"""The error kinds. Each message says what was asked, what is there and what to do, in at most three sentences.
+"""Exception types. Each message says what is wrong, where, and what to do, in at most three sentences.
 
-A `MinitronError` is the user's to mend: the command line prints its message and exits with 2.
+A `MinitronError` is one that the user can fix: the command line prints its message and exits with code 2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class MinitronError(Exception):
-    """Something the user can mend."""
+    """Error that the user can fix."""
 
 
 class RecipeError(MinitronError, ValueError):
@@ -41,7 +41,7 @@ class LayoutError(MinitronError, KeyError):
 
 
 class ModelError(MinitronError, ValueError):
-    """Sizes or constants that make no model."""
+    """The sizes or constants do not describe a valid model."""
 
 
 class PlanError(MinitronError, ValueError):
@@ -53,27 +53,27 @@ class TopologyError(MinitronError, ValueError):
 
 
 class CheckpointError(MinitronError):
-    """A checkpoint is missing, torn, foreign or does not fit."""
+    """A checkpoint is missing, damaged, from another run, or does not fit the model."""
 
 
 class TrainingError(MinitronError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class FileError(MinitronError, ValueError):
-    """A file or folder cannot be read or written, or its content is torn."""
+    """A file or folder cannot be read or written, or its content is damaged."""
 
 
 class Preempted(Exception):
-    """A scheduler's signal ended the run after its state was saved: exit code 75, run the same command again."""
+    """The scheduler's signal ended the run after its state was saved: exit code 75; the same command resumes it."""
 
 
 class DataError(MinitronError):
-    """A corpus, a tokenizer or a calibration set does not fit."""
+    """A corpus, tokenizer or calibration set is missing, damaged or does not fit the model."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the nearest known word, or the empty string."""
+    """Return ` Did you mean 'x'?` for the closest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
@@ -87,7 +87,7 @@ def expect_number(
     at_most: float | None = None,
     whole: bool = False,
 ) -> None:
-    """Raise RecipeError where `value` is no finite number in its range. True and false are no numbers."""
+    """Raise RecipeError unless `value` is a finite number in the given range. Booleans are rejected."""
     fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if fits:
         assert isinstance(value, int | float)

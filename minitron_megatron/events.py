@@ -1,6 +1,6 @@
-"""How long work tells of itself: one kind of event, sent to a listener that the caller passes.
+"""Progress events: long tasks report their progress to a listener that the caller passes.
 
-Loops send events and know nothing of who listens; `report/` turns them into progress bars and JSON lines.
+Loops send events without knowing who listens; `report/` turns them into progress bars and JSON lines.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ __all__ = ["Event", "Listener", "silent"]
 
 @dataclass(frozen=True)
 class Event:
-    """A piece of long work went on: `done` of `total` units of the work called `label`."""
+    """Progress of a task: `done` of `total` units of the task called `label`."""
 
     label: str
-    """What is being done: `prepare`, `score`, `correct`, `distill`, ..."""
+    """Name of the task: `prepare`, `score`, `correct`, `distill`, ..."""
     done: int
     total: int
     unit: str = "steps"
@@ -28,4 +28,4 @@ Listener = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """The listener that ignores everything."""
+    """Ignore the event."""

@@ -1,5 +1,5 @@
-"""Files and folders that are whole or absent (written beside their final name, then renamed), and read with an error
-that names them: JSON through types, anything else by its checksum."""
+"""Atomic files and folders (written under a temporary name, then renamed), and checked reading: JSON is validated
+against types, other files against checksums, and every error names the file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 
 PARTIAL, OLD = ".partial", ".old"
 MANIFEST = "checksums.json"
-"""The SHA-256 of each file of the folder that it lies in."""
+"""Name of the file that lists the SHA-256 of every file of its folder."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -50,40 +50,41 @@ T = TypeVar("T")
 
 
 def told_by(error: OSError) -> str:
-    """Return the message for an error of the file system that the user can mend, or the empty string."""
-    what = error.strerror or str(error)
+    """Return the message for a file-system error that the user can fix, or an empty string."""
+    reason = error.strerror or str(error)
     if error.errno in FULL:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{what}. Make room, and run the same command again to go on."
+        return f"{where}{reason}. Make room, and run the same command again to go on."
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"{what}. Raise the limit (ulimit -n), and run the same command again to go on."
-    return f"{_named(error)}: {what}. Correct the path or its permissions." if error.filename is not None else ""
+        return f"{reason}. Raise the limit (ulimit -n), and run the same command again to go on."
+    return f"{_file_name(error)}: {reason}. Correct the path or its permissions." if error.filename is not None else ""
 
 
-def _named(error: OSError) -> str:
+def _file_name(error: OSError) -> str:
     name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
     return name if len(name) <= 300 else f"{name[:297]}..."
 
 
 @contextmanager
-def _naming(path: Path, done: str, *, mine: Path | None = None) -> Iterator[None]:
-    """Raise FileError, which names `path`, for an OSError inside; mine: only for one about this path or below it."""
+def _naming(path: Path, action: str, *, only_below: Path | None = None) -> Iterator[None]:
+    """Turn an OSError of the block into a FileError that names `path` and says that it cannot be `action` (a
+    participle). only_below: leave errors about paths outside of this one alone."""
     try:
         yield
     except OSError as error:
-        if mine is not None and not str(error.filename or "").startswith(str(mine)):
+        if only_below is not None and not str(error.filename or "").startswith(str(only_below)):
             raise
         advice = " Make room, and run the same command again to go on." if error.errno in FULL else ""
-        raise FileError(f"{path} cannot be {done}: {error.strerror or error}.{advice}") from error
+        raise FileError(f"{path} cannot be {action}: {error.strerror or error}.{advice}") from error
     except ValueError as error:
         if "null byte" not in str(error):
             raise
-        raise FileError(f"{str(path)!r} cannot be {done}: a path holds no NUL.") from error
+        raise FileError(f"{str(path)!r} cannot be {action}: a path cannot contain a NUL character.") from error
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a name beside `path` to write to; on success it takes the place of `path`, on failure it is removed.
+    """Yield a temporary path beside `path` to write to; on success it is renamed to `path`, on failure removed.
 
     Raises FileError where `path` cannot be written.
     """
@@ -91,7 +92,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     with _naming(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _naming(path, "written", mine=partial):
+        with _naming(path, "written", only_below=partial):
             yield partial
         with _naming(path, "written"):
             with partial.open("rb") as written:
@@ -104,11 +105,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path` to fill; on success it takes the place of `path`, else it is removed.
+    """Yield an empty temporary folder beside `path` to fill; on success it replaces `path`, on failure it is removed.
 
-    The two change places at once. On a file system that cannot do that (NFS) a kill between two renames leaves the old
-    one as `path.old`, and the next `whole_folder` of this path puts it back first. Raises FileError where `path` cannot
-    be written.
+    The replacement is atomic. On a file system that cannot swap two names (NFS), a kill between the two renames leaves
+    the old folder as `path.old`; the next `whole_folder` of this path first moves it back. Raises FileError where
+    `path` cannot be written.
     """
     partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + OLD)
     with _naming(path, "written"):
@@ -118,7 +119,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     try:
-        with _naming(path, "written", mine=partial):
+        with _naming(path, "written", only_below=partial):
             yield partial
         with _naming(path, "written"):
             if not path.exists():
@@ -132,14 +133,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _put_back(old: Path, path: Path) -> None:
-    """Gives what was set aside its name again where nothing has taken it, else removes it."""
+    """Move `old` back to `path` if `path` does not exist; otherwise remove `old`."""
     if old.exists() and not path.exists():
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names in one step of Linux's renameat2(2); False where the system or the file system has none."""
+    """Swap two names atomically by Linux's renameat2(2); return False where the OS or file system lacks it."""
     try:
         swap = ctypes.CDLL(None).renameat2
     except AttributeError:
@@ -152,7 +153,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON, whole or not at all. JSON has no NaN and no infinity: they become null."""
+    """Write `value` as JSON, atomically. JSON has neither NaN nor infinity: they become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     with whole_file(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
@@ -167,7 +168,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return a UTF-8 file's text. Raises FileError, which names it, where it cannot be read or is not UTF-8."""
+    """Return the text of a UTF-8 file. Raises FileError where it cannot be read or is not UTF-8."""
     try:
         with _naming(path, "read"):
             return path.read_text(encoding="utf-8-sig")
@@ -176,7 +177,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Return the value in a JSON file. Raises FileError, which names it, where it cannot be read or is not JSON."""
+    """Return the value of a JSON file. Raises FileError where it cannot be read or is not JSON."""
     text = read_text(path)
     try:
         return json.loads(text, parse_constant=_refuse_number, parse_float=_finite_number)
@@ -195,15 +196,15 @@ def _finite_number(digits: str) -> float:
 
 
 def read_as(path: Path, kind: type[T]) -> T:
-    """Return what a JSON file holds as a `kind`: a dataclass, a TypedDict, or a container of them, strictly.
+    """Return the content of a JSON file as a `kind` (a dataclass, a TypedDict, or a container of them), strictly.
 
-    Raises FileError, which names the file and what in it is wrong.
+    Raises FileError, which names the file and the wrong value in it.
     """
     return check_as(read_json(path), kind, str(path))
 
 
 def check_as(value: Any, kind: type[T], where: str) -> T:
-    """Return a JSON value as a `kind`. Raises FileError, which says `where`, and what is wrong with the value."""
+    """Return a JSON value as a `kind`, strictly. Raises FileError, which names `where` and the wrong value."""
     from pydantic import ValidationError
 
     hashable: Any = kind
@@ -216,9 +217,9 @@ def check_as(value: Any, kind: type[T], where: str) -> T:
         first, more = error.errors()[0], error.error_count() - 1
         place = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ").rstrip(".")
-        told = f"{place}: {message}" if place else message
-        told += f", and {more} more like this" if more else ""
-        raise FileError(f"{where} does not hold what it should: {told}.") from error
+        problem = f"{place}: {message}" if place else message
+        problem += f", and {more} more like this" if more else ""
+        raise FileError(f"{where} does not hold what it should: {problem}.") from error
 
 
 @cache
@@ -238,21 +239,23 @@ def checksum(path: Path) -> str:
 
 
 def write_checksums(path: Path, files: Iterable[Path], known: Mapping[str, str] | None = None) -> None:
-    """Write the SHA-256 of `files` as JSON at `path`, under their names relative to its folder; known: more of them."""
+    """Write the SHA-256 of `files` as JSON at `path`, by file name relative to its folder.
+
+    known: further entries, already computed.
+    """
     found = {str(file.relative_to(path.parent)): checksum(file) for file in files}
     write_json(path, dict(sorted({**found, **(known or {})}.items())))
 
 
 def verify_checksums(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
-    """Raise FileError, which names the file, where one is missing or differs from what `write_checksums` saw.
+    """Raise FileError, which names the file, where one is missing or has changed since `write_checksums`.
 
-    share: (which, of how many) shares of the files to read, dealt out by size, so that several processes can divide
-    the work; each looks whether all of them are there.
+    share: (index, count) of the share of the files to read; files are dealt out by size, so that several processes can
+    divide the work. Every process checks that all files exist.
     """
     known = read_as(path, dict[str, str])
     sizes = {name: _size(path, name, digest) for name, digest in known.items()}
-    mine = sorted(known, key=lambda name: (-sizes[name], name))[share[0] :: share[1]]
-    for name in mine:
+    for name in sorted(known, key=lambda name: (-sizes[name], name))[share[0] :: share[1]]:
         if checksum(path.parent / name) != known[name]:
             raise FileError(f"{path.parent / name} has changed since it was written: {path.name} has another checksum.")
 
@@ -260,19 +263,18 @@ def verify_checksums(path: Path, *, share: tuple[int, int] = (0, 1)) -> None:
 def _size(manifest: Path, name: str, digest: str) -> int:
     inside = Path(name)
     if inside.is_absolute() or ".." in inside.parts or not re.fullmatch("[0-9a-f]{64}", digest):
-        raise FileError(f"{manifest} is no list of checksums: it says {digest[:70]!r} of {name!r}.")
+        raise FileError(f"{manifest} is not a list of checksums: its entry for {name!r} is {digest[:70]!r}.")
     file = manifest.parent / inside
     with _naming(file, "read"):
         if not file.is_file():
-            raise FileError(f"{file} is missing, and {manifest.name} beside it lists it.")
+            raise FileError(f"{file} is missing, although {manifest.name} beside it lists it.")
         return file.stat().st_size
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return everything below a folder that is not a folder, sorted by name.
+    """Return all files below a folder (everything that is not itself a folder), sorted by name.
 
-    Links to folders are followed. No folder is entered twice: a link to one that was entered adds nothing. Raises
-    FileError where a folder cannot be read.
+    Links to folders are followed, but no folder is entered twice. Raises FileError where a folder cannot be read.
     """
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
@@ -302,22 +304,24 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def file_marks(paths: Iterable[Path]) -> list[list[Any]]:
-    """Name, size and time of files, and of all that folders hold: cheap to see, and changed when they are."""
+    """Return name, size and modification time of files and of all files in folders: a cheap test for changes."""
     files = [file for path in paths for file in (files_below(path) if path.is_dir() else [path]) if file.is_file()]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
-    """Yields whether the file is this process's alone until the block ends, or its process does: those that it forks do
-    not hold it. shared: whether it is nobody's alone, and then nobody's can it become. Where the file system has no
-    locks, it always is. Raises FileError where the file cannot be opened."""
+    """Advisory lock on a file; yields whether it was acquired. shared=True takes a read lock.
+
+    The lock ends with the block or the process; forked processes do not inherit it. On a file system without locks it
+    is always acquired. Raises FileError where the file cannot be opened.
+    """
     with _naming(path, "written"):
         file = path.open("a+")
     with file:
         try:
             fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            alone = True
+            acquired = True
         except OSError as error:
-            alone = error.errno not in (errno.EACCES, errno.EAGAIN)
-        yield alone
+            acquired = error.errno not in (errno.EACCES, errno.EAGAIN)
+        yield acquired

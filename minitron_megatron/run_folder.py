@@ -1,4 +1,4 @@
-"""Names of everything in a run folder."""
+"""Paths of all files of a run folder."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["RunFolder"]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run's files, whether they exist or not."""
+    """Paths of a run's files, whether or not they exist."""
 
     path: Path
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
-        """Return the folder of a run that has begun. Raises CheckpointError for any other."""
+        """Return the folder of a run that was started. Raises CheckpointError for any other folder."""
         folder = cls(path)
         if not folder.recipe.is_file():
             raise CheckpointError(
@@ -39,12 +39,12 @@ class RunFolder:
 
     @property
     def predicted(self) -> Path:
-        """Parameters, bytes and FLOPs that the run should need."""
+        """Predicted parameters, bytes and FLOPs of the run."""
         return self.path / "predicted.json"
 
     @property
     def lock(self) -> Path:
-        """Advisory lock that a run holds while it is at work."""
+        """Advisory lock that a process of the run holds while it works."""
         return self.path / ".lock"
 
     def task_lock(self, task: int, tasks: int) -> Path:
@@ -53,45 +53,45 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """Every event of the run, one JSON object a line."""
+        """Every event of the run, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
     def heartbeat(self) -> Path:
-        """Empty file whose modification time is that of the last progress."""
+        """Empty file; its modification time is the time of the last progress."""
         return self.path / "heartbeat"
 
     @property
     def stacks(self) -> Path:
-        """Stack traces of every rank, written where no rank makes progress."""
+        """Stack traces of every rank, written when no rank makes progress."""
         return self.path / "stacks"
 
     @property
     def wandb_id(self) -> Path:
-        """Identity of this run at wandb, so that a resumed run continues it."""
+        """Run ID at wandb, so that a resumed run continues the same wandb run."""
         return self.path / "wandb.json"
 
     @property
     def tensorboard(self) -> Path:
-        """Event files of TensorBoard."""
+        """TensorBoard event files."""
         return self.path / "tensorboard"
 
     @property
     def records(self) -> Path:
-        """Folder of the finished stages' records."""
+        """Folder of the records of finished stages."""
         return self.path / "stages"
 
     def record(self, stage: str) -> Path:
-        """Fingerprint, results and seconds of a finished stage."""
+        """Record of a finished stage: its fingerprint, results and duration in seconds."""
         return self.records / f"{stage}.json"
 
     def record_paths(self) -> list[Path]:
-        """Records that exist, in the order in which the stages ended."""
+        """Return the records that exist, in the order in which the stages finished."""
         return sorted(self.records.glob("*.json"), key=lambda path: (path.stat().st_mtime, path.name))
 
     @property
     def data(self) -> Path:
-        """Tokenized corpora, one prefix a source."""
+        """Tokenized corpora, one file prefix per source."""
         return self.path / "data"
 
     @property
@@ -101,32 +101,32 @@ class RunFolder:
 
     @property
     def scores(self) -> Path:
-        """Importance of units."""
+        """Importance scores of units."""
         return self.path / "scores" / "scores.safetensors"
 
     @property
     def depth(self) -> Path:
-        """Importance of layers."""
+        """Importance scores of layers."""
         return self.path / "scores" / "depth.json"
 
     @property
     def plan(self) -> Path:
-        """Kept indices of the cut."""
+        """Pruning plan: the indices that are kept."""
         return self.model("pruned") / "plan.json"
 
     @property
     def search_table(self) -> Path:
-        """Candidates of a search with their costs, losses and the winner."""
+        """Candidates of a search with their costs and losses, and the winner."""
         return self.path / "search" / "table.json"
 
     @property
     def search_parts(self) -> Path:
-        """Measurements of a search at work, a folder a fingerprint, a file a candidate."""
+        """Measurements of a search in progress: a folder per fingerprint, a file per candidate."""
         return self.path / "search" / "parts"
 
     @property
     def checkpoints(self) -> Path:
-        """Training checkpoints, a folder a fingerprint."""
+        """Training checkpoints: a folder per fingerprint."""
         return self.path / "checkpoints"
 
     def model(self, name: str) -> Path:
@@ -140,12 +140,12 @@ class RunFolder:
 
     @property
     def evaluation(self) -> Path:
-        """Results of the evaluation harness, a file a model, and their table."""
+        """Results of the evaluation harness, a file per model, and the table of all."""
         return self.path / "evaluation"
 
     @property
     def evaluation_parts(self) -> Path:
-        """Rows of an evaluation at work, a folder a fingerprint, a file a model."""
+        """Rows of an evaluation in progress: a folder per fingerprint, a file per model."""
         return self.evaluation / "parts"
 
     @property
@@ -160,7 +160,7 @@ class RunFolder:
 
     @property
     def plots(self) -> Path:
-        """Pictures of the report."""
+        """Plots of the report."""
         return self.path / "plots"
 
     @property
@@ -169,6 +169,6 @@ class RunFolder:
         return self.path / "report.html"
 
     def files(self) -> Iterator[Path]:
-        """Yield what lies in the folder besides the lock."""
+        """Yield the entries of the folder, except for the lock."""
         if self.path.is_dir():
             yield from (path for path in sorted(self.path.iterdir()) if path != self.lock)

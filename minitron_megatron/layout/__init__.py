@@ -1,4 +1,4 @@
-"""Which axis lies where in which parameter: said once, in a table, and everything else derived from it.
+"""The layout table: how each parameter is made of named axes, written once; everything else is derived from it.
 
 Knows: names of Megatron-Core parameters, axes, sizes. Must not know: processes, modules, files.
 """

@@ -1,4 +1,4 @@
-"""What a shape weighs and costs, counted from the table with no model built."""
+"""Parameter, byte and FLOP counts of a shape, computed from the layout table without building a model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["active_parameters", "flops_per_token", "kv_cache_bytes", "parameters
 
 
 def parameters(shape: Shape) -> int:
-    """Parameters of a shape, vocabulary unpadded, a tied embedding counted once."""
+    """Return the parameter count of a shape: vocabulary unpadded, a tied embedding counted once."""
     return sum(_weights(shape).values())
 
 
 def active_parameters(shape: Shape) -> int:
-    """Parameters that one token goes through: of a mixture, as many experts as it is sent to."""
+    """Return the parameters active for one token: of the experts, as many as the router selects."""
     return sum(_active(shape).values())
 
 
 def _weights(shape: Shape) -> dict[str, int]:
-    """Parameter -> its numbers; those of the first layer stand for all layers, which are alike."""
+    """Return parameter name -> count; the first layer's entries stand for all layers, which are identical."""
     sizes, first = shape.sizes(padded=False), shape.resized(layers=1)
     return {
         name: prod(lookup(name).shape(sizes)) * (1 if layer_of(name) is None else shape.layers)
@@ -34,17 +34,17 @@ def _active(shape: Shape) -> dict[str, int]:
 
 
 def kv_cache_bytes(shape: Shape, batch: int, context: int, bytes_per_number: int = 2) -> int:
-    """Bytes of keys and values for `batch` sequences of `context` tokens."""
+    """Return the bytes of the KV cache for `batch` sequences of `context` tokens."""
     return 2 * shape.layers * shape.kv_groups * shape.head_dim * batch * context * bytes_per_number
 
 
 def flops_per_token(shape: Shape, sequence: int) -> int:
-    """FLOPs of one forward pass a token: two for each weight of a matrix product, and causal attention over `sequence`.
+    """Return the FLOPs per token of a forward pass: two per matrix weight, plus causal attention over `sequence`.
 
-    A backward pass costs twice as much. Norms, softmax and the embedding look-up are left out.
+    A backward pass costs twice as much. Norms, softmax and the embedding lookup are not counted.
     """
     matrices = sum(n for name, n in _active(shape).items() if len(lookup(name).dims) == 2)
-    if not shape.tied:  # the look-up costs nothing; a tied matrix is multiplied once, by the output layer
+    if not shape.tied:  # the lookup costs nothing; a tied matrix is multiplied once, in the output layer
         matrices -= shape.vocab * shape.hidden
-    attention = 2 * shape.layers * shape.heads * shape.head_dim * sequence  # q.k and p.v, half of each by causality
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * sequence  # q.k and p.v, halved by causality
     return 2 * matrices + attention

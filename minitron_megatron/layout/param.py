@@ -1,10 +1,10 @@
-"""A parameter is its dims; a dim is a product of words; `(a + b)` is concatenation.
+"""Dims of a parameter. A dim is a product of words; `(a + b)` is a concatenation.
 
     "kv_group (q + k + v) head_dim"   for each kv_group: its query heads, then its key, then its value
     "(gate + up) ffn"                 all gate rows, then all up rows
 
-A word that has a size is an axis. Any other word is a role, of length one: it names rows, and is never pruned.
-The grammar, with product binding closer than sum:  sum = product {"+" product};  product = {word | "(" sum ")"}.
+A word with a size is an axis. Any other word is a role of length one: it names rows and is never pruned.
+Grammar (a product binds tighter than a sum):  sum = product {"+" product};  product = {word | "(" sum ")"}.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["Axis", "Param", "coords"]
 
 WORD = re.compile(r"[a-z_]+")
 ABSENT = -1
-"""The coordinate of a row on an axis that does not reach it (a key row has no query head)."""
+"""Coordinate of a row on an axis that it does not have (a key row has no query head)."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A named direction of the model and its size, in units (channels, neurons, heads)."""
+    """A named model axis and its size in units (channels, neurons, heads)."""
 
     name: str
     size: int
@@ -41,7 +41,7 @@ class _Node(NamedTuple):
 
 @cache
 def parse(dim: str) -> _Node:
-    """The tree of a dim; raises ValueError on text outside the grammar."""
+    """Return the syntax tree of a dim. Raises ValueError for text outside the grammar."""
     tokens = re.findall(rf"{WORD.pattern}|\S", dim)
 
     def total() -> _Node:
@@ -76,14 +76,14 @@ def parse(dim: str) -> _Node:
 
 
 def words(dim: str) -> tuple[str, ...]:
-    """The words of a dim, in order."""
+    """Return the words of a dim, in order."""
     return tuple(WORD.findall(dim))
 
 
 def coords(dim: str, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """For every word of `dim`, the coordinate of each row on it: int64 [rows], -1 where the word does not reach.
+    """Return, for every word of `dim`, the coordinate of each row on it: int64 [rows], -1 for a row without that word.
 
-    Axes take their length from `sizes`; roles have length one. This is the one place where a fused layout is unfolded.
+    Axes take their length from `sizes`; roles have length one. No other code unfolds a fused layout.
     """
     return _coords(dim, tuple((word, sizes[word]) for word in dict.fromkeys(words(dim)) if word in sizes))
 
@@ -124,7 +124,7 @@ def _product(numbers: Sequence[int]) -> int:
 
 
 def _length(node: _Node, sizes: Mapping[str, int]) -> int:
-    """Rows of a dim, without unfolding it."""
+    """Return the number of rows of a dim, without unfolding it."""
     if node.kind == "word":
         return sizes.get(node.word, 1)
     lengths = [_length(kid, sizes) for kid in node.kids]
@@ -133,42 +133,42 @@ def _length(node: _Node, sizes: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Param:
-    """A row of the table: the dims of one parameter, and the axis that tensor parallelism splits (None: replicated)."""
+    """Row of the table: the dims of one parameter, and the axis split by tensor parallelism (None: replicated)."""
 
     dims: tuple[str, ...]
     tp: str | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The unsharded shape."""
+        """Return the unsharded shape."""
         return tuple(_length(parse(dim), sizes) for dim in self.dims)
 
     @property
     def tp_dim(self) -> int | None:
-        """The dim that tensor parallelism splits (mcore: `partition_dim`)."""
+        """Dim that tensor parallelism splits (mcore: `partition_dim`); None: replicated."""
         if self.tp is None:
             return None
         return next(i for i, dim in enumerate(self.dims) if self.tp in words(dim))
 
     def stride(self, sizes: Mapping[str, int]) -> int:
-        """How many separate runs of the split axis its dim holds (mcore: `partition_stride`)."""
+        """Return how many times the split axis is repeated along its dim (mcore: `partition_stride`)."""
         assert self.tp is not None and self.tp_dim is not None
         at = coords(self.dims[self.tp_dim], sizes)[self.tp]
         at = at[at != ABSENT]
         return 1 + int((at[1:] < at[:-1]).sum())
 
     def owner(self, dim: int, sizes: Mapping[str, int], world: int) -> Tensor | None:
-        """The tensor-parallel rank that holds each row of `dim`: int64 [rows], or None where every rank holds all."""
+        """Return the tensor-parallel rank that holds each row of `dim`: int64 [rows]; None where `dim` is not split."""
         if self.tp is None or dim != self.tp_dim or world == 1:
             return None
         return coords(self.dims[dim], sizes)[self.tp] // (sizes[self.tp] // world)
 
     def shard_rows(self, dim: int, sizes: Mapping[str, int], rank: int, world: int) -> Tensor:
-        """The unsharded rows of `dim` that tensor-parallel `rank` of `world` holds, in order: int64 [local rows]."""
+        """Return the unsharded rows of `dim` that tensor-parallel `rank` of `world` holds: int64 [local rows]."""
         owner = self.owner(dim, sizes, world)
         if owner is None:
             return torch.arange(self.shape(sizes)[dim])
         return (owner == rank).nonzero().flatten()
 
     def role_rows(self, dim: int, role: str, sizes: Mapping[str, int]) -> Tensor:
-        """The rows of `dim` that carry `role` (`q`, `k`, `v`, `gate`, `up`), in order: int64 [rows of the role]."""
+        """Return the rows of `dim` that have `role` (`q`, `k`, `v`, `gate`, `up`): int64 [rows of the role]."""
         return (coords(self.dims[dim], sizes)[role] != ABSENT).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""The numbers that fix every parameter's shape. No model, no process is needed to know them."""
+"""Architecture sizes that determine the shape of every parameter, known without a model or a process."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..errors import ModelError
 __all__ = ["VOCAB_MULTIPLE", "Shape"]
 
 VOCAB_MULTIPLE = 128
-"""The embedding is padded to this multiple whatever the layout, so that a padded row never depends on TP."""
+"""The embedding is padded to this multiple at every layout, so that the padded rows do not depend on TP."""
 
 ATTENTION = "self_attention"
 MUST = ("layers", "hidden", "heads", "kv_groups", "head_dim", "vocab")
-"""Sizes that every shape has."""
+"""Sizes that must be at least 1."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The architecture of a decoder-only transformer, in units: layers, channels, neurons, heads, entries."""
+    """Architecture of a decoder-only transformer, in units: layers, channels, neurons, heads, vocabulary entries."""
 
     layers: int
     hidden: int
@@ -30,41 +30,43 @@ class Shape:
     vocab: int
     tied: bool = False
     gated: bool = True
-    """Whether the MLP has a gate beside `up` (SwiGLU)."""
+    """Whether the MLP has a gate projection besides `up` (SwiGLU)."""
     norm_bias: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
-    """Whether queries and keys are normalised, a head at a time."""
+    """Whether queries and keys are normalised per head."""
     experts: int = 0
-    """Of each layer's mixture; 0: the MLP is dense. A mixture has no neurons on axis `ffn`."""
+    """Experts of each layer; 0: the MLP is dense. An MoE layer has no neurons on axis `ffn`."""
     experts_per_token: int = 0
     expert_ffn: int = 0
     """Neurons of each expert."""
     shared_ffn: int = 0
-    """Neurons of the experts that every token goes through, all together."""
+    """Neurons of all shared experts together, which process every token."""
     shared_gate: bool = False
-    """Whether a gate weighs what the shared experts give."""
+    """Whether a gate weights the output of the shared experts."""
 
     def __post_init__(self) -> None:
-        """Raise ModelError where these numbers make no model."""
+        """Raise ModelError where the sizes do not describe a valid model."""
         for field in fields(self):
             value, kind = getattr(self, field.name), bool if field.type == "bool" else int
             if type(value) is not kind:
-                raise ModelError(f"{field.name} of a shape is {value!r}, which is no {kind.__name__}.")
-            if value < (field.name in MUST):
-                raise ModelError(f"{field.name} of a shape is {value}, too few.")
+                raise ModelError(f"{field.name} of a shape is {value!r}, which is not of type {kind.__name__}.")
+            if value < (least := int(field.name in MUST)):
+                raise ModelError(f"{field.name} of a shape is {value}. It must be at least {least}.")
         if self.heads % self.kv_groups:
-            raise ModelError(f"{self.heads} heads cannot be shared by {self.kv_groups} kv_groups of a shape.")
+            raise ModelError(f"{self.heads} heads of a shape are not a multiple of its {self.kv_groups} kv_groups.")
         if self.experts_per_token > self.experts:
-            raise ModelError(f"a token cannot go to {self.experts_per_token} of {self.experts} experts.")
+            raise ModelError(
+                f"experts_per_token of a shape is {self.experts_per_token}, but it has only {self.experts} experts."
+            )
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding in memory; exports hold `vocab` of them."""
+        """Rows of the embedding in memory, padding included; an export holds `vocab` of them."""
         return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     def sizes(self, *, padded: bool = True) -> dict[str, int]:
-        """The size of every axis of the table's words."""
+        """Return the size of every axis that the table's words name."""
         return {
             "vocab": self.padded_vocab if padded else self.vocab,
             "hidden": self.hidden,
@@ -79,19 +81,19 @@ class Shape:
         }
 
     def axis_size(self, axis: str) -> int:
-        """The size of a public axis: `layers`, `hidden`, `ffn`, `heads`, `kv_groups`, `experts`, `expert_ffn`, ..."""
+        """Return the size of a public axis: `layers`, `hidden`, `ffn`, `heads`, `kv_groups`, `experts`, ..."""
         return int(getattr(self, axis))
 
     def units(self, axis: str) -> int:
-        """How many units an axis numbers in a layer: its size, of `expert_ffn` the neurons of all experts."""
+        """Return the number of units of an axis per layer: its size; for `expert_ffn`, the neurons of all experts."""
         return self.expert_ffn * self.experts if axis == "expert_ffn" else self.axis_size(axis)
 
     def resized(self, **sizes: int) -> Shape:
-        """The same architecture with other sizes on some public axes."""
+        """Return the same architecture with other sizes on some public axes."""
         return replace(self, **sizes)  # type: ignore[arg-type]  # a public axis is an int field
 
     def names(self) -> Iterator[str]:
-        """The global name of every parameter, layers numbered from 0; a tied output layer is not named twice."""
+        """Yield the global name of every parameter, layers numbered from 0; a tied output layer is not repeated."""
         norm = ("weight", "bias") if self.norm_bias else ("weight",)
         yield "embedding.word_embeddings.weight"
         for layer in range(self.layers):

@@ -1,4 +1,4 @@
-"""THE table: every parameter of the model as named axes, said once. A parameter without a row is an error."""
+"""The layout table: the named axes of every parameter of the model. A parameter without a row is an error."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ TABLE: Mapping[str, Param] = {
     "decoder.final_layernorm.bias": P("hidden"),
     "output_layer.weight": P("vocab, hidden", tp="vocab"),
 }
-"""An ungated fc1 is the same row with a `gate` of size 0. Experts are split over ranks whole, never by TP."""
+"""Parameter pattern -> its row. An ungated fc1 uses the same row with a `gate` of size 0. Each expert lies whole on one
+rank: experts are split by EP, never by TP."""
 
 PUBLIC_AXES: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden",),
@@ -66,26 +67,27 @@ PUBLIC_AXES: Mapping[str, tuple[str, ...]] = {
     "expert_ffn": ("expert", "expert_ffn"),
     "shared_ffn": ("shared_ffn",),
 }
-"""A public axis as a product of the table's words. An index of `heads` is kv_group * q_per_group + q."""
+"""Public axis -> the words of the table whose product it is. An index on `heads` is kv_group * q_per_group + q."""
 
 WITHIN: Mapping[str, str] = {"heads": "kv_groups", "expert_ffn": "experts"}
-"""Axes whose units lie in those of another: as many stay in each that stays, and they go where it goes."""
+"""Axis -> the axis whose units contain its own. Every kept container keeps the same number of units; a removed container
+loses all of its units."""
 
 PER_LAYER = frozenset(PUBLIC_AXES) - {"hidden"}
-"""Axes on which every layer keeps its own units; `hidden` is one choice because of the residual stream."""
+"""Axes with a separate choice of units for each layer; `hidden` has one choice, because of the residual stream."""
 
 Keep = Mapping[str, Tensor]
-"""Public axis -> the global indices that stay, ascending: int64 [kept]. An axis that is absent stays whole."""
+"""Public axis -> the kept global indices, ascending: int64 [kept]. An axis that is absent is kept whole."""
 
 
 def pattern_of(name: str) -> str:
-    """A parameter's global name with `*` for its layer and its expert, as the table's rows are called."""
+    """Return a parameter's global name with `*` for its layer and its expert: the key of its row."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 @cache
 def lookup(name: str) -> Param:
-    """The row for a parameter's global name; raises LayoutError where the table has none."""
+    """Return the row for a parameter's global name. Raises LayoutError where the table has none."""
     pattern = pattern_of(name)
     if pattern not in TABLE:
         raise LayoutError(f"{name} has no row in the layout table. Add one to layout/table.py; see docs/layout.md.")
@@ -93,21 +95,22 @@ def lookup(name: str) -> Param:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a parameter belongs to, from 0; None for the embedding, the final norm and the output layer."""
+    """Return the layer of a parameter, from 0; None for the embedding, the final norm and the output layer."""
     found = re.match(r"decoder\.layers\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def expert_of(name: str) -> int | None:
-    """The expert of its layer that a parameter belongs to, from 0; None outside the experts."""
+    """Return the index of a parameter's expert in its layer, from 0; None outside the experts."""
     found = re.search(r"\.local_experts\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def axis_coords(axis: str, dim: str, sizes: Mapping[str, int], expert: int | None = None) -> Tensor | None:
-    """The index on a public axis of every row of `dim`: int64 [rows], -1 where it does not reach; None: not at all.
+    """Return the index of every row of `dim` on a public axis: int64 [rows], -1 for a row that is not on the axis; None
+    if no row is.
 
-    expert: where the dim is that of one expert's parameter, which one.
+    expert: index of the expert that the parameter belongs to, if any.
     """
     at = coords(dim, sizes)
     *outer, last = PUBLIC_AXES[axis]
@@ -126,9 +129,9 @@ def axis_coords(axis: str, dim: str, sizes: Mapping[str, int], expert: int | Non
 
 
 def kept_rows(param: Param, dim: int, sizes: Mapping[str, int], keep: Keep, expert: int | None = None) -> Tensor:
-    """The rows of `dim` whose index is kept on every axis that reaches them, in order: int64 [kept rows].
+    """Return the rows of `dim` whose index is kept on every axis that they are on, in order: int64 [kept rows].
 
-    expert: where the parameter is that of one expert, which one.
+    expert: index of the expert that the parameter belongs to, if any.
     """
     stays = torch.ones(param.shape(sizes)[dim], dtype=torch.bool)
     for axis, kept in keep.items():
@@ -139,7 +142,7 @@ def kept_rows(param: Param, dim: int, sizes: Mapping[str, int], keep: Keep, expe
 
 
 def markdown(rows: Sequence[tuple[str, Param]] | None = None) -> str:
-    """The table as Markdown, for docs/layout.md."""
+    """Return the table as Markdown, for docs/layout.md."""
     lines = ["| parameter | dims | split by TP |", "|---|---|---|"]
     for name, param in rows or tuple(TABLE.items()):
         lines.append(f"| `{name}` | `{', '.join(param.dims)}` | {param.tp or '-'} |")

@@ -1,7 +1,7 @@
-"""Processes and their groups: the only room that talks to torch.distributed and to mcore's parallel_state.
+"""Processes and process groups: the only package that calls torch.distributed and mcore's parallel_state.
 
-Knows: ranks, groups, devices, which layer lives on which pipeline stage, what mcore needs on a CPU and where its
-versions differ. Must not know: scores, plans, losses, recipes.
+Knows: ranks, groups, devices, the placement of layers on pipeline stages, the patches that mcore needs on a CPU, and the
+differences between mcore's versions. Must not know: scores, plans, losses, recipes.
 """
 
 from .backend import install_cpu_backend, peak_bytes, peak_flops

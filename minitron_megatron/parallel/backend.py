@@ -1,7 +1,7 @@
-"""What megatron-core needs to run on gloo where CUDA is absent. Fits those of `versions.FITS`.
+"""Patches with which megatron-core runs on the CPU with gloo, for the versions in `mcore_compat.FITS`.
 
-mcore asks for CUDA by device argument, by `.cuda()` and by type name. One function mode answers the first two for
-tensors; the rest are module attributes, each with the line of mcore that it answers.
+mcore requests CUDA by device argument, by `.cuda()` and by type name. A TorchFunctionMode handles all three for tensors;
+the other patches are module attributes. Each names the line of mcore that needs it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def _on_cpu(device: Any) -> Any:
-    """Any spelling of a CUDA device -> the CPU; everything else unchanged."""
+    """Return the CPU for any spelling of a CUDA device, and anything else unchanged."""
     if isinstance(device, int) and not isinstance(device, bool):
         return CPU
     if isinstance(device, (str, torch.device)) and str(device).startswith("cuda"):
@@ -29,7 +29,7 @@ def _on_cpu(device: Any) -> Any:
 
 
 class _CudaIsCpu(TorchFunctionMode):
-    """Rewrites CUDA devices in factory calls, `.cuda()`, `.to()` and `.type()`."""
+    """Rewrite CUDA devices in factory calls, `.cuda()`, `.to()` and `.type()`."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,7 +46,7 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far: of the GPU, or where there is none of the whole process."""
+    """Return the peak memory of this process so far: GPU memory allocated by torch, or without a GPU its peak RSS."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -60,11 +60,11 @@ DENSE_BF16_FLOPS = {
     "A100": 312e12,
     "L40S": 362e12,
 }
-"""Of a GPU whose name holds the word, by its data sheet, without sparsity. The first that fits."""
+"""Substring of a GPU's name -> its peak by the data sheet, without sparsity. The first match counts."""
 
 
 def peak_flops() -> float | None:
-    """FLOPs a second of this process's GPU in dense bf16; None on a CPU, and where its peak is not known."""
+    """Return the peak dense bf16 FLOPs per second of this process's GPU; None on a CPU, or for an unknown GPU."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -73,8 +73,11 @@ def peak_flops() -> float | None:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Within it, functions that are decorated with torch.compile stay as they are. mcore decorates its fusions so
-    (jit.py), none of which runs here, and a first use of torch.compile imports for two seconds."""
+    """Make torch.compile a no-op decorator inside the block.
+
+    mcore decorates its fusions with it (jit.py). None of them runs here, and the first use of torch.compile takes two
+    seconds of imports.
+    """
     before = torch.compile
     torch.compile = lambda function=None, **_: function or (lambda wrapped: wrapped)  # type: ignore[assignment]
     try:
@@ -87,7 +90,7 @@ _installed = False
 
 
 def install_cpu_backend() -> None:
-    """Makes mcore run on the CPU, once a process; nothing at all where CUDA is present."""
+    """Patch mcore and torch so that mcore runs on the CPU, once per process; do nothing where CUDA is present."""
     global _installed
     if _installed or torch.cuda.is_available():
         return
@@ -107,5 +110,5 @@ def install_cpu_backend() -> None:
     mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # random.py:72
     from megatron.core.transformer.moe import moe_utils
 
-    if not hasattr(moe_utils, "te_general_gemm"):  # moe/moe_utils.py names it, but defines it only beside TE
+    if not hasattr(moe_utils, "te_general_gemm"):  # moe/moe_utils.py uses it, but defines it only where TE is installed
         moe_utils.te_general_gemm = None

@@ -1,4 +1,4 @@
-"""The few collectives that the rest uses, and the one that lets an error of one rank reach all of them."""
+"""Collectives, and `fail_together`, which raises one rank's error on all ranks."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ Group = dist.ProcessGroup
 
 
 def group_rank(group: Group) -> int:
-    """This process's place in `group`, from 0."""
+    """Return this process's rank in `group`, from 0."""
     return dist.get_rank(group)
 
 
 def group_size(group: Group) -> int:
-    """How many ranks `group` has."""
+    """Return the number of ranks of `group`."""
     return dist.get_world_size(group)
 
 
 def place_in_world() -> tuple[int, int]:
-    """(this process's rank, how many there are)."""
+    """Return (this process's global rank, world size); (0, 1) where torch.distributed is not initialised."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def all_reduce(tensor: Tensor, group: Group, op: str = "sum") -> Tensor:
-    """Reduces `tensor` in place over `group` by `sum` or `max`, and returns it."""
+    """Reduce `tensor` in place over `group` by `sum` or `max`, and return it."""
     if dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
     return tensor
 
 
 def sum_gradient(tensor: Tensor, group: Group) -> Tensor:
-    """`tensor`, alike on every rank of `group`, whose gradient is the sum of all ranks'."""
+    """Return `tensor`, which is equal on every rank of `group`; its gradient is summed over the ranks."""
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
     summed: Tensor = copy_to_tensor_model_parallel_region(tensor, group)
@@ -66,14 +66,14 @@ def sum_gradient(tensor: Tensor, group: Group) -> Tensor:
 
 
 def sum_over_world(tensor: Tensor) -> Tensor:
-    """The sum of everyone's `tensor`, in place, on every rank of the world."""
+    """Sum `tensor` over the world, in place, and return it on every rank."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather_sequence(part: Tensor, group: Group) -> Tensor:
-    """Every rank's part of dim 0, in rank order, on every rank of `group`."""
+    """All-gather along dim 0: every rank's part, in rank order, on every rank of `group`."""
     world = dist.get_world_size(group)
     full = part.new_empty((world * part.shape[0], *part.shape[1:]))
     dist.all_gather_into_tensor(full, part.contiguous(), group=group)
@@ -81,7 +81,7 @@ def gather_sequence(part: Tensor, group: Group) -> Tensor:
 
 
 def scatter_sequence(full: Tensor, group: Group) -> Tensor:
-    """The sum over ranks of `full`, of which each rank gets its part of dim 0."""
+    """Reduce-scatter along dim 0: each rank gets its part of the sum of `full` over `group`."""
     world = dist.get_world_size(group)
     part = full.new_empty((full.shape[0] // world, *full.shape[1:]))
     dist.reduce_scatter_tensor(part, full.contiguous(), group=group)
@@ -89,12 +89,12 @@ def scatter_sequence(full: Tensor, group: Group) -> Tensor:
 
 
 def local_sequence(full: Tensor, group: Group) -> Tensor:
-    """This rank's part of dim 0 of what every rank of `group` has whole."""
+    """Return this rank's part of dim 0 of a tensor that every rank of `group` holds whole."""
     return full.chunk(dist.get_world_size(group))[dist.get_rank(group)]
 
 
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> list[Tensor]:
-    """Sends `parts[r]` (equal shapes but for dim 0) to rank r; returns what came, `sizes[r]` rows from rank r."""
+    """Send `parts[r]` (shapes may differ in dim 0) to rank r; return the received parts, `sizes[r]` rows from rank r."""
     if dist.get_world_size(group) == 1:
         return list(parts)
     tail = parts[0].shape[1:]
@@ -113,17 +113,17 @@ def move(
     target: int = 0,
     into: Tensor | None = None,
 ) -> Tensor | None:
-    """The tensor of global rank `source` on global rank `target`; None on every other rank. Only these two wait.
+    """Return the tensor of global rank `source` on global rank `target`, None on other ranks. Only these two ranks wait.
 
-    into: where it shall lie on the target, contiguous; by default in new memory.
+    into: contiguous tensor that receives it on the target; by default a new one.
     """
-    me = dist.get_rank()
+    rank = dist.get_rank()
     if source == target:
-        return tensor if me == target else None
-    if me == source:
+        return tensor if rank == target else None
+    if rank == source:
         assert tensor is not None
         dist.send(tensor.contiguous(), dst=target)  # gloo ignores strides: contiguous or corrupted
-    if me != target:
+    if rank != target:
         return None
     received = torch.empty(tuple(shape), dtype=dtype, device=device) if into is None else into
     assert received.is_contiguous()
@@ -132,7 +132,7 @@ def move(
 
 
 def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
-    """Everyone's `value`, in rank order, on every rank of `group` (default: the world)."""
+    """Return the `value` of every rank, in rank order, on every rank of `group` (default: the world)."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
     out: list[Any] = [None] * dist.get_world_size(group)
@@ -141,7 +141,7 @@ def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
 
 
 def broadcast_object(value: Any, source: int = 0, group: Group | None = None) -> Any:
-    """The `value` of group rank `source`, on every rank of `group` (default: the world)."""
+    """Return the `value` of group rank `source` on every rank of `group` (default: the world)."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return value
     box = [value]
@@ -150,31 +150,33 @@ def broadcast_object(value: Any, source: int = 0, group: Group | None = None) ->
 
 
 def barrier(group: Group | None = None) -> None:
-    """Waits for every rank of `group` (default: the world)."""
+    """Wait for every rank of `group` (default: the world)."""
     if dist.is_initialized():
         dist.barrier(group=group)
 
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Around checks that may fail on one rank alone: every rank then raises the first rank's error, and none hangs.
+    """Raise the error of the first rank that fails inside the block on every rank, so that no rank hangs.
 
-    Collective over the world on the way out, so that nothing inside may be. Only MinitronErrors are shared; anything
-    else is raised where it is, and that rank ends.
+    For checks that may fail on some ranks only. Leaving the block is collective over the world, so nothing inside it may
+    be. Only MinitronErrors are shared; any other exception is raised on its own rank, which ends.
     """
-    mine: MinitronError | None = None
+    local: MinitronError | None = None
     try:
         yield
     except MinitronError as error:
-        mine = error
-    errors = [error for error in gather_objects(mine) if error is not None]
+        local = error
+    errors = [error for error in gather_objects(local) if error is not None]
     if errors:
-        raise errors[0] from mine
+        raise errors[0] from local
 
 
 def first_to_fail() -> bool | None:
-    """Whether no other rank has asked this before, or has kept count and is gone; None where none is joined yet. Not
-    collective."""
+    """Return whether this rank is the first to call this, by a counter in the store of torch.distributed.
+
+    False as well where the store's rank has gone; None before torch.distributed is initialised. Not collective.
+    """
     if not dist.is_initialized():
         return None
     try:

@@ -1,4 +1,4 @@
-"""Context parallelism: which part of each sequence a rank has, and how attention sees the rest."""
+"""Context parallelism: the part of each sequence that a rank holds, and the exchange with the other ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .collectives import Group, gather_sequence, scatter_sequence
 __all__ = ["ContextShard"]
 
 Piece = tuple[int, int, int]
-"""First query, end of them, first key that they see: positions."""
+"""Positions (first query, end of the queries, first key that they attend to)."""
 
 _NUMBERS = count()
 _SHARDS: WeakValueDictionary[int, ContextShard] = WeakValueDictionary()
@@ -25,25 +25,32 @@ _SHARDS: WeakValueDictionary[int, ContextShard] = WeakValueDictionary()
 
 @dataclass(frozen=True)
 class ContextShard:
-    """Of `size` ranks that share each sequence, the part of rank `rank`: of 2 x size equal chunks the one of its number
-    and the one as far from the end, so that causal attention is the same work for all."""
+    """Part of each sequence that rank `rank` of `size` context-parallel ranks holds.
+
+    A sequence has 2 x size equal chunks. Rank r holds chunk r and chunk 2 x size - 1 - r, so that causal attention is
+    the same work on every rank.
+    """
 
     rank: int
     size: int
     group: Group
     sequence: int
     documents: Tensor | None = None
-    """int64 [batch, sequence] on the host: the number of each token's document, which attention does not leave."""
+    """Document number of each token: int64 [batch, sequence] on the host. Attention stays within a document."""
 
     @cached_property
     def ticket(self) -> Tensor:
-        """A number under which `of` finds it while it lives: mcore's recomputation of layers carries tensors alone."""
+        """Number, int64 [], by which `of` finds this object while it lives.
+
+        mcore passes it to attention in place of the object, because its activation recomputation passes tensors only.
+        """
         number = next(_NUMBERS)
         _SHARDS[number] = self
         return torch.tensor(number)
 
     @staticmethod
     def of(ticket: Tensor) -> ContextShard:
+        """Return the shard with this ticket."""
         return _SHARDS[int(ticket)]
 
     @property
@@ -54,29 +61,33 @@ class ContextShard:
         return rank * self.chunk, (2 * self.size - 1 - rank) * self.chunk
 
     def take(self, whole: Tensor) -> Tensor:
-        """This rank's part of dim 1 of whole sequences."""
+        """Return this rank's part of dim 1 of whole sequences."""
         return torch.cat([whole.narrow(1, start, self.chunk) for start in self._starts(self.rank)], 1)
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """int64 [1, part of the sequence], of this rank's tokens in it; on the host."""
+        """Return the positions of this rank's tokens in the sequence: int64 [1, part of the sequence], on the host."""
         return self.take(torch.arange(self.sequence)[None])
 
     def whole(self, part: Tensor) -> Tensor:
-        """Dim 0 of every rank's part as the whole sequence, on every rank; a gradient is summed over the ranks.
-        Collective over the group, backward too."""
+        """Gather the parts (dim 0) of all ranks into the whole sequence, on every rank; gradients are summed over ranks.
+
+        Collective over the group, in the backward pass too.
+        """
         gathered: Tensor = _Whole.apply(part, self)
         return gathered
 
     @cached_property
     def pieces(self) -> list[list[Piece]]:
-        """Of each sample, or once where all are one document, the pieces of this rank's part, in its order: its chunks,
-        or what of them belongs to one document."""
+        """Pieces of this rank's part in order, for each sample; one list for all samples where there are no documents.
+
+        A piece is a chunk, or the part of a chunk that belongs to one document.
+        """
         if self.documents is None:
             return [list(self._cut([0]))]
         return [list(self._cut([0, *(each.diff().nonzero().flatten() + 1).tolist()])) for each in self.documents]
 
     def _cut(self, begins: Sequence[int]) -> Iterator[Piece]:
-        """begins: of documents."""
+        """Yield the pieces of this rank's chunks. begins: first positions of the documents."""
         for start in self._starts(self.rank):
             end = start + self.chunk
             for a, b in pairwise([start, *(begin for begin in begins if start < begin < end), end]):
@@ -85,22 +96,22 @@ class ContextShard:
 
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, span: ContextShard) -> Tensor:
-        ctx.span = span
-        return in_order(gather_sequence(part, span.group), span.size)
+    def forward(ctx: Any, part: Tensor, shard: ContextShard) -> Tensor:
+        ctx.shard = shard
+        return in_order(gather_sequence(part, shard.group), shard.size)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return scatter_sequence(by_rank(gradient, ctx.span.size), ctx.span.group), None
+        return scatter_sequence(by_rank(gradient, ctx.shard.size), ctx.shard.group), None
 
 
 def in_order(parts: Tensor, size: int) -> Tensor:
-    """Dim 0 of the ranks' parts, one after the other, as the sequence has it."""
+    """Reorder dim 0 from rank order (the ranks' parts, concatenated) to sequence order."""
     early, late = parts.unflatten(0, (size, 2, -1)).unbind(1)
     return torch.cat([early, late.flip(0)]).flatten(0, 1)
 
 
 def by_rank(whole: Tensor, size: int) -> Tensor:
-    """The inverse of `in_order`."""
+    """Reorder dim 0 from sequence order to rank order: the inverse of `in_order`."""
     early, late = whole.unflatten(0, (2, size, -1))
     return torch.stack([early, late.flip(0)], 1).flatten(0, 2)

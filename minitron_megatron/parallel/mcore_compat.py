@@ -1,4 +1,4 @@
-"""Where megatron-core's versions differ, or where it must be mended: nowhere else."""
+"""All code that depends on megatron-core's version or works around one of its bugs."""
 
 from __future__ import annotations
 
@@ -37,35 +37,35 @@ __all__ = [
 ]
 
 FITS = ("0.16.1", "0.19.2")
-"""What this file and `backend.py` were read against: the default's (Python 3.11) and that of `make test-latest`."""
+"""Versions that this file and `backend.py` support: the default (Python 3.11) and the one of `make test-latest`."""
 
-TALKERS = {
-    "megatron.core.models.gpt.gpt_model": "deprecated",  # GPTModel for HybridModel
-    "megatron.core.distributed.distributed_data_parallel": "full_param_layout",  # it computes the buffers' itself
+NOISY_LOGGERS = {
+    "megatron.core.models.gpt.gpt_model": "deprecated",  # GPTModel, in favour of HybridModel
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout",  # DDP computes the layout itself
     "megatron.core.dist_checkpointing.strategies.common": "deprecated",  # common.pt
     "megatron.core.dist_checkpointing.strategies.torch": "deprecated",  # its own asynchronous writer
-    "torch.utils.cpp_extension": "No CUDA runtime",  # at an import of mcore's, on a CPU
+    "torch.utils.cpp_extension": "No CUDA runtime",  # when mcore imports it, on a CPU
 }
-"""Who warns, under mcore 0.19, of what no user can act on, and the word that tells it."""
+"""Logger -> word of the warnings that it emits under mcore 0.19 and that no user can act on."""
 
 
 def quieten() -> None:
-    """Keeps those warnings out of terminals and logs; everything else that is logged stays."""
-    for logger in TALKERS:
-        logging.getLogger(logger).addFilter(_is_news)
+    """Filter the warnings of `NOISY_LOGGERS` out of terminals and logs; all other records stay."""
+    for logger in NOISY_LOGGERS:
+        logging.getLogger(logger).addFilter(_is_useful)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    return TALKERS[record.name].lower() not in record.getMessage().lower()
+def _is_useful(record: logging.LogRecord) -> bool:
+    return NOISY_LOGGERS[record.name].lower() not in record.getMessage().lower()
 
 
 def final_hidden(model: Any, tokens: Tensor, beside: Any = None) -> Tensor:
-    """Runs a GPTModel up to its last layer and final norm, and no further: `GPTModel.forward` has no such switch.
+    """Run a GPTModel up to its final norm, without the output layer: `GPTModel.forward` has no such switch.
 
-    tokens: int64 [batch, seq]. beside: what attention has to know: [batch, seq], the number of each token's document,
-    which it does not leave; or what came before, or which part of a sequence they are, either of which tells their
-    `positions`. It takes the place of mcore's attention mask, and only our own core attention reads it so.
-    Returns [seq (over tp, with sequence parallelism), batch, hidden]; before the last pipeline stage it is that stage's
+    tokens: int64 [batch, seq]. beside: the attention context: the document number of each token, [batch, seq], beyond
+    which attention does not reach; or a KVCache or a ContextShard, which give the `positions` of the tokens. It is
+    passed as mcore's attention mask, and only our own core attention understands it.
+    Returns [seq (over tp, with sequence parallelism), batch, hidden]; before the last pipeline stage, that stage's
     output. The model may be wrapped (DDP, Float16Module).
     """
     from megatron.core.utils import get_attr_wrapped_model
@@ -75,17 +75,17 @@ def final_hidden(model: Any, tokens: Tensor, beside: Any = None) -> Tensor:
     states, rotary = gpt._preprocess(input_ids=tokens, position_ids=None)[:2]
     if hasattr(beside, "positions"):
         positions = beside.positions(tokens)
-        most = -(-int(positions.max() + 1) // 256) * 256  # mcore keeps the angles of a few lengths
+        most = -(-int(positions.max() + 1) // 256) * 256  # rounded up, since mcore caches angles by length
         rotary = gpt.rotary_pos_emb(most)[positions.t()].squeeze(2)
     carried = beside.ticket if isinstance(beside, ContextShard) else beside
     return gpt.decoder(hidden_states=states, attention_mask=carried, rotary_pos_emb=rotary)
 
 
 def mend_distributed_optimizer() -> None:
-    """Mends two faults of mcore 0.16's DistributedOptimizer with torch's Adam, which has no TE or apex to help it.
+    """Fix checkpoint loading of mcore 0.16's DistributedOptimizer with torch's Adam (without TE or apex).
 
-    Loading a checkpoint raises KeyError("step"), since only `param` and the moments are saved
-    (optimizer/distrib_optimizer.py, `_set_main_param_and_optimizer_states`).
+    Loading raises KeyError("step"), since only `param` and the moments are saved (optimizer/distrib_optimizer.py,
+    `_set_main_param_and_optimizer_states`).
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -100,11 +100,11 @@ def mend_distributed_optimizer() -> None:
 
 
 def count_padding(wrapped: Sequence[Any]) -> None:
-    """Has checkpoints hold all of a DDP's buffers, the padding between buckets included.
+    """Make checkpoints hold the whole DDP buffers, with the padding between buckets.
 
-    mcore 0.16 writes the buckets one after the other without their padding, and reads parameters from where they lie
-    with it (optimizer/distrib_optimizer.py, `sharded_param_state_fully_reshardable`). Where a shared weight has a
-    bucket of its own, what follows it in the buffer gets its neighbours' optimizer states, and zeros at the end.
+    mcore 0.16 writes the buckets without their padding, but reads each parameter from its offset with padding
+    (optimizer/distrib_optimizer.py, `sharded_param_state_fully_reshardable`). Where a shared weight has its own bucket,
+    the parameters after it in the buffer would load their neighbours' optimizer states, and zeros at the end.
     """
     for chunk in wrapped:
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
@@ -114,12 +114,12 @@ def count_padding(wrapped: Sequence[Any]) -> None:
 
 
 def load_optimizer(optimizer: Any, state: Mapping[Any, Any]) -> None:
-    """Fills an optimizer from what a checkpoint gave; the ends of its own learning rate's schedule stay.
+    """Load a checkpoint's optimizer state, but keep the optimizer's own maximum and minimum learning rate.
 
-    mcore would take the checkpoint's, where its scheduler looks first (optimizer_param_scheduler.py, `get_lr`), so that
-    a phase would silently go on at the rates of the phase before; 0.19 finds no group where they differ. And it leaves
-    all parameters sharing one Adam step count, which torch's Adam then advances once a parameter, so that the bias
-    correction runs away silently.
+    mcore would take both from the checkpoint, where its scheduler looks first (optimizer_param_scheduler.py, `get_lr`):
+    a phase would silently continue at the rates of the phase before. mcore 0.19 does not find the parameter group where
+    they differ. mcore also makes all parameters share one Adam step tensor; torch's Adam then increments it once per
+    parameter, which silently breaks the bias correction. So each parameter gets its own copy.
     """
     own = optimizer.param_groups[0]
     for part in [state] if "optimizer" in state else state.values():
@@ -127,22 +127,22 @@ def load_optimizer(optimizer: Any, state: Mapping[Any, Any]) -> None:
             group.update(max_lr=own["max_lr"], min_lr=own["min_lr"])
     optimizer.load_state_dict(state)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for of_parameter in part.optimizer.state.values():
-            if isinstance(of_parameter.get("step"), Tensor):
-                of_parameter["step"] = of_parameter["step"].clone()
+        for parameter_state in part.optimizer.state.values():
+            if isinstance(parameter_state.get("step"), Tensor):
+                parameter_state["step"] = parameter_state["step"].clone()
 
 
 def mark_expert(parameter: Any) -> None:
-    """Has an expert's gradient summed over the ranks that hold the same experts.
+    """Mark an expert's parameter, so that its gradient is summed over the ranks that hold the same expert.
 
-    mcore marks experts so only where ep > 1 (tensor_parallel/layers.py, `allreduce`); at ep = 1 beside tp > 1 each rank
-    of tp would keep the gradient of its own part of the sequence, silently.
+    mcore sets this mark only where ep > 1 (tensor_parallel/layers.py, `allreduce`). At ep = 1 and tp > 1, each tp rank
+    would silently keep the gradient of its own part of the sequence.
     """
     parameter.allreduce = False
 
 
 class _Results:
-    """What the processes that write a checkpoint tell the one that trains, in a file without a name."""
+    """Results queue from the checkpoint writer processes to the training process, backed by an anonymous file."""
 
     def __init__(self) -> None:
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the request that holds it)
@@ -161,10 +161,10 @@ class _Results:
 
 @contextmanager
 def _writes_collected() -> Iterator[None]:
-    """Within it, mcore's next checkpoint collects what its writers did in a file of this process.
+    """Make mcore's next checkpoint collect its writers' results in a file of this process, inside the block.
 
-    mcore spawns a manager process for it (dist_checkpointing/strategies/filesystem_async.py, `_results_queue`), which
-    takes seconds to start and outlives a killed run.
+    Otherwise mcore spawns a manager process for them (dist_checkpointing/strategies/filesystem_async.py,
+    `_results_queue`), which takes seconds to start and outlives a killed run.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -177,9 +177,9 @@ def _writes_collected() -> Iterator[None]:
 
 
 def save_sharded(state: Mapping[str, Any], folder: str | Path, *, later: bool = False) -> Any:
-    """mcore's distributed checkpoint of a sharded state dict, in a folder that is there and empty. Collective.
+    """Write a sharded state dict as mcore's distributed checkpoint into an existing, empty folder. Collective.
 
-    later: only what must not change any more is copied; returns the AsyncRequest that writes.
+    later: only copy the tensors, and return the AsyncRequest that writes them.
     """
     from megatron.core import dist_checkpointing
 
@@ -190,10 +190,11 @@ def save_sharded(state: Mapping[str, Any], folder: str | Path, *, later: bool = 
 
 
 def _save_with_common_file(state: dict[str, Any], folder: Path, later: bool) -> Any:
-    """As 0.16 writes it, for 0.19, which reads both: what is no tensor lies in common.pt, which is opened weights-only.
+    """Write with mcore 0.19 in 0.16's format, which 0.19 reads too: values that are not tensors go to common.pt, which
+    is loaded weights-only.
 
-    0.19 itself (dist_checkpointing/serialization.py, `save`) puts it among the objects that torch unpickles freely. And
-    its asynchronous writer would be another package's.
+    0.19 itself (dist_checkpointing/serialization.py, `save`) stores them among objects that torch unpickles without
+    checks, and its asynchronous writer needs another package.
     """
     from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
     from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -206,39 +207,40 @@ def _save_with_common_file(state: dict[str, Any], folder: Path, later: bool) -> 
         torch.save(common, folder / COMMON_STATE_FNAME)
     strategy = TorchDistSaveShardedStrategy()
 
-    def say_what_it_is() -> None:
+    def write_format() -> None:
         if dist.get_rank() == 0:
             save_config(CheckpointingConfig(strategy.backend, strategy.version), str(folder))
         dist.barrier()
 
     request = strategy.async_save(sharded, folder, "mcore")
-    request.add_finalize_fn(say_what_it_is)
+    request.add_finalize_fn(write_format)
     return request if later else request.execute_sync()
 
 
 def _mend_writer() -> None:
-    """Has mcore 0.19's writer say why it could not write.
+    """Make mcore 0.19's checkpoint writer raise the error that stopped it.
 
-    It asserts that a result is none of its own exceptions (dist_checkpointing/strategies/filesystem_async.py,
-    `check_local_output`), so that nothing but their type would come back.
+    mcore returns the exception and later asserts that there is none (dist_checkpointing/strategies/filesystem_async.py,
+    `check_local_output`), so that only its type would be reported.
     """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-    plain = FileSystemWriterAsync.write_preloaded_data
-    if plain.__module__ == __name__:
+    original = FileSystemWriterAsync.write_preloaded_data
+    if original.__module__ == __name__:
         return
 
     def write(*args: Any, **kwargs: Any) -> Any:
-        done = plain(*args, **kwargs)
-        if kwargs["results_queue"] is None and isinstance(done[1], Exception):
-            raise done[1]
-        return done
+        result = original(*args, **kwargs)
+        if kwargs["results_queue"] is None and isinstance(result[1], Exception):
+            raise result[1]
+        return result
 
     FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
 def undisturbed(request: Any) -> Any:
-    """mcore's AsyncRequest, whose processes do not hear the terminal's Ctrl-C and end together (`kill_writers`)."""
+    """Return mcore's AsyncRequest with its writers in a process group of their own: Ctrl-C in the terminal does not
+    reach them, and `kill_writers` ends them together."""
     return request._replace(async_fn=request.async_fn and partial(_in_own_group, request.async_fn))
 
 
@@ -248,25 +250,28 @@ def _in_own_group(work: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def kill_writers(caller: Any) -> None:
-    """Kills the processes of mcore's async caller that an `undisturbed` request runs in.
+    """Kill the writer processes of mcore's async caller that runs an `undisturbed` request.
 
-    mcore kills the first alone; those that it forked would wait for it for ever, its standard error in their hands.
+    mcore kills only the first process; those that it forked would wait forever and keep its standard error open.
     """
     if caller.process is not None:
-        with suppress(ProcessLookupError):  # it has ended, or has no group yet and nothing forked
+        with suppress(ProcessLookupError):  # it has ended, or has no group yet and has forked nothing
             os.killpg(caller.process.pid, signal.SIGKILL)
         caller.process.kill()
         caller.process = None
 
 
 def failed_together() -> tuple[type[BaseException], ...]:
-    """What torch raises on every rank where one could not write its part; it is no Exception."""
+    """Return the exceptions (not subclasses of Exception) that torch raises on every rank if one rank cannot write."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     return (CheckpointException,)
 
 
 def failed_alone(error: Exception) -> bool:
-    """Whether this rank's own file system is at fault: torch's writer of zip files hides the OSError, and a rank that
-    lost the others has a RuntimeError too."""
+    """Return whether this rank's own file system caused the error.
+
+    torch's zip writer turns an OSError into a RuntimeError, which a rank that lost contact to the others raises too: the
+    message tells them apart.
+    """
     return isinstance(error, OSError) or any(word in str(error) for word in ("inline_container", "iostream error"))

@@ -1,4 +1,4 @@
-"""Data-parallel replicas as worlds of their own, for a while."""
+"""Data-parallel replicas that work independently for a while, each as a world of its own."""
 
 from __future__ import annotations
 
@@ -20,20 +20,26 @@ WAIT_SECONDS = 0.2
 
 
 def check_independent_replicas(topology: Topology) -> None:
-    """Raises TopologyError where replicas hold experts or sequences between them."""
+    """Raise TopologyError where data-parallel replicas share experts or sequences."""
     if topology.ep > 1:
-        raise TopologyError(f"ep={topology.ep} spreads experts over replicas, which cannot part. Set ep to 1.")
+        raise TopologyError(
+            f"ep={topology.ep} spreads experts over data-parallel replicas, which cannot work independently then. "
+            "Set ep to 1."
+        )
     if topology.cp > 1:
-        raise TopologyError(f"cp={topology.cp} shares sequences among replicas, which cannot part. Set cp to 1.")
+        raise TopologyError(
+            f"cp={topology.cp} shares sequences among data-parallel replicas, which cannot work independently then. "
+            "Set cp to 1."
+        )
 
 
 @contextmanager
 def independent_replicas(topology: Topology) -> Iterator[Topology]:
-    """Inside, each data-parallel replica is a world of its own, laid out as what is yielded; in the end all are one
-    again, once the last is there, however long that takes. What knows a group of one world is of no use in the other.
+    """Make each data-parallel replica a torch.distributed world of its own inside the block, and yield its Topology.
 
-    Collective over the world. Raises what `check_independent_replicas` does; a MinitronError of one replica is raised
-    on all ranks once they are together.
+    At the end the replicas rejoin, waiting without a time limit for the last one. Objects that hold process groups are
+    only valid in the world in which they were made. Collective over the world. Raises as `check_independent_replicas`;
+    a MinitronError of one replica is raised on all ranks after they rejoin.
     """
     check_independent_replicas(topology)
     if topology.dp == 1:
@@ -57,7 +63,7 @@ def independent_replicas(topology: Topology) -> Iterator[Topology]:
 
 
 def _move(old: Topology, new: Topology, store: dist.Store, rank: int, world: int) -> None:
-    """Leaves the processes of one layout and joins those of another."""
+    """Leave the process group of one layout and join that of another."""
     old.stop()
     dist.destroy_process_group()
     dist.init_process_group(claim_device(), store=store, rank=rank, world_size=world)
@@ -65,7 +71,7 @@ def _move(old: Topology, new: Topology, store: dist.Store, rank: int, world: int
 
 
 def _wait_for_all(store: dist.Store, rank: int, world: int) -> None:
-    """No time limit: another replica may have hours to go, and whoever dies is seen by the launcher."""
+    """Wait without a time limit: another replica may need hours more, and the launcher notices a dead process."""
     store.set(str(rank), "here")
     while not store.check([str(each) for each in range(world)]):
         time.sleep(WAIT_SECONDS)

@@ -1,4 +1,4 @@
-"""This process's place in the parallel layout, and its process groups. Always passed, never global."""
+"""Parallel layout: sizes, this process's ranks and its process groups. Always passed as an argument, never global."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Topology:
     """Sizes and ranks of tensor (tp), pipeline (pp), virtual pipeline (vp), data (dp), expert (ep) and context (cp)
     parallelism.
 
-    Of `dp` data-parallel ranks, `cp` neighbours each share the sequences that they train on (`ContextShard`). mcore
-    does not know it: it sums their gradients as those of all data-parallel ranks. Scoring and validation treat them as
-    any others.
+    Each `cp` neighbours of the `dp` data-parallel ranks share the sequences that they train on (`ContextShard`). mcore
+    is not aware of this: it sums their gradients like those of any data-parallel ranks. Scoring and validation treat
+    them as ordinary data-parallel ranks.
 
-    The groups are mcore's own: `Topology.start` is the only call that makes them, `stop` the only one that ends them.
+    The groups are mcore's own: `lay_out` creates them and `stop` destroys them.
     """
 
     tp: int = 1
@@ -42,9 +42,9 @@ class Topology:
     def start(
         cls, tp: int = 1, pp: int = 1, vp: int = 1, ep: int = 1, sequence_parallel: bool = False, cp: int = 1
     ) -> Topology:
-        """Joins the processes that torchrun started (or this one alone) and lays them out. Collective over the world.
+        """Join the processes that torchrun started (or only this one) and create the groups. Collective over the world.
 
-        Raises TopologyError where the processes cannot be divided as asked.
+        Raises TopologyError where the number of processes does not fit the layout.
         """
         quieten()
         install_cpu_backend()
@@ -56,7 +56,7 @@ class Topology:
         return topology
 
     def lay_out(self) -> None:
-        """Makes mcore's groups among the processes that are joined. Collective over the world."""
+        """Create mcore's groups among the joined processes. Collective over the world."""
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -65,15 +65,15 @@ class Topology:
             self.pp,
             virtual_pipeline_model_parallel_size=self.vp if self.vp > 1 else None,
             expert_model_parallel_size=self.ep,
-            expert_tensor_parallel_size=1,  # an expert is small: split over ranks whole
+            expert_tensor_parallel_size=1,  # an expert is small: each lies whole on one rank
         )
         model_parallel_cuda_manual_seed(1)
         if self.cp > 1:
-            _ = self.cp_group  # made now, for that is collective
+            _ = self.cp_group  # created here, since creating it is collective
 
     @classmethod
     def running(cls, sequence_parallel: bool = False) -> Topology:
-        """The layout that somebody's script has set up with mcore's parallel_state.
+        """Return the layout that a script has set up with mcore's parallel_state.
 
         Raises TopologyError for mcore's context parallelism, and for experts that are split by tensor parallelism.
         """
@@ -81,7 +81,9 @@ class Topology:
         if state.get_context_parallel_world_size() > 1:
             raise TopologyError("mcore's context parallelism is not supported. Set context_parallel_size to 1.")
         if state.get_expert_model_parallel_world_size() > 1 and state.get_expert_tensor_parallel_world_size() > 1:
-            raise TopologyError("experts are split by tp, and may not be. Set expert_tensor_parallel_size to 1.")
+            raise TopologyError(
+                "experts split by tensor parallelism are not supported. Set expert_tensor_parallel_size to 1."
+            )
         return cls(
             state.get_tensor_model_parallel_world_size(),
             state.get_pipeline_model_parallel_world_size(),
@@ -91,7 +93,7 @@ class Topology:
         )
 
     def stop(self) -> None:
-        """Ends the layout; the processes stay joined, so that another layout may follow."""
+        """Destroy the groups; the processes stay joined, so that another layout can follow."""
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
@@ -99,7 +101,7 @@ class Topology:
             vars(self).pop(name, None)
 
     def check(self, world: int) -> None:
-        """Raises TopologyError where `world` processes cannot hold this layout."""
+        """Raise TopologyError where this layout does not fit `world` processes."""
         for name in ("tp", "pp", "vp", "ep", "cp"):
             if getattr(self, name) < 1:
                 raise TopologyError(f"{name} is {getattr(self, name)}. It must be 1 or more.")
@@ -110,7 +112,7 @@ class Topology:
             )
         if world // (self.tp * self.pp) % self.cp:
             raise TopologyError(
-                f"cp={self.cp} shares sequences among data-parallel ranks, of which {world} processes give "
+                f"cp={self.cp} shares sequences among data-parallel ranks, but {world} processes give "
                 f"{world // (self.tp * self.pp)}. Start a multiple of {self.tp * self.pp * self.cp} processes."
             )
         if world // self.pp % self.ep:
@@ -137,24 +139,26 @@ class Topology:
 
     @property
     def replicas(self) -> int:
-        """How many samples are in training at a time: one of each `cp` data-parallel ranks."""
+        """Number of micro-batches in training at the same time: one per `cp` data-parallel ranks."""
         return self.dp // self.cp
 
     @property
     def replica(self) -> int:
-        """Which of the replicas this rank belongs to."""
+        """Index of the replica that this rank belongs to."""
         return self.dp_rank // self.cp
 
     @property
     def sequence_unit(self) -> int:
-        """What a training sequence must be a multiple of: context-parallel ranks have two chunks each, of which with
-        sequence parallelism every tensor-parallel rank has its part."""
+        """Number that the length of a training sequence must be a multiple of.
+
+        Context-parallel ranks hold two chunks each; with sequence parallelism, tensor-parallel ranks split these evenly.
+        """
         tp = self.tp if self.sequence_parallel else 1
         return tp if self.cp == 1 else self.cp * math.lcm(2, tp)
 
     @cached_property
     def device(self) -> torch.device:
-        """Where this rank's tensors live."""
+        """Device of this rank's tensors."""
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     @cached_property
@@ -171,22 +175,22 @@ class Topology:
 
     @cached_property
     def model_group(self) -> dist.ProcessGroup:
-        """The tp x pp ranks that hold one copy of the model between them."""
+        """Group of the tp x pp ranks that together hold one copy of the model."""
         return _state().get_model_parallel_group()
 
     @cached_property
     def ep_group(self) -> dist.ProcessGroup:
-        """The ranks that hold all experts between them."""
+        """Group of the ranks that together hold all experts."""
         return _state().get_expert_model_parallel_group()
 
     @cached_property
     def edp_group(self) -> dist.ProcessGroup:
-        """The ranks that hold the same experts."""
+        """Group of the ranks that hold the same experts."""
         return _state().get_expert_data_parallel_group()
 
     @cached_property
     def cp_group(self) -> dist.ProcessGroup:
-        """The ranks that share sequences. Collective over the world when first asked for, which `lay_out` does."""
+        """Group of the ranks that share sequences. The first access, in `lay_out`, is collective over the world."""
         firsts = range(0, self.dp, self.cp)
         places = [(pp, tp, first) for pp in range(self.pp) for tp in range(self.tp) for first in firsts]
         groups = {
@@ -225,17 +229,18 @@ class Topology:
         return self.pp_rank == self.pp - 1
 
     def rank_at(self, pp_rank: int, tp_rank: int, dp_rank: int = 0) -> int:
-        """The global rank at a place (mcore's order: tp fastest, then dp, then pp)."""
+        """Return the global rank at these coordinates (mcore's order: tp fastest, then dp, then pp)."""
         return tp_rank + self.tp * (dp_rank + self.dp * pp_rank)
 
     def rank_of_expert(self, pp_rank: int, ep_rank: int, edp_rank: int = 0) -> int:
-        """The global rank at a place among the experts (mcore's order: ep fastest, then expert-data, then pp)."""
+        """Return the global rank at these expert coordinates (mcore's order: ep fastest, then expert-data, then pp)."""
         return ep_rank + self.ep * edp_rank + self.world // self.pp * pp_rank
 
     def stages(self, layers: int) -> list[list[int]]:
-        """The layers of each model chunk in pipeline order: `pp * vp` lists, sizes equal but for one, larger first.
+        """Return the layers of each model chunk in pipeline order: `pp * vp` lists; sizes differ by at most one, larger
+        ones first.
 
-        Chunk c lives on pipeline rank `c % pp` as its virtual stage `c // pp`. Raises TopologyError if one were empty.
+        Chunk c lies on pipeline rank `c % pp` as its virtual stage `c // pp`. Raises TopologyError if one would be empty.
         """
         chunks = self.pp * self.vp
         if layers < chunks:
@@ -250,7 +255,7 @@ class Topology:
         return [list(range(a, b)) for a, b in pairwise(ends)]
 
     def stage_of(self, layer: int, layers: int) -> int:
-        """The pipeline rank that holds a layer."""
+        """Return the pipeline rank that holds a layer."""
         return next(c % self.pp for c, stage in enumerate(self.stages(layers)) if layer in stage)
 
 
@@ -261,7 +266,7 @@ def _state() -> Any:
 
 
 def claim_device() -> str:
-    """Takes the GPU of this process's LOCAL_RANK, where there are any; what its process group runs on."""
+    """Select the GPU of this process's LOCAL_RANK, if there are GPUs, and return the torch.distributed backend to use."""
     if not torch.cuda.is_available():
         return "gloo"
     torch.cuda.set_device(launched("LOCAL_RANK", 0))
@@ -270,7 +275,7 @@ def claim_device() -> str:
 
 @dataclass(frozen=True)
 class PlannedTopology(Topology):
-    """A layout of processes that are not started: its sizes can be asked for, its ranks and groups cannot."""
+    """Layout of processes that are not running: its sizes are known, its ranks and groups are not."""
 
     processes: int = 1
 
@@ -282,46 +287,44 @@ class PlannedTopology(Topology):
 def launched(variable: str, default: int) -> int:
     """Return a number that the launcher put into the environment, such as RANK or WORLD_SIZE.
 
-    Raises TopologyError where it is no whole number.
+    Raises TopologyError where it is not a whole number.
     """
-    said = os.environ.get(variable, "")
-    if not said:
+    text = os.environ.get(variable, "")
+    if not text:
         return default
-    if not said.isdecimal():
-        raise TopologyError(f"the environment says {variable}={said!r}, which is no whole number. Correct or unset it.")
-    return int(said)
+    if not text.isdecimal():
+        raise TopologyError(f"the environment has {variable}={text!r}, not a whole number. Correct or unset it.")
+    return int(text)
 
 
 def _launched_world() -> int:
-    """How many processes the launcher started. Raises TopologyError where its variables cannot be right."""
+    """Return the number of processes that the launcher started. Raises TopologyError where its variables are invalid."""
     world = launched("WORLD_SIZE", 1)
     if "RANK" not in os.environ:
         if world > 1:
             raise TopologyError(
-                f"the environment says WORLD_SIZE={world} and no RANK. Unset it, or use launch/local.sh."
+                f"the environment has WORLD_SIZE={world} but no RANK. Unset it, or use launch/local.sh."
             )
         return 1
     rank, port = launched("RANK", 0), launched("MASTER_PORT", 0)
     if not (rank < world and 0 < port < 2**16 and os.environ.get("MASTER_ADDR")):
-        said = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in ("RANK", "WORLD_SIZE", *MEETING))
-        raise TopologyError(f"the environment cannot start processes: {said}. Use launch/local.sh or torchrun.")
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        found = ", ".join(f"{name}={os.environ.get(name, '')!r}" for name in names)
+        raise TopologyError(f"the environment cannot start processes: {found}. Use launch/local.sh or torchrun.")
     return world
 
 
-MEETING = ("MASTER_ADDR", "MASTER_PORT")
-
-
 def _join() -> None:
-    """Joins the process group: torchrun's where its variables are set, else one process by itself."""
+    """Join torchrun's process group where its variables are set; otherwise start a group of this process alone."""
     backend = claim_device()
     if "RANK" in os.environ:
         try:
             dist.init_process_group(backend)
         except (dist.DistError, ValueError) as error:
-            meet = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise TopologyError(
-                f"the processes cannot meet at {meet} (MASTER_ADDR:MASTER_PORT): {reason}. Start them with another "
+                f"the processes cannot connect at {address} (MASTER_ADDR:MASTER_PORT): {reason}. Start them with another "
                 "MASTER_PORT, or let launch/local.sh choose one."
             ) from error
     else:

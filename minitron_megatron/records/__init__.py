@@ -1,4 +1,4 @@
-"""What is measured and what is decided, as plain data that saves and loads: the same file at every layout.
+"""Plain data with save and load: importance scores, pruning plans and summaries; the same file at every layout.
 
 Knows: axes, layers, indices. Must not know: models, processes, batches.
 """

@@ -1,4 +1,4 @@
-"""Importance of layers: what a metric says of the network without them."""
+"""Importance of layers: a metric of the network with blocks of layers left out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["DepthScores"]
 
 @dataclass(frozen=True)
 class _File:
-    """What a file of depth scores holds."""
+    """JSON content of a depth scores file."""
 
     shape: dict[str, Any]
     metric: str
@@ -33,47 +33,48 @@ class _File:
 
 @dataclass(frozen=True)
 class DepthScores:
-    """What a depth sweep over a calibration set found: the better a block's value, the less its layers matter."""
+    """Results of a depth sweep over a calibration set. The better a block's value, the less its layers matter."""
 
     shape: Shape
-    """Of the model that was measured."""
+    """Shape of the measured model."""
     metric: str
     """`bi` (block importance, no unit), `loss` or `kl` (nats per token), or the name of a caller's own metric."""
     lower_is_better: bool
     baseline: float
-    """The metric with every layer in its place."""
+    """Metric of the complete network."""
     blocks: Mapping[tuple[int, int], float]
-    """(first layer, how many) -> the metric with that block left out, or its block importance."""
+    """(first layer, number of layers) -> the metric with that block left out, or its block importance."""
     greedy: tuple[tuple[int, float], ...] = ()
-    """Layers taken one by one, each the best to lose after those before it; and the metric once it is gone."""
+    """(layer, metric after its removal), in the order of greedy removal: each layer is the best to remove after those
+    before it."""
     samples: int = 0
     tokens: int = 0
     model_hash: str = ""
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The lengths of the blocks that were measured, ascending."""
+        """Lengths of the measured blocks, ascending."""
         return tuple(sorted({length for _, length in self.blocks}))
 
     def of_length(self, length: int) -> dict[int, float]:
-        """First layer -> value of the blocks of one length, first layers ascending."""
+        """Return first layer -> value for the blocks of one length, first layers ascending."""
         return {first: value for (first, n), value in sorted(self.blocks.items()) if n == length}
 
     def save(self, path: Path) -> None:
-        """Writes JSON."""
+        """Write JSON."""
         blocks = [[first, length, value] for (first, length), value in sorted(self.blocks.items())]
         write_json(path, {**vars(self), "shape": asdict(self.shape), "blocks": blocks})
 
     @classmethod
     def load(cls, path: Path) -> DepthScores:
-        """Raises CheckpointError where the file is missing, torn or holds no depth scores."""
+        """Read JSON. Raises CheckpointError where the file is missing, damaged or does not hold depth scores."""
         try:
             raw = read_as(path, _File)
             shape = read_shape(raw.shape, f"{path}: shape")
             if any(first < 0 or length < 1 or first + length > shape.layers for first, length, _ in raw.blocks):
-                raise FileError(f"{path}: a block lies outside of its {shape.layers} layers.")
+                raise FileError(f"{path}: a block lies outside of the model's {shape.layers} layers.")
             if any(not 0 <= layer < shape.layers for layer, _ in raw.greedy):
-                raise FileError(f"{path}: greedy takes a layer outside of its {shape.layers}.")
+                raise FileError(f"{path}: greedy names a layer outside of the model's {shape.layers} layers.")
         except FileError as error:
             cause = str(error).rstrip(".")
             raise CheckpointError(f"{path} holds no depth scores ({cause}). Run `minitron score` again.") from error

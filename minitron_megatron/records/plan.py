@@ -1,4 +1,4 @@
-"""What stays: kept global indices for each axis and layer, and kept layers."""
+"""Pruning plan: the kept global indices for each axis and layer, and the kept layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Indices = Mapping[str, Mapping[int | None, tuple[int, ...]]]
 
 
 class _File(TypedDict):
-    """What a plan's file holds; layers are JSON's string keys."""
+    """JSON content of a plan file; layers are string keys."""
 
     shape: dict[str, Any]
     keep: dict[str, dict[str, tuple[int, ...]]]
@@ -33,22 +33,23 @@ class _File(TypedDict):
 
 @dataclass(frozen=True)
 class Plan:
-    """A cut of a model of `shape`: validated when made, before anything is touched.
+    """Pruning plan for a model of `shape`, validated on construction.
 
-    Raises PlanError for an unknown axis, indices out of range, unsorted or repeated, a layer without its choice, sizes
-    that differ between layers, and units spread unevenly over the groups they lie in (query heads over kv_groups,
-    neurons over experts).
+    Raises PlanError for an unknown axis, indices out of range, unsorted or repeated, a layer without indices, sizes that
+    differ between layers, and units spread unevenly over their groups (query heads over kv_groups, neurons over
+    experts).
     """
 
     shape: Shape
     keep: Indices = field(default_factory=dict)
-    """Axis -> layer (of the source; None: shared) -> kept indices, ascending. An axis that is absent stays whole."""
+    """Axis -> layer (of the source; None: shared) -> kept indices, ascending. An axis that is absent is kept whole."""
     layers: tuple[int, ...] | None = None
     """Kept layers, ascending; None: all."""
     margins: Mapping[str, Mapping[int | None, float]] = field(default_factory=dict)
-    """Of each cut: (score of the last kept unit - that of the first cut one) / the former; the least over groups."""
+    """Axis -> layer -> relative margin of the cut: (score of the last kept unit - score of the first removed unit) /
+    score of the last kept unit; the minimum over groups."""
     model_hash: str = ""
-    """Of the model that was scored; empty where no scores were used."""
+    """Hash of the scored model; empty where no scores were used."""
 
     def __post_init__(self) -> None:
         _check_indices("layers", self.kept_layers, self.shape.layers)
@@ -61,13 +62,13 @@ class Plan:
             wanted: list[int | None] = list(self.kept_layers) if axis in PER_LAYER else [None]
             if sorted(by_layer, key=str) != sorted(wanted, key=str):
                 raise PlanError(
-                    f"axis {axis} must say what stays in layers {wanted}, and says it for {sorted(by_layer, key=str)}."
+                    f"axis {axis} must list kept indices for layers {wanted}, not for {sorted(by_layer, key=str)}."
                 )
             for kept in by_layer.values():
                 _check_indices(axis, kept, size)
             if len({len(kept) for kept in by_layer.values()}) != 1:
                 raise PlanError(
-                    f"axis {axis} keeps different sizes in different layers. Every layer must keep as many."
+                    f"axis {axis} keeps different sizes in different layers. Keep the same number in every layer."
                 )
         for axis in WITHIN.keys() & self.keep.keys():
             for layer, kept in self.keep[axis].items():
@@ -75,8 +76,8 @@ class Plan:
         for kept in self.keep.get("experts", {}).values():
             if len(kept) < self.shape.experts_per_token:
                 raise PlanError(
-                    f"axis experts keeps {len(kept)}, and every token goes through {self.shape.experts_per_token}. "
-                    "Keep as many at least."
+                    f"axis experts keeps {len(kept)}, but every token is routed to {self.shape.experts_per_token}. "
+                    "Keep at least as many."
                 )
 
     def _check_groups(self, axis: str, layer: int | None, kept: tuple[int, ...]) -> None:
@@ -84,11 +85,14 @@ class Plan:
         counts = dict.fromkeys(self.kept_at(groups, layer), 0)
         for unit in kept:
             if unit // each not in counts:
-                raise PlanError(f"axis {axis} keeps unit {unit} of layer {layer}, and {groups} does not keep its own.")
+                raise PlanError(
+                    f"axis {axis} keeps unit {unit} of layer {layer}, but axis {groups} removes the unit that holds it."
+                )
             counts[unit // each] += 1
         if len({*counts.values()}) != 1:
             raise PlanError(
-                f"axis {axis} keeps {sorted({*counts.values()})} units in different {groups}. Keep as many in each."
+                f"axis {axis} keeps {sorted({*counts.values()})} units in different {groups}. "
+                "Keep the same number in each."
             )
 
     @property
@@ -97,7 +101,7 @@ class Plan:
 
     @property
     def target(self) -> Shape:
-        """The shape after the cut."""
+        """Shape of the pruned model."""
         sizes = {axis: len(next(iter(by_layer.values()))) for axis, by_layer in self.keep.items()}
         if "kv_groups" in sizes:
             sizes.setdefault("heads", self.shape.heads // self.shape.kv_groups * sizes["kv_groups"])
@@ -106,7 +110,7 @@ class Plan:
         return self.shape.resized(layers=len(self.kept_layers), **sizes)
 
     def kept_at(self, axis: str, layer: int | None) -> tuple[int, ...]:
-        """The units of an axis that stay in a source layer (None: on an axis that all layers share)."""
+        """Return the kept units of an axis in a source layer (None: on an axis that all layers share)."""
         if axis in self.keep:
             return self.keep[axis][layer]
         groups = WITHIN.get(axis, axis)
@@ -116,17 +120,17 @@ class Plan:
         return tuple(group * each + unit for group in self.keep[groups][layer] for unit in range(each))
 
     def keep_at(self, layer: int | None) -> Keep:
-        """What stays in a source layer's parameters (None: outside the layers): axis -> int64 [kept]."""
+        """Return axis -> kept indices, int64 [kept], for the parameters of a source layer (None: outside the layers)."""
         kept = {axis: by_layer.get(layer, by_layer.get(None)) for axis, by_layer in self.keep.items()}
         return {axis: torch.tensor(indices) for axis, indices in kept.items() if indices is not None}
 
     def save(self, path: Path) -> None:
-        """Writes JSON."""
+        """Write JSON."""
         write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Raises CheckpointError where the file holds no plan, and PlanError where the plan is not valid."""
+        """Read JSON. Raises CheckpointError where the file does not hold a plan, PlanError where the plan is invalid."""
         try:
             raw = read_as(path, _File)
             shape = read_shape(raw["shape"], f"{path}: shape")
@@ -142,19 +146,21 @@ class Plan:
 
 
 def _by_layer(values: Mapping[str, Any], of: Callable[[Any], Any] = lambda value: value) -> dict[int | None, Any]:
-    """JSON's string keys back to layers."""
+    """Turn the string keys of JSON back into layers."""
     return {None if key == "null" else int(key): of(value) for key, value in values.items()}
 
 
 def _margin(value: float | None) -> float:
-    """JSON has no NaN."""
+    """Turn the null of JSON back into NaN."""
     return math.nan if value is None else value
 
 
 def _check_indices(axis: str, kept: tuple[int, ...], size: int) -> None:
     if not kept:
-        raise PlanError(f"axis {axis} keeps nothing of {size}. Keep one at least.")
+        raise PlanError(f"axis {axis} keeps nothing of {size} units. Keep at least one.")
     if list(kept) != sorted(set(kept)):
         raise PlanError(f"axis {axis}: kept indices must ascend without repeats.")
     if kept[0] < 0 or kept[-1] >= size:
-        raise PlanError(f"axis {axis} keeps indices from {kept[0]} to {kept[-1]}. They run from 0 to {size - 1}.")
+        raise PlanError(
+            f"axis {axis} keeps indices from {kept[0]} to {kept[-1]}. Valid ones run from 0 to {size - 1}."
+        )

@@ -1,4 +1,4 @@
-"""Importance: one number a unit, for each axis and layer."""
+"""Importance scores: one number per unit, for each axis and layer."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ HEADS = ("norm_last", "norm_first")
 
 @dataclass(frozen=True)
 class Statistic:
-    """How activations add up: first over the positions of a sample, then over samples. Source: Minitron section 2.2.
+    """Reduction of activations to scores: first over the positions of a sample, then over samples. Source: Minitron
+    section 2.2.
 
-    `mean` is of absolute values over positions, and plain over samples; `l2` is the root of the summed squares;
-    `var` the population variance. The papers' choice is the default.
+    `mean` averages absolute values over positions, and plain values over samples; `l2` is the root of the summed
+    squares; `var` is the population variance. The defaults are the papers' choice.
     """
 
     batch: str = "l2"
     sequence: str = "mean"
     neurons: str = "post"
-    """What a neuron is measured by: what it sends on (`post`: after the activation and the gate), or what it takes in
-    (`pre`: the output of the first linear layer, as the paper prints it; a gated MLP has two, so it is refused)."""
+    """Activation that scores a neuron: its output (`post`: after the activation function and the gate), or its input
+    (`pre`: the output of the first linear layer, as printed in the paper; refused for a gated MLP, which has two)."""
     heads: str = "norm_last"
-    """When a head's channels become one number, their L2 norm: once each has its own score (`norm_last`, as ModelOpt
-    does), or at each position before anything adds up (`norm_first`, as the paper prints it)."""
+    """When the channels of a head are reduced to their L2 norm: after each channel has its score (`norm_last`, as in
+    ModelOpt), or at each position before any other reduction (`norm_first`, as printed in the paper)."""
 
     def __post_init__(self) -> None:
         known = {"batch": REDUCTIONS, "sequence": REDUCTIONS, "neurons": NEURONS, "heads": HEADS}
@@ -53,7 +54,7 @@ class Statistic:
 
 
 class About(TypedDict):
-    """What a scores file says beside its numbers."""
+    """Header of a scores file."""
 
     shape: dict[str, Any]
     statistic: Statistic
@@ -63,23 +64,23 @@ class About(TypedDict):
 
 
 Values = Mapping[str, Mapping[int | None, Tensor]]
-"""Axis -> layer -> score of each unit: fp64 [units]. The layer is None on an axis that all layers share."""
+"""Axis -> layer -> score of each unit: fp64 [units]. On an axis that all layers share, the layer is None."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a sweep over a calibration set found."""
+    """Results of a scoring sweep over a calibration set."""
 
     values: Values
     shape: Shape
-    """Of the model that was scored."""
+    """Shape of the scored model."""
     statistic: Statistic
     samples: int
     tokens: int
     model_hash: str
 
     def save(self, path: Path) -> None:
-        """Writes safetensors, the same bytes for the same scores."""
+        """Write safetensors; the same scores give the same bytes."""
         from safetensors.torch import save_file
 
         tensors = {_key(axis, layer): value for axis, layers in self.values.items() for layer, value in layers.items()}
@@ -95,7 +96,8 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Raises CheckpointError where the file is missing, torn or holds no scores, or some that are not finite."""
+        """Read safetensors. Raises CheckpointError where the file is missing, damaged or no scores file, or where a score
+        is not finite."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -116,13 +118,13 @@ class Scores:
 
 
 def _check_values(values: Values, shape: Shape) -> None:
-    """Raises FileError for an axis or a layer that a model of `shape` has not, and for numbers that rank nothing."""
+    """Raise FileError for an axis or layer that a model of `shape` does not have, and for scores that are not finite."""
     for axis, by_layer in values.items():
         for layer, units in by_layer.items():
             place = axis if layer is None else f"{axis} in layer {layer}"
             known = axis in PUBLIC_AXES and (layer is not None) == (axis in PER_LAYER)
             if not known or not (layer is None or 0 <= layer < shape.layers) or units.dim() != 1:
-                raise FileError(f"{place} is no axis of the model that it names")
+                raise FileError(f"{place} is not an axis of the model that the file names")
             if not bool(units.isfinite().all()):
                 raise FileError(f"the scores of {place} are not all finite")
 

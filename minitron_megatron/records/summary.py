@@ -1,4 +1,4 @@
-"""How good each model of a run is: the rows of `summary.json`."""
+"""Rows of `summary.json`: the quality of each model of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Row", "read_summary"]
 
 
 class Row(TypedDict):
-    """A model. A number that is not finite is None, as JSON has it."""
+    """Results of one model. A number that is not finite is None (null in JSON)."""
 
     model: str
     parameters: NotRequired[int]
@@ -26,5 +26,5 @@ class Row(TypedDict):
 
 
 def read_summary(path: Path) -> list[Row]:
-    """The rows of a run's `summary.json`; none where it is absent. Raises FileError, which names it."""
+    """Return the rows of a run's `summary.json`, or an empty list without one. Raises FileError where it is damaged."""
     return read_as(path, list[Row]) if path.is_file() else []
