@@ -1,6 +1,6 @@
-"""Scores -> Plan -> a smaller model, its shards cut in place.
+"""Scores -> Plan -> smaller model, whose shards are cut in place.
 
-Knows: scores, plans, shards. Must not know: how scores were made, losses, Hugging Face.
+Knows: scores, plans, shards. Must not know: how scores are measured, losses, Hugging Face.
 """
 
 from .baselines import first_plan, random_plan

@@ -1,4 +1,4 @@
-"""Plans that no score chose: what importance has to beat."""
+"""Baseline plans, made without scores: importance has to beat them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["first_plan", "random_plan"]
 
 
 def random_plan(shape: Shape, seed: int, *, layers: Sequence[int] | None = None, **sizes: int) -> Plan:
-    """Keeps units drawn at random, in each layer others, heads inside their kv_group, as many in each.
+    """Keep randomly drawn units: independent draws per layer, and the same number of heads in each kv_group.
 
-    What each unit draws depends on nothing but the seed, its axis, layer and number. layers: the layers that stay;
-    None: all. Raises PlanError as `choose` does.
+    The draw of a unit depends only on the seed and on its axis, layer and index. layers: the layers to keep; None: all.
+    Raises PlanError as `choose` does.
     """
 
     def draw(name: str, units: int) -> list[float]:
@@ -30,7 +30,7 @@ def random_plan(shape: Shape, seed: int, *, layers: Sequence[int] | None = None,
 
 
 def first_plan(shape: Shape, *, layers: Sequence[int] | None = None, **sizes: int) -> Plan:
-    """Keeps the first units of each axis, of heads the first of each kv_group. Otherwise as `random_plan`."""
+    """Keep the first units of each axis, and the first heads of each kv_group. Otherwise like `random_plan`."""
     return _plan(shape, lambda name, units: [0.0] * units, layers, sizes)
 
 
@@ -40,7 +40,7 @@ def _plan(
     layers: Sequence[int] | None,
     sizes: dict[str, int],
 ) -> Plan:
-    """draw: (name of an axis and layer, how many units) -> what each is worth."""
+    """Make a plan from drawn scores. draw: (name of an axis and layer, number of units) -> score of each unit."""
     sizes = checked_sizes(shape, sizes)
     plan = best_plan(
         shape,

@@ -1,4 +1,4 @@
-"""DepthScores -> the layers that stay."""
+"""DepthScores -> the layers to keep."""
 
 from __future__ import annotations
 
@@ -14,53 +14,54 @@ __all__ = ["choose_layers"]
 
 
 def choose_layers(depth: DepthScores, *, keep: int, contiguous: bool = True) -> tuple[int, ...]:
-    """The layers that stay, ascending: for `choose(scores, layers=...)`, or a plan of its own.
+    """Return the layers to keep, ascending, for `choose(scores, layers=...)` or a plan for depth alone.
 
-    contiguous: the layers that go are the block whose loss hurts least, as in Minitron's second paper. Otherwise they
-    are those that were taken one by one, or, where so many were not, those that hurt least each on its own. Of equals
-    the first goes. Raises PlanError for a count out of range, and where what this choice needs was not measured.
+    contiguous: remove the block whose removal hurts least, as in Minitron's second paper. Otherwise remove layers in the
+    measured greedy order; if fewer were measured greedily, remove those that hurt least on their own. Of equal layers
+    the first is removed. Raises PlanError for a count out of range, and if the needed measurement is missing.
     """
     layers = depth.shape.layers
     if not 1 <= keep <= layers:
         raise PlanError(f"axis layers should keep {keep} of {layers}. Ask for 1 to {layers}.")
-    go = layers - keep
-    if not go:
+    count = layers - keep
+    if not count:
         return tuple(range(layers))
     for (first, length), value in depth.blocks.items():
         if not math.isfinite(value):
             raise PlanError(
-                f"layers {first} to {first + length - 1} measure {value}, which ranks nothing. Measure them again."
+                f"leaving out layers {first} to {first + length - 1} measured {value}, which cannot be ranked. "
+                "Measure it again."
             )
-    gone = _block(depth, go) if contiguous else _scattered(depth, go)
-    return tuple(layer for layer in range(layers) if layer not in gone)
+    removed = _block(depth, count) if contiguous else _scattered(depth, count)
+    return tuple(layer for layer in range(layers) if layer not in removed)
 
 
-def _block(depth: DepthScores, go: int) -> Sequence[int]:
-    values = depth.of_length(go)
+def _block(depth: DepthScores, count: int) -> Sequence[int]:
+    values = depth.of_length(count)
     if not values:
-        there = ", ".join(map(str, depth.lengths)) or "no"
+        measured = ", ".join(map(str, depth.lengths)) or "no"
         raise PlanError(
-            f"a block of {go} layers should go, and only blocks of {there} layers were measured. "
-            f"Measure blocks of {go}, or keep another number."
+            f"a block of {count} layers is to be removed, but only blocks of {measured} layers were measured. "
+            f"Measure blocks of {count}, or keep another number of layers."
         )
     (first,) = _best(depth, values, 1)
-    return range(first, first + go)
+    return range(first, first + count)
 
 
-def _scattered(depth: DepthScores, go: int) -> Sequence[int]:
-    if go <= len(depth.greedy):
-        return [layer for layer, _ in depth.greedy[:go]]
+def _scattered(depth: DepthScores, count: int) -> Sequence[int]:
+    if count <= len(depth.greedy):
+        return [layer for layer, _ in depth.greedy[:count]]
     singles = depth.of_length(1)
     if not singles:
         raise PlanError(
-            f"{go} layers should go one by one, and {len(depth.greedy)} were taken so. "
-            f"Measure {go} of them greedily, or single layers."
+            f"{count} layers are to be removed one by one, but only {len(depth.greedy)} were measured greedily. "
+            f"Measure {count} of them greedily, or measure single layers."
         )
-    return _best(depth, singles, go)
+    return _best(depth, singles, count)
 
 
 def _best(depth: DepthScores, values: Mapping[int, float], count: int) -> list[int]:
-    """The `count` keys that are best to lose, of equals the first; warns where the next one is as good."""
+    """Return the `count` keys that are best to remove, the first of equal ones; warn if the next one is as good."""
     order = sorted(values, key=lambda first: values[first] if depth.lower_is_better else -values[first])
     if count < len(order):
         last, following = values[order[count - 1]], values[order[count]]

@@ -1,4 +1,4 @@
-"""Head-residual merge: a head that stays takes along its difference to one that goes. Off unless asked for."""
+"""Head-residual merge: a kept head absorbs its difference to a removed one. Off by default."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .choose import scores_of
 __all__ = ["MERGES", "SIGNS", "check_merge", "merge_heads"]
 
 MERGES = ("q", "q+o", "qkvo")
-"""Which projections of a head are merged. Keys and values only where each head has its own."""
+"""Projections to merge. `qkvo` needs a key and a value for each query head."""
 
 SIGNS = {"printed": 1, "reversed": -1}
-"""`printed`: head + (head - partner), as the paper prints it; `reversed`: head + (partner - head), as LaCo has it."""
+"""`printed`: head + (head - partner), as in the Minitron paper; `reversed`: head + (partner - head), as in LaCo."""
 
 HeadPair = tuple[int, int]
-"""(a head that stays, its partner that goes), as indices of the axis that is cut."""
+"""(kept head, its removed partner), as indices of the axis that is cut."""
 
 
 def merge_heads(
     model: Any, scores: Scores, plan: Plan, topology: Topology, *, merge: str = "q", sign: str = "printed"
 ) -> None:
-    """Changes the heads that `plan` keeps, in place, before `trim` cuts the others. Collective over the world.
+    """Change the heads that `plan` keeps, in place, before `trim` removes the others. Collective over the world.
 
-    Of L heads ranked by score of which K stay, head i becomes head_i +- (head_i - head_{2K-i+1}) for i from 2K-L+1 to
-    K, ranks from 1 and inside each kv_group. Source: Minitron section 2.3, whose printed lower bound 2K-L would need a
-    head L+1. Raises PlanError where no heads are cut, where fewer than half of them stay, and for keys and values that
-    several heads share.
+    With L heads ranked by score and K kept, head i becomes head_i +- (head_i - head_{2K-i+1}) for i from 2K-L+1 to K;
+    ranks count from 1 inside each kv_group. Source: Minitron section 2.3, whose printed lower bound 2K-L would need a
+    head L+1. Raises PlanError if no heads are cut, if fewer than half are kept, and for keys and values that several
+    heads share.
     """
     with fail_together():
         if sign not in SIGNS:
@@ -51,24 +51,24 @@ def merge_heads(
 
 
 def _axis(shape: Shape) -> str:
-    """The axis on which heads are cut: where each has its own key and value, a head is a kv_group."""
+    """Return the axis on which heads are cut: `kv_groups` if each head has its own key and value."""
     return "kv_groups" if shape.heads == shape.kv_groups else "heads"
 
 
 def check_merge(teacher: Shape, student: Shape, merge: str) -> None:
-    """Raise PlanError where the heads of a cut cannot be merged so, from the two shapes alone."""
+    """Raise PlanError if the heads of this cut cannot be merged; only the two shapes are needed."""
     if merge not in MERGES:
         raise PlanError(f"merge {merge!r} is not known.{did_you_mean(merge, MERGES)} Use {' or '.join(MERGES)}.")
     axis = _axis(teacher)
     if merge == "qkvo" and axis == "heads":
-        raise PlanError("merge qkvo needs a key and a value for each head, and here several share one. Use q or q+o.")
-    there, stay = teacher.heads // teacher.kv_groups, student.heads // student.kv_groups
+        raise PlanError("merge qkvo needs a key and a value for each head, but here several heads share one. Use q or q+o.")
+    total, kept = teacher.heads // teacher.kv_groups, student.heads // student.kv_groups
     if axis == "kv_groups":
-        there, stay = teacher.heads, student.heads
-    if there == stay:
-        raise PlanError("heads are to be merged, and the plan cuts none. Set prune.heads, or merge nothing.")
-    if there > 2 * stay:
-        raise PlanError(f"{stay} of {there} heads stay, and each can take one along. Keep half of them at least.")
+        total, kept = teacher.heads, student.heads
+    if total == kept:
+        raise PlanError("heads are to be merged, but the plan cuts no heads. Cut heads, or merge nothing.")
+    if total > 2 * kept:
+        raise PlanError(f"only {kept} of {total} heads are kept, and each can absorb one. Keep at least half of them.")
 
 
 def _pairs(scores: Scores, plan: Plan, layer: int) -> list[HeadPair]:
@@ -81,8 +81,8 @@ def _pairs(scores: Scores, plan: Plan, layer: int) -> list[HeadPair]:
     pairs = []
     for group in groups:
         ranked = sorted(group, key=lambda head: (head not in kept, -float(units[head]), head))
-        stay, there = sum(head in kept for head in group), len(group)
-        pairs += [(ranked[i - 1], ranked[2 * stay - i]) for i in range(2 * stay - there + 1, stay + 1)]
+        stay, total = sum(head in kept for head in group), len(group)
+        pairs += [(ranked[i - 1], ranked[2 * stay - i]) for i in range(2 * stay - total + 1, stay + 1)]
     return pairs
 
 
@@ -96,8 +96,10 @@ def _merge(
     shape: Shape,
     at: Topology,
 ) -> None:
-    """Rewrites this rank's rows of a split dim; role: which of its rows, None: all that a head has. Collective over
-    tp, since a partner may lie on another rank."""
+    """Rewrite this rank's rows of a split dim. role: the rows to merge; None: all rows of a head.
+
+    Collective over tp, since a partner may lie on another rank.
+    """
     sizes, name = shape.sizes(), param.dims[dim]
     index = axis_coords(_axis(shape), name, sizes)
     assert index is not None
@@ -107,6 +109,6 @@ def _merge(
     full = gather_sequence(rows, at.tp_group) if at.tp > 1 else rows.clone()
     merged = full.clone()
     for head, partner in pairs:
-        here, there = (index == head).nonzero().flatten(), (index == partner).nonzero().flatten()
-        merged[here] = full[here] + sign * (full[here] - full[there])
+        own, other = (index == head).nonzero().flatten(), (index == partner).nonzero().flatten()
+        merged[own] = full[own] + sign * (full[own] - full[other])
     rows.copy_(merged[param.shard_rows(dim, sizes, at.tp_rank, at.tp)])

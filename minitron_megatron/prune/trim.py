@@ -1,4 +1,4 @@
-"""Plan -> smaller model: new modules on `meta` take the trimmed shards one by one, each old one freed or kept."""
+"""Plan -> smaller model: trimmed shards are assigned one by one to new modules on `meta`, old ones freed or kept."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from ..records import Plan
 __all__ = ["check_cut", "trim", "trimmed_view"]
 
 BLOCKS = 16
-"""A parameter is cut, and sent to other ranks, in so many pieces: what that takes besides is a few times 1/16 of it."""
+"""Pieces in which a parameter is cut and sent; the extra memory is a few pieces, a few times 1/16 of the parameter."""
 
 
 def trim(model: Any, plan: Plan, topology: Topology) -> list[Any]:
-    """Cuts a model in place and returns its chunks in the new sizes; the old modules are left empty.
+    """Cut a model in place and return its chunks in the new sizes; the old modules are left empty.
 
     Works on any mcore GPTModel with the layout table's names. Kept units may lie unevenly over the ranks: each
     parameter is resharded in turn, and layers move to the pipeline stage that the new depth gives them. Peak memory:
-    the old shards and one parameter. Collective over the world. Raises PlanError where the plan is for another shape
-    or the model is wrapped, and TopologyError where the new sizes do not fit the layout.
+    the old shards and one parameter. Collective over the world. Raises PlanError if the plan is for another shape or
+    the model is wrapped, and TopologyError if the new sizes do not fit the layout.
     """
     with fail_together():
         check_cut(model, plan, topology)
@@ -34,24 +34,24 @@ def trim(model: Any, plan: Plan, topology: Topology) -> list[Any]:
 
 
 def trimmed_view(model: Any, plan: Plan, topology: Topology) -> list[Any]:
-    """What `trim` would give, beside a model that stays whole: to be measured, not trained, for what the cut leaves
-    whole is the model's own.
+    """Return the chunks that `trim` would return, but leave the model unchanged.
 
-    Collective over the ranks that hold one copy of the model, of a mixture over the world. Whoever calls it has
-    `check_cut` say before that the plan fits.
+    Parameters that the plan does not cut are shared with the model: measure the result, do not train it. Collective
+    over the ranks that hold one copy of the model; for MoE models over the world. Call `check_cut` first: this function
+    does not check the plan.
     """
     return _cut(model, plan, topology, free=False)
 
 
 def check_cut(model: Any, plan: Plan, topology: Topology) -> None:
-    """Raises PlanError where the plan is for another shape or the model is wrapped, and TopologyError where the new
-    sizes do not fit the layout. Not collective."""
+    """Raise PlanError if the plan is for another shape or the model is wrapped, and TopologyError if the new sizes do
+    not fit the layout. Not collective."""
     _check(chunks_of(model), plan)
     check_fits(plan.target, topology)
 
 
 def _cut(model: Any, plan: Plan, topology: Topology, *, free: bool) -> list[Any]:
-    """free: let go of each old shard once it is cut."""
+    """Build the cut model. free: release each old shard once it is cut."""
     old_chunks, target = chunks_of(model), plan.target
     new_chunks = rebuild(old_chunks, config_of(old_chunks[0]).resized(**_sizes(target)), topology)
     old = {(shard.name, shard.tied_copy): shard for shard in named_shards(old_chunks)}
@@ -74,11 +74,11 @@ def _check(chunks: Sequence[Any], plan: Plan) -> None:
     for chunk in chunks:
         if not hasattr(chunk, "decoder"):
             raise PlanError(
-                f"trim works on a bare GPTModel and was given {type(chunk).__name__}. Unwrap it: model.module."
+                f"trim needs a bare GPTModel, but this is a {type(chunk).__name__}. Unwrap it: model.module."
             )
         shape = config_of(chunk).shape
         if shape != plan.shape:
-            raise PlanError(f"the plan cuts {plan.shape}, and the model is {shape}. Score this model and choose again.")
+            raise PlanError(f"the plan cuts {plan.shape}, but the model is {shape}. Score this model and choose again.")
 
 
 def _sizes(shape: Shape) -> dict[str, int]:
@@ -89,7 +89,7 @@ Shards = dict[tuple[str, bool], NamedShard]
 
 
 def _carry(name: str, plan: Plan, old: Shards, new: Shards, topology: Topology, *, free: bool) -> None:
-    """Brings one parameter of the new model from where it was to where it belongs. Only its two homes take part."""
+    """Move one trimmed parameter from the rank that held it to the rank that will. Only these two ranks take part."""
     source_name = _source_name(name, plan)
     source, target = owner_rank(source_name, plan.shape, topology), owner_rank(name, plan.target, topology)
     tensor: Tensor | None = None
@@ -107,13 +107,13 @@ def _carry(name: str, plan: Plan, old: Shards, new: Shards, topology: Topology, 
 
 
 def _new_shape(name: str, new: Shards, tensor: Tensor | None) -> tuple[tuple[int, ...], torch.dtype]:
-    """Of the shard that is to arrive: the sender has the tensor, the receiver its empty place."""
-    place = tensor if tensor is not None else new[name, False].tensor
-    return tuple(place.shape), place.dtype
+    """Return shape and dtype of the shard to transfer, on the sender from its tensor, on the receiver from the new model."""
+    like = tensor if tensor is not None else new[name, False].tensor
+    return tuple(like.shape), like.dtype
 
 
 def _source_name(name: str, plan: Plan) -> str:
-    """The old name of a new model's parameter."""
+    """Return the old model's name of a parameter of the new one."""
     layer, expert = layer_of(name), expert_of(name)
     if layer is None:
         return name
@@ -129,9 +129,9 @@ def _free(shard: NamedShard) -> None:
 
 
 def _trimmed(shard: NamedShard, plan: Plan, topology: Topology) -> Tensor:
-    """This rank's part of the trimmed parameter, at the new sizes. Collective over tp where rows change their rank.
+    """Return this rank's shard of the trimmed parameter. Collective over tp if rows change their rank.
 
-    Made in blocks along a dim whose rows stay on their rank, so that only the old and the new part are ever alive.
+    Works in blocks along a dim whose rows stay on their rank, so that only the old and the new shard are alive.
     """
     param, sizes, keep = lookup(shard.name), plan.shape.sizes(), plan.keep_at(layer_of(shard.name))
     old = shard.tensor.detach()
@@ -139,7 +139,7 @@ def _trimmed(shard: NamedShard, plan: Plan, topology: Topology) -> Tensor:
     cut = [len(rows) < param.shape(sizes)[dim] for dim, rows in enumerate(kept)]
     if not any(cut):
         return old
-    held = _held(param, plan.target.sizes(), topology)  # of a dim that stays whole not asked: padding may be theirs
+    held = _held(param, plan.target.sizes(), topology)  # only for cut dims: an uncut dim may hold another padding
     new = old.new_empty([len(rows) if cut[dim] else old.shape[dim] for dim, rows in enumerate(held)])
     if old.dim() == 1:
         _cut_dim(old, 0, param, kept[0], plan, topology, new)
@@ -158,48 +158,50 @@ def _trimmed(shard: NamedShard, plan: Plan, topology: Topology) -> Tensor:
 
 
 def _held(param: Param, sizes: Mapping[str, int], topology: Topology) -> list[Tensor]:
-    """The unsharded rows of every dim that this rank holds."""
+    """Return, for every dim, the unsharded rows that this rank holds."""
     return [param.shard_rows(dim, sizes, topology.tp_rank, topology.tp) for dim in range(len(param.dims))]
 
 
-WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Bytes per element -> integer dtype of that width."""
 
 
 def _take(part: Tensor, dim: int, index: Tensor, into: Tensor | None = None) -> Tensor:
-    """Rows of a dim by their positions, in new memory or `into` a tensor of their shape.
+    """Copy rows of a dim by their positions, to new memory or `into` a tensor of their shape.
 
-    Along the last dim as integers of the same width: on a CPU several times as fast as index_select.
+    Along the last dim the elements are gathered as integers of the same width: several times as fast on a CPU as
+    index_select.
     """
     index = index.to(part.device)
     if dim == 0:
         taken = part.index_select(0, index)
         return taken if into is None else into.copy_(taken)
-    words, index = WORDS[part.element_size()], index.expand(len(part), -1)
+    integer, index = INTEGERS[part.element_size()], index.expand(len(part), -1)
     if into is None:
         into = part.new_empty(index.shape)
-    torch.gather(part.view(words), 1, index, out=into.view(words))
+    torch.gather(part.view(integer), 1, index, out=into.view(integer))
     return into
 
 
 def _cut_dim(part: Tensor, dim: int, param: Param, kept: Tensor, plan: Plan, topology: Topology, into: Tensor) -> None:
-    """Keeps rows of a dim, and where tp splits it hands each to its new rank, in order; kept: unsharded rows.
+    """Keep rows of a dim; if tp splits the dim, send each row to its new rank, in order. kept: unsharded rows.
 
-    Collective over tp unless no row changes its rank, which every rank sees alike.
+    Collective over tp unless no row changes its rank, on which all ranks agree.
     """
     me = topology.tp_rank
-    was = param.owner(dim, plan.shape.sizes(), topology.tp)
-    becomes = param.owner(dim, plan.target.sizes(), topology.tp)
-    if was is None or becomes is None:
+    old_owner = param.owner(dim, plan.shape.sizes(), topology.tp)
+    new_owner = param.owner(dim, plan.target.sizes(), topology.tp)
+    if old_owner is None or new_owner is None:
         _take(part, dim, kept, into)
         return
-    was = was[kept]
-    mine = torch.searchsorted(_held(param, plan.shape.sizes(), topology)[dim], kept[was == me])
-    if torch.equal(was, becomes):
-        _take(part, dim, mine, into)
+    old_owner = old_owner[kept]
+    local = torch.searchsorted(_held(param, plan.shape.sizes(), topology)[dim], kept[old_owner == me])
+    if torch.equal(old_owner, new_owner):
+        _take(part, dim, local, into)
         return
-    goes, comes = becomes[was == me], was[becomes == me]
-    rows = _take(part, dim, mine).movedim(dim, 0)
-    sent = [rows[(goes == rank).to(rows.device)] for rank in range(topology.tp)]
-    received = all_to_all(sent, [int((comes == rank).sum()) for rank in range(topology.tp)], topology.tp_group)
+    target, source = new_owner[old_owner == me], old_owner[new_owner == me]
+    rows = _take(part, dim, local).movedim(dim, 0)
+    sent = [rows[(target == rank).to(rows.device)] for rank in range(topology.tp)]
+    received = all_to_all(sent, [int((source == rank).sum()) for rank in range(topology.tp)], topology.tp_group)
     for rank, from_rank in enumerate(received):
-        into.movedim(dim, 0)[(comes == rank).to(into.device)] = from_rank
+        into.movedim(dim, 0)[(source == rank).to(into.device)] = from_rank

@@ -1,7 +1,7 @@
-"""Forward passes of a model -> Scores and DepthScores: which units and layers matter, the same at every layout.
+"""Importance from forward passes: `Scores` of units and `DepthScores` of layers, the same at every layout.
 
-Knows: activations, taps, statistics, the losses that a network without some layers is measured by. Must not know: what
-is cut, recipes.
+Knows: activations, taps, statistics, and the losses that measure a network without some of its layers. Must not know:
+pruning plans, recipes.
 """
 
 from .depth import Metric, RunBatches, leave_out

@@ -1,4 +1,4 @@
-"""Activations -> one number a unit, streamed: only sums are kept."""
+"""Streaming statistics of activations: one number per unit; only running sums are kept."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["Accumulator", "over_positions"]
 
 
 def over_positions(how: str, activations: Tensor, length: Tensor, total: Callable[..., Tensor]) -> Tensor:
-    """The sequence reduction: [samples, units].
+    """Reduce activations over positions; return [samples, units].
 
-    length: positions of each sample, [samples, 1]. total: numbers (and a dtype to add in) -> their sum over positions.
+    length: positions of each sample, [samples, 1]. total: function that sums numbers over positions, in a given dtype.
     """
     if how == "mean":
         return total(activations.abs()) / length
@@ -28,7 +28,7 @@ def over_positions(how: str, activations: Tensor, length: Tensor, total: Callabl
 
 
 class Accumulator:
-    """Adds up the activations of one tap by a statistic, in fp64 over samples."""
+    """Running sums of one tap's activations under a statistic, in fp64 over samples."""
 
     def __init__(self, statistic: Statistic, sequence_group: Group | None = None) -> None:
         """sequence_group: the ranks that share each sample's positions (sequence parallelism)."""
@@ -37,14 +37,16 @@ class Accumulator:
         self.sums: Tensor | None = None
 
     def add(self, activations: Tensor, mask: Tensor) -> None:
-        """activations: [s, b, units]; mask: [b, s over all ranks], true where a position counts.
+        """Add one micro-batch. activations: [s, b, units]; mask: [b, s over all ranks], true where a position counts.
 
-        Collective over `sequence_group`, where there is one.
+        Collective over `sequence_group` if there is one.
         """
         a, length = activations.detach().float(), mask.sum(1).clamp(min=1).unsqueeze(1)
         if not bool(mask.all()):
-            mine = mask.t()
-            a = a * (mine if self.sequence_group is None else local_sequence(mine, self.sequence_group)).unsqueeze(-1)
+            counted = mask.t()
+            a = a * (
+                counted if self.sequence_group is None else local_sequence(counted, self.sequence_group)
+            ).unsqueeze(-1)
         per_sample = over_positions(self.statistic.sequence, a, length, self._total)
         self.add_samples(per_sample.double(), mask.any(dim=1).double())
 
@@ -53,15 +55,18 @@ class Accumulator:
         return sums if self.sequence_group is None else all_reduce(sums, self.sequence_group)
 
     def add_samples(self, per_sample: Tensor, counted: Tensor) -> None:
-        """per_sample: fp64 [samples, units], positions reduced; counted: fp64 [samples], 1 where a sample counts."""
+        """Add samples already reduced over positions.
+
+        per_sample: fp64 [samples, units]. counted: fp64 [samples], 1 where a sample counts.
+        """
         moments = torch.stack(
             [counted @ per_sample, counted @ per_sample.square(), counted.sum().expand(per_sample.shape[1])]
         )
         self.sums = moments if self.sums is None else self.sums + moments
 
     def result(self, data_group: Group | None) -> Tensor:
-        """The batch reduction over the samples of all ranks of `data_group`: fp64 [units]. Collective over it."""
-        assert self.sums is not None, "a tap saw no activation"
+        """Reduce over the samples of all ranks of `data_group`; return fp64 [units]. Collective over that group."""
+        assert self.sums is not None, "no activation was added to this tap"
         total, squares, samples = self.sums if data_group is None else all_reduce(self.sums.clone(), data_group)
         if self.statistic.batch == "l2":
             return squares.sqrt()

@@ -1,4 +1,4 @@
-"""What may be measured: a bare GPTModel."""
+"""Check that a model is a bare GPTModel, without a DDP or Float16Module wrapper."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["bare_chunks"]
 
 
 def bare_chunks(model: Any) -> list[Any]:
-    """The chunks of a model. Raises PlanError where one is wrapped (DDP, Float16Module)."""
+    """Return the chunks of a model. Raises PlanError if one is wrapped (DDP, Float16Module)."""
     chunks = chunks_of(model)
     for chunk in chunks:
         if not hasattr(chunk, "decoder"):
             raise PlanError(
-                f"a bare GPTModel can be scored, and this is a {type(chunk).__name__}. Unwrap it: model.module."
+                f"scoring needs a bare GPTModel, but this is a {type(chunk).__name__}. Unwrap it: model.module."
             )
     return chunks

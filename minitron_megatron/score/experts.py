@@ -1,4 +1,4 @@
-"""Scores of a mixture's experts and of their neurons, exact however experts and tokens are spread over ranks."""
+"""Scores of MoE experts and of their neurons, exact at every expert- and data-parallel layout."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Mixture", "mixtures"]
 
 
 class Mixture:
-    """The hooks of one layer's mixture, and what they add up.
+    """Hooks of one MoE layer and the sums that they collect.
 
-    An expert scores the mean L2 norm of what it gives, times the router's weight, over the tokens that it gets
-    (ModelOpt's choice). A neuron of an expert is scored by the statistic, over all positions of a sample: at those
-    where the router sends its expert nothing, it gives nothing.
+    The score of an expert is the mean L2 norm of its output times the router's weight, over the tokens routed to it
+    (ModelOpt's choice). A neuron of an expert is scored by the statistic over all positions of a sample; at positions
+    that are not routed to its expert, its activation counts as zero.
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class Mixture:
         topology: Topology,
         mask: Callable[[], Tensor],
     ) -> None:
-        """mask: the positions of the running micro-batch that count, bool [batch, seq]."""
+        """mask: returns the positions of the current micro-batch that count, bool [batch, seq]."""
         self.layer: int = layer.layer_number - 1
         self.topology, self.statistic, self.axes, self.mask = topology, statistic, axes, mask
         if not hasattr(layer.mlp.experts, "local_experts"):
             raise PlanError(
-                f"the experts of layer {self.layer} are {type(layer.mlp.experts).__name__}, and only experts that are "
-                "modules of their own can be scored. Build the model with moe_grouped_gemm=False."
+                f"the experts of layer {self.layer} are {type(layer.mlp.experts).__name__}, but scoring needs one module "
+                "per expert. Build the model with moe_grouped_gemm=False."
             )
         experts = layer.mlp.experts.local_experts
         self.norms = torch.zeros(2, len(experts), dtype=torch.float64, device=topology.device)  # sums, tokens
@@ -48,39 +48,44 @@ class Mixture:
         self.first: int = layer.mlp.local_expert_indices[0]
         self.handles = [layer.mlp.router.register_forward_hook(self._route)]
         for expert, module in enumerate(experts):
-            self.handles.append(module.linear_fc2.register_forward_hook(self._seen_by(expert)))
+            self.handles.append(module.linear_fc2.register_forward_hook(self._expert_hook(expert)))
 
     def _route(self, router: Any, args: Any, out: tuple[Tensor, Tensor]) -> None:
-        """Works out which samples the tokens are of that each expert here is about to get, in mcore's order: that of
-        the ranks of the expert-parallel group, and of each rank's tokens."""
+        """Record the sample of each token that the local experts are about to get.
+
+        mcore orders these tokens by rank of the expert-parallel group, then by position among the rank's tokens.
+        """
         topology, mask, group = self.topology, self.mask(), self.topology.ep_group
         samples = len(mask)
         lengths = torch.zeros(topology.dp, samples, dtype=torch.float64, device=mask.device)
         lengths[topology.dp_rank] = mask.sum(1)
         self.lengths = all_reduce(lengths, topology.dp_group).flatten()
-        mine = mask.t()
+        counted = mask.t()
         if topology.sequence_parallel:
-            mine = local_sequence(mine, topology.tp_group)
-        sample = (torch.arange(samples, device=mask.device) + samples * topology.dp_rank).expand(len(mine), samples)
-        sample = torch.where(mine, sample, -1).flatten()
+            counted = local_sequence(counted, topology.tp_group)
+        sample = (torch.arange(samples, device=mask.device) + samples * topology.dp_rank).expand(len(counted), samples)
+        sample = torch.where(counted, sample, -1).flatten()
         sent = gather_sequence(out[1].to(torch.uint8), group).bool()
         self.sample = gather_sequence(sample, group)
         self.sent = sent[:, self.first : self.first + len(self.neurons)]
 
-    def _seen_by(self, expert: int) -> Callable[..., None]:
-        def seen(linear: Any, args: tuple[Tensor, ...], out: tuple[Tensor, Any]) -> None:
-            of = self.sample[self.sent[:, expert]]
-            counts = of >= 0
+    def _expert_hook(self, expert: int) -> Callable[..., None]:
+        def hook(linear: Any, args: tuple[Tensor, ...], out: tuple[Tensor, Any]) -> None:
+            sample = self.sample[self.sent[:, expert]]
+            counts = sample >= 0
             if "experts" in self.axes:
                 norms = out[0].detach()[counts].float().norm(dim=-1)
                 self.norms[:, expert] += torch.stack([norms.sum(dtype=torch.float64), counts.sum().double()])
             if "expert_ffn" in self.axes:
-                self._add_neurons(self.neurons[expert], args[0].detach()[counts].float(), of[counts])
+                self._add_neurons(self.neurons[expert], args[0].detach()[counts].float(), sample[counts])
 
-        return seen
+        return hook
 
     def _add_neurons(self, sums: Accumulator, activations: Tensor, sample: Tensor) -> None:
-        """activations: [tokens, neurons]; sample: int64 [tokens]. Collective over the ranks with the same experts."""
+        """Add one expert's tokens to `sums`. activations: [tokens, neurons]; sample: int64 [tokens].
+
+        Collective over the ranks with the same experts.
+        """
         lengths = self.lengths
 
         def total(numbers: Tensor, dtype: Any = None) -> Tensor:
@@ -91,21 +96,21 @@ class Mixture:
         sums.add_samples(per_sample.double(), (lengths > 0).double())
 
     def results(self) -> Iterator[tuple[str, Tensor]]:
-        """(axis, scores of all experts' units: fp64 [units]). Collective over the ranks that hold the experts."""
+        """Yield (axis, scores of all experts' units: fp64 [units]). Collective over the ranks that hold the experts."""
         if "experts" in self.axes:
             sums, tokens = all_reduce(self.norms.clone(), self.topology.edp_group)
-            yield "experts", self._of_all(sums / tokens.clamp(min=1))
+            yield "experts", self._gather_experts(sums / tokens.clamp(min=1))
         if "expert_ffn" in self.axes:
-            yield "expert_ffn", self._of_all(torch.cat([sums.result(None) for sums in self.neurons]))
+            yield "expert_ffn", self._gather_experts(torch.cat([sums.result(None) for sums in self.neurons]))
 
-    def _of_all(self, mine: Tensor) -> Tensor:
-        return torch.cat([part.to(mine.device) for part in gather_objects(mine.cpu(), self.topology.ep_group)])
+    def _gather_experts(self, local: Tensor) -> Tensor:
+        return torch.cat([part.to(local.device) for part in gather_objects(local.cpu(), self.topology.ep_group)])
 
 
 def mixtures(
     model: Any, statistic: Statistic, axes: Sequence[str], topology: Topology, mask: Callable[[], Tensor]
 ) -> list[Mixture]:
-    """Hooks every mixture of this rank's layers for those of `axes` that are of experts; none of them, no hooks."""
+    """Hook every MoE layer of this rank for the expert axes among `axes`; without such axes, hook nothing."""
     wanted = tuple(axis for axis in axes if axis in EXPERT_AXES)
     layers = [layer for chunk in chunks_of(model) for layer in chunk.decoder.layers] if wanted else []
     return [Mixture(layer, statistic, wanted, topology, mask) for layer in layers]

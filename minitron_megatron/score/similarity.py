@@ -1,4 +1,4 @@
-"""Block importance: how far a block of layers turns the hidden states."""
+"""Block importance (BI): how far a block of layers rotates the hidden states."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def block_importance(
     model_hash: str = "",
     listener: Listener = silent,
 ) -> DepthScores:
-    """1 - the mean cosine, over tokens, between what enters and what leaves each block of so many layers.
+    """Return 1 - the mean cosine, over tokens, between the input and the output of each block of `lengths` layers.
 
-    One forward pass over this data-parallel rank's batches; what it keeps weighs (layers of the rank + 1) x window of
-    micro-batches x seq x batch x hidden numbers. The states that enter a block travel to the pipeline stage of its last
-    layer. Every rank returns the same. Collective over the world. Raises PlanError for a length that leaves no layer, a
-    wrapped model, and states that are not finite.
-    Source: Minitron section 2.2, after ShortGPT; of several layers after Gromov et al.
+    Runs one forward pass over this data-parallel rank's batches and keeps (layers of the rank + 1) x window of
+    micro-batches x seq x batch x hidden numbers. The states that enter a block are sent to the pipeline stage of its
+    last layer. Every rank returns the same. Collective over the world. Raises PlanError for a length that leaves no
+    layer, a wrapped model, and states that are not finite.
+    Sources: Minitron section 2.2, after ShortGPT; blocks of several layers after Gromov et al.
     """
     shape = config_of(bare_chunks(model)[0]).shape
     blocks = blocks_of(shape, lengths)
@@ -60,17 +60,17 @@ def block_importance(
 
 
 def _cosines(states: States, batch: MicroBatch, blocks: Sequence[Block], layers: int, topology: Topology) -> Tensor:
-    """For each block that ends on this pipeline stage, the sum of the cosines of this rank's counted tokens: fp64.
+    """Return, for each block that ends on this pipeline stage, the summed cosines of this rank's counted tokens: fp64.
 
-    Collective over pp: every rank goes through all blocks in the same order, and each transfer has two ends.
+    Collective over pp: every rank goes through all blocks in the same order, so that each send meets its receive.
     """
     sums = torch.zeros(len(blocks), dtype=torch.float64, device=topology.device)
     mask, like = _local(batch.mask.t(), topology), next(iter(states.values()))
     for first in range(layers):
         ends = {at: topology.stage_of(a + n - 1, layers) for at, (a, n) in enumerate(blocks) if a == first}
-        home = _rank(topology.stage_of(first, layers), topology)
+        source = _rank(topology.stage_of(first, layers), topology)
         for stage in sorted(set(ends.values())):
-            entering = move(states.get(first), like.shape, like.dtype, like.device, home, _rank(stage, topology))
+            entering = move(states.get(first), like.shape, like.dtype, like.device, source, _rank(stage, topology))
             if entering is None:
                 continue
             for at in (at for at, end in ends.items() if end == stage):
@@ -80,10 +80,10 @@ def _cosines(states: States, batch: MicroBatch, blocks: Sequence[Block], layers:
 
 
 def _rank(stage: int, topology: Topology) -> int:
-    """This rank's counterpart on a pipeline stage."""
+    """Return this rank's counterpart on a pipeline stage."""
     return topology.rank_at(stage, topology.tp_rank, topology.dp_rank)
 
 
 def _local(sequence_first: Tensor, topology: Topology) -> Tensor:
-    """This rank's part of [seq, batch]: all of it without sequence parallelism."""
+    """Return this rank's part of [seq, batch]: all of it without sequence parallelism."""
     return sequence_first.chunk(topology.tp)[topology.tp_rank] if topology.sequence_parallel else sequence_first

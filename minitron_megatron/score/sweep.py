@@ -1,4 +1,4 @@
-"""One forward sweep over the calibration set scores every axis asked for."""
+"""Scores of all requested axes from one forward sweep over the calibration set."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from .taps import FUSED_NORM, Tap, axes_of, axis_scores, channel_units, check_ax
 __all__ = ["score"]
 
 Values = dict[str, dict[int | None, Tensor]]
-"""Axis -> layer -> scores: fp64 [units]. The layer is None on an axis that all layers share."""
+"""Axis -> layer -> scores: fp64 [units]. The layer is None for an axis that all layers share."""
 
 Broken = list[tuple[int, str]]
-"""(layer, axis) of the taps that saw a NaN or an infinity, in the order of the modules."""
+"""(layer, axis) of each tap with a NaN or an infinity, in the order of the modules."""
 
 
 @dataclass(frozen=True)
 class _Site:
-    """A tap in its place: on one module of this rank."""
+    """A tap on one module of this rank."""
 
     axis: str
     name: str
-    """Of the parameter that says which unit each channel belongs to."""
+    """The parameter whose layout maps channels to units."""
     dim: int
     units: Tensor
-    """The unit of each number that adds up: int64 [local units]."""
+    """Unit of each accumulated number: int64 [local units]."""
     sums: Accumulator
 
 
 class _Sweep:
-    """The hooks of one sweep and what they add up."""
+    """Hooks of one sweep and the sums that they collect."""
 
     def __init__(
         self, model: Any, axes: Sequence[str], statistic: Statistic, config: ModelConfig, topology: Topology
@@ -58,7 +58,7 @@ class _Sweep:
             for axis, tap in taps:
                 if shard.name.endswith(f".{tap.module}.weight"):
                     self.handles.append(self._hook(shard, axis, tap))
-        self.mixtures = mixtures(model, statistic, axes, topology, self.running)
+        self.mixtures = mixtures(model, statistic, axes, topology, self.current_mask)
         self.handles += [handle for mixture in self.mixtures for handle in mixture.handles]
 
     def _hook(self, shard: NamedShard, axis: str, tap: Tap) -> Any:
@@ -69,39 +69,39 @@ class _Sweep:
         sums = Accumulator(self.statistic, self.topology.tp_group if shared else None)
         self.sites.append(_Site(axis, name, tap.dim, channels.unique() if norms else channels, sums))
 
-        def seen(activations: Any) -> None:
+        def record(activations: Any) -> None:
             a = activations[0] if isinstance(activations, tuple) else activations  # mcore's linears: (output, bias)
-            sums.add(head_norms(a, channels) if norms else a, self.running())
+            sums.add(head_norms(a, channels) if norms else a, self.current_mask())
 
         if shard.leaf == FUSED_NORM:
-            return module.register_forward_pre_hook(lambda _, args: seen(fused_norm(module, args[0], self.config)))
+            return module.register_forward_pre_hook(lambda _, args: record(fused_norm(module, args[0], self.config)))
         if tap.output:
-            return module.register_forward_hook(lambda _, args, out: seen(out))
-        return module.register_forward_pre_hook(lambda _, args: seen(args[0]))
+            return module.register_forward_hook(lambda _, args, out: record(out))
+        return module.register_forward_pre_hook(lambda _, args: record(args[0]))
 
     def begin(self, batch: MicroBatch) -> None:
-        """Tells the hooks which positions of the micro-batch that comes next count."""
+        """Give the hooks the mask of the next micro-batch."""
         self.mask = batch.mask
 
-    def running(self) -> Tensor:
-        """The positions of the running micro-batch that count: bool [batch, seq]."""
+    def current_mask(self) -> Tensor:
+        """Return the positions of the current micro-batch that count: bool [batch, seq]."""
         assert self.mask is not None
         return self.mask
 
     def results(self) -> tuple[Values, Broken]:
-        """The scores of this pipeline stage. Collective over tp and dp, whose ranks all get the same."""
+        """Return the scores of this pipeline stage, the same on all ranks of tp and dp. Collective over both."""
         out: Values = {}
         broken: Broken = []
         for at, axis, units in self._scored():
             if not bool(units.isfinite().all()):
                 broken.append((at, axis))
             layer = at if axis in PER_LAYER else None
-            mine = out.setdefault(axis, {})
-            mine[layer] = mine[layer] + units if layer in mine else units
+            scores = out.setdefault(axis, {})
+            scores[layer] = scores[layer] + units if layer in scores else units
         return out, broken
 
     def _scored(self) -> Iterator[tuple[int, str, Tensor]]:
-        """(layer, axis, scores) of every tap here."""
+        """Yield (layer, axis, scores) of every tap on this rank."""
         for site in self.sites:
             sums = site.sums.result(self.topology.dp_group)
             units = axis_scores(site.axis, site.name, site.dim, sums, site.units, self.shape, self.topology)
@@ -123,11 +123,10 @@ def score(
     model_hash: str = "",
     listener: Listener = silent,
 ) -> Scores:
-    """Importance of every unit of `axes` (None: all that the model has), from forward passes over this data-parallel
-    rank's batches.
+    """Score every unit of `axes` (None: all that the model has) by forward passes over this data-parallel rank's batches.
 
-    Neurons, heads and experts are scored a layer, hidden channels over all block norms together (ModelOpt's reading of
-    Minitron section 2.2). Every rank returns the same Scores. Collective over the world. Raises PlanError for an
+    Neurons, heads and experts are scored per layer, hidden channels over all block norms together (ModelOpt's reading
+    of Minitron section 2.2). Every rank returns the same Scores. Collective over the world. Raises PlanError for an
     unknown axis, a wrapped model, a statistic that the MLP does not have, and on every rank for activations that are
     not finite.
     """
@@ -150,13 +149,13 @@ def score(
     return Scores(_merge(*sweep.results(), topology), shape, statistic, samples, tokens, model_hash)
 
 
-def _merge(mine: Values, broken: Broken, topology: Topology) -> Values:
-    """The scores of all pipeline stages, layers in order, a shared axis summed in order of the stages.
+def _merge(stage_scores: Values, broken: Broken, topology: Topology) -> Values:
+    """Merge the scores of all pipeline stages: layers in order, a shared axis summed in order of the stages.
 
-    Collective over the world. Raises PlanError, on every rank alike, where a tap of any rank is broken.
+    Collective over the world. Raises PlanError on every rank if any rank has a tap that is not finite.
     """
-    here = {axis: {layer: units.cpu() for layer, units in layers.items()} for axis, layers in mine.items()}
-    stages, lists = zip(*gather_objects((here, broken), topology.pp_group), strict=True)
+    on_cpu = {axis: {layer: units.cpu() for layer, units in layers.items()} for axis, layers in stage_scores.items()}
+    stages, lists = zip(*gather_objects((on_cpu, broken), topology.pp_group), strict=True)
     with fail_together():
         _expect_finite([tap for taps in lists for tap in taps])
     out: Values = {}
@@ -176,5 +175,5 @@ def _expect_finite(broken: Broken) -> None:
         layer, axis = min(broken, key=lambda tap: tap[0])
         raise PlanError(
             f"layer {layer} is the first with activations that are not finite (NaN or infinite), on axis {axis}. "
-            "Look for broken weights there, or score in float32."
+            "Check its weights for NaN or infinity, or score in float32."
         )

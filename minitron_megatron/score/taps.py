@@ -1,4 +1,4 @@
-"""Where each axis is measured, and how a tap's units become the axis's units."""
+"""Measuring points (taps) of each axis, and the mapping from a tap's channels to the axis's units."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ __all__ = [
 
 
 EXPERT_AXES = ("experts", "expert_ffn")
-"""Axes that are measured where tokens have lost their places: `experts.py` does."""
+"""Axes of MoE experts. The router reorders tokens, so `experts.py` measures these axes."""
 
 
 @dataclass(frozen=True)
 class Tap:
-    """The activation that enters or leaves a module, whose units are the rows of a parameter's dim."""
+    """An activation that enters or leaves a module; its channels are the rows of one dim of the module's weight."""
 
     module: str
-    """The end of the module's name inside a layer."""
+    """End of the module's name inside a layer."""
     dim: int
-    """Of the module's weight: its rows, by the layout table, say which unit of the axis each activation belongs to."""
+    """Dim of the module's weight; the layout table maps its rows to units of the axis."""
     output: bool = False
-    """Whether it is what leaves the module."""
+    """Whether the tap is the module's output (else its input)."""
     split: bool = False
-    """Whether, under sequence parallelism, it holds this rank's part of the positions only."""
+    """Whether, under sequence parallelism, each rank sees only its part of the positions."""
 
 
 TAPS: Mapping[str, tuple[Tap, ...]] = {
@@ -63,7 +63,7 @@ PRE_ACTIVATION = (Tap("mlp.linear_fc1", 0, output=True),)
 
 
 def taps_of(axis: str, statistic: Statistic, shape: Shape) -> tuple[Tap, ...]:
-    """Where an axis is measured, nothing for those of experts; PlanError for `pre` neurons of a gated MLP."""
+    """Return the taps of an axis (none for expert axes). Raises PlanError for `pre` neurons of a gated MLP."""
     if axis in EXPERT_AXES:
         return ()
     if axis != "ffn" or statistic.neurons == "post":
@@ -73,16 +73,16 @@ def taps_of(axis: str, statistic: Statistic, shape: Shape) -> tuple[Tap, ...]:
 
 
 def check_statistic(statistic: Statistic, shape: Shape) -> None:
-    """Raises PlanError where a model of `shape` has no such numbers."""
+    """Raise PlanError if a model of `shape` cannot be scored by this statistic."""
     if statistic.neurons == "pre" and shape.gated:
         raise PlanError(
-            "neurons of a gated MLP have two projections before the activation, so `pre` has no one number. "
+            "neurons of a gated MLP have two projections before the activation, so `pre` is not one number. "
             "Score them by `post`."
         )
 
 
 def check_axes(axes: Sequence[str], shape: Shape) -> None:
-    """Raises PlanError for an axis that cannot be scored, or that the model does not have."""
+    """Raise PlanError for an axis that cannot be scored, or that the model does not have."""
     known = axes_of(shape)
     for axis in axes:
         if axis not in known:
@@ -90,12 +90,12 @@ def check_axes(axes: Sequence[str], shape: Shape) -> None:
 
 
 def axes_of(shape: Shape) -> tuple[str, ...]:
-    """The axes of a model that can be scored."""
+    """Return the axes of a model that can be scored."""
     return tuple(axis for axis in (*TAPS, *EXPERT_AXES) if shape.axis_size(axis))
 
 
 def fused_norm(linear: nn.Module, states: Tensor, config: ModelConfig) -> Tensor:
-    """What the norm gives that Transformer Engine keeps inside a linear layer; no hook sees it."""
+    """Recompute the output of a norm that Transformer Engine fuses into a linear layer, where no hook can see it."""
     weight: Any = getattr(linear, FUSED_NORM)
     weight = weight + int(config.zero_centered_norm)
     if config.norm == "RMSNorm":
@@ -104,7 +104,7 @@ def fused_norm(linear: nn.Module, states: Tensor, config: ModelConfig) -> Tensor
 
 
 def channel_units(axis: str, name: str, dim: int, shape: Shape, topology: Topology) -> Tensor:
-    """The unit of the axis that each of this rank's channels belongs to: int64 [local rows]."""
+    """Return the axis unit that each of this rank's channels belongs to: int64 [local rows]."""
     param, sizes = lookup(name), shape.sizes()
     index = axis_coords(axis, param.dims[dim], sizes)
     assert index is not None, f"{axis} does not lie in dim {dim} of {name}"
@@ -112,7 +112,10 @@ def channel_units(axis: str, name: str, dim: int, shape: Shape, topology: Topolo
 
 
 def head_norms(activations: Tensor, units: Tensor) -> Tensor:
-    """[seq, batch, channels] -> the L2 norm over the channels of each unit that is here, ascending: fp32."""
+    """Return the L2 norm over the channels of each local unit, units ascending: fp32 [seq, batch, local units].
+
+    activations: [seq, batch, channels]. units: the unit of each channel.
+    """
     present, at = units.unique(return_inverse=True)
     squares = activations.new_zeros(*activations.shape[:-1], len(present), dtype=torch.float32)
     return squares.index_add_(-1, at, activations.float().square()).sqrt()
@@ -121,9 +124,10 @@ def head_norms(activations: Tensor, units: Tensor) -> Tensor:
 def axis_scores(
     axis: str, name: str, dim: int, channels: Tensor, units: Tensor, shape: Shape, topology: Topology
 ) -> Tensor:
-    """Scores of this rank's channels, and the unit of each -> of all units of the axis: fp64. Collective over tp.
+    """Return the scores of all units of the axis from this rank's channels: fp64 [units]. Collective over tp.
 
-    A unit of several channels (a head) scores the L2 norm over them.
+    channels: scores of this rank's channels; units: the unit of each. The score of a unit with several channels (a
+    head) is the L2 norm over them.
     """
     squares = torch.zeros(shape.axis_size(axis), dtype=torch.float64, device=channels.device)
     squares.index_add_(0, units, channels.square())

@@ -1,7 +1,7 @@
-"""Which shape: the papers' search over architectures, from a grid and a budget to a winner and the evidence for it.
+"""Architecture search of the papers: from a grid of shapes and a budget to a winner, with the evidence for it.
 
-Knows: grids, budgets, costs of shapes, plans, how to measure a candidate that is cut in memory. Must not know: recipes,
-run folders, objectives (training and evaluation come as functions).
+Knows: grids, budgets, costs of shapes, plans, and how to measure a candidate cut in memory. Must not know: recipes, run
+folders, distillation (training comes as a function).
 """
 
 from .choice import front, knee, rank_correlation, settled

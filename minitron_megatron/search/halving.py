@@ -1,4 +1,4 @@
-"""Light distillation of several candidates: all to the end, or the better half of them after each rung."""
+"""Short distillation of candidates with successive halving: after each rung only the better half goes on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Curve = Mapping[int, float]
 """Step -> loss on held-out text, nats per token."""
 
 TrainAll = Callable[[Sequence[str], int], Mapping[str, Curve]]
-"""(candidates, step) -> their curves, each trained up to that step from wherever it stands."""
+"""(candidates, step) -> their curves, each candidate trained up to that step from its latest state."""
 
 
 def rungs(steps: int, halvings: int) -> list[int]:
-    """The steps after which candidates are compared: the last, and before it half of each, as often as asked."""
+    """Return the steps after which candidates are compared: `steps`, and `halvings` times half of the next one."""
     found = [steps]
     for _ in range(halvings):
         found.insert(0, max(1, found[0] // 2))
@@ -23,16 +23,18 @@ def rungs(steps: int, halvings: int) -> list[int]:
 
 
 def halving(names: Sequence[str], at: Sequence[int], train_all: TrainAll) -> dict[str, Curve]:
-    """The curves of all that took part. After each step of `at` but the last the worse half leaves, of equals the
-    later."""
+    """Run successive halving and return the curves of all candidates, also of those that were dropped.
+
+    After each step of `at` except the last, the worse half is dropped; of equal candidates the later one.
+    """
     curves: dict[str, Curve] = {}
     left = list(names)
     for number, step in enumerate(at):
         curves |= train_all(left, step)
         if number + 1 < len(at):
             order = sorted(left, key=lambda name: _loss(curves[name], step))
-            stay = set(order[: math.ceil(len(order) / 2)])
-            left = [name for name in left if name in stay]
+            kept = set(order[: math.ceil(len(order) / 2)])
+            left = [name for name in left if name in kept]
     return curves
 
 

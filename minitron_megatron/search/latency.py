@@ -1,4 +1,4 @@
-"""How long a step of decoding takes: from a GPU's data sheet, or fitted to what was measured on some machine."""
+"""Latency of a decoding step, from a GPU's data sheet or fitted to measurements."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..layout import Shape, active_parameters, flops_per_token, kv_cache_bytes, 
 __all__ = ["GPUS", "Conditions", "FittedSpeed", "Roofline", "SpeedRow"]
 
 Speed = Callable[[Shape, "Conditions"], float]
-"""Seconds of one decoding step of a batch."""
+"""(shape, conditions) -> seconds of one decoding step of the batch."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """How a model is served, for the costs that depend on it."""
+    """Serving conditions on which some costs depend."""
 
     batch: int = 1
-    """Sequences at a time."""
+    """Sequences decoded at once."""
     context: int = 4096
-    """Tokens of each sequence in the key-value cache."""
+    """Tokens of each sequence in the KV cache."""
     weight_bytes: float = 2
-    """Of a weight."""
+    """Bytes of one weight."""
     kv_bytes: int = 2
-    """Of a number in the key-value cache."""
+    """Bytes of one number in the KV cache."""
     speed: Speed | None = None
 
     def __post_init__(self) -> None:
@@ -37,11 +37,11 @@ class Conditions:
             expect_number(name, getattr(self, name), above=0)
 
     def weights(self, shape: Shape) -> float:
-        """Bytes of all weights."""
+        """Return the bytes of all weights."""
         return parameters(shape) * self.weight_bytes
 
     def cache(self, shape: Shape) -> int:
-        """Bytes of the batch's keys and values."""
+        """Return the bytes of the batch's KV cache."""
         return kv_cache_bytes(shape, self.batch, self.context, self.kv_bytes)
 
 
@@ -52,19 +52,19 @@ GPUS: Mapping[str, tuple[float, float]] = {
     "H200": (4.8e12, 989e12),
     "B200": (8.0e12, 2250e12),
 }
-"""Bytes a second of memory and dense bf16 FLOPs a second, by the data sheets of the SXM (80 GB A100) versions."""
+"""(memory bytes per second, dense bf16 FLOPs per second), from the data sheets of the SXM (80 GB A100) versions."""
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """A step takes as long as its bytes or its FLOPs, whichever is longer: a bound from below, with no overhead."""
+    """Roofline model: a step takes the longer of its memory time and its compute time; a lower bound, no overhead."""
 
     bytes_per_second: float
     flops_per_second: float
 
     @classmethod
     def of(cls, gpu: str) -> Roofline:
-        """Raises RecipeError for a GPU whose data sheet is not known."""
+        """Return the roofline of a GPU. Raises RecipeError for a GPU that is not in `GPUS`."""
         if gpu not in GPUS:
             raise RecipeError(f"the GPU {gpu!r} is not known.{did_you_mean(gpu, GPUS)} Known: {', '.join(GPUS)}.")
         return cls(*GPUS[gpu])
@@ -76,33 +76,33 @@ class Roofline:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """What was measured of one model."""
+    """Measured speed of one model."""
 
     shape: Shape
     conditions: Conditions
     seconds: float
-    """Of a decoding step of the batch."""
+    """Seconds of a decoding step of the batch."""
 
 
 @dataclass(frozen=True)
 class FittedSpeed:
-    """A sum of what a step costs at all, a layer, a byte of weights, a byte of cache and a FLOP: none below zero."""
+    """Linear model of a step's seconds: a constant, and costs per layer, weight byte, cache byte and FLOP, all >= 0."""
 
     coefficients: Mapping[str, float]
 
     @classmethod
     def to(cls, rows: Sequence[SpeedRow]) -> FittedSpeed:
-        """The fit with the least squared relative errors. Raises RecipeError where there are fewer than two shapes."""
+        """Return the fit with the least squared relative errors. Raises RecipeError for fewer than two shapes."""
         if len({row.shape for row in rows}) < 2:
             raise RecipeError(
-                "a table of fewer than two models says nothing of others. Run `minitron bench --backend torch` first."
+                "a speed table needs at least two models. Measure more: `minitron bench --backend torch`."
             )
         terms = [{"step": 1.0, "layers": float(row.shape.layers), **_work(row.shape, row.conditions)} for row in rows]
         names = list(terms[0])
         scale = {name: max(term[name] for term in terms) or 1.0 for name in names}
         matrix = np.array([[term[name] / scale[name] for name in names] for term in terms])
         seconds = np.array([row.seconds for row in rows])
-        found = _not_negative(matrix / seconds[:, None], np.ones(len(rows)))
+        found = _nonnegative_least_squares(matrix / seconds[:, None], np.ones(len(rows)))
         return cls({name: float(value) / scale[name] for name, value in zip(names, found, strict=True)})
 
     def __call__(self, shape: Shape, conditions: Conditions) -> float:
@@ -111,18 +111,18 @@ class FittedSpeed:
 
 
 def _work(shape: Shape, conditions: Conditions) -> dict[str, float]:
-    """Bytes read and FLOPs done in a decoding step. Of a mixture, the experts that a batch can be expected to reach."""
+    """Return bytes read and FLOPs of a decoding step; an MoE model reads the experts that the batch is expected to use."""
     attention = 4 * shape.layers * shape.heads * shape.head_dim * conditions.context
-    looked_up = 0 if shape.tied else shape.vocab * shape.hidden
+    embedding = 0 if shape.tied else shape.vocab * shape.hidden  # a lookup reads a few rows of it
     return {
-        "weights": (_reached(shape, conditions.batch) - looked_up) * conditions.weight_bytes,
+        "weights": (_used_parameters(shape, conditions.batch) - embedding) * conditions.weight_bytes,
         "cache": float(conditions.cache(shape)),
         "flops": float(conditions.batch * (flops_per_token(shape, 0) + attention)),
     }
 
 
-def _reached(shape: Shape, batch: int) -> float:
-    """Parameters that a batch of tokens goes through, if the router treats all experts alike."""
+def _used_parameters(shape: Shape, batch: int) -> float:
+    """Return the expected number of parameters that a batch of tokens uses, if the router picks experts uniformly."""
     active = active_parameters(shape)
     if not shape.experts:
         return active
@@ -131,13 +131,13 @@ def _reached(shape: Shape, batch: int) -> float:
     return active + expert * (shape.experts * (1 - (1 - share) ** batch) - shape.experts_per_token)
 
 
-def _not_negative(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Least squares without negative coefficients: while some come out below zero the worst of them is left out."""
-    found, there = np.zeros(matrix.shape[1]), list(range(matrix.shape[1]))
-    while there:
-        part = np.linalg.lstsq(matrix[:, there], wanted, rcond=None)[0]
+def _nonnegative_least_squares(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return least squares with coefficients >= 0: drop the most negative one and solve again until none is negative."""
+    found, active = np.zeros(matrix.shape[1]), list(range(matrix.shape[1]))
+    while active:
+        part = np.linalg.lstsq(matrix[:, active], wanted, rcond=None)[0]
         if part.min() >= 0:
-            found[there] = part
+            found[active] = part
             break
-        there.pop(int(part.argmin()))
+        active.pop(int(part.argmin()))
     return found

@@ -1,4 +1,4 @@
-"""A grid of shapes, what each would cost, and those that a budget leaves. Counted from the layout table: no model."""
+"""Grid of candidate shapes, their costs, and the ones within a budget. All is counted from the layout table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["COSTS", "FILLED", "MORE_IS_BETTER", "TIMED", "Candidate", "Limit", "
 AXES = ("layers", *PUBLIC_AXES)
 
 FILLED = "heads x head_dim"
-"""In the place of a multiple of `hidden`: hidden must be equal to this, for some clients take it to be so."""
+"""Value in `Space.multiples` for `hidden`: hidden must equal heads x head_dim, which some inference clients assume."""
 
 COSTS: Mapping[str, Callable[[Shape, Conditions], float]] = {
     "params": lambda shape, _: parameters(shape),
@@ -27,8 +27,8 @@ COSTS: Mapping[str, Callable[[Shape, Conditions], float]] = {
     "decode_ms": lambda shape, at: 1000 * _seconds(shape, at),
     "tokens_per_second": lambda shape, at: at.batch / _seconds(shape, at),
 }
-"""Budget -> what a shape has of it: parameters; those that a token goes through; bytes of weights and key-value cache;
-FLOPs of a forward pass a token, at the context; milliseconds a decoding step; tokens a second of the whole batch."""
+"""Cost -> function of (shape, conditions): parameters; parameters active per token; bytes of weights and KV cache; FLOPs
+of a forward pass per token, at the context; milliseconds per decoding step; tokens per second of the whole batch."""
 
 MORE_IS_BETTER = ("tokens_per_second",)
 TIMED = ("decode_ms", "tokens_per_second")
@@ -36,7 +36,7 @@ TIMED = ("decode_ms", "tokens_per_second")
 
 @dataclass(frozen=True)
 class Limit:
-    """A window, both ends in it."""
+    """A closed interval that a cost must lie in."""
 
     at_least: float | None = None
     at_most: float | None = None
@@ -44,9 +44,9 @@ class Limit:
     def __post_init__(self) -> None:
         for name, end in (("at least", self.at_least), ("at most", self.at_most)):
             if end is not None:
-                expect_number(f"the end {name!r} of a budget", end, at_least=0)
+                expect_number(f"the limit {name!r} of a budget", end, at_least=0)
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
-            raise RecipeError(f"a budget asks for {self}: nothing is both. Give [at least, at most].")
+            raise RecipeError(f"a budget asks for {self}, which no value satisfies. Give [at least, at most].")
 
     def holds(self, value: float) -> bool:
         return not (self.at_least is not None and value < self.at_least) and not (
@@ -60,14 +60,14 @@ class Limit:
 
 @dataclass(frozen=True)
 class Space:
-    """The sizes to try on each axis; an axis left out stays as the teacher has it."""
+    """Sizes to try on each axis; an axis that is left out keeps the teacher's size."""
 
     sizes: Mapping[str, tuple[int, ...]]
-    """Public axis, or `layers` -> sizes."""
+    """Public axis or `layers` -> sizes."""
     expansions: tuple[float, ...] = ()
-    """In the place of `ffn`: neurons over hidden channels."""
+    """Ratios ffn / hidden, instead of sizes of `ffn`."""
     multiples: Mapping[str, int | str] = field(default_factory=dict)
-    """Axis -> what its sizes must be multiples of; `hidden` may be held to FILLED."""
+    """Axis -> number that its sizes must be multiples of; `hidden` may have FILLED."""
 
 
 @dataclass(frozen=True)
@@ -76,25 +76,25 @@ class Candidate:
 
     shape: Shape
     sizes: Mapping[str, int]
-    """Of the axes that the grid varies, or that differ from the teacher."""
+    """Sizes of the axes that the grid varies or that differ from the teacher."""
     costs: Mapping[str, float]
 
     @property
     def name(self) -> str:
-        """`layers32-hidden3072-ffn9216`: a file name as well."""
+        """Name such as `layers32-hidden3072-ffn9216`, also used as a file name."""
         return "-".join(f"{axis}{size}" for axis, size in self.sizes.items())
 
 
 def costs_of(shape: Shape, conditions: Conditions) -> dict[str, float]:
-    """Every cost that can be told: those in time need a speed."""
+    """Return all costs of a shape; costs in time only if the conditions have a speed."""
     return {name: cost(shape, conditions) for name, cost in COSTS.items() if conditions.speed or name not in TIMED}
 
 
 def candidates(space: Space, teacher: Shape, budget: Mapping[str, Limit], conditions: Conditions) -> list[Candidate]:
-    """The shapes of the grid that can be cut out of the teacher and that the budget allows, the largest first.
+    """Return the shapes of the grid that can be cut out of the teacher and fit the budget, the largest first.
 
-    The teacher itself is none. Raises RecipeError where the budget would let the teacher through, and where nothing is
-    left, with the rule that empties the grid and the nearest value that would not.
+    The teacher itself is excluded. Raises RecipeError if the teacher already fits the budget, and if no candidate is
+    left: the message names the rule that excludes all and the nearest value that would pass.
     """
     _check_axes(space, teacher)
     _check_budget(budget, teacher, conditions)
@@ -110,7 +110,7 @@ def candidates(space: Space, teacher: Shape, budget: Mapping[str, Limit], condit
 
 @dataclass(frozen=True)
 class _Point:
-    """A point of the grid, counted when it is asked."""
+    """A point of the grid; its shape and costs are computed on first use."""
 
     sizes: Mapping[str, int]
     teacher: Shape
@@ -118,7 +118,7 @@ class _Point:
 
     @cached_property
     def problem(self) -> str:
-        """Why it cannot be cut out of the teacher; empty where it can."""
+        """Reason why the point cannot be cut out of the teacher; empty if it can."""
         try:
             checked_sizes(self.teacher, self._widths)
         except PlanError as error:
@@ -140,32 +140,32 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Something that a candidate must hold, and how a user could have it hold."""
+    """A condition on candidates, with advice on how to meet it."""
 
     name: str
     holds: Callable[[_Point], bool]
     nearest: Callable[[Sequence[_Point]], str]
-    """Of points that hold everything else: a sentence on what would let the nearest of them through."""
+    """Points that pass all other rules -> a sentence on how the nearest of them would pass this one."""
 
 
 def _seconds(shape: Shape, conditions: Conditions) -> float:
     if conditions.speed is None:
-        raise RecipeError("a budget in time needs to know how fast. Set search.serving.gpu, or .table.")
+        raise RecipeError("a budget in time needs the speed of the machine. Set search.serving.gpu or search.serving.table.")
     return conditions.speed(shape, conditions)
 
 
 def _check_axes(space: Space, teacher: Shape) -> None:
     if space.expansions and "ffn" in space.sizes:
-        raise RecipeError("search has both ffn and expansion, which is ffn over hidden. Leave one out.")
+        raise RecipeError("search has both ffn and expansion, which is ffn / hidden. Leave one out.")
     if not space.sizes and not space.expansions:
         raise RecipeError(f"search varies no axis. Give sizes for some of {', '.join(AXES)}.")
     for axis, sizes in space.sizes.items():
         whole = teacher.axis_size(axis)
         over = [size for size in sizes if size > whole]
         if not whole:
-            raise PlanError(f"search.{axis} is given, and the model has none. Leave it out.")
+            raise PlanError(f"search.{axis} is given, but the model does not have this axis. Leave it out.")
         if over:
-            raise PlanError(f"search.{axis} tries {over[0]} of {whole}. Ask for 1 to {whole}.")
+            raise PlanError(f"search.{axis} tries {over[0]}, but the teacher has {whole}. Use 1 to {whole}.")
 
 
 def _check_budget(budget: Mapping[str, Limit], teacher: Shape, conditions: Conditions) -> None:
@@ -174,13 +174,13 @@ def _check_budget(budget: Mapping[str, Limit], teacher: Shape, conditions: Condi
         end = limit.at_most if most else limit.at_least
         if end is not None and (end >= has if most else end <= has):
             raise RecipeError(
-                f"search.budget.{name} asks for {limit}, and the teacher has {has:,.6g}: nothing would need to go. "
+                f"search.budget.{name} asks for {limit}, but the teacher has {has:,.6g}: nothing needs to be cut. "
                 f"Ask for {'less' if most else 'more'}."
             )
 
 
 def _grid(space: Space, teacher: Shape) -> Iterator[dict[str, int]]:
-    """The sizes of every combination but that of the teacher."""
+    """Yield the sizes of every combination except the teacher's."""
     axes = [axis for axis in AXES if axis in space.sizes]
     whole = {axis: teacher.axis_size(axis) for axis in AXES}
     for each in product(*(space.sizes[axis] for axis in axes)):
@@ -207,7 +207,7 @@ def _multiple(axis: str, unit: int | str) -> tuple[Callable[[_Point], bool], Cal
     def nearest(points: Sequence[_Point]) -> str:
         size = min(points, key=off).shape.axis_size(axis)
         down = size // unit * unit
-        return f"The nearest {axis} is {size}: {down or unit} or {down + unit} would do."
+        return f"The nearest {axis} is {size}: {down or unit} or {down + unit} would pass."
 
     return lambda point: off(point) == 0, nearest
 
@@ -222,7 +222,7 @@ def _filled() -> tuple[Callable[[_Point], bool], Callable[[Sequence[_Point]], st
     def nearest(points: Sequence[_Point]) -> str:
         best = min(points, key=off)
         heads = f"{best.shape.heads} heads of {best.shape.head_dim}"
-        return f"The nearest hidden is {best.shape.hidden}, with {heads}: {wanted(best)} would do."
+        return f"The nearest hidden is {best.shape.hidden}, with {heads}: {wanted(best)} would pass."
 
     return lambda point: off(point) == 0, nearest
 
@@ -244,23 +244,24 @@ def _sizes(shape: Shape) -> str:
 
 
 def _why_empty(points: Sequence[_Point], possible: Sequence[_Point], rules: Sequence[_Rule]) -> str:
-    """Which rule empties the grid: the one without which something were left, or else the first that leaves nothing.
+    """Return a message that names the rule which excludes all points.
 
-    possible: those of the points that can be cut out of the teacher.
+    That is the one rule without which some points would be left; if there is none, the first rule after which none is
+    left. possible: the points that can be cut out of the teacher.
     """
     what = f"none of the {len(points)} combinations of search is left"
     if not points:
-        return "search has no combination but the teacher itself. Try other sizes."
+        return "search has no combination except the teacher itself. Try other sizes."
     if not possible:
         return f"{what}: none can be cut out of the teacher. {points[0].problem}"
     for rule in rules:
         others = [point for point in possible if all(each.holds(point) for each in rules if each is not rule)]
         if others:
-            return f"{what}: {rule.name} lets none through. {rule.nearest(others)}"
+            return f"{what}: {rule.name} excludes all. {rule.nearest(others)}"
     left = list(possible)
     for rule in rules:
         through = [point for point in left if rule.holds(point)]
         if not through:
-            return f"{what}, for several rules exclude each other: {rule.name} takes the last. {rule.nearest(left)}"
+            return f"{what}: several rules exclude each other, {rule.name} the last ones. {rule.nearest(left)}"
         left = through
-    raise AssertionError("something is left")
+    raise AssertionError("some points pass all rules")

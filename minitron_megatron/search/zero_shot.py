@@ -1,4 +1,4 @@
-"""The loss of every candidate right after its cut: from one loaded teacher, a candidate in memory at a time."""
+"""Loss of every candidate right after its cut, from one loaded teacher, with one candidate in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..train import LMObjective, mean_loss
 __all__ = ["zero_shot"]
 
 Found = dict[str, float | None]
-"""`loss`: nats per token, None where it is not finite; `score`, where one is asked for."""
+"""`loss`: nats per token, None if it is not finite; `score`, if requested."""
 
 
 def zero_shot(
@@ -31,27 +31,28 @@ def zero_shot(
     tell: Callable[[str, Found], None] = lambda name, found: None,
     listener: Listener = silent,
 ) -> dict[str, Found]:
-    """What is measured of each candidate: a cut of `model`, which stays as it is.
+    """Measure each candidate, a cut of `model`; the model itself is not changed.
 
-    batches: all samples, on every rank alike. Data-parallel replicas measure candidates of their own; where experts are
-    spread over them, or `score` is asked for too (collective over the world, of a candidate's chunks), all measure
-    each together. tell: called on one rank of a replica, or of all, once a candidate is measured. Besides the model,
-    one candidate is in memory, and what it has whole it shares with the model. Every rank returns the same. Collective
-    over the world. Raises PlanError where the plans are for another model.
+    batches: all samples, the same on every rank. Each data-parallel replica measures its own share of the candidates,
+    unless experts are spread over replicas or `score` is given: then all ranks measure every candidate together. score:
+    function of a candidate's chunks, collective over the world. tell: called once for each measured candidate, on one
+    rank of the replica (or of the world). Only one candidate is in memory besides the model; it shares uncut parameters
+    with the model. Every rank returns the same. Collective over the world. Raises PlanError if the plans are for
+    another model.
     """
     with fail_together():
         check_cut(model, plan_of(names[0]), topology)
-    apart = topology.ep == 1 and score is None
-    mine = names[topology.dp_rank :: topology.dp] if apart else names
-    first = topology.tp_rank == topology.pp_rank == 0 and (apart or topology.dp_rank == 0)
+    by_replica = topology.ep == 1 and score is None
+    own_names = names[topology.dp_rank :: topology.dp] if by_replica else names
+    first = topology.tp_rank == topology.pp_rank == 0 and (by_replica or topology.dp_rank == 0)
     found: dict[str, Found] = {}
-    for number, name in enumerate(mine, 1):
+    for number, name in enumerate(own_names, 1):
         found[name] = _measured(trimmed_view(model, plan_of(name), topology), batches, topology, score)
         if first:
             tell(name, found[name])
-        through = min(len(names), number * topology.dp) if apart else number
+        done = min(len(names), number * topology.dp) if by_replica else number
         loss = found[name]["loss"]
-        listener(Event("search", through, len(names), "candidates", {"after_cut": math.nan if loss is None else loss}))
+        listener(Event("search", done, len(names), "candidates", {"after_cut": math.nan if loss is None else loss}))
     every = {name: part for each in gather_objects(found) for name, part in each.items()}
     return {name: every[name] for name in names}
 

@@ -1,4 +1,4 @@
-"""The training loop: one for correction, baselines and distillation; what a step minimises is passed in.
+"""The training loop of correction, baselines and distillation; the caller passes the objective.
 
 Knows: mcore's DDP, optimizer, scheduler and pipeline schedules. Must not know: teachers, recipes, reports.
 """

@@ -1,4 +1,4 @@
-"""Which parameters train."""
+"""Freezing of parameters."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ __all__ = ["freeze_but", "train_norms_only"]
 
 
 def train_norms_only(model: Any) -> None:
-    """Freezes all parameters of an unwrapped `model` but the norms' weights and biases, in place."""
+    """Freeze all parameters of an unwrapped `model` except the norms' weights and biases, in place."""
     freeze_but(model, lambda name: "norm" in name)
 
 
 def freeze_but(model: Any, trains: Callable[[str], bool]) -> None:
-    """Freezes the parameters of an unwrapped `model` whose names `trains` does not want, in place."""
+    """Freeze the parameters of an unwrapped `model` for whose name `trains` returns false, in place."""
     for chunk in chunks_of(model):
         for shard in named_shards(chunk):
             shard.tensor.requires_grad_(trains(shard.name))
         if chunk.pre_process:
-            chunk.embedding.register_forward_hook(_wants_grad)
+            chunk.embedding.register_forward_hook(_require_grad)
 
 
-def _wants_grad(module: nn.Module, inputs: Any, states: Tensor) -> Tensor:
-    """A recomputed layer whose input wants no gradient would have none at all: it is an autograd Function of it."""
+def _require_grad(module: nn.Module, inputs: Any, states: Tensor) -> Tensor:
+    """Make the embedding's output require a gradient.
+
+    A recomputed layer is an autograd Function of its input: if the input needs no gradient, its weights get none.
+    """
     return states if states.requires_grad else states.requires_grad_()

@@ -1,4 +1,4 @@
-"""A model in training, and one update of it."""
+"""A model in training, with its optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Learner"]
 
 
 class Learner:
-    """mcore's DDP around each chunk of a model, its distributed optimizer and its scheduler.
+    """A model wrapped in mcore's DDP, chunk by chunk, with mcore's distributed optimizer and scheduler.
 
-    It must be released in the end: gradients and optimizer outlive the model else.
+    Call `release` at the end; otherwise gradients and optimizer outlive the model.
     """
 
     def __init__(self, model: Any, training: Training, topology: Topology, name: str = "") -> None:
-        """name: tells the models of one run apart. Collective over the world."""
+        """name: distinguishes the models of one run. Collective over the world."""
         self.topology = topology
         self._finalize = _Finalize()
         self.chunks, self.optimizer = _wrapped(chunks_of(model), training, self._finalize)
@@ -35,13 +35,13 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        """Of the last step."""
+        """Learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def step(self, batches: Sequence[Batch], objective: Objective) -> tuple[float, int, float]:
-        """One update: (summed loss in nats, counted tokens, norm of the gradient), of the global batch.
+        """Run one update; return (summed loss in nats, counted tokens, gradient norm) of the global batch.
 
-        Where the loss or a gradient is not finite, nothing changes, and the norm is not a number. Collective.
+        If the loss or a gradient is not finite, no weight changes and the norm is NaN. Collective over the world.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -54,27 +54,30 @@ class Learner:
         return loss, counted, float(norm or 0.0)
 
     def _passes(self, batches: Sequence[Batch], objective: Objective) -> tuple[float, int]:
-        """Forward and backward over the step's micro-batches: (summed loss, counted tokens), of the global batch."""
-        own, size = getattr(objective, "forward", None), getattr(objective, "window", None) or len(batches)
+        """Run forward and backward over the step's micro-batches; return (summed loss, counted tokens) of the global batch."""
+        forward, size = getattr(objective, "forward", None), getattr(objective, "window", None) or len(batches)
         windows = [batches[at : at + size] for at in range(0, len(batches), size)]
         self._finalize.expect(len(windows))
         losses, counts = [], []
         for window in windows:
             objective.prepare(window)
-            loss, counted = forward_backward(self.chunks, window, objective.loss, forward=own)
+            loss, counted = forward_backward(self.chunks, window, objective.loss, forward=forward)
             losses.append(loss)
             counts.append(counted)
         return global_sums(torch.stack(losses).sum(), torch.stack(counts).sum(), self.topology)
 
     def _finite(self) -> bool:
-        """Whether all gradients are, of every rank: mcore looks only where a loss scaler is at work. Collective."""
+        """Return whether the gradients of all ranks are finite; mcore checks only with a loss scaler. Collective."""
         buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         broken = sum(int(not buffer.grad_data.isfinite().all()) for buffer in buffers)
         return not int(sum_over_world(torch.tensor(broken, device=self.topology.device)))
 
     def release(self) -> None:
-        """Lets go of gradients, optimizer and groups: mcore ties them into cycles that run through autograd's own
-        nodes, which Python's collector cannot see, so that they would outlive the model."""
+        """Free gradients, optimizer and groups.
+
+        mcore's reference cycles run through autograd nodes, which Python's garbage collector cannot see: without this
+        call they would outlive the model.
+        """
         for chunk in self.chunks:
             chunk.grad_accs.clear()
             chunk.config.grad_scale_func = chunk.config.finalize_model_grads_func = None
@@ -84,8 +87,10 @@ class Learner:
 
 
 class _Finalize:
-    """What mcore calls when a schedule has run its micro-batches: sums gradients over ranks and divides them by the
-    counted tokens. A step of several windows is one sum and one division, after the last of them."""
+    """mcore's callback at the end of a schedule: reduces gradients over ranks and divides by the counted tokens.
+
+    A step of several windows reduces and divides once, after its last window.
+    """
 
     def expect(self, windows: int) -> None:
         self.left, self.tokens = windows, 0
@@ -130,7 +135,7 @@ def _wrapped(chunks: Sequence[Any], training: Training, finalize: _Finalize) -> 
 
 
 def _schedule(optimizer: Any, training: Training) -> Any:
-    """Linear warm-up, then a cosine."""
+    """Return mcore's scheduler: linear warm-up, then cosine decay."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     return OptimizerParamScheduler(

@@ -1,4 +1,4 @@
-"""One loop for everything that trains."""
+"""Training loop with checkpoints, resume and preemption."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from .training import Training
 __all__ = ["MOST_SKIPPED", "train"]
 
 MOST_SKIPPED = 10
-"""Steps in a row that are not finite, after which training stops."""
+"""Consecutive non-finite steps after which training stops."""
 
 SCORE = "validation_loss"
-"""The measurement that tells the best checkpoint."""
+"""Measurement by which the best checkpoint is chosen."""
 
 
 class Saved(TypedDict):
-    """What a checkpoint's state must hold for training to go on."""
+    """Training state that a checkpoint must hold to resume from it."""
 
     step: int
     tokens: int
@@ -65,18 +65,19 @@ def train(
     validate: Callable[[], dict[str, float]] | None = None,
     listener: Listener = silent,
 ) -> dict[str, float]:
-    """Trains the chunks of `model` in place for `training.steps` steps. Collective over the world.
+    """Train the chunks of `model` in place for `training.steps` steps. Collective over the world.
 
-    batches_of: step from 0 -> this rank's micro-batches. checkpoints: where to save every `save_every` steps, and to
-    resume from if something is there; `identity` names the run they belong to. begin: (checkpoints, identity) of the
-    phase before, from whose end this one starts; save_last: leave such an end. until: a step to stop after, with the
-    state saved, as if training went on; at once where it has been there. beside: models that the objective trains
-    in the same steps. beside_flops: of a token, what the objective computes beside `model`. validate: measurements
-    after every `validate_every` steps and at the end. Returns the last step's values: `loss` (nats per token), `tokens`
-    seen, `skipped` steps, `spikes` of the loss.
+    batches_of: step (from 0) -> this rank's micro-batches. checkpoints: folder to save to every `save_every` steps and
+    to resume from; `identity` names the run that they belong to. begin: (checkpoints, identity) of the previous phase,
+    whose last checkpoint this phase starts from; save_last: save a checkpoint after the last step for the next phase.
+    until: step after which to save and stop, with the schedule of the whole training; returns at once if the step is
+    already reached. beside: models that the objective trains in the same steps. beside_flops: FLOPs per token that the
+    objective spends outside `model`. validate: measurements after every `validate_every` steps and at the end. Returns
+    the last step's values: `loss` (nats per token), `tokens` seen, `skipped` steps, `spikes` of the loss.
 
-    A step whose loss or gradient is not finite changes nothing and is counted. TrainingError: `MOST_SKIPPED` in a row,
-    or no result (`_Run.finish`). Preempted: SIGTERM or SIGUSR1 at any rank. Either comes after a save.
+    A step whose loss or gradient is not finite changes no weight and counts as skipped. Raises TrainingError after
+    `MOST_SKIPPED` such steps in a row and if there is no result (`_Run.finish`), and Preempted after SIGTERM or SIGUSR1
+    on any rank. Skipped steps in a row and preemption save a checkpoint first.
     """
     learners = [Learner(model, training, topology), *beside]
     run = _Run(learners, objective, training, topology, identity, label, beside_flops)
@@ -89,18 +90,18 @@ def train(
         save_last = save_last or end < training.steps
         with any_rank_signalled(topology) as preempted:
             for done in range(run.step + 1, end + 1):
-                with run.pace.alone():
+                with run.monitor.alone():
                     batches = batches_of(done - 1)
                 values = run.advance(done, batches)
                 last = done == end
                 if validate and (last or done % training.validate_every == 0):
                     values |= validate()
                 listener(Event(label, done, training.steps, "steps", values))
-                stop = preempted()  # at the last step too: writing what was trained takes its time
-                if stop or run.hopeless or (save_last if last else done % training.save_every == 0):
-                    run.save(values.get(SCORE), wait=last or stop or run.hopeless)
-                if run.hopeless:
-                    raise run.hopelessness()
+                stop = preempted()  # also at the last step: the stage still has to write its model
+                if stop or run.diverged or (save_last if last else done % training.save_every == 0):
+                    run.save(values.get(SCORE), wait=last or stop or run.diverged)
+                if run.diverged:
+                    raise run.diverged_error()
                 if stop:
                     raise Preempted
         run.finish(values)
@@ -111,7 +112,7 @@ def train(
 
 @dataclass
 class _Run:
-    """Training at work: what advances, and what a checkpoint holds beside the models."""
+    """State of a running training: its counters and what a checkpoint holds besides the models."""
 
     learners: Sequence[Learner]
     objective: Objective
@@ -128,20 +129,20 @@ class _Run:
     spikes: Spikes = field(default_factory=Spikes)
 
     def __post_init__(self) -> None:
-        self.pace = StragglerMonitor(self.topology)
+        self.monitor = StragglerMonitor(self.topology)
 
     @property
-    def hopeless(self) -> bool:
+    def diverged(self) -> bool:
         return self.skipped_in_a_row == MOST_SKIPPED
 
-    def hopelessness(self) -> TrainingError:
+    def diverged_error(self) -> TrainingError:
         return TrainingError(
             f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step {self.step}. "
-            "Look at the data around it, or lower the learning rate (`lr`)."
+            "Check the data of these steps, or lower the learning rate (`lr`)."
         )
 
     def advance(self, done: int, batches: Sequence[Batch]) -> dict[str, float]:
-        """One step: what it measured."""
+        """Run one step; return its measurements."""
         began = time.perf_counter()
         torch.manual_seed(self.training.seed + done)
         loss, counted, norm = self.learners[0].step(batches, self.objective)
@@ -152,22 +153,28 @@ class _Run:
         else:
             self.skipped_in_a_row = 0
             if self.spikes.see(loss):
-                self._warn(f"step {done} of {self.label} has a loss of {loss:.4g}, far above those before it.")
+                self._warn(f"step {done} of {self.label} has a loss of {loss:.4g}, far above that of the steps before.")
         values = {"loss": loss, "lr": self.learners[0].lr, "grad_norm": norm, "tokens": self.tokens}
         values |= {"skipped": self.skipped, "spikes": self.spikes.count}
         if hasattr(self.objective, "finish"):
             values |= self.objective.finish()
         if self.store:
             self.store.poll()
-        values |= self._rates(batches, counted, time.perf_counter() - began) | self.pace.look(done)
-        if self.pace.straggler is not None and "slowest_rank" in values:
+        values |= self._rates(batches, counted, time.perf_counter() - began) | self.monitor.look(done)
+        if self.monitor.straggler is not None and "slowest_rank" in values:
             times = values["slowest_seconds"] / values["median_seconds"]
-            self._warn(f"rank {self.pace.straggler} takes {times:.1f} times as long as most for what it does alone.")
+            self._warn(
+                f"rank {self.monitor.straggler} is a straggler: its own work takes {times:.1f} times the median. "
+                "Check its machine."
+            )
         return values
 
     def _rates(self, batches: Sequence[Batch], counted: int, seconds: float) -> dict[str, float]:
-        """Tokens a second; 10^12 FLOPs a second of a GPU, for the model's own passes (backward is two forwards) and for
-        what runs beside them, recomputation not counted; and their shares of the GPU's peak, where that is known."""
+        """Return tokens per second, TFLOP/s per GPU and MFU.
+
+        FLOPs are those of the model's own passes (backward counts as two forwards) and, apart, those of the teacher;
+        recomputation is not counted. MFU only where the GPU's peak is known.
+        """
         tokens = sum(batch.tokens.numel() for batch in batches) * self.topology.dp
         second = tokens / seconds / self.topology.world
         shape = config_of(self.learners[0].chunks[0].module).shape
@@ -182,22 +189,25 @@ class _Run:
         return rates
 
     def finish(self, values: Mapping[str, float]) -> None:
-        """Waits for the checkpoint that is being written. Raises TrainingError where there is no result: nothing but
-        skipped steps, weights that are not finite, or a last validation (without one: a last loss) that is not."""
+        """Wait for the checkpoint that is being written.
+
+        Raises TrainingError if there is no result: every step was skipped, or the weights or the last validation
+        (without one: the last loss) are not finite.
+        """
         if self.store:
             self.store.poll(wait=True)
         self._expect_finite()
-        told = values.get(SCORE, values.get("loss", 0.0))
-        if not math.isfinite(told) or self.skipped_in_a_row == self.training.steps:
+        last = values.get(SCORE, values.get("loss", 0.0))
+        if not math.isfinite(last) or self.skipped_in_a_row == self.training.steps:
             raise TrainingError(
-                f"{self.label} ended at step {self.step} without a result: its loss is not finite. Look at the data, "
-                "or lower the learning rate (`lr`)."
+                f"{self.label} ended at step {self.step} without a result: its loss is not finite. Check the data, or "
+                "lower the learning rate (`lr`)."
             )
 
     def _expect_finite(self) -> None:
         for learner in self.learners:
             name = f"the {learner.trainee.name or 'model'} that `{self.label}` trains"
-            advice = "Lower the learning rate (`lr`), or look at the data; checkpoints of earlier steps stay."
+            advice = "Lower the learning rate (`lr`), or check the data; checkpoints of earlier steps are kept."
             check_finite(
                 [chunk.module for chunk in learner.chunks], f"{name}, after step {self.step},", advice, TrainingError
             )
@@ -216,7 +226,7 @@ class _Run:
         self.store.save(self.step, [learner.trainee for learner in self.learners], state, score=score, wait=wait)
 
     def resume(self, begin: tuple[Path, str] | None) -> None:
-        """Goes on from the newest checkpoint that can be read; else from the end of the phase before, if any."""
+        """Resume from the newest readable checkpoint, else from the end of the previous phase, if any."""
         state = self._newest(self.store, self.identity) if self.store else None
         if state:
             self._resume_schedules(state["schedulers"])
@@ -224,7 +234,7 @@ class _Run:
         elif begin is not None:
             state = self._newest(Checkpoints(begin[0], self.topology), begin[1])
             if state is None:
-                raise CheckpointError(f"{begin[0]} holds no checkpoint to begin from. Remove it to train it again.")
+                raise CheckpointError(f"{begin[0]} holds no checkpoint to start from. Remove that folder to train its phase again.")
         if state:
             self.tokens, self.skipped = state["tokens"], state["skipped"]
 
@@ -236,17 +246,17 @@ class _Run:
             assert self.store is not None
             raise CheckpointError(
                 f"the newest checkpoint in {self.store.folder} has a learning rate schedule of another training. "
-                "Remove it to go on from the one before."
+                "Remove it to resume from the one before."
             ) from error
 
     def _newest(self, store: Checkpoints, identity: str) -> dict[str, Any] | None:
-        """The state of the newest that can be read, now loaded; None where there is none at all.
+        """Load the newest readable checkpoint and return its state; None if there is no checkpoint.
 
-        Raises CheckpointError where there are some and none can be read.
+        Raises CheckpointError if there are checkpoints but none can be read.
         """
         trainees = [learner.trainee for learner in self.learners]
-        there = store.newest_first()
-        for path, older in zip_longest(there, there[1:]):
+        paths = store.newest_first()
+        for path, older in zip_longest(paths, paths[1:]):
             try:
                 state = load_checkpoint(path, trainees, identity)
                 check_as(state, Saved, f"{path}'s state")
@@ -254,9 +264,9 @@ class _Run:
             except (CheckpointError, FileError) as error:
                 if older is None:
                     raise CheckpointError(
-                        f"{error} No older one is there: remove {store.folder} to start again."
+                        f"{error} There is no older checkpoint: remove {store.folder} to start again."
                     ) from error
-                self._warn(f"{error} {older.name} is used in its place.")
+                self._warn(f"{error} Resuming from {older.name} instead.")
         return None
 
     def _warn(self, sentence: str) -> None:
@@ -264,7 +274,7 @@ class _Run:
             warnings.warn(sentence, stacklevel=3)
 
     def release(self) -> None:
-        """Gives up what is still being written, and the memory of training."""
+        """Stop writing checkpoints, and free the memory of training."""
         if self.store:
             self.store.close()
         for learner in self.learners:

@@ -1,4 +1,4 @@
-"""Low-rank corrections of the layers' matrices, which train in their place (Hu et al. 2021, arXiv:2106.09685)."""
+"""LoRA: low-rank corrections that train instead of the layers' matrices (Hu et al. 2021, arXiv:2106.09685)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from .frozen import freeze_but
 __all__ = ["Lora", "initial_down"]
 
 SCALE = 2.0
-"""Of the correction beside the weight; peft's alpha / r at its usual alpha = 2 r."""
+"""Factor of the correction: peft's alpha / r at its usual alpha = 2 r."""
 
 
 class Lora:
-    """Trains `up @ down` beside each linear layer outside the experts of an unwrapped model, all else frozen.
+    """Trains `up @ down` for each linear layer outside the experts of an unwrapped model; all else is frozen.
 
-    The layers compute with the sum, so that a mean over fewer tokens than the rank costs more than it saves, and the
-    sum is kept for the backward pass: as much again as those weights. At every layout it is the same correction.
+    The layers compute with weight + correction, which costs more than it saves if a micro-batch has fewer tokens than
+    the rank. The sum is kept for the backward pass and needs as much memory as those weights. The correction is the
+    same at every layout.
     """
 
     def __init__(self, model: Any, topology: Topology, *, rank: int = 16, seed: int = 0) -> None:
-        """rank: columns of `up`. seed: of `down`; `up` is zero at first. Not collective."""
+        """rank: columns of `up`. seed: of the initial `down`; `up` starts as zero. Not collective."""
         self.chunks = chunks_of(model)
         freeze_but(self.chunks, lambda name: False)
         self._handles = []
@@ -41,7 +42,7 @@ class Lora:
                 self._handles += overlay(shard.module, correction)
 
     def merge(self) -> None:
-        """Adds the corrections to the weights and leaves plain models, of which everything may train."""
+        """Add the corrections to the weights, and make the model plain again with all parameters trainable."""
         for handle in self._handles:
             handle.remove()
         for chunk in self.chunks:
@@ -56,7 +57,7 @@ class Lora:
 
 
 def initial_down(name: str, columns: int, rank: int, seed: int) -> Tensor:
-    """`down` of the parameter `name` before training: fp32 [rank, columns], uniform as torch's Linear draws weights."""
+    """Return the initial `down` of parameter `name`: fp32 [rank, columns], uniform like torch's Linear weights."""
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
     return (torch.rand(rank, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
@@ -68,7 +69,7 @@ def _is_corrected(name: str) -> bool:
 
 
 class _Correction(nn.Module):
-    """Of one matrix, whose rows or columns tp splits. weight -> weight + correction."""
+    """Correction of one matrix whose rows or columns tp splits: weight -> weight + correction."""
 
     def __init__(self, shard: NamedShard, shape: Shape, topology: Topology, rank: int, seed: int) -> None:
         super().__init__()
@@ -80,29 +81,29 @@ class _Correction(nn.Module):
         down = initial_down(shard.name, param.shape(sizes)[1], rank, seed)[:, columns]
         self.down = nn.Parameter(down.to(weight.device, weight.dtype))
         self.up = nn.Parameter(weight.new_zeros(runs, len(rows) // runs, rank))
-        for of_split, parameter in ((0, self.up), (1, self.down)):  # mcore's mark of what is not the same on all of tp
-            parameter.tensor_model_parallel = self.split == of_split  # type: ignore[attr-defined]
+        for sharded_dim, parameter in ((0, self.up), (1, self.down)):  # mcore's mark of tp-sharded parameters
+            parameter.tensor_model_parallel = self.split == sharded_dim  # type: ignore[attr-defined]
 
     def delta(self) -> Tensor:
-        """This rank's part: [rows, columns]."""
-        whole, group = self.up.flatten(0, 1), self.topology.tp_group
+        """Return this rank's part of the correction: [rows, columns]."""
+        up, group = self.up.flatten(0, 1), self.topology.tp_group
         if self.split == 0:
-            return SCALE * whole @ sum_gradient(self.down, group)
-        return SCALE * sum_gradient(whole, group) @ self.down
+            return SCALE * up @ sum_gradient(self.down, group)
+        return SCALE * sum_gradient(up, group) @ self.down
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.delta()
 
 
 class _Corrections(nn.Module):
-    """Of a chunk."""
+    """Corrections of one model chunk."""
 
     def __init__(self, corrections: Sequence[_Correction]) -> None:
         super().__init__()
         self.each: Any = nn.ModuleList(corrections)
 
     def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
-        """mcore's: named by the layer's number in the whole model, `up` as many runs of rows as tp splits."""
+        """Return mcore's sharded state, keyed by the layer's number in the whole model; `up` has one row run per fused part."""
         from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 
         found = {}

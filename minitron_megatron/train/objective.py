@@ -1,4 +1,4 @@
-"""What a training step minimises."""
+"""Objectives: the losses that a training step minimises."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ __all__ = ["LMObjective", "Objective"]
 
 
 class Objective(Protocol):
-    """A loss over final hidden states. A plugin point: anything of this form trains.
+    """A loss over final hidden states. Plugin point: any class with these methods can be trained.
 
-    It may have an attribute `window`, how many micro-batches of a step it can be prepared for at a time (else all), and
-    two methods more. `forward(chunk, batch, index) -> hidden` stands in the place of a chunk's forward pass
-    over micro-batch `index` in training, and `finish() -> values` is called on every rank after a step: what it
-    measured beside its loss. Both may be collective over the ranks that call them.
+    An objective may also have:
+    `window`: the number of micro-batches that one `prepare` covers (default: all of a step);
+    `forward(chunk, batch, index) -> hidden`: replaces a chunk's forward pass over micro-batch `index` in training;
+    `finish() -> values`: called on every rank after a step; returns measurements besides the loss.
+    Both methods may be collective over the ranks that call them.
     """
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Called on every rank before the passes over a window's micro-batches, numbered from 0. May be collective."""
+        """Prepare for a window of micro-batches, numbered from 0; called on every rank before its passes. May be collective."""
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
-        """The loss in nats, summed over the counted tokens of micro-batch `index`: scalar. Last pipeline stage only.
+        """Return the loss in nats summed over the counted tokens of micro-batch `index`: scalar. Last pipeline stage only.
 
-        hidden: [seq (over tp with sequence parallelism), batch, hidden]; chunk: the model chunk that gave it.
+        hidden: [seq (over tp with sequence parallelism), batch, hidden]; chunk: the model chunk that computed it.
         """
         ...
 
 
 class LMObjective:
-    """Cross-entropy with the next token."""
+    """Next-token cross-entropy."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Nothing: the batch holds all that the loss needs."""
+        """Do nothing: the batch holds all that the loss needs."""
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         return lm_loss(

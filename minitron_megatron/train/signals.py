@@ -1,4 +1,4 @@
-"""The scheduler's word that the machine is wanted back."""
+"""Preemption signals of the cluster's scheduler."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from ..parallel import Topology, sum_over_world
 __all__ = ["any_rank_signalled", "local_signals"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Slurm sends the first on preemption, and the second ahead of the time limit where it is asked to."""
+"""Slurm sends SIGTERM on preemption, and SIGUSR1 ahead of the time limit if the job asks for it (`--signal`)."""
 
 
 @contextmanager
 def local_signals() -> Iterator[Sequence[int]]:
-    """Yields the signals that this rank has heard since; whoever heard them before is told of it at the end.
+    """Yield the list of signals that this rank has received since; on exit, pass them on to the previous handlers.
 
-    Off the main thread, where Python allows no handlers, nothing is heard.
+    Outside the main thread, where Python allows no signal handlers, the list stays empty.
     """
-    heard: list[int] = []  # a lock, as in threading.Event, would be waited for by a handler within a handler
+    received: list[int] = []  # not a threading.Event: its lock could deadlock when one handler interrupts another
 
-    def hear(number: int, *_: Any) -> None:
-        heard.append(number)
+    def record(number: int, *_: Any) -> None:
+        received.append(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield heard
+        yield received
         return
-    before = {number: signal.signal(number, hear) for number in SIGNALS}
+    previous = {number: signal.signal(number, record) for number in SIGNALS}
     try:
-        yield heard
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-            if number in heard and callable(handler):
+            if number in received and callable(handler):
                 handler(number, None)
 
 
 @contextmanager
 def any_rank_signalled(topology: Topology) -> Iterator[Callable[[], bool]]:
-    """Yields whether any rank has heard a signal since; asking is collective over the world."""
-    with local_signals() as heard:
-        yield lambda: bool(sum_over_world(torch.tensor(len(heard), device=topology.device)))
+    """Yield a function that returns whether any rank has received a signal since; calling it is collective (world)."""
+    with local_signals() as received:
+        yield lambda: bool(sum_over_world(torch.tensor(len(received), device=topology.device)))

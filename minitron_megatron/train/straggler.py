@@ -1,5 +1,8 @@
-"""Which rank holds the others up. A step takes all ranks equally long, for they wait for each other in it: what tells
-them apart is the time that each spends by itself."""
+"""Detection of stragglers.
+
+Ranks wait for each other in a step, so that a step takes equally long on all of them. A straggler shows only in the time
+that each rank spends on its own work.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,15 @@ from ..parallel import Topology, gather_objects
 __all__ = ["StragglerMonitor"]
 
 LOOK_EVERY = 50
-"""Steps."""
+"""Steps between two comparisons."""
 SLOW = 1.5
-"""Times the median: slower is a straggler, if it is so LOOKS times in a row."""
+"""A rank is a straggler if it takes this many times the median in LOOKS comparisons in a row."""
 LOOKS = 3
 REPEATS = 8
 
 
 class StragglerMonitor:
-    """A rank's own time: a step's for its batches, and that for a few matrix products, alike on every rank, at each
-    look."""
+    """Compares the time that ranks spend on their own: loading a step's batches, and a few equal matrix products."""
 
     def __init__(
         self, topology: Topology, *, every: int = LOOK_EVERY, clock: Callable[[], float] = time.perf_counter
@@ -35,14 +37,14 @@ class StragglerMonitor:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Around the part of a step in which no rank waits for another."""
+        """Time the part of a step in which no rank waits for another."""
         began = self._clock()
         yield
         self._alone, self._steps = self._alone + self._clock() - began, self._steps + 1
 
     def look(self, step: int) -> dict[str, float]:
-        """At every so many steps the rank that takes longest, its seconds and the median's; else nothing. Collective
-        over the world."""
+        """Return the slowest rank, its seconds and the median's, every so many steps; else nothing. Collective over
+        the world."""
         if step % self._every or self._topology.world == 1 or not self._steps:
             return {}
         times = gather_objects(self._alone / self._steps + self._probe())
@@ -55,11 +57,11 @@ class StragglerMonitor:
 
     @property
     def straggler(self) -> int | None:
-        """The rank that has now been slow so often that it should be told; once."""
+        """Rank to report as a straggler now, once per series of slow comparisons; None: no rank."""
         return self._slowest if self._in_a_row == LOOKS else None
 
     def _probe(self) -> float:
-        """Seconds of work that is alike on every rank, and nobody's but its own."""
+        """Return the seconds of a small computation that is equal on every rank and waits for none."""
         on_gpu = self._topology.device.type == "cuda"
         size, dtype = (4096, torch.bfloat16) if on_gpu else (256, torch.float32)
         ones = torch.ones(size, size, dtype=dtype, device=self._topology.device)

@@ -1,4 +1,4 @@
-"""How long and how fast."""
+"""Settings of a training: steps, optimizer, schedule, checkpoints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["Training"]
 
 @dataclass(frozen=True)
 class Training:
-    """The defaults of the optimizer are NeMo's for these models; the papers name none."""
+    """Settings of a training. The optimizer's defaults are NeMo's for these models; the papers give none."""
 
     steps: int
     lr: float = 1e-4
     """Peak learning rate."""
     min_lr: float = 1e-5
-    """At the end of the cosine."""
+    """Learning rate at the end of the cosine."""
     warmup_steps: int = 40
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -28,13 +28,13 @@ class Training:
     save_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
-    """Checkpoints that stay, besides the best."""
+    """Number of newest checkpoints to keep, besides the best."""
     asynchronous: bool = False
-    """Train on while a checkpoint is written."""
+    """Continue training while a checkpoint is written."""
     validate_every: int = 100
     """Steps between validations."""
     seed: int = 0
-    """Of whatever an objective draws: each step begins with this and its own number."""
+    """Seed of the objective's random draws; each step is seeded with this plus its number."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "save_every", "keep", "validate_every"):
