@@ -1,9 +1,9 @@
-"""Losses over a vocabulary that is split over ranks, fused with the output layers: full logits never exist;
-and over hidden states.
+"""Losses over a vocab-parallel vocabulary, fused with the output layers so that full logits never exist; and losses over
+hidden states.
 
 Knows: hidden states, output weights, masks, the group that splits the vocabulary. Must not know: models, data.
 
-Letters: s sequence, b batch, n tokens (s * b), c tokens of a chunk, h hidden, v this rank's vocabulary entries.
+Shapes: s sequence, b batch, n tokens (s * b), c tokens of a chunk, h hidden, v this rank's vocabulary entries.
 """
 
 from .distillation import KDLoss

@@ -1,4 +1,4 @@
-"""What a student learns from its teacher's logits, as data, and how one chunk of tokens is worth it."""
+"""Distillation loss on logits: its settings, and its value and gradient for one chunk of tokens."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ __all__ = ["Distillation", "KDLoss"]
 
 @dataclass(frozen=True)
 class KDLoss:
-    """A divergence from the teacher, and how much cross-entropy beside it. Raises RecipeError for what cannot be."""
+    """Settings of the distillation loss: a divergence from the teacher, plus weighted cross-entropy.
+
+    Raises RecipeError for invalid settings.
+    """
 
     divergence: str = "forward_kl"
-    """A name in DIVERGENCES."""
+    """Key of DIVERGENCES."""
     beta: float | None = None
-    """The teacher's share of jsd's mixture; None: a half."""
+    """Teacher's share of jsd's mixture; None: 0.5."""
     temperature: float = 1.0
-    """Divides both models' logits, and nothing else."""
+    """Divisor of both models' logits in the divergence; the loss is not rescaled."""
     top_k: int | None = None
-    """Only the teacher's likeliest entries of each token, both softmaxes over these; None: the whole vocabulary."""
+    """Number of the teacher's likeliest entries of each token that both softmaxes are over; None: all entries."""
     ce_weight: float = 0.0
-    """Of the cross-entropy with the next token (at temperature 1), beside the divergence's weight of 1."""
+    """Weight of the cross-entropy with the next token (at temperature 1); the divergence has weight 1."""
     budget_bytes: int | None = None
-    """For the logits that are alive at once; None: see `chunk_tokens`."""
+    """Memory budget for the logits alive at once; None: the default of `chunk_tokens`."""
 
     def __post_init__(self) -> None:
         _ = self.measure
@@ -42,7 +45,7 @@ class KDLoss:
                 expect_number(f"{name} of the loss", count, above=0, whole=True)
 
     def check(self, vocab: int) -> None:
-        """Raises RecipeError where a vocabulary of `vocab` entries is too small for this loss."""
+        """Raise RecipeError where a vocabulary of `vocab` entries is smaller than `top_k`."""
         if self.top_k is not None and self.top_k > vocab:
             raise RecipeError(f"top_k is {self.top_k}, but there are {vocab} vocabulary entries. Ask for fewer.")
 
@@ -52,35 +55,35 @@ class KDLoss:
 
     @property
     def live(self) -> int:
-        """Tensors of fp32 [c, v] alive at once."""
+        """Number of fp32 [c, v] tensors alive at once."""
         divergence = self.measure.live if self.top_k is None else max(self.measure.live, LIVE_KEYS)
         return divergence + (self.ce_weight > 0)
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """The loss of a chunk: the divergence from the teacher, plus cross-entropy where it is wanted."""
+    """Loss of one chunk: the divergence from the teacher, plus cross-entropy where `cross_entropy` is given."""
 
     loss: KDLoss
     vocabulary: Vocabulary
     teacher: Callable[[slice], Tensor]
-    """Rows -> the teacher's logits, fp32 [c, v], to be overwritten."""
+    """Rows -> the teacher's logits, fp32 [c, v], which may be overwritten."""
     held: int
     """Rows of this rank's student output weight, padding included."""
     cross_entropy: CrossEntropy | None = None
     of_labels: Tensor | None = None
-    """Where given, this rank's part of the cross-entropy is added to it, summed and without its weight."""
+    """Scalar to which this rank's part of the summed, unweighted cross-entropy is added."""
 
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """logits: fp32 [c, v], overwritten. Returns this rank's part of each token's loss [c], and the gradient."""
+        """Return this rank's part of each token's loss [c], and the gradient. logits: fp32 [c, v], overwritten."""
         if self.cross_entropy is None:
             return self._divergence(logits, rows)
-        of_label, towards_label = self.cross_entropy(logits.clone(), rows)
+        ce, ce_gradient = self.cross_entropy(logits.clone(), rows)
         if self.of_labels is not None:
-            self.of_labels.add_(of_label.sum())
+            self.of_labels.add_(ce.sum())
         value, gradient = self._divergence(logits, rows)
         weight = self.loss.ce_weight
-        return value.add_(of_label, alpha=weight), gradient.add_(towards_label, alpha=weight)
+        return value.add_(ce, alpha=weight), gradient.add_(ce_gradient, alpha=weight)
 
     def _divergence(self, student: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         teacher, temperature = self.teacher(rows), self.loss.temperature

@@ -1,10 +1,11 @@
-"""How far the student's logits are from the teacher's, token by token: value and gradient in one pass.
+"""Divergences of the student's logits from the teacher's, per token: value and gradient in one pass.
 
-A divergence is called with fp32 logits [c, v] of both, which it overwrites, and the entries that they are over. It
-returns this rank's part of each token's value [c] (the ranks' parts add up to it), and the gradient [c, v] of the whole
-value by this rank's student logits. `live` says how many tensors of [c, v] it holds at once, both arguments included.
+A divergence is called with the fp32 logits [c, v] of both models, which it overwrites, and the vocabulary entries that
+they cover. It returns this rank's part of each token's value [c] (the ranks' parts add up to the value), and the gradient
+[c, v] of the whole value by this rank's student logits. `live` is the number of [c, v] tensors alive at once, both
+arguments included.
 
-p is the student's softmax, q the teacher's. Values are in nats but for MSE and Cosine, which are of the logits.
+p is the student's softmax, q the teacher's. Values are in nats, except for MSE and Cosine, which compare the logits.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ DIVERGENCES: dict[str, str] = {
         "cosine": "Cosine",
     }.items()
 }
-"""Name -> `module:class`, imported when it is asked for. Add a line to add a divergence."""
+"""Name -> `module:class`, imported on first use. Add a line to add a divergence."""
 
 
 class Divergence(Protocol):
-    """A plugin point: anything of this form, with its constants as dataclass fields."""
+    """Interface of a divergence (a plugin point): a dataclass whose fields are its constants."""
 
     live: ClassVar[int]
 
@@ -44,7 +45,7 @@ class Divergence(Protocol):
 
 
 def divergence_named(name: str, **constants: float) -> Divergence:
-    """The divergence of that name. Raises RecipeError for an unknown name, or a constant that it does not have."""
+    """Return the divergence of that name. Raises RecipeError for an unknown name or an unknown constant."""
     if name not in DIVERGENCES:
         known = ", ".join(DIVERGENCES)
         raise RecipeError(f"divergence {name!r} is not known.{did_you_mean(name, DIVERGENCES)} Known: {known}.")
@@ -71,7 +72,7 @@ class ForwardKL:
 
 @dataclass(frozen=True)
 class ReverseKL:
-    """KL(student || teacher): sum p (log p - log q). Its gradient is p (log p - log q - the value)."""
+    """KL(student || teacher): sum p (log p - log q). Its gradient is p (log p - log q - value)."""
 
     live: ClassVar[int] = 3
 
@@ -88,12 +89,12 @@ class ReverseKL:
 class JSD:
     """beta KL(teacher || m) + (1 - beta) KL(student || m), with m = beta q + (1 - beta) p.
 
-    With k = KL(student || m) its gradient is (1 - beta) p (log p - log m - k), exactly 0 where the two are equal.
+    With k = KL(student || m), its gradient is (1 - beta) p (log p - log m - k), exactly 0 where both models are equal.
     Source: Agarwal et al., On-Policy Distillation of Language Models (arXiv 2306.13649), section 2.
     """
 
     beta: float = 0.5
-    """The teacher's share of the mixture, between 0 and 1."""
+    """Teacher's share of the mixture, between 0 and 1."""
     live: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
@@ -107,13 +108,13 @@ class JSD:
         log_m = student + math.log1p(-self.beta)
         log_m = torch.logaddexp(log_m, teacher + math.log(self.beta), out=log_m)
         alike = student == teacher
-        torch.where(alike, student, log_m, out=log_m)  # exactly: equal models have no gradient
+        torch.where(alike, student, log_m, out=log_m)  # so that equal models have a gradient of exactly 0
         del alike
-        of_p, of_q = student.sub_(log_m), teacher.sub_(log_m)  # log p - log m, log q - log m
+        log_p_ratio, log_q_ratio = student.sub_(log_m), teacher.sub_(log_m)  # log p - log m, log q - log m
         m = log_m.exp_()
-        value = torch.exp(of_q).mul_(m).mul_(of_q).sum(-1).mul_(self.beta)
-        p = torch.exp(of_p, out=of_q).mul_(m)
-        weighted = of_p.mul_(p)
+        value = torch.exp(log_q_ratio).mul_(m).mul_(log_q_ratio).sum(-1).mul_(self.beta)
+        p = torch.exp(log_p_ratio, out=log_q_ratio).mul_(m)
+        weighted = log_p_ratio.mul_(p)
         student_part = weighted.sum(-1)
         gradient = weighted.sub_(p.mul_(entries.total(student_part).unsqueeze(-1))).mul_(1 - self.beta)
         return value.add_(student_part, alpha=1 - self.beta), gradient
@@ -121,7 +122,7 @@ class JSD:
 
 @dataclass(frozen=True)
 class MSE:
-    """The mean over the entries of the squared difference of the logits."""
+    """Squared difference of the logits, averaged over the entries."""
 
     live: ClassVar[int] = 3
 
@@ -133,20 +134,20 @@ class MSE:
 
 @dataclass(frozen=True)
 class Cosine:
-    """1 - the cosine of the angle between the two vectors of logits; no temperature changes it."""
+    """1 - cosine similarity of the two logit vectors; the temperature does not change it."""
 
     live: ClassVar[int] = 3
 
     def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
         products = ((student, teacher), (student, student), (teacher, teacher))
-        dot, of_student, of_teacher = entries.total(torch.stack([(a * b).sum(-1) for a, b in products])).unsqueeze(-1)
-        of_student, norms = of_student.clamp_min(TINY), (of_student * of_teacher).sqrt().clamp_min(TINY)
+        dot, student_sq, teacher_sq = entries.total(torch.stack([(a * b).sum(-1) for a, b in products])).unsqueeze(-1)
+        student_sq, norms = student_sq.clamp_min(TINY), (student_sq * teacher_sq).sqrt().clamp_min(TINY)
         cosine = dot / norms
-        gradient = student.mul_(cosine / of_student).sub_(teacher.mul_(1 / norms))  # exactly 0 where the two are equal
-        if entries.size == 1:  # the direction of one number is its sign, which no small step changes
+        gradient = student.mul_(cosine / student_sq).sub_(teacher.mul_(1 / norms))  # exactly 0 where both are equal
+        if entries.size == 1:  # the direction of a single number is its sign, so that the gradient is 0
             gradient.zero_()
         return (1 - cosine).squeeze(-1) / entries.ranks, gradient
 
 
 TINY = 1e-16
-"""Stands for a squared norm of zero: logits of zeros have no direction."""
+"""Lower bound of squared norms: all-zero logits have no direction."""

@@ -1,7 +1,7 @@
-"""Output layer and loss over chunks of tokens, forward and backward in one sweep.
+"""Output layer fused with the loss over chunks of tokens: forward and backward in one sweep.
 
-The gradients of the hidden states and of the output weight are formed while a chunk's logits are alive, so memory is a
-few chunks of logits and never one [n, v] tensor, and no logits are computed twice.
+The gradients of the hidden states and of the output weight are computed while a chunk's logits are alive. Memory is
+therefore a few chunks of logits, never one [n, v] tensor, and no logits are computed twice.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SHARE_OF_LOGITS, MOST_BYTES, LEAST_TOKENS = 1 / 8, 512 * 2**20, 32
 FORWARD_KL = KDLoss()
 
 OfChunk = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(fp32 logits [c, v], the rows that they are of) -> this rank's part of each token's loss [c], its gradient [c, v]."""
+"""(fp32 logits [c, v], rows of these tokens) -> this rank's part of each token's loss [c], and its gradient [c, v]."""
 
 
 def chunk_tokens(tokens: int, held: int, live: int, budget_bytes: int | None = None) -> int:
-    """Tokens a chunk, so that `live` fp32 tensors over `held` vocabulary entries stay within `budget_bytes`.
+    """Return the tokens per chunk so that `live` fp32 tensors over `held` vocabulary entries fit in `budget_bytes`.
 
-    By default that is an eighth of the logits of all `tokens`, at most 512 MiB. Never fewer than 32 tokens: each chunk
-    reads and writes the whole gradient of the output weight.
+    Default budget: an eighth of the logits of all `tokens`, at most 512 MiB. At least 32 tokens, since each chunk reads
+    and writes the whole gradient of the output weight.
     """
     row = 4 * max(held, 1)
     budget = min(MOST_BYTES, int(SHARE_OF_LOGITS * row * tokens)) if budget_bytes is None else budget_bytes
@@ -50,11 +50,11 @@ def lm_loss(
     sequence_parallel: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
-    """Cross-entropy in nats, summed over the tokens whose mask is true: fp32 scalar, the same on every rank of `group`.
+    """Return the cross-entropy in nats, summed over the tokens whose mask is true: fp32 scalar, equal on every rank.
 
-    hidden: [s, b, h], with sequence parallelism this rank's part of s. weight: [v held, h], padding at the end of the
-    last rank's. labels, mask: [b, s]. vocab: entries without padding. Collective over `group`, which splits
-    the vocabulary.
+    hidden: [s, b, h], with sequence parallelism this rank's part of s. weight: [held rows, h], this rank's rows of the
+    output layer, with the vocabulary's padding at the end. labels, mask: [b, s]. vocab: entries without padding.
+    Collective over `group`, which splits the vocabulary.
     """
     tokens = _tokens(mask)
     vocabulary = Vocabulary(vocab, group)
@@ -78,13 +78,12 @@ def distill_loss(
     sequence_parallel: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
-    """The student's divergence from the teacher, summed over the tokens whose mask is true: fp32 scalar, the same on
-    every rank.
+    """Return the distillation loss, summed over the tokens whose mask is true: fp32 scalar, equal on every rank.
 
-    Arguments as for `lm_loss`; the teacher's hidden states and output weight are constants, and may have another width
-    and another padding. labels: needed where `loss` has cross-entropy. of_labels: a zero, which becomes what that is,
-    summed and without its weight. Raises RecipeError where a model has fewer than
-    `vocab` entries, or the loss asks for more than there are.
+    Arguments as for `lm_loss`; the teacher's hidden states and output weight get no gradient, and may have another width
+    and another padding. labels: required where `loss` includes cross-entropy. of_labels: zero tensor that receives the
+    summed, unweighted cross-entropy. Collective over `group`. Raises RecipeError where a model has fewer than `vocab`
+    output rows, where `top_k` exceeds `vocab`, or where labels are missing.
     """
     tokens, held = _tokens(mask), weight.shape[0]
     vocabulary = Vocabulary(vocab, group)
@@ -101,7 +100,7 @@ def distill_loss(
     cross_entropy = None
     if loss.ce_weight:
         if labels is None:
-            raise RecipeError(f"ce_weight is {loss.ce_weight}, but the loss was given no labels. Pass them.")
+            raise RecipeError(f"ce_weight is {loss.ce_weight}, but the loss was given no labels. Pass labels.")
         cross_entropy = CrossEntropy(vocabulary, _flat(labels)[tokens], held)
     of_chunk = Distillation(loss, vocabulary, teacher, held, cross_entropy, of_labels)
     chunk = chunk or chunk_tokens(len(tokens), held, loss.live, loss.budget_bytes)
@@ -112,23 +111,23 @@ def distill_loss(
 
 
 def _flat(values: Tensor) -> Tensor:
-    """[b, s] -> [n] in the order of the hidden states."""
+    """Flatten [b, s] to [n], in the order of the hidden states."""
     return values.t().reshape(-1)
 
 
 def _tokens(mask: Tensor) -> Tensor:
-    """Which of the n tokens count: int64 [counted]."""
+    """Return the indices of the tokens that count, among all n: int64 [counted]."""
     return _flat(mask).nonzero().flatten()
 
 
 def _states(hidden: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
-    """[s, b, h] -> [n, h], gathered over the ranks that share the sequence."""
+    """Flatten [s, b, h] to [n, h]; with sequence parallelism, gather the sequence over the ranks first."""
     full = gather_sequence(hidden, group) if sequence_parallel else hidden
     return full.reshape(-1, full.shape[-1])
 
 
 def _fused(hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """`_Fused`, forming no gradients under `no_grad`, which a Function's `needs_input_grad` does not see."""
+    """Apply `_Fused`; under `no_grad`, which `needs_input_grad` does not reflect, detach so that it forms no gradients."""
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
     return _Fused.apply(hidden, weight, *rest)
@@ -146,7 +145,7 @@ class _Fused(torch.autograd.Function):
         sequence_parallel: bool,
         chunk: int,
     ) -> Tensor:
-        """Sums the loss; where gradients will be wanted, forms them on the way and keeps them for backward."""
+        """Return the summed loss; where gradients are needed, compute them in the same sweep and save them."""
         states = _states(hidden, vocabulary.group, sequence_parallel)
         wants_grad = any(ctx.needs_input_grad[:2])
         d_states = torch.zeros_like(states) if wants_grad else None
@@ -164,7 +163,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Both gradients are ready and only scaled, in place: they are used once."""
+        """Scale the saved gradients, in place: they are used only once."""
         d_hidden, d_weight = (saved.mul_(upstream[0]) for saved in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None, None, None
 
@@ -179,7 +178,7 @@ def _sweep(
     d_states: Tensor | None,
     d_weight: Tensor | None,
 ) -> Tensor:
-    """This rank's part of the summed loss (fp32 scalar); adds into the gradients where they are given."""
+    """Return this rank's part of the summed loss (fp32 scalar); add to `d_states` and `d_weight` where given."""
     real = vocabulary.real(weight)
     total = states.new_zeros((), dtype=torch.float32)
     for start in range(0, len(tokens), chunk):
@@ -197,7 +196,7 @@ def _sweep(
 
 
 def _add_outer(total: Tensor, gradient: Tensor, part: Tensor) -> None:
-    """Adds gradient^T part to `total`: fp32 [v, h], with nothing of that size beside it."""
+    """Add gradient^T @ part to `total`, fp32 [v, h], without a temporary tensor of that size."""
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), part)
         return

@@ -1,4 +1,4 @@
-"""How likely given tokens are, and whether they are the likeliest: no gradients, no full logits."""
+"""Log-likelihood of given tokens, and the likeliest tokens: without gradients and without full logits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .vocab import Vocabulary
 __all__ = ["token_likelihood"]
 
 BUDGET = 64 * 2**20
-"""Bytes of this rank's logits at a time."""
+"""Bytes of this rank's logits alive at once."""
 
 
 @torch.no_grad()
 def token_likelihood(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab: int, group: Group
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden: [n, h]; weight: this rank's rows of the output layer; labels: int64 [n]. Collective over the group.
+    """Return log p(label) in nats: fp32 [n]; whether the label is the likeliest entry: bool [n]; and the likeliest entry
+    (the lowest one of a tie): int64 [n].
 
-    Returns log p(label) in nats: fp32 [n], whether no entry is likelier: bool [n], and the likeliest entry, of equals
-    the first: int64 [n].
+    hidden: [n, h]; weight: this rank's rows of the output layer; labels: int64 [n]. Collective over the group.
     """
     vocabulary = Vocabulary(vocab, group)
     rows = vocabulary.real(weight)
@@ -36,9 +36,9 @@ def _chunk(hidden: Tensor, rows: Tensor, labels: Tensor, start: int, vocabulary:
     logits = (hidden @ rows.t()).float()
     vocabulary.log_softmax_(logits)
     at = labels - start
-    mine = ((at >= 0) & (at < logits.shape[1])).nonzero().flatten()
-    likelihood = logits.new_zeros(len(logits)).index_put_((mine,), logits[mine, at[mine]])
+    local = ((at >= 0) & (at < logits.shape[1])).nonzero().flatten()
+    likelihood = logits.new_zeros(len(logits)).index_put_((local,), logits[local, at[local]])
     best, place = logits.max(-1) if logits.shape[1] else (logits.new_full((len(logits),), -torch.inf), labels * 0)
     highest = all_reduce(best.clone(), vocabulary.group, "max")
-    first = torch.where(best == highest, -(place + start), -vocabulary.size)  # the least place is the largest negative
+    first = torch.where(best == highest, -(place + start), -vocabulary.size)  # negated, so that max finds the lowest entry
     return all_reduce(likelihood, vocabulary.group), -all_reduce(first, vocabulary.group, "max")

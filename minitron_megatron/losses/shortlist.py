@@ -1,4 +1,4 @@
-"""The teacher's likeliest entries of each token, found over all ranks, in the place of the whole vocabulary."""
+"""Divergence over the teacher's top-k vocabulary entries of each token, found over all ranks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .vocab import Vocabulary
 __all__ = ["LIVE_KEYS", "Shortlist", "over_shortlist"]
 
 LIVE_KEYS = 5
-"""Tensors of fp32 [c, v] that finding the entries takes at once, both models' logits included."""
+"""Number of fp32 [c, v] tensors alive while the entries are found, both models' logits included."""
 
 
 @dataclass(frozen=True)
 class Shortlist:
-    """`size` entries a token, all of them known to every rank."""
+    """`size` entries per token, all of them present on every rank (implements `Entries`)."""
 
     size: int
     ranks: int = 1
@@ -35,10 +35,10 @@ class Shortlist:
 def over_shortlist(
     divergence: Divergence, student: Tensor, teacher: Tensor, size: int, vocabulary: Vocabulary, start: int
 ) -> tuple[Tensor, Tensor]:
-    """The divergence over the teacher's `size` likeliest entries of each token, both softmaxes over these alone.
+    """Return the divergence over the teacher's `size` likeliest entries of each token; both softmaxes cover only these.
 
-    Arguments and what is returned as for a divergence; `start` is this rank's first entry. Each rank computes the whole
-    value and passes on its share of it; its gradient it has whole, and keeps the entries that are its own.
+    Arguments and results as for a divergence; `start` is this rank's first entry. Every rank computes the whole value and
+    returns 1 / ranks of it, with the gradient of its own entries.
     """
     entry = likeliest(teacher, size, vocabulary, start)
     token, place = ((entry >= start) & (entry < start + student.shape[1])).nonzero(as_tuple=True)
@@ -52,9 +52,9 @@ def over_shortlist(
 
 
 def likeliest(logits: Tensor, size: int, vocabulary: Vocabulary, start: int) -> Tensor:
-    """The entries with the `size` largest logits of each token, largest first: int64 [c, size], the same on every rank.
+    """Return the entries with the `size` largest logits of each token, largest first: int64 [c, size], on every rank.
 
-    Of equal logits the lower entry comes first, as bf16 has many. Collective over the vocabulary's group.
+    Ties, frequent in bf16, go to the lower entry. Collective over the vocabulary's group.
     """
     keys = _keys(logits, start)
     best = keys.topk(min(size, keys.shape[1])).values
@@ -70,9 +70,10 @@ LAST = 2**32 - 1
 
 
 def _keys(logits: Tensor, start: int) -> Tensor:
-    """int64 [c, v], no two alike: the order of fp32 logits in the upper half, that of the entries, backwards, below."""
+    """Return distinct sort keys, int64 [c, v]: the rank order of the fp32 logit in the upper 32 bits, the inverted entry
+    number in the lower ones."""
     bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # integers that rise as the floats do
+    order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # integers in the order of the floats
     del bits
-    backwards = LAST - torch.arange(start, start + logits.shape[1], device=logits.device)
-    return order.long().bitwise_left_shift_(32).bitwise_or_(backwards)
+    inverted = LAST - torch.arange(start, start + logits.shape[1], device=logits.device)
+    return order.long().bitwise_left_shift_(32).bitwise_or_(inverted)

@@ -1,7 +1,7 @@
-"""How far hidden states of the student are from the teacher's, summed over tokens, and how such a loss enters the
-backward pass where the states are. Source: Minitron, section 3.
+"""Losses between hidden states of student and teacher, summed over tokens, and a way to attach such a loss to the
+backward pass of any pipeline stage. Source: Minitron, section 3.
 
-Values are fp32 scalars. A divergence of states is called with the student's and the teacher's: fp32 [tokens, hidden].
+Values are fp32 scalars. A state loss is called with the student's and the teacher's states: fp32 [tokens, hidden].
 """
 
 from __future__ import annotations
@@ -19,41 +19,42 @@ __all__ = ["STATE_LOSSES", "attach_loss", "relation_loss", "state_loss"]
 
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - the cosine of each token's angle, as half the squared distance of the directions: where they nearly agree, a
-    cosine in fp32 has lost what it is short of 1."""
+    """Sum 1 - cosine similarity over tokens, as half the squared distance of the unit vectors: for nearly equal vectors,
+    1 - cosine would lose all digits in fp32."""
     return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().sum() / 2
 
 
 def _mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """The mean over the channels of the squared difference."""
+    """Sum over tokens the squared difference, averaged over channels."""
     return (student - teacher).square().mean(-1).sum()
 
 
 STATE_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": _cosine, "mse": _mse}
-"""Name -> what it sums over tokens."""
+"""Name -> loss summed over tokens."""
 
 
 def state_loss(
     student: Tensor, teacher: Tensor, counts: Tensor, loss: str, raised: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Sums over the tokens that count. student, teacher: [s, b, h of each]; counts: bool [s, b], the same part of s.
+    """Return the state loss, summed over the tokens where `counts` is true.
 
-    raised: makes the student's [tokens, h] as wide as the teacher's.
+    student, teacher: [s, b, own h]; counts: bool [s, b], for the same part of s. raised: projects the student's
+    [tokens, h] to the teacher's width.
     """
     return STATE_LOSSES[loss](raised(student[counts]).float(), teacher[counts].float())
 
 
 def relation_loss(student: Tensor, teacher: Tensor, counts: Tensor, heads: int) -> Tensor:
-    """KL(teacher || student) of the relations between tokens: of each relation head, the softmax of scaled dot products
-    of its vectors with those of the same and earlier tokens. Summed over relation heads and the tokens that count.
+    """Return KL(teacher || student) of self-attention relations, summed over relation heads and the tokens that count.
 
-    student, teacher: [s, b, channels of each], all of s, cut evenly into `heads`; counts: bool [s, b]. A token's row
-    holds the tokens before it whether they count or not, as attention does. One head's [b, s, s] are alive at once.
-    Source: Wang et al., MiniLMv2 (arXiv 2012.15828), section 3.
+    A token's relations are the causal softmax of scaled dot products between its vector and those of the same and
+    earlier tokens, per relation head. student, teacher: [s, b, own channels], the whole sequence, split evenly into
+    `heads`; counts: bool [s, b]. Earlier tokens enter a row whether they count or not, as in attention. Only one head's
+    [b, s, s] tensors are alive at once. Source: Wang et al., MiniLMv2 (arXiv 2012.15828), section 3.
     """
     total = student.new_zeros((), dtype=torch.float32)
-    for pair in zip(student.chunk(heads, -1), teacher.chunk(heads, -1), strict=True):
-        total = total + checkpoint(_relation, *pair, counts, use_reentrant=False, preserve_rng_state=False)
+    for head in zip(student.chunk(heads, -1), teacher.chunk(heads, -1), strict=True):
+        total = total + checkpoint(_relation, *head, counts, use_reentrant=False, preserve_rng_state=False)
     return total
 
 
@@ -65,22 +66,25 @@ def _relation(student: Tensor, teacher: Tensor, counts: Tensor) -> Tensor:
 
 
 def _log_relations(vectors: Tensor, later: Tensor) -> Tensor:
-    """[s, b, d] -> fp32 [b, s, s]; of later tokens a number that its exponent makes zero."""
+    """Return the log-softmax of scaled dot products of vectors [s, b, d]: fp32 [b, s, s].
+
+    Entries of later tokens are finite, but so low that their exponential is 0.
+    """
     each = vectors.float().transpose(0, 1)
     scores = each @ each.transpose(1, 2) / math.sqrt(each.shape[-1])
     return scores.masked_fill(later, torch.finfo(scores.dtype).min).log_softmax(-1)
 
 
 def attach_loss(states: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
-    """`states` as they are; their backward pass descends `weight * loss` as well. weight: scalar, a constant.
+    """Return `states` unchanged; their backward pass also adds the gradient of `weight * loss`.
 
-    So a loss is minimised on a pipeline stage that has none, as mcore does with the auxiliary losses of experts
-    (transformer/moe/moe_utils.py, `MoEAuxLossAutoScaler`).
+    weight: scalar without gradient. A pipeline stage without a loss of its own can thus minimise one, as mcore does with
+    the auxiliary losses of experts (transformer/moe/moe_utils.py, `MoEAuxLossAutoScaler`).
     """
-    return _AlsoMinimise.apply(states, loss, weight)
+    return _AttachLoss.apply(states, loss, weight)
 
 
-class _AlsoMinimise(torch.autograd.Function):
+class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)

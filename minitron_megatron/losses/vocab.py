@@ -1,4 +1,4 @@
-"""A vocabulary that is split over a group, and the cross-entropy of one chunk of its logits."""
+"""Vocab-parallel vocabulary: its split over a group, softmax over all ranks, and the cross-entropy of one chunk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["CrossEntropy", "Entries", "Vocabulary"]
 
 
 class Entries(Protocol):
-    """What logits [c, v] are over: this rank's part of `size` entries, which `ranks` ranks hold between them."""
+    """Vocabulary entries that logits [c, v] cover: this rank's part of `size` entries, split over `ranks` ranks."""
 
     @property
     def size(self) -> int: ...
@@ -24,17 +24,17 @@ class Entries(Protocol):
     def ranks(self) -> int: ...
 
     def log_softmax_(self, *logits: Tensor) -> None:
-        """Makes each of `logits` [c, v] its logarithmic softmax over all entries."""
+        """Replace each of `logits` [c, v] by its log-softmax over all entries, in place."""
         ...
 
     def total(self, part: Tensor) -> Tensor:
-        """The sum over the ranks of what each has of a number."""
+        """Return the sum of every rank's `part`."""
         ...
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A vocabulary of `size` real entries, split evenly over `group` with padding at the end."""
+    """Vocabulary of `size` real entries, split evenly over `group`, with padding at the end."""
 
     size: int
     group: Group
@@ -44,33 +44,33 @@ class Vocabulary:
         return group_size(self.group)
 
     def start(self, held: int) -> int:
-        """The first entry of this rank, which holds `held` rows of the output weight."""
+        """Return the first entry of this rank, which holds `held` rows of the output weight."""
         return group_rank(self.group) * held
 
     def entries(self, rank: int, held: int) -> range:
-        """The entries of a rank of the group, where each holds `held` rows."""
+        """Return the entries of a rank of the group, where each rank holds `held` rows."""
         return range(min(rank * held, self.size), min((rank + 1) * held, self.size))
 
     def real(self, weight: Tensor) -> Tensor:
-        """The rows of this rank's output weight that are entries and not padding: a view [v, h]."""
+        """Return a view of this rank's output weight without its padding rows: [v, h]."""
         return weight[: len(self.entries(group_rank(self.group), weight.shape[0]))]
 
     def aligned(self, weight: Tensor, held: int) -> Tensor:
-        """The rows of another model's output weight for the entries that are this rank's where it holds `held` rows.
+        """Return the rows of another model's output weight for the entries of this rank under a split of `held` rows.
 
-        A view where both are padded alike or there is one rank; else a copy, collective over the group.
+        A view where both have the same padding or there is one rank; otherwise a copy, collective over the group.
         """
-        theirs, me = weight.shape[0], group_rank(self.group)
-        if theirs == held or self.ranks == 1:
+        other_held, rank = weight.shape[0], group_rank(self.group)
+        if other_held == held or self.ranks == 1:
             return self.real(weight)
-        mine, wanted = self.entries(me, theirs), self.entries(me, held)
-        sent = [_overlap(mine, self.entries(rank, held)) for rank in range(self.ranks)]
-        got = [_overlap(wanted, self.entries(rank, theirs)) for rank in range(self.ranks)]
-        parts = [weight[each.start - mine.start : each.stop - mine.start] for each in sent]
-        return torch.cat(all_to_all(parts, [len(each) for each in got], self.group))
+        source, target = self.entries(rank, other_held), self.entries(rank, held)
+        sent = [_overlap(source, self.entries(other, held)) for other in range(self.ranks)]
+        received = [_overlap(target, self.entries(other, other_held)) for other in range(self.ranks)]
+        parts = [weight[each.start - source.start : each.stop - source.start] for each in sent]
+        return torch.cat(all_to_all(parts, [len(each) for each in received], self.group))
 
     def check(self, weight: Tensor, whose: str) -> None:
-        """Raises RecipeError where a model's output weight has no row for some entry."""
+        """Raise RecipeError where a model's output weight has fewer rows than the vocabulary has entries."""
         rows = weight.shape[0] * self.ranks
         if rows < self.size:
             raise RecipeError(
@@ -79,8 +79,10 @@ class Vocabulary:
             )
 
     def log_softmax_(self, *logits: Tensor) -> None:
-        """Two all-reduces for all of them. The largest logit is taken off first, as the sum of exponents is then small
-        and its logarithm as exact as fp32 can be."""
+        """Replace each of `logits` [c, v] by its log-softmax over all entries, in place, with two all-reduces for all.
+
+        The maximum is subtracted first, so that the sum of exponentials is small and its logarithm precise.
+        """
         top = [each.amax(-1) if each.shape[-1] else each.new_full((len(each),), -torch.inf) for each in logits]
         for each, largest in zip(logits, all_reduce(torch.stack(top), self.group, "max"), strict=True):
             each.sub_(largest.unsqueeze(-1))
@@ -89,7 +91,7 @@ class Vocabulary:
             each.sub_(normaliser.unsqueeze(-1))
 
     def total(self, part: Tensor) -> Tensor:
-        """The sum of every rank's `part`."""
+        """Return the sum of every rank's `part`."""
         return all_reduce(part.clone(), self.group)
 
 
@@ -101,7 +103,7 @@ def _overlap(a: range, b: range) -> range:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """-log p(label), in nats."""
+    """Cross-entropy -log p(label) of one chunk, in nats."""
 
     vocabulary: Vocabulary
     labels: Tensor
@@ -110,12 +112,12 @@ class CrossEntropy:
     """Rows of this rank's output weight, padding included."""
 
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """logits: fp32 [c, v], overwritten. Returns this rank's part of each token's loss [c], and the gradient."""
+        """Return this rank's part of each token's loss [c], and the gradient. logits: fp32 [c, v], overwritten."""
         self.vocabulary.log_softmax_(logits)
         label = self.labels[rows] - self.vocabulary.start(self.held)
-        mine = ((label >= 0) & (label < logits.shape[1])).nonzero().flatten()
-        at = (mine, label[mine])
-        loss = logits.new_zeros(len(logits)).index_put_((mine,), -logits[at])
+        local = ((label >= 0) & (label < logits.shape[1])).nonzero().flatten()
+        at = (local, label[local])
+        loss = logits.new_zeros(len(logits)).index_put_((local,), -logits[at])
         gradient = logits.exp_()
         gradient[at] -= 1
         return loss, gradient
