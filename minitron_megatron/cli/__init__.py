@@ -1,6 +1,6 @@
-"""The command line: a verb calls a function, nothing else.
+"""Command line: each command calls one function.
 
-Knows: verbs, flags, exit codes. Must not know: how anything is done.
+Knows: commands, flags, exit codes. Must not know: how anything is done.
 """
 
 from .app import app

@@ -1,4 +1,4 @@
-"""The verbs. The list is frozen: `tests/cli/test_surface.py` holds it."""
+"""Commands of the command line. `tests/cli/test_surface.py` holds the full list; a new command changes it too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from .interrupt import Interrupted, raise_if_interrupted
 __all__ = ["app"]
 
 
-class _Verbs(typer.core.TyperGroup):
+class _Commands(typer.core.TyperGroup):
+    """Command group that turns Ctrl-C into `Interrupted`, which typer does not catch."""
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -27,7 +29,7 @@ class _Verbs(typer.core.TyperGroup):
 
 app = typer.Typer(
     name="minitron",
-    cls=_Verbs,
+    cls=_Commands,
     help="Prune and distil a pretrained LLM on Megatron-Core.",
     no_args_is_help=True,
     add_completion=False,
@@ -39,24 +41,24 @@ Format = Literal["hf", "megatron"]
 Backend = Literal["trtllm", "torch"]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a recipe key; repeatable.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run folder, instead of the recipe's.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say which stages would run, and why.")]
-Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Processes; by default tp x pp.")]
-Memory = Annotated[float, typer.Option("--memory", min=0.001, help="GiB of a GPU; more than that is refused.")]
-Mfu = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Share of the peak FLOPs reached.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder, instead of the recipe's.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print which stages would run, and why.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Number of GPUs; by default the layout's minimum.")]
+Memory = Annotated[float, typer.Option("--memory", min=0.001, help="GiB per GPU; an estimate above it is an error.")]
+Mfu = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Model FLOPs utilisation: share of the peak.")]
 
 
 @app.command()
 def run(recipe: RecipePath, overrides: Set = None, out: Out = None, dry_run: DryRun = False) -> None:
-    """Run every stage in order; done stages are skipped, a killed one resumes."""
+    """Run all stages in order. Finished stages are skipped, and an interrupted one resumes."""
     if dry_run:
         _print_steps(recipe, overrides, out)
     else:
         _run(recipe, overrides, out)
 
 
-def _verb(stage: str, help_text: str) -> None:
-    """Adds the verb that runs one stage."""
+def _stage_command(stage: str, help_text: str) -> None:
+    """Add a command that runs one stage."""
 
     def command(recipe: RecipePath, overrides: Set = None, out: Out = None) -> None:
         _run(recipe, overrides, out, only=stage)
@@ -64,9 +66,9 @@ def _verb(stage: str, help_text: str) -> None:
     app.command(stage, help=help_text)(command)
 
 
-_verb("prepare", "Text to tokens.")
-_verb("correct", "Fine-tune the teacher on the distillation data.")
-_verb("score", "Measure the importance of every unit.")
+_stage_command("prepare", "Tokenize the text.")
+_stage_command("correct", "Fine-tune the teacher on the distillation data.")
+_stage_command("score", "Measure the importance of every unit.")
 
 
 @app.command()
@@ -75,19 +77,19 @@ def search(
     overrides: Set = None,
     out: Out = None,
     task: Annotated[
-        str, typer.Option("--task", metavar="I/N", help="Only share I of N, from 0, beside other tasks at work.")
+        str, typer.Option("--task", metavar="I/N", help="Measure only share I of N (from 0); others run in parallel.")
     ] = "",
 ) -> None:
-    """Find the shape within a budget."""
+    """Search the student's shape within a budget."""
     if task:
         _search_task(recipe, overrides, out, task)
     else:
         _run(recipe, overrides, out, only="search")
 
 
-_verb("prune", "Choose what stays and cut the rest.")
-_verb("distill", "Distil the teacher into the pruned student.")
-_verb("baseline", "Distil the teacher into a random student of the same shape.")
+_stage_command("prune", "Prune the teacher to the student's shape by importance.")
+_stage_command("distill", "Distil the teacher into the pruned student.")
+_stage_command("baseline", "Distil the teacher into a random student of the same shape.")
 
 
 @app.command()
@@ -96,10 +98,10 @@ def evaluate(
     overrides: Set = None,
     out: Out = None,
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="DIR", help="A Hugging Face folder, instead of the run's models.")
+        Path | None, typer.Option("--model", metavar="DIR", help="Hugging Face folder, instead of the run's models.")
     ] = None,
 ) -> None:
-    """Measure every model on held-out text and tasks; or any other model on the same."""
+    """Evaluate every model of the run, or any other model, on held-out text and tasks."""
     if model is None:
         _run(recipe, overrides, out, only="evaluate")
     else:
@@ -111,20 +113,20 @@ def export(
     recipe: RecipePath,
     overrides: Set = None,
     out: Out = None,
-    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="A new folder, instead of the run's.")] = None,
+    to: Annotated[Path | None, typer.Option("--to", metavar="DIR", help="New folder, instead of the run's.")] = None,
     checkpoint: Annotated[
-        str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Of distillation, at work or retained.")
+        str, typer.Option("--checkpoint", metavar="newest|best|STEP", help="Training checkpoint of distillation.")
     ] = "",
     form: Annotated[Format, typer.Option("--format", help="Hugging Face's, or Megatron-LM's (torch_dist).")] = "hf",
-    check: Annotated[bool, typer.Option("--check", help="Compare transformers' logits of the run's export.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Compare transformers' logits with the student's.")] = False,
 ) -> None:
-    """Write the student as a Hugging Face folder; or any checkpoint of it, in either format, to another."""
+    """Write the student as a Hugging Face folder; with --to, any of its checkpoints in either format."""
     from ..errors import RecipeError
 
     if to is not None and check:
-        raise RecipeError("--check is of the run's own export. Leave --to out.")
+        raise RecipeError("--check works only on the run's own export. Remove --to or --check.")
     if to is None and (checkpoint or form != "hf"):
-        raise RecipeError("a checkpoint, or another format, needs a folder of its own. Give one with --to.")
+        raise RecipeError("--checkpoint and --format need a separate folder. Give one with --to.")
     if to is None:
         done = _run(recipe, overrides, out, only="export")
         if check:
@@ -149,9 +151,9 @@ def estimate(
     gpus: Gpus = None,
     mfu: Mfu = 0.4,
     memory: Memory = 80.0,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Print the lines that submit it, and no more.")] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Print only the lines that submit the job.")] = False,
 ) -> None:
-    """Count shapes, parameters, bytes, FLOPs and hours; needs no GPU and no weights."""
+    """Estimate shapes, parameters, memory, FLOPs and hours. Needs no GPU and no weights."""
     from ..forecast import estimate as count
     from ..forecast import slurm_commands
     from ..recipe import load_recipe
@@ -178,7 +180,7 @@ def bench(
     out: Out = None,
     backend: Annotated[Backend, typer.Option("--backend", help="trtllm-bench, or torch in this process.")] = "trtllm",
 ) -> None:
-    """Measure how fast teacher and student serve."""
+    """Measure the serving throughput of teacher and student."""
     from ..recipe import load_recipe
     from ..report import Progress, bench_table, fan_out, plot_bench
     from ..run import bench as measure
@@ -192,15 +194,15 @@ def bench(
         print(f"plot: {plot}")
     if backend == "trtllm" and any(row["student"] is None for row in rows):
         commands = RunFolder(loaded.out).bench / "commands.sh"
-        print(f"trtllm-bench is not installed here. In TensorRT-LLM's container: sh {commands}")
-        print("Then run this again, or `--backend torch` for a ratio on this machine.")
+        print(f"trtllm-bench is not installed here. In TensorRT-LLM's container, run: sh {commands}")
+        print("Then run this command again. Or use `--backend torch` to compare the models on this machine.")
 
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A scores, plan, model or run file or folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A scores file, plan, model folder or run folder.")],
 ) -> None:
-    """Say what a scores file, a plan, a model folder or a run folder holds."""
+    """Describe a scores file, a plan, a model folder or a run folder."""
     from ..report import describe
 
     Console().print(describe(path))
@@ -208,7 +210,7 @@ def show(
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Draw the tables and plots of a run."""
+    """Write the report of a run: an HTML page with tables and plots."""
     from ..report import report_run
 
     print(report_run(run))
@@ -216,7 +218,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
 
 @app.command()
 def watch(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Follow a run at work, from any terminal; Ctrl-C ends the looking. Off a terminal it looks once."""
+    """Follow a running job; Ctrl-C stops. When output is not a terminal, print once and exit."""
     from ..report import Progress
     from ..report import watch as follow
 
@@ -233,8 +235,8 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-def _begun(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Any, Any]:
-    """A recipe and the topology of the processes that were started for it. Collective over them."""
+def _start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Any, Any]:
+    """Load a recipe and set up the topology of the launched processes. Collective over them."""
     from ..parallel import Topology
     from ..recipe import load_recipe
 
@@ -245,24 +247,24 @@ def _begun(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[A
 
 
 def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | None = None) -> tuple[Any, Any]:
-    """Runs a recipe's stages over the processes that were started, then draws the report on the first.
+    """Run a recipe's stages on the launched processes, then write the report on rank 0.
 
-    Returns the recipe and the topology of those processes.
+    Returns the recipe and the topology.
     """
     from ..report import Machine, MetricsFile, Progress, Watchdog, fan_out, logged
     from ..run import run as run_stages
 
-    recipe, topology = _begun(path, overrides, out)
+    recipe, topology = _start(path, overrides, out)
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
         with watchdog:
             run_stages(recipe, topology, only=only, listener=fan_out(raise_if_interrupted, watchdog))
         return recipe, topology
-    told = recipe.model_dump(mode="json")
-    with logged(recipe.out, told, **recipe.log.model_dump()) as log, Progress() as progress, watchdog:
-        kept = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
-        heard = fan_out(raise_if_interrupted, progress, kept, Machine(kept), watchdog)
-        run_stages(recipe, topology, only=only, listener=heard)
+    config = recipe.model_dump(mode="json")
+    with logged(recipe.out, config, **recipe.log.model_dump()) as log, Progress() as progress, watchdog:
+        metrics = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
+        listener = fan_out(raise_if_interrupted, progress, metrics, Machine(metrics), watchdog)
+        run_stages(recipe, topology, only=only, listener=listener)
     if only is None:
         _print_report(recipe.out)
     return recipe, topology
@@ -273,13 +275,13 @@ def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Pa
     from ..report import Progress, fan_out
     from ..run import hand_over
 
-    recipe, topology = _begun(path, overrides, out)
+    recipe, topology = _start(path, overrides, out)
     if topology.rank != 0:
         hand_over(recipe, topology, to, checkpoint=checkpoint, form=form)
         return
     with Progress() as progress:
-        heard = fan_out(raise_if_interrupted, progress)
-        source = hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=heard)
+        listener = fan_out(raise_if_interrupted, progress)
+        source = hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=listener)
     print(f"{source} -> {to}")
     if form == "megatron":
         print((to / MEGATRON_FLAGS).read_text(encoding="utf-8"), end="")
@@ -290,7 +292,7 @@ def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, 
     from ..report import Progress, fan_out, print_summary
     from ..run import evaluate_folder
 
-    recipe, topology = _begun(path, overrides, out)
+    recipe, topology = _start(path, overrides, out)
     if topology.rank != 0:
         evaluate_folder(recipe, topology, model)
         return
@@ -302,9 +304,10 @@ def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, 
 def _check_export(recipe: Any, topology: Any) -> None:
     from ..run import check_export
 
-    apart = check_export(recipe, topology)
+    difference = check_export(recipe, topology)
     if topology.rank == 0:
-        print(f"{RunFolder(recipe.out).model('export')}: transformers gives the student's logits, to {apart:.1e}")
+        folder = RunFolder(recipe.out).model("export")
+        print(f"{folder}: transformers gives the student's logits, to within {difference:.1e}")
 
 
 def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task: str) -> None:
@@ -314,15 +317,15 @@ def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task
 
     number, _, count = task.partition("/")
     if not number.isdecimal() or not count.isdecimal():
-        raise RecipeError(f"--task {task!r} is not of the form I/N. The first of six is 0/6.")
-    recipe, topology = _begun(path, overrides, out)
+        raise RecipeError(f"--task {task!r} does not have the form I/N, such as 0/6 for the first of six tasks.")
+    recipe, topology = _start(path, overrides, out)
     share = int(number), int(count)
     if topology.rank != 0:
         search_task(recipe, topology, *share)
         return
     with Progress() as progress:
-        everyone = fan_out(raise_if_interrupted, progress, MetricsFile(RunFolder(recipe.out).metrics))
-        print(search_task(recipe, topology, *share, listener=everyone))
+        listener = fan_out(raise_if_interrupted, progress, MetricsFile(RunFolder(recipe.out).metrics))
+        print(search_task(recipe, topology, *share, listener=listener))
 
 
 def _print_report(out: Path) -> None:

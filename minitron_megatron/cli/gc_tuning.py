@@ -1,7 +1,8 @@
-"""Python's garbage collector and what is imported: half a million objects that live as long as the process.
+"""Tune Python's garbage collector around imports.
 
-It would look through all of them again and again, a fifth of the time of the imports, and then at each collection that
-megatron-core asks for, one a checkpoint.
+Imports create half a million objects that live as long as the process. With the default thresholds the collector scans
+them again and again, a fifth of the import time, and once more in each collection that megatron-core requests, one per
+checkpoint.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ import gc
 
 __all__ = ["relax_gc", "restore_gc"]
 
-ALL_ALIVE = (100_000, 50, 1000)
-_usual = gc.get_threshold()
+IMPORT_THRESHOLD = (100_000, 50, 1000)
+_default_threshold = gc.get_threshold()
 
 
 def relax_gc() -> None:
-    """From now on nearly everything that is made stays: there is little to collect."""
-    gc.set_threshold(*ALL_ALIVE)
+    """Collect rarely while modules are imported, since nearly all objects stay alive."""
+    gc.set_threshold(*IMPORT_THRESHOLD)
 
 
 def restore_gc() -> None:
-    """The work begins: collections are as usual, and look at nothing that was there before."""
+    """Restore the default thresholds, and exclude all objects that exist now from collections."""
     gc.freeze()
-    gc.set_threshold(*_usual)
+    gc.set_threshold(*_default_threshold)

@@ -1,8 +1,8 @@
-"""Ctrl-C: a KeyboardInterrupt, as ever, but one that cannot be lost.
+"""Ctrl-C as a KeyboardInterrupt that cannot get lost.
 
-Python drops a KeyboardInterrupt that falls into a finalizer, a library's bare `except` eats it, half imported as the
-library may be, and none is raised while C code waits for another rank. So the next event of the work raises it again,
-and after a while the process ends whatever it does.
+A KeyboardInterrupt can get lost: Python drops it in a finalizer, a library's bare `except` swallows it (perhaps in the
+middle of its import), and it is not raised while C code waits for another rank. So the next event of the run raises it
+again, and after a timeout the process ends in any case.
 """
 
 from __future__ import annotations
@@ -20,59 +20,60 @@ from ..events import Event
 __all__ = ["Interrupted", "ignore", "interrupted", "listen", "raise_if_interrupted"]
 
 SAME_SECONDS = 1.0
-"""A terminal tells every process of a Ctrl-C, and whoever started them tells them again."""
+"""SIGINTs within this time count as one Ctrl-C: the terminal signals every process, and a launcher signals them
+again."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C; typer would say nothing of how to go on."""
+    """Ctrl-C, as an exception that typer does not turn into its own message."""
 
 
-_heard: list[int] = []
-"""The first signal. A lock, as in threading.Event, would be waited for by a handler within a handler."""
+_received: list[int] = []
+"""The first SIGINT. A list, because the lock of a threading.Event could deadlock in a nested signal handler."""
 
 
 def listen(seconds: float, end: Callable[[], None]) -> None:
-    """Hears SIGINT until the process ends; a thread calls `end` so long after the first, or at once at a second."""
-    home = os.getpid()
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
+    """Handle SIGINT until the process ends. A thread calls `end` after `seconds`, or at once on a second Ctrl-C."""
+    main_process = os.getpid()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != home:  # a process that it forked
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != main_process:  # a forked process
             raise KeyboardInterrupt
-        if not _heard:
-            _heard.append(number)
+        if not _received:
+            _received.append(number)
             raise KeyboardInterrupt
 
     def watch() -> None:
-        while signal.SIGINT not in os.read(told, 1):
+        while signal.SIGINT not in os.read(reader, 1):
             pass
         time.sleep(min(SAME_SECONDS, seconds))
-        _drain(told)
+        _drain(reader)
         last = time.monotonic() + seconds - SAME_SECONDS
-        while (left := last - time.monotonic()) > 0 and select.select([told], [], [], left)[0]:
-            if signal.SIGINT in os.read(told, 1):
+        while (left := last - time.monotonic()) > 0 and select.select([reader], [], [], left)[0]:
+            if signal.SIGINT in os.read(reader, 1):
                 break
         end()
 
-    signal.signal(signal.SIGINT, hear)
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)  # written by C code, whatever Python does
+    signal.signal(signal.SIGINT, handle)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # C code writes to it, whatever Python is doing
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=watch, name="interrupt", daemon=True).start()
 
 
 def ignore() -> None:
-    """Hears no SIGINT from now on: the work is done, and Python's own end, which takes a second, would drop it."""
+    """Ignore SIGINT from now on: the work is done, and Python's shutdown takes a second."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def interrupted() -> bool:
-    """Whether there was a Ctrl-C."""
-    return bool(_heard)
+    """Whether Ctrl-C was pressed."""
+    return bool(_received)
 
 
 def raise_if_interrupted(event: Event) -> None:
-    """The listener that raises a lost KeyboardInterrupt again; for the main thread."""
+    """Listener that raises a lost KeyboardInterrupt again; for the main thread."""
     if interrupted():
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Exit codes: 0 done, 2 the user's input is wrong, 1 our fault, 75 preempted after saving, 130 interrupted."""
+"""Entry point and exit codes: 0 done, 2 wrong input, 1 internal error, 75 preempted after saving, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ __all__ = ["main"]
 
 OUR_FAULT, WRONG_INPUT, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
 LEAVE_SECONDS = 10.0
-"""How long a failed rank may take to find out whether another has told of it, and an interrupted one to clean up."""
+"""Time for a failed rank to find out whether another has reported the failure, and for an interrupted one to clean
+up."""
 
 
 def main() -> None:
-    """Runs the command line and ends the process: at once, where it failed, whatever the other ranks wait for.
+    """Run the command line and end the process; after a failure at once, even if other ranks wait.
 
-    An error of the user's is one message, of the rank that met it first.
+    A user error is printed once, by the rank that met it first.
     """
     keep_writing()
     _quiet()
@@ -36,7 +37,7 @@ def main() -> None:
 
     try:
         listen(LEAVE_SECONDS, _interrupted)
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # a stage at work hears them itself
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # a running stage installs its own handlers
             signal.signal(number, _preempted)
         from .app import app
 
@@ -44,19 +45,19 @@ def main() -> None:
     except (Interrupted, KeyboardInterrupt):
         _interrupted()
     except SystemExit:
-        if interrupted():  # typer met the KeyboardInterrupt, while it read the command line
+        if interrupted():  # typer caught the KeyboardInterrupt while it parsed the command line
             _interrupted()
         raise
     except MinitronError as error:
         _fail(WRONG_INPUT, error, f"{type(error).__name__}: {error}")
     except Preempted:
-        _say("Saved, as the scheduler's signal asked. Run the same command again to go on.")
+        _print_on_first_rank("Saved, because the scheduler sent a signal. Run the same command again to resume.")
         _leave(PREEMPTED)
     except Exception as error:
-        if interrupted():  # what a library made of the KeyboardInterrupt
+        if interrupted():  # a library turned the KeyboardInterrupt into another exception
             _interrupted()
-        if isinstance(error, OSError) and (told := told_by(error)):
-            _fail(WRONG_INPUT, error, told)
+        if isinstance(error, OSError) and (message := told_by(error)):
+            _fail(WRONG_INPUT, error, message)
         _fail(OUR_FAULT, error, traceback.format_exc().strip())
     finally:
         ignore()
@@ -69,31 +70,32 @@ def _preempted(number: int, frame: FrameType | None) -> None:
 
 
 def _interrupted() -> None:
-    Console().show_cursor()  # a bar may have hidden it
-    _say("Interrupted. Run the same command again to go on.")
+    Console().show_cursor()  # a progress bar may have hidden it
+    _print_on_first_rank("Interrupted. Run the same command again to resume.")
     _leave(INTERRUPTED)
 
 
-def _say(text: str) -> None:
+def _print_on_first_rank(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
 
 
-def _fail(code: int, error: Exception, told: str) -> None:
-    """Ends with `code`. The first rank that fails tells all; the others fail of that, as a rule, and need a line."""
+def _fail(code: int, error: Exception, message: str) -> None:
+    """Exit with `code`. The first rank that fails prints the message; the others usually fail as a consequence, and
+    print one line."""
     last = threading.Timer(LEAVE_SECONDS, os._exit, [code])
     last.daemon = True
     last.start()
-    if _speaks(code):
-        print(told, file=sys.stderr)
+    if _prints_error(code):
+        print(message, file=sys.stderr)
     elif code == OUR_FAULT:
         line = str(error).partition("\n")[0]
         print(f"rank {os.environ.get('RANK')} ends after another: {type(error).__name__}: {line}", file=sys.stderr)
     _leave(code)
 
 
-def _speaks(code: int) -> bool:
-    """Whether this rank tells why it ends. Those that are not joined yet all read the same recipe."""
+def _prints_error(code: int) -> bool:
+    """Whether this rank prints the error. Before the process group exists, all ranks fail alike and rank 0 prints it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     from ..parallel import first_to_fail
@@ -103,16 +105,16 @@ def _speaks(code: int) -> bool:
 
 
 def _leave(code: int) -> None:
-    """Ends at once: other ranks may be gone, and a clean shutdown would wait for them."""
+    """Exit at once: other ranks may be gone, and a clean shutdown would wait for them."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _quiet() -> None:
-    """Keeps what torch and megatron-core say, of packages that are optional here, from a user's terminal."""
+    """Silence the warnings of torch and megatron-core about packages that are optional here."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of sockets: who lost whom is told once
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides socket warnings; a lost rank is reported once anyway
     for module in ("megatron", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt|not a leaf Tensor|DTensor).*")

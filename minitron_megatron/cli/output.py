@@ -1,4 +1,4 @@
-"""Standard output and error: a reader that has gone, or a character that a terminal lacks, ends no work."""
+"""Standard output and error that survive a closed pipe and characters that the terminal cannot encode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["keep_writing"]
 
 
 def keep_writing() -> None:
-    """Replace sys.stdout and sys.stderr by streams that go on when nobody reads them, and escape what they lack."""
+    """Replace sys.stdout and sys.stderr by streams that survive a closed pipe, and escape unencodable characters."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell: `>&-`
@@ -22,7 +22,7 @@ def keep_writing() -> None:
 
 
 class _Unbroken:
-    """A text stream whose writes go nowhere once its reader has gone."""
+    """A text stream that discards its output once the pipe is closed."""
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         self._stream = stream
@@ -31,17 +31,17 @@ class _Unbroken:
         try:
             return self._stream.write(text)
         except BrokenPipeError:
-            self._let_go()
+            self._discard()
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except BrokenPipeError:
-            self._let_go()
+            self._discard()
             self._stream.flush()
 
-    def _let_go(self) -> None:
+    def _discard(self) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

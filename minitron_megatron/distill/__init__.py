@@ -1,7 +1,7 @@
-"""Teacher and student on the same ranks, and what the student learns from the teacher.
+"""Knowledge distillation of a teacher into a student on the same ranks.
 
-Knows: two plain models, a loss over their final hidden states, and over those before. Must not know: how the student
-was made, recipes.
+Knows: two plain models, losses over their final and intermediate hidden states. Must not know: how the student was
+made, recipes.
 """
 
 from .continuous import ContinuousObjective

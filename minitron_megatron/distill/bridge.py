@@ -1,4 +1,4 @@
-"""What training on hidden states adds to a student, and takes away again."""
+"""Projection between hidden sizes that a student carries while it is trained on hidden states."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["Bridge", "attach", "detach"]
 
 
 class Bridge(nn.Module):
-    """The map that raises the student's states to the teacher's width, and the weight of the states' loss.
+    """Linear map from the student's to the teacher's hidden size, and the weight alpha of the loss on states.
 
-    Every chunk holds a copy, whose gradient is the sum over all of them, so that the map does not depend on the layout:
-    mcore adds what is marked `pipeline_parallel` up over the pipeline stages (distributed/finalize_model_grads.py), of
-    buckets of their own (`shared_embedding`), over tp with sequence parallelism, and counts all but the first copy
-    (`shared`) out of the gradient's norm.
+    Every chunk of the student holds a copy. The gradient is summed over all copies, so that the map does not depend on
+    the layout. The parameters carry mcore's attributes for that (distributed/finalize_model_grads.py):
+    `pipeline_parallel` sums gradients over the pipeline stages, `shared_embedding` gives the parameter a bucket of its
+    own, `sequence_parallel` sums over tp, and `shared` keeps all copies but the first out of the gradient norm.
     """
 
     alpha: Tensor
-    """fp64 [1], of the next step; not a number before the first."""
+    """fp64 [1]: alpha of the next step; NaN before the first step."""
 
     def __init__(self, linear: nn.Linear | None, topology: Topology, copy: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Bridge(nn.Module):
         return states if self.linear is None else self.linear(states)
 
     def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
-        """mcore's: one tensor in the checkpoint, of which every rank and chunk has a copy."""
+        """Return mcore's sharded state: one tensor per parameter in the checkpoint, replicated on ranks and chunks."""
         from megatron.core.utils import make_sharded_tensor_for_checkpoint
 
         replica = (self.copy, self.topology.tp_rank, self.topology.dp_rank)
@@ -51,9 +51,9 @@ class Bridge(nn.Module):
 
 
 def attach(student: Sequence[Any], widths: tuple[int, int] | None, topology: Topology, seed: int) -> list[Bridge]:
-    """Gives each chunk its bridge, the same on every rank. widths: (student's, teacher's) to be mapped; None: nothing.
+    """Give each chunk of the student a bridge, with the same weights on every rank. Not collective.
 
-    It is to be done before the optimizer is made. Not collective.
+    Call it before the optimizer is built. widths: (student's, teacher's) hidden size; None: no linear map.
     """
     bridges = []
     for virtual, chunk in enumerate(student):
@@ -66,16 +66,16 @@ def attach(student: Sequence[Any], widths: tuple[int, int] | None, topology: Top
 
 
 def detach(student: Sequence[Any]) -> None:
-    """Leaves of each chunk what it was."""
+    """Remove the bridges from the student's chunks."""
     for chunk in student:
         if hasattr(chunk, BRIDGE):
             delattr(chunk, BRIDGE)
         chunk.config.has_cond_embedder = False
 
 
-def _linear(ours: int, theirs: int, seed: int, dtype: torch.dtype) -> nn.Linear:
-    """Weights as torch's Linear draws them, from a seed; no bias at first."""
-    linear, bound = nn.Linear(ours, theirs), 1 / math.sqrt(ours)
+def _linear(student: int, teacher: int, seed: int, dtype: torch.dtype) -> nn.Linear:
+    """Return a linear layer with torch's usual initial distribution, drawn from `seed`, and a zero bias."""
+    linear, bound = nn.Linear(student, teacher), 1 / math.sqrt(student)
     nn.init.uniform_(linear.weight, -bound, bound, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(linear.bias)
     return linear.to(dtype)

@@ -1,4 +1,4 @@
-"""A teacher that is corrected while it teaches."""
+"""Distillation from a teacher that is corrected during distillation."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ __all__ = ["ContinuousObjective"]
 
 
 class ContinuousObjective(KDObjective):
-    """In each step the teacher takes one of its own, by cross-entropy on the same batch, and the student learns from
-    the states of that very pass: the teacher before the step's update. One forward pass serves both.
+    """Objective with a training teacher.
 
-    How often the papers refresh such a teacher is not said ([B] Fig 5); here it is every step.
+    In each step the teacher takes an optimizer step by cross-entropy on the same batch. The student learns from the
+    hidden states of that forward pass, that is, from the teacher before its update: one forward pass serves both.
+    The papers do not say how often such a teacher is updated ([B] Fig 5); here it is every step.
     """
 
     def __init__(
@@ -36,18 +37,18 @@ class ContinuousObjective(KDObjective):
         loss: KDLoss | None = None,
         states: StateLoss | None = None,
     ) -> None:
-        """learner: the teacher in training; the rest as for KDObjective."""
+        """learner: trains the teacher. Other arguments: as for KDObjective."""
         teacher = [chunk.module for chunk in learner.chunks]
         super().__init__(teacher, topology, vocab=vocab, shared=shared, loss=loss, states=states, freeze=False)
         self.learner = learner
         self._output: Tensor | None = None
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """The teacher's step. Collective over the world."""
+        """Take the teacher's step and keep its hidden states from before the update. Collective over the world."""
         if self.topology.is_last_stage:
             self._output = output_weight(self.teacher[-1]).detach().clone()
         self._begin(batches)
-        cross_entropy = _Keeping(self.topology, len(batches), self._listening)
+        cross_entropy = _StateKeepingLM(self.topology, len(batches), self._capturing)
         self.learner.step(batches, cross_entropy)
         self._hidden = cross_entropy.hidden
         self._measure(batches)
@@ -57,13 +58,13 @@ class ContinuousObjective(KDObjective):
         return self._output
 
 
-class _Keeping(LMObjective):
-    """Cross-entropy that leaves the final hidden states of each micro-batch."""
+class _StateKeepingLM(LMObjective):
+    """Cross-entropy that keeps the final hidden states of each micro-batch."""
 
     def __init__(
         self, topology: Topology, micro_batches: int, capturing: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        """capturing: around a forward pass, whose states are wanted."""
+        """capturing: context manager around each forward pass whose intermediate states are captured."""
         super().__init__(topology)
         self.capturing = capturing
         self.hidden: list[Any] = [None] * micro_batches

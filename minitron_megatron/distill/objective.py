@@ -1,4 +1,4 @@
-"""A divergence from the teacher as a training objective."""
+"""Training objective: divergence of the student's logits from the teacher's."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ __all__ = ["KDObjective"]
 
 
 class KDObjective:
-    """The teacher runs first, over a window of a step's micro-batches, and leaves its final hidden states on the last
-    pipeline stage; its logits exist only chunk by chunk inside the loss. The teacher is frozen."""
+    """Knowledge distillation from a frozen teacher.
+
+    The teacher runs first, over a window of a step's micro-batches. Its final hidden states are kept on the last
+    pipeline stage; its logits exist only chunk by chunk inside the loss.
+    """
 
     def __init__(
         self,
@@ -40,13 +43,13 @@ class KDObjective:
         pack: bool = False,
         freeze: bool = True,
     ) -> None:
-        """teacher: the chunks of a plain model. vocab: the student's entries. shared: the entries that both have, where
-        the two are counted with unlike padding. states: what is learnt beside the logits; with a weight that is found
-        anew each step they want the whole step in one window. window: micro-batches that the teacher runs ahead, by
-        default all of a step. offload: keep the teacher in host memory while it does not run. pack: hold its matrices
-        in eight bits. freeze: let nothing of it train.
+        """teacher: a plain model or its chunks. vocab: the student's vocabulary size. shared: number of entries that
+        both vocabularies share, if they differ in padding. states: loss on hidden states; a dynamic alpha needs the
+        whole step in one window. window: micro-batches that the teacher runs ahead, by default all of a step.
+        offload: keep the teacher in host memory while it is idle. pack: store its matrices in float8. freeze: turn
+        off gradients and dropout of the teacher.
 
-        Raises RecipeError where the vocabularies differ, or the loss asks for more than they have.
+        Raises RecipeError if the vocabularies differ, or if the loss's top_k exceeds the vocabulary.
         """
         self.teacher = chunks_of(teacher)
         self.topology, self.window = topology, window
@@ -61,9 +64,9 @@ class KDObjective:
         self._offload = Offload(self.teacher, topology) if offload else None
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Runs the teacher forward. Collective over the model's ranks."""
+        """Run the teacher forward. Collective over the model's ranks."""
         self._begin(batches)
-        with self._offload.on_device() if self._offload else nullcontext(), self._listening():
+        with self._offload.on_device() if self._offload else nullcontext(), self._capturing():
             self._hidden = forward_only(self.teacher, batches)
         self._measure(batches)
 
@@ -71,22 +74,22 @@ class KDObjective:
         if self.states:
             self.states.begin(batches)
 
-    def _listening(self) -> AbstractContextManager[None]:
+    def _capturing(self) -> AbstractContextManager[None]:
         return self.states.capturing() if self.states else nullcontext()
 
     def _measure(self, batches: Sequence[Batch]) -> None:
-        """A first forward pass, where the weight of the states' loss is still to be found."""
+        """Run an extra forward pass of the student if alpha of the loss on states is not known yet."""
         if self.states and math.isnan(self.states.alpha):
             with torch.no_grad(), self.states.measuring():
                 forward_backward(self.states.student, batches, self.loss, backward=False, forward=self.forward)
 
     def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
-        """The student's, with the losses of its states where there are any."""
+        """Run the student forward, with the losses on its states, if any."""
         with self.states.at(index) if self.states else nullcontext():
             return final_hidden(chunk, batch.tokens, batch.beside)
 
     def finish(self) -> dict[str, float]:
-        """What the step measured of states. Collective over the world."""
+        """Return the step's metrics of the loss on states. Collective over the world."""
         return self.states.finish() if self.states else {}
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
@@ -111,27 +114,27 @@ class KDObjective:
         return total
 
     def _output_weight(self) -> Tensor:
-        """That goes with the hidden states."""
+        """Return the output weight that belongs to the teacher's hidden states."""
         return output_weight(self.teacher[-1])
 
     def plain(self) -> KDObjective:
-        """Forward KL from the same teacher, as it is by then: what validation measures."""
-        found = object.__new__(KDObjective)
-        found.__dict__ |= self.__dict__ | {"loss_of": KDLoss(), "states": None, "_hidden": []}
-        return found
+        """Return forward KL from the same, current teacher, without a loss on states: the validation metric."""
+        objective = object.__new__(KDObjective)
+        objective.__dict__ |= self.__dict__ | {"loss_of": KDLoss(), "states": None, "_hidden": []}
+        return objective
 
 
 def _shared_vocabulary(teacher: int, student: int, shared: int | None) -> int:
-    """The entries that both have. Raises RecipeError where that cannot be."""
+    """Return the number of vocabulary entries that both share. Raises RecipeError if that is impossible."""
     if shared is None and teacher != student:
         raise RecipeError(
-            f"the teacher has {teacher} vocabulary entries and the student {student}. They must be the same; where "
-            "they differ in padding alone, pass as `shared` how many are none."
+            f"the teacher has {teacher} vocabulary entries and the student {student}. They must be equal; if they "
+            "differ only in padding, pass the number of unpadded entries as `shared`."
         )
     shared = student if shared is None else shared
     if shared > min(teacher, student):
         raise RecipeError(
             f"{shared} vocabulary entries cannot be shared: the teacher has {teacher} and the student {student}. "
-            "Pass the entries of their tokenizer."
+            "Pass the vocabulary size of their tokenizer."
         )
     return shared

@@ -1,4 +1,4 @@
-"""A frozen model that lies in host memory while it does not run."""
+"""Keep a frozen model in host memory while it does not run."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ __all__ = ["Offload"]
 
 
 class Offload:
-    """Moves the weights of a frozen model to host memory, pinned where there is an accelerator; the output layer, which
-    the loss reads, stays. On a CPU nothing moves."""
+    """Host copy of a frozen model's weights, pinned if there is an accelerator.
+
+    The output layer stays on the device, because the loss reads it. On a CPU nothing moves.
+    """
 
     def __init__(self, chunks: Sequence[Any], topology: Topology) -> None:
         self.device = topology.device
         stays = {id(output_weight(chunks[-1]))} if topology.is_last_stage else set()
         every = [weight for chunk in chunks for weight in chunk.parameters()]
-        self.home: dict[nn.Parameter, Tensor] = {
+        self.host: dict[nn.Parameter, Tensor] = {
             weight: _in_host(weight.data) for weight in every if id(weight) not in stays
         }
-        """Where each weight that moves lies in host memory."""
-        self._leave()
+        """Offloaded weight -> its tensor in host memory."""
+        self._unload()
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Inside, the weights are where the model runs. They are frozen, so that nothing is copied back."""
-        for weight, home in self.home.items():
-            weight.data = home.to(self.device, non_blocking=True)
+        """Hold the weights on the device inside the context. They are frozen, so nothing is copied back."""
+        for weight, host in self.host.items():
+            weight.data = host.to(self.device, non_blocking=True)
         try:
             yield
         finally:
-            self._leave()
+            self._unload()
 
-    def _leave(self) -> None:
-        for weight, home in self.home.items():
-            weight.data = home
+    def _unload(self) -> None:
+        for weight, host in self.host.items():
+            weight.data = host
 
 
 def _in_host(tensor: Tensor) -> Tensor:
     if tensor.device.type == "cpu":
         return tensor
-    home = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return home.copy_(tensor)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor)

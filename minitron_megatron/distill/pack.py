@@ -1,4 +1,4 @@
-"""A frozen model whose matrices are held in eight bits."""
+"""Store the matrices of a frozen model in float8."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ LARGEST = torch.finfo(FLOAT8).max
 
 
 def is_packed(name: str) -> bool:
-    """Whether this parameter is one of those that `pack_layers` packs."""
+    """Whether `pack_layers` packs this parameter."""
     return layer_of(name) is not None and "linear_" in name and name.endswith(".weight")
 
 
 def pack_layers(chunks: Sequence[Any], topology: Topology) -> None:
-    """Rounds the linear layers' weights of a frozen model to float8 (e4m3), a scale for each output channel: a byte a
-    weight. A module's weights are widened while it runs. In place; routers, norms, embedding and output layer stay.
+    """Round the linear layers' weights of a frozen model to float8 (e4m3), one byte per weight, in place.
 
-    The scales are those of the whole matrix, so that the model is the same at every tp. Collective over tp.
+    Each output channel has a scale, computed over the whole matrix, so that the model is the same at every tp.
+    A module's weights are widened while it runs. Routers, norms, embedding and output layer keep their dtype.
+    Collective over tp.
     """
     for shard in list(named_shards(chunks)):
         if not is_packed(shard.name):

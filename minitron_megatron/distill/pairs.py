@@ -1,4 +1,4 @@
-"""Which hidden states of the student are to be like which of the teacher's, as data."""
+"""Pairs of teacher and student hidden states to match, as data."""
 
 from __future__ import annotations
 
@@ -23,53 +23,54 @@ DYNAMIC = "dynamic"
 
 
 class LayerPair(NamedTuple):
-    """A state of the teacher and one of the student. The embedding is the output of layer -1."""
+    """A hidden state of the teacher and one of the student. The embedding is the output of layer -1."""
 
     kind: str
     teacher: int
-    """Its layer, from 0."""
+    """The teacher's layer, from 0."""
     student: int
+    """The student's layer, from 0."""
 
     def __str__(self) -> str:
         return "embedding" if self.teacher < 0 else f"{self.kind} {self.teacher}:{self.student}"
 
 
 def at_layer(kind: str, layer: int, shape: Shape) -> int:
-    """The layer whose pipeline stage has a state: an output is measured after the norm that follows it."""
+    """Return the layer on whose pipeline stage a state is read: an output is read after the norm of the next layer."""
     return min(layer + 1, shape.layers - 1) if kind == OUTPUTS else layer
 
 
 @dataclass(frozen=True)
 class StatePairs:
-    """Which states are compared, how, and what that weighs beside the divergence of the logits.
+    """Hidden states to match, their loss, and its weight relative to the divergence of the logits.
 
-    Layers are written `teacher:student`, each numbered from 0 in its own model. Raises RecipeError for what is not.
+    Layers are written `teacher:student`, each numbered from 0 in its own model. Raises RecipeError for invalid values.
     """
 
     embedding: bool = False
-    """L_emb: the embedding after the first norm."""
+    """L_emb: match the embedding, after the first norm."""
     outputs: tuple[str, ...] = ()
-    """L_o: outputs of layers, after the norm that follows."""
+    """L_o: match layer outputs, after the norm that follows."""
     mlp_inputs: tuple[str, ...] = ()
-    """L_i: what enters MLPs, after the norm before them."""
+    """L_i: match MLP inputs, after the norm before the MLP."""
     attention: tuple[str, ...] = ()
-    """L_att: relations between tokens by their queries, their keys and their values (MiniLMv2)."""
+    """L_att: match relations between tokens: query-query, key-key and value-value similarities (MiniLMv2)."""
     loss: str = "cosine"
-    """A name in STATE_LOSSES, for all but `attention`."""
+    """A name in STATE_LOSSES, used for all kinds but `attention`."""
     alpha: float | str = DYNAMIC
-    """Weight of the mean over the pairs; `dynamic`: see `StateLoss`."""
+    """Weight of the mean loss over the pairs; `dynamic`: see `StateLoss`."""
 
     def __post_init__(self) -> None:
         if self.loss not in STATE_LOSSES:
             known = ", ".join(STATE_LOSSES)
             raise RecipeError(
-                f"loss of states {self.loss!r} is not known.{did_you_mean(self.loss, STATE_LOSSES)} Known: {known}."
+                f"the loss on states {self.loss!r} is unknown.{did_you_mean(self.loss, STATE_LOSSES)} Known: {known}."
             )
         if self.alpha != DYNAMIC and (isinstance(self.alpha, str | bool) or not 0 < self.alpha < math.inf):
-            raise RecipeError(f"alpha of the states is {self.alpha!r}. It must be above 0, or {DYNAMIC}.")
+            raise RecipeError(f"alpha of the loss on states is {self.alpha!r}. It must be above 0, or {DYNAMIC}.")
         if not self.pairs:
             kinds = ", ".join(field.name for field in fields(self)[:4])
-            raise RecipeError(f"no states are mapped. Set at least one of {kinds}.")
+            raise RecipeError(f"no states to match are given. Set at least one of {kinds}.")
 
     @property
     def dynamic(self) -> bool:
@@ -83,52 +84,53 @@ class StatePairs:
         return tuple(found)
 
     def check(self, teacher: Shape, student: Shape, topology: Topology) -> None:
-        """Raises RecipeError for a layer that is not there, for a pair that lies on two pipeline stages, and for
-        relations between tokens where ranks share sequences."""
+        """Raise RecipeError for a layer that does not exist, a pair whose states are on two pipeline stages, and
+        attention relations with context parallelism."""
         if topology.cp > 1 and any(pair.kind == ATTENTION for pair in self.pairs):
             raise RecipeError(
-                f"states {ATTENTION} relates all tokens of a sequence, and cp={topology.cp}. Set cp to 1."
+                f"states {ATTENTION} needs whole sequences on each rank, but cp={topology.cp} splits them. Set cp to 1."
             )
         for pair in self.pairs:
-            for whose, layer, shape in (("teacher", pair.teacher, teacher), ("student", pair.student, student)):
+            for model, layer, shape in (("teacher", pair.teacher, teacher), ("student", pair.student, student)):
                 if layer >= shape.layers:
                     raise RecipeError(
-                        f"states {pair} asks for layer {layer} of the {whose}, which has {shape.layers}. "
-                        f"Give one of 0 to {shape.layers - 1}."
+                        f"states {pair}: the {model} has no layer {layer}, only {shape.layers} layers. "
+                        f"Give a layer from 0 to {shape.layers - 1}."
                     )
-            theirs, ours = _stages(pair, teacher, student, topology)
-            if theirs != ours:
-                raise RecipeError(_of_two_stages(pair, teacher, student, topology))
+            teacher_stage, student_stage = _stages(pair, teacher, student, topology)
+            if teacher_stage != student_stage:
+                raise RecipeError(_two_stages_message(pair, teacher, student, topology))
 
 
 def _parsed(kind: str, written: str) -> LayerPair:
     found = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(written))
     if not found:
         raise RecipeError(
-            f"states {kind} has {written!r}, which is no pair of layers. Write teacher:student in quotes, as '29:13'."
+            f"states {kind} has {written!r}, which is not a pair of layers. Write teacher:student in quotes: '29:13'."
         )
     return LayerPair(kind, int(found[1]), int(found[2]))
 
 
 def _stages(pair: LayerPair, teacher: Shape, student: Shape, topology: Topology) -> tuple[int, int]:
-    """The pipeline rank of the teacher's state, and of the student's."""
+    """Return the pipeline rank of the teacher's state and that of the student's."""
     layers = at_layer(pair.kind, pair.teacher, teacher), at_layer(pair.kind, pair.student, student)
     return topology.stage_of(layers[0], teacher.layers), topology.stage_of(layers[1], student.layers)
 
 
-def _of_two_stages(pair: LayerPair, teacher: Shape, student: Shape, topology: Topology) -> str:
-    """What is wrong, and the mapping that is nearest to the one asked for."""
-    theirs, ours = _stages(pair, teacher, student, topology)
-    there = _on_one_stage(pair.kind, teacher, student, topology)
-    nearest = min(there, key=lambda each: abs(each.teacher - pair.teacher) + abs(each.student - pair.student))
+def _two_stages_message(pair: LayerPair, teacher: Shape, student: Shape, topology: Topology) -> str:
+    """Return the error for a pair on two pipeline stages, with the nearest pair that is on one."""
+    teacher_stage, student_stage = _stages(pair, teacher, student, topology)
+    possible = _on_one_stage(pair.kind, teacher, student, topology)
+    nearest = min(possible, key=lambda each: abs(each.teacher - pair.teacher) + abs(each.student - pair.student))
     return (
-        f"states {pair} lies on two pipeline stages: the teacher's on {theirs} and the student's on {ours} "
-        f"(pp={topology.pp}, vp={topology.vp}). Map {nearest.teacher}:{nearest.student}, or lower pp."
+        f"states {pair}: the teacher's state is on pipeline stage {teacher_stage} and the student's on {student_stage} "
+        f"(pp={topology.pp}, vp={topology.vp}). Use {nearest.teacher}:{nearest.student}, or a smaller pp."
     )
 
 
 def _on_one_stage(kind: str, teacher: Shape, student: Shape, topology: Topology) -> Iterator[LayerPair]:
+    """Yield the pairs whose two states are on the same pipeline stage."""
     for layers in product(range(teacher.layers), range(student.layers)):
-        theirs, ours = _stages(LayerPair(kind, *layers), teacher, student, topology)
-        if theirs == ours:
+        teacher_stage, student_stage = _stages(LayerPair(kind, *layers), teacher, student, topology)
+        if teacher_stage == student_stage:
             yield LayerPair(kind, *layers)

@@ -1,4 +1,4 @@
-"""Forecasts: what is wrong with a recipe, and what it would cost, before any work begins.
+"""Forecasts: check a recipe and estimate its cost, before any work begins.
 
 Knows: recipes, shapes, the layout table. Must not know: weights, processes, run folders.
 """

@@ -1,4 +1,4 @@
-"""The shapes that a recipe's search chooses from, counted from the teacher's alone."""
+"""Candidate shapes of a recipe's search, counted from the teacher's shape alone."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 
 
 def candidates_of(recipe: Recipe, teacher: Shape) -> list[Candidate]:
-    """The largest first. Raises RecipeError where there is none, and says why."""
+    """Return the candidates within the budget, the largest first. Raises RecipeError with the reason if none is."""
     assert recipe.search is not None
     return candidates(recipe.search.space(), teacher, recipe.search.budget.limits(), conditions_of(recipe))
 
 
 def untimed_candidates(recipe: Recipe, teacher: Shape) -> list[Candidate]:
-    """The same whatever the budgets in time allow: to learn what time they take."""
+    """Return the candidates without the budgets on time, so that their times can be measured."""
     assert recipe.search is not None
     limits = {name: limit for name, limit in recipe.search.budget.limits().items() if name not in TIMED}
     return candidates(recipe.search.space(), teacher, limits, Conditions())
 
 
 def conditions_of(recipe: Recipe) -> Conditions:
-    """How the student will be served. Raises RecipeError where a table of speeds cannot be read."""
+    """Return the student's serving conditions. Raises RecipeError if the table of speeds cannot be read."""
     assert recipe.search is not None
     keys = recipe.search.serving
     speed: Any = Roofline.of(keys.gpu) if keys.gpu else FittedSpeed.to(speed_rows(keys.table)) if keys.table else None
@@ -45,41 +45,44 @@ def conditions_of(recipe: Recipe) -> Conditions:
 
 
 def speed_rows(table: Path) -> list[SpeedRow]:
-    """What a `bench/table.json` says of decoding. Raises RecipeError where it says nothing of it."""
+    """Read the decoding speeds in a `bench/table.json`. Raises RecipeError if it has none."""
     try:
         raw = read_as(table, _Speeds)
         shapes = {name: read_shape(shape, f"{table}: {name}") for name, shape in raw["shapes"].items()}
-        each = {name: raw["weight_bytes"][name] for name in shapes}
-        return [_speed_row(shapes[name], each[name], rung, ms) for rung, name, ms in _times(raw, shapes, table)]
+        weight_bytes = {name: raw["weight_bytes"][name] for name in shapes}
+        times = _times(raw, shapes, table)
+        return [_speed_row(shapes[name], weight_bytes[name], workload, ms) for workload, name, ms in times]
     except (KeyError, ValueError) as error:
         cause = str(error).rstrip(".")
         raise RecipeError(
-            f"search.serving.table {table} is no table of speeds ({cause}). Make one: `minitron bench --backend torch`."
+            f"search.serving.table {table} is not a table of speeds ({cause}). Make one with "
+            "`minitron bench --backend torch`."
         ) from error
 
 
-def _times(raw: _Speeds, names: Iterable[str], table: Path) -> Iterator[tuple[_Rung, str, float]]:
-    """(rung, model, milliseconds a token) of what was measured of decoding."""
+def _times(raw: _Speeds, names: Iterable[str], table: Path) -> Iterator[tuple[_Workload, str, float]]:
+    """Yield (workload, model, milliseconds per token) of each decoding measurement."""
     for row in raw["rows"]:
-        rung = check_as(row, _Rung, f"{table}: rows")
+        workload = check_as(row, _Workload, f"{table}: rows")
         for name in names:
             if ms := check_as(row.get(name) or {}, _Speed, f"{table}: {name}").get("token_ms"):
-                yield rung, name, ms
+                yield workload, name, ms
 
 
-def _speed_row(shape: Shape, each: int, rung: _Rung, ms: float) -> SpeedRow:
-    return SpeedRow(shape, Conditions(rung["batch"], rung["inputs"] + rung["outputs"], each, each), ms / 1000)
+def _speed_row(shape: Shape, weight_bytes: int, workload: _Workload, ms: float) -> SpeedRow:
+    context = workload["inputs"] + workload["outputs"]
+    return SpeedRow(shape, Conditions(workload["batch"], context, weight_bytes, weight_bytes), ms / 1000)
 
 
 class _Speeds(TypedDict):
-    """A `bench/table.json`."""
+    """Contents of a `bench/table.json`."""
 
     shapes: dict[str, dict[str, Any]]
     weight_bytes: dict[str, Count]
     rows: list[dict[str, Any]]
 
 
-class _Rung(TypedDict):
+class _Workload(TypedDict):
     batch: Count
     inputs: Count
     outputs: Count
@@ -90,7 +93,7 @@ class _Speed(TypedDict, total=False):
 
 
 def check_candidates(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
-    """Raises RecipeError for an empty grid, and TopologyError where the layout cannot hold a candidate."""
+    """Raise RecipeError if no candidate is within the budget, and TopologyError if one does not fit the layout."""
     for each in candidates_of(recipe, teacher):
         try:
             check_fits(each.shape, topology)

@@ -1,5 +1,7 @@
-"""Everything that can be known to be wrong with a recipe before work begins. `run`, `--dry-run` and `estimate` all call
-`check`; what only the tokens of the corpus can tell, `check_corpus` says once they are counted."""
+"""Check a recipe before work begins.
+
+`run`, `--dry-run` and `estimate` all call `check`. `check_corpus` follows once the corpus is tokenized and counted.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,13 @@ from .sizes import check_pruning, student_shape
 __all__ = ["check", "check_corpus", "planned"]
 
 INDEX_BYTES = 30
-"""Host memory for each sample of a phase: its source, its place, and megatron-core's indices of documents and
-samples."""
+"""Host memory per sample of a phase: its source, its position, and megatron-core's document and sample indices."""
 
 
 def planned(recipe: Recipe, processes: int | None = None) -> PlannedTopology:
-    """Return the recipe's layout over so many processes, by default the fewest that it needs.
+    """Return the recipe's layout over this many processes, by default the fewest that it needs.
 
-    Raises TopologyError where they cannot be laid out so.
+    Raises TopologyError if the number of processes does not fit the layout.
     """
     keys = recipe.parallel
     processes = processes or keys.pp * math.lcm(keys.tp * keys.cp, keys.ep)
@@ -42,10 +43,10 @@ def planned(recipe: Recipe, processes: int | None = None) -> PlannedTopology:
 
 
 def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> None:
-    """Raise a MinitronError for the first thing that a run of this recipe would meet. Not collective.
+    """Raise a MinitronError for the first problem that a run of this recipe would meet. Not collective.
 
-    topology: the layout, of processes that run or are planned. counts_only: nothing will run here, so that neither
-    weights nor Transformer Engine need be here.
+    topology: the layout of running or planned processes. counts_only: the recipe will not run on this machine, so that
+    weights and Transformer Engine are not required.
     """
     if not counts_only:
         check_spec(recipe.spec)
@@ -55,7 +56,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         check_weights(recipe.model)
     if not counts_only or any(recipe.model.glob("tokenizer*")):
         check_tokenizer(recipe.model, shape.vocab)
-    _check_places(recipe)
+    _check_paths(recipe)
     _check_held_out(recipe)
     check_fits(shape, topology)
     check_pruning(recipe, shape, topology)
@@ -72,7 +73,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         _check_schedule(key, phase)
         _check_index(key, phase)
     _check_lengths(recipe, config, phases)
-    _check_apart(recipe, topology)
+    _check_independent_replicas(recipe, topology)
     _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology, topology.dp)
     _check_lora(recipe, shape)
     _check_text_is_enough(recipe, phases)
@@ -80,9 +81,9 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
 
 
 def check_corpus(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise DataError where a prepared source holds too few tokens for something that will be asked of it.
+    """Raise DataError if a prepared source has too few tokens for a stage that draws from it.
 
-    sources: what `prepare` left of each, in the recipe's order.
+    sources: the result of `prepare` for each source, in the recipe's order.
     """
     sequence, names = recipe.data.sequence, list(sources)
     tokens = [int(sources[name]["tokens"]) for name in names]
@@ -90,22 +91,22 @@ def check_corpus(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]]) -> No
         held = int(sources[name]["validation_tokens"])
         if held <= sequence:
             raise DataError(
-                f"the held-out text of {name} is {held:,} tokens, less than one sample of {sequence:,}. Hold out more "
+                f"the held-out text of {name} has {held:,} tokens, less than one sample of {sequence:,}. Hold out more "
                 "(data.sources[].validation), or set a shorter data.sequence."
             )
-    for key, samples, length, weights, repeat in _asked(recipe):
+    for key, samples, length, weights, repeat in _sample_demands(recipe):
         counts = samples_by_source(weights, samples)
         for name, count, there in zip(names, counts, tokens, strict=True):
             held = (there - 1) // length
             if held < (1 if repeat else count):
                 raise DataError(
-                    f"{key} asks {name} for {count:,} samples of {length:,} tokens, and it holds {held:,} "
-                    f"({there:,} tokens). Ask for fewer tokens or less of this source, or let it repeat (data.repeat)."
+                    f"{key} needs {count:,} samples of {length:,} tokens from {name}, but it has only {held:,} "
+                    f"({there:,} tokens). Lower {key} or the weight of this source, or set data.repeat to true."
                 )
 
 
-def _asked(recipe: Recipe) -> Iterator[tuple[str, int, int, list[float], bool]]:
-    """(key, samples, tokens of each, weights, whether text may repeat) of all that draws from the training text."""
+def _sample_demands(recipe: Recipe) -> Iterator[tuple[str, int, int, list[float], bool]]:
+    """Yield (key, samples, tokens per sample, weights, whether text may repeat) of each user of the training text."""
     for key, phase in _training(recipe):
         samples = phase.steps * phase.keys.global_batch
         yield f"{key}.tokens", samples, phase.sequence, list(phase.weights), recipe.data.repeat
@@ -114,7 +115,7 @@ def _asked(recipe: Recipe) -> Iterator[tuple[str, int, int, list[float], bool]]:
 
 
 def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:
-    """(place in the recipe, phase) of all that trains."""
+    """Yield (key in the recipe, phase) of every training phase."""
     if recipe.correct and recipe.corrects_first:
         yield "correct", resolved(recipe.correct, recipe.data)[0]
     for number, phase in enumerate(resolved(recipe.distill, recipe.data)):
@@ -128,8 +129,8 @@ def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:
         yield "search.light", resolved(light_recipe(recipe).distill, recipe.data)[0]
 
 
-def _check_places(recipe: Recipe) -> None:
-    """The run folder must lie apart from what the run reads: each would take the other's files for its own."""
+def _check_paths(recipe: Recipe) -> None:
+    """Check that the run folder is separate from the run's inputs, so that neither's files are taken for the other's."""
     out = recipe.out.resolve()
     read = [("model", recipe.model), ("distill.start", recipe.distill.start)]
     read += [("data.sources", path) for source in recipe.data.sources for path in _paths(source)]
@@ -138,9 +139,9 @@ def _check_places(recipe: Recipe) -> None:
             continue
         there = path.resolve()
         if out == there or (there.is_dir() and there in out.parents):
-            raise RecipeError(f"out is {recipe.out}, which lies in {path} ({key}). Give a folder of its own.")
+            raise RecipeError(f"out is {recipe.out}, which is inside {path} ({key}). Give a separate folder.")
         if out in there.parents and key == "data.sources":
-            raise RecipeError(f"{path} ({key}) lies in the run folder {recipe.out}. Keep the two apart.")
+            raise RecipeError(f"{path} ({key}) is inside the run folder {recipe.out}. Move one of them.")
 
 
 def _paths(source: Source) -> list[Path]:
@@ -148,15 +149,15 @@ def _paths(source: Source) -> list[Path]:
 
 
 def _check_held_out(recipe: Recipe) -> None:
-    """Text that is trained on tells nothing as held-out text."""
+    """Check that no held-out file is also training text."""
     trained = {file.resolve() for source in recipe.data.sources for file in _text(source.path)}
     for source in recipe.data.sources:
         if isinstance(source.validation, Path):
             both = trained & {file.resolve() for file in _text(source.validation)}
             if both:
                 raise RecipeError(
-                    f"{min(both)} is training text and held-out text at once. Give data.sources[].validation other "
-                    "files, or a share of the documents."
+                    f"{min(both)} is both training text and held-out text. Give other files in "
+                    "data.sources[].validation, or a share of the documents."
                 )
 
 
@@ -171,13 +172,12 @@ def _check_schedule(key: str, phase: ResolvedPhase) -> None:
     keys = phase.keys
     if keys.lr < keys.min_lr:
         raise RecipeError(
-            f"{key}.lr is {keys.lr:g}, below {key}.min_lr, {keys.min_lr:g}, where the rate should end. "
-            f"Set {key}.min_lr to {keys.lr:g} or less."
+            f"{key}.lr is {keys.lr:g}, below {key}.min_lr, {keys.min_lr:g}. Set {key}.min_lr to {keys.lr:g} or less."
         )
     if keys.warmup_steps >= phase.steps and keys.warmup_steps > 0:
         raise RecipeError(
-            f"{key}.warmup_steps is {keys.warmup_steps}, and the training has {phase.steps} steps: the rate would "
-            f"hardly rise. Set {key}.warmup_steps below {phase.steps}, or more {key}.tokens."
+            f"{key}.warmup_steps is {keys.warmup_steps}, but training has only {phase.steps} steps. "
+            f"Set {key}.warmup_steps below {phase.steps}, or raise {key}.tokens."
         )
 
 
@@ -187,8 +187,8 @@ def _check_samples(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Top
     _check_split(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology, replicas)
     if len(phase.weights) != len(recipe.data.sources):
         raise RecipeError(
-            f"{key}.weights are {len(phase.weights)}, and data.sources are {len(recipe.data.sources)}. "
-            "Give one weight for each source."
+            f"{key}.weights has {len(phase.weights)} entries, but data.sources has {len(recipe.data.sources)}. "
+            "Give one weight per source."
         )
     if phase.sequence % (unit := topology.sequence_unit):
         where = "data.sequence" if phase.sequence == recipe.data.sequence else f"{key}.sequence"
@@ -202,31 +202,31 @@ def _check_index(key: str, phase: ResolvedPhase) -> None:
     needed, there = phase.steps * phase.keys.global_batch * INDEX_BYTES, psutil.virtual_memory().total
     if needed > there:
         raise RecipeError(
-            f"{key}.tokens asks for {phase.steps * phase.keys.global_batch:.3g} samples, whose index alone takes "
-            f"{needed / 2**30:.3g} GiB where this machine has {there / 2**30:.3g}. Ask for fewer tokens."
+            f"{key}.tokens means {phase.steps * phase.keys.global_batch:.3g} samples, whose index alone takes "
+            f"{needed / 2**30:.3g} GiB, but this machine has {there / 2**30:.3g} GiB. Lower {key}.tokens."
         )
 
 
 def _check_lengths(recipe: Recipe, config: ModelConfig, phases: Iterable[tuple[str, ResolvedPhase]]) -> None:
-    """No sample is longer than what the model was trained on."""
+    """Check that no sample is longer than the model's context."""
     lengths = {"data.sequence": recipe.data.sequence}
     lengths |= {f"{key}.sequence": phase.sequence for key, phase in phases if key.startswith("distill.phases")}
     for key, length in lengths.items():
         if length > config.longest and not recipe.data.beyond_positions:
             what = "max_position_embeddings" if config.longest == config.max_positions else "sliding_window"
             raise RecipeError(
-                f"{key} is {length}, and the model has a {what} of {config.longest}. "
+                f"{key} is {length}, but the model has a {what} of {config.longest}. "
                 f"Set {key} to {config.longest} or less, or data.beyond_positions to true."
             )
 
 
-def _check_apart(recipe: Recipe, topology: Topology) -> None:
+def _check_independent_replicas(recipe: Recipe, topology: Topology) -> None:
     if recipe.search and recipe.search.light and recipe.search.light.independent_replicas:
         check_independent_replicas(topology)
 
 
 def _check_split(key: str, total: int, micro: int, topology: Topology, replicas: int) -> None:
-    """replicas: among which the samples are split."""
+    """Check that samples divide into micro-batches. replicas: the data-parallel ranks that share the samples."""
     unit = micro * replicas
     if total % unit:
         raise RecipeError(
@@ -235,8 +235,8 @@ def _check_split(key: str, total: int, micro: int, topology: Topology, replicas:
         )
     if topology.vp > 1 and total // unit % topology.pp:
         raise RecipeError(
-            f"{key} gives {total // unit} micro-batches, and interleaving needs a multiple of pp={topology.pp}. "
-            f"Choose a multiple of {unit * topology.pp}, or vp: 1."
+            f"{key} gives {total // unit} micro-batches, but the interleaved schedule needs a multiple of "
+            f"pp={topology.pp}. Choose a multiple of {unit * topology.pp}, or vp: 1."
         )
 
 
@@ -246,10 +246,10 @@ def _check_start(recipe: Recipe, teacher: Shape) -> None:
         return
     check_weights(start)
     found, wanted = asdict(read_config(start).shape), asdict(student_shape(recipe, teacher))
-    unlike = [f"{size} {found[size]} for {wanted[size]}" for size in wanted if found[size] != wanted[size]]
+    unlike = [f"{size} {found[size]} instead of {wanted[size]}" for size in wanted if found[size] != wanted[size]]
     if unlike:
         raise RecipeError(
-            f"distill.start is {start}, which is no model of the student's shape: it has {', '.join(unlike)}. "
+            f"distill.start is {start}, which does not have the student's shape: {', '.join(unlike)}. "
             "Give another folder, or change prune."
         )
 
@@ -261,8 +261,8 @@ def _check_search(recipe: Recipe) -> None:
     known = [*CHOOSE_BY, *(task.name for task in recipe.evaluate.wanted())]
     if keys.choose not in known:
         raise RecipeError(
-            f"search.choose {keys.choose!r} is not known.{did_you_mean(keys.choose, known)} It may be "
-            f"{' or '.join(known)}: the tasks are those of evaluate."
+            f"search.choose {keys.choose!r} is unknown.{did_you_mean(keys.choose, known)} Use "
+            f"{' or '.join(known)}; tasks must be listed under evaluate."
         )
 
 
@@ -270,26 +270,26 @@ def _check_lora(recipe: Recipe, teacher: Shape) -> None:
     correct = recipe.correct
     if correct and correct.parameters == "lora" and correct.lora_rank > teacher.hidden:
         raise RecipeError(
-            f"correct.lora_rank is {correct.lora_rank}, and no matrix has a rank above {teacher.hidden}. Set it lower."
+            f"correct.lora_rank is {correct.lora_rank}, but no matrix has a rank above {teacher.hidden}. Lower it."
         )
 
 
 def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPhase]]) -> None:
-    """A token stands for a byte at least: what even so cannot be enough is refused before anything is tokenized."""
+    """Refuse a source that is too small even at one byte per token, before anything is tokenized."""
     most = [sum(file.stat().st_size for file in text_files([source.path])) for source in recipe.data.sources]
     for source, size in zip(recipe.data.sources, most, strict=True):
         held = source.validation
         text = size if isinstance(held, float) else sum(file.stat().st_size for file in text_files([held]))
         if text <= recipe.data.sequence:
             raise DataError(
-                f"the held-out text of {source.path} is {text:,} bytes, less than one sample of "
+                f"the held-out text of {source.path} has {text:,} bytes, less than one sample of "
                 f"{recipe.data.sequence:,} tokens. Hold out more, or set a shorter data.sequence."
             )
-    for key, samples, length, weights, repeat in _asked(recipe):
+    for key, samples, length, weights, repeat in _sample_demands(recipe):
         for source, size, weight in zip(recipe.data.sources, most, weights, strict=True):
             needed = int(length * (1 if repeat else samples * weight / sum(weights)))
             if size < needed:
                 raise DataError(
-                    f"{key} asks {source.path} for {needed:,} tokens, and it has {size:,} bytes. Ask for fewer tokens "
-                    "or less of this source, or let it repeat (data.repeat)."
+                    f"{key} needs {needed:,} tokens from {source.path}, but it has only {size:,} bytes. Lower {key} or "
+                    "the weight of this source, or set data.repeat to true."
                 )

@@ -1,4 +1,4 @@
-"""Checks of the tasks that a recipe names, before work begins."""
+"""Check the tasks of a recipe before work begins."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..recipe import Recipe
 __all__ = ["WINOGRANDE", "check_evaluation", "settings_folder"]
 
 WINOGRANDE = Task("winogrande", 5, "acc")
-"""As the second paper chooses layers by it."""
+"""The task by which the second paper chooses layers."""
 
 
 def check_evaluation(recipe: Recipe, folder: Path | None = None) -> None:
-    """Check the tasks that a recipe names, and the one that chooses layers, before work begins. Raises MinitronErrors.
+    """Check the tasks of `evaluate` and the one of `score.depth`. Raises MinitronErrors.
 
-    folder: the model that runs them; None: the recipe's.
+    folder: the model that runs them; None: the recipe's model.
     """
     keys, depth = recipe.evaluate, recipe.score.depth
     tokenizer = recipe.model if any(recipe.model.glob("tokenizer*")) else None  # an estimate needs none
@@ -34,5 +34,5 @@ def check_evaluation(recipe: Recipe, folder: Path | None = None) -> None:
 
 
 def settings_folder(recipe: Recipe, folder: Path) -> Path:
-    """The folder whose generation settings count: a model's own, or the recipe's model's where it has none."""
+    """Return the folder to read generation settings from: `folder`, or the recipe's model if it has none."""
     return folder if (folder / "generation_config.json").is_file() else recipe.model

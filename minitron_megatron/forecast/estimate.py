@@ -1,4 +1,4 @@
-"""What a recipe will take: counted from shapes alone, with no GPU and no weights."""
+"""Estimate the cost of a recipe from shapes alone, without GPU and weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Estimate", "count", "estimate"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Shapes, sizes and work of a run on `gpus` processes."""
+    """Shapes, memory, FLOPs and time of a run on `gpus` processes."""
 
     teacher: Shape
     student: Shape
@@ -31,45 +31,46 @@ class Estimate:
     teacher_parameters: int
     student_parameters: int
     rank_bytes: int
-    """On the fullest rank, at its fullest: weights of both models, the student's gradients and optimizer, the teacher's
-    stash; or, where the teacher is corrected, its weights, gradients and optimizer."""
+    """Peak memory of the fullest rank, without activations: in distillation the weights of both models, the student's
+    gradients and optimizer, and the teacher's hidden states; or, if more, the teacher's correction."""
     stash_bytes: int
-    """The teacher's final hidden states of a step, on a last-stage rank."""
+    """Memory for the teacher's final hidden states of a step, on a rank of the last pipeline stage."""
     disk_bytes: int
-    """Every model that the run writes."""
+    """Disk space of all models that the run writes."""
     kv_cache_bytes: int
-    """The student's, bf16, for one sequence of `data.sequence` tokens."""
+    """The student's KV cache in bf16, for one sequence of `data.sequence` tokens."""
     correct_tokens: int
     distill_tokens: int
     export_bytes: int
-    """Of the tensors of the export."""
+    """Bytes of the export's tensors."""
     flops: int
-    """Of the whole run."""
+    """FLOPs of the whole run."""
     stage_flops: Mapping[str, int]
-    """Of each stage that trains or scores; the teacher's forward passes included."""
+    """FLOPs of each stage that trains or scores, including the teacher's forward passes."""
     teacher_flops: int
-    """Of the teacher's forward passes in one distillation."""
+    """FLOPs of the teacher in one distillation: its forward passes, and its training where it is corrected
+    continuously."""
     hours: float
     candidates: tuple[Candidate, ...]
-    """Of a search, the largest first; the student is then the first of them, and `flops` a bound."""
+    """Candidates of a search, the largest first. `student` is then the first of them, and `flops` an upper bound."""
     light_flops: Mapping[str, int]
-    """Candidate -> what its light distillation takes."""
+    """Candidate -> FLOPs of its light distillation."""
     warnings: tuple[str, ...]
-    """Clients that will not serve the export."""
+    """Clients that cannot serve the export."""
     notes: tuple[str, ...]
-    """The same, of clients that the guide does not serve with."""
+    """The same for clients that the guide does not serve with."""
 
     def expect_to_fit(self, gib: float) -> None:
-        """Raises TopologyError where a rank holds more than `gib` GiB, activations not counted."""
+        """Raise TopologyError if a rank holds more than `gib` GiB, without activations."""
         expect_number("the memory of a GPU", gib, above=0)
         if self.rank_bytes > gib * 2**30:
             raise TopologyError(
-                f"a rank would hold {self.rank_bytes / 2**30:.1f} GiB before activations, and has {gib:g}. Raise "
-                "parallel.tp or pp, or lighten the teacher (distill.offload_teacher, teacher_dtype, teacher_window)."
+                f"a rank needs {self.rank_bytes / 2**30:.1f} GiB before activations, but has {gib:g} GiB. Raise "
+                "parallel.tp or pp, or save teacher memory (distill.offload_teacher, teacher_dtype, teacher_window)."
             )
 
     def predictions(self) -> dict[str, Any]:
-        """What a report can set beside what was measured: parameters of each model, bytes, FLOPs of each stage."""
+        """Return the predictions that a report compares with measurements: parameters, bytes, and FLOPs by stage."""
         smaller = dict.fromkeys(("pruned", "distilled", "random", "export"), self.student_parameters)
         return {
             "parameters": {"teacher": self.teacher_parameters, "corrected": self.teacher_parameters, **smaller},
@@ -80,7 +81,7 @@ class Estimate:
         }
 
     def candidate_rows(self) -> list[dict[str, Any]]:
-        """Of each candidate its name, its costs and the hours of its light distillation."""
+        """Return a row per candidate: name, costs, and hours of its light distillation."""
         rate = self.hours / self.flops if self.flops else 0.0
         return [
             {"name": each.name, "costs": dict(each.costs), "hours": self.light_flops.get(each.name, 0) * rate}
@@ -88,33 +89,34 @@ class Estimate:
         ]
 
     def rows(self) -> dict[str, str]:
-        """The estimate in words."""
+        """Return the estimate as label -> text."""
         gib = 2**30
         return {
             "teacher": f"{self.teacher_parameters:,} parameters",
             "student": f"{self.student_parameters:,} parameters",
-            "student shape": _say(self.student),
-            "memory a rank": f"{self.rank_bytes / gib:.3f} GiB before activations",
-            "of that, teacher states": f"{self.stash_bytes / gib:.3f} GiB",
+            "student shape": _shape_text(self.student),
+            "memory per rank": f"{self.rank_bytes / gib:.3f} GiB before activations",
+            "of which teacher states": f"{self.stash_bytes / gib:.3f} GiB",
             "disk": f"{self.disk_bytes / gib:.3f} GiB",
-            "KV cache a sequence": f"{self.kv_cache_bytes / gib:.3f} GiB",
-            "correction": f"{self.correct_tokens:,} tokens",
+            "KV cache per sequence": f"{self.kv_cache_bytes / gib:.3f} GiB",
+            "teacher correction": f"{self.correct_tokens:,} tokens",
             "distillation": f"{self.distill_tokens:,} tokens",
-            "work": f"{self.flops:.3g} FLOPs",
+            "compute": f"{self.flops:.3g} FLOPs",
             "time": f"{self.hours:.3g} hours on {self.gpus} GPUs",
-        } | {name: " ".join(said) for name, said in (("warning", self.warnings), ("note", self.notes)) if said}
+        } | {name: " ".join(each) for name, each in (("warning", self.warnings), ("note", self.notes)) if each}
 
 
-def _say(shape: Shape) -> str:
+def _shape_text(shape: Shape) -> str:
     width = f"hidden {shape.hidden}, ffn {shape.ffn}, {shape.heads} heads in {shape.kv_groups} kv_groups"
     return f"{shape.layers} layers, {width} of {shape.head_dim}"
 
 
 def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_flops: float = 989e12) -> Estimate:
-    """Counts a recipe, after the checks that a run begins with. Needs no weights and no GPU.
+    """Estimate a recipe, after the checks that `run` makes. Needs no weights and no GPU.
 
-    gpus: processes, by default the fewest that the layout needs. mfu: the share reached of `peak_flops`, which is an
-    H100's in dense bf16. Raises MinitronErrors as `run` does.
+    gpus: number of processes, by default the fewest that the layout needs. mfu: model FLOPs utilisation, the share of
+    `peak_flops` that is reached; `peak_flops` is by default an H100's in dense bf16. Raises MinitronErrors as `run`
+    does.
     """
     expect_number("mfu", mfu, above=0, at_most=1)
     expect_number("peak_flops", peak_flops, above=0)
@@ -126,7 +128,7 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
 
 
 def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 989e12) -> Estimate:
-    """Counts a recipe that was checked."""
+    """Estimate a recipe that was checked."""
     config = read_config(recipe.model)
     teacher = config.shape
     student = student_shape(recipe, teacher)
@@ -141,7 +143,7 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 98
         * phase.sequence
         for phase in phases
     )
-    stash = ahead * teacher.hidden * WEIGHT_BYTES[recipe.teacher_runs_in] // split
+    stash = ahead * teacher.hidden * WEIGHT_BYTES[recipe.frozen_teacher_dtype] // split
     corrected = resolved(recipe.correct, recipe.data)[0].tokens if recipe.correct and recipe.corrects_first else 0
     passes = 3 if recipe.correct and recipe.correct.continuous else 1
     taught = passes * sum(flops_per_token(teacher, phase.sequence) * phase.tokens for phase in phases)
@@ -183,7 +185,7 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 98
 
 
 def _score_flops(recipe: Recipe, teacher: Shape) -> int:
-    """Of a calibration token: a pass for the units in each round, and what is left of every network without a block."""
+    """Return FLOPs per calibration token: one pass per round for the units, and one per network without a block."""
     sequence, sweep = recipe.data.sequence, depth_sweep(recipe, teacher)
     widths = [teacher] if scores_wanted(recipe) else []
     total = sum(flops_per_token(shape, sequence) for shape in [*widths, *round_shapes(recipe, teacher)[:-1]])
@@ -198,13 +200,13 @@ def _score_flops(recipe: Recipe, teacher: Shape) -> int:
 
 
 def _flops_of_layers(teacher: Shape, sequence: int) -> tuple[int, int]:
-    """FLOPs a token of a network without layers, and of each layer."""
+    """Return FLOPs per token of a network without layers, and those of one layer."""
     one, two = (flops_per_token(teacher.resized(layers=layers), sequence) for layers in (1, 2))
     return one - (two - one), two - one
 
 
 def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> dict[str, int]:
-    """Of each candidate, were it distilled for a while; the teacher's passes with it."""
+    """Return the FLOPs of each candidate's light distillation, including the teacher's passes."""
     if recipe.search is None or recipe.search.light is None:
         return {}
     keys, sequence = light_recipe(recipe).distill, recipe.data.sequence
@@ -213,7 +215,8 @@ def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> 
 
 
 def _search_flops(recipe: Recipe, found: Sequence[Candidate], light: Mapping[str, int]) -> int:
-    """A pass of each candidate over the calibration samples, and the light distillation of the most expensive ones."""
+    """Return the FLOPs of a search: a pass of each candidate over the calibration samples, and the light distillation of
+    the most expensive ones."""
     sequence = recipe.data.sequence
     passes = sum(flops_per_token(each.shape, sequence) for each in found) * recipe.score.samples * sequence
     top = recipe.search.light.top if recipe.search and recipe.search.light else None
@@ -221,16 +224,16 @@ def _search_flops(recipe: Recipe, found: Sequence[Candidate], light: Mapping[str
 
 
 def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stash: int) -> int:
-    """The most that a rank holds in distillation, or in correction."""
+    """Return the peak memory of the fullest rank, in distillation or teacher correction."""
     keys, dtype = recipe.parallel, recipe.dtype
     topology = Topology(**keys.model_dump())
     trained: list[float] = training_bytes(teacher, topology, dtype, world)
-    if recipe.correct and recipe.correct.parameters != "all":  # the rest is small; lora keeps weights with corrections
+    if recipe.correct and recipe.correct.parameters != "all":  # gradients are small; lora also keeps merged weights
         weights = {"norms": 1, "lora": 2}[recipe.correct.parameters]
         trained = [weights * each for each in model_bytes(teacher, topology, dtype)]
-    frozen = model_bytes(teacher, topology, recipe.teacher_runs_in, packed=recipe.distill.teacher_dtype == "float8")
-    beside = frozen if recipe.corrects_first or not recipe.correct else trained
-    both = zip(beside, training_bytes(student, topology, dtype, world), strict=True)
+    frozen = model_bytes(teacher, topology, recipe.frozen_teacher_dtype, packed=recipe.distill.teacher_dtype == "float8")
+    teaching = frozen if recipe.corrects_first or not recipe.correct else trained
+    both = zip(teaching, training_bytes(student, topology, dtype, world), strict=True)
     distill = [teacher_bytes + student_bytes for teacher_bytes, student_bytes in both]
     distill[-1] += stash
     return round(max(distill + (trained if recipe.corrects_first else [])))

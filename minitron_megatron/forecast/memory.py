@@ -1,4 +1,4 @@
-"""What weights, gradients and optimizer weigh on a rank: counted from the layout table, with no process started."""
+"""Memory of weights, gradients and optimizer on a rank, counted from the layout table without starting a process."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ __all__ = ["WEIGHT_BYTES", "model_bytes", "rank_parameters", "training_bytes"]
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
-"""Adam's two fp32 moments, and an fp32 master copy of bf16 weights; split over the ranks that hold the same weights."""
+"""Adam's two fp32 moments, and an fp32 master copy of bf16 weights; sharded over the ranks that hold the same weights."""
 
 
 def rank_parameters(shape: Shape, topology: Topology) -> list[tuple[int, int]]:
-    """(parameters outside the experts, those of experts) that a rank of each pipeline stage holds: vocabulary padded, a
-    tied embedding counted in both of its homes. Raises TopologyError where the layers cannot fill the stages."""
-    return _held(shape, topology, lambda name: 1)
+    """Return (non-expert parameters, expert parameters) of a rank of each pipeline stage.
+
+    The vocabulary is padded, and a tied embedding counts on both stages that hold it. Raises TopologyError if there
+    are fewer layers than stages.
+    """
+    return _weighted_parameters(shape, topology, lambda name: 1)
 
 
-def _held(shape: Shape, topology: Topology, weigh: Callable[[str], int]) -> list[tuple[int, int]]:
-    """The same, each parameter counted as often as its name weighs."""
+def _weighted_parameters(shape: Shape, topology: Topology, weigh: Callable[[str], int]) -> list[tuple[int, int]]:
+    """Return the same, each parameter multiplied by the weight of its name."""
     sizes, held = shape.sizes(), [[0, 0] for _ in range(topology.pp)]
     stage_of = {layer: at % topology.pp for at, layers in enumerate(topology.stages(shape.layers)) for layer in layers}
     for name in shape.names():
@@ -37,15 +40,16 @@ def _held(shape: Shape, topology: Topology, weigh: Callable[[str], int]) -> list
 
 
 def model_bytes(shape: Shape, topology: Topology, dtype: str, *, packed: bool = False) -> list[int]:
-    """Weights alone, on a rank of each pipeline stage. packed: the layers' matrices in eight bits."""
-    return [
-        sum(pair)
-        for pair in _held(shape, topology, lambda name: 1 if packed and is_packed(name) else WEIGHT_BYTES[dtype])
-    ]
+    """Return the bytes of the weights on a rank of each pipeline stage. packed: the layers' matrices in float8."""
+
+    def weigh(name: str) -> int:
+        return 1 if packed and is_packed(name) else WEIGHT_BYTES[dtype]
+
+    return [sum(pair) for pair in _weighted_parameters(shape, topology, weigh)]
 
 
 def training_bytes(shape: Shape, topology: Topology, dtype: str, world: int) -> list[float]:
-    """Weights, gradients and this rank's part of the optimizer, on a rank of each pipeline stage."""
+    """Return the bytes of weights, gradients and optimizer shard on a rank of each pipeline stage."""
     whole, optimizer = WEIGHT_BYTES[dtype] + GRADIENT_BYTES, OPTIMIZER_BYTES[dtype]
     stage = max(1, world // topology.pp)
     dp, edp = max(1, stage // topology.tp), max(1, stage // topology.ep)

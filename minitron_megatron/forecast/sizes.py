@@ -1,4 +1,4 @@
-"""What the `score` and `prune` keys of a recipe ask of a teacher: counted from its shape alone."""
+"""Sizes and measurements that a recipe's `score` and `prune` keys imply for a teacher, from its shape alone."""
 
 from __future__ import annotations
 
@@ -28,34 +28,38 @@ __all__ = [
 ]
 
 ROUND_MULTIPLE = 64
-"""Sizes between two rounds are multiples of what divides both ends, up to this, so that they fit where these do."""
+"""Intermediate sizes are multiples of the common divisor of the first and last size and this number, so that they fit
+the same layouts."""
 
 
 @dataclass(frozen=True)
 class DepthSweep:
-    """How layers are measured."""
+    """Settings of the measurement of layers."""
 
     metric: str
     lengths: tuple[int, ...]
+    """Lengths of the blocks that are left out."""
     greedy: int
-    """Layers to take one by one."""
+    """Layers to remove one by one."""
 
 
 def student_shape(recipe: Recipe, teacher: Shape) -> Shape:
-    """What the recipe makes of a teacher; before a search has ended, the largest that it may. Raises PlanError where it
-    cannot."""
+    """Return the student's shape; before a search has ended, that of the largest candidate. Raises PlanError for
+    impossible sizes."""
     if recipe.search:
         return candidates_of(recipe, teacher)[0].shape
     sizes, layers = checked_sizes(teacher, recipe.prune.sizes()), recipe.prune.layers
     if not isinstance(layers, int):
         return Plan(teacher, layers=layers).target.resized(**sizes)
     if layers > teacher.layers:
-        raise PlanError(f"axis layers should keep {layers} of {teacher.layers}. Ask for 1 to {teacher.layers}.")
+        raise PlanError(
+            f"prune.layers is {layers}, but the teacher has {teacher.layers} layers. Use 1 to {teacher.layers}."
+        )
     return teacher.resized(layers=layers, **sizes)
 
 
 def rounds(recipe: Recipe, teacher: Shape) -> list[dict[str, int]]:
-    """The widths after each of `prune.iterations` rounds: evenly spaced but for rounding, the last as asked."""
+    """Return the widths after each of `prune.iterations` rounds: even steps, rounded, to the requested sizes."""
     count, sizes = recipe.prune.iterations, recipe.prune.sizes()
 
     def after(at: int, axis: str) -> int:
@@ -66,13 +70,13 @@ def rounds(recipe: Recipe, teacher: Shape) -> list[dict[str, int]]:
 
 
 def round_shapes(recipe: Recipe, teacher: Shape) -> list[Shape]:
-    """The model after each round."""
+    """Return the model's shape after each round."""
     layers = student_shape(recipe, teacher).layers
     return [teacher.resized(layers=layers, **checked_sizes(teacher, sizes)) for sizes in rounds(recipe, teacher)]
 
 
 def _unit(axis: str, teacher: Shape, size: int, count: int) -> int:
-    """What sizes between the rounds are multiples of: the layout has no say in it."""
+    """Return the unit of intermediate sizes. It does not depend on the layout."""
     if axis == "heads" and teacher.heads != teacher.kv_groups:
         return teacher.kv_groups
     unit = gcd(teacher.axis_size(axis), size, ROUND_MULTIPLE)
@@ -82,17 +86,18 @@ def _unit(axis: str, teacher: Shape, size: int, count: int) -> int:
 
 
 def scores_wanted(recipe: Recipe) -> bool:
-    """Whether anything is chosen by importance, of units or of layers."""
+    """Whether units or layers are chosen by importance."""
     return recipe.prune.by == "importance" or measures_depth(recipe)
 
 
 def measures_depth(recipe: Recipe) -> bool:
+    """Whether the importance of layers is measured."""
     searched = recipe.search is not None and recipe.search.layers is not None
     return recipe.score.depth is not None or isinstance(recipe.prune.layers, int) or searched
 
 
 def depth_sweep(recipe: Recipe, teacher: Shape) -> DepthSweep | None:
-    """How the recipe has layers measured; None: not at all."""
+    """Return the settings of the measurement of layers; None: they are not measured."""
     if not measures_depth(recipe):
         return None
     keys, lengths = recipe.score.depth or Depth(), set((recipe.score.depth or Depth()).lengths)
@@ -103,29 +108,27 @@ def depth_sweep(recipe: Recipe, teacher: Shape) -> DepthSweep | None:
 
 
 def _depths(recipe: Recipe) -> set[int]:
-    """The numbers of layers that may stay, where the recipe says how many and not which."""
-    if recipe.search:  # whatever the budget: an edited one asks for no new scores
+    """Return the possible numbers of kept layers, if the recipe gives numbers and not a list of layers."""
+    if recipe.search:  # regardless of the budget, so that editing it needs no new scores
         return set(recipe.search.layers or ())
     return {recipe.prune.layers} if isinstance(recipe.prune.layers, int) else set()
 
 
 def statistic_of(recipe: Recipe) -> Statistic:
-    """How activations add up."""
+    """Return the aggregation of activations that the recipe sets."""
     return Statistic(**recipe.score.statistic.model_dump())
 
 
 def check_pruning(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
-    """Raises RecipeError, PlanError or TopologyError where a teacher cannot be scored and cut so, or cannot teach so.
-
-    Not collective.
-    """
+    """Raise RecipeError, PlanError or TopologyError if the teacher cannot be scored, pruned or distilled as the recipe
+    says. Not collective."""
     if recipe.search:
         check_candidates(recipe, teacher, topology)
     check_fits(student_shape(recipe, teacher), topology)
     if scores_wanted(recipe):
         check_statistic(statistic_of(recipe), teacher)
     if recipe.prune.merge != "none" and recipe.prune.by != "importance":
-        raise RecipeError(f"prune.merge ranks heads by scores, and by: {recipe.prune.by} has none. Set it to none.")
+        raise RecipeError(f"prune.merge needs scores, but prune.by: {recipe.prune.by} has none. Set merge to none.")
     if recipe.prune.merge != "none":
         check_merge(teacher, student_shape(recipe, teacher), recipe.prune.merge)
     _check_depth(recipe, teacher)
@@ -140,15 +143,15 @@ def _check_depth(recipe: Recipe, teacher: Shape) -> None:
         return
     if any(length >= teacher.layers for length in keys.lengths):
         raise RecipeError(
-            f"score.depth.lengths is {list(keys.lengths)}, and {teacher.layers} layers are there. "
-            f"Ask for blocks of 1 to {teacher.layers - 1}."
+            f"score.depth.lengths is {list(keys.lengths)}, but the teacher has {teacher.layers} layers. "
+            f"Use lengths from 1 to {teacher.layers - 1}."
         )
     if keys.greedy and keys.metric == "bi":
-        raise RecipeError("score.depth.greedy has no meaning with metric bi. Use metric loss or kl, or greedy: false.")
+        raise RecipeError("score.depth.greedy does not work with metric bi. Use metric loss or kl, or greedy: false.")
     if keys.greedy and min([student_shape(recipe, teacher).layers, *_depths(recipe)]) == teacher.layers:
         raise RecipeError(
-            "score.depth.greedy takes as many layers as prune.layers lets go, and all stay. Set prune.layers, "
-            "or greedy: false."
+            "score.depth.greedy removes as many layers as prune.layers does, but prune.layers keeps all. "
+            "Set prune.layers, or greedy: false."
         )
 
 
@@ -157,10 +160,10 @@ def _check_rounds(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
     if keys.iterations == 1:
         return
     if keys.by != "importance" or not keys.sizes():
-        why = f"by: {keys.by} scores nothing" if keys.by != "importance" else "no width is cut"
+        why = f"prune.by: {keys.by} needs no scores" if keys.by != "importance" else "no width is pruned"
         raise RecipeError(f"prune.iterations is {keys.iterations}, but {why}. Set it to 1.")
     most = max(teacher.axis_size(axis) - size for axis, size in keys.sizes().items())
     if keys.iterations > max(most, 1):
-        raise RecipeError(f"prune.iterations is {keys.iterations}, and no axis loses more than {most}. Set it lower.")
+        raise RecipeError(f"prune.iterations is {keys.iterations}, but no axis loses more than {most}. Lower it.")
     for shape in round_shapes(recipe, teacher):
         check_fits(shape, topology)

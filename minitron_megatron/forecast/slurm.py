@@ -1,4 +1,4 @@
-"""The job that a recipe asks of Slurm."""
+"""Slurm commands that submit a recipe."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from .estimate import Estimate
 __all__ = ["slurm_commands"]
 
 NODE_GPUS = 8
-"""Of a DGX H100."""
+"""GPUs of a DGX H100 node."""
 LONGEST_HOURS = 4.0
-"""A longer run goes back into the queue and on from where it stopped; shorter jobs start sooner."""
+"""Longest time limit. A longer run is requeued and resumes; shorter jobs start sooner."""
 SHORTEST_HOURS = 0.25
 SLACK = 1.5
-"""Time asked for over time estimated: loading, evaluation and saving are not in the estimate."""
+"""Requested over estimated time: the estimate leaves out loading, evaluation and saving."""
 
 
 def slurm_commands(recipe: Path, arguments: Sequence[str], found: Estimate) -> str:
-    """The shell lines that submit a recipe, from the project's folder, on as many GPUs as were estimated.
+    """Return the shell lines that submit a recipe on the estimated number of GPUs, from the project's folder.
 
-    arguments: what goes to `minitron run` besides. Raises TopologyError where the GPUs are not whole nodes.
+    arguments: further arguments of `minitron run`. Raises TopologyError if the GPUs do not fill whole nodes.
     """
     nodes = ceil(found.gpus / NODE_GPUS)
     if found.gpus > NODE_GPUS and found.gpus % NODE_GPUS:
-        raise TopologyError(f"{found.gpus} GPUs are not whole nodes of {NODE_GPUS}. Give --gpus {nodes * NODE_GPUS}.")
+        raise TopologyError(
+            f"{found.gpus} GPUs do not fill whole nodes of {NODE_GPUS}. Give --gpus {nodes * NODE_GPUS}."
+        )
     options = [f"--nodes={nodes}", f"--time={_time(found.hours * SLACK)}"]
     lines = ["source slurm/cluster.env"]
     if found.gpus < NODE_GPUS:

@@ -1,4 +1,4 @@
-"""Recipes: what a user asks of a run.
+"""Recipes: the settings of a run, from YAML.
 
 Knows: the keys and their defaults, YAML. Must not know: how a run is carried out, or what it costs.
 """

@@ -1,4 +1,4 @@
-"""The nearest known key to an unknown one: by spelling, by the field's other words for it, or at another place."""
+"""Suggest a key for an unknown one: by spelling, by other tools' names for it, or from another block."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
     "wandb": ("wandb_mode",),
     "independent_replicas": ("apart",),
 }
-"""Key -> how other tools call it."""
+"""Key -> names that other tools use for it."""
 
 
 def nearest_key(loc: Sequence[int | str], schema: Mapping[str, Any]) -> str:
-    """` Did you mean 'x'?` for the unknown key at `loc` in a recipe, or the empty string."""
+    """Return ` Did you mean 'x'?` for the unknown key at `loc` in a recipe, or the empty string."""
     *place, last = loc
     word = str(last)
     known = list(_block(place, schema).get("properties", ()))
@@ -74,7 +74,7 @@ def nearest_key(loc: Sequence[int | str], schema: Mapping[str, Any]) -> str:
 
 
 def _block(place: Sequence[int | str], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema's block of keys at a place in the tree; empty where the place is no block."""
+    """Return the schema of the block at a place in the tree; empty if there is no block."""
     at: Mapping[str, Any] = schema
     for part in place:
         inner = at.get("items", {}) if isinstance(part, int) else at.get("properties", {}).get(part, {})
@@ -83,7 +83,7 @@ def _block(place: Sequence[int | str], schema: Mapping[str, Any]) -> Mapping[str
 
 
 def _resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follows references and the non-null side of an optional block."""
+    """Follow `$ref`s and the non-null side of an optional block."""
     for choice in node.get("anyOf", ()):
         if "$ref" in choice:
             node = choice
@@ -93,7 +93,7 @@ def _resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str
 
 
 def _paths(block: Mapping[str, Any], schema: Mapping[str, Any], before: str = "") -> Iterator[str]:
-    """Every key's path, outermost first; lists of blocks are left out."""
+    """Yield every key's path, outermost first; lists of blocks are left out."""
     inner = {name: _resolved(node, schema) for name, node in block.get("properties", {}).items()}
     yield from (f"{before}{name}" for name in inner)
     for name, node in inner.items():

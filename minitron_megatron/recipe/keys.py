@@ -1,4 +1,4 @@
-"""The types of recipe keys: what YAML may say, and how a wrong value is refused."""
+"""Types of recipe keys: the YAML values they accept, and the errors for the others."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = [
 DType = Literal["float32", "bfloat16"]
 
 MOST = 2**63 - 1
-"""The largest count: what an int64 index holds."""
+"""The largest count: the maximum of an int64 index."""
 LONGEST_NAME, LONGEST_PATH = 255, 4096
 """Linux's limits on a file name and a path, in bytes."""
 
 
 def _whole(value: Any) -> Any:
-    """YAML reads `94e9` as text and `94.0e9` as a float: both are whole numbers here."""
+    """Turn `94e9` (text in YAML) and `94.0e9` (a float) into the whole numbers they mean."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -42,16 +42,16 @@ def _whole(value: Any) -> Any:
 
 
 def _layers(value: Any) -> Any:
-    """A number of layers, or a list of them; said once, where pydantic would tell of each alternative."""
+    """Check a number of layers or a list of layer indices, with one message (pydantic gives one per alternative)."""
     listed = value if isinstance(value, list | tuple) else [value]
     whole = all(isinstance(layer, int) and 0 <= layer <= MOST for layer in listed)
     if not whole or not listed or (isinstance(value, int) and value < 1):
-        raise ValueError("Give how many layers to keep, or a list of those that stay")
+        raise ValueError("Give the number of layers to keep, or a list of the layers to keep")
     return value
 
 
 def _path(value: Any) -> Any:
-    """Refuse what no file system takes; an empty path would be the current folder."""
+    """Refuse paths that no file system accepts, and the empty path, which would mean the current folder."""
     if not isinstance(value, str | Path):
         raise ValueError("Give a path")
     try:
@@ -59,20 +59,20 @@ def _path(value: Any) -> Any:
     except UnicodeEncodeError as error:
         raise ValueError("Give a path whose name is UTF-8") from error
     if not text.strip() or b"\0" in text:
-        raise ValueError("Give a path; it is empty or holds a NUL character")
+        raise ValueError("Give a path; this one is empty or contains a NUL character")
     if len(text) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in text.split(b"/")):
-        raise ValueError(f"Give a path of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}")
+        raise ValueError(f"Give a path of at most {LONGEST_PATH} bytes, with each name at most {LONGEST_NAME} bytes")
     return value
 
 
 def _held_out(value: Any) -> Any:
-    """Files, or a share of the documents; said once, where pydantic would tell of both."""
+    """Check held-out files or a share of the documents, with one message (pydantic gives one per alternative)."""
     try:
         share = float(value)
     except (TypeError, ValueError):
         return _path(value)
     if not 0 < share < 1:
-        raise ValueError("Give held-out files, or the share of documents to hold out, between 0 and 1")
+        raise ValueError("Give a path of held-out files, or the share of documents to hold out, between 0 and 1")
     return share
 
 
@@ -83,7 +83,7 @@ HeldOut = Annotated[Path | float, BeforeValidator(_held_out)]
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=MOST)]
 Steps = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST)]
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**32)]
-"""The range that numpy's and torch's generators share."""
+"""Seed in the range that both numpy's and torch's generators accept."""
 Layers = Annotated[int | tuple[int, ...], BeforeValidator(_layers)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -93,46 +93,46 @@ T = TypeVar("T")
 
 
 class _HowToRun:
-    """The mark of a key that no result depends on."""
+    """Mark of a key that does not affect results."""
 
 
 HowToRun = Annotated[T, _HowToRun()]
-"""A key that only says how to run. Every key without this mark decides results, and is in the fingerprints of the
-stages that read it."""
+"""A key that does not affect results, such as the layout. Every key without this mark does, and is part of the
+fingerprint of the stages that read it."""
 
 
 class Keys(BaseModel):
-    """A block of keys. No number in it is infinite or NaN, and true is not 1."""
+    """A block of recipe keys. Numbers are finite, and booleans are not accepted as numbers."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=False
     )
 
     @classmethod
-    def says_how_to_run(cls, name: str) -> bool:
-        """Whether no result depends on a key of this block."""
+    def is_how_to_run(cls, name: str) -> bool:
+        """Whether a key of this block has no effect on results."""
         return any(isinstance(mark, _HowToRun) for mark in cls.model_fields[name].metadata)
 
     def deciding(self) -> dict[str, Any]:
-        """The keys that results depend on, at any depth, as JSON."""
+        """Return the keys that affect results, at any depth, as JSON."""
         plain, names = self.model_dump(mode="json"), type(self).model_fields
-        return {name: _deciding(getattr(self, name), plain[name]) for name in names if not self.says_how_to_run(name)}
+        return {name: _deciding(getattr(self, name), plain[name]) for name in names if not self.is_how_to_run(name)}
 
     @field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes true for 1 and pydantic takes 1 for true: neither is what a recipe means."""
+    def _refuse_wrong_bools(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a boolean where a number is expected, and the reverse; Python and pydantic would convert them."""
         kinds = _leaf_types(cls.model_fields[str(info.field_name)].annotation)
         if bool in kinds:
             if not isinstance(value, bool) and not (value is None and type(None) in kinds):
                 raise ValueError("Give true or false")
         elif not any(isinstance(kind, type) and issubclass(kind, Keys) for kind in kinds) and _holds_bool(value):
-            raise ValueError("Give a value; true and false are for switches")
+            raise ValueError("Give a value of another type; this key is not a true/false switch")
         return value
 
 
 def _deciding(value: Any, plain: Any) -> Any:
-    """plain: the value as JSON."""
+    """Return the part of one value that affects results. plain: the value as JSON."""
     if isinstance(value, Keys):
         return value.deciding()
     if isinstance(value, tuple):
@@ -141,7 +141,7 @@ def _deciding(value: Any, plain: Any) -> Any:
 
 
 def _leaf_types(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of, without unions, containers and metadata."""
+    """Return the types inside an annotation, without unions, containers and metadata."""
     if get_origin(annotation) is Literal:
         return {type(each) for each in get_args(annotation)}
     parts = get_args(annotation)

@@ -1,4 +1,4 @@
-"""Recipes from YAML, and what is wrong with one in the user's words."""
+"""Load recipes from YAML, with errors in the user's terms."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ WANTED: Mapping[str, str] = {
     "finite_number": "give a finite number",
     "string_type": "give text",
     "path_type": "give a path",
-    "too_short": "give one at least",
+    "too_short": "give at least one",
     "string_too_short": "give some text",
 }
-"""pydantic's kinds of problems -> what to do, where pydantic's own words are of Python."""
+"""pydantic error type -> advice, for the types whose own message speaks of Python types."""
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Recipe:
-    """Reads a YAML recipe; `overrides` are `a.b=value` with YAML values. Raises RecipeError in the user's words."""
+    """Read a YAML recipe; `overrides` are `a.b=value` with YAML values. Raises RecipeError in the user's terms."""
     try:
         if path.is_file() and path.stat().st_size > MOST_BYTES:
-            raise RecipeError(f"recipe {path} is larger than {MOST_BYTES >> 20} MiB. Give a recipe.")
+            raise RecipeError(f"recipe {path} is larger than {MOST_BYTES >> 20} MiB. Pass a recipe file.")
         raw = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
@@ -62,10 +62,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = No
 
 
 def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
-    """`raw` with one `a.b=value` said anew."""
+    """Return `raw` with one `a.b=value` override applied."""
     key, equals, written = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise RecipeError(f"--set {_short(text)} is not of the form a.b=value.")
+        raise RecipeError(f"--set {_short(text)} does not have the form a.b=value.")
     try:
         value = read_yaml(written)
     except RecipeError as error:
@@ -74,18 +74,18 @@ def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
 
 
 def _replaced(node: Any, path: Sequence[str], value: Any, text: str) -> dict[str, Any]:
-    """A copy with the value at `path` replaced."""
+    """Return a copy of `node` with the value at `path` replaced."""
     first, *rest = path
     if node is not None and not isinstance(node, dict):
-        raise RecipeError(f"--set {_short(text)}: there is no block of keys that holds {first}.")
+        raise RecipeError(f"--set {_short(text)}: the parent of {first} is a value, not a block of keys.")
     block = node or {}
     return {**block, first: _replaced(block.get(first), rest, value, text) if rest else value}
 
 
 def _explain(error: ValidationError) -> str:
-    """The first thing wrong, with the nearest name for an unknown key, and how many more there are."""
+    """Return the first problem, with a suggestion for an unknown key, and the number of further problems."""
     problems = error.errors(include_url=False)
-    first = min(problems, key=lambda each: each["type"] != "extra_forbidden")  # it often explains the others
+    first = min(problems, key=lambda each: each["type"] != "extra_forbidden")  # an unknown key often causes the others
     where, value = ".".join(str(part) for part in first["loc"]), first["input"]
     if first["type"] == "extra_forbidden":
         text = f"{where} is not a known key.{nearest_key(first['loc'], _schema())}"
@@ -97,11 +97,11 @@ def _explain(error: ValidationError) -> str:
             text = f"{where} is {_short(value)}: {message[0].lower()}{message[1:]}."
         else:
             text = f"{where}: {message}.".removeprefix(": ")
-    return text + (f" ({len(problems) - 1} more like this.)" if len(problems) > 1 else "")
+    return text + (f" ({len(problems) - 1} more errors.)" if len(problems) > 1 else "")
 
 
 def _short(value: Any) -> str:
-    """A value as YAML has it, cut where it is long."""
+    """Return a value as YAML writes it, shortened to 100 characters."""
     plain = value is None or isinstance(value, bool)
     text = str(value).lower().replace("none", "null") if plain else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

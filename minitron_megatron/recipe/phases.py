@@ -1,4 +1,4 @@
-"""Training in phases, each with all that it needs."""
+"""Training phases with all their settings filled in."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["ResolvedPhase", "light_recipe", "prefixes", "resolved"]
 
 @dataclass(frozen=True)
 class ResolvedPhase:
-    """What a phase trains with."""
+    """Settings of one training phase, with inherited keys filled in."""
 
     keys: TrainingKeys
     sequence: int
-    """Tokens a sample."""
+    """Tokens per sample."""
     weights: Sequence[float]
-    """Of each source."""
+    """Blend weight of each source."""
 
     @property
     def steps(self) -> int:
@@ -27,12 +27,12 @@ class ResolvedPhase:
 
     @property
     def tokens(self) -> int:
-        """Of whole steps."""
+        """Tokens of the phase, in whole steps."""
         return self.steps * self.keys.global_batch * self.sequence
 
 
 def resolved(keys: TrainingKeys, data: Data) -> list[ResolvedPhase]:
-    """The phases in order: one, and those that distillation adds."""
+    """Return the phases in order: the stage's own keys first, then `distill.phases`."""
     found = [ResolvedPhase(keys, data.sequence, [source.weight for source in data.sources])]
     for phase in keys.phases if isinstance(keys, Distill) else ():
         last, given = found[-1], phase.model_dump(exclude_none=True)
@@ -42,7 +42,7 @@ def resolved(keys: TrainingKeys, data: Data) -> list[ResolvedPhase]:
 
 
 def prefixes(recipe: Recipe) -> list[Recipe]:
-    """The recipe as it was when each of its phases was the last."""
+    """Return one recipe for each phase: the recipe cut off after that phase."""
     phases = recipe.distill.phases
     cut = [recipe.distill.model_copy(update={"phases": phases[:number]}) for number in range(len(phases) + 1)]
     return [recipe.model_copy(update={"distill": distill}) for distill in cut]

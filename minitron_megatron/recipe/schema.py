@@ -1,4 +1,4 @@
-"""The recipe: everything a run is told, as a frozen tree. Unknown keys are errors; the defaults are the papers'."""
+"""The recipe: all settings of a run, as a frozen tree. Unknown keys are errors; the defaults are the papers' values."""
 
 from __future__ import annotations
 
@@ -18,241 +18,260 @@ __all__ = ["Data", "Depth", "Recipe", "Source", "json_schema"]
 
 
 class Parallel(Keys):
-    """How the model is spread. Data parallelism is what the processes leave over. No result depends on it."""
+    """Parallel layout. The remaining ranks are data-parallel. Results do not depend on the layout."""
 
     tp: Count = 1
-    """Tensor-parallel ranks."""
+    """Tensor-parallel size."""
     pp: Count = 1
-    """Pipeline stages."""
+    """Pipeline-parallel size (number of pipeline stages)."""
     vp: Count = 1
-    """Virtual pipeline stages a rank; above 1 the schedule is interleaved."""
+    """Virtual pipeline stages per rank; above 1 the schedule is interleaved."""
     ep: Count = 1
-    """Expert-parallel ranks, among all of a pipeline stage. Experts are split over them whole, never by tp."""
+    """Expert-parallel size, taken from all ranks of a pipeline stage. Each rank holds whole experts; tp does not split
+    an expert."""
     sequence_parallel: bool = False
-    """Split the norms' activations over the tensor-parallel ranks."""
+    """Split the activations of the norms over the tensor-parallel ranks."""
     cp: Count = 1
-    """Context-parallel ranks, among the data-parallel ones: so many share each sequence in training, for long ones."""
+    """Context-parallel size: this many ranks share each training sequence. For long sequences."""
 
 
 class Source(Keys):
-    """A part of the blend."""
+    """One source of the data blend."""
 
     path: FilePath
-    """A .jsonl or .txt file, or a folder of them."""
+    """A .jsonl or .txt file, or a folder of such files."""
     weight: Positive = 1.0
     """Share of the samples, relative to the other sources."""
     validation: HeldOut = 0.01
-    """Held-out files, or the share of documents to hold out."""
+    """Path of held-out files, or the share of documents to hold out (between 0 and 1)."""
 
 
 class Data(Keys):
-    """The distillation corpus; teacher correction and calibration draw from it too."""
+    """Training corpus of distillation, teacher correction and calibration."""
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """What is blended, by weight."""
+    """Sources to blend by weight."""
     sequence: Count = 8192
-    """Tokens a sample."""
+    """Tokens per sample."""
     text_key: Text = "text"
-    """The field of a .jsonl line that holds the text."""
+    """Field of a .jsonl line that holds the text."""
     repeat: HowToRun[bool] = False
-    """Read a source again, in another order, where a budget asks for more than it holds; else that is an error."""
+    """Repeat a source, shuffled differently each time, if a budget needs more samples than it has. If false, too few
+    samples are an error."""
     cross_documents: bool = True
-    """Let attention reach from a document into those packed before it in a sample, as in Megatron's pretraining; false:
-    each document is on its own, and nothing is learnt from what follows its end."""
+    """Let tokens attend to earlier documents packed into the same sample, as in Megatron's pretraining. If false,
+    attention stays within a document, and the token after a document's end is not a training target."""
     beyond_positions: bool = False
-    """Let samples be longer than the model's `max_position_embeddings`, beyond which it was never trained, or its
-    sliding window; else that is an error."""
+    """Allow samples longer than the model's `max_position_embeddings` or sliding window, on which it was not trained.
+    If false, they are an error."""
     separator: Text = "<|endoftext|>"
-    """Stands between the documents of a .txt file."""
+    """Text that separates the documents of a .txt file."""
     workers: HowToRun[Annotated[Count, Field(le=1024)]] = 1
-    """Processes that tokenize."""
+    """Processes used for tokenization."""
 
 
 class StatisticKeys(Keys):
-    """How activations add up to a score."""
+    """How activations are aggregated into an importance score."""
 
     batch: Literal["l2", "mean", "var"] = "l2"
-    """Over samples."""
+    """Aggregation over samples."""
     sequence: Literal["l2", "mean", "var"] = "mean"
-    """Over the positions of a sample, first; `mean` is of absolute values."""
+    """Aggregation over the positions of a sample, done first; `mean` is the mean of absolute values."""
     neurons: Literal["post", "pre"] = "post"
-    """Neurons are measured after the activation and the gate, or before them, which a gated MLP does not have."""
+    """Point at which MLP neurons are measured: `post`, after the activation and the gate; `pre`, before the activation
+    (not possible for a gated MLP)."""
     heads: Literal["norm_last", "norm_first"] = "norm_last"
-    """A head's channels become one number, their L2 norm, once all has added up, or at each position."""
+    """When the L2 norm over a head's channels is taken: `norm_last`, after aggregation; `norm_first`, at each
+    position."""
 
 
 class Depth(Keys):
-    """Importance of layers, from what the network is without a block of them."""
+    """Importance of layers, measured by leaving out blocks of consecutive layers."""
 
     metric: Literal["loss", "kl", "bi", "winogrande"] = "loss"
-    """Cross-entropy, or KL to the whole network, in nats per token; block importance: 1 - the mean cosine of what
-    enters a block and what leaves it; or the accuracy at Winogrande with five shots (`evaluate.task_files`, `limit`),
-    by which the second paper chose."""
+    """Measure of a network without the block: `loss`, its cross-entropy, or `kl`, its KL divergence from the full
+    network, both in nats per token; `bi`, block importance: 1 - mean cosine similarity of the block's input and output;
+    `winogrande`, its 5-shot Winogrande accuracy (as in the second paper; uses `evaluate.task_files` and `limit`)."""
     lengths: tuple[Count, ...] = ()
-    """Lengths of the blocks to measure, besides the one that `prune.layers` needs; none and no need: single layers."""
+    """Block lengths to measure, in addition to the one that `prune.layers` needs. If there are none: single layers."""
     greedy: bool = False
-    """Also take as many layers one by one as `prune.layers` lets go, each the best to lose after those before it."""
+    """Also remove layers one by one, each time the layer whose removal hurts least, as many as `prune.layers`
+    removes."""
 
 
 class Score(Keys):
-    """Importance from forward passes over calibration samples."""
+    """Importance scores from forward passes over calibration samples."""
 
     samples: Count = 1024
+    """Number of calibration samples."""
     micro_batch: HowToRun[Count] = 1
+    """Samples per forward pass of one data-parallel rank."""
     statistic: StatisticKeys = StatisticKeys()
     dtype: DType = "float32"
+    """Dtype of the forward passes."""
     depth: Depth | None = None
-    """Left out: layers are measured only where `prune.layers` is a number."""
+    """Importance of layers. If omitted, layers are measured only when `prune.layers` is a number or `search.layers` is
+    set."""
 
 
 class Prune(Keys):
-    """The sizes to keep; an axis left out stays whole."""
+    """Sizes of the student. An omitted axis keeps the teacher's size."""
 
     hidden: Count | None = None
-    """Channels of the residual stream."""
+    """Hidden size: channels of the residual stream."""
     ffn: Count | None = None
-    """Neurons a layer."""
+    """MLP intermediate size: neurons per layer."""
     heads: Count | None = None
-    """Query heads in total, as many from each kv_group; heads with keys and values of their own take them along."""
+    """Query heads in total, the same number from each KV group. With multi-head attention each head's keys and values
+    go with it."""
     kv_groups: Count | None = None
-    """Keys and values, each with its query heads. The papers keep them all."""
+    """KV heads, each with its query heads. The papers keep all of them."""
     experts: Count | None = None
-    """Experts of each mixture."""
+    """Experts per MoE layer."""
     expert_ffn: Count | None = None
-    """Neurons of each expert."""
+    """Neurons per expert."""
     shared_ffn: Count | None = None
-    """Neurons of the experts that every token goes through."""
+    """Neurons of the shared experts, which process every token."""
     layers: Layers | None = None
-    """Which layers to keep, numbered from 0; or how many, chosen by `score.depth`."""
+    """A list of layers to keep, numbered from 0; or the number of layers to keep, chosen by `score.depth`."""
     contiguous: bool = True
-    """Where `layers` is a number: what goes is one block; false: the layers taken greedily, or the best single ones."""
+    """If `layers` is a number: true removes one block of consecutive layers; false removes the layers found greedily
+    (`score.depth.greedy`), or else the least important single layers."""
     teacher: Literal["corrected", "original"] = "corrected"
-    """Which teacher is scored and cut, where the recipe corrects it; the student learns from the corrected one."""
+    """Teacher that is scored and pruned, if the recipe corrects it. The student learns from the corrected one in either
+    case."""
     by: Literal["importance", "random", "first"] = "importance"
-    """How units are chosen. `random` (by `seed`) and `first` are what importance has to beat."""
+    """How units are chosen. `random` (seeded by `seed`) and `first` (the lowest indices) are baselines for
+    importance."""
     scope: Literal["layer", "network"] = "layer"
-    """Neurons and heads are ranked in each layer; or by their sum over the layers, which then keep the same indices."""
+    """`layer` ranks neurons and heads in each layer separately; `network` ranks them by their scores summed over the
+    layers, so that every layer keeps the same indices."""
     iterations: Annotated[Count, Field(le=1000)] = 1
-    """Score and cut the widths in so many even steps, each on the model that the one before left. Layers go in the
-    first. The papers found no gain."""
+    """Score and prune the widths in this many even steps, each on the model left by the step before. Layers are removed
+    in the first step. The papers found no gain."""
     merge: Literal["none", "q", "q+o", "qkvo"] = "none"
-    """Head-residual merge: heads that stay take along their difference to heads that go, in these projections."""
+    """Head-residual merge: add to a kept head its difference from a removed head, in these projections."""
     merge_sign: Literal["printed", "reversed"] = "printed"
-    """head + (head - partner) as the paper prints it, or the opposite difference."""
+    """Sign of the merge: head + (head - partner), as printed in the paper, or head - (head - partner)."""
 
     def sizes(self) -> dict[str, int]:
-        """The width axes that are cut."""
+        """Return the sizes of the width axes that are pruned."""
         return {axis: size for axis in PUBLIC_AXES if (size := getattr(self, axis)) is not None}
 
 
 class TaskKeys(Keys):
-    """A task of lm-evaluation-harness."""
+    """One task of lm-evaluation-harness."""
 
     name: Text
-    """As the harness calls it; a group or a tag is all of its tasks."""
+    """Name in the harness. A group or a tag stands for all of its tasks."""
     shots: Steps | None = None
-    """Solved examples before each question; left out: as the task has it."""
+    """Few-shot examples. Default: the task's own number."""
     metric: str | None = None
-    """The one that stands in tables; left out: the task's first."""
+    """Metric shown in tables. Default: the task's first."""
     answers: Count = 1
-    """Sampled for each question that is answered by generation."""
+    """Answers sampled per question, in generation tasks."""
     temperature: Annotated[float, Field(ge=0)] | None = None
-    """Of sampling, 0 the likeliest; left out: as the task has it."""
+    """Sampling temperature; 0 is greedy decoding. Default: the task's own."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sampled from the likeliest tokens of so much of the probability."""
+    """Nucleus sampling: sample from the most likely tokens that together have this probability."""
 
 
 class Evaluate(Keys):
-    """Loss on held-out text, and tasks of lm-evaluation-harness."""
+    """Evaluation: loss on held-out text, and tasks of lm-evaluation-harness."""
 
     samples: Count = 256
-    """Held-out sequences of each source."""
+    """Held-out sequences per source."""
     micro_batch: HowToRun[Count] = 1
+    """Samples per forward pass of one data-parallel rank."""
     suite: Literal["base", "instruct"] | None = None
-    """The papers' tasks with their shots, metrics and sampling; HumanEval and MBPP only with `run_code`."""
+    """The papers' tasks, with their few-shot examples, metrics and sampling. HumanEval and MBPP need `run_code`."""
     tasks: tuple[TaskKeys, ...] = ()
-    """More of them."""
+    """Tasks in addition to the suite."""
     task_files: FilePath | None = None
-    """A folder with `<task>/<split>.jsonl`, in the fields that the task reads; left out: they are downloaded."""
+    """Folder with `<task>/<split>.jsonl` files, in the fields that the task reads. Default: the harness downloads
+    them."""
     limit: Count | None = None
-    """Questions of each task."""
+    """Questions per task. Default: all."""
     truncate: bool = False
-    """Drop the beginning of a prompt that is longer than the model's context; else that is an error."""
+    """Cut off the beginning of a prompt that is longer than the model's context. If false, it is an error."""
     chat: bool = False
-    """Put prompts into the tokenizer's chat template, as a model that was tuned to instructions wants them."""
+    """Apply the tokenizer's chat template to prompts, for instruction-tuned models."""
     run_code: bool = False
-    """Run the programs that models write for HumanEval and MBPP, on the first rank's machine, as isolated as it allows:
-    namespaces of bubblewrap or unshare where they are there, else limits alone, and then only in a container."""
+    """Execute the code that models write for HumanEval and MBPP, on the machine of rank 0. It is sandboxed by
+    bubblewrap or by unshare's namespaces if available; otherwise by resource limits alone, and only in a container."""
 
     def wanted(self) -> list[Task]:
-        """Of the suite and besides."""
+        """Return the tasks of the suite and of `tasks`."""
         suite = [each for each in SUITES.get(self.suite or "", ()) if self.run_code or each.name not in PROGRAMS]
         return [*suite, *(Task(**task.model_dump()) for task in self.tasks)]
 
 
 class Export(Keys):
-    """The Hugging Face folder that is served."""
+    """The final Hugging Face folder."""
 
     dtype: DType = "bfloat16"
+    """Dtype of the exported weights."""
     architecture: Literal["auto", "own"] = "auto"
-    """`auto` writes a Qwen2 whose hidden size is not heads x head_dim as a Llama with `attention_bias`, which computes
-    the same and which more clients read; `own` writes the teacher's family."""
+    """`auto` writes a Qwen2 model whose hidden size is not heads x head_dim as a Llama with `attention_bias`: it gives
+    the same results, and more inference engines can load it. `own` always writes the teacher's architecture."""
     quantize: Literal["none", "fp8"] = "none"
-    """Also write `export-fp8`: ModelOpt's post-training quantisation, e4m3 with a scale for each matrix and its input,
-    found on calibration samples in one process."""
+    """`fp8` also writes `export-fp8`, quantised after training by ModelOpt: e4m3, with one scale per weight matrix and
+    one per input, calibrated in one process."""
     quantize_samples: Count = 128
-    """Of the calibration samples, at most `score.samples`."""
+    """Calibration samples for quantisation, at most `score.samples`."""
     kv_cache_fp8: bool = False
-    """Keys and values in FP8 too."""
+    """Quantise the KV cache to FP8 too."""
 
 
 class Bench(Keys):
-    """How fast teacher and student serve: `minitron bench`."""
+    """Serving throughput of teacher and student: `minitron bench`."""
 
     ladder: tuple[tuple[Count, Count], ...] = LADDER
-    """[input, output] tokens of the requests of each rung."""
+    """[input, output] tokens per request; one workload for each pair."""
     batches: Annotated[tuple[Count, ...], Field(min_length=1)] = (32, 64)
-    """Requests at a time; the papers' two."""
+    """Concurrent requests. The papers use 32 and 64."""
     requests: Count = 256
-    """Of each rung, for trtllm-bench."""
+    """Requests per workload, for trtllm-bench."""
     tp: Count = 1
-    """GPUs that serve one model."""
+    """GPUs per served model (tensor parallel)."""
 
 
 class Log(Keys):
-    """Where measurements go besides `metrics.jsonl`, which always has them all."""
+    """Loggers in addition to `metrics.jsonl`, which always receives all metrics."""
 
     wandb: Literal["online", "offline"] | None = None
-    """To a server, or into `RUN/wandb` for `wandb sync`; a run that is killed and goes on is one run there."""
+    """Log to a wandb server (`online`), or to `RUN/wandb` for `wandb sync` (`offline`). A resumed run continues the
+    same wandb run."""
     project: str = "minitron"
-    """wandb's."""
+    """wandb project."""
     tensorboard: bool = False
-    """Event files in `RUN/tensorboard`."""
+    """Write TensorBoard event files to `RUN/tensorboard`."""
 
 
 class Recipe(Keys):
-    """A run from a pretrained checkpoint to a smaller one. Paths are relative to where the command runs."""
+    """A run that turns a pretrained checkpoint into a smaller one. Paths are relative to the working directory."""
 
     model: FilePath
-    """The Hugging Face folder of the teacher."""
+    """Hugging Face folder of the teacher."""
     out: HowToRun[FilePath]
-    """The run folder."""
+    """Run folder."""
     seed: Seed = 1
+    """Seed of data order, initialisation and random choices."""
     dtype: DType = "bfloat16"
-    """Of the weights in training; the optimizer keeps fp32."""
+    """Dtype of the weights in training. The optimizer state is fp32."""
     recompute: HowToRun[Recompute] = "none"
-    """What runs again in the backward pass to save memory: `selective` the MLPs, whose activations are the widest;
-    `full` whole layers, of which only the input is kept, for a third more time."""
+    """Activation recomputation, to save memory: `selective` recomputes the MLPs, which have the widest activations;
+    `full` recomputes whole layers and stores only their inputs, for about a third more time."""
     spec: HowToRun[Spec] = "local"
-    """Whose layers compute: Megatron's with our norm, or Transformer Engine's (`te`; it needs CUDA), which compute the
-    same with the norms inside their linear layers."""
+    """Layer spec: `local`, Megatron's own layers with this package's norms; `te`, Transformer Engine's layers, with
+    norms fused into the linear layers (needs CUDA). Both compute the same function."""
     parallel: HowToRun[Parallel] = Parallel()
     data: Data
     correct: Correct | None = None
-    """Left out: the teacher is used as it is."""
+    """Teacher correction. If omitted, the teacher is used unchanged."""
     score: Score = Score()
     search: Search | None = None
-    """Have the shape found within a budget; then `prune` names no sizes."""
+    """Search the student's shape within a budget. `prune` then must not give sizes."""
     prune: Prune = Prune()
     distill: Distill = Distill()
     random_baseline: bool = False
@@ -262,12 +281,12 @@ class Recipe(Keys):
     bench: HowToRun[Bench] = Bench()
     log: HowToRun[Log] = Log()
     hang_seconds: HowToRun[Annotated[float, Field(ge=1)]] = 1800.0
-    """Where no rank made progress for so long, each writes its stacks to `RUN/stacks` and ends with exit code 76, to be
-    started again."""
+    """Timeout of the watchdog, in seconds. If no rank makes progress for this long, each rank writes its stacks to
+    `RUN/stacks` and exits with code 76, so that the job can be restarted."""
 
     @property
-    def teacher_runs_in(self) -> DType:
-        """The dtype that a frozen teacher computes in."""
+    def frozen_teacher_dtype(self) -> DType:
+        """Dtype in which a frozen teacher computes."""
         held = self.distill.teacher_dtype
         return self.dtype if held is None or held == "float8" else held
 
@@ -280,28 +299,31 @@ class Recipe(Keys):
     def _fits_together(self) -> Recipe:
         distill = self.distill
         if self.search is None and "prune" not in self.model_fields_set:
-            raise ValueError("prune is missing: it names the sizes to keep, or `search` finds them")
+            raise ValueError("prune is missing: give the sizes to keep in `prune`, or a `search` for them")
         if self.search and (self.prune.sizes() or self.prune.layers is not None):
-            raise ValueError("The sizes are found by `search`: leave them out of `prune`, or `search`")
+            raise ValueError("Both `search` and `prune` set the student's sizes: remove the sizes in `prune`, or `search`")
         if self.search and (self.prune.by != "importance" or self.prune.iterations > 1 or self.prune.merge != "none"):
             raise ValueError(
-                "A search cuts by importance, at once, without merging: leave out prune.by, iterations, merge"
+                "A search prunes by importance, in one step, without merging: remove prune.by, iterations and merge"
             )
         states = distill.states
         if self.spec == "te" and states and (states.embedding or states.outputs or states.mlp_inputs):
-            raise ValueError("Layers of spec te show no normed states: set spec to local, or map attention alone")
+            raise ValueError(
+                "Spec te fuses the norms, so that states after a norm cannot be read: set spec to local, or give only "
+                "distill.states.attention"
+            )
         if self.correct and self.correct.continuous:
             for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
                 if getattr(distill, key):
-                    raise ValueError(f"A teacher that is corrected continuously trains: leave distill.{key} out")
+                    raise ValueError(f"correct.continuous trains the teacher, so distill.{key} cannot apply: remove it")
         if distill.teacher_window and states and states.alpha == "dynamic":
             raise ValueError(
-                "A dynamic distill.states.alpha is measured on a whole step: give it a number, or leave "
-                "distill.teacher_window out"
+                "distill.states.alpha: dynamic needs the teacher's states of a whole step: set alpha to a number, or "
+                "remove distill.teacher_window"
             )
         return self
 
 
 def json_schema() -> dict[str, Any]:
-    """The recipe's JSON Schema, with every key's help."""
+    """Return the recipe's JSON Schema, with the help of every key."""
     return Recipe.model_json_schema()

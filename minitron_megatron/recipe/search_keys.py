@@ -1,4 +1,4 @@
-"""The recipe's keys for the search over shapes."""
+"""Recipe keys of the search over shapes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["CHOOSE_BY", "Budget", "Light", "Search", "Serving"]
 
 AXES = ("layers", *PUBLIC_AXES)
 CHOOSE_BY = ("loss", "pareto")
-"""Values of `choose` besides the name of a task."""
+"""Values of `choose` other than the name of a task."""
 MOST_SIZES = 10_000
-"""Of one axis."""
+"""Most sizes of one axis."""
 
 
 def _sizes(value: Any) -> Any:
-    """`{from: 16, to: 32, step: 4}` as its numbers, both ends among them; a single number as itself."""
+    """Expand `{from: 16, to: 32, step: 4}` into a tuple, both ends included; wrap a single number in a tuple."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (value,)
     if not isinstance(value, dict):
@@ -29,35 +29,35 @@ def _sizes(value: Any) -> Any:
     if sorted(value) != ["from", "step", "to"] or not all(isinstance(end, int) for end in value.values()):
         raise ValueError("Give a list of sizes, or {from: 16, to: 32, step: 4}")
     if value["step"] < 1 or value["to"] < value["from"]:
-        raise ValueError("A range goes up, in steps of 1 at least")
+        raise ValueError("A range needs from <= to and a step of at least 1")
     if (value["to"] - value["from"]) // value["step"] >= MOST_SIZES:
         raise ValueError(f"A range has at most {MOST_SIZES:,} sizes")
     return tuple(range(value["from"], value["to"] + 1, value["step"]))
 
 
 def _window(value: Any) -> Any:
-    """A number is the most that is allowed; a pair, what is allowed at least and at most."""
+    """Turn a maximum, or a pair [minimum, maximum], into (minimum, maximum)."""
     if isinstance(value, list | tuple):
         if len(value) != 2:
-            raise ValueError("Give the most that is allowed, or [at least, at most]")
+            raise ValueError("Give one number (the limit), or a pair [minimum, maximum]")
         return tuple(None if end is None else float(end) for end in value)
     return (None, float(value))
 
 
 def _floor(value: Any) -> Any:
-    """A number is the least that will do."""
+    """Turn a minimum, or a pair [minimum, maximum], into (minimum, maximum)."""
     return _window(value) if isinstance(value, list | tuple) else (float(value), None)
 
 
 def _multiples(value: Any) -> Any:
-    """Words are refused here, where pydantic would tell of each alternative."""
+    """Refuse unknown axes and text with one message (pydantic gives one per alternative)."""
     if not isinstance(value, dict):
         return value
     for axis, unit in value.items():
         if axis not in AXES:
-            raise ValueError(f"multiples names the axis {axis!r}.{did_you_mean(str(axis), AXES)}")
+            raise ValueError(f"multiples has the unknown axis {axis!r}.{did_you_mean(str(axis), AXES)}")
         if isinstance(unit, str) and not unit[:1].isdigit() and (axis, unit) != ("hidden", FILLED):
-            raise ValueError(f"multiples.{axis} is {unit!r}. Give a number, or for hidden {FILLED!r}")
+            raise ValueError(f"multiples.{axis} is {unit!r}. Give a whole number; hidden may also be {FILLED!r}")
     return value
 
 
@@ -68,112 +68,118 @@ AtLeast = Annotated[tuple[float | None, float | None], BeforeValidator(_floor)]
 
 
 class Budget(Keys):
-    """What a candidate may have: the most that is allowed, or [at least, at most]. All that is given must hold."""
+    """Limits on a candidate: a maximum, or [minimum, maximum]. A candidate must meet all that are given."""
 
     params: Window | None = None
-    """Parameters."""
+    """Total parameters."""
     active_params: Window | None = None
-    """Parameters that one token goes through: of a mixture, as many experts as it is sent to."""
+    """Parameters used per token: in an MoE layer, only the experts to which a token is routed."""
     memory_bytes: Window | None = None
-    """Weights, and the keys and values of `serving.batch` sequences of `serving.context` tokens."""
+    """Bytes of the weights and of the KV cache of `serving.batch` sequences of `serving.context` tokens."""
     flops_per_token: Window | None = None
-    """Of a forward pass at `serving.context`."""
+    """FLOPs per token of a forward pass at `serving.context`."""
     decode_ms: Window | None = None
-    """Milliseconds of a decoding step, by `serving.gpu` or `serving.table`."""
+    """Milliseconds per decoding step, by `serving.gpu` or `serving.table`."""
     tokens_per_second: AtLeast | None = None
-    """Decoded, of the whole batch: the least that will do, or [at least, at most]."""
+    """Tokens decoded per second, over the whole batch: here a single number is the minimum."""
 
     def limits(self) -> dict[str, Limit]:
         return {key: Limit(*window) for key in type(self).model_fields if (window := getattr(self, key)) is not None}
 
 
 class Serving(Keys):
-    """How the student will be served, for the budgets that depend on it."""
+    """Serving conditions, for the budgets that depend on them."""
 
     batch: Count = 1
-    """Sequences at a time."""
+    """Sequences decoded at a time."""
     context: Count | None = None
-    """Tokens of each in the cache; left out: `data.sequence`."""
+    """Tokens per sequence in the KV cache. Default: `data.sequence`."""
     weights: Literal["float32", "bfloat16", "float8"] = "bfloat16"
-    """What weights are held in."""
+    """Dtype of the weights."""
     kv_cache: Literal["float32", "bfloat16", "float8"] = "bfloat16"
-    """What keys and values are held in."""
+    """Dtype of the KV cache."""
     gpu: str | None = None
-    """Speed by this GPU's data sheet: the bytes of a step over its bandwidth, or FLOPs over its peak; no overhead."""
+    """Predict speed from this GPU's data sheet (roofline): the larger of bytes over bandwidth and FLOPs over peak,
+    without overhead."""
     table: FilePath | None = None
-    """Speed fitted to a `bench/table.json` of `minitron bench --backend torch`."""
+    """Predict speed from a fit to measurements: a `bench/table.json` of `minitron bench --backend torch`."""
 
     @model_validator(mode="after")
     def _one_speed(self) -> Serving:
         if self.gpu and self.table:
-            raise ValueError("Speed is by gpu or by table: leave one out")
+            raise ValueError("Speed comes from gpu or from table, not from both: remove one")
         if self.gpu not in (None, *GPUS):
             raise ValueError(f"The GPU {self.gpu!r} is not known.{did_you_mean(str(self.gpu), GPUS)}")
         return self
 
 
 class Light(Keys):
-    """Light distillation of candidates: their order right after the cut is not yet the one that lasts."""
+    """Short distillation of candidates, since their ranking right after pruning changes with training."""
 
     top: Count | None = 10
-    """How many, the best by their loss right after the cut; null: all of them, as the paper does."""
+    """Number of candidates to distil: the best by their loss right after pruning. null: all, as in the paper."""
     tokens: Count = 1_887_436_800
-    """Of each; rounded up to whole steps. The paper's 400 steps."""
+    """Tokens per candidate, rounded up to whole steps. The default is the paper's 400 steps."""
     halvings: Annotated[Steps, Field(le=32)] = 0
-    """The worse half leaves at half of the steps; 2: at a quarter as well, and so on."""
+    """Successive halving: 1 drops the worse half of the candidates at half of the steps; 2 also at a quarter of the
+    steps; and so on."""
     measure_every: Count = 50
-    """Steps between the losses that ranks are compared by."""
+    """Steps between the validation losses by which candidates are ranked."""
     independent_replicas: HowToRun[bool] = False
-    """Each data-parallel replica trains candidates of its own, instead of all of them each together: no gradient
-    travels, but each replica holds all of an optimizer."""
+    """Let each data-parallel replica train different candidates, instead of all replicas the same one. No gradients are
+    exchanged between replicas, but each holds the full optimizer state."""
     global_batch: Count | None = None
-    """This and what follows: left out, as `distill` has it."""
+    """Samples per step. Default: as in `distill`."""
     micro_batch: HowToRun[Count | None] = None
+    """Samples per forward pass of one data-parallel rank. Default: as in `distill`."""
     lr: Positive | None = None
+    """Peak learning rate. Default: as in `distill`."""
     min_lr: NotNegative | None = None
+    """Learning rate at the end of the cosine. Default: as in `distill`."""
     warmup_steps: Steps | None = None
+    """Steps of linear warm-up. Default: as in `distill`."""
 
 
 class Search(Keys):
-    """Which shape: sizes to try on each axis, alone or as {from: 16, to: 32, step: 4}, within a budget. The winner is
-    pruned and distilled as if `prune` named its sizes."""
+    """Search over shapes within a budget. Each axis takes a size, a list of sizes, or {from: 16, to: 32, step: 4}. The
+    winner is pruned and distilled as if `prune` gave its sizes."""
 
     layers: Sizes | None = None
-    """Which go is chosen by `score.depth`, and `prune.contiguous`."""
+    """Numbers of layers to keep; `score.depth` and `prune.contiguous` choose which."""
     hidden: Sizes | None = None
-    """Channels of the residual stream."""
+    """Hidden sizes: channels of the residual stream."""
     ffn: Sizes | None = None
-    """Neurons a layer."""
+    """MLP intermediate sizes: neurons per layer."""
     expansion: tuple[Positive, ...] = ()
-    """Instead of `ffn`: neurons over hidden channels, as the paper's grid has it."""
+    """Ratios of `ffn` to `hidden`, instead of `ffn`, as in the paper's grid."""
     heads: Sizes | None = None
     """Query heads in total."""
     kv_groups: Sizes | None = None
-    """Keys and values; without `heads` each takes its query heads along."""
+    """KV heads. Without `heads`, the query heads of each removed KV head go with it."""
     experts: Sizes | None = None
-    """Experts of each mixture."""
+    """Experts per MoE layer."""
     expert_ffn: Sizes | None = None
-    """Neurons of each expert."""
+    """Neurons per expert."""
     shared_ffn: Sizes | None = None
-    """Neurons of the experts that every token goes through."""
+    """Neurons of the shared experts, which process every token."""
     multiples: Multiples = Field(default_factory=dict)
-    """Axis -> what its sizes must be multiples of; others are left out. `hidden: heads x head_dim` keeps the shapes
-    whose hidden size is equal to that: some clients read no other (docs/guide/serving.md)."""
+    """Axis -> number of which its sizes must be multiples; other sizes are skipped. `hidden: heads x head_dim` keeps
+    only shapes whose hidden size equals heads x head_dim, as some inference engines need (docs/guide/serving.md)."""
     budget: Budget
-    """What the student may have."""
+    """Limits on the student."""
     serving: Serving = Serving()
     light: Light | None = Light()
-    """null: the order right after the cut decides."""
+    """Short distillation of the best candidates. null: rank candidates by their loss right after pruning."""
     choose: str = "loss"
-    """What the winner has best: `loss`, held out; `pareto`, the knee of loss against the first budget; or the name of a
-    task of `evaluate`."""
+    """How the winner is chosen: `loss`, the lowest held-out loss; `pareto`, the knee of the curve of loss against the
+    first budget; or the name of a task of `evaluate`, the best score."""
     winner: str | None = None
-    """The name of the candidate to go on with, whatever `choose` says."""
+    """Name of the candidate to use, in place of the one that `choose` selects."""
 
     @model_validator(mode="after")
     def _has_a_budget(self) -> Search:
         if not self.budget.limits():
-            raise ValueError("A search needs a budget: set budget.params, or another")
+            raise ValueError("A search needs a budget: set budget.params or another key of budget")
         return self
 
     def space(self) -> Space:

@@ -1,4 +1,4 @@
-"""A first recipe for somebody's model, to be edited."""
+"""Generate a starter recipe for a model, for the user to edit."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["starter_recipe"]
 TOKENS = 1_000_000_000
 TEMPLATE = """\
 # A starter recipe for {model}: {parameters}.
-# `minitron schema` explains every key; what is left out has the papers' value.
+# `minitron schema` explains every key; omitted keys have the papers' values.
 model: {model}
 out: {out}
 
 data:
   sequence: {sequence}
   sources:
-    - path: data/corpus.jsonl   # one {{"text": ...}} a line, or .txt, or a folder of them
+    - path: data/corpus.jsonl   # one {{"text": ...}} per line, or a .txt file, or a folder of such files
       validation: 0.01          # share of the documents to hold out
 
-correct:                        # teacher correction; remove it where the corpus is the teacher's own
+correct:                        # teacher correction; remove it if the teacher was trained on this corpus
   tokens: 1.0e9
   lr: 6.0e-5                    # a fifth of the teacher's own peak learning rate
   warmup_steps: {correct_warmup}
@@ -48,13 +48,14 @@ parallel: {{tp: 1, pp: 1}}
 """
 
 SHARES = {"hidden": 3 / 4, "ffn": 9 / 14, "expert_ffn": 9 / 14, "shared_ffn": 9 / 14}
-"""Axis -> what of it stays."""
+"""Axis -> share of it that is kept."""
 UNITS, WIDE = (256, 128, 64, 32, 16, 8, 4, 2, 1), 1024
-"""Sizes are multiples of the first of these that works, since hardware likes large ones; below WIDE from 16 on."""
+"""Sizes are multiples of the first of these units that works (large multiples run faster). A model with a hidden size
+below WIDE begins at 16."""
 
 
 def starter_recipe(model: Path) -> str:
-    """Return YAML text: widths cut to three quarters and nine fourteenths, to sizes that every check lets through."""
+    """Return YAML text: hidden cut to about 3/4 and MLPs to about 9/14 of their size, to sizes that pass all checks."""
     config = read_config(model)
     shape, sequence = config.shape, min(8192, config.longest)
     steps = ceil(TOKENS / (Distill().global_batch * sequence))
@@ -85,8 +86,10 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _candidates(teacher: Shape) -> Iterator[dict[str, int]]:
-    """The sizes nearest to the papers' shares, on coarser grids first; hidden also as a multiple of the heads, as the
-    whole of them with fewer heads, or left whole."""
+    """Yield the sizes nearest to the papers' shares, on coarser grids first.
+
+    Variants of hidden: any multiple of the unit, a multiple of the heads, heads x head_dim with fewer heads, or uncut.
+    """
     cut = [axis for axis in SHARES if teacher.axis_size(axis) > 1]
     units = UNITS if teacher.hidden >= WIDE else UNITS[UNITS.index(16) :]
     for unit in units:
@@ -107,19 +110,19 @@ def _candidates(teacher: Shape) -> Iterator[dict[str, int]]:
 
 
 def _near(size: int, share: float, unit: int) -> int:
-    """The multiple of `unit` nearest to that share of a size, less than all of it; 0 where there is none."""
+    """Return the multiple of `unit` nearest to `share` of `size` and below `size`; 0 if there is none."""
     near = round(size * share / unit) * unit
     return near if 0 < near < size else 0
 
 
 def _out(model: Path) -> Path:
-    """A run folder that does not lie in the model's."""
-    here = Path("runs") / model.resolve().name
-    return here if model.resolve() not in here.resolve().parents else model.resolve().parent / here
+    """Return a run folder that is not inside the model's folder."""
+    folder = Path("runs") / model.resolve().name
+    return folder if model.resolve() not in folder.resolve().parents else model.resolve().parent / folder
 
 
 def _quoted(text: str) -> str:
-    """A YAML scalar on one line: JSON's strings are such."""
+    """Return text as a YAML scalar on one line; a JSON string is one."""
     plain = re.fullmatch(r"[A-Za-z_./][\w./-]*", text, re.ASCII) and text.lower() not in ("null", "true", "yes", "on")
     plain = plain and text.lower() not in ("false", "no", "off", "y", "n")
     return text if plain else json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The recipe's keys for what trains: teacher correction and distillation."""
+"""Recipe keys of teacher correction and distillation."""
 
 from __future__ import annotations
 
@@ -15,69 +15,75 @@ __all__ = ["Correct", "Distill", "TrainingKeys"]
 
 
 class TrainingKeys(Keys):
-    """How long and how fast a model is trained."""
+    """Training settings."""
 
     tokens: Count = 94_000_000_000
-    """Budget; rounded up to whole steps."""
+    """Training tokens, rounded up to whole steps."""
     global_batch: Count = 1152
-    """Samples a step."""
+    """Samples per step."""
     micro_batch: HowToRun[Count] = 1
-    """Samples a forward pass of one data-parallel rank."""
+    """Samples per forward pass of one data-parallel rank."""
     lr: Positive = 1e-4
     """Peak learning rate."""
     min_lr: NotNegative = 1e-5
     """Learning rate at the end of the cosine."""
     warmup_steps: Steps = 40
+    """Steps of linear warm-up."""
     weight_decay: NotNegative = 0.1
+    """Weight decay of AdamW."""
     clip: Positive = 1.0
-    """Largest global norm of a step's gradient."""
+    """Gradient clipping: maximum global norm."""
     save_every: HowToRun[Count] = 100
-    """Steps between checkpoints. Those of validated steps can be the best."""
+    """Steps between checkpoints. Only a checkpoint at a validated step can become the best one."""
     keep_checkpoints: HowToRun[Count] = 2
-    """Checkpoints that stay while the stage is at work, besides the one with the least validation loss."""
+    """Newest checkpoints to keep while the stage runs, in addition to the one with the lowest validation loss."""
     save_async: HowToRun[bool] = True
-    """Train on while a checkpoint is written."""
+    """Continue training while a checkpoint is written."""
     validate_every: HowToRun[Count] = 100
     """Steps between validations."""
 
     def steps(self, sequence: int) -> int:
-        """Steps that see `tokens` tokens."""
+        """Return the number of steps that cover `tokens` tokens."""
         return -(-self.tokens // (self.global_batch * sequence))
 
 
 class Correct(TrainingKeys):
-    """Teacher correction: cross-entropy on the distillation data before anything is pruned."""
+    """Teacher correction: fine-tune the teacher by cross-entropy on the distillation data, before pruning."""
 
     tokens: Count = 100_000_000_000
-    """Budget; rounded up to whole steps."""
+    """Training tokens, rounded up to whole steps."""
     lr: Positive = 6e-5
-    """Peak learning rate: a fifth of the one the teacher was pretrained with (here Llama 3.1's 3e-4)."""
+    """Peak learning rate. Recommended: a fifth of the teacher's pretraining peak (the default fits Llama 3.1's
+    3e-4)."""
     warmup_steps: Steps = 120
+    """Steps of linear warm-up."""
     parameters: Literal["all", "norms", "lora"] = "all"
-    """What trains: everything; the norms alone, which needs little more memory than the weights; or low-rank
-    corrections of the layers' matrices, merged into them afterwards, which need about twice the weights."""
+    """Parameters that are trained: `all`; `norms` alone, which takes little more memory than the weights; or `lora`,
+    low-rank adapters of the layers' matrices, merged at the end, which take about twice the memory of the weights."""
     lora_rank: Count = 16
-    """Of the corrections where `parameters` is lora."""
+    """Rank of the adapters, for `parameters: lora`."""
     continuous: bool = False
-    """Correct the teacher while it teaches: in each step of distillation it takes one of its own on the same batch, and
-    the student learns from what it is then. The original is pruned, and the budget and batch are distillation's."""
+    """Correct the teacher during distillation: in each step it takes an optimizer step on the same batch, and the
+    student learns from the teacher as it was before that step. The original teacher is pruned; tokens and batch size
+    are those of `distill`."""
 
 
 class LossKeys(Keys):
-    """What the student learns from the teacher's logits. The defaults are what the papers found best."""
+    """Loss between the teacher's and the student's logits. The defaults are the papers' best."""
 
     divergence: str = "forward_kl"
-    """How far the student is from the teacher: forward_kl, reverse_kl, jsd, mse or cosine."""
+    """Divergence between teacher and student: forward_kl, reverse_kl, jsd, mse or cosine."""
     beta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The teacher's share of jsd's mixture of the two, by default a half. The others have none."""
+    """Weight of the teacher in the mixture of jsd, by default 0.5. Only for jsd."""
     temperature: Positive = 1.0
-    """Divides both models' logits. No cosine changes with it."""
+    """Softmax temperature: divides both models' logits. It has no effect on cosine."""
     top_k: Count | None = None
-    """Compare only the teacher's likeliest entries of each token, both softmaxes over these alone."""
+    """Use only the teacher's top-k vocabulary entries of each token; both softmaxes are renormalised over them."""
     ce_weight: NotNegative = 0.0
-    """Weight of cross-entropy with the next token, beside the divergence's 1."""
+    """Weight of the next-token cross-entropy; the divergence has weight 1."""
     budget_mib: HowToRun[Count | None] = None
-    """Memory for logits in MiB: the more, the larger the chunks. By default an eighth of all logits, at most 512."""
+    """Memory for chunks of logits, in MiB; more memory means larger chunks. Default: an eighth of the full logits, at
+    most 512 MiB."""
 
     @model_validator(mode="after")
     def _can_be(self) -> LossKeys:
@@ -99,23 +105,25 @@ class LossKeys(Keys):
 
 
 class StateKeys(Keys):
-    """What the student learns from the teacher's hidden states: layers as `teacher:student` in quotes, each numbered
-    from 0 in its own model. Where the widths differ, one map that trains along raises the student's to the teacher's.
+    """Distillation of hidden states. Layers are written as `"teacher:student"`, in quotes, each numbered from 0 in its
+    own model. If the hidden sizes differ, a trained linear map projects the student's states to the teacher's size.
     """
 
     embedding: bool = False
-    """The embedding, after the first norm."""
+    """Match the embedding, after the first norm."""
     outputs: tuple[Written, ...] = ()
-    """Outputs of layers, after the norm that follows. The papers: where many layers go, the last but two of each model,
-    beside the embedding."""
+    """Match layer outputs, after the norm that follows. The papers, for a student with far fewer layers: the third to
+    last layer of each model, together with the embedding."""
     mlp_inputs: tuple[Written, ...] = ()
-    """What enters MLPs, after the norm before them. The papers found no gain."""
+    """Match MLP inputs, after the norm before the MLP. The papers found no gain."""
     attention: tuple[Written, ...] = ()
-    """How queries, keys and values of each token relate to those before it. The papers found no gain."""
+    """Match attention relations, as in MiniLMv2: query-query, key-key and value-value similarities between tokens. The
+    papers found no gain."""
     loss: str = "cosine"
-    """How far states are apart, but for `attention`: cosine or mse."""
+    """Loss between states: cosine or mse. Not used for `attention`."""
     alpha: Positive | Literal["dynamic"] = "dynamic"
-    """Weight of the states' loss; dynamic: what makes it as large as the logits', found anew each step."""
+    """Weight of the loss on states. `dynamic` updates it in each step so that the loss on states is as large as the
+    loss on logits."""
 
     @model_validator(mode="after")
     def _can_be(self) -> StateKeys:
@@ -130,40 +138,47 @@ class StateKeys(Keys):
 
 
 class Phase(Keys):
-    """What a further phase of distillation changes; a key left out is as in the phase before."""
+    """A further phase of distillation. An omitted key has the value of the phase before."""
 
     tokens: Count
-    """Budget; rounded up to whole steps."""
+    """Training tokens of the phase, rounded up to whole steps."""
     sequence: Count | None = None
-    """Tokens a sample."""
+    """Tokens per sample."""
     weights: tuple[Positive, ...] | None = None
-    """The blend: one weight for each of `data.sources`."""
+    """Blend weights, one for each of `data.sources`."""
     global_batch: Count | None = None
+    """Samples per step."""
     micro_batch: HowToRun[Count | None] = None
+    """Samples per forward pass of one data-parallel rank."""
     lr: Positive | None = None
-    """Peak learning rate of the phase, which warms up and decays anew."""
+    """Peak learning rate. Each phase has its own warm-up and decay."""
     min_lr: NotNegative | None = None
+    """Learning rate at the end of the cosine."""
     warmup_steps: Steps | None = None
+    """Steps of linear warm-up."""
 
 
 class Distill(TrainingKeys):
-    """The student learns from the teacher."""
+    """Distillation of the teacher into the pruned student."""
 
     phases: tuple[Phase, ...] = ()
-    """What follows on `tokens`, each from where the one before ended. A phase that is added later continues the run."""
+    """Further training phases, in order. Each continues from the end of the phase before. A phase added later continues
+    a finished run."""
     start: FilePath | None = None
-    """A Hugging Face folder of the student's shape to begin with, instead of what `prune` leaves: such as a checkpoint
-    that was exported."""
+    """Hugging Face folder of the student's shape to start from, instead of the pruned model: for example an exported
+    checkpoint."""
     retain: HowToRun[bool] = False
-    """Leave the checkpoints when the stage is done, to add a phase to."""
+    """Keep the training checkpoints when the stage is done, so that a phase can be added later."""
     loss: LossKeys = LossKeys()
     states: StateKeys | None = None
-    """Left out: the student learns from the logits alone, as in both papers' final recipes."""
+    """Distillation of hidden states. If omitted, the student learns from the logits alone, as in both papers' final
+    recipes."""
     teacher_window: HowToRun[Count | None] = None
-    """Micro-batches of a data-parallel rank that the teacher runs ahead of the student, whose final states are held
-    meanwhile. By default all of a step, which costs fewest pipeline bubbles."""
+    """Micro-batches that the teacher runs ahead of the student; its final hidden states of these are held in memory.
+    Default: all micro-batches of a step, which gives the fewest pipeline bubbles."""
     teacher_dtype: Literal["float32", "bfloat16", "float8"] | None = None
-    """What the teacher is held in; left out: the recipe's dtype. float8: its layers' matrices take a byte a weight and
-    are widened as each runs, which rounds what they teach."""
+    """Dtype of the teacher's weights. Default: the recipe's dtype. float8 stores the matrices of its layers in one byte
+    per weight and widens them as each layer runs; the rounding changes the teacher slightly."""
     offload_teacher: HowToRun[bool] = False
-    """Keep the teacher in host memory while the student trains: less device memory, a copy to the device each step."""
+    """Keep the teacher in host memory while the student trains: saves device memory, and copies the teacher to the
+    device in each step."""

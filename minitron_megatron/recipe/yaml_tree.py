@@ -1,4 +1,4 @@
-"""YAML as a plain tree: what YAML lets mean two things, or grow without bound, is refused."""
+"""Parse YAML into a plain tree; ambiguous or unboundedly growing YAML is refused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..errors import RecipeError
 __all__ = ["read_yaml"]
 
 MOST_NODES, DEEPEST = 100_000, 64
-"""Limits of a tree with every alias written out. The largest recipe has some hundred nodes."""
+"""Limits of a tree with every alias expanded. The largest recipe has about a hundred nodes."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers, no dates, and each key once."""
+    """YAML loader with YAML 1.2's numbers, no dates, and an error for a duplicate key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -38,7 +38,7 @@ NUMBERS = {
     "tag:yaml.org,2002:float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
     r"|\.(?:nan|NaN|NAN)",
 }
-"""Left out of YAML 1.1: octal `010`, which reads as ten here, and sixty-based `1:30`."""
+"""YAML 1.1's octal `010` (ten here) and sexagesimal `1:30` (text here) are left out."""
 DATE = "tag:yaml.org,2002:timestamp"
 
 _Loader.yaml_implicit_resolvers = {
@@ -50,10 +50,10 @@ for tag, pattern in NUMBERS.items():
 
 
 def read_yaml(text: str) -> Any:
-    """Return what a YAML text says, as dicts with text keys, lists and scalars, without shared parts.
+    """Return a YAML text as dicts with text keys, lists and scalars; no two places share an object.
 
-    Raises RecipeError for what is not YAML, a key given twice, a number that is infinite, NaN or thousands of digits
-    long, text that no file can hold, and a tree too large or too deep.
+    Raises RecipeError for text that is not YAML, a key given twice, a number that is infinite, NaN or thousands of
+    digits long, text that no file can hold, and a tree too large or too deep.
     """
     try:
         tree = yaml.load(text, _Loader)
@@ -65,7 +65,7 @@ def read_yaml(text: str) -> Any:
 
 
 class _Copier:
-    """Writes aliases out, and counts."""
+    """Copies a tree with aliases expanded, and counts its nodes."""
 
     def __init__(self) -> None:
         self._nodes = 0
@@ -74,7 +74,7 @@ class _Copier:
         self._nodes += 1
         if self._nodes > MOST_NODES or len(place) > DEEPEST:
             raise RecipeError(
-                f"it has more than {MOST_NODES:,} values or {DEEPEST} levels, aliases written out. Write less."
+                f"it has more than {MOST_NODES:,} values or {DEEPEST} levels, with aliases expanded. Make it smaller."
             )
         if isinstance(node, dict):
             if odd := [key for key in node if not isinstance(key, str)]:

@@ -107,7 +107,7 @@ class Context:
 
     def load_teacher(self, *, trains: bool = False) -> list[Any]:
         """The model that teaches, verified. Raises CheckpointError where it is not what the run recorded."""
-        return self._verified(self.teacher, DTYPES[self.recipe.teacher_runs_in], trains=trains)
+        return self._verified(self.teacher, DTYPES[self.recipe.frozen_teacher_dtype], trains=trains)
 
     def load_prune_source(self, dtype: torch.dtype | None = None) -> list[Any]:
         """The model to prune, verified as `load_teacher` does."""

@@ -1,4 +1,4 @@
-"""Serving of a Hugging Face folder: clients that read it, FP8, and throughput.
+"""Serving of a Hugging Face folder: known gaps of inference engines, FP8, and throughput.
 
 Knows: Hugging Face folders, modelopt, trtllm-bench. Must not know: training, recipes, run folders.
 """

@@ -1,6 +1,6 @@
-"""Clients that cannot serve some students: one table, told by `estimate`, the model card and the guide.
+"""Table of inference engines (clients) that cannot serve some students; `estimate`, the model card and the guide use it.
 
-`tests/compat/clients.sh` measured it, and `tests/serve/test_clients.py` holds it to what was measured.
+`tests/compat/clients.sh` measures it, and `tests/serve/test_clients.py` compares it with the measurements.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ __all__ = ["Gap", "client_notes", "client_warnings", "gaps"]
 
 @dataclass(frozen=True)
 class Condition:
-    """A property of shapes that some clients do not expect."""
+    """A property of shapes that some clients do not support."""
 
     holds: Callable[[Shape], bool]
     name: Callable[[Shape], str]
-    """The student, as the subject of a sentence."""
+    """Words that follow the architecture's name in a sentence, such as "with tied embeddings"."""
     advice: Callable[[Shape, Shape], str]
-    """(student, teacher) -> what to do instead."""
+    """(student, teacher) -> advice to the user."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A client that does not read students of some families as what they are."""
+    """A client that fails on students of some families under a condition."""
 
     client: str
     families: tuple[str, ...]
-    """Their `model_type` in the export."""
+    """`model_type`s in the export's config."""
     condition: Condition
     silent: bool = False
-    """Whether it gives other results without an error, at some sizes at least."""
+    """Whether the client gives wrong results without an error, at least at some sizes."""
     noted: bool = False
-    """Whether it stands in notes alone: the client is none that the guide serves with."""
+    """Whether the gap is a note rather than a warning: the guide does not serve with this client."""
 
 
 def _filled(shape: Shape) -> int:
@@ -51,7 +51,7 @@ def _nearest(student: Shape, teacher: Shape) -> str:
 
 UNFILLED = Condition(
     lambda shape: shape.hidden != _filled(shape),
-    lambda shape: f"of hidden size {shape.hidden}, which is not heads x head_dim ({shape.heads} x {shape.head_dim})",
+    lambda shape: f"with hidden size {shape.hidden}, which is not heads x head_dim ({shape.heads} x {shape.head_dim})",
     lambda student, teacher: (
         f"Choose hidden {_filled(student)}, or serve it with another client"
         if _filled(student) <= teacher.hidden
@@ -60,12 +60,12 @@ UNFILLED = Condition(
 )
 NO_MULTIPLE = Condition(
     lambda shape: shape.hidden % shape.heads != 0,
-    lambda shape: f"of hidden size {shape.hidden} with {shape.heads} heads: it wants a multiple",
+    lambda shape: f"with hidden size {shape.hidden}, which is not a multiple of its {shape.heads} heads",
     lambda student, teacher: f"Choose hidden {_nearest(student, teacher)}, or load the export with transformers 4",
 )
 TIED = Condition(
     lambda shape: shape.tied,
-    lambda shape: "whose embeddings are tied",
+    lambda shape: "with tied embeddings",
     lambda student, teacher: "Serve it with another client",
 )
 
@@ -79,16 +79,16 @@ GAPS = (
     Gap("MLX-LM", ("qwen2_moe",), TIED),
     Gap("CTranslate2", ("llama", "qwen2"), UNFILLED, noted=True),
 )
-"""Families that a client reads in no shape are none of its."""
+"""Families that a client does not support at all are not listed for it."""
 
 
 def gaps(model_type: str, student: Shape) -> list[Gap]:
-    """The clients that fail on an export."""
+    """Return the gaps of clients that fail on an export."""
     return [gap for gap in GAPS if model_type in gap.families and gap.condition.holds(student)]
 
 
 def client_warnings(teacher: ModelConfig, student: Shape, architecture: Architecture) -> tuple[str, ...]:
-    """Sentences on each property of an export that some client does not expect.
+    """Return a warning for each property of an export that some client does not support.
 
     architecture: the recipe's `export.architecture`.
     """
@@ -96,7 +96,7 @@ def client_warnings(teacher: ModelConfig, student: Shape, architecture: Architec
 
 
 def client_notes(teacher: ModelConfig, student: Shape, architecture: Architecture) -> tuple[str, ...]:
-    """The same, of the clients that the guide does not serve with."""
+    """Return the same for the clients that the guide does not serve with."""
     return tuple(_sentences(teacher, student, architecture, noted=True))
 
 
@@ -106,22 +106,22 @@ def _sentences(teacher: ModelConfig, student: Shape, architecture: Architecture,
     for gap in gaps(model_type, student):
         if gap.noted is noted:
             by_condition.setdefault(gap.condition, []).append(gap)
-    for condition, those in by_condition.items():
-        loud, silent = ([gap.client for gap in those if gap.silent is kind] for kind in (False, True))
-        what = f"a {model_type} {condition.name(student)}"
-        said = [f"{_listed(loud)} refuse{'s' * (len(loud) == 1)} {what}."] if loud else []
+    for condition, matching in by_condition.items():
+        loud, silent = ([gap.client for gap in matching if gap.silent is kind] for kind in (False, True))
+        subject = f"a {model_type} {condition.name(student)}"
+        sentences = [f"{_listed(loud)} refuse{'s' * (len(loud) == 1)} {subject}."] if loud else []
         if silent:
             gives = f"{_listed(silent)} give{'s' * (len(silent) == 1)} wrong results"
-            said.append(f"{gives} from {'it' if loud else what}, without an error.")
-        yield " ".join([*said, _advice(condition, model_type, student, teacher)])
+            sentences.append(f"{gives} for {'it' if loud else subject}, without an error.")
+        yield " ".join([*sentences, _advice(condition, model_type, student, teacher)])
 
 
 def _advice(condition: Condition, model_type: str, student: Shape, teacher: ModelConfig) -> str:
     if condition is not UNFILLED or model_type != "qwen2" or teacher.window is not None:
         return condition.advice(student, teacher.shape) + "."
     if student.hidden % student.heads == 0:
-        return "Set export.architecture to auto, which writes a Llama that more clients read."
-    return f"Choose hidden {_nearest(student, teacher.shape)}, which is exported as a Llama that more clients read."
+        return "Set export.architecture to auto, which writes a Llama that more clients can load."
+    return f"Choose hidden {_nearest(student, teacher.shape)}, which is exported as a Llama that more clients can load."
 
 
 def _listed(clients: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Prefill and decoding of a Hugging Face folder in this process: a ratio of two models on any machine."""
+"""Measure prefill and decoding of Hugging Face folders in this process, to compare models on any machine."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ __all__ = ["measure_locally"]
 
 @torch.inference_mode()
 def measure_locally(folders: list[Path], workload: Workload, *, repeats: int = 3) -> list[Measured]:
-    """Each model on the same random requests, `workload.batch` of them with a static key-value cache, in turn; medians.
+    """Measure each model on the same batch of `workload.batch` random requests, with a static KV cache; medians.
 
-    On a GPU decoding steps are one CUDA graph. Every model is in memory at once. A folder with no weights gets random
-    ones, which take as long. Raises CheckpointError where transformers cannot read or run a folder.
+    The models take turns, and all are in memory at once. On a GPU a decoding step is one CUDA graph. A folder without
+    weights gets random ones, which take the same time. Raises CheckpointError if transformers cannot read or run a
+    folder.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = [transformers_model(each, random=not any(each.glob("*.safetensors"))).to(device) for each in folders]
     steps = [_step(model) for model in models]
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     for turn in range(repeats + 1):
-        for folder, model, step, seen in zip(folders, models, steps, times, strict=True):
+        for folder, model, step, seconds in zip(folders, models, steps, times, strict=True):
             with transformers_failures("run", folder):
-                taken = _run(model, step, workload)
-            if turn:  # the first one warms up
-                seen.append(taken)
-    return [_measured(seen, workload) for seen in times]
+                measured = _serve(model, step, workload)
+            if turn:  # the first turn is a warm-up
+                seconds.append(measured)
+    return [_measured(seconds, workload) for seconds in times]
 
 
 def _step(model: Any) -> Any:
@@ -40,8 +41,8 @@ def _step(model: Any) -> Any:
     return torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if cuda else model.forward
 
 
-def _run(model: Any, step: Any, workload: Workload) -> tuple[float, float]:
-    """Seconds of (prefill, decoding)."""
+def _serve(model: Any, step: Any, workload: Workload) -> tuple[float, float]:
+    """Serve one batch of requests; return the seconds of (prefill, decoding)."""
     from transformers import StaticCache
 
     device, total = next(model.parameters()).device, workload.inputs + workload.outputs
@@ -64,8 +65,8 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _measured(seen: list[tuple[float, float]], workload: Workload) -> Measured:
-    prefill, decode = (median(each) for each in zip(*seen, strict=True))
+def _measured(seconds: list[tuple[float, float]], workload: Workload) -> Measured:
+    prefill, decode = (median(each) for each in zip(*seconds, strict=True))
     return Measured(
         tokens_per_second=workload.batch * workload.outputs / (prefill + decode),
         requests_per_second=workload.batch / (prefill + decode),

@@ -1,4 +1,4 @@
-"""FP8 by nvidia-modelopt, on a Hugging Face folder."""
+"""FP8 quantisation of a Hugging Face folder by nvidia-modelopt."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from ..layout import Shape
 __all__ = ["check_fp8", "quantize_fp8"]
 
 MULTIPLE = 16
-"""Of every dim of an FP8 matrix multiplication."""
-OF_A_WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells its processes."""
-OF_QUANTISATION = "quantization_config"
+"""Every dim of an FP8 matrix multiplication must be a multiple of this."""
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that torchrun sets for its processes."""
+QUANTISATION_KEY = "quantization_config"
 CARD = "README.md"
 
 
 def check_fp8(shape: Shape) -> None:
-    """Raises PlanError where a dim cannot be multiplied in FP8."""
+    """Raise PlanError if a dim is not a multiple of 16, which FP8 needs."""
     dims = {"hidden": shape.hidden, "ffn": shape.ffn, "expert_ffn": shape.expert_ffn, "shared_ffn": shape.shared_ffn}
     dims |= {"heads x head_dim": shape.heads * shape.head_dim, "kv_groups x head_dim": shape.kv_groups * shape.head_dim}
     for name, size in dims.items():
         if size % MULTIPLE:
             below = size // MULTIPLE * MULTIPLE
             raise PlanError(
-                f"FP8 needs multiples of {MULTIPLE}, and {name} is {size}. "
-                f"Prune to {below} or {below + MULTIPLE}, or leave export.quantize out."
+                f"FP8 needs multiples of {MULTIPLE}, but {name} is {size}. "
+                f"Prune to {below} or {below + MULTIPLE}, or remove export.quantize."
             )
 
 
 def quantize_fp8(source: Path, folder: Path, samples: Sequence[Tensor], *, kv_cache: bool = False) -> None:
-    """Post-training quantisation: weights and inputs of the layers' matrices e4m3 with a scale each, found on `samples`
-    (token ids int64 [batch, seq]); embedding, output layer and norms stay. On one GPU if there is one.
+    """Quantise a folder after training: weights and inputs of the layers' matrices in e4m3, with a scale each.
 
-    kv_cache: keys and values too. The config stays the source's flat one, which all readers read alike. It runs in a
-    process of its own, since modelopt reduces scales over the ranks of whatever world it finds itself in. Raises
-    CheckpointError where that process fails.
+    Scales are calibrated on `samples` (token ids, int64 [batch, seq]), on one GPU if there is one. Embedding, output
+    layer and norms keep their dtype. kv_cache: quantise the KV cache too. The config keeps the source's flat layout,
+    which every reader understands. modelopt runs in a process of its own, because it reduces scales over all ranks of
+    the process group it finds. Raises CheckpointError if that process fails.
     """
     check_fp8(read_config(source).shape)
-    alone = {name: value for name, value in os.environ.items() if name not in OF_A_WORLD}
+    alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN_VARIABLES}
     with TemporaryDirectory() as temporary:
         tokens = Path(temporary) / "samples.safetensors"
         save_file({f"{number:08}": sample.contiguous() for number, sample in enumerate(samples)}, tokens)
@@ -61,7 +61,7 @@ def quantize_fp8(source: Path, folder: Path, samples: Sequence[Tensor], *, kv_ca
         done = subprocess.run(call, env=alone, check=False, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise CheckpointError(f"{source} could not be quantised: {' '.join(last)}.")
+        raise CheckpointError(f"{source} could not be quantised by modelopt: {' '.join(last)}.")
 
 
 def _quantize(source: Path, folder: Path, samples: Sequence[Tensor], kv_cache: bool) -> None:
@@ -83,8 +83,8 @@ def _quantize(source: Path, folder: Path, samples: Sequence[Tensor], kv_cache: b
         warnings.simplefilter("ignore")
         mtq.quantize(model, config, calibrate)
         export_hf_checkpoint(model, export_dir=str(partial))
-        about = read_json(partial / "config.json")[OF_QUANTISATION]
-        write_json(partial / "config.json", read_json(source / "config.json") | {OF_QUANTISATION: about})
+        about = read_json(partial / "config.json")[QUANTISATION_KEY]
+        write_json(partial / "config.json", read_json(source / "config.json") | {QUANTISATION_KEY: about})
         carry(source, partial)
         if (source / CARD).is_file():
             shutil.copyfile(source / CARD, partial / CARD)

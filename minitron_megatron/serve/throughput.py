@@ -1,4 +1,4 @@
-"""trtllm-bench: the data that it reads, its command, and what it reports."""
+"""trtllm-bench: its input data, its command line and its report."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from ..files import whole_file
 __all__ = ["LADDER", "Measured", "Workload", "command", "has_trtllm", "parse_report", "write_requests"]
 
 LADDER = ((128, 128), (128, 2048), (2048, 128), (2048, 2048), (1024, 1024), (8192, 1024), (32768, 1024))
-"""(input, output) tokens of a request, as in the papers and in TensorRT-LLM's own tables."""
+"""(input, output) tokens per request, as in the papers and in TensorRT-LLM's own tables."""
 TOOL = "trtllm-bench"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests of one size, so many at a time."""
+    """Requests of one size."""
 
     inputs: int
-    """Tokens of each prompt."""
+    """Tokens per prompt."""
     outputs: int
-    """Tokens made for each."""
+    """Tokens generated per request."""
     batch: int
-    """Requests at a time."""
+    """Concurrent requests."""
     requests: int
+    """Requests in total, for trtllm-bench."""
 
     @property
     def name(self) -> str:
@@ -41,16 +42,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a report says; None for what it does not."""
+    """Throughput of one model; None for a figure that the report lacks."""
 
     tokens_per_second: float | None
-    """Made, of all requests together."""
+    """Generated tokens per second, over all requests."""
     requests_per_second: float | None
     latency_ms: float | None
-    """Mean of a request."""
+    """Mean latency of a request."""
     first_token_ms: float | None
+    """Mean time to the first token."""
     token_ms: float | None
-    """Mean between tokens after the first."""
+    """Mean time between tokens after the first."""
     gpus: int | None
 
 
@@ -59,7 +61,7 @@ def has_trtllm() -> bool:
 
 
 def write_requests(path: Path, workload: Workload, vocab: int, seed: int = 0) -> None:
-    """A JSON line a request, of random tokens: `task_id`, `input_ids`, `output_tokens`."""
+    """Write one JSON line per request, with random tokens: `task_id`, `input_ids`, `output_tokens`."""
     generator = torch.Generator().manual_seed(seed)
     with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         for number in range(workload.requests):
@@ -69,7 +71,7 @@ def write_requests(path: Path, workload: Workload, vocab: int, seed: int = 0) ->
 
 
 def command(name: str, model: Path, requests: Path, report: Path, workload: Workload, *, tp: int = 1) -> list[str]:
-    """The arguments of a run; no shell reads them."""
+    """Return the command as an argument list; no shell is involved."""
     measure = f"--tp {tp} --concurrency {workload.batch} --max_batch_size {workload.batch} --warmup 2 --streaming"
     return [
         *(TOOL, "--model", name, "--model_path", str(model), "throughput", "--dataset", str(requests)),
@@ -79,15 +81,17 @@ def command(name: str, model: Path, requests: Path, report: Path, workload: Work
 
 
 def parse_report(path: Path) -> Measured:
-    """A `--report_json` file of any version: what is missing is None. Raises DataError where it is no report at all."""
+    """Read a `--report_json` file of any version; missing figures are None. Raises DataError if it is not a report."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no report of {TOOL}: {error}. Run it again.") from error
+        raise DataError(f"{path} is not a report of {TOOL}: {error}. Remove it and run the benchmark again.") from error
     performance = _block(raw, "performance")
     streaming, world = _block(raw, "streaming_metrics"), _block(raw, "world_info")
     if not performance:
-        raise DataError(f"{path} is no report of {TOOL}: it has no block `performance`. Run it again.")
+        raise DataError(
+            f"{path} is not a report of {TOOL}: it has no block `performance`. Remove it and run the benchmark again."
+        )
     gpus = _number(world, "world_size") or (_number(world, "tp_size") or 1) * (_number(world, "pp_size") or 1)
     return Measured(
         tokens_per_second=_number(performance, "system_output_throughput_tok_s", "output_throughput_tok_s"),

@@ -153,7 +153,7 @@ def what_moves(topology: Topology, folder: Path) -> tuple[bool, bool]:
     assert all(weight.device.type == "cpu" for weight in others)
     with offload.on_device():
         assert all(weight.device == topology.device for weight in others)
-    return all(weight in offload.home for weight in others), last is not None and last in offload.home
+    return all(weight in offload.host for weight in others), last is not None and last in offload.host
 
 
 @pytest.mark.parametrize("layout", ["tp1", "pp2"])
