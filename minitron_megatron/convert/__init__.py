@@ -1,6 +1,6 @@
-"""Hugging Face checkpoints in and out, a slice at a time: no rank ever holds a tensor it does not need.
+"""Import and export of Hugging Face checkpoints, slice by slice: no rank holds a tensor that it does not need.
 
-Knows: Hugging Face's names, configs and files. Must not know: scores, plans, losses, training.
+Knows: Hugging Face's tensor names, configs and files. Must not know: scores, plans, losses, training.
 """
 
 from .by_transformers import transformers_failures, transformers_model

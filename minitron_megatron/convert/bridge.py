@@ -1,5 +1,8 @@
-"""A family without a row here, as Megatron-Bridge (0.4 or later, where it is installed) knows it: the names of its
-tensors and the functions of its model. What our models do not compute alike is an error, never a guess."""
+"""Families without a row in `families.py`, from Megatron-Bridge (0.4 or later) if it is installed.
+
+Megatron-Bridge gives the tensors' names and the model's functions. A family that our models would compute differently
+is an error, never a guess.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ __all__ = ["bridged", "check_bridged"]
 
 WHOLES = ("AutoMapping", "DirectMapping", "ReplicatedMapping", "ColumnParallelMapping", "RowParallelMapping")
 ROLES = ("QKVMapping", "GatedMLPMapping")
-"""Its mappings of a tensor that is all of a Megatron one, and of several that are its parts."""
+"""Megatron-Bridge's mappings of one tensor to a whole parameter (WHOLES), and of several tensors to its parts."""
 
 SIZES = {
     "ffn_hidden_size": "ffn",
@@ -32,16 +35,16 @@ SIZES = {
     "moe_router_topk": "experts_per_token",
     "moe_ffn_hidden_size": "expert_ffn",
 }
-"""Megatron's key -> the field of `Shape` that a config calls as it likes."""
+"""Megatron's key -> the field of `Shape`, whose key in config.json differs between families."""
 
 SHARED_FFN = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
 EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layernorm_epsilon")
 
-TAKEN = (
+MAPPED = (
     "gated_linear_unit|activation_func|normalization|layernorm_zero_centered_gamma|add_qkv_bias|qk_layernorm|"
     "moe_shared_expert_gate"
 )
-"""What a family here takes over from its model."""
+"""Provider settings that `_family` maps to our own."""
 FREE = (
     r".*_fusion|.*_dtype|bf16|fp16|.*_dropout|.*init_method.*|.*_initialization|.*_parallel_size|recompute_.*|"
     r"persist_layer_norm|attention_softmax_in_fp32|attention_backend|calculate_per_token_loss|cross_entropy_.*|"
@@ -50,91 +53,91 @@ FREE = (
     r"moe_aux_loss_coeff|moe_router_load_balancing_type|moe_token_dispatcher_type|moe_flex_.*|mtp_loss_.*|"
     r"hf_.*|generation_config|.*_token_id"
 )
-"""What says how a model is trained or run, and not what it computes; the layers' spec is compared by itself."""
+"""Provider settings that do not change what a model computes; the layer spec is compared separately."""
 
-UNSAID: Mapping[str, Callable[[Any], int]] = {
-    "num_query_groups": lambda said: said.num_attention_heads,
-    "kv_channels": lambda said: said.hidden_size // said.num_attention_heads,
+UNSET: Mapping[str, Callable[[Any], int]] = {
+    "num_query_groups": lambda provider: provider.num_attention_heads,
+    "kv_channels": lambda provider: provider.hidden_size // provider.num_attention_heads,
 }
-"""What mcore takes where they are None."""
+"""Values that mcore uses for settings that are None."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What Megatron-Bridge has for one config."""
+    """Megatron-Bridge's answer for one config."""
 
     family: Family
     provider: Any
-    """Its `GPTModelProvider`, an mcore `TransformerConfig` and what a GPTModel needs besides."""
+    """Its `GPTModelProvider`: mcore's `TransformerConfig` and the other settings of a GPTModel."""
 
 
 def bridged(hf: Mapping[str, Any]) -> Family | None:
-    """The family of a Hugging Face config after Megatron-Bridge; None where that is not installed or knows none.
+    """Return the family of a config according to Megatron-Bridge; None if it is not installed or has no such family.
 
-    Raises CheckpointError where its model is none of ours.
+    Raises CheckpointError if our models cannot compute this family.
     """
     known = _known(json.dumps(hf, sort_keys=True))
     return known.family if known else None
 
 
 def check_bridged(config: ModelConfig) -> None:
-    """Raises CheckpointError where Megatron-Bridge would build another model than this of the same config."""
+    """Raise CheckpointError if Megatron-Bridge would build a different model from the same config."""
     known = _known(json.dumps(config.source, sort_keys=True))
     assert known is not None
     expected = _expected(config)
     for name, default in _defaults().items():
         wanted, value = expected.get(name, default), getattr(known.provider, name)
-        if value is None and name in UNSAID:
-            value = UNSAID[name](known.provider)
-        if not re.fullmatch(f"{TAKEN}|{FREE}", name) and value != wanted:
-            raise _refusal(config.source, f"{name}={value!r}; here it would be {wanted!r}")
+        if value is None and name in UNSET:
+            value = UNSET[name](known.provider)
+        if not re.fullmatch(f"{MAPPED}|{FREE}", name) and value != wanted:
+            raise _refusal(config.source, f"it sets {name}={value!r}; here it would be {wanted!r}")
     if missing := {pattern_of(name) for name in config.shape.names()} - set(known.family.names):
-        raise _refusal(config.source, f"no names, or no plain ones, for {', '.join(sorted(missing))}")
+        raise _refusal(config.source, f"it has no plain tensor mapping for {', '.join(sorted(missing))}")
 
 
 @cache
 def _known(config: str) -> Known | None:
-    """config: JSON, for it is asked for each parameter."""
+    """Ask Megatron-Bridge. config: as JSON text, so that the answer can be cached; it is asked for each parameter."""
     if importlib.util.find_spec("megatron.bridge") is None:
         return None
     from megatron.bridge import AutoBridge
     from transformers import AutoConfig, PretrainedConfig
 
-    hf = json.loads(config)  # of its auto_map the name of the class alone is read
+    hf = json.loads(config)  # only the class name in its auto_map is read; no code is loaded
     try:
-        asked = AutoConfig.for_model(**hf)
-    except ValueError:  # of a family that transformers does not know
-        asked = PretrainedConfig.from_dict(hf)
+        hf_config = AutoConfig.for_model(**hf)
+    except ValueError:  # transformers does not know this family
+        hf_config = PretrainedConfig.from_dict(hf)
     try:
-        auto = AutoBridge.from_hf_config(asked)
-    except ValueError:  # with the whole list of those that it knows
+        auto = AutoBridge.from_hf_config(hf_config)
+    except ValueError:  # Megatron-Bridge does not know it either
         return None
     try:
         bridge, provider = auto._model_bridge, auto.to_megatron_provider(load_weights=False)
-    except Exception as error:  # code of each family's own
+    except Exception as error:  # each family runs its own code, which may raise anything
         raise _refusal(hf, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
     _refuse_other_code(bridge, provider, hf)
     return Known(_family(bridge, provider, hf), provider)
 
 
 def _refuse_other_code(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> None:
-    """What of a family is code of its own is not said by its settings."""
+    """Raise CheckpointError if the family has code of its own, which its settings would not show."""
     from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
     kind = type(provider)
     if not issubclass(kind, GPTModelProvider):
-        raise _refusal(hf, f"a model that is no GPTModel ({kind.__name__})")
+        raise _refusal(hf, f"its model is not a GPTModel ({kind.__name__})")
     defaults = _defaults()
     names = {field.name for field in fields(kind)} | set(vars(provider))
     if own := sorted(name for name in names - set(defaults) if not re.fullmatch(FREE, name)):
-        raise _refusal(hf, f"settings of its own: {', '.join(own)}")
+        raise _refusal(hf, f"it has settings of its own: {', '.join(own)}")
     if kind.provide is not GPTModelProvider.provide:
-        raise _refusal(hf, f"a model of its own ({kind.__name__})")
+        raise _refusal(hf, f"it builds a model of its own ({kind.__name__})")
     if provider.transformer_layer_spec is not defaults["transformer_layer_spec"]:
-        raise _refusal(hf, "layers of its own")
+        raise _refusal(hf, "it has layers of its own")
     if type(bridge).maybe_modify_loaded_hf_weight is not MegatronModelBridge.maybe_modify_loaded_hf_weight:
-        raise _refusal(hf, f"weights that {type(bridge).__name__} changes on the way")
+        raise _refusal(hf, f"{type(bridge).__name__} changes weights while loading")
 
 
 def _family(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Family:
@@ -174,18 +177,18 @@ def _defaults() -> dict[str, Any]:
 
 
 def _activation(function: Callable[[Tensor], Tensor], hf: Mapping[str, Any]) -> str:
-    """Ours by what they compute: its squared ReLU is another object."""
+    """Return the name of our activation with the same values; comparing objects fails for its squared ReLU."""
     x = torch.linspace(-4, 4, 65)
     for name, ours in ACTIVATIONS.items():
         if torch.allclose(function(x), ours(x)):
             return name
     raise _refusal(
-        hf, f"activation_func={getattr(function, '__name__', function)}, not one of {', '.join(ACTIVATIONS)}"
+        hf, f"activation_func={getattr(function, '__name__', function)} is not one of {', '.join(ACTIVATIONS)}"
     )
 
 
 def _names(bridge: Any) -> Names:
-    """Of those that are parameters here; Transformer Engine's names stand beside the local ones, one by one."""
+    """Return the tensor names of parameters in our layout table; the mappings also list Transformer Engine's names."""
     names: dict[str, Mapping[str, str]] = {}
     for mapping in bridge.mapping_registry():
         kind = type(mapping).__name__
@@ -211,7 +214,7 @@ def _keys(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Keys:
 
 
 def _expected(config: ModelConfig) -> dict[str, Any]:
-    """Megatron-Bridge's keys, of what our model of a config computes; the rest is as mcore has it by itself."""
+    """Return the provider settings of our model; all others must have mcore's defaults."""
     shape, scaling = config.shape, config.rotary_scaling or {}
     llama3 = scaling.get("rope_type") == "llama3"
     expected = {
@@ -235,7 +238,7 @@ def _expected(config: ModelConfig) -> dict[str, Any]:
     if not shape.experts:
         return expected | {"ffn_hidden_size": shape.ffn}
     return expected | {
-        "ffn_hidden_size": config.source.get("intermediate_size"),  # of layers without experts: there is none
+        "ffn_hidden_size": config.source.get("intermediate_size"),  # size of dense layers; this model has none
         "num_moe_experts": shape.experts,
         "moe_router_topk": shape.experts_per_token,
         "moe_ffn_hidden_size": shape.expert_ffn,
@@ -246,6 +249,6 @@ def _expected(config: ModelConfig) -> dict[str, Any]:
 
 def _refusal(hf: Mapping[str, Any], reason: str) -> CheckpointError:
     return CheckpointError(
-        f"model_type {hf['model_type']!r} has no row here, and Megatron-Bridge says of it: {reason}. "
-        "docs/families.md says what can be a row."
+        f"model_type {hf['model_type']!r} is not built in, and Megatron-Bridge's version of it is not supported: {reason}. "
+        "docs/families.md lists what can be supported."
     )

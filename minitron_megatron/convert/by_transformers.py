@@ -1,4 +1,4 @@
-"""Models as transformers reads them: from local files alone, without code of the folder's, every failure one error."""
+"""Models loaded by transformers: local files only, no code from the folder, every failure a CheckpointError."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ..errors import CheckpointError, MinitronError
 __all__ = ["transformers_failures", "transformers_model"]
 
 LONGEST = 300
-"""Characters of a cause that are passed on: some print a whole list of names."""
+"""Longest cause that a message quotes, in characters: some errors print a whole list of names."""
 
 
 def transformers_model(folder: Path, dtype: torch.dtype | str = "auto", *, random: bool = False) -> Any:
     """Return the folder's model in transformers, ready to run on the CPU without dropout.
 
-    dtype: of the weights; `auto`: what the folder says. random: build it from config.json alone. Raises CheckpointError
-    where transformers cannot.
+    dtype: dtype of the weights; `auto`: the folder's. random: build it with random weights, from config.json alone.
+    Raises CheckpointError if transformers fails.
     """
     with transformers_failures("read", folder), torch.no_grad():
         from transformers import AutoConfig, AutoModelForCausalLM
 
         if random:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            made = config.dtype if dtype == "auto" else dtype
-            model = AutoModelForCausalLM.from_config(config, dtype=made, trust_remote_code=False)
+            built_dtype = config.dtype if dtype == "auto" else dtype
+            model = AutoModelForCausalLM.from_config(config, dtype=built_dtype, trust_remote_code=False)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, trust_remote_code=False
@@ -40,19 +40,19 @@ def transformers_model(folder: Path, dtype: torch.dtype | str = "auto", *, rando
 
 @contextmanager
 def transformers_failures(verb: str, folder: Path) -> Iterator[None]:
-    """Around what transformers does with `folder`: whatever it raises becomes a CheckpointError that names it."""
+    """Turn any error that transformers raises about `folder` into a CheckpointError that names the folder."""
     try:
         yield
     except MinitronError:
         raise
-    except Exception as error:  # of any class: its readers raise what they come upon
+    except Exception as error:  # its readers raise errors of many classes
         lines = str(error).strip().splitlines() or [type(error).__name__]
         cause = lines[0] if len(lines[0]) <= LONGEST else lines[0][:LONGEST] + "..."
         raise CheckpointError(f"transformers cannot {verb} {folder}: {cause.rstrip('.')}.") from error
 
 
 def _check_experts(model: Any) -> None:
-    """Have the experts run one by one where transformers' grouped matmul refuses their width (rows of 16 bytes)."""
+    """Run experts one by one if transformers' grouped matmul refuses their width (rows must be multiples of 16 bytes)."""
     try:
         model(torch.zeros(1, 1, dtype=torch.int64))
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face folder that go along unchanged with new weights: tokenizer, chat templates, generation."""
+"""Files of a Hugging Face folder that are copied to an export: tokenizer, chat templates, generation settings."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ CARRIED = (
     "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
-"""File name patterns that transformers' tokenizers and generation read. Weights and code match none of them."""
+"""File name patterns that transformers' tokenizers and generation read. No pattern matches weights or code."""
 
 CODE = "auto_map"
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """Return the files in `folder` that go along with new weights, sorted; links to files count as files.
+    """Return the files in `folder` to copy to an export, sorted; links to files count as files.
 
-    Raises CheckpointError where one of them is a link to nothing.
+    Raises CheckpointError for a broken link.
     """
     found = sorted({path for pattern in CARRIED for path in folder.glob(pattern)})
     for path in found:
         if path.is_symlink() and not path.exists():
-            raise CheckpointError(f"{path} is a link to a file that is not there. Download it again.")
+            raise CheckpointError(f"{path} is a broken link. Download the file again.")
     return [path for path in found if path.is_file()]
 
 
 def carry(source: Path, target: Path) -> None:
     """Copy the contents of the `carried_files` of one folder into another.
 
-    A tokenizer's `auto_map` names code, which stays behind, and goes with it: the export would ask for files that it
-    does not have. Raises CheckpointError where a file cannot be read.
+    Code is not copied, so the tokenizer config's `auto_map`, which names code files, is dropped. Raises CheckpointError
+    if a file cannot be read.
     """
     for path in carried_files(source):
         copy = target / path.relative_to(source)
@@ -66,7 +66,7 @@ def carry(source: Path, target: Path) -> None:
             content = path.open("rb")
         except OSError as error:
             raise CheckpointError(
-                f"{path} cannot be read: {error.strerror}. It goes along with the weights."
+                f"{path} cannot be read: {error.strerror}. Exports need a copy of it."
             ) from error
         with content, copy.open("wb") as into:
             shutil.copyfileobj(content, into)

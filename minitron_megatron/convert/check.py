@@ -1,4 +1,4 @@
-"""Does transformers read a folder as the model that it was written from?"""
+"""Check that transformers reads an exported folder as the same model."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .by_transformers import transformers_failures, transformers_model
 __all__ = ["TOLERANCE", "check_folder", "logits_of"]
 
 TOLERANCE = 1e-3
-"""Of the largest logit: two orders of addition in fp32 are far below it, and a wrong weight far above."""
+"""Allowed difference of logits, relative to the largest: fp32 rounding is far below it, a wrong weight far above."""
 
 
 @torch.no_grad()
 def logits_of(model: Any, batch: MicroBatch, topology: Topology) -> Tensor | None:
-    """[batch, seq, vocab] in fp32 on global rank 0, None elsewhere. Collective over the world."""
+    """Return logits [batch, seq, vocab] in fp32 on global rank 0, None elsewhere. Collective over the world."""
     hidden, part = forward_only(model, [batch]), None
     if topology.is_last_stage and topology.dp_rank == 0:
         whole = gather_sequence(hidden[0], topology.tp_group) if topology.sequence_parallel else hidden[0]
@@ -34,32 +34,32 @@ def logits_of(model: Any, batch: MicroBatch, topology: Topology) -> Tensor | Non
 
 
 def check_folder(model: Any, folder: Path, batch: MicroBatch, topology: Topology) -> float:
-    """The largest difference between the logits of a model in fp32 and those of transformers reading `folder`.
+    """Return the largest difference between the logits of a model in fp32 and those of transformers reading `folder`.
 
-    batch: any tokens. Returns the same on every rank. Collective over the world. Raises CheckpointError where
-    transformers cannot read the folder, or the difference exceeds TOLERANCE x the largest logit.
+    batch: any tokens. Every rank returns the same. Collective over the world. Raises CheckpointError if transformers
+    cannot read the folder, or if the difference exceeds TOLERANCE x the largest logit.
     """
-    mine, apart = logits_of(model, batch, topology), 0.0
+    logits, difference = logits_of(model, batch, topology), 0.0
     with fail_together():
-        if mine is not None:
-            apart = _apart(mine, _by_transformers(folder, batch.tokens.cpu()), folder)
-    return max(gather_objects(apart))
+        if logits is not None:
+            difference = _difference(logits, _by_transformers(folder, batch.tokens.cpu()), folder)
+    return max(gather_objects(difference))
 
 
-def _apart(mine: Tensor, theirs: Tensor, folder: Path) -> float:
-    """Return the largest difference of two models' logits. Raises CheckpointError where it is too large."""
-    if mine.shape != theirs.shape:
+def _difference(logits: Tensor, reference: Tensor, folder: Path) -> float:
+    """Return the largest difference from transformers' logits. Raises CheckpointError if it is too large."""
+    if logits.shape != reference.shape:
         raise CheckpointError(
-            f"transformers reads {folder} otherwise: its logits have shape {tuple(theirs.shape)}, and the model's "
-            f"{tuple(mine.shape)}. Export it again."
+            f"transformers reads {folder} as another model: its logits have shape {tuple(reference.shape)}, the "
+            f"exported model's {tuple(logits.shape)}. Export it again."
         )
-    apart, largest = float((mine - theirs).abs().max()), float(theirs.abs().max())
-    if not apart <= TOLERANCE * largest:
+    difference, largest = float((logits - reference).abs().max()), float(reference.abs().max())
+    if not difference <= TOLERANCE * largest:
         raise CheckpointError(
-            f"transformers reads {folder} otherwise: logits differ by up to {apart:.3g} where the largest is "
-            f"{largest:.3g}. Export it again; if that does not help, its family needs a test in tests/convert."
+            f"transformers reads {folder} as another model: logits differ by up to {difference:.3g} where the largest "
+            f"is {largest:.3g}. Export it again; if that does not help, report its family as a bug."
         )
-    return apart
+    return difference
 
 
 def _by_transformers(folder: Path, tokens: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
-"""Read `config.json`: the ModelConfig that a Hugging Face config describes. Each key is honoured as the installed
-transformers honours it, or known to change nothing, or refused by name."""
+"""Hugging Face `config.json` -> ModelConfig.
+
+Each key is read as the installed transformers reads it, or known to change nothing, or refused by name.
+"""
 
 from __future__ import annotations
 
@@ -32,20 +34,20 @@ ROPE: Mapping[str, Mapping[str, Kind]] = {
         "original_max_position_embeddings": SIZE,
     },
 }
-"""The kinds of rotary embedding, and the constants that each needs."""
+"""Supported rope types, and the constants that each needs."""
 ROPE_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 MOST_EXPERTS = 1_000_000
-"""In all layers together."""
+"""Limit on experts x layers."""
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The config of a Hugging Face folder, in the flat form of transformers 4.x or the nested one of 5.x.
+    """Read the config of a Hugging Face folder, in the flat form of transformers 4.x or the nested one of 5.x.
 
-    Where the folder holds weights, their headers have a say as in transformers: quantised ones are refused, and an
-    output layer that differs from the embedding is not tied. Raises CheckpointError where the folder, its config or
-    its family is not what we can load.
+    If the folder holds weights, their headers are checked too, as transformers does: quantised weights are refused, and
+    an output layer that differs from the embedding is not tied. Raises CheckpointError if the folder, its config or its
+    family cannot be loaded.
     """
-    config = _said(folder)
+    config = _parse(folder)
     weights = stored(folder)
     if weights is None:
         return config
@@ -54,34 +56,34 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def tied_names(config: ModelConfig) -> tuple[str, str]:
-    """The tensors' names of the embedding and of the output layer."""
+    """Return the tensor names of the embedding and of the output layer."""
     names = family_of(config.source).hf_names
     (embedding,), (head,) = names("embedding.word_embeddings.weight").values(), names("output_layer.weight").values()
     return embedding, head
 
 
 def _untied(config: ModelConfig, weights: Weights) -> ModelConfig:
-    """As transformers 5 has it: tied by config, and two matrices that differ in the file, is not tied."""
+    """Untie the embeddings if the file holds two matrices that differ, as transformers 5 does."""
     embedding, head = tied_names(config)
     if embedding in weights and head in weights and not weights.alike(embedding, head):
-        _say_once(
-            f"{weights.folder} says tie_word_embeddings: true and holds {head}, which differs from {embedding}: "
-            "the two are read, and stay apart, as in transformers 5."
+        _warn_once(
+            f"{weights.folder} says tie_word_embeddings: true but holds {head}, which differs from {embedding}: "
+            "both are read and stay untied, as in transformers 5."
         )
         return replace(config, shape=replace(config.shape, tied=False))
     return config
 
 
-# ---- what config.json says
+# ---- keys of config.json
 
 
-def _said(folder: Path) -> ModelConfig:
+def _parse(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     hf = _json(folder, path)
     if not isinstance(hf, dict) or not hf:
         raise CheckpointError(
-            f"{path} holds {type(hf).__name__ if hf or hf is None else 'an empty ' + type(hf).__name__} and not a "
-            "model's config. Copy it again."
+            f"{path} holds {type(hf).__name__ if hf or hf is None else 'an empty ' + type(hf).__name__}, not a model's "
+            "config. Copy it again."
         )
     family = family_of(hf)
     reader = _Reader(path, hf, family)
@@ -94,9 +96,9 @@ def _said(folder: Path) -> ModelConfig:
 
 def _json(folder: Path, path: Path) -> Any:
     if not path.is_file():
-        have = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        problem = "it has no config.json" if folder.is_dir() else "there is no such folder"
         raise CheckpointError(
-            f"model {folder} is not a Hugging Face folder: {have}. Give a folder that save_pretrained wrote."
+            f"model {folder} is not a Hugging Face folder: {problem}. Give a folder that save_pretrained wrote."
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +112,7 @@ def _json(folder: Path, path: Path) -> Any:
 
 @dataclass
 class _Reader:
-    """The keys of one config, each checked when it is asked for."""
+    """Keys of one config, each checked when it is read."""
 
     path: Path
     hf: Mapping[str, Any]
@@ -119,9 +121,9 @@ class _Reader:
     """Values read so far, with defaults."""
 
     def refusal(self, key: str, value: Any, why: str) -> CheckpointError:
-        said = repr(value)
-        said = said if len(said) <= 80 else f"{said[:77]}..."
-        return CheckpointError(f"{self.path} says {key}: {said}, {why}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        return CheckpointError(f"{self.path} says {key}: {shown}, {why}")
 
     def check(self, key: str, value: Any, kind: Kind) -> Any:
         if not kind.holds(value):
@@ -129,7 +131,7 @@ class _Reader:
         return value
 
     def read(self, key: str, kind: Kind) -> Any:
-        """The value of a key, an absent one's default; raises CheckpointError where it is not of its kind."""
+        """Return the value of a key, or its default. Raises CheckpointError if the value is not of the kind."""
         value = self.hf.get(key, self.family.default(key))
         if value is None and key in self.family.nullable:
             value = DERIVED[key]
@@ -143,32 +145,32 @@ class _Reader:
         return value
 
     def size(self, keys: tuple[str, ...]) -> int:
-        """A size that a config may call in several ways, which must agree."""
-        there = [key for key in keys if key in self.hf] or [keys[0]]
-        values = [self.read(key, SIZE) for key in there]
-        for key, value in zip(there, values, strict=True):
+        """Return a size that a config may give under several keys, which must agree."""
+        present = [key for key in keys if key in self.hf] or [keys[0]]
+        values = [self.read(key, SIZE) for key in present]
+        for key, value in zip(present, values, strict=True):
             if value != values[0]:
-                raise self.refusal(key, value, f"and {there[0]}: {values[0]}. Remove the wrong one.")
+                raise self.refusal(key, value, f"but {present[0]}: {values[0]}. Remove the wrong one.")
         return int(values[0])
 
     def agreed(self, key: str, nested: Mapping[str, Any], kind: Kind) -> Any:
-        """A constant of the rotary embedding, which may stand among its parameters, beside them, or in both alike."""
+        """Return a rope constant from the nested rope parameters or the top level; if both have it, they must agree."""
         if key not in nested:
             return self.read(key, kind)
         value = self.check(f"rope_parameters.{key}", nested[key], kind)
         if key in self.hf and self.hf[key] != value:
-            raise self.refusal(key, self.hf[key], f"and {value!r} among the rope parameters. Remove the wrong one.")
+            raise self.refusal(key, self.hf[key], f"but {value!r} among the rope parameters. Remove the wrong one.")
         return value
 
     def kinds(self) -> Mapping[str, Kind]:
-        """Every key that is read, sizes that families call differently aside."""
-        unlike = {"rms_norm_eps", "norm_eps"} - {self.family.eps}
-        return {key: kind for key, kind in {**READ, **self.family.read}.items() if key not in unlike}
+        """Return every key that is read, except sizes whose keys differ between families."""
+        unused = {"rms_norm_eps", "norm_eps"} - {self.family.eps}
+        return {key: kind for key, kind in {**READ, **self.family.read}.items() if key not in unused}
 
     def refuse_unsupported(self) -> None:
-        """Raise CheckpointError at a key that is not known, or has a value that is not supported.
+        """Raise CheckpointError for an unknown key or an unsupported value.
 
-        Those of a family that has no row here are for Megatron-Bridge to know.
+        Keys of a family without a row in `families.py` are left to Megatron-Bridge.
         """
         if not self.family.strict:
             return
@@ -179,7 +181,7 @@ class _Reader:
         for key, value in self.hf.items():
             if key not in known:
                 near = did_you_mean(key, known)
-                raise self.refusal(key, value, f"a key that is not known.{near} Remove it if it changes nothing.")
+                raise self.refusal(key, value, f"an unknown key.{near} Remove it if it changes nothing.")
             allowed = only.get(key, (value,))
             if not any(type(value) is type(each) and (value is each or value == each) for each in allowed):
                 raise self.refusal(key, value, f"which is not supported; only {allowed[0]!r} is.")
@@ -192,29 +194,29 @@ def _model_config(reader: _Reader) -> ModelConfig:
     for key, kind in reader.kinds().items():
         reader.read(key, kind)
     sizes = {name: reader.size(keys) for name, keys in family.keys.items()}
-    said = reader.known
+    values = reader.known
     base, share, scaling = _rope(reader)
-    renormalises = said.get("norm_topk_prob", family.norm_topk_prob)
+    renormalises = values.get("norm_topk_prob", family.norm_topk_prob)
     _refuse_impossible(reader, sizes, share, renormalises)
     shape = Shape(
-        layers=said["num_hidden_layers"],
-        hidden=said["hidden_size"],
-        heads=said["num_attention_heads"],
-        kv_groups=said["num_key_value_heads"],
-        head_dim=said["head_dim"],
-        vocab=said["vocab_size"],
-        tied=said["tie_word_embeddings"],
+        layers=values["num_hidden_layers"],
+        hidden=values["hidden_size"],
+        heads=values["num_attention_heads"],
+        kv_groups=values["num_key_value_heads"],
+        head_dim=values["head_dim"],
+        vocab=values["vocab_size"],
+        tied=values["tie_word_embeddings"],
         **({"ffn": 0} | sizes | dict(family.shape)),
     )
     return ModelConfig(
         shape=shape,
-        norm_eps=said[family.eps],
+        norm_eps=values[family.eps],
         rotary_base=base,
         rotary_scaling=scaling,
         rotary_share=share,
-        max_positions=said["max_position_embeddings"],
+        max_positions=values["max_position_embeddings"],
         window=_window(reader),
-        init_std=said["initializer_range"],
+        init_std=values["initializer_range"],
         router_pre_softmax=not renormalises,
         source=_without_dropped(reader),
         **family.functions,
@@ -222,16 +224,16 @@ def _model_config(reader: _Reader) -> ModelConfig:
 
 
 def _rope(reader: _Reader) -> tuple[float, float, dict[str, Any] | None]:
-    """Rotary base, rotated share of a head, and the scaling's constants."""
+    """Return (rotary base, rotated share of a head, constants of the scaling)."""
     known = reader.known
     forms = {key: known[key] for key in ("rope_parameters", "rope_scaling") if known[key]}
     if len(forms) == 2 and forms["rope_parameters"] != forms["rope_scaling"]:
-        raise reader.refusal("rope_scaling", known["rope_scaling"], "and rope_parameters otherwise. Remove one.")
+        raise reader.refusal("rope_scaling", known["rope_scaling"], "but rope_parameters differ. Remove one.")
     where = next(iter(forms), "rope_parameters")
     nested: dict[str, Any] = forms.get(where, {})
     kind = nested.get("rope_type", nested.get("type", "default"))
     if nested.get("type", kind) != kind:
-        raise reader.refusal(f"{where}.type", nested["type"], f"and rope_type: {kind!r}. Remove the wrong one.")
+        raise reader.refusal(f"{where}.type", nested["type"], f"but rope_type: {kind!r}. Remove the wrong one.")
     if kind not in reader.family.rope:
         kinds = " and ".join(map(repr, reader.family.rope))
         raise reader.refusal(
@@ -241,11 +243,11 @@ def _rope(reader: _Reader) -> tuple[float, float, dict[str, Any] | None]:
     for key in nested:
         if key not in (*ROPE_KEYS, *constants):
             near = did_you_mean(key, (*ROPE_KEYS, *constants))
-            raise reader.refusal(f"{where}.{key}", nested[key], f"which rope_type {kind!r} does not have.{near}")
+            raise reader.refusal(f"{where}.{key}", nested[key], f"which rope_type {kind!r} does not use.{near}")
     base, share = float(reader.agreed("rope_theta", nested, POSITIVE)), _share(reader, where, nested)
     scaling = {key: _constant(reader, where, nested, kind, key) for key in constants}
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise reader.refusal(f"{where}.high_freq_factor", scaling["high_freq_factor"], "not above low_freq_factor.")
+        raise reader.refusal(f"{where}.high_freq_factor", scaling["high_freq_factor"], "which is not above low_freq_factor.")
     return base, share, {"rope_type": kind, **scaling} if constants else None
 
 
@@ -253,12 +255,12 @@ def _constant(reader: _Reader, where: str, nested: Mapping[str, Any], kind: str,
     if key == "original_max_position_embeddings":
         return reader.agreed(key, nested, SIZE) or reader.known["max_position_embeddings"]
     if key not in nested:
-        raise CheckpointError(f"{reader.path} does not say {key!r} of {where}. rope_type {kind!r} needs it.")
+        raise CheckpointError(f"{reader.path} lacks {key!r} in {where}. rope_type {kind!r} needs it.")
     return reader.check(f"{where}.{key}", nested[key], ROPE[kind][key])
 
 
 def _share(reader: _Reader, where: str, nested: Mapping[str, Any]) -> float:
-    """The rotated share of a head, which most families do not have: transformers' versions take it there unlike."""
+    """Return the rotated share of a head. Only families that read the key may set it; transformers versions differ."""
     key = "partial_rotary_factor"
     if key in reader.family.read:
         return float(reader.agreed(key, nested, SHARE))
@@ -270,42 +272,42 @@ def _share(reader: _Reader, where: str, nested: Mapping[str, Any]) -> float:
 
 
 def _window(reader: _Reader) -> int | None:
-    """The tokens that a token attends to, itself among them; None: all before it."""
-    said, layers = reader.known, reader.known["num_hidden_layers"]
-    window: int | None = said.get("sliding_window") if said.get("use_sliding_window", True) else None
-    if "layer_types" not in said:
+    """Return the attention window in tokens, the token itself included; None: no window."""
+    values, layers = reader.known, reader.known["num_hidden_layers"]
+    window: int | None = values.get("sliding_window") if values.get("use_sliding_window", True) else None
+    if "layer_types" not in values:
         return window
-    types, first = said["layer_types"], said["max_window_layers"] if window else layers
+    types, first = values["layer_types"], values["max_window_layers"] if window else layers
     if types is None:
         types = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(layers - first, 0)
     if len(types) != layers:
-        raise reader.refusal("layer_types", types, f"{len(types)} of them, and num_hidden_layers: {layers}.")
+        raise reader.refusal("layer_types", types, f"{len(types)} of them, but num_hidden_layers: {layers}.")
     if "sliding_attention" not in types:
         return None
     if window is None:
-        raise reader.refusal("layer_types", types, "and no sliding_window that is used. Make all full_attention.")
+        raise reader.refusal("layer_types", types, "but no sliding_window is in use. Make all full_attention.")
     if "full_attention" in types:
         raise reader.refusal(
-            "use_sliding_window", True, f"of {types.count('sliding_attention')} layers of {layers}: windows of some "
-            "layers are not supported. Set it to false to go on with sequences no longer than the window.",
+            "use_sliding_window", True, f"in {types.count('sliding_attention')} layers of {layers}: windows in only some "
+            "layers are not supported. Set it to false if sequences are no longer than the window.",
         )  # fmt: skip
     return window
 
 
 def _refuse_impossible(reader: _Reader, sizes: Mapping[str, int], share: float, renormalises: bool) -> None:
-    """Raise CheckpointError where keys that are each right make no model together."""
-    said = reader.known
-    heads, groups, width = said["num_attention_heads"], said["num_key_value_heads"], said["head_dim"]
+    """Raise CheckpointError if keys that are valid on their own contradict each other."""
+    values = reader.known
+    heads, groups, width = values["num_attention_heads"], values["num_key_value_heads"], values["head_dim"]
     if heads % groups:
         raise reader.refusal("num_key_value_heads", groups, f"which does not divide num_attention_heads: {heads}.")
     if heads * width > LARGEST:
-        raise reader.refusal("head_dim", width, f"too much for num_attention_heads: {heads}.")
+        raise reader.refusal("head_dim", width, f"too large with num_attention_heads: {heads}.")
     if int(width * share) % 2 or not int(width * share):
         key = "head_dim" if share == 1 else "partial_rotary_factor"
-        raise reader.refusal(key, width if share == 1 else share, "of which no pairs of channels can be rotated.")
+        raise reader.refusal(key, width if share == 1 else share, "which gives no even number of channels to rotate.")
     pad = reader.hf.get("pad_token_id", reader.family.defaults.get("pad_token_id"))
-    if isinstance(pad, int) and pad >= said["vocab_size"]:
-        raise reader.refusal("pad_token_id", pad, f"beyond vocab_size: {said['vocab_size']}.")
+    if isinstance(pad, int) and pad >= values["vocab_size"]:
+        raise reader.refusal("pad_token_id", pad, f"not below vocab_size: {values['vocab_size']}.")
     if "experts" in sizes:
         _refuse_experts(reader, sizes, renormalises)
 
@@ -313,27 +315,27 @@ def _refuse_impossible(reader: _Reader, sizes: Mapping[str, int], share: float, 
 def _refuse_experts(reader: _Reader, sizes: Mapping[str, int], renormalises: bool) -> None:
     experts, chosen, layers = sizes["experts"], sizes["experts_per_token"], reader.known["num_hidden_layers"]
     if experts * layers > MOST_EXPERTS:
-        raise reader.refusal(reader.family.keys["experts"][0], experts, f"too many for num_hidden_layers: {layers}.")
+        raise reader.refusal(reader.family.keys["experts"][0], experts, f"too many with num_hidden_layers: {layers}.")
     if chosen > experts:
         raise reader.refusal("num_experts_per_tok", chosen, f"more than {reader.family.keys['experts'][0]}: {experts}.")
     if chosen == 1 and renormalises:
         raise reader.refusal(
-            "num_experts_per_tok", chosen, "which is not supported where a token's experts are weighed among "
-            "themselves: megatron-core needs 2 or more.",
+            "num_experts_per_tok", chosen, "which is not supported where router weights are normalised over the chosen "
+            "experts (norm_topk_prob): megatron-core needs 2 or more.",
         )  # fmt: skip
 
 
 def _without_dropped(reader: _Reader) -> dict[str, Any]:
-    """The config without the keys that are true of its own folder alone; said once.
+    """Return the config without the keys that hold only for its own folder; warn about them once.
 
-    By its auto_map Megatron-Bridge knows a family that has no row here.
+    `auto_map` is kept for families without a row in `families.py`: Megatron-Bridge identifies them by it.
     """
     dropped = {key: reason for key, (_, reason) in DROPPED.items() if reader.family.strict or key != "auto_map"}
     if gone := [key for key in dropped if reader.hf.get(key)]:
-        _say_once(f"{reader.path}: {' and '.join(gone)} go no further: {'; '.join(dropped[key] for key in gone)}.")
+        _warn_once(f"{reader.path}: exports leave out {' and '.join(gone)}: {'; '.join(dropped[key] for key in gone)}.")
     return {key: value for key, value in reader.hf.items() if key not in dropped}
 
 
 @cache
-def _say_once(sentence: str) -> None:
+def _warn_once(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Shards -> a Hugging Face folder, one parameter at a time through one writer."""
+"""Shards -> Hugging Face folder: one rank writes, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def save_hf(
     file_bytes: int = FILE_BYTES,
     listener: Listener = silent,
 ) -> None:
-    """Writes a model as a Hugging Face folder, whole or not at all. Collective over the world.
+    """Write a model as a Hugging Face folder, whole or not at all. Collective over the world.
 
-    dtype: of the tensors written; None keeps the model's. files_from: the folder whose tokenizer and generation
-    settings go along. architecture: `auto` may write another family that computes the same (`exported_config`).
-    file_bytes: where to start another weights file. Memory beyond the model: one tensor.
-    Raises CheckpointError on every rank where the folder cannot be written.
+    dtype: dtype of the written tensors; None: the model's. files_from: folder whose tokenizer and generation settings
+    are copied. architecture: `auto` may write another family that computes the same (`exported_config`). file_bytes:
+    largest size of a weights file. Memory beyond the model: one tensor.
+    Raises CheckpointError on every rank if the folder cannot be written.
     """
     folder, config = Path(folder), exported_config(config_of(chunks_of(model)[0]), architecture)
     dtype = dtype or next(chunks_of(model)[0].parameters()).dtype
@@ -56,15 +56,15 @@ def save_hf(
                         carry(Path(files_from), partial)
                     _write_tensors(stream, partial, config, dtype, file_bytes, listener)
         except MinitronError:
-            _run_out(stream)  # the others still send
+            _drain(stream)  # the other ranks still send
             raise
         except OSError as error:
-            _run_out(stream)
+            _drain(stream)
             raise CheckpointError(f"{folder} cannot be written: {error}. Make room, or give another folder.") from error
-        _run_out(stream)
+        _drain(stream)
 
 
-def _run_out(stream: Iterator[Any]) -> None:
+def _drain(stream: Iterator[Any]) -> None:
     for _ in stream:
         pass
 
@@ -80,8 +80,8 @@ def _write_tensors(
     family = family_of(config.source)
     zeros = dict(family.zero_tensors(config.shape))
     shapes = dict(family.tensors(config.shape)) | zeros
-    weigh = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
-    files = split_files(weigh, file_bytes)
+    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    files = split_files(sizes, file_bytes)
     weight_map = {}
     with ExitStack() as stack:
         done = 0
@@ -92,41 +92,41 @@ def _write_tensors(
                 got, tensor = (name, torch.zeros(zeros[name], dtype=dtype)) if name in zeros else next(stream)
                 assert got == name
                 writer.add(name, tensor)
-                del tensor  # before the next one comes
+                del tensor  # free it before the next one is gathered
                 weight_map[name] = file
                 done += 1
                 listener(Event("export", done, len(shapes), "tensors"))
     if len(files) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(weigh.values())}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 def full_tensors(model: Any, topology: Topology, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every Hugging Face tensor of a model, in the order of the layers, on global rank 0; other ranks only take part.
+    """Yield every Hugging Face tensor of a model on global rank 0, in layer order; other ranks only take part.
 
     Collective over the world: every rank must run the iterator to its end. Vocabulary padding is cut off.
     """
     config = config_of(chunks_of(model)[0])
-    mine = {shard.name: shard for shard in named_shards(model) if not shard.tied_copy}
+    local_shards = {shard.name: shard for shard in named_shards(model) if not shard.tied_copy}
     sizes, unpadded = config.shape.sizes(), config.shape.sizes(padded=False)
     for name in config.shape.names():
-        local = mine[name].tensor.detach().to(dtype) if name in mine else None
+        local = local_shards[name].tensor.detach().to(dtype) if name in local_shards else None
         full = _gather(local, name, config, topology, dtype)
         if full is None:
             continue
         local = None
         tensors = family_of(config.source).rows(name, sizes)
         for hf, parts in tensors.items():
-            if len(tensors) == len(parts) == 1:  # all of it, and no copy
+            if len(tensors) == len(parts) == 1:  # a whole parameter: no copy
                 yield hf, full[: lookup(name).shape(unpadded)[0]]
             else:
                 yield hf, full.index_select(0, torch.cat(parts).to(full.device))
-        del full  # before the next one comes
+        del full  # free it before the next one is gathered
 
 
 def _gather(
     local: Tensor | None, name: str, config: ModelConfig, topology: Topology, dtype: torch.dtype
 ) -> Tensor | None:
-    """The unsharded parameter on global rank 0, None elsewhere; only the first replica sends."""
+    """Return the unsharded parameter on global rank 0, None elsewhere; only the first replica sends."""
     param, sizes = lookup(name), config.shape.sizes()
     sources = [owner_rank(name, config.shape, topology, tp_rank, replica=0) for tp_rank in range(topology.tp)]
     writer = topology.rank == 0
@@ -138,8 +138,8 @@ def _gather(
         rows = param.shard_rows(param.tp_dim, sizes, tp_rank, topology.tp)
         shape = list(param.shape(sizes))
         shape[param.tp_dim] = len(rows)
-        place = full[int(rows[0]) : int(rows[-1]) + 1] if full is not None and param.tp_dim == 0 else None
-        into = place if place is not None and len(place) == len(rows) else None  # received where it belongs
+        view = full[int(rows[0]) : int(rows[-1]) + 1] if full is not None and param.tp_dim == 0 else None
+        into = view if view is not None and len(view) == len(rows) else None  # contiguous rows: receive in place
         part = move(local, tuple(shape), dtype, topology.device, source=source, into=into)
         if full is not None and part is not None and part is not into:
             full.index_copy_(param.tp_dim, rows.to(full.device), part)

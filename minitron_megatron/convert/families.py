@@ -1,4 +1,4 @@
-"""The model families, a row each: their tensors' names, and the keys of their configs beside the common ones."""
+"""Model families, one row each: tensor names, and the config keys that only this family has."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ EXPERT, HF_MIXTURE = LAYER + "mlp.experts.local_experts.*.", HF_LAYER + "block_s
 
 
 def _mixture(dense: Names, names: Names) -> Names:
-    """The names of a family whose MLPs are mixtures."""
+    """Return the names of an MoE family: those of a dense family with other MLPs."""
     return {**{name: hf for name, hf in dense.items() if ".mlp." not in name}, **names}
 
 
@@ -96,7 +96,7 @@ QWEN2_MOE_KEYS: Keys = {
 }
 QWEN3_MOE_KEYS: Keys = {
     **EXPERT_KEYS,
-    "experts": ("num_experts", "num_local_experts"),  # of transformers 4.x and 5.x
+    "experts": ("num_experts", "num_local_experts"),  # transformers 4.x and 5.x
     "expert_ffn": ("moe_intermediate_size",),
 }
 
@@ -117,9 +117,9 @@ QWEN_DEFAULTS: Mapping[str, Any] = {
 MISTRAL_DEFAULTS: Mapping[str, Any] = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
 QWEN_MOE: Mapping[str, Kind] = {"norm_topk_prob": FLAG}
 QWEN_MOE_ONLY: Only = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
-ROUTER = free("losses of the router are of training with transformers", DECIMAL, "router_aux_loss_coef")
-ROUTER |= free("losses of the router are of training with transformers", FLAG, "output_router_logits")
-DENSE = free("neurons of layers without experts, of which there are none", SIZE, "intermediate_size")
+ROUTER = free("router losses act only in training with transformers", DECIMAL, "router_aux_loss_coef")
+ROUTER |= free("router losses act only in training with transformers", FLAG, "output_router_logits")
+DENSE = free("width of dense layers; this model has none", SIZE, "intermediate_size")
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -180,7 +180,7 @@ FAMILIES: Mapping[str, Family] = {
             defaults={**MISTRAL_DEFAULTS, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
             nullable=("head_dim",),
             only={"norm_topk_prob": (True,)},
-            free={**ROUTER, **free("noise of training with transformers", DECIMAL, "router_jitter_noise")},
+            free={**ROUTER, **free("router noise acts only in training with transformers", DECIMAL, "router_jitter_noise")},
         ),
         Family(
             "qwen2_moe",
@@ -199,9 +199,9 @@ FAMILIES: Mapping[str, Family] = {
             free={
                 **ROUTER,
                 **DENSE,
-                **free("exports of earlier versions say it beside num_experts", SIZE, "num_local_experts"),
-                **free("of windows, which are off", NATURAL | NULL, "sliding_window"),
-                **free("of windows, which are off", NATURAL, "max_window_layers"),
+                **free("earlier versions of this package exported it besides num_experts", SIZE, "num_local_experts"),
+                **free("only for attention windows, which are off", NATURAL | NULL, "sliding_window"),
+                **free("only for attention windows, which are off", NATURAL, "max_window_layers"),
             },
         ),
         Family(
@@ -218,7 +218,7 @@ FAMILIES: Mapping[str, Family] = {
                 "norm_topk_prob": False,
             },
             only=QWEN_MOE_ONLY,
-            free={**ROUTER, **DENSE, **free("its windows are of all layers or none", NATURAL, "max_window_layers")},
+            free={**ROUTER, **DENSE, **free("in this family all layers have a window or none has", NATURAL, "max_window_layers")},
         ),
         Family(
             "nemotron",
@@ -237,7 +237,7 @@ FAMILIES: Mapping[str, Family] = {
             },
             nullable=("head_dim",),
             only={"hidden_act": ("relu2",)},
-            free=free("transformers reads norm_eps alone", NUMBER, "rms_norm_eps layer_norm_eps"),
+            free=free("transformers reads only norm_eps", NUMBER, "rms_norm_eps layer_norm_eps"),
         ),
     )
 }
@@ -249,14 +249,14 @@ BIASED_LLAMA = replace(
     only={"attention_bias": (True,)},
     zeros={LAYER + "self_attention.linear_proj.weight": HF_LAYER + "self_attn.o_proj.bias"},
 )
-"""A Llama with `attention_bias`: the function of a Qwen2, where the bias of the attention's output is zero."""
+"""A Llama with `attention_bias`. It computes the same as a Qwen2 if the bias of the attention output is zero."""
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face config, llama for the empty one of a model built elsewhere; without a row here, what
-    Megatron-Bridge knows of it, where that is installed.
+    """Return the family of a Hugging Face config; llama for the empty config of a model built elsewhere.
 
-    Raises CheckpointError where neither knows it.
+    A family without a row here is looked up in Megatron-Bridge, if that is installed. Raises CheckpointError for a
+    family that neither knows.
     """
     model_type = str(hf.get("model_type")) if hf else "llama"
     if model_type == "llama" and hf.get("attention_bias") is True:
@@ -267,6 +267,6 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     if family is None:
         raise CheckpointError(
             f"model_type {model_type!r} is not supported.{did_you_mean(model_type, FAMILIES)} "
-            f"Known: {', '.join(FAMILIES)}; with Megatron-Bridge installed, those of its families that compute alike."
+            f"Known: {', '.join(FAMILIES)}; with Megatron-Bridge installed, also its families that compute the same."
         )
     return family

@@ -1,4 +1,4 @@
-"""A model family: what Hugging Face calls each parameter, and what makes the family different."""
+"""Description of a model family: Hugging Face's tensor names, config keys and functions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .keys import DEFAULTS, DERIVED, Kind, Only
 __all__ = ["WHOLE", "Family", "Keys", "Names"]
 
 WHOLE = ""
-"""The role of a Hugging Face tensor that is all of a Megatron one."""
+"""Role of a Hugging Face tensor that is a whole Megatron parameter."""
 
 Names = Mapping[str, Mapping[str, str]]
-"""Megatron pattern -> role -> Hugging Face pattern. Roles that name one tensor lie in it one after the other."""
+"""Megatron pattern -> role -> Hugging Face pattern. Roles with the same tensor are concatenated in it, in order."""
 
 Keys = Mapping[str, tuple[str, ...]]
-"""Field of `Shape` -> the config's names for it, which must agree; all are written."""
+"""Field of `Shape` -> its keys in the config. Several keys must agree; exports write all of them."""
 
 
 @dataclass(frozen=True)
@@ -32,44 +32,44 @@ class Family:
     architecture: str
     names: Names
     shape: Mapping[str, Any] = field(default_factory=dict)
-    """What its config does not say of `Shape`."""
+    """Fields of `Shape` that are fixed by the family, not by its config."""
     functions: Mapping[str, Any] = field(default_factory=dict)
-    """What its config does not say of `ModelConfig`."""
+    """Fields of `ModelConfig` that are fixed by the family, not by its config."""
     eps: str = "rms_norm_eps"
-    """The config's key for the norm's epsilon."""
+    """The config's key of the norm's epsilon."""
     keys: Keys = field(default_factory=lambda: {"ffn": ("intermediate_size",)})
-    """How its config calls the sizes that not all families have, or call alike."""
+    """Keys of sizes that not all families have, or that have other names elsewhere."""
     read: Mapping[str, Kind] = field(default_factory=dict)
-    """Keys that its config has beyond the common ones and its sizes, and that are read."""
+    """Further keys that are read, besides the common ones (`READ`) and the sizes."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What an absent key means where that differs from `DEFAULTS` and `DERIVED`; ...: it must be said."""
+    """Defaults of absent keys that differ from `DEFAULTS` and `DERIVED`; `...`: the key is required."""
     nullable: tuple[str, ...] = ()
-    """Keys of `DERIVED` whose null means what an absent one does in most families."""
+    """Keys of `DERIVED` that may be null, which then means the derived default."""
     only: Only = field(default_factory=dict)
-    """Settings that change the function, with the values that are supported, beside `ONLY`."""
+    """Settings that change what the model computes, with their supported values; besides `ONLY`."""
     free: Mapping[str, tuple[Kind, str]] = field(default_factory=dict)
-    """Keys of its own that change nothing, beside `FREE`."""
+    """The family's own keys that change nothing; besides `FREE`."""
     rope: tuple[str, ...] = ("default", "linear", "llama3")
-    """The kinds of rotary embedding that its class in transformers takes, of those that are known here."""
+    """Supported rope types that its class in transformers accepts too."""
     strict: bool = True
-    """Whether all keys of its config are known here."""
+    """Whether unknown keys of its config are refused."""
     norm_topk_prob: bool = True
-    """Whether a token's experts are weighed among themselves, in a family whose config does not say."""
+    """Default of `norm_topk_prob`: whether router weights are normalised over a token's chosen experts."""
     zeros: Mapping[str, str] = field(default_factory=dict)
-    """Megatron pattern of a matrix -> Hugging Face pattern of a bias on its rows. Its model here has no such bias: the
-    tensor is written as zeros, and a folder where it is not zero is refused."""
+    """Megatron pattern of a matrix -> Hugging Face pattern of a bias on its rows. Our model has no such bias: exports
+    write zeros, and a folder whose bias is not zero is refused."""
 
     def default(self, key: str) -> Any:
-        """The meaning of an absent key: a value, a function of other keys, or ... where it must be said."""
+        """Return the default of an absent key: a value, a function of other keys, or `...` for a required key."""
         return self.defaults.get(key, DEFAULTS.get(key, DERIVED.get(key, ...)))
 
     def hf_names(self, name: str) -> dict[str, str]:
-        """role -> Hugging Face tensor, for a parameter's global Megatron name."""
+        """Return role -> Hugging Face tensor, for a parameter's global Megatron name."""
         numbers = [str(number) for number in (layer_of(name), expert_of(name)) if number is not None]
         return {role: hf.replace("*", "{}").format(*numbers) for role, hf in self.names[pattern_of(name)].items()}
 
     def rows(self, name: str, sizes: Mapping[str, int]) -> dict[str, list[Tensor]]:
-        """Hugging Face tensor -> the rows of a parameter that it is, part by part: int64 [rows of the part] each."""
+        """Return Hugging Face tensor -> rows of the parameter that it holds, part by part: int64 [rows of the part] each."""
         param = lookup(name)
         parts: dict[str, list[Tensor]] = {}
         for role, hf in self.hf_names(name).items():
@@ -79,21 +79,21 @@ class Family:
         return parts
 
     def shapes(self, name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every Hugging Face tensor of a parameter with its own shape."""
+        """Yield (name, shape) of every Hugging Face tensor of a parameter."""
         for hf, parts in self.rows(name, sizes).items():
             yield hf, (sum(map(len, parts)), *lookup(name).shape(sizes)[1:])
 
     def tensors(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every Hugging Face tensor of a shape with its own shape, in the order of the layers."""
+        """Yield (name, shape) of every Hugging Face tensor of a model of `shape`, in the order of the layers."""
         for name in shape.names():
             yield from self.shapes(name, shape.sizes(padded=False))
 
     def zeros_of(self, name: str, sizes: Mapping[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The tensor of `zeros` that goes with a parameter, with its own shape, where there is one."""
+        """Yield (name, shape) of the `zeros` tensor of a parameter, if there is one."""
         if hf := self.zeros.get(pattern_of(name)):
             yield hf.replace("*", str(layer_of(name))), lookup(name).shape(sizes)[:1]
 
     def zero_tensors(self, shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Every Hugging Face tensor of `zeros` with its own shape, in the order of the layers."""
+        """Yield (name, shape) of every `zeros` tensor, in the order of the layers."""
         for name in shape.names():
             yield from self.zeros_of(name, shape.sizes(padded=False))

@@ -1,4 +1,4 @@
-"""Write `config.json` in the flat form that every reader of Hugging Face folders understands."""
+"""ModelConfig -> `config.json`, in the flat form that every reader of Hugging Face folders understands."""
 
 from __future__ import annotations
 
@@ -14,29 +14,28 @@ __all__ = ["Architecture", "exported_config", "flat_config"]
 Architecture = Literal["auto", "own"]
 
 OF_ANY_FAMILY = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "use_cache")
-"""Settings that a Qwen2 and a Llama read alike, besides those that `flat_config` writes."""
+"""Settings with the same meaning in Qwen2 and Llama, besides those that `flat_config` writes."""
 
 
 def exported_config(config: ModelConfig, architecture: Architecture) -> ModelConfig:
-    """The config under whose family a model is exported: its own, or with `auto` one of the same function that more
-    clients read.
+    """Return the config to export: the model's own, or with `auto` an equivalent one that more clients can read.
 
-    Many clients take a Qwen2's head size to be hidden / heads, whatever its `head_dim` says, and read a Llama's. A
-    Llama with `attention_bias` computes the same, where the bias of the attention's output is zero.
+    Many clients ignore `head_dim` of a Qwen2 and assume hidden / heads, but read `head_dim` of a Llama. A Llama with
+    `attention_bias` computes the same as a Qwen2 if the bias of the attention output is zero.
     """
     shape, source = config.shape, config.source
-    whole_heads = shape.hidden == shape.heads * shape.head_dim
-    as_llama = shape.hidden % shape.heads == 0 and config.window is None  # transformers reads no other Llama
-    if architecture == "own" or source.get("model_type") != "qwen2" or whole_heads or not as_llama:
+    standard_heads = shape.hidden == shape.heads * shape.head_dim
+    as_llama = shape.hidden % shape.heads == 0 and config.window is None  # transformers refuses other Llamas
+    if architecture == "own" or source.get("model_type") != "qwen2" or standard_heads or not as_llama:
         return config
     kept = {key: source.get(key) for key in OF_ANY_FAMILY if key in source or key.endswith("_token_id")}
     return replace(config, source={**kept, "model_type": "llama", "attention_bias": True, "mlp_bias": False})
 
 
 def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """`config.json` in the flat form that transformers 4.x and 5.x, vLLM and TensorRT-LLM read alike.
+    """Return `config.json` in the flat form that transformers 4.x and 5.x, vLLM and TensorRT-LLM read the same way.
 
-    A config as transformers 5 saves it (`rope_parameters`) loads in 4.57 with a wrong rotary base, silently.
+    transformers 4.57 reads a config of transformers 5 (`rope_parameters`) with a wrong rotary base, without an error.
     """
     shape, source = config.shape, dict(config.source)
     for nested in ("rope_parameters", "dtype", "transformers_version", "_name_or_path", "layer_types"):
@@ -69,10 +68,10 @@ def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _window(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """The keys of a family whose windows may be of some layers: here all layers have one, or none has."""
+    """Return the window keys of a family that allows windows per layer; here all layers have one or none has."""
     if config.window is None:
         return {"use_sliding_window": False}
-    said: dict[str, Any] = {"use_sliding_window": True, "sliding_window": config.window}
+    keys: dict[str, Any] = {"use_sliding_window": True, "sliding_window": config.window}
     if "layer_types" in family.read:
-        said |= {"max_window_layers": 0, "layer_types": ["sliding_attention"] * config.shape.layers}
-    return said
+        keys |= {"max_window_layers": 0, "layer_types": ["sliding_attention"] * config.shape.layers}
+    return keys

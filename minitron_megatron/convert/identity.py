@@ -1,4 +1,4 @@
-"""Who a model is: a hash over its weights that no layout, file split or upcast changes."""
+"""Identity of a model: a hash of its weights, independent of layout, file split and stored dtype."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ __all__ = ["folder_hash", "model_hash"]
 
 
 def model_hash(model: Any, topology: Topology) -> str:
-    """SHA-256 over the sorted Hugging Face names, shapes and fp32 values of a model. Collective over the world."""
+    """Return SHA-256 over the sorted Hugging Face names, shapes and fp32 values of a model. Collective over the world."""
     dtype = next(chunks_of(model)[0].parameters()).dtype
     lines = [_line(name, tensor) for name, tensor in full_tensors(model, topology, dtype)]
     return broadcast_object(_combine(lines))
 
 
 def folder_hash(folder: Path) -> str:
-    """The `model_hash` of the weights in a Hugging Face folder, without building the model."""
+    """Return the `model_hash` of the weights in a Hugging Face folder, without building the model."""
     config, weights = open_weights(folder)
     check_tensors(weights, config, family_of(config.source))
     return _combine(_line(hf, weights.read(hf)) for hf, _ in family_of(config.source).tensors(config.shape))

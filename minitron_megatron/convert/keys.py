@@ -1,5 +1,8 @@
-"""The keys of a Hugging Face `config.json`: those that are read, those that may hold one value alone, and those that
-change nothing. A family's own lie beside its row in `families.py`. Held against transformers by `tests/convert`."""
+"""Keys of a Hugging Face `config.json` and their allowed values.
+
+Keys are read (READ), restricted to supported values (ONLY), or change nothing (FREE, DROPPED). `families.py` adds each
+family's own keys. `tests/convert` compares these tables with transformers.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,18 @@ from typing import Any
 __all__ = ["DEFAULTS", "DERIVED", "DROPPED", "FREE", "ONLY", "READ", "Kind", "Only", "free"]
 
 LARGEST, DEEPEST = 2**22, 10_000
-"""The most units of an axis and the most layers that a config may ask for."""
+"""Largest size of an axis and largest number of layers that a config may have."""
 
 Only = Mapping[str, tuple[Any, ...]]
-"""Key -> the values that are supported. An absent key has one of them in transformers."""
+"""Key -> its supported values. transformers' default of an absent key is one of them."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The values that a key may have."""
+    """Kind of values that a key may have."""
 
     words: str
-    """Name the values that fit, as they follow "is not"."""
+    """Description of the allowed values, in words that complete "is not ..."."""
     holds: Callable[[Any], bool]
 
     def __or__(self, other: Kind) -> Kind:
@@ -38,18 +41,18 @@ def _whole(least: int, most: int) -> Kind:
 
 
 def _number(words: str, holds: Callable[[float], bool]) -> Kind:
-    def is_one(value: Any) -> bool:
+    def fits(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
-            return False  # an integer may be too large for a float
+            return False  # a Python integer may exceed the range of floats
         return math.isfinite(value) and holds(value)
 
-    return Kind(words, is_one)
+    return Kind(words, fits)
 
 
 ANY = Kind("anything", lambda value: True)
 NULL = Kind("null", lambda value: value is None)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-TEXT = Kind("a text", lambda value: isinstance(value, str))
+TEXT = Kind("a string", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 SIZE, LAYERS, NATURAL = _whole(1, LARGEST), _whole(1, DEEPEST), _whole(0, 2**31 - 1)
 POSITIVE = _number("a number above 0", lambda value: value > 0)
@@ -58,15 +61,15 @@ EPSILON = Kind(
     "a fraction above 0 and below 1", lambda value: isinstance(value, float) and 0 < value < 1 and value > 1e-30
 )
 DEVIATION = Kind("a fraction from 0 to 1", lambda value: isinstance(value, float) and 0 <= value <= 1)
-NUMBER = _number("a number from 0 on", lambda value: value >= 0)
+NUMBER = _number("a number >= 0", lambda value: value >= 0)
 DECIMAL = Kind(
-    "a number with a decimal point, from 0 on", lambda value: isinstance(value, float) and NUMBER.holds(value)
+    "a number >= 0 with a decimal point", lambda value: isinstance(value, float) and NUMBER.holds(value)
 )
 ID = _whole(-1, 2**31 - 1)
 QUANTISER = Kind(
-    "an object that says its quant_method", lambda value: isinstance(value, dict) and "quant_method" in value
+    "an object with a quant_method", lambda value: isinstance(value, dict) and "quant_method" in value
 )
-TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value))
+TEXTS = Kind("a list of strings", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value))
 IDS = Kind("a list of whole numbers", lambda value: isinstance(value, list) and all(map(ID.holds, value)))
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DTYPE = Kind(f"one of {', '.join(DTYPES)}", lambda value: isinstance(value, str) and value in DTYPES)
@@ -95,13 +98,13 @@ READ: Mapping[str, Kind] = {
     "rope_parameters": OBJECT | NULL,
     "rope_scaling": OBJECT | NULL,
 }
-"""Keys that every family's reader reads, where the family has them."""
+"""Keys that are read in every family that has them."""
 
 DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "num_key_value_heads": lambda hf: hf["num_attention_heads"],
     "head_dim": lambda hf: hf["hidden_size"] // hf["num_attention_heads"],
 }
-"""Defaults that follow from other keys: of an absent key, and of a null one in a family that takes null."""
+"""Defaults computed from other keys, for an absent key, and for null where the family allows null."""
 
 DEFAULTS: Mapping[str, Any] = {
     "rms_norm_eps": 1e-6,
@@ -114,7 +117,7 @@ DEFAULTS: Mapping[str, Any] = {
     "sliding_window": None,
     "layer_types": None,
 }
-"""Defaults of transformers for absent keys; a key that is neither here nor beside a family's row must be said."""
+"""transformers' defaults of absent keys. A key without a default here or in its family's row is required."""
 
 ONLY: Only = {
     "hidden_act": ("silu", "swish"),
@@ -139,39 +142,39 @@ ONLY: Only = {
 }
 
 DROPPED: Mapping[str, tuple[Kind, str]] = {
-    "quantization_config": (QUANTISER | NULL, "its weights are read as they are stored, and written unquantised"),
-    "auto_map": (OBJECT, "no code of a model's folder is run, nor goes along"),
+    "quantization_config": (QUANTISER | NULL, "the weights are exported unquantised"),
+    "auto_map": (OBJECT, "code in a model's folder is neither run nor copied"),
 }
-"""Keys that are true of a folder's files and of no export, each with its kind and reason."""
+"""Keys that hold only for the source folder's files and are not exported, each with its kind and reason."""
 
 
 def free(reason: str, kind: Kind, keys: str | Iterable[str]) -> dict[str, tuple[Kind, str]]:
-    """Keys that change nothing, of one kind and for one reason."""
+    """Return entries for keys that change nothing, all of one kind and for one reason."""
     return dict.fromkeys(keys.split() if isinstance(keys, str) else keys, (kind, reason))
 
 
 FREE: Mapping[str, tuple[Kind, str]] = {
-    **free("the family's class is chosen by model_type", TEXTS | NULL, "architectures"),
-    **free("the family", TEXT, "model_type"),
-    **free("dropout acts in training with transformers; here nothing is dropped", NUMBER,
+    **free("model_type already determines the class", TEXTS | NULL, "architectures"),
+    **free("it selects the family", TEXT, "model_type"),
+    **free("dropout acts only in training with transformers; here there is none", NUMBER,
            "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop classifier_dropout"),
-    **free("keys and values kept while generating are what they would be anew", FLAG, "use_cache"),
-    **free("how the weights are stored; files say it themselves", DTYPE | NULL, "torch_dtype dtype"),
-    **free("which software wrote the config", TEXT | NULL,
+    **free("a KV cache does not change the results", FLAG, "use_cache"),
+    **free("stored dtype; the weight files say it themselves", DTYPE | NULL, "torch_dtype dtype"),
+    **free("records the software that wrote the config", TEXT | NULL,
            "transformers_version _name_or_path name_or_path _commit_hash unsloth_version"),
-    **free("which software wrote the config", ANY, "transformers.js_config unsloth_fixed unsloth_fixed_mistral"),
-    **free("ids of special tokens matter to tokenizers and to generation", ID | IDS | NULL,
+    **free("records the software that wrote the config", ANY, "transformers.js_config unsloth_fixed unsloth_fixed_mistral"),
+    **free("ids of special tokens are used by tokenizers and generation only", ID | IDS | NULL,
            "eos_token_id"),
-    **free("ids of special tokens matter to tokenizers and to generation", ID | NULL,
+    **free("ids of special tokens are used by tokenizers and generation only", ID | NULL,
            "bos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id"),
-    **free("which tokenizer; read from its own files", TEXT | NULL, "tokenizer_class"),
-    **free("which kernel computes the attention", KERNEL | NULL, "attn_implementation _attn_implementation"),
-    **free("which kernel computes the attention", FLAG, "_attn_implementation_autoset use_sdpa use_flash_attn"),
-    **free("the same matrix products, split", _whole(1, 1024), "pretraining_tp"),
-    **free("for classification, which has another head", OBJECT | NULL, "id2label label2id"),
-    **free("for classification, which has another head", _whole(1, LARGEST) | NULL, "num_labels"),
-    **free("for classification, which has another head", TEXT | NULL, "finetuning_task"),
-    **free("for classification, which has another head", NULL, "problem_type"),
+    **free("the tokenizer is read from its own files", TEXT | NULL, "tokenizer_class"),
+    **free("selects the attention kernel", KERNEL | NULL, "attn_implementation _attn_implementation"),
+    **free("selects the attention kernel", FLAG, "_attn_implementation_autoset use_sdpa use_flash_attn"),
+    **free("splits matrix products without changing them", _whole(1, 1024), "pretraining_tp"),
+    **free("only for classification heads", OBJECT | NULL, "id2label label2id"),
+    **free("only for classification heads", _whole(1, LARGEST) | NULL, "num_labels"),
+    **free("only for classification heads", TEXT | NULL, "finetuning_task"),
+    **free("only for classification heads", NULL, "problem_type"),
     **free("no family here reads it", FLAG, "is_decoder use_bfloat16 tf_legacy_loss is_llama_config"),
     **free("no family here reads it", SIZE | NULL, "max_sequence_length model_max_length"),
     **free("no family here reads it", ANY, "task_specific_params prefix"),
@@ -183,4 +186,4 @@ FREE: Mapping[str, tuple[Kind, str]] = {
         "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
     )),
 }  # fmt: skip
-"""Key -> its kind, and why it changes nothing of what is computed."""
+"""Key -> its kind, and why it does not change what the model computes."""

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors -> this rank's shards, each rank asking only for its own slices."""
+"""Hugging Face safetensors -> this rank's shards; each rank reads only its own slices."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .weights import Weights
 __all__ = ["check_weights", "load_hf"]
 
 IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-"""Buffers that old exports carry and that are computed here."""
+"""Buffers in old exports; here they are computed."""
 AXIS_KEYS: Mapping[str, tuple[str, ...]] = {
     "vocab": ("vocab_size",),
     "hidden": ("hidden_size",),
     "kv_group": ("num_attention_heads", "num_key_value_heads"),
     "head_dim": ("head_dim",),
 }
-"""Word of the layout table -> the keys of a config that say its size, where all families call it alike."""
+"""Word of the layout table -> config keys of its size, if they are the same in all families."""
 
 
 def load_hf(
@@ -43,11 +43,11 @@ def load_hf(
     spec: Spec = "local",
     listener: Listener = silent,
 ) -> list[Any]:
-    """A Hugging Face folder as this rank's chunks of an mcore GPTModel, with parameters of `dtype`.
+    """Load a Hugging Face folder as this rank's chunks of an mcore GPTModel, with parameters of `dtype`.
 
-    recompute: what runs again in the backward pass. spec: whose layers. Collective over the world only to fail
-    together. Raises CheckpointError naming a missing, surplus or misshapen tensor, TopologyError where the shape does
-    not fit the layout, and RecipeError where the layers are not there.
+    recompute: activations to recompute in the backward pass. spec: `local` layers or Transformer Engine's (`te`).
+    Collective over the world only to fail together. Raises CheckpointError that names a missing, unexpected or misshapen
+    tensor, TopologyError if the shape does not fit the layout, and RecipeError if the spec's layers are not installed.
     """
     folder = Path(folder)
     with fail_together():
@@ -63,9 +63,10 @@ def load_hf(
 
 
 def open_weights(folder: Path) -> tuple[ModelConfig, Weights]:
-    """The config of a folder and its tensors. A tied matrix that is stored as the output layer alone is the embedding.
+    """Return the config of a folder and its tensors.
 
-    Raises CheckpointError as `read_config` does, and where the weights cannot be read.
+    If embeddings are tied and only the output layer is stored, it is renamed to the embedding. Raises CheckpointError as
+    `read_config` does, and if the weights cannot be read.
     """
     config, weights = read_config(folder), Weights(folder)
     if config.shape.tied:
@@ -76,32 +77,32 @@ def open_weights(folder: Path) -> tuple[ModelConfig, Weights]:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise CheckpointError where a folder's weights are missing or not those of its config. Reads headers."""
+    """Raise CheckpointError if a folder's weights are missing or do not fit its config. Reads only headers."""
     config, weights = open_weights(folder)
     check_tensors(weights, config, family_of(config.source))
 
 
 def check_tensors(weights: Weights, config: ModelConfig, family: Family) -> None:
-    """Raises CheckpointError where the headers do not hold exactly this model's tensors, or a bias of a kind that
-    models here do not have is not zero."""
+    """Raise CheckpointError unless the files hold exactly this model's tensors, and all biases of `Family.zeros` are
+    zero."""
     sizes, expected = config.shape.sizes(padded=False), set()
     for name in config.shape.names():
         for hf, shape in (*family.shapes(name, sizes), *family.zeros_of(name, sizes)):
             expected.add(hf)
             if hf not in weights:
                 patterns = {pattern for roles in (*family.names.values(), family.zeros) for pattern in roles.values()}
-                near = did_you_mean(hf, [there for there in weights.names() if _pattern(there) not in patterns])
-                raise CheckpointError(f"{weights.folder} lacks the tensor {hf}.{near}{_counted(hf, config, family)}")
+                near = did_you_mean(hf, [stored for stored in weights.names() if _pattern(stored) not in patterns])
+                raise CheckpointError(f"{weights.folder} lacks the tensor {hf}.{near}{_reason(hf, config, family)}")
             if weights.shape(hf) != shape:
                 raise CheckpointError(
-                    f"{weights.folder}: {hf} has shape {weights.shape(hf)}, and config.json makes it {shape}. "
-                    f"Look at its {', '.join(_keys(name, family))}."
+                    f"{weights.folder}: {hf} has shape {weights.shape(hf)}, but config.json makes it {shape}. "
+                    f"Check its {', '.join(_keys(name, family))}."
                 )
     tied_copy = {"lm_head.weight"} if config.shape.tied else set()
     for hf in weights.names():
         if hf not in expected | tied_copy and not hf.endswith(IGNORED):
             raise CheckpointError(
-                f"{weights.folder} holds a tensor that the model does not have: {hf}.{_counted(hf, config, family)}"
+                f"{weights.folder} holds a tensor that the model does not have: {hf}.{_reason(hf, config, family)}"
             )
     _check_zeros(weights, config, family)
 
@@ -110,8 +111,8 @@ def _check_zeros(weights: Weights, config: ModelConfig, family: Family) -> None:
     for hf, _ in family.zero_tensors(config.shape):
         if weights.read(hf).any():
             raise CheckpointError(
-                f"{weights.folder}: {hf} is not zero, and models here have no such bias. "
-                f"A {family.model_type} whose {hf.split('.', 3)[-1]} is zero in every layer can be read."
+                f"{weights.folder}: {hf} is not zero, but this bias is not supported. "
+                f"Only a {family.model_type} whose {hf.split('.', 3)[-1]} is zero in every layer can be loaded."
             )
 
 
@@ -120,14 +121,14 @@ def _pattern(hf: str) -> str:
 
 
 def _keys(name: str, family: Family) -> list[str]:
-    """The keys of a config that say a parameter's shape."""
+    """Return the config keys that determine a parameter's shape."""
     of_family = {"expert" if field == "experts" else field: keys for field, keys in family.keys.items()}
     known = {**AXIS_KEYS, **of_family}
     return [key for dim in lookup(name).dims for word in words(dim) for key in known.get(word, ())]
 
 
-def _counted(hf: str, config: ModelConfig, family: Family) -> str:
-    """Say the keys of a config that decide whether there is such a tensor."""
+def _reason(hf: str, config: ModelConfig, family: Family) -> str:
+    """Return a sentence with the config keys that determine whether the model has this tensor."""
     numbers, shape = re.findall(r"\.(\d+)\.", hf), config.shape
     if hf.endswith("proj.bias") and "attention_bias" in config.source:
         return f" config.json says attention_bias: {str(config.source['attention_bias']).lower()}."
@@ -138,7 +139,7 @@ def _counted(hf: str, config: ModelConfig, family: Family) -> str:
 
 
 def read_shard(weights: Weights, name: str, config: ModelConfig, topology: Topology) -> Tensor:
-    """This rank's shard of one parameter, padding zero, in the file's dtype: of fused tensors the widest."""
+    """Return this rank's shard of one parameter, zero-padded, in the file's dtype (for fused tensors the widest)."""
     param, sizes = lookup(name), config.shape.sizes()
     rows = [param.shard_rows(dim, sizes, topology.tp_rank, topology.tp) for dim in range(len(param.dims))]
     tail = [_range(dim_rows) for dim_rows in rows[1:]]
@@ -147,17 +148,17 @@ def read_shard(weights: Weights, name: str, config: ModelConfig, topology: Topol
     shard = torch.zeros([len(dim_rows) for dim_rows in rows], dtype=dtype)
     for hf, parts in tensors.items():
         start = 0
-        for of_part in parts:
-            at = torch.isin(rows[0], of_part).nonzero().flatten()
-            first, last = _range(torch.searchsorted(of_part, rows[0][at]))
+        for part_rows in parts:
+            at = torch.isin(rows[0], part_rows).nonzero().flatten()
+            first, last = _range(torch.searchsorted(part_rows, rows[0][at]))
             part = weights.read(hf, (start + first, min(start + last, weights.shape(hf)[0])), *tail)
             shard[at[: len(part)]] = part.to(dtype)
-            start += len(of_part)
+            start += len(part_rows)
     return shard
 
 
 def _range(rows: Tensor) -> tuple[int, int]:
-    """Consecutive rows as [start, stop)."""
+    """Return consecutive rows as (start, stop)."""
     start, stop = int(rows[0]), int(rows[-1]) + 1
     assert stop - start == len(rows), "a shard's slice of a Hugging Face tensor is one range"
     return start, stop

@@ -1,4 +1,4 @@
-"""The safetensors of a Hugging Face folder: checked by their headers, read by slices, written as a stream."""
+"""Safetensors of a Hugging Face folder: headers checked, slices read, files written as a stream."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16
 FLOATS = {"F64": torch.float64} | {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 SCALES = ("_scale", "_scale_inv")
 BLOCK = 2**24
-"""Numbers that are compared at once."""
+"""Elements compared at once."""
 COMPARED: dict[tuple[str, str, str], bool] = {}
-"""(the files' marks, two tensors) -> whether they are alike."""
+"""Cache: (marks of the files, two tensor names) -> whether the tensors are equal."""
 
 
 class Weights:
-    """The tensors of a folder by name, in the files that transformers reads.
+    """Tensors of a folder by name, from the files that transformers reads.
 
-    `bytes_read` counts the bytes of the slices asked for.
+    `bytes_read` counts the bytes of all slices read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,53 +39,53 @@ class Weights:
         self._files = _files(folder)
         self._slices = _slices(self._files)
         if (folder / SINGLE).is_file() and (folder / INDEX).is_file():
-            _refuse_unlike(folder)
+            _refuse_conflict(folder)
 
     def __contains__(self, name: str) -> bool:
         return name in self._slices
 
     def names(self) -> list[str]:
-        """Every tensor's name, sorted."""
+        """Return all tensor names, sorted."""
         return sorted(self._slices)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor, read from the header."""
+        """Return the shape of a tensor, from the header."""
         return tuple(self._slices[name].get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of one tensor, read from the header."""
+        """Return the dtype of a tensor, from the header."""
         return FLOATS[self._slices[name].get_dtype()]
 
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
-        """The slice `[start, stop)` of each dim named (the others whole), in the file's dtype."""
+        """Read the slice [start, stop) of each leading dim given (other dims whole), in the file's dtype."""
         wanted = tuple(slice(start, stop) for start, stop in ranges) or slice(None)
         tensor: Tensor = self._slices[name][wanted]
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
     def rename(self, old: str, new: str) -> None:
-        """Call a tensor otherwise than its file does."""
+        """Give a tensor another name than its file does."""
         self._slices[new] = self._slices.pop(old)
 
     def alike(self, one: str, other: str) -> bool:
-        """Whether two tensors have the same shape and numbers. The same files are compared once."""
+        """Return whether two tensors have the same shape and values; cached for unchanged files."""
         key = (str(file_marks(self._files)), one, other)
         if key not in COMPARED:
-            COMPARED[key] = _alike(self._slices[one], self._slices[other])
+            COMPARED[key] = _equal(self._slices[one], self._slices[other])
         return COMPARED[key]
 
     def refuse_quantised(self) -> None:
-        """Raise CheckpointError at a tensor that is no plain matrix of floating-point numbers."""
+        """Raise CheckpointError for quantised weights: a tensor that is a scale or has no floating-point dtype."""
         for name, part in self._slices.items():
             if part.get_dtype() not in FLOATS or name.endswith(SCALES):
                 raise CheckpointError(
-                    f"{self.folder}: {name} is stored as {part.get_dtype()}, of quantised weights, which are not read. "
-                    "Give the folder of the model before it was quantised."
+                    f"{self.folder}: {name} ({part.get_dtype()}) belongs to quantised weights, which are not supported. "
+                    "Give the folder of the model before quantisation."
                 )
 
 
 def stored(folder: Path) -> Weights | None:
-    """The tensors of a folder; None where it has none that can be read, as one of a config alone."""
+    """Return the tensors of a folder; None if none can be read, as in a folder with only a config."""
     try:
         return Weights(folder)
     except CheckpointError:
@@ -93,7 +93,7 @@ def stored(folder: Path) -> Weights | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files that transformers reads: one, or those of an index."""
+    """Return the files that transformers reads: the single one, else those of the index."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
@@ -112,12 +112,12 @@ def _indexed(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index} is torn or not an index ({error}). Copy it again.") from error
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index} names {file!r}, which is no file of its folder. Copy the model again.")
+            raise CheckpointError(f"{index} names {file!r}, which is not a file of its folder. Copy the model again.")
     return [folder / file for file in files]
 
 
 def _slices(files: Sequence[Path]) -> dict[str, Any]:
-    """Name -> slice of every tensor in some files."""
+    """Return name -> lazy slice of every tensor in `files`."""
     found: dict[str, Any] = {}
     owner: dict[str, Path] = {}
     for file in files:
@@ -129,23 +129,23 @@ def _slices(files: Sequence[Path]) -> dict[str, Any]:
     return found
 
 
-def _refuse_unlike(folder: Path) -> None:
-    """Raise CheckpointError where the one file, which transformers reads, and those of the index hold other tensors."""
+def _refuse_conflict(folder: Path) -> None:
+    """Raise CheckpointError if the single file, which transformers reads, and the indexed files hold other tensors."""
     files = [folder / SINGLE, *_indexed(folder)]
     if len(set(files)) > 1 and not _same_tensors(str(folder), str(file_marks(files))):
         raise CheckpointError(
-            f"{folder} holds model.safetensors and {INDEX}, and their tensors differ. Remove the one that is stale."
+            f"{folder} holds both model.safetensors and {INDEX}, and their tensors differ. Remove the stale one."
         )
 
 
 @cache
 def _same_tensors(folder: str, marks: str) -> bool:
-    """marks: of the files, so that the same ones are compared once."""
+    """Return whether both ways of storage hold the same tensors. marks: file marks, part of the cache key only."""
     single, several = (_slices(files) for files in ([Path(folder) / SINGLE], _indexed(Path(folder))))
-    return single.keys() == several.keys() and all(_alike(single[name], several[name]) for name in single)
+    return single.keys() == several.keys() and all(_equal(single[name], several[name]) for name in single)
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _equal(one: Any, other: Any) -> bool:
     shape = one.get_shape()
     if shape != other.get_shape():
         return False
@@ -167,7 +167,7 @@ def _open(file: Path) -> Any:
 
 
 class SafetensorsWriter:
-    """Writes one safetensors file a tensor at a time, in the order announced; the library would want them all at once.
+    """Writes one safetensors file tensor by tensor, in the announced order; the library needs all tensors at once.
 
     Format: 8 bytes little-endian header length, a JSON header, the raw bytes (safetensors' README).
     """
@@ -191,7 +191,7 @@ class SafetensorsWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Appends the next tensor announced; any device, any strides."""
+        """Append the next announced tensor; any device, any strides."""
         expected, shape = self._waiting.pop(0)
         assert (name, tuple(tensor.shape), tensor.dtype) == (expected, shape, self._dtype), (
             f"{name} came before {expected}"
@@ -209,7 +209,7 @@ class SafetensorsWriter:
 
 
 def split_files(entries: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Tensor names in order, cut into files of at most `limit` bytes (one tensor at least)."""
+    """Split tensor names, in order, into files of at most `limit` bytes (at least one tensor each)."""
     files: list[list[str]] = [[]]
     room = limit
     for name, size in entries.items():
