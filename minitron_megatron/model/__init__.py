@@ -1,5 +1,5 @@
-"""A config becomes a Megatron-Core model, on `meta` first; its shards are named globally and adopted one by one; its
-pipeline schedules run it.
+"""Megatron-Core models: built on `meta` from a config, filled shard by shard under global names, run by mcore's pipeline
+schedules, saved as checkpoints.
 
 Knows: mcore's modules, configs and schedules, training checkpoints. Must not know: Hugging Face files, scores, losses.
 """

@@ -1,4 +1,4 @@
-"""A model is always built on `meta` and filled afterwards: from Hugging Face slices, trimmed shards or a seed."""
+"""Building models on `meta`; they are filled afterwards from Hugging Face slices, trimmed shards or a seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["build", "chunks_of", "rebuild"]
 
 
 def chunks_of(model: Any) -> list[Any]:
-    """A model as the list of its chunks (several only with virtual pipeline stages)."""
+    """Return the list of a model's chunks (more than one only with virtual pipeline stages)."""
     return list(model) if isinstance(model, Sequence) else [model]
 
 
@@ -30,10 +30,10 @@ def build(
     recompute: Recompute = "none",
     spec: Spec = "local",
 ) -> list[Any]:
-    """This rank's chunks of an mcore GPTModel, every parameter on `meta`. Not collective.
+    """Build this rank's chunks of an mcore GPTModel, with every parameter on `meta`. Not collective.
 
-    spec: whose layers; of `te`, embedding and output layer are on the GPU until they are filled. Raises RecipeError
-    where they are not there, TopologyError where the shape does not fit the layout.
+    spec: layer spec; with `te`, the embedding and the output layer are on the GPU at once. Raises RecipeError where
+    Transformer Engine is missing, TopologyError where the shape does not fit the layout.
     """
     mcore = transformer_config(config, topology, dtype, recompute=recompute, spec=spec)
     stages = topology.stages(config.shape.layers)
@@ -61,7 +61,7 @@ def build(
 
 
 def rebuild(model: Any, config: ModelConfig, topology: Topology) -> list[Any]:
-    """New chunks on `meta` like those of `model` (anybody's GPTModel), in the sizes of `config`. Not collective."""
+    """Build chunks on `meta` like those of `model` (any GPTModel), with the sizes of `config`. Not collective."""
     stages = topology.stages(config.shape.layers)
     chunks: list[Any] = []
     for virtual, old in enumerate(chunks_of(model)):
@@ -88,7 +88,7 @@ def rebuild(model: Any, config: ModelConfig, topology: Topology) -> list[Any]:
 
 
 def _resized(mcore: Any, config: ModelConfig, topology: Topology) -> Any:
-    """A copy of mcore's config in new sizes, at the same layout and with the same functions."""
+    """Return a copy of mcore's config with the sizes of `config`, and everything else unchanged."""
     from .config import check_fits, pipeline_layout
 
     check_fits(config.shape, topology)
@@ -104,7 +104,10 @@ def _resized(mcore: Any, config: ModelConfig, topology: Topology) -> Any:
 
 
 def _gpt(mcore: Any, spec: Any, **arguments: Any) -> Any:
-    """mcore's GPTModel on `meta`. The embedding group is held back: mcore would reduce a tied copy without data."""
+    """Build mcore's GPTModel on `meta`.
+
+    The embedding group is set only afterwards: mcore would otherwise all-reduce a tied copy that has no data yet.
+    """
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -121,10 +124,10 @@ def _gpt(mcore: Any, spec: Any, **arguments: Any) -> Any:
 
 
 def mark_parallel(gpt: Any) -> None:
-    """Marks parameters that bear no mark as mcore marks its own.
+    """Set mcore's tensor-parallel attributes on parameters that lack them.
 
-    Transformer Engine marks none on `meta` (module/linear.py, `reset_parameters`), and by the marks mcore sums
-    gradients over tp and counts their norm.
+    Transformer Engine sets none on `meta` (module/linear.py, `reset_parameters`). By these attributes mcore sums
+    gradients over tp and computes the gradient norm.
     """
     sizes = config_of(gpt).shape.sizes()
     for shard in named_shards(gpt):

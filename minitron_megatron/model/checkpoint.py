@@ -1,4 +1,4 @@
-"""Training checkpoints: mcore's distributed format, which loads at another layout, in a whole folder."""
+"""Training checkpoints in mcore's distributed format, which loads at any layout; each folder is whole or absent."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from .writing import reading, writing
 __all__ = ["Checkpoints", "Trainee", "load_checkpoint", "load_weights"]
 
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""The only optimizer format of mcore 0.16 that loads at another tp, pp or dp."""
+"""Only optimizer format of mcore 0.16 that loads at another tp, pp or dp."""
 
 STATE = "state.json"
 SUMS = "sums"
-"""The suffix of the checksums of what one rank wrote, until the first rank gathers them."""
+"""Suffix of the file with the checksums of one rank's files, until rank 0 merges them."""
 
 
 class State(TypedDict):
-    """What a checkpoint says of itself, beside what its caller keeps in it."""
+    """Keys of a checkpoint's `state.json` that are set here; the caller adds its own."""
 
     step: int
     score: float | None
@@ -55,19 +55,19 @@ class State(TypedDict):
 
 @dataclass(frozen=True)
 class Trainee:
-    """What a checkpoint holds of a model in training."""
+    """Model in training, as a checkpoint holds it."""
 
     chunks: Sequence[Any]
-    """Each wrapped by mcore's DDP."""
+    """Chunks, each wrapped in mcore's DDP."""
     optimizer: Any
     name: str = ""
-    """Tells the models of one checkpoint apart."""
+    """Subfolder of the checkpoint, to tell several models apart."""
 
 
 class Checkpoints:
-    """The checkpoints of a run in `folder`: `step_N`, each whole or absent. The newest `keep` stay, and the best.
+    """Checkpoints of a run in `folder`: `step_N`, each whole or absent. The newest `keep` and the best are kept.
 
-    Where `asynchronous`, a forked process of each rank writes while training goes on, one checkpoint at a time.
+    If `asynchronous`, a forked process of each rank writes while training continues, one checkpoint at a time.
     """
 
     def __init__(self, folder: Path, topology: Topology, *, keep: int = 2, asynchronous: bool = False) -> None:
@@ -87,10 +87,10 @@ class Checkpoints:
         score: float | None = None,
         wait: bool = False,
     ) -> None:
-        """Writes `step_N` with weights, optimizers and `state` (JSON), then drops what need not stay. Collective.
+        """Write `step_N` with weights, optimizers and `state` (JSON), then remove superseded checkpoints. Collective.
 
-        score: what the best checkpoint has least of; one that is not finite is none. wait: return when it is there.
-        Raises CheckpointError where it cannot be written; what was there before stays.
+        score: the best checkpoint has the lowest one; a value that is not finite counts as none. wait: return only after
+        the checkpoint is complete. Raises CheckpointError where it cannot be written; earlier checkpoints are kept.
         """
         self.poll(wait=True)
         fresh = self._fresh(step)
@@ -122,30 +122,30 @@ class Checkpoints:
         self.poll(wait=wait)
 
     def poll(self, *, wait: bool = False) -> None:
-        """Finishes the checkpoint that is being written, if all ranks have written theirs. Collective."""
+        """Finalise the checkpoint in progress, if all ranks have written their part. Collective."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
             with self._writing():
                 self._queue.maybe_finalize_async_calls(blocking=wait)
 
     def close(self) -> None:
-        """Gives up what is being written. Not collective."""
+        """Abandon the checkpoint in progress. Not collective."""
         for call in self._queue.async_calls if self._queue is not None else ():
             kill_writers(call.async_caller)
 
     def newest_first(self) -> list[Path]:
-        """Those that are whole."""
+        """Return the complete checkpoints, newest first."""
         return _steps(self.folder)[::-1]
 
     def steps(self) -> dict[int, Path]:
-        """Those that are whole, by step."""
+        """Return the complete checkpoints by step."""
         return {int(path.name.removeprefix("step_")): path for path in _steps(self.folder)}
 
     def best(self) -> Path | None:
-        """The one with the least score; None where none was scored."""
+        """Return the checkpoint with the lowest score; None where none has a score."""
         return _best(_steps(self.folder))
 
     def _fresh(self, step: int) -> Path:
-        """A new folder's path, alike on every rank: a killed run's writers may still be at work in their own."""
+        """Return a new, unique folder path, the same on every rank: writers of a killed run may still write to theirs."""
         ticket = broadcast_object(uuid4().hex[:8])
         if self.topology.rank == 0:
             for left in self.folder.glob(f"step_*{PARTIAL}"):
@@ -161,28 +161,28 @@ class Checkpoints:
                 path = self.folder / f"step_{step:08}"
                 shutil.rmtree(path, ignore_errors=True)
                 fresh.rename(path)
-                there = _steps(self.folder)
-                for old in set(there) - set(there[-self.keep :]) - {_best(there)}:
+                existing = _steps(self.folder)
+                for old in set(existing) - set(existing[-self.keep :]) - {_best(existing)}:
                     shutil.rmtree(old)
 
     def _writing(self) -> AbstractContextManager[None]:
-        return writing(f"a checkpoint in {self.folder}", "The ones before it are whole; make room and run again.")
+        return writing(f"a checkpoint in {self.folder}", "Earlier ones are complete; make room and run again.")
 
 
 def _write_and_sum(write: Any, folder: Path, rank: int, *args: Any, **options: Any) -> None:
-    """mcore's writing process of one rank, which then reads what it wrote, beside the training."""
+    """Run mcore's writer of one rank, in its own process, then compute the checksums of its files."""
     write(*args, **options)
-    with suppress(FileError, OSError):  # what could not be written, mcore tells
+    with suppress(FileError, OSError):  # mcore reports failed writes
         _sum_own(folder, rank)
 
 
 def _sum_own(folder: Path, rank: int) -> None:
-    """Writes the checksums of what a rank wrote into `folder`."""
+    """Write the checksums of the files that a rank wrote into `folder`."""
     write_checksums(folder / f"{rank}.{SUMS}", folder.glob(f"*__{rank}_*.distcp"))
 
 
 def _write_manifest(folder: Path) -> None:
-    """Gathers the ranks' checksums into one list, with those of the small files that the first rank alone wrote."""
+    """Merge the ranks' checksums into one manifest, with those of the small files that only rank 0 wrote."""
     known: dict[str, str] = {}
     for file in folder.rglob(f"*.{SUMS}"):
         place = file.parent.relative_to(folder)
@@ -193,36 +193,38 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _bytes(sharded: Mapping[str, Any]) -> int:
-    """Of what this rank writes of it."""
+    """Return the bytes of a sharded state dict that this rank writes."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
 
     kinds = (ShardedTensor, ShardedTensorFactory)
-    mine = [each for each in nested_values(sharded) if isinstance(each, kinds) and is_main_replica(each.replica_id)]
-    return sum(each.data.nbytes for each in mine if each.data is not None)
+    own = [each for each in nested_values(sharded) if isinstance(each, kinds) and is_main_replica(each.replica_id)]
+    return sum(each.data.nbytes for each in own if each.data is not None)
 
 
 def _expect_room(folder: Path, needed: int) -> None:
-    """Raises OSError where a file system is too full for so many bytes: found out in the middle of writing, one rank
-    would fail where the others wait for it."""
+    """Raise OSError where the file system has less than `needed` bytes free.
+
+    Checked before writing: in the middle of it, one rank would fail while the others wait for it.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(errno.ENOSPC, f"no space left for a checkpoint: {needed:,} bytes, and {free:,} are free")
+        raise OSError(errno.ENOSPC, f"no space left for a checkpoint: it needs {needed:,} bytes, and {free:,} are free")
 
 
 def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "") -> dict[str, Any]:
-    """Fills weights and optimizers from a checkpoint of any layout and returns its state. Collective.
+    """Load weights and optimizers from a checkpoint of any layout and return its state. Collective.
 
-    Raises CheckpointError, before anything is filled, where a file differs from what was written, where its state is
-    not of the run `identity`, or where a pickled index asks for anything but plain metadata; and where mcore cannot
-    read it, what is filled is then half old and half new.
+    Raises CheckpointError, before anything is loaded, where a file has changed since it was written, where the
+    checkpoint is not of the run `identity`, or where a pickled index contains more than plain metadata. Raises it too
+    where mcore cannot read the checkpoint; the model may then be partly loaded.
     """
     from megatron.core import dist_checkpointing
 
     state = _verified(path, identity, [trainee.name for trainee in trainees])
     for trainee in trainees:
         for part in getattr(trainee.optimizer, "chained_optimizers", [trainee.optimizer]):
-            part._init_optimizer_states_with_dummy_values()  # mcore loads into states and makes none
+            part._init_optimizer_states_with_dummy_values()  # mcore loads into existing states only
         with reading(path):
             loaded = dist_checkpointing.load(_sharded(trainee, is_loading=True), path / trainee.name)
             for number, chunk in enumerate(trainee.chunks):
@@ -232,7 +234,10 @@ def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "")
 
 
 def load_weights(path: Path, model: Any, topology: Topology, identity: str = "") -> None:
-    """Fills a plain model, on `meta` or not, from a checkpoint of any layout. Collective; raises as load_checkpoint."""
+    """Load the weights of a plain model, on `meta` or not, from a checkpoint of any layout.
+
+    Collective. Raises CheckpointError as `load_checkpoint` does.
+    """
     from megatron.core import dist_checkpointing
 
     _verified(path, identity, [""])
@@ -249,8 +254,10 @@ def load_weights(path: Path, model: Any, topology: Topology, identity: str = "")
 
 
 def _verified(path: Path, identity: str, names: Sequence[str]) -> dict[str, Any]:
-    """The state of a checkpoint of the run `identity` whose files are all as they were written: each rank reads its
-    share of them. Collective over the world."""
+    """Return a checkpoint's state after verifying its run `identity` and the checksums of all its files.
+
+    Each rank reads its share of the files. Collective over the world.
+    """
     with fail_together():
         try:
             for name in names:
@@ -270,13 +277,13 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def _best(checkpoints: Sequence[Path]) -> Path | None:
-    """The one with the least score, the newest of equals; none where none was scored."""
+    """Return the checkpoint with the lowest score, the newest of a tie; None where none has a score."""
     scores = {path: score for path in reversed(checkpoints) if (score := _score(path)) is not None}
     return min(scores, key=lambda path: scores[path], default=None)
 
 
 def _score(path: Path) -> float | None:
-    """None where a checkpoint was not scored, or does not say so legibly."""
+    """Return a checkpoint's score; None where it has none, or its state cannot be read."""
     try:
         return read_as(path / STATE, State)["score"]
     except FileError:
@@ -288,19 +295,19 @@ def _key(number: int) -> str:
 
 
 def _sharded(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
-    """mcore's sharded state dict of a model's chunks and its optimizer, without objects."""
-    about = dict(RESHARDABLE)  # mcore writes this layout's groups into it
+    """Return mcore's sharded state dict of a model's chunks and its optimizer, without objects."""
+    metadata = dict(RESHARDABLE)  # a copy, since mcore adds this layout's groups to it
     state: dict[str, Any] = {
-        _key(number): _tensors(chunk.module.sharded_state_dict(metadata=about))
+        _key(number): _tensors(chunk.module.sharded_state_dict(metadata=metadata))
         for number, chunk in enumerate(trainee.chunks)
     }
     model = state[_key(0)] if len(trainee.chunks) == 1 else dict(state)
-    state["optimizer"] = trainee.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=about)
+    state["optimizer"] = trainee.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return state
 
 
 def _tensors(sharded: Mapping[str, Any]) -> dict[str, Any]:
-    """Without mcore's `_extra_state` objects: they are empty here, and torch unpickles objects without any check."""
+    """Drop mcore's `_extra_state` objects: they are empty here, and torch unpickles objects without any check."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     return {name: value for name, value in sharded.items() if not isinstance(value, ShardedObject)}

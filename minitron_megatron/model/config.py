@@ -1,4 +1,4 @@
-"""What a model is beyond its shape, and how that is said to Megatron-Core."""
+"""Model configuration beyond the shape, and its translation to and from Megatron-Core's TransformerConfig."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["ModelConfig", "Recompute", "check_fits", "config_of", "rotary_frequencies", "transformer_config"]
 
 Recompute = Literal["none", "selective", "full"]
-"""What of each layer runs again in the backward pass: nothing, its MLP or mixture, or all of it."""
+"""Activation recomputation in the backward pass: none, each layer's MLP or MoE, or each whole layer."""
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """relu(x) ** 2, as Nemotron-4 has it."""
+    """Return relu(x) ** 2, Nemotron-4's activation function."""
     return F.relu(x).square()
 
 
@@ -35,32 +35,32 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu2"
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: its shape and the constants of its functions."""
+    """Configuration of a decoder-only transformer: its shape and its other constants."""
 
     shape: Shape
     norm: str = "RMSNorm"
-    """`RMSNorm`, or `LayerNorm`, which has a bias."""
+    """`RMSNorm`, or `LayerNorm` with a bias."""
     norm_eps: float = 1e-5
     zero_centered_norm: bool = False
     """Whether the stored norm weight is gamma - 1 (Nemotron's LayerNorm1p)."""
     router_pre_softmax: bool = False
-    """Whether a token's experts are weighed by their share among all; otherwise among those that it is sent to."""
+    """Whether the router's softmax is over all experts (before top-k); otherwise over the selected ones."""
     activation: str = "silu"
     """`silu`, or `relu2`: squared ReLU."""
     rotary_base: float = 10000.0
     rotary_share: float = 1.0
-    """The share of each head that is rotated."""
+    """Fraction of each head's channels that are rotated."""
     rotary_scaling: Mapping[str, Any] | None = None
-    """Hugging Face's `rope_scaling`: `rope_type` of `linear` or `llama3` and its factors; None: no scaling."""
+    """Hugging Face's `rope_scaling`: `rope_type` (`linear` or `llama3`) and its factors; None: no scaling."""
     max_positions: int = 2048
     window: int | None = None
-    """The tokens that a token attends to, itself among them; None: all before it."""
+    """Sliding window: number of tokens that a token attends to, including itself; None: all tokens before it."""
     init_std: float = 0.02
     source: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """The Hugging Face config that this came from, carried to the export."""
+    """Hugging Face config from which this was read; the export starts from it."""
 
     def __post_init__(self) -> None:
-        """Raise ModelError where these constants make no model."""
+        """Raise ModelError where the constants do not describe a valid model."""
         constants = {name: getattr(self, name) for name in ("norm_eps", "rotary_base", "rotary_share", "init_std")}
         scaling = {key: value for key, value in (self.rotary_scaling or {}).items() if key not in ("rope_type", "type")}
         for name, value in {**constants, **scaling}.items():
@@ -68,7 +68,7 @@ class ModelConfig:
             if not number or value < 0 or (value == 0 and name != "init_std"):
                 raise ModelError(f"{name} of a model is {value!r}, which is not a finite number above 0.")
         if self.rotary_share > 1:
-            raise ModelError(f"rotary_share of a model is {self.rotary_share}, more than whole heads.")
+            raise ModelError(f"rotary_share of a model is {self.rotary_share}. It must be at most 1.")
         for name in ("max_positions", "window"):
             value = getattr(self, name)
             if not (name == "window" and value is None) and (type(value) is not int or value < 1):
@@ -78,16 +78,16 @@ class ModelConfig:
 
     @property
     def longest(self) -> int:
-        """The most tokens of a sequence, within its positions and its window."""
+        """Longest sequence in tokens: the smaller one of `max_positions` and `window`."""
         return min(self.max_positions, self.window or self.max_positions)
 
     def resized(self, **sizes: int) -> ModelConfig:
-        """The same model with other sizes on some public axes."""
+        """Return the same configuration with other sizes on some public axes."""
         return replace(self, shape=self.shape.resized(**sizes))
 
 
 def check_fits(shape: Shape, topology: Topology) -> None:
-    """Raises TopologyError where a shape cannot be spread over a layout; says which tp would do."""
+    """Raise TopologyError where a shape cannot be split over a layout; the message names the sizes of tp that fit."""
     topology.stages(shape.layers)
     _check_experts(shape, topology)
     sizes = {axis: shape.axis_size(axis) for axis in ("kv_groups", "ffn", "shared_ffn")} | {"vocab": shape.padded_vocab}
@@ -121,7 +121,7 @@ def transformer_config(
     recompute: Recompute = "none",
     spec: Spec = "local",
 ) -> TransformerConfig:
-    """mcore's config for this model at this layout. Parameters are of `dtype`; `recompute` says what runs twice.
+    """Return mcore's config for this model at this layout, with parameters of `dtype`.
 
     Raises TopologyError where the shape does not fit the layout.
     """
@@ -156,13 +156,13 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=topology.vp if topology.vp > 1 else None,
         pipeline_model_parallel_layout=pipeline_layout(shape.layers, topology),
         sequence_parallel=topology.sequence_parallel,
-        # interleaved over two stages, both neighbours are one rank: batched sends would be received in the wrong order
+        # interleaved over two stages, both neighbours are the same rank, and batched sends arrive in the wrong order
         overlap_p2p_comm=topology.vp > 1,
         batch_p2p_comm=topology.vp == 1,
         calculate_per_token_loss=True,
-        use_cpu_initialization=spec == "local",  # names no device, so that torch.device("meta") decides
-        init_model_with_meta_device=spec == "te",  # whose modules name one, and know only this key for `meta`
-        perform_initialization=True,  # on meta it costs nothing, and only it marks the parameters as parallel
+        use_cpu_initialization=spec == "local",  # passes no device, so that torch.device("meta") applies
+        init_model_with_meta_device=spec == "te",  # TE's modules pass a device; only this key selects `meta`
+        perform_initialization=True,  # costs nothing on `meta`; sets the tensor-parallel attributes of parameters
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -173,7 +173,11 @@ def transformer_config(
 
 
 def _recomputed(recompute: Recompute, shape: Shape) -> dict[str, Any]:
-    """mcore's keys. Its own `selective` runs the core attention twice, of which flash attention keeps nothing wide."""
+    """Return mcore's recomputation keys.
+
+    mcore's own `selective` recomputes the core attention, for which flash attention stores little anyway; ours
+    recomputes the MLP or MoE.
+    """
     if recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if recompute == "selective":
@@ -182,7 +186,7 @@ def _recomputed(recompute: Recompute, shape: Shape) -> dict[str, Any]:
 
 
 def _mixture(config: ModelConfig, topology: Topology) -> dict[str, Any]:
-    """mcore's keys for a mixture of experts: no auxiliary loss, no token dropped, the router in fp32."""
+    """Return mcore's MoE keys: no auxiliary loss, no token dropping."""
     shape = config.shape
     if not shape.experts:
         return {}
@@ -201,7 +205,8 @@ def _mixture(config: ModelConfig, topology: Topology) -> dict[str, Any]:
 
 
 def pipeline_layout(layers: int, topology: Topology) -> list[list[str]] | None:
-    """mcore's explicit layer placement, so that any number of layers fits any number of stages; None on one stage."""
+    """Return mcore's explicit layer placement, with which any number of layers fits any number of stages; None for one
+    stage."""
     if topology.pp == 1:
         return None
     stages = [["decoder"] * len(stage) for stage in topology.stages(layers)]
@@ -209,10 +214,10 @@ def pipeline_layout(layers: int, topology: Topology) -> list[list[str]] | None:
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse frequencies of the rotary embedding, radians a position: fp32 [rotated channels of a head / 2].
+    """Return the rotary embedding's frequencies in radians per position: fp32 [rotated channels of a head / 2].
 
-    Computed here for mcore 0.16 fixes Llama 3's low, high and original-length constants. Source: Llama 3.1 reference
-    code, as in transformers' `_compute_llama3_parameters`.
+    Computed here because mcore 0.16 hard-codes Llama 3's low, high and original-length constants. Source: Llama 3.1
+    reference code, as in transformers' `_compute_llama3_parameters`.
     """
     rotated = int(config.shape.head_dim * config.rotary_share)
     half = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
@@ -230,7 +235,8 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 def config_of(model: Any) -> ModelConfig:
-    """The config of an mcore GPTModel that somebody else built; ours carry theirs as `minitron`."""
+    """Return the config of an mcore GPTModel: the attribute `minitron` of models built here, else derived from mcore's
+    config."""
     ours = getattr(model, "minitron", None)
     if ours is not None:
         return ours
@@ -262,7 +268,7 @@ def config_of(model: Any) -> ModelConfig:
 
 
 def _experts(mcore: Any) -> dict[str, Any]:
-    """The part of a shape that is about experts."""
+    """Return the expert fields of a shape."""
     if not mcore.num_moe_experts:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Whether a model's weights are numbers."""
+"""Check that a model's weights are finite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["check_finite"]
 
 
 def check_finite(model: Any, what: str, advice: str = "", error: type[MinitronError] = CheckpointError) -> None:
-    """Raise `error` where a weight of `model` is not finite; says `what`, the first such parameter, and `advice`.
+    """Raise `error` where a weight of `model` is not finite; it names `what`, the first such parameter, and `advice`.
 
     Reads each weight once and holds no copy of it. Collective over the world.
     """

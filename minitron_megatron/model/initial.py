@@ -1,4 +1,4 @@
-"""Random weights that depend on a seed and a name, never on the layout."""
+"""Random initial weights that depend on a seed and the parameter's name, never on the layout."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from .shards import assign, named_shards
 __all__ = ["fill_initial"]
 
 RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
-"""Written into the residual stream: their spread is divided by sqrt(2 layers), as in GPT-2 and Megatron-LM."""
+"""Weights whose output is added to the residual stream: their std is divided by sqrt(2 layers), as in GPT-2 and
+Megatron-LM."""
 
 
 def fill_initial(model: Any, topology: Topology, seed: int) -> None:
-    """Gives every parameter of `model` (on `meta`) a normal draw: the same global values at every layout."""
+    """Fill every parameter of `model` (on `meta`) with random values, the same global ones at every layout."""
     config = config_of(chunks_of(model)[0])
     for shard in named_shards(model):
         full = _draw(shard.name, config, seed)
@@ -33,7 +34,7 @@ def fill_initial(model: Any, topology: Topology, seed: int) -> None:
 
 
 def _draw(name: str, config: ModelConfig, seed: int) -> Tensor:
-    """The unsharded tensor of one name: a norm that changes nothing, no bias, vocabulary padding zero; fp32."""
+    """Return the unsharded fp32 tensor of a parameter: identity for norms, zero for biases and vocabulary padding."""
     param, shape, std = lookup(name), config.shape, config.init_std
     size = param.shape(shape.sizes(padded=False))
     if "norm" in name or name.endswith("bias"):

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a model has read, so that only the next ones have to run."""
+"""KV cache for incremental decoding with our core attention."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ __all__ = ["DecodeBatch", "KVCache"]
 
 
 class KVCache:
-    """Of one micro-batch, whose rows may be of unlike lengths, at each of this rank's layers.
+    """KV cache of one micro-batch for this rank's layers; rows may differ in length.
 
-    It weighs 2 x layers x batch x kv_groups (over tp) x room x head_dim numbers.
+    It holds 2 x layers x batch x kv_groups (over tp) x room x head_dim numbers.
     """
 
     def __init__(self, rows: int, room: int) -> None:
-        """room: the most tokens that a row will have."""
+        """room: maximum number of tokens of a row."""
         self.room = room
         self.starts = torch.zeros(rows, dtype=torch.int64)
-        """Where the next tokens of each row go; on the host."""
+        """Position of each row's next token: int64 [rows], on the host."""
         self._held: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def positions(self, tokens: Tensor) -> Tensor:
-        """int64 [batch, seq], of tokens that come next; on the host."""
+        """Return the positions of the next tokens: int64 [batch, seq], on the host."""
         return self.starts[:, None] + torch.arange(tokens.shape[1])
 
     def extend(
         self, layer: nn.Module, key: Tensor, value: Tensor, window: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Takes in a layer's keys and values, [batch, kv_groups, seq, head_dim], from `starts` on.
+        """Store a layer's keys and values, [batch, kv_groups, seq, head_dim], at `starts`, and overwrite later entries.
 
-        Returns all keys and values so far, and which of them each new token sees, within a window where there is one:
-        bool [batch, 1, seq, all], or None, which means causal. What a row held from there on is gone.
+        Return (keys, values, mask): all keys and values so far, and the ones that each new token attends to, bool
+        [batch, 1, seq, all], within `window` if given; mask None means causal.
         """
         if not self.starts.any():
-            self._held[layer] = tuple(_roomy(each, self.room) for each in (key, value))  # type: ignore[assignment]
+            self._held[layer] = tuple(_padded(each, self.room) for each in (key, value))  # type: ignore[assignment]
             return key, value, None
         at = self.positions(key[:, 0]).to(key.device)
         keys, values = self._held[layer]
@@ -44,13 +44,14 @@ class KVCache:
         keys[rows, :, at], values[rows, :, at] = key.transpose(1, 2), value.transpose(1, 2)
         end = int(self.starts.max()) + key.shape[2]
         places = torch.arange(end, device=key.device)
-        seen = places <= at[..., None]
+        mask = places <= at[..., None]
         if window:
-            seen &= places > at[..., None] - window
-        return keys[:, :, :end], values[:, :, :end], seen[:, None]
+            mask &= places > at[..., None] - window
+        return keys[:, :, :end], values[:, :, :end], mask[:, None]
 
 
-def _roomy(part: Tensor, room: int) -> Tensor:
+def _padded(part: Tensor, room: int) -> Tensor:
+    """Return keys or values with room for `room` tokens, zero after the given ones."""
     whole = part.new_zeros((*part.shape[:2], room, part.shape[3]))
     whole[:, :, : part.shape[2]] = part
     return whole
@@ -58,7 +59,7 @@ def _roomy(part: Tensor, room: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """A micro-batch of what follows `beside`: tokens, int64 [batch, seq]. `mask` counts nothing: there is no loss."""
+    """Micro-batch of next tokens, int64 [batch, seq], after those in the KV cache `beside`. No token counts in a loss."""
 
     tokens: Tensor
     beside: KVCache

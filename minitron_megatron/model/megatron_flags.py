@@ -1,7 +1,7 @@
-"""The command-line flags with which Megatron-LM builds the model that a checkpoint of ours holds.
+"""Command-line flags with which Megatron-LM builds the model of one of our checkpoints.
 
-Read against Megatron-LM core_v0.16.1, core_v0.19.0 and 0.20 (megatron/training/checkpointing.py, arguments.py,
-argument_utils.py). `load_args_from_checkpoint` takes most sizes from the checkpoint; all the rest is a flag here.
+Checked against Megatron-LM core_v0.16.1, core_v0.19.0 and 0.20 (megatron/training/checkpointing.py, arguments.py,
+argument_utils.py). `load_args_from_checkpoint` takes most sizes from the checkpoint; the rest are flags here.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from .config import ModelConfig
 __all__ = ["FLAGS", "arguments_script", "check_megatron_lm", "megatron_lm_flags", "saved_arguments"]
 
 FLAGS = "megatron-args.sh"
-"""File beside the checkpoint that holds the flags as a bash array."""
+"""Bash file in the checkpoint's folder that sets the flags as an array."""
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Constants that mcore's rotary embedding fixes (`RotaryEmbedding._apply_scaling`)."""
+"""Constants that mcore's rotary embedding hard-codes (`RotaryEmbedding._apply_scaling`)."""
 FACTOR = 8.0
-"""Scaling factor that `pretrain_gpt.py` builds every model with: it hands `--rope-scaling-factor` to no GPTModel."""
+"""Scaling factor with which `pretrain_gpt.py` builds every model: it does not pass `--rope-scaling-factor` on."""
 ACTIVATIONS = {(True, "silu"), (False, "relu2")}
-"""Pairs of gated and activation that flags can say: `--swiglu` and `--squared-relu`."""
+"""Pairs (gated, activation) that flags can express: `--swiglu` and `--squared-relu`."""
 
 
 def check_megatron_lm(config: ModelConfig) -> None:
-    """Raise CheckpointError, which names the setting, where no flag of Megatron-LM can express it."""
+    """Raise CheckpointError, which names the setting, where Megatron-LM has no flag to express it."""
     scaling = dict(config.rotary_scaling or {})
     kind = scaling.get("rope_type", "default")
     if kind not in ("default", "llama3"):
-        raise _inexpressible(f"rope_type {kind!r}", "its pretrain_gpt.py scales rotary embeddings as llama3 alone does")
+        raise _inexpressible(f"rope_type {kind!r}", "its pretrain_gpt.py scales rotary embeddings only as llama3 does")
     for key, fixed in LLAMA3.items():
         if kind == "llama3" and scaling[key] != fixed:
-            raise _inexpressible(f"{key}: {scaling[key]} of rope_type 'llama3'", f"it fixes {fixed:g}")
+            raise _inexpressible(f"{key}: {scaling[key]} of rope_type 'llama3'", f"it hard-codes {fixed:g}")
     if (config.shape.gated, config.activation) not in ACTIVATIONS:
         gate = "with" if config.shape.gated else "without"
         raise _inexpressible(
-            f"activation {config.activation} {gate} a gate", "--swiglu and --squared-relu are its flags"
+            f"activation {config.activation} {gate} a gate", "its flags are --swiglu and --squared-relu"
         )
 
 
 def _inexpressible(what: str, why: str) -> CheckpointError:
     return CheckpointError(
         f"Megatron-LM cannot express {what}: {why}. Leave --format out for a Hugging Face folder, or build "
-        "the model in a script of your own."
+        "the model in your own script."
     )
 
 
 def megatron_lm_flags(config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None = None) -> list[tuple[str, ...]]:
-    """Return every flag that Megatron-LM needs beside `--load`, each with its values.
+    """Return every flag that Megatron-LM needs besides `--load`, each with its values.
 
-    dtype: of the weights. tokenizer: the Hugging Face folder whose tokenizer the model has. Raises CheckpointError
-    where no flag says what the model is.
+    dtype: of the weights. tokenizer: the Hugging Face folder with the model's tokenizer. Raises CheckpointError where
+    flags cannot express the model.
     """
     check_megatron_lm(config)
     shape, scaling = config.shape, dict(config.rotary_scaling or {})
@@ -67,7 +67,7 @@ def megatron_lm_flags(config: ModelConfig, dtype: torch.dtype, tokenizer: Path |
         (True, ("--norm-epsilon", repr(config.norm_eps))),
         (config.zero_centered_norm, ("--apply-layernorm-1p",)),
         (shape.qk_norm, ("--qk-layernorm",)),
-        (config.window is not None, ("--window-size", f"{(config.window or 1) - 1},0")),  # without the token itself
+        (config.window is not None, ("--window-size", f"{(config.window or 1) - 1},0")),  # Megatron-LM's window excludes the token itself
         (bool(scaling), ("--use-rope-scaling",)),
         (bool(scaling), ("--rope-scaling-factor", repr(float(scaling.get("factor", FACTOR))))),
         (shape.shared_gate, ("--moe-shared-expert-gate",)),
@@ -80,15 +80,15 @@ def megatron_lm_flags(config: ModelConfig, dtype: torch.dtype, tokenizer: Path |
 
 
 def arguments_script(config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None = None) -> str:
-    """Return a bash file that sets `MEGATRON_ARGS` to all flags, `--load` of its own folder first."""
+    """Return a bash file that sets `MEGATRON_ARGS` to all flags, beginning with `--load` of its own folder."""
     lines = [
-        "# Flags with which Megatron-LM 0.16 or later loads this checkpoint as the model that it is:",
+        "# Flags with which Megatron-LM 0.16 or later loads this checkpoint:",
         f'#   source {FLAGS}; torchrun ... pretrain_gpt.py "${{MEGATRON_ARGS[@]}}" ...',
     ]
     factor = (config.rotary_scaling or {}).get("factor", FACTOR)
     if factor != FACTOR:
         lines += [
-            f"# WARNING: pretrain_gpt.py reads --rope-scaling-factor and builds the model with {FACTOR:g} instead:",
+            f"# WARNING: pretrain_gpt.py ignores --rope-scaling-factor and builds the model with {FACTOR:g} instead:",
             f"# pass rope_scaling_factor={factor:g} to GPTModel there (gpt_config_from_args, or gpt_builders.py).",
         ]
     flags = [" ".join(map(shlex.quote, flag)) for flag in megatron_lm_flags(config, dtype, tokenizer)]
@@ -97,9 +97,9 @@ def arguments_script(config: ModelConfig, dtype: torch.dtype, tokenizer: Path | 
 
 
 def saved_arguments(config: ModelConfig, layout: Mapping[str, int], tokenizer: Path | None) -> dict[str, Any]:
-    """Return what Megatron-LM reads of a checkpoint's `args` (training/checkpointing.py, `load_args_from_checkpoint`).
+    """Return the checkpoint's `args` that Megatron-LM reads (training/checkpointing.py, `load_args_from_checkpoint`).
 
-    layout: sizes of the model-parallel groups that write it.
+    layout: sizes of the model-parallel groups that write the checkpoint.
     """
     shape, scaling = config.shape, dict(config.rotary_scaling or {})
     found = {

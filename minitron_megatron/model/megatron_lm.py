@@ -1,4 +1,4 @@
-"""A model as the checkpoint that Megatron-LM's training scripts load, at either of its layer specs."""
+"""Export of a model as a checkpoint that Megatron-LM's training scripts load, with either of its layer specs."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ from .writing import writing
 __all__ = ["save_megatron_lm"]
 
 RELEASE = "release"
-"""What Megatron-LM calls a checkpoint of weights without an optimizer, as its own converters write."""
+"""Megatron-LM's name for a checkpoint of weights without an optimizer, as its own converters write it."""
 TRACKER = "latest_checkpointed_iteration.txt"
 
 FUSED, ALONE = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
-"""Keys of the norm before a mixture: mcore's local spec has it renamed as a dense MLP's, the TE spec keeps its name."""
+"""Keys of the norm before an MoE: mcore's local spec renames it like the one before a dense MLP, the TE spec does not."""
 TE_NORMS = ("q_layernorm.weight", "k_layernorm.weight", ALONE + "weight", "final_layernorm.weight")
-"""Norms that are modules of their own in the TE spec, where each asks for an `_extra_state` too."""
+"""Norms that are separate modules in the TE spec; each then requires an `_extra_state` in the checkpoint."""
 EXTRA = "_extra_state"
 
 
 def save_megatron_lm(model: Any, folder: str | Path, topology: Topology, *, tokenizer: Path | None = None) -> None:
-    """Write weights, and the arguments that build the model, in mcore's distributed format (`torch_dist`), which loads
-    at any layout and at mcore's local and Transformer Engine specs. Collective over the world.
+    """Write weights and model arguments in mcore's distributed format (`torch_dist`). Collective over the world.
 
-    The flags that Megatron-LM needs besides lie beside it (`megatron-args.sh`). tokenizer: the Hugging Face folder that
-    they name. Raises CheckpointError where the folder exists or cannot be written, or Megatron-LM cannot express the
-    model.
+    The checkpoint loads at any layout, with mcore's local and Transformer Engine specs. `megatron-args.sh` in the same
+    folder sets the other flags that Megatron-LM needs. tokenizer: the Hugging Face folder that these flags name. Raises
+    CheckpointError where the folder is not empty or cannot be written, or where Megatron-LM cannot express the model.
     """
     folder, chunks = Path(folder), chunks_of(model)
     config, dtype = config_of(chunks[0]), next(chunks[0].parameters()).dtype
@@ -64,7 +63,7 @@ def _layout(topology: Topology) -> dict[str, int]:
 
 
 def _at_either_spec(chunk: Any) -> dict[str, Any]:
-    """Return a chunk's sharded state dict with the keys of both specs; Megatron-LM reads those that it asks for."""
+    """Return a chunk's sharded state dict with the keys of both specs; Megatron-LM reads only those of its spec."""
     sharded = chunk.sharded_state_dict(metadata={})
     if config_of(chunk).shape.experts:
         sharded |= {f"other.{name}": _other_key(sharded[name]) for name in list(sharded) if ALONE in name}
@@ -72,13 +71,13 @@ def _at_either_spec(chunk: Any) -> dict[str, Any]:
 
 
 def _other_key(norm: Any) -> Any:
-    """Return the norm before a mixture under the other spec's key."""
-    pair = (FUSED, ALONE) if FUSED in norm.key else (ALONE, FUSED)
-    return replace(norm, key=norm.key.replace(*pair))
+    """Return the norm before an MoE under the other spec's key."""
+    old_and_new = (FUSED, ALONE) if FUSED in norm.key else (ALONE, FUSED)
+    return replace(norm, key=norm.key.replace(*old_and_new))
 
 
 def _extra_states(sharded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an empty `_extra_state` for each norm of `TE_NORMS`, in the form in which mcore writes a module's own."""
+    """Return an empty `_extra_state` for each norm of `TE_NORMS`, in the form in which mcore writes them."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     states = {}
@@ -92,11 +91,11 @@ def _extra_states(sharded: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _new(folder: Path, topology: Topology) -> Iterator[Path]:
-    """Yield a folder that all ranks fill, and that is there whole or not at all. Collective."""
+    """Yield a temporary folder for all ranks to fill; on success it is renamed to `folder`. Collective."""
     partial = folder.with_name(folder.name + PARTIAL)
     with fail_together():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder} is not an empty folder. Give another one.")
+            raise CheckpointError(f"{folder} exists and is not an empty folder. Give another one.")
         try:
             if topology.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)

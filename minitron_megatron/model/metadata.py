@@ -1,6 +1,6 @@
-"""What mcore and torch would open of a distributed checkpoint without looking: its format, and pickles.
+"""Safety checks of a distributed checkpoint before mcore and torch open it: its format, and its pickles.
 
-The pickled index is opened with an allow-list: torch itself would run anything.
+The pickled index is read with an allow-list; torch itself would unpickle, and so run, anything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["check_format", "check_metadata"]
 
 
 class Format(TypedDict):
-    """mcore's `metadata.json`."""
+    """Content of mcore's `metadata.json`."""
 
     sharded_backend: Literal["torch_dist"]
     sharded_backend_version: int
@@ -29,18 +29,18 @@ class Format(TypedDict):
 
 
 def check_format(folder: Path) -> None:
-    """Raise CheckpointError or FileError, which name the file, unless a folder is of the one format that is written
-    here, with an index and common values that are plain."""
+    """Raise CheckpointError or FileError, which name the file, unless a folder has the only format written here, and
+    its index and common values contain no code."""
     read_as(folder / "metadata.json", Format)
     check_metadata(folder / ".metadata")
     common = folder / "common.pt"
     try:
         torch.load(common, map_location="cpu", weights_only=True)
-    except Exception as error:  # a spoilt pickle may raise anything
+    except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{common} is torn or not safe to open: {cause_of(error)}.") from error
 
 
-ALLOWED = {  # not BytesStorageMetadata: what it names, torch unpickles without any check
+ALLOWED = {  # not BytesStorageMetadata: torch unpickles the objects that it refers to without any check
     "collections": {"OrderedDict"},
     "pathlib": {"PosixPath", "PurePosixPath"},
     "torch": {"Size", "device"},
@@ -60,7 +60,7 @@ ALLOWED = {  # not BytesStorageMetadata: what it names, torch unpickles without 
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Finds only the plain classes that torch's checkpoint index is made of."""
+    """Unpickler that allows only the plain classes of torch's checkpoint index."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and name in (
@@ -78,9 +78,9 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def check_metadata(path: Path) -> None:
-    """Raises CheckpointError unless torch's pickled index is plain metadata; torch itself would run anything."""
+    """Raise CheckpointError unless torch's pickled index contains only plain metadata."""
     try:
         with path.open("rb") as file:
             _MetadataUnpickler(file).load()
-    except Exception as error:  # a spoilt pickle may raise anything
+    except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"checkpoint index {path} is torn or not safe to open: {cause_of(error)}.") from error

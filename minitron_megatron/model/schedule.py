@@ -1,4 +1,4 @@
-"""mcore's pipeline schedules, seen as one call: run these micro-batches through this model."""
+"""mcore's pipeline schedules as one call: run micro-batches through a model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ __all__ = ["MicroBatch", "States", "forward_backward", "forward_kept", "forward_
 
 
 class MicroBatch(Protocol):
-    """What a schedule needs of a micro-batch; `data.Batch` has it. What it has `beside` its tokens, attention is told:
-    see `final_hidden`."""
+    """Interface of a micro-batch, which `data.Batch` implements.
+
+    An optional attribute `beside` is passed to attention as its context: see `final_hidden`.
+    """
 
     @property
     def tokens(self) -> Tensor:
@@ -27,7 +29,7 @@ class MicroBatch(Protocol):
 
     @property
     def mask(self) -> Tensor:
-        """bool [batch, seq]: the tokens that count."""
+        """bool [batch, seq]: tokens that count in the loss."""
         ...
 
 
@@ -35,8 +37,8 @@ LossOf = Callable[[Any, Tensor, Any, int], Tensor]
 """(chunk, hidden, batch, index of the micro-batch) -> summed loss."""
 
 States = Mapping[int, Tensor]
-"""Layer -> the hidden states that enter it: [seq (over tp with sequence parallelism), batch, hidden]. What leaves the
-last layer of a chunk stands under the next number."""
+"""Layer -> its input hidden states: [seq (over tp with sequence parallelism), batch, hidden]. The output of a chunk's
+last layer has the next number as its key."""
 
 Forward = Callable[[Any, Any, int], Tensor]
 """(chunk, batch, index of the micro-batch) -> the chunk's output."""
@@ -52,10 +54,10 @@ def forward_backward(
     backward: bool = True,
     forward: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Runs a step's micro-batches; gradients accumulate in the model's buffers, divided by the global count of tokens.
+    """Run the micro-batches of a step; gradients accumulate in the model's buffers, divided by the global token count.
 
-    Returns (summed loss in nats: fp64, counted tokens: int64) of this rank's micro-batches, zero before the last
-    pipeline stage. forward: in the place of a chunk's own pass. Collective over the model's ranks.
+    Returns (summed loss in nats: fp64, counted tokens: int64) of this rank's micro-batches; zeros before the last
+    pipeline stage. forward: replaces a chunk's forward pass. Collective over the model's ranks.
     """
 
     def last(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,8 +65,8 @@ def forward_backward(
         return loss, tokens.int(), torch.stack([loss.detach().double(), tokens.double()])
 
     sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
-    for pair in _run(model, batches, last, forward or _whole, forward_only=not backward):
-        sums += pair
+    for loss_and_tokens in _run_schedule(model, batches, last, forward or _whole_chunk, forward_only=not backward):
+        sums += loss_and_tokens
     return sums[0], sums[1].long()
 
 
@@ -75,16 +77,16 @@ def forward_only(
     before: Callable[[MicroBatch], None] | None = None,
     without: Collection[int] = (),
 ) -> list[Tensor]:
-    """The final hidden states of each micro-batch, in order, without gradients; empty before the last pipeline stage.
+    """Return the final hidden states of each micro-batch, without gradients; empty before the last pipeline stage.
 
-    before: called with a micro-batch each time one of this rank's chunks is about to run it. without: layers to leave
-    out. Collective over the model's ranks.
+    before: called with a micro-batch each time before one of this rank's chunks runs it. without: layers to skip.
+    Collective over the model's ranks.
     """
 
     def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
         if before:
             before(batch)
-        return _through(chunk, batch, _layers(chunk, without)) if without else _whole(chunk, batch, index)
+        return _through(chunk, batch, _layers(chunk, without)) if without else _whole_chunk(chunk, batch, index)
 
     return _collect(model, batches, _hidden, forward)
 
@@ -92,9 +94,10 @@ def forward_only(
 def forward_kept(
     model: Any, batches: Sequence[MicroBatch], *, without: Collection[int] = ()
 ) -> tuple[list[Tensor], list[States]]:
-    """`forward_only`, and of each micro-batch the states that enter this rank's layers, but for those left out.
+    """Run `forward_only`, and also return for each micro-batch the input states of this rank's layers, except skipped
+    ones.
 
-    What is kept weighs (layers of the rank + 1) x micro-batches x seq x batch x hidden numbers.
+    The kept states are (layers of the rank + 1) x micro-batches x seq x batch x hidden numbers.
     """
     kept: list[dict[int, Tensor]] = [{} for _ in batches]
 
@@ -120,18 +123,18 @@ def forward_rest(
     *,
     without: Collection[int] = (),
 ) -> Tensor:
-    """`value_of` the network without each of `blocks` besides `without`, a block at a time: [blocks, micro-batches].
+    """Return `value_of` the network without `without` and without one of `blocks` at a time: [blocks, micro-batches].
 
-    kept: what `forward_kept` gave for these batches and `without`. No layer before a block's first runs again: the
-    stage that holds it starts from what was kept, and what the stages before it send is never read. A value is one
-    number; before the last pipeline stage it is zero. Collective over the model's ranks.
+    kept: the states that `forward_kept` returned for these batches and `without`. Layers before a block's first layer do
+    not run again: the stage that holds that layer starts from the kept states, and ignores what earlier stages send. A
+    value is one number; before the last pipeline stage it is zero. Collective over the model's ranks.
     """
 
     def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
         block, first = blocks[index // len(batches)], min(blocks[index // len(batches)])
         rest = {at: layer for at, layer in _layers(chunk, (*without, *block)).items() if at > first}
         if first in _layers(chunk):
-            rest = {first: _Recall(kept[index % len(batches)][first])} | rest
+            rest = {first: _KeptStates(kept[index % len(batches)][first])} | rest
         return _through(chunk, batch, rest)
 
     def last(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
@@ -144,50 +147,51 @@ def forward_rest(
 
 
 def windows(batches: Sequence[Any], pp: int, rounds: int = 4) -> list[Sequence[Any]]:
-    """Cuts micro-batches into runs of about `rounds * pp`, never fewer than `pp` while there are as many, and of
-    multiples of `pp` where all of them are: enough to fill the pipeline, few enough to keep what a run leaves behind.
+    """Cut micro-batches into windows of about `rounds * pp`: enough to fill the pipeline, few enough to keep the results.
+
+    A window has at least `pp` micro-batches if there are as many, and a multiple of `pp` if their total is one.
     """
     size = rounds * pp
     cuts = list(range(0, max(len(batches) - pp, 0) + 1, size))
     return [batches[a:b] for a, b in zip(cuts, [*cuts[1:], len(batches)], strict=True)]
 
 
-class _Recall(nn.Module):
-    """Stands where a layer did and gives the states that were kept, whatever enters it."""
+class _KeptStates(nn.Module):
+    """Stand-in for a layer that returns kept states, whatever its input."""
 
     def __init__(self, states: Tensor) -> None:
         super().__init__()
         self.states = states
 
     def forward(self, **_: Any) -> tuple[Tensor, None]:
-        return self.states.detach(), None  # another object: mcore may empty what it has sent
+        return self.states.detach(), None  # a new tensor object: mcore may free the data of an output after sending it
 
 
 def _keep(
     states: dict[int, Tensor], layer: Any, args: Any, inputs: Mapping[str, Any], outputs: tuple[Any, ...]
 ) -> None:
-    """A layer's hook: stores what enters and what leaves it."""
+    """Store a layer's input and output states (a forward hook)."""
     at = layer.layer_number - 1
     states[at], states[at + 1] = inputs["hidden_states"].detach(), outputs[0].detach()
 
 
 def _layers(chunk: Any, without: Collection[int] = ()) -> dict[int, Any]:
-    """The layers of a chunk by their number in the whole model, from 0, but for some."""
+    """Return the layers of a chunk by their number in the whole model, from 0, except for `without`."""
     numbered = {layer.layer_number - 1: layer for layer in chunk.decoder.layers}
     return {at: layer for at, layer in numbered.items() if at not in without}
 
 
 def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> Tensor:
-    """A chunk's output with these layers in the place of its own."""
-    whole = chunk.decoder.layers
+    """Return a chunk's output, computed with `layers` in place of its own."""
+    own_layers = chunk.decoder.layers
     chunk.decoder.layers = nn.ModuleList(layers.values())
     try:
-        return _whole(chunk, batch)
+        return _whole_chunk(chunk, batch)
     finally:
-        chunk.decoder.layers = whole
+        chunk.decoder.layers = own_layers
 
 
-def _whole(chunk: Any, batch: MicroBatch, index: int = 0) -> Tensor:
+def _whole_chunk(chunk: Any, batch: MicroBatch, index: int = 0) -> Tensor:
     return final_hidden(chunk, batch.tokens, getattr(batch, "beside", None))
 
 
@@ -196,12 +200,12 @@ def _hidden(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_
 
 
 def _collect(model: Any, batches: Sequence[MicroBatch], last: Callable[..., Tensor], forward: Forward) -> list[Tensor]:
-    """What `last` makes of each micro-batch's final hidden states, without gradients."""
+    """Return `last` of each micro-batch's final hidden states, without gradients."""
     with torch.no_grad():
-        return _run(model, batches, last, forward, forward_only=True, collect_non_loss_data=True)
+        return _run_schedule(model, batches, last, forward, forward_only=True, collect_non_loss_data=True)
 
 
-def _run(
+def _run_schedule(
     model: Any, batches: Sequence[MicroBatch], last: Callable[..., Any], forward: Forward, **options: Any
 ) -> list[Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -228,10 +232,10 @@ def _run(
 
 
 def _check_interleaving(chunks: Sequence[Any], micro_batches: int) -> None:
-    """Raises TopologyError where mcore would, whose words name nothing that can be set."""
+    """Raise TopologyError where mcore would raise an error that does not name the settings to change."""
     pp, group = chunks[0].config.pipeline_model_parallel_size, chunks[0].config.microbatch_group_size_per_vp_stage
     if len(chunks) > 1 and (micro_batches < group or 0 < micro_batches % group < pp):
         raise TopologyError(
             f"{micro_batches} micro-batches cannot be interleaved over pp={pp} (vp={len(chunks)}). Give each "
-            f"data-parallel rank a multiple of {group} (global_batch or samples over micro_batch x dp), or set vp to 1."
+            f"data-parallel rank a multiple of {group} (global_batch or samples / (micro_batch x dp)), or set vp to 1."
         )

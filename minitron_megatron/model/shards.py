@@ -1,4 +1,4 @@
-"""Every parameter of a rank under its global name, and the one way to put a tensor in its place."""
+"""Parameters of a rank under their global names, and assignment of new tensors to them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ..parallel import Topology
 __all__ = ["BRIDGE", "LORA", "NamedShard", "assign", "named_shards", "output_weight", "overlay", "owner_rank"]
 
 FUSED_NORMS = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
-"""Transformer Engine's linear layers that hold the norm before them, as `layer_norm_weight` and `layer_norm_bias`."""
+"""Transformer Engine's linear layer -> the norm that is fused into it, as `layer_norm_weight` and `layer_norm_bias`."""
 
 BRIDGE, LORA = "bridge", "lora"
-"""The attributes of a chunk for what training alone needs: its parameters train and are saved, and are none of the
-model's."""
+"""Attributes of a chunk that exist only for training: their parameters are trained and saved, but are not part of the
+model."""
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
 class NamedShard:
-    """This rank's piece of one parameter."""
+    """Shard of one parameter on this rank."""
 
     name: str
-    """Global: layers numbered over the whole model; a tied output layer bears the embedding's name."""
+    """Global name: layers numbered over the whole model; a tied output layer has the embedding's name."""
     module: nn.Module
     leaf: str
     tied_copy: bool = False
-    """Whether this is the last stage's copy of a tied embedding."""
+    """Whether this is the copy of a tied embedding on the last stage."""
 
     @property
     def tensor(self) -> nn.Parameter:
@@ -41,7 +41,7 @@ class NamedShard:
 
 
 def named_shards(model: nn.Module | Sequence[nn.Module]) -> Iterator[NamedShard]:
-    """This rank's shards of an mcore GPTModel, or of its chunks, in the modules' order."""
+    """Yield this rank's shards of an mcore GPTModel, or of its chunks, in the order of the modules."""
     for chunk in model if isinstance(model, Sequence) else [model]:
         gpt: Any = chunk
         tied = gpt.share_embeddings_and_output_weights
@@ -49,8 +49,9 @@ def named_shards(model: nn.Module | Sequence[nn.Module]) -> Iterator[NamedShard]
             path, _, leaf = local.rpartition(".")
             if path.split(".")[0] in (BRIDGE, LORA):
                 continue
-            second = tied and local == OUTPUT
-            yield NamedShard(EMBEDDING if second else _global(local, gpt), gpt.get_submodule(path), leaf, second)
+            tied_copy = tied and local == OUTPUT
+            name = EMBEDDING if tied_copy else _global(local, gpt)
+            yield NamedShard(name, gpt.get_submodule(path), leaf, tied_copy)
 
 
 def _global(local: str, gpt: Any) -> str:
@@ -66,14 +67,14 @@ def _global(local: str, gpt: Any) -> str:
 
 
 def _canonical(name: str) -> str:
-    """A parameter's name inside its layer as mcore's local spec has it, from Transformer Engine's."""
+    """Translate a parameter's name inside its layer from Transformer Engine's spec to mcore's local spec."""
     for module, norm in FUSED_NORMS.items():
         name = re.sub(rf"^{module}\.layer_norm_(weight|bias)$", rf"{norm}.\1", name)
     return re.sub(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$", r"mlp.experts.local_experts.\3.\1.\2", name)
 
 
 def output_weight(chunk: Any) -> Tensor:
-    """The last stage's output layer: [vocab held, hidden], on this rank the embedding itself where the two are tied."""
+    """Return the output weight of the last stage: [held vocabulary rows, hidden]; the tied embedding where they share."""
     return (
         chunk.shared_embedding_or_output_weight()
         if chunk.share_embeddings_and_output_weights
@@ -84,10 +85,10 @@ def output_weight(chunk: Any) -> Tensor:
 def owner_rank(
     name: str, shape: Shape, topology: Topology, tp_rank: int | None = None, replica: int | None = None
 ) -> int:
-    """The global rank that holds a parameter's shard (of a tied embedding: the first home).
+    """Return the global rank that holds a parameter's shard (for a tied embedding: the one on the first stage).
 
-    tp_rank: of which shard; replica: on which data-parallel rank, of an expert's parameter on which of the ranks that
-    hold the same experts. By default this rank's own.
+    tp_rank: the tensor-parallel shard. replica: the data-parallel rank, or for an expert's parameter the rank among those
+    that hold the same experts. Both default to this rank's own.
     """
     layer, expert = layer_of(name), expert_of(name)
     if layer is None:
@@ -105,28 +106,28 @@ def owner_rank(
 
 
 def assign(shard: NamedShard, tensor: Tensor) -> None:
-    """Puts `tensor` in the place of a parameter, which may be on `meta`; mcore's marks on it are kept.
+    """Replace a parameter, which may be on `meta`, by `tensor`; mcore's attributes on it are kept.
 
     Raises ValueError where the shapes differ.
     """
     old = shard.tensor
     if old.shape != tensor.shape:
-        raise ValueError(f"{shard.name} has shape {tuple(old.shape)} here and was given {tuple(tensor.shape)}")
+        raise ValueError(f"{shard.name} has shape {tuple(old.shape)}, but the new tensor has {tuple(tensor.shape)}")
     new = nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
     setattr(shard.module, shard.leaf, new)
 
 
 def overlay(module: Any, weight_of: Callable[[Tensor], Tensor]) -> list[Any]:
-    """Has a module compute with `weight_of(its weight)` whenever it runs; the handles to take that away.
+    """Make a module compute with `weight_of(its weight)` in each forward pass; return the hook handles, to undo it.
 
-    An attribute of an object comes before a parameter of its name.
+    An instance attribute takes precedence over a parameter of the same name.
     """
 
-    def lay(module: Any, inputs: Any) -> None:
+    def set_weight(module: Any, inputs: Any) -> None:
         module.__dict__["weight"] = weight_of(module._parameters["weight"])
 
-    def lift(module: Any, inputs: Any, output: Any) -> None:
+    def restore_weight(module: Any, inputs: Any, output: Any) -> None:
         del module.__dict__["weight"]
 
-    return [module.register_forward_pre_hook(lay), module.register_forward_hook(lift)]
+    return [module.register_forward_pre_hook(set_weight), module.register_forward_hook(restore_weight)]

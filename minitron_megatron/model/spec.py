@@ -1,5 +1,5 @@
-"""The layer specs: `local`, mcore's layers with our norm, on CPU and GPU alike; `te`, Transformer Engine's, which have
-the norms inside their linear layers. Both have our core attention.
+"""Layer specs: `local`, mcore's layers with our norm, for CPU and GPU; `te`, Transformer Engine's layers, with norms fused
+into linear layers. Both use our core attention.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from .kv_cache import KVCache
 __all__ = ["CoreAttention", "Norm", "Spec", "block_spec", "check_spec", "reads_past"]
 
 Spec = Literal["local", "te"]
-"""Whose layers a model is made of; its parameters and what it computes are the same."""
+"""Layer implementation; the parameters and the computed function are the same."""
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dim; unlike mcore's torch norm it knows sequence parallelism and gamma - 1."""
+    """RMSNorm or LayerNorm over the last dim; unlike mcore's torch norm it supports sequence parallelism, and weights
+    stored as gamma - 1."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -43,9 +44,9 @@ class Norm(nn.Module):
 
 
 class CoreAttention(nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention: flash on a GPU, and works on a CPU.
+    """Causal attention with torch's scaled_dot_product_attention: flash attention on a GPU; also works on a CPU.
 
-    A token attends to itself and those before it; with mcore's `window_size` to so many of them.
+    A token attends to itself and to the tokens before it, limited by mcore's `window_size` where that is set.
     """
 
     def __init__(self, config: Any, **_: Any) -> None:
@@ -55,65 +56,63 @@ class CoreAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | KVCache | None, **_: Any
     ) -> Tensor:
-        """query: [s, b, heads, head_dim]; key, value: [s, b, kv_groups, head_dim]. Returns [s, b, heads * head_dim].
+        """Return [s, b, heads * head_dim]. query: [s, b, heads, head_dim]; key, value: [s, b, kv_groups, head_dim].
 
-        attention_mask: no mask, but the number of each token's document, [b, s] on the host, or None: all are one. A
-        call a document: as fast as flash attention is over so many, and nothing between documents is computed. Or what
-        came before these tokens; or the ticket of a ContextShard, int64 []: then keys and values of the rest are
-        fetched.
+        attention_mask: not a mask, but the attention context, one of four: None, each sample is one document; the
+        document number of each token, [b, s] on the host, with one attention call per document, so that nothing between
+        documents is computed; a KVCache with the earlier tokens; the ticket of a ContextShard, int64 [], with which the
+        keys and values of the other ranks are gathered.
         """
-        span = (
-            ContextShard.of(attention_mask)
-            if isinstance(attention_mask, Tensor) and attention_mask.dim() == 0
-            else None
-        )
-        if span:
-            key, value = span.whole(torch.cat([key, value], -1)).chunk(2, -1)
+        shard = None
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 0:
+            shard = ContextShard.of(attention_mask)
+        if shard:
+            key, value = shard.whole(torch.cat([key, value], -1)).chunk(2, -1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is None:
             out = _causal(self.window, q, k, v)
         elif isinstance(attention_mask, KVCache):
-            k, v, seen = attention_mask.extend(self, k, v, self.window)
-            out = _causal(self.window, q, k, v) if seen is None else _attend(q, k, v, seen)
-        elif span:
-            out = _shared(self.window, q, k, v, span)
+            k, v, mask = attention_mask.extend(self, k, v, self.window)
+            out = _causal(self.window, q, k, v) if mask is None else _attend(q, k, v, mask)
+        elif shard:
+            out = _context_parallel(self.window, q, k, v, shard)
         else:
             samples = zip(*(x.split(1) for x in (q, k, v)), attention_mask, strict=True)
-            out = torch.cat([_apart(self.window, *sample) for sample in samples])
+            out = torch.cat([_by_document(self.window, *sample) for sample in samples])
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-    """seen: bool [batch, 1, queries, keys], or a bias; None: what is not after a query, of as many keys."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Call SDPA. mask: bool [batch, 1, queries, keys], or a bias; None: causal, with as many keys as queries."""
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def _causal(window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of queries that are the last of the keys, within a window: [batch, heads, queries, head_dim]."""
-    mine, every = q.shape[2], k.shape[2]
-    if window and every > window:
-        seen = torch.ones(mine, every, dtype=torch.bool, device=q.device)
-        return _attend(q, k, v, seen.tril(every - mine).triu(every - mine - window + 1))
-    if mine == every:
+    """Return causal attention within a window: [batch, heads, queries, head_dim]. The queries belong to the last keys."""
+    queries, keys = q.shape[2], k.shape[2]
+    if window and keys > window:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
+        return _attend(q, k, v, mask.tril(keys - queries).triu(keys - queries - window + 1))
+    if queries == keys:
         return _attend(q, k, v, None)
-    if q.is_cuda:  # flash attention knows such queries
-        from torch.nn.attention.bias import causal_lower_right  # a second of imports, torch's compiler with it
+    if q.is_cuda:  # flash attention supports this bias
+        from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes a second
 
-        return _attend(q, k, v, causal_lower_right(mine, every))
-    return _attend(q, k, v, torch.ones(mine, every, dtype=torch.bool).tril(every - mine))
+        return _attend(q, k, v, causal_lower_right(queries, keys))
+    return _attend(q, k, v, torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries))
 
 
-def _apart(window: int | None, q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
-    """Causal attention of one sample in each of its documents: [1, heads, s, head_dim]."""
+def _by_document(window: int | None, q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+    """Return causal attention of one sample within each of its documents: [1, heads, s, head_dim]."""
     lengths = documents.unique_consecutive(return_counts=True)[1].tolist()
     parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([_causal(window, *part) for part in parts], dim=2)
 
 
-def _shared(window: int | None, q: Tensor, k: Tensor, v: Tensor, span: ContextShard) -> Tensor:
-    """Causal attention of a part's queries, each piece to what is not after it: [batch, heads, part, head_dim]."""
-    samples = zip(*(x.chunk(len(span.pieces)) for x in (q, k, v)), span.pieces, strict=True)
+def _context_parallel(window: int | None, q: Tensor, k: Tensor, v: Tensor, shard: ContextShard) -> Tensor:
+    """Return causal attention of this rank's queries to the whole sequence: [batch, heads, part, head_dim]."""
+    samples = zip(*(x.chunk(len(shard.pieces)) for x in (q, k, v)), shard.pieces, strict=True)
     return torch.cat([_by_piece(window, *sample) for sample in samples])
 
 
@@ -121,21 +120,21 @@ def _by_piece(window: int | None, q: Tensor, k: Tensor, v: Tensor, pieces: Seque
     queries = q.split([end - start for start, end, _ in pieces], dim=2)
     keys = [slice(first, end) for _, end, first in pieces]
     return torch.cat(
-        [_causal(window, mine, k[:, :, at], v[:, :, at]) for mine, at in zip(queries, keys, strict=True)], dim=2
+        [_causal(window, piece, k[:, :, at], v[:, :, at]) for piece, at in zip(queries, keys, strict=True)], dim=2
     )
 
 
 def reads_past(chunk: Any) -> bool:
-    """Whether a GPTModel's attention is ours, which alone knows `KVCache`."""
+    """Return whether a GPTModel uses our core attention, which alone supports `KVCache`."""
     return all(isinstance(layer.self_attention.core_attention, CoreAttention) for layer in chunk.decoder.layers)
 
 
 def block_spec(
     normalization: str, layers: int, *, qk_norm: bool = False, experts: int = 0, spec: Spec = "local"
 ) -> Any:
-    """mcore's TransformerBlockSubmodules for a stage of `layers` layers.
+    """Return mcore's TransformerBlockSubmodules for a stage of `layers` layers.
 
-    Raises RecipeError where Transformer Engine is wanted and not there.
+    Raises RecipeError where `spec` is `te` and Transformer Engine cannot be imported.
     """
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -146,7 +145,7 @@ def block_spec(
 
 
 def check_spec(spec: Spec) -> None:
-    """Raises RecipeError where Transformer Engine is wanted and cannot be imported."""
+    """Raise RecipeError where `spec` is `te` and Transformer Engine cannot be imported."""
     if spec == "te" and not _has_te():
         raise RecipeError(
             "spec te needs Transformer Engine, which cannot be imported here. Use one of NVIDIA's PyTorch images, "
@@ -161,7 +160,7 @@ def _has_te() -> bool:
 
 
 def _local_layer(normalization: str, qk_norm: bool, experts: int) -> tuple[Any, Any]:
-    """(spec of a layer, the final norm)."""
+    """Return (layer spec, final norm)."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     layer = get_gpt_layer_local_spec(experts or None, normalization=normalization, qk_layernorm=qk_norm)
@@ -173,7 +172,7 @@ def _local_layer(normalization: str, qk_norm: bool, experts: int) -> tuple[Any, 
 
 
 def _te_layer(qk_norm: bool, experts: int) -> tuple[Any, Any]:
-    """(spec of a layer, the final norm). An expert is a module of its own, so that it can be scored."""
+    """Return (layer spec, final norm). Each expert is a separate module, so that it can be scored."""
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 

@@ -1,4 +1,4 @@
-"""What goes wrong while mcore writes or reads a distributed checkpoint, as one error of the user's."""
+"""Errors while mcore writes or reads a distributed checkpoint, turned into CheckpointErrors."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from ..parallel import broadcast_object, failed_alone, failed_together
 __all__ = ["cause_of", "reading", "writing"]
 
 PLAINLY = {
-    "weights_only": "it holds more than tensors and plain values, and nothing else is ever opened",
-    "weights only": "it holds more than tensors and plain values, and nothing else is ever opened",
-    "unexpected pos": "the file system took a part of a file alone, as when it is full",
-    "iostream error": "the file system took a part of a file alone, as when it is full",
+    **dict.fromkeys(("weights_only", "weights only"), "it holds more than tensors and plain values, which is unsafe"),
+    **dict.fromkeys(("unexpected pos", "iostream error"), "only a part of a file was written; the disk may be full"),
 }
-"""Words of torch's messages that say nothing to a user, or advise to run a stranger's code; and what they mean."""
+"""Substring of a message of torch that is unclear, or advises to load untrusted code -> its plain meaning."""
 
 
 @contextmanager
 def writing(what: str, advice: str) -> Iterator[None]:
-    """Around writing `what`. Raises CheckpointError with the cause.
+    """Raise a CheckpointError with the cause for any error while the block writes `what`.
 
-    An error that mcore raises on every rank has its cause on the first alone: it is told to all. One that a rank meets
-    alone is raised there alone, at once: the others wait inside mcore, where no word of ours reaches them.
+    If mcore raises on every rank, only rank 0 knows the cause, which is broadcast. An error on one rank alone is raised
+    there at once: the other ranks wait inside mcore and cannot be reached.
     """
     try:
         yield
@@ -40,8 +38,8 @@ def writing(what: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Around mcore's and torch's reading of a checkpoint at `path`: whatever they raise is a CheckpointError with the
-    cause, for a file that is not what they expect may lead them anywhere."""
+    """Raise a CheckpointError with the cause for any error while mcore and torch read a checkpoint at `path`: a malformed
+    file may make them raise anything."""
     try:
         yield
     except MinitronError:
@@ -53,8 +51,11 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def cause_of(error: BaseException) -> str:
-    """Return the cause in one line without its full stop: of the first rank that torch reports on, which it would print
-    with whole tracebacks; the kind of the error where it says nothing."""
+    """Return the cause of an error in one line, without a full stop.
+
+    If torch reports failures of several ranks, with tracebacks, this is the cause on the first of them. An error without
+    a message gives its type.
+    """
     for cause, _ in getattr(error, "failures", {}).values():
         return cause_of(cause)
     text = str(error).strip()
