@@ -1,4 +1,4 @@
-"""Which samples a data-parallel rank reads at a step, and the draw of calibration samples."""
+"""Assignment of samples to steps and data-parallel ranks, and the random draw of calibration samples."""
 
 from __future__ import annotations
 
@@ -18,42 +18,46 @@ __all__ = ["Batch", "calibration", "calibration_batches", "held_out_batches", "s
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch."""
+    """Micro-batch."""
 
     tokens: Tensor
     """int64 [batch, seq]"""
     labels: Tensor
-    """int64 [batch, seq]: the token after each token."""
+    """int64 [batch, seq]: the next token of each token."""
     mask: Tensor
-    """bool [batch, seq]: where the loss counts."""
+    """bool [batch, seq]: tokens that count in the loss."""
     beside: Tensor | ContextShard | None = None
-    """Where documents are apart, the number of each token's in its sample: int64 [batch, seq]. It stays on the host,
-    which says what runs. Or which part of its sequences this is."""
+    """Attention context. With separate documents: the document number of each token in its sample, int64 [batch, seq],
+    kept on the host, which launches one attention call per document. With context parallelism: the ContextShard. None:
+    each sample is one document."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.tokens.to(device), self.labels.to(device), self.mask.to(device), self.beside)
 
     def shared(self, topology: Topology) -> Batch:
-        """This rank's part of it, where context-parallel ranks share sequences. RecipeError where they cannot."""
+        """Return this rank's part of the batch, where context-parallel ranks share sequences.
+
+        Raises RecipeError where the sequence length does not fit.
+        """
         if topology.cp == 1:
             return self
         sequence, unit = self.tokens.shape[1], topology.sequence_unit
         if sequence % unit:
             raise RecipeError(
-                f"sequences of {sequence} cannot be shared over cp={topology.cp}: choose a multiple of {unit}."
+                f"sequences of {sequence} tokens cannot be split over cp={topology.cp}. Choose a multiple of {unit}."
             )
         assert not isinstance(self.beside, ContextShard)
-        span = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, sequence, self.beside)
-        return Batch(span.take(self.tokens), span.take(self.labels), span.take(self.mask), span)
+        shard = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, sequence, self.beside)
+        return Batch(shard.take(self.tokens), shard.take(self.labels), shard.take(self.mask), shard)
 
 
 def step_batches(
     corpus: Corpus, step: int, *, global_batch: int, micro_batch: int, dp_rank: int, dp: int
 ) -> list[Batch]:
-    """The micro-batches of a data-parallel rank at a step, counted from 0.
+    """Return the micro-batches of a data-parallel rank at a step, counted from 0.
 
-    The ranks together read the samples `step * global_batch` and following at any `dp` and `micro_batch`.
-    RecipeError where `global_batch` cannot be split so.
+    At any `dp` and `micro_batch`, the ranks together read the samples from `step * global_batch` to `(step + 1) *
+    global_batch - 1`. Raises RecipeError where `global_batch` is not a multiple of `micro_batch * dp`.
     """
     _check_split("global_batch", global_batch, micro_batch, dp)
     share = global_batch // dp
@@ -65,27 +69,27 @@ def step_batches(
 def calibration(
     blend: Blend, *, samples: int, sequence: int, seed: int, cache: str | Path, end: int | None = None
 ) -> Corpus:
-    """A random draw of `samples` different sequences from the training splits. Collective, as Corpus is.
+    """Draw `samples` different sequences at random from the training splits. Collective, as Corpus is.
 
-    Raises DataError where a corpus holds too few of them for its part.
+    Raises DataError where a corpus holds too few sequences for its share.
     """
     return Corpus(blend, "train", sequence=sequence, samples=samples, seed=seed, cache=cache, repeat=False, end=end)
 
 
 def calibration_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int) -> list[Batch]:
-    """A data-parallel rank's share of all samples of `corpus`, the same number on every rank.
+    """Return a data-parallel rank's share of all samples of `corpus`, the same number on every rank.
 
-    RecipeError where they cannot be split so.
+    Raises RecipeError where the number of samples is not a multiple of `micro_batch * dp`.
     """
     _check_split("samples", len(corpus), micro_batch, dp)
     return step_batches(corpus, 0, global_batch=len(corpus), micro_batch=micro_batch, dp_rank=dp_rank, dp=dp)
 
 
 def held_out_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int, rounds: int = 1) -> list[Batch]:
-    """A data-parallel rank's share of all samples of `corpus`, however many: ranks get as many micro-batches each, a
-    multiple of `rounds`.
+    """Return a data-parallel rank's share of all samples of `corpus`, for any number of samples.
 
-    What is lacking for that is filled with samples whose mask is false, so that every sample counts once at any `dp`.
+    Every rank gets the same number of micro-batches, a multiple of `rounds`. They are filled up with samples whose mask is
+    false, so that every sample counts exactly once at any `dp`.
     """
     unit = micro_batch * dp * rounds
     share = -(-len(corpus) // unit) * micro_batch * rounds
@@ -110,8 +114,8 @@ def _check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
 
 
 def _stack(samples: Iterable[tuple[Tensor, Tensor, Tensor]], end: int | None) -> Batch:
-    """end: the token that parts documents, after which the loss does not count: what follows has nothing to do with it.
-    None: they run into each other."""
+    """Stack samples to a Batch. end: end-of-document token; documents are then separate, and the loss does not count at
+    that token, since the next token is unrelated. None: attention crosses document boundaries."""
     tokens, labels, mask = (torch.stack(parts) for parts in zip(*samples, strict=True))
     if end is None:
         return Batch(tokens, labels, mask)

@@ -1,6 +1,6 @@
-"""Folders of sample indices that megatron-core reads: written once, and checked before it sees them.
+"""Cache folders of megatron-core's sample indices: written once, and checked before megatron-core loads them.
 
-megatron-core loads `.npy` files with `allow_pickle=True`: a pickle of that name would run.
+megatron-core loads `.npy` files with `allow_pickle=True`: a pickle in one of them would run.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from ..parallel import fail_together, place_in_world
 __all__ = ["write_once"]
 
 MOST_HEADER = 1 << 12
-"""Bytes of an array's header, which Python's parser reads; those of numpy's own have 118."""
+"""Size limit in bytes of an array's header, which Python's parser reads; numpy writes 118."""
 
 
 def write_once(folder: Path, write: Callable[[Path], object], *, first_rank: bool) -> None:
-    """Has the first rank fill `folder`, whole or not at all, where there is none yet, and checks it. Collective.
+    """Let rank 0 fill `folder`, atomically, if it does not exist yet; then check it on every rank. Collective.
 
-    Raises DataError where it cannot be written or seen, or where a file in it has changed or is no plain array.
+    Raises DataError where the folder cannot be written, where a rank does not see it, or where a file in it has changed
+    or is not a plain array.
     """
     with fail_together():
         if first_rank and not folder.is_dir():
@@ -42,22 +43,22 @@ def write_once(folder: Path, write: Callable[[Path], object], *, first_rank: boo
                 _check_array(file)
             verify_checksums(folder / MANIFEST, share=place_in_world())
         except MinitronError as error:
-            raise DataError(f"{error} Remove the folder {folder}: it is made anew.") from error
+            raise DataError(f"{error} Remove the folder {folder}: the next run makes it again.") from error
 
 
 def _check_array(file: Path) -> None:
-    """Raise DataError where a file is not a plain array of integers, whole, as numpy writes it."""
+    """Raise DataError unless a file is a complete, plain array of integers, as numpy writes it."""
     try:
         if not file.is_file():
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         with file.open("rb") as stream:
             version = np.lib.format.read_magic(stream)
             if version != (1, 0):
-                raise ValueError(f"it is of version {version}")
+                raise ValueError(f"its format version is {version}")
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=MOST_HEADER)
             held = file.stat().st_size - stream.tell()
-    except Exception as error:  # numpy parses the header as Python
-        why = str(error).partition("\n")[0].rstrip(".")  # the next line would advise to allow pickles
-        raise DataError(f"{file} is no array: {why}.") from error
+    except Exception as error:  # numpy parses the header as Python, which may raise anything
+        reason = str(error).partition("\n")[0].rstrip(".")  # numpy's second line advises to allow pickles
+        raise DataError(f"{file} is not an array: {reason}.") from error
     if dtype.kind not in "iu" or fortran or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != held:
-        raise DataError(f"{file} is no whole array of integers: {shape} of {dtype} in {held} bytes.")
+        raise DataError(f"{file} is not a whole array of integers: {shape} of {dtype} in {held} bytes.")

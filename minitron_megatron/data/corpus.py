@@ -1,4 +1,4 @@
-"""Samples of a weighted blend of prepared corpora, in an order that the seed sets, on megatron-core's GPTDataset."""
+"""Samples of a weighted blend of prepared corpora, shuffled by a seed, with megatron-core's GPTDataset."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .token_files import TokenFiles, check_blocks, find_token_files
 __all__ = ["Corpus", "samples_by_source"]
 
 Blend = Sequence[tuple[str | Path, float]]
-"""(prefix of a prepared corpus, weight); the weights need not add up to 1."""
+"""Pairs (prefix of a prepared corpus, weight); the weights need not add up to 1."""
 
 STAND_IN = SimpleNamespace(vocab_size=None, eod=None, unique_identifiers={})
-"""For the tokenizer that mcore's configuration asks for: nothing here tokenizes, pads, or masks by one."""
+"""Placeholder for the tokenizer that mcore's configuration requires: nothing here tokenizes, pads or masks with it."""
 
 
 class Corpus:
-    """`samples` sequences of `sequence` tokens, drawn from the corpora in proportion to their weights.
+    """Dataset of `samples` sequences of `sequence` tokens, drawn from the corpora in proportion to their weights.
 
     Sample i is the same at every layout: it depends on the corpora, their weights, `sequence`, `samples` and `seed`. A
-    corpus too small for its part is read again in another order (mcore's epochs), or refused where `repeat` is false.
-    `end`: the token after which batches begin another document.
-    Collective over the world: rank 0 writes the index that every rank reads to `cache`, a folder that all of them see.
-    Raises DataError where a corpus is missing, damaged or too small.
+    corpus too small for its share is read again in another order (mcore's epochs), or refused if `repeat` is false.
+    `end`: end-of-document token, after which batches begin another document.
+    Collective over the world: rank 0 writes the index to `cache`, a folder that every rank must see. Raises DataError
+    where a corpus is missing, damaged or too small.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Corpus:
         return len(self._choice)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens and labels, int64 [seq], and the mask, bool [seq]: where the loss counts."""
+        """Return tokens and labels, int64 [seq], and the mask of tokens that count in the loss, bool [seq]."""
         if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+            raise IndexError(f"sample {index} is out of range: there are {len(self)}")
         sample = self._datasets[self._choice[index]][int(self._place[index])]
         return sample["tokens"], sample["labels"], sample["loss_mask"].bool()
 
@@ -87,12 +87,14 @@ class Corpus:
 def _normalised(blend: Blend) -> NDArray[np.float64]:
     weights = np.array([weight for _, weight in blend], np.float64)
     if not len(weights) or not (weights > 0).all() or not np.isfinite(weights).all():
-        raise DataError(f"The weights {weights.tolist()} do not blend. Name one corpus or more, each above 0.")
+        raise DataError(
+            f"The weights {weights.tolist()} do not blend. Name at least one corpus, and set each weight above 0."
+        )
     return weights / weights.sum()
 
 
 def _interleave(weights: NDArray[np.float64], samples: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    """For each sample its corpus, and its place in that: at any point as near to the weights as whole samples allow."""
+    """Return the corpus of each sample and its index there; every prefix follows the weights as closely as possible."""
     from megatron.core.datasets.helpers import build_blending_indices
 
     choice, place = np.zeros(samples, np.int16), np.zeros(samples, np.int64)
@@ -101,22 +103,22 @@ def _interleave(weights: NDArray[np.float64], samples: int) -> tuple[NDArray[np.
 
 
 def samples_by_source(weights: Sequence[float], samples: int) -> list[int]:
-    """Return how many of `samples` each source of a blend gives."""
+    """Return the number of the `samples` that each source of a blend provides."""
     share = _normalised([("", weight) for weight in weights])
     return np.bincount(_interleave(share, samples)[0], minlength=len(weights)).tolist()
 
 
 def _check_size(pair: TokenFiles, sequence: int, count: int) -> None:
-    held = (pair.tokens - 1) // sequence  # one token more, for the last label
+    held = (pair.tokens - 1) // sequence  # the last label needs one more token
     if held < count:
         raise DataError(
             f"{count} different sequences of {sequence} tokens are asked of {pair.prefix}, which holds {held} "
-            f"({pair.tokens} tokens). Ask for fewer tokens or less of this corpus, or let it repeat (data.repeat)."
+            f"({pair.tokens} tokens). Use fewer tokens or a lower weight of this corpus, or let it repeat (data.repeat)."
         )
 
 
 def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: int, folder: Path) -> Any:
-    """mcore's GPTDataset with its index in `folder`; rank 0 alone writes what is not there yet (mcore's own rule)."""
+    """Return mcore's GPTDataset with its index in `folder`; by mcore's rule, only rank 0 writes a missing index."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
 
@@ -133,4 +135,4 @@ def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: in
     )
     tokens = GPTDataset.build_low_level_dataset(str(pair.prefix), config)
     every = np.arange(len(tokens), dtype=np.int32)
-    return GPTDataset(tokens, pair.content, every, samples, Split[split], config)  # by content: a corpus may move
+    return GPTDataset(tokens, pair.content, every, samples, Split[split], config)  # named by content, since a corpus may move

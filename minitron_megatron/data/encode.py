@@ -1,4 +1,4 @@
-"""Tokenizing in many processes, in order."""
+"""Tokenizing in parallel processes, with results in order."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["EncodeError", "Encoder", "encode_all", "foreign"]
 
 
 class EncodeError(Exception):
-    """A text cannot be tokenized: its number in its batch, and why."""
+    """A text cannot be tokenized. Arguments: its index in the batch, and the reason."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Texts to token ids, each text ended by `end` and without other special tokens than those it spells out."""
+    """Texts to token ids. Each text ends with `end`; no other special token is added."""
 
     tokenizer: Tokenizer
     end: int
@@ -45,20 +45,20 @@ class Encoder:
 
 
 def foreign(error: BaseException) -> bool:
-    """Whether tokenizers may have raised it: bare Exceptions, and panics, which are none; no interrupt is."""
+    """Return whether an error may come from tokenizers: an Exception, or a Rust panic, which is a BaseException."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def encode_all(batches: Iterable[Sequence[str]], encoder: Encoder, workers: int) -> Iterator[list[NDArray]]:
-    """`encoder` of each batch, in the order of `batches`, of which only a few a worker are held at a time.
+    """Yield the encoded batches, in the order of `batches`; only a few batches per worker are in memory at a time.
 
-    Raises EncodeError where a text cannot be tokenized, when its batch's turn comes.
+    Raises EncodeError for a text that cannot be tokenized, when its batch is due.
     """
     if workers == 1:
         yield from map(encoder, batches)
         return
-    context = multiprocessing.get_context("forkserver")  # fork would copy the threads of a training process
-    context.set_forkserver_preload([__name__])  # the imports are then paid once, not once a worker
+    context = multiprocessing.get_context("forkserver")  # fork is unsafe in a process with threads
+    context.set_forkserver_preload([__name__])  # so that imports run once, not once per worker
     with ProcessPoolExecutor(workers, context, _start, (encoder,)) as pool:
         waiting: deque[Future[list[NDArray]]] = deque()
         try:
@@ -70,7 +70,7 @@ def encode_all(batches: Iterable[Sequence[str]], encoder: Encoder, workers: int)
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise DataError(
-                "A process that tokenizes was killed, perhaps for memory. Set fewer data.workers."
+                "A tokenizer process was killed, perhaps for lack of memory. Reduce data.workers."
             ) from error
 
 
@@ -78,14 +78,14 @@ _encoder: Encoder
 
 
 def _start(encoder: Encoder) -> None:
-    """Gives a worker its encoder, once rather than with every batch, and lets it end with the process that wants it."""
+    """Initialise a worker: keep the encoder, which is then not sent with every batch, and end with the parent process."""
     global _encoder
     _encoder = encoder
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """End this worker when its parent ends; a worker whose parent was killed would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

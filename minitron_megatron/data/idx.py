@@ -1,4 +1,4 @@
-"""An `.idx` file of megatron-core's, checked before megatron-core's own reader, which believes it, sees it."""
+"""Validation of megatron-core's `.idx` files; megatron-core's own reader trusts them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["count_tokens"]
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, code of the tokens' dtype, sequences, ends of documents (one more than documents)."""
+"""Magic, version, dtype code of the tokens, number of sequences, number of document boundaries (documents + 1)."""
 TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
-"""megatron-core's codes of integer types -> their sizes; 6 and 7 are floats."""
+"""megatron-core's code of an integer type -> its size in bytes; 6 and 7 are floats."""
 PIECE = 1 << 20
-"""Sequences looked at at a time."""
+"""Sequences checked at a time."""
 
 
 def count_tokens(idx: Path) -> tuple[int, int]:
-    """Return how many tokens the sequences of an index have, and bytes a token.
+    """Return the number of tokens of an index, and the bytes per token.
 
-    Raises ValueError where its counts, lengths, pointers and ends of documents do not fit the file and each other. The
-    memory that this takes does not grow with the file.
+    Raises ValueError where its counts, lengths, pointers and document boundaries do not fit the file or each other. The
+    memory used does not grow with the file.
     """
     with idx.open("rb") as stream:
         head = stream.read(HEADER.size)
@@ -30,11 +30,11 @@ def count_tokens(idx: Path) -> tuple[int, int]:
         raise ValueError("it is shorter than its header")
     magic, version, code, sequences, ends = HEADER.unpack(head)
     if magic != MAGIC or version != 1:
-        raise ValueError("it does not begin like one")
+        raise ValueError("it does not begin with an index header")
     if code not in TOKEN_BYTES:
-        raise ValueError(f"its tokens are of no integer type (code {code})")
+        raise ValueError(f"its tokens are not of an integer type (code {code})")
     if idx.stat().st_size != HEADER.size + 12 * sequences + 8 * ends or not ends:
-        raise ValueError(f"its size does not fit its {sequences} sequences and {ends} ends of documents")
+        raise ValueError(f"its size does not fit its {sequences} sequences and {ends} document boundaries")
     raw = np.memmap(idx, np.uint8, mode="r", offset=HEADER.size)
     lengths = raw[: 4 * sequences].view("<i4")
     pointers = raw[4 * sequences : 12 * sequences].view("<i8")
@@ -48,5 +48,5 @@ def count_tokens(idx: Path) -> tuple[int, int]:
         tokens += int(piece.sum())
     rises = all((np.diff(documents[at : at + PIECE + 1]) >= 0).all() for at in range(0, ends, PIECE))
     if documents[0] != 0 or documents[-1] != sequences or not rises:
-        raise ValueError("its ends of documents do not rise from 0 to the number of sequences")
+        raise ValueError("its document boundaries do not rise from 0 to the number of sequences")
     return tokens, TOKEN_BYTES[code]

@@ -1,4 +1,4 @@
-"""Text to `.bin/.idx` pairs of token ids, the same whatever the number of processes."""
+"""Tokenizing text to `.bin/.idx` pairs; the result does not depend on the number of processes."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from .tokenizer import end_of_document, load_tokenizer, vocabulary
 __all__ = ["Prepared", "PreparedSplit", "prepare"]
 
 BATCH_CHARS = 1 << 20
-"""Text handed to a process at a time."""
+"""Characters of text sent to a worker process at a time."""
 
 Assigned = tuple[str, Document]
-"""The split that a document goes to, and the document."""
+"""Pair (name of the split, document)."""
 
 
 @dataclass(frozen=True)
 class PreparedSplit:
-    """A pair `<prefix>.bin` and `<prefix>.idx`."""
+    """Pair of files `<prefix>.bin` and `<prefix>.idx`."""
 
     prefix: Path
     documents: int
     tokens: int
-    """Including the one that ends each document."""
+    """Number of tokens, with the end-of-document tokens."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` wrote."""
+    """Result of `prepare`."""
 
     train: PreparedSplit
     valid: PreparedSplit | None
     end: int
-    """The token that ends each document."""
+    """End-of-document token."""
     content: str
-    """SHA-256 over the token ids and the lengths of the documents of both splits: the same wherever they lie."""
+    """SHA-256 over the token ids and document lengths of both splits; it does not depend on their paths."""
 
 
 def prepare(
@@ -62,19 +62,20 @@ def prepare(
     vocab: int | None = None,
     listener: Listener = silent,
 ) -> Prepared:
-    """Tokenizes `.jsonl` (a `{text_key: ...}` a line) and `.txt` files (documents parted by `separator`), or folders.
+    """Tokenize `.jsonl` files (an object with key `text_key` per line), `.txt` files (documents separated by `separator`),
+    or folders of them.
 
-    Writes `<out_prefix>.train.bin/.idx` and `<out_prefix>.valid.bin/.idx`. `validation` is the share of the documents
-    that is held out, drawn by `seed` (0: no such split), or the sources to hold out instead. `tokenizer` is a Hugging
-    Face folder; each document ends with its end-of-sequence token and gets no other special token. `vocab` is the
-    number of entries of the model's embedding. Not collective: call it in one process.
+    Writes `<out_prefix>.train.bin/.idx` and `<out_prefix>.valid.bin/.idx`. `validation` is the fraction of documents
+    to hold out, drawn by `seed` (0: no validation split), or the sources to hold out. `tokenizer` is a Hugging Face
+    folder; each document ends with its end-of-sequence token and gets no other special token. `vocab` is the number of
+    entries of the model's embedding. Not collective: call it in one process.
 
-    Warns of files of a folder that hold no data, and of halves of surrogate pairs, which become U+FFFD. Raises
-    DataError where a source or the tokenizer cannot be read, where a document gives a token that the model does not
-    have, or where a split would be empty; FileError where nothing can be written at `out_prefix`.
+    Warns of files in folders that are skipped as they hold no data, and of unpaired surrogates, which become U+FFFD.
+    Raises DataError where a source or the tokenizer cannot be read, where a document has a token that the model does not
+    have, or where a split would be empty; FileError where files cannot be written at `out_prefix`.
     """
     if not separator:
-        raise DataError("An empty separator parts no documents. Set data.separator to what stands between them.")
+        raise DataError("An empty separator cannot separate documents. Set data.separator to the text between them.")
     reader = load_tokenizer(tokenizer)
     encoder = Encoder(reader, end_of_document(tokenizer, reader), token_dtype(vocabulary(reader)))
     share, held_out = _held_out(validation)
@@ -97,17 +98,19 @@ def prepare(
 
 
 def _held_out(validation: float | Sequence[str | Path]) -> tuple[float, list[Path]]:
-    """The share of documents to hold out, and the files to hold out whole: one of them is nothing."""
+    """Return the fraction of documents to hold out, and the files to hold out whole; one of the two is empty."""
     if not isinstance(validation, (int, float)):
         return 0.0, _files(validation)
     if not 0 <= validation < 1:
-        raise DataError(f"validation={validation} is no share of the documents. Give 0, a number below 1, or files.")
+        raise DataError(
+            f"validation={validation} is not a fraction of the documents. Give 0, a number below 1, or files."
+        )
     return validation, []
 
 
 def _files(sources: Sequence[str | Path]) -> list[Path]:
     if left := left_out(sources):
-        warnings.warn(f"Left out of the sources, for they hold no data: {names(map(str, left))}.", stacklevel=3)
+        warnings.warn(f"Left out of the sources, as they hold no data: {names(map(str, left))}.", stacklevel=3)
     return text_files(sources)
 
 
@@ -119,11 +122,11 @@ def _read(files: Iterable[Path], text_key: str, separator: str) -> Iterator[Docu
                 halves, first = halves + document.replaced, first or document.place
             yield document
     if halves:
-        warnings.warn(f"{halves} halves of surrogate pairs became U+FFFD, the first in {first}.", stacklevel=2)
+        warnings.warn(f"{halves} unpaired surrogates became U+FFFD, the first in {first}.", stacklevel=2)
 
 
 def _draw(seed: int, index: int) -> float:
-    """A number in [0, 1) for a document, from its index alone."""
+    """Return a pseudo-random number in [0, 1) for a document, by its index and the seed."""
     digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -148,29 +151,29 @@ def _write(
     workers: int,
     vocab: int | None,
 ) -> Iterator[int]:
-    """Encodes and writes batch by batch; gives the bytes that each took up in its sources."""
+    """Encode and write batch by batch; yield the source bytes of each batch."""
     batches, ahead = tee(batches)
     texts = ([document.text for _, document in batch] for batch in ahead)
-    beyond = vocab is not None and vocabulary(encoder.tokenizer) > vocab
+    may_exceed = vocab is not None and vocabulary(encoder.tokenizer) > vocab
     try:
         for encoded in encode_all(texts, encoder, workers):
             batch = next(batches)
             for (split, document), ids in zip(batch, encoded, strict=True):
-                if beyond and ids.max() >= vocab:
+                if may_exceed and ids.max() >= vocab:
                     raise _unknown(document, int(ids[ids >= vocab][0]), encoder, vocab)
                 writers[split].add(ids)
             yield sum(document.source_bytes for _, document in batch)
     except EncodeError as error:
-        number, why = error.args
+        number, reason = error.args
         place = next(batches)[number][1].place
-        raise DataError(f"{place} cannot be tokenized: {why}. Correct the text, or the model's tokenizer.") from error
+        raise DataError(f"{place} cannot be tokenized: {reason}. Correct the text, or the model's tokenizer.") from error
 
 
 def _unknown(document: Document, token: int, encoder: Encoder, vocab: int | None) -> DataError:
     word = encoder.tokenizer.id_to_token(token)
     return DataError(
         f"The document that begins at {document.place} has the token {word!r} ({token}), and the model has {vocab} "
-        f"entries. Take it out of the text, or use the tokenizer that came with the model."
+        f"entries. Remove the token from the text, or use the tokenizer that came with the model."
     )
 
 
@@ -186,5 +189,5 @@ def _refuse_empty(writers: Mapping[str, TokenFileWriter], validation: object) ->
         if not writer.documents:
             raise DataError(
                 f"validation={validation} leaves no document for the {split} split of "
-                f"{sum(w.documents for w in writers.values())}. Name files to hold out, or set another share, or 0."
+                f"{sum(w.documents for w in writers.values())}. Set another fraction, or 0, or name files to hold out."
             )

@@ -1,4 +1,4 @@
-"""The documents of a text file, by its format."""
+"""Readers of the documents of a text file, by its format."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ __all__ = ["HALF_SURROGATE", "READERS", "Document", "documents", "reader_of"]
 
 CHUNK_CHARS = 1 << 26
 MOST_CHARS = 1 << 30
-"""Length of a line or document above which the file is taken for something else: a token's place is an int32."""
+"""Maximum characters of a line or document; a longer one is refused, since lengths are stored as int32."""
 MOST_KEYS, MOST_KEY_CHARS = 8, 40
-"""Keys of a line that a message names."""
+"""Maximum number of keys of a line that a message lists, and of characters of each."""
 
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
-DECODER = json.JSONDecoder(parse_int=float)  # an int of 5,000 digits is an error, and nobody reads these numbers
+"""Unpaired UTF-16 surrogate, which JSON can encode and UTF-8 cannot."""
+DECODER = json.JSONDecoder(parse_int=float)  # Python refuses to parse an int of 5,000 digits
 JSON_TYPES = {type(None): "null", bool: "a boolean", float: "a number", str: "text", list: "a list", dict: "an object"}
 
 
 class Document(NamedTuple):
     text: str
     source_bytes: int
-    """How much of its file it took up."""
+    """Bytes of the document in its file."""
     place: str
-    """The file and the line where it begins."""
+    """File and line where the document begins."""
     replaced: int = 0
-    """Halves of surrogate pairs, in the place of each of which U+FFFD stands."""
+    """Number of unpaired surrogates that were replaced by U+FFFD."""
 
 
 def json_lines(file: Path, text_key: str, separator: str) -> Iterator[Document]:
-    """A document a line, the text under the key `text_key` of a JSON object."""
+    """Yield one document per line: the text under the key `text_key` of a JSON object."""
     with file.open("rb") as stream:
         for number, line in enumerate(iter(partial(stream.readline, MOST_CHARS + 1), b""), 1):
             place = f"{file}:{number}"
@@ -45,7 +45,7 @@ def json_lines(file: Path, text_key: str, separator: str) -> Iterator[Document]:
             if line.isspace():
                 continue
             try:
-                content = line.decode("utf-8-sig")  # files with byte order marks may have been put together
+                content = line.decode("utf-8-sig")  # any line may have a byte order mark: files are concatenated
             except UnicodeDecodeError as error:
                 raise _not_utf8(place, line, error) from error
             if content.strip():
@@ -57,26 +57,26 @@ def json_lines(file: Path, text_key: str, separator: str) -> Iterator[Document]:
 def _text(line: str, key: str, place: str) -> str:
     try:
         value = DECODER.decode(line)
-        twice = line.count(f'"{key}"') > 1 and isinstance(value, dict) and _is_repeated(line, key)
+        repeated = line.count(f'"{key}"') > 1 and isinstance(value, dict) and _is_repeated(line, key)
     except RecursionError as error:
         raise DataError(f"{place} is nested too deeply to be read. Correct the line, or remove it.") from error
     except ValueError as error:
         raise DataError(f"{place} is not valid JSON: {error}. Correct the line, or remove it.") from error
-    if isinstance(value, dict) and isinstance(value.get(key), str) and not twice:
+    if isinstance(value, dict) and isinstance(value.get(key), str) and not repeated:
         return value[key]
     start = f"{place} has no text under the key {key!r}"
-    if twice:
+    if repeated:
         raise DataError(f"{place} has the key {key!r} twice. Keep one of them.")
     if not isinstance(value, dict):
         raise DataError(f"{start}; it holds {JSON_TYPES[type(value)]}. Each line must be an object.")
     if key in value:
         kind = JSON_TYPES[type(value[key])]
         raise DataError(f"{start}: its value is {kind}. Remove the line, or set data.text_key to another key.")
-    raise DataError(f"{start}; it holds {_keys(value)}. Set data.text_key to the right one, of the outermost object.")
+    raise DataError(f"{start}; it holds {_keys(value)}. Set data.text_key to the right key of the outermost object.")
 
 
 def _is_repeated(line: str, key: str) -> bool:
-    """Whether the outermost object has the key more than once, of which Python's reader would take the last."""
+    """Return whether the outermost object has the key more than once; Python's reader would silently take the last."""
     pairs = json.JSONDecoder(parse_int=float, object_pairs_hook=list).decode(line)
     return [name for name, _ in pairs].count(key) > 1
 
@@ -87,8 +87,8 @@ def _keys(value: dict[str, Any]) -> str:
     return f"the keys {', '.join(names[:MOST_KEYS])}{more}" if names else "no keys"
 
 
-def parted_text(file: Path, text_key: str, separator: str) -> Iterator[Document]:
-    """The file's parts between separators, without the newlines around them; the whole file where there is none."""
+def separated_text(file: Path, text_key: str, separator: str) -> Iterator[Document]:
+    """Yield the parts of the file between separators, stripped of newlines at their ends."""
     rest, line = "", 1
     with file.open(encoding="utf-8-sig") as stream:
         while chunk := stream.read(CHUNK_CHARS):
@@ -111,18 +111,18 @@ Reader = Callable[[Path, str, str], Iterator[Document]]
 
 READERS: dict[str, Reader] = {
     ".jsonl": json_lines,
-    ".txt": parted_text,
+    ".txt": separated_text,
 }
-"""Suffix, in any case -> reader: another format is another line."""
+"""Suffix (in any case) -> reader. Add a line to add a format."""
 
 
 def reader_of(file: Path) -> Reader | None:
-    """Return what reads a file, by its name; None where nothing does."""
+    """Return the reader for a file's suffix; None where there is none."""
     return next((reader for suffix, reader in READERS.items() if file.name.lower().endswith(suffix)), None)
 
 
 def documents(file: Path, text_key: str, separator: str) -> Iterator[Document]:
-    """The documents of a file that are not blank. DataError where there are none, or where one cannot be read."""
+    """Yield the documents of a file that are not blank. Raises DataError where there is none, or one is unreadable."""
     reader, found = reader_of(file), False
     assert reader is not None
     try:
@@ -139,14 +139,17 @@ def documents(file: Path, text_key: str, separator: str) -> Iterator[Document]:
 
 
 def _first_wrong_line(file: Path) -> DataError:
-    """The error for a file that is not UTF-8: what a text stream knows of the place is relative to its buffer."""
+    """Return the error for a file that is not UTF-8, with its first wrong line.
+
+    The file is read again, since the text stream's error gives a position in its buffer only.
+    """
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             try:
                 line.decode()
             except UnicodeDecodeError as error:
                 return _not_utf8(f"{file}:{number}", line, error)
-    return DataError(f"{file} changes while it is read. Let what writes it end first.")
+    return DataError(f"{file} changes while it is read. Wait until the process that writes it has ended.")
 
 
 def _not_utf8(place: str, line: bytes, error: UnicodeDecodeError) -> DataError:

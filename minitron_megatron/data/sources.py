@@ -1,4 +1,4 @@
-"""The text files that sources name, and the other files that folders hold."""
+"""Text files that the sources of a corpus name, and the other files in their folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADVICE = {
     "write its rows as .jsonl": (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".json"),
     "rename it to .jsonl": (".ndjson", ".jsonlines", ".jl"),
 }
-"""Advice on data of other formats, by suffix."""
+"""Advice -> the suffixes of data in other formats to which it applies."""
 UNKNOWN = "rename it to .txt or .jsonl if it is such"
 
 NO_DATA_SUFFIXES = (
@@ -24,22 +24,22 @@ NO_DATA_SUFFIXES = (
     *(".lock", ".metadata", ".md5", ".sha256", ".crc", ".png", ".jpg", ".svg"),
 )
 NO_DATA_NAMES = ("readme", "license", "licence", "notice", "copying", "authors", "citation", "changelog", "makefile")
-"""Beginnings of names. Files of these names and suffixes lie beside corpora and hold none of it."""
+"""Prefixes of file names. Files with these names or suffixes accompany corpora and hold no text of them."""
 
 MOST_NAMES = 4
-"""Files that a message names, of many."""
+"""Maximum number of files that a message lists."""
 
 
 def text_files(sources: Sequence[str | Path]) -> list[Path]:
-    """Return the files to read, in the order of `sources`, those of a folder (at any depth, through links) by name.
+    """Return the files to read, in the order of `sources`; those of a folder (recursively, through links) by name.
 
-    Raises DataError where a source holds nothing to read, or a folder holds what may be data in another format.
+    Raises DataError where a source holds nothing to read, or a folder holds files that may be data in another format.
     """
     return [file for source in sources for file in _split(Path(source))[0]]
 
 
 def left_out(sources: Sequence[str | Path]) -> list[Path]:
-    """Return the files in folders of `sources` that are surely no data, which nothing reads."""
+    """Return the files in folders of `sources` that are certainly not data, and are skipped."""
     return [file for source in sources for file in _split(Path(source))[1]]
 
 
@@ -61,7 +61,10 @@ def _file(source: Path) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of a folder to read, and those that hold no data. DataError where others are there, or none to read."""
+    """Return a folder's files to read, and its files that hold no data.
+
+    Raises DataError where there are other files, or none to read.
+    """
     read: list[Path] = []
     left: list[Path] = []
     unread: list[Path] = []
@@ -81,7 +84,7 @@ def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _no_data(file: Path) -> bool:
-    """Whether a file surely is no part of a corpus."""
+    """Return whether a file is certainly not part of a corpus."""
     name = file.name.lower()
     if any(name.endswith(suffixes) for suffixes in ADVICE.values()):
         return False
@@ -91,15 +94,15 @@ def _no_data(file: Path) -> bool:
 
 def _advice(file: Path) -> str:
     if not file.is_file():
-        return "a link to nothing" if file.is_symlink() else "no regular file"
+        return "a broken link" if file.is_symlink() else "not a regular file"
     return next((advice for advice, ends in ADVICE.items() if file.name.lower().endswith(ends)), UNKNOWN)
 
 
 def names(files: Iterable[str]) -> str:
-    """Return the first few of `files` as a list in words, and how many more there are."""
-    every = list(files)
-    more = f" and {len(every) - MOST_NAMES} more" if len(every) > MOST_NAMES else ""
-    return ", ".join(every[:MOST_NAMES]) + more
+    """Return the first few of `files`, separated by commas, and the number of the others."""
+    listed = list(files)
+    more = f" and {len(listed) - MOST_NAMES} more" if len(listed) > MOST_NAMES else ""
+    return ", ".join(listed[:MOST_NAMES]) + more
 
 
 def _formats(word: str) -> str:

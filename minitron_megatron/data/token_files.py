@@ -1,6 +1,7 @@
-"""A `.bin/.idx` pair on disk, in megatron-core's format: writing it whole, and finding and checking it.
+"""`.bin/.idx` pairs in megatron-core's format: writing them atomically, finding and checking them.
 
-A `.json` beside a pair holds checksums of both, of the `.bin` a block at a time. Pairs that others wrote have none.
+A `.json` file beside a pair holds the checksums of both files; the `.bin` file has one per block. Pairs written by other
+programs have no `.json`.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ __all__ = [
 
 SPLITS = ("train", "valid")
 KINDS = ("idx", "json", "bin")
-"""The files of a pair, the last to take its place first."""
+"""Files of a pair, in reverse order of their renaming into place."""
 BLOCK = 1 << 24
-"""Bytes of a `.bin` file under one checksum."""
+"""Bytes of a `.bin` file per checksum."""
 BLOCKS_CHECKED = 64
-"""Blocks read whenever a corpus is opened: a gigabyte, which takes about a second."""
+"""Maximum number of blocks checked whenever a corpus is opened: a gigabyte, which takes about a second."""
 
 
 def token_dtype(vocab: int) -> DTypeLike:
-    """uint16 where every id fits, else int32, as megatron-core chooses it."""
+    """Return megatron-core's dtype for token ids: uint16 where every id fits, else int32."""
     from megatron.core.datasets.indexed_dataset import DType
 
     return DType.optimal_dtype(vocab)
@@ -50,7 +51,7 @@ def token_dtype(vocab: int) -> DTypeLike:
 
 @dataclass
 class Blocks:
-    """SHA-256 of each `BLOCK` bytes of a stream."""
+    """SHA-256 of every `BLOCK` bytes of a stream."""
 
     done: list[str] = field(default_factory=list)
     _hash: Any = field(default_factory=hashlib.sha256)
@@ -76,7 +77,7 @@ class Blocks:
 
 
 class TokenFileWriter:
-    """Writes documents to a pair and keeps count of them."""
+    """Writer of documents to a pair, with counts and checksums."""
 
     def __init__(self, bin_file: Path, dtype: DTypeLike) -> None:
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -96,13 +97,13 @@ class TokenFileWriter:
         self.tokens += len(ids)
 
     def close(self, idx_file: Path) -> dict[str, Any]:
-        """Writes the index, and returns the pair's checksums."""
+        """Write the index, and return the pair's checksums."""
         self._builder.finalize(str(idx_file))
         return {"content": self.content, "idx": checksum(idx_file), "block": BLOCK, "bin": self._blocks.end()}
 
     @property
     def content(self) -> str:
-        """SHA-256 over the token ids and the lengths of the documents."""
+        """SHA-256 over the token ids and the document lengths."""
         return self._hash.hexdigest()
 
 
@@ -110,12 +111,12 @@ class TokenFileWriter:
 def pair_writers(
     out_prefix: str | Path, splits: Sequence[str], dtype: DTypeLike
 ) -> Iterator[dict[str, TokenFileWriter]]:
-    """A writer for each of `splits`. On success their pairs, and no older ones, stand at `<out_prefix>.<split>`.
+    """Yield a writer for each of `splits`; on success their pairs replace all earlier ones at `<out_prefix>.<split>`.
 
     Raises FileError where they cannot be written.
     """
     try:
-        with ExitStack() as stack:  # leaves in reverse order: no .idx stands before all .bin and their checksums do
+        with ExitStack() as stack:  # exits in reverse order: an .idx appears only after all .bin files and checksums
             files = {
                 (split, kind): stack.enter_context(whole_file(_file(out_prefix, split, kind)))
                 for kind in KINDS
@@ -135,18 +136,18 @@ def pair_writers(
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """A pair that was found whole."""
+    """Pair that was found complete."""
 
     prefix: Path
     tokens: int
     content: str
-    """SHA-256 of the `.idx` file: of the lengths of its documents, in order."""
+    """SHA-256 of the `.idx` file, which holds the document lengths in order."""
 
 
 def find_token_files(prefix: str | Path, split: str) -> TokenFiles:
-    """The pair of a split.
+    """Return the pair of a split.
 
-    DataError where a file of it is missing, where the two do not belong together, or where the `.idx` file has changed.
+    Raises DataError where a file is missing, where the two do not match, or where the `.idx` file has changed.
     """
     idx, data = (_file(prefix, split, kind) for kind in ("idx", "bin"))
     again = f"Prepare the corpus {prefix} again."
@@ -173,7 +174,7 @@ def find_token_files(prefix: str | Path, split: str) -> TokenFiles:
 def check_blocks(pair: TokenFiles) -> None:
     """Raise DataError where blocks of the `.bin` file have changed since it was written.
 
-    Reads the first, the last and others at random, up to `BLOCKS_CHECKED`; every one of a corpus of a gigabyte.
+    Checks the first, the last and random other blocks, up to `BLOCKS_CHECKED`: all blocks of a corpus of up to a gigabyte.
     """
     if not (sums := _checksums(pair.prefix)):
         return
@@ -188,19 +189,19 @@ def check_blocks(pair: TokenFiles) -> None:
 
 
 def check_content(prefix: str | Path, content: str) -> None:
-    """Raise DataError where the pairs at `prefix` are others than those of which `prepare` returned `content`."""
+    """Raise DataError where the pairs at `prefix` are not those for which `prepare` returned `content`."""
     known = [_checksums(Path(f"{prefix}.{split}")) for split in SPLITS if _file(prefix, split, "json").exists()]
     if known and content_of(sums["content"] for sums in known) != content:
         raise DataError(f"{prefix} is not the corpus that this run prepared. Prepare it again.")
 
 
 def content_of(splits: Iterable[str]) -> str:
-    """Return the number of a whole corpus from those of its splits."""
+    """Return the content hash of a whole corpus from those of its splits."""
     return hashlib.sha256("".join(splits).encode()).hexdigest()
 
 
 def _checksums(prefix: Path) -> dict[str, Any]:
-    """The checksums beside a pair; none where there is no file of them. DataError where it is broken."""
+    """Return the checksums beside a pair; empty where there is no such file. Raises DataError where it is damaged."""
     file, data = Path(f"{prefix}.json"), Path(f"{prefix}.bin")
     if not file.exists():
         return {}

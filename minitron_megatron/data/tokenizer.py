@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder, and what of it a corpus and a model must agree on.
+"""Tokenizer of a Hugging Face folder, and the properties on which a corpus and a model must agree.
 
 No code of the folder ever runs, and nothing is downloaded.
 """
@@ -37,16 +37,16 @@ TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-"""What a tokenizer is made of: the first alone, where it is there."""
+"""Files that make up a tokenizer; if the first one exists, only that one counts."""
 
 MOST_BYTES = 1 << 30
-"""Size limit of a tokenizer.json; the largest known ones have 40 million bytes."""
+"""Size limit of a tokenizer.json; the largest known one has 40 million bytes."""
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer of a folder, without truncation and padding. Raises DataError where none can be read."""
+    """Return the tokenizer of a folder, without truncation or padding. Raises DataError where none can be read."""
     folder = Path(folder)
     with _explained(folder):
         tokenizer = _from_json(folder) if (folder / "tokenizer.json").exists() else _backend(folder)
@@ -59,7 +59,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Turns what tokenizers and transformers raise, which may be anything, into a DataError."""
+    """Turn any error of tokenizers and transformers inside the block into a DataError."""
     try:
         yield
     except MinitronError:
@@ -67,14 +67,14 @@ def _explained(folder: Path) -> Iterator[None]:
     except BaseException as error:
         if not foreign(error):
             raise
-        why = _first_line(error)
+        reason = _first_line(error)
         if "trust_remote_code" in str(error):
             raise DataError(
                 f"The tokenizer in {folder} is code (auto_map in tokenizer_config.json), which is never run. "
                 "Save it as a tokenizer.json, and remove auto_map."
             ) from error
         raise DataError(
-            f"{folder} holds no tokenizer that can be read: {why}. "
+            f"{folder} holds no tokenizer that can be read: {reason}. "
             "Name the Hugging Face folder that holds the model's tokenizer.json."
         ) from error
 
@@ -82,41 +82,44 @@ def _explained(folder: Path) -> Iterator[None]:
 def _from_json(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise DataError(f"{file} is no file. Put the model's tokenizer.json there.")
+        raise DataError(f"{file} is not a file. Put the model's tokenizer.json there.")
     if (size := file.stat().st_size) > MOST_BYTES:
-        raise DataError(f"{file} has {size:,} bytes, and no tokenizer has. Put the model's tokenizer.json there.")
+        raise DataError(
+            f"{file} has {size:,} bytes, too many for a tokenizer. Put the model's tokenizer.json there."
+        )
     return Tokenizer.from_file(str(file))
 
 
 def _backend(folder: Path) -> Tokenizer:
-    """For folders with sentencepiece or vocab/merges files alone."""
-    made = _from_transformers(folder)
-    if not isinstance(getattr(made, "backend_tokenizer", None), Tokenizer):
-        raise ValueError(f"transformers has but a slow {type(made).__name__} for it")
-    return made.backend_tokenizer
+    """Return the fast tokenizer that transformers makes from sentencepiece or vocab/merges files."""
+    converted = _from_transformers(folder)
+    if not isinstance(getattr(converted, "backend_tokenizer", None), Tokenizer):
+        raise ValueError(f"transformers has only a slow {type(converted).__name__} for it")
+    return converted.backend_tokenizer
 
 
 def transformers_tokenizer(folder: str | Path) -> Any:
-    """Return transformers' tokenizer, with what it puts before a text and its chat template. Raises DataError."""
+    """Return transformers' tokenizer, with its special tokens and chat template. Raises DataError where none can be
+    read."""
     with _explained(Path(folder)):
         return _from_transformers(Path(folder))
 
 
 def _from_transformers(folder: Path) -> Any:
     if not folder.is_dir():
-        raise FileNotFoundError("there is no such folder")  # the name would be looked up among downloads
+        raise FileNotFoundError("there is no such folder")  # transformers would look the name up in its download cache
     settings, *_ = (_settings(folder, file) for file in SETTINGS)
     whole = (folder / "tokenizer.json").exists()
     if not whole and (folder / "tokenizer.model").is_file():
         _check_pieces(folder / "tokenizer.model")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    plain = PreTrainedTokenizerFast if whole and "auto_map" in settings else AutoTokenizer  # its own class is never run
+    plain = PreTrainedTokenizerFast if whole and "auto_map" in settings else AutoTokenizer  # never the folder's own class
     return plain.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 def _check_pieces(file: Path) -> None:
-    """Raise where a sentencepiece model cannot be read: transformers would take it for one of tiktoken, and say so."""
+    """Raise DataError where a sentencepiece model cannot be read: transformers would misreport it as a tiktoken file."""
     with file.open("rb") as stream:
         if TIKTOKEN_LINE.fullmatch(stream.readline(1000)):
             return
@@ -131,7 +134,7 @@ def _check_pieces(file: Path) -> None:
     try:
         SentencePieceProcessor(model_file=str(file))
     except Exception as error:
-        raise DataError(f"{file} is torn, or no sentencepiece model. Copy the model's own anew.") from error
+        raise DataError(f"{file} is damaged or not a sentencepiece model. Copy the model's file again.") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -139,15 +142,15 @@ def _first_line(error: BaseException) -> str:
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:
-    """Return one more than the largest id, added tokens included."""
+    """Return the largest token id plus one, added tokens included."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def check_tokenizer(folder: str | Path, vocab: int) -> None:
-    """Raise DataError where the tokenizer cannot be read, or ends documents with no token that the model has.
+    """Raise DataError where the tokenizer cannot be read, or its end-of-document token is not in the model's vocabulary.
 
-    Entries beyond the `vocab` of the model are well as long as no text gives them: `prepare` looks at each. It warns of
-    those that are not added tokens, for they may be a sign of another model's tokenizer.
+    Entries beyond the model's `vocab` are allowed as long as no text contains them, which `prepare` checks. A warning is
+    given if any of them is not an added token, since the tokenizer may then belong to another model.
     """
     tokenizer = load_tokenizer(folder)
     if (end := end_of_document(folder, tokenizer)) >= vocab:
@@ -158,16 +161,16 @@ def check_tokenizer(folder: str | Path, vocab: int) -> None:
     plain = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1) + 1
     if plain > vocab:
         warnings.warn(
-            f"The tokenizer in {folder} has {plain} entries, and the model has {vocab}: text that gives one of the "
-            "others is refused. Is it the tokenizer that came with the model?",
-            stacklevel=1,  # one place, so that it is said once in a process
+            f"The tokenizer in {folder} has {plain} entries, and the model has {vocab}: text with one of the other "
+            "tokens is refused. Is it the tokenizer that came with the model?",
+            stacklevel=1,  # always this line, so that Python shows the warning once per process
         )
 
 
 def end_of_document(folder: str | Path, tokenizer: Tokenizer) -> int:
-    """Return the id that ends a document: the `eos_token` of the tokenizer's settings, else the model's `eos_token_id`.
+    """Return the end-of-document token id: `eos_token` of the tokenizer's settings, else the model's `eos_token_id`.
 
-    Raises DataError where there is none, or a setting is of the wrong type.
+    Raises DataError where there is none, or a setting has the wrong type.
     """
     entries = vocabulary(tokenizer)
     for file, key in (
@@ -190,26 +193,33 @@ def end_of_document(folder: str | Path, tokenizer: Tokenizer) -> int:
 
 
 def corpus_marks(folder: str | Path) -> list[Any]:
-    """Return what decides the tokens of a corpus: the contents of the tokenizer's files, and the token that ends a
-    document. Chat templates and the other settings decide none. Raises DataError where there is no tokenizer."""
+    """Return everything that determines the tokens of a corpus: checksums of the tokenizer's files, its settings where
+    they matter, and the end-of-document token.
+
+    A chat template does not count; with a tokenizer.json, no setting but the end-of-document token does. Raises DataError
+    where there is no tokenizer.
+    """
     folder = Path(folder)
-    alone = (folder / "tokenizer.json").is_file()
-    paths = [folder / name for name in (TOKENIZER[:1] if alone else TOKENIZER) if (folder / name).is_file()]
-    settings = None if alone else settings_without_chat(folder)
+    self_contained = (folder / "tokenizer.json").is_file()
+    files = TOKENIZER[:1] if self_contained else TOKENIZER
+    paths = [folder / name for name in files if (folder / name).is_file()]
+    settings = None if self_contained else settings_without_chat(folder)
     return [*map(checksum, paths), settings, end_of_document(folder, load_tokenizer(folder))]
 
 
 def settings_without_chat(folder: Path) -> Any:
-    """Return a tokenizer's settings but for its chat template; None where it has none."""
-    told = _settings(folder, "tokenizer_config.json")
-    there = (folder / "tokenizer_config.json").exists()
-    return {key: value for key, value in told.items() if key != "chat_template"} if there else None
+    """Return a tokenizer's settings without its chat template; None without a tokenizer_config.json."""
+    if not (folder / "tokenizer_config.json").exists():
+        return None
+    settings = _settings(folder, "tokenizer_config.json")
+    return {key: value for key, value in settings.items() if key != "chat_template"}
 
 
 def _id(value: Any, tokenizer: Tokenizer, *, text: bool) -> int | None:
-    """The id that a setting gives as a token's text, or an object with it, or else as a number, or a list of numbers.
+    """Return the token id that a setting gives; None where it gives none.
 
-    None where it gives none. TypeError where it is of another type.
+    text: the setting is a token's text, or an object with the text as `content`; otherwise an id, or a list of ids, of
+    which the first counts. Raises TypeError for another type.
     """
     if isinstance(value, dict) and text:
         value = value.get("content", value)
@@ -225,9 +235,9 @@ def _id(value: Any, tokenizer: Tokenizer, *, text: bool) -> int | None:
 
 
 def _settings(folder: str | Path, file: str) -> dict[str, Any]:
-    """The settings in a file of a folder; none where there is no such file. FileError, DataError where it is broken."""
+    """Return the settings in a file of a folder; empty without that file. Raises FileError or DataError where invalid."""
     path = Path(folder) / file
     found = read_json(path) if path.exists() else {}
     if not isinstance(found, dict):
-        raise DataError(f"{path} holds no JSON object. Put the model's own file there.")
+        raise DataError(f"{path} does not hold a JSON object. Put the model's own file there.")
     return found
