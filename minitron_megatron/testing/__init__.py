@@ -1,6 +1,6 @@
-"""What tests of parallel and of frugal code need: real gloo processes, a meter of live memory, tolerances.
+"""Test helpers: a pool of real gloo processes, a meter of live tensor memory, tolerances.
 
-Knows: how to start and end processes, tensors' storages. Must not know: models, scores, recipes. Only tests import it.
+Knows: how to start and end processes, tensor storages. Must not know: models, scores, recipes. Only tests import it.
 """
 
 from .meter import LivePeak, live_peak

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive at once, where torch has no counter for it: on the CPU."""
+"""Meter of live tensor bytes and their peak on the CPU, where torch has no counter."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ __all__ = ["LivePeak", "live_peak"]
 
 
 class LivePeak(TorchDispatchMode):
-    """Counts the bytes of live tensor storages while it is entered, forward and backward, on this thread.
+    """Count the bytes of live tensor storages inside the block, forward and backward, on this thread.
 
         with LivePeak() as meter:
             loss = fused(hidden, weight)
             loss.backward()
         assert meter.extra < 4 * chunk * vocab * 3
 
-    A storage counts once, however many views it has, from the first operation that makes or touches it until it is
-    freed. Not seen: tensors on `meta`, and what a kernel allocates and frees inside itself.
+    A storage counts once, however many views it has, from the first operation that creates or uses it until it is freed.
+    Not counted: tensors on `meta`, and memory that a kernel allocates and frees internally.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.start = 0
-        """Bytes alive on entry, as far as Python can see them."""
+        """Bytes alive on entry, in tensors that Python's garbage collector knows."""
         self.now = 0
-        """Bytes alive after the last operation, those of `start` included."""
+        """Bytes alive after the last operation, including those of `start`."""
         self.peak = 0
-        """The largest `now`."""
+        """Maximum of `now`."""
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     @property
     def extra(self) -> int:
-        """Bytes by which the peak lay above the start. Freeing what lived on entry makes room for it."""
+        """Bytes of the peak above `start`. Freeing a tensor that was alive on entry lowers it."""
         return self.peak - self.start
 
     def __enter__(self) -> Self:
         gc.collect()
-        for thing in gc.get_objects():
-            if issubclass(type(thing), Tensor):  # isinstance would wake lazy proxies
-                self._count(thing)
+        for each in gc.get_objects():
+            if issubclass(type(each), Tensor):  # isinstance would trigger lazy proxies
+                self._count(each)
         self.start = self.peak = self.now
         super().__enter__()
         return self
@@ -81,7 +81,7 @@ class LivePeak(TorchDispatchMode):
 
 
 def live_peak(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
-    """Bytes of live tensors by which `fn(*args, **kwargs)` rose, at its peak, above what was alive before it."""
+    """Return the peak bytes of live tensors during `fn(*args, **kwargs)`, above those alive before it."""
     with LivePeak() as meter:
         fn(*args, **kwargs)
     return meter.extra

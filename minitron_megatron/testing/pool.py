@@ -1,7 +1,7 @@
-"""A warm pool of processes, gloo's on the CPU or NCCL's on GPUs: seconds to start once, then tenths of a second a job.
+"""Warm pool of processes with gloo on the CPU or NCCL on GPUs: seconds to start once, then tenths of a second per job.
 
-A job is a function that can be imported, called on every rank as `fn(topology, *args)` in a world of its own.
-Messages travel as pickles over pipes between a process and its own children, never through files.
+A job is an importable function, called on every rank as `fn(topology, *args)` in a world of its own. Messages are pickles
+sent over pipes between a process and its own children, never through files.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from ..parallel import Topology, claim_device, install_cpu_backend
 __all__ = ["Pool"]
 
 HOST = "127.0.0.1"
-"""Where the ranks of a job meet."""
+"""Address of the store at which the ranks of a job rendezvous."""
 
 START_SECONDS = 900.0
-"""How long a cold import of torch and megatron may take on a busy machine."""
+"""Time limit of a worker's start: a cold import of torch and megatron on a busy machine."""
 
 GRACE_SECONDS = 5.0
-"""How long the other ranks may take to follow a failed one before the pool is ended."""
+"""Time for the other ranks to fail or finish after the first error, before the pool is ended."""
 
 
 class Pool:
-    """Up to any number of worker processes, started when a job first needs them and kept for the next one.
+    """Pool of any number of worker processes, started when a job first needs them and kept for the next job.
 
         with Pool() as pool:
             losses = pool.run(train_two_steps, seed, tp=2, dp=2)  # one result a rank, in rank order
@@ -49,8 +49,8 @@ class Pool:
     """
 
     def __init__(self, timeout: float = 600.0, *, gpus: bool = False) -> None:
-        """`timeout`: seconds that a job may take, unless its own `run` says otherwise. gpus: a worker has one of its
-        own; otherwise it sees none, whatever the machine has."""
+        """timeout: default time limit of a job in seconds. gpus: each worker gets its own GPU; otherwise workers see no
+        GPU, even if the machine has some."""
         self.timeout, self.gpus = timeout, gpus
         self._workers: list[_Worker] = []
 
@@ -73,11 +73,10 @@ class Pool:
         cp: int = 1,
         timeout: float | None = None,
     ) -> list[Any]:
-        """Runs `fn(topology, *args)` on `tp * pp * dp` ranks, of which `cp` of `dp` share sequences; gives their
-        results in rank order.
+        """Run `fn(topology, *args)` on `tp * pp * dp` ranks and return their results in rank order.
 
-        Raises the first error that a rank met, with the rank's traceback as its cause; TimeoutError after `timeout`
-        seconds; ChildProcessError where a worker died.
+        Raises the first error of a rank, with the rank's traceback as its cause; TimeoutError after `timeout` seconds;
+        ChildProcessError where a worker died.
         """
         seconds = self.timeout if timeout is None else timeout
         workers = self._ready(tp * pp * dp)
@@ -93,13 +92,13 @@ class Pool:
             raise
 
     def close(self) -> None:
-        """Ends every worker, and what it started, at once."""
+        """Kill every worker and the processes that it started."""
         for worker in self._workers:
             worker.kill()
         self._workers = []
 
     def _ready(self, world: int) -> list[_Worker]:
-        """The first `world` workers, started and warm."""
+        """Return the first `world` workers, started and warm."""
         if any(not worker.process.is_alive() for worker in self._workers):
             self.close()
         new = [_Worker(self.gpus) for _ in range(len(self._workers), world)]
@@ -108,17 +107,19 @@ class Pool:
         return self._workers[:world]
 
     def _collect(self, workers: Sequence[_Worker], seconds: float, what: str) -> list[Any]:
-        """One answer from every worker, or the first error; after it the others have `GRACE_SECONDS` to follow."""
+        """Return one answer from every worker, or raise the first error, after at most `GRACE_SECONDS` for the others."""
         end = time.monotonic() + seconds
         results: dict[int, Any] = {}
         failure: BaseException | None = None
         while waiting := [worker for worker in workers if worker.busy]:
-            heard = wait([worker.pipe for worker in waiting], max(0.0, end - time.monotonic()))
-            if not heard:
+            ready = wait([worker.pipe for worker in waiting], max(0.0, end - time.monotonic()))
+            if not ready:
                 ranks = [rank for rank, worker in enumerate(workers) if worker.busy]
-                raise failure or TimeoutError(f"{what}: ranks {ranks} of {len(workers)} gave nothing in {seconds:g} s")
+                raise failure or TimeoutError(
+                    f"{what}: ranks {ranks} of {len(workers)} did not answer within {seconds:g} s"
+                )
             for rank, worker in enumerate(workers):
-                if worker.pipe in heard:
+                if worker.pipe in ready:
                     answer = worker.receive()
                     results[rank] = answer.value
                     if answer.error and not failure:
@@ -130,7 +131,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a job's ranks meet."""
+    """Rank in a job, and the port at which its ranks rendezvous."""
 
     rank: int
     world: int
@@ -145,23 +146,23 @@ class _Answer:
 
 
 class _WorkerError(Exception):
-    """A rank's own traceback, as the cause of the error that it raised."""
+    """Traceback of a rank, as the cause of the error that it raised."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 class _Worker:
-    """A process, the pipe to it, and whether an answer is due."""
+    """Worker process, the pipe to it, and whether an answer is pending."""
 
     def __init__(self, gpus: bool) -> None:
         context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
+        self.pipe, worker_pipe = context.Pipe()
         # not a daemon: a job may start processes of its own, as mcore's asynchronous checkpoint writer does
-        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=False)
+        self.process: SpawnProcess = context.Process(target=_serve, args=(worker_pipe,), daemon=False)
         with _visible(gpus):
             self.process.start()
-        theirs.close()
+        worker_pipe.close()
         self.busy = True
 
     def send(self, job: tuple[Any, ...]) -> None:
@@ -183,14 +184,14 @@ class _Worker:
     def kill(self) -> None:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid or 0, signal.SIGKILL)
-        self.process.kill()  # where it had not yet come to lead its own group
+        self.process.kill()  # in case it did not lead its own process group yet
         self.process.join()
         self.pipe.close()
 
 
 @contextmanager
 def _visible(gpus: bool) -> Iterator[None]:
-    """Within it, a process that starts sees this machine's GPUs or none."""
+    """Make processes that start inside the block see this machine's GPUs, or none."""
     before = dict(os.environ)
     try:
         if not gpus:
@@ -202,8 +203,8 @@ def _visible(gpus: bool) -> Iterator[None]:
 
 
 def _serve(pipe: Connection) -> None:
-    """A worker's life: warm up, then one job after another until the parent is gone."""
-    os.setsid()  # so that `kill` reaches what a job started, and Ctrl-C only the parent
+    """Run a worker: warm up, then do jobs until the parent ends."""
+    os.setsid()  # so that `kill` reaches processes that a job started, and Ctrl-C only reaches the parent
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     install_cpu_backend()
@@ -215,24 +216,24 @@ def _serve(pipe: Connection) -> None:
         while True:
             pipe.send_bytes(answer)
             gc.collect()
-            gc.freeze()  # each job ends with a collection, which need not look at what was imported so far
+            gc.freeze()  # the garbage collection after each job then skips all imported modules
             answer = _answer(pipe.recv_bytes())
 
 
 def _answer(message: bytes) -> bytes:
-    """Does one job; gives its packed result or error."""
+    """Do one job and return its pickled result or error."""
     try:
         place, layout, fn, args = pickle.loads(message)
         faulthandler.dump_traceback_later(place.seconds)
         return _packed(_in_own_world(place, layout, fn, args))
-    except BaseException as error:  # a test's pytest.skip and SystemExit as well
+    except BaseException as error:  # including pytest.skip and SystemExit
         return _packed_error(error, traceback.format_exc())
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
 def _in_own_world(place: _Place, layout: Topology, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Joins the job's processes, lays them out, runs, and leaves nothing of it behind."""
+    """Join the job's process group, set up its layout, run the job, and clean up."""
     os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.rank), WORLD_SIZE=str(place.world))
     store = dist.TCPStore(HOST, place.port, timeout=timedelta(seconds=place.seconds))
     dist.init_process_group(
@@ -250,8 +251,11 @@ def _in_own_world(place: _Place, layout: Topology, fn: Callable[..., Any], args:
 
 
 def _forget() -> None:
-    """Resets what mcore keeps outside `parallel_state`, and lets go of models that would keep a job's groups, and a
-    hundred threads with them, alive: through DDP's autograd nodes and through the rotary embedding's cache."""
+    """Reset mcore's global state outside of `parallel_state`, and release the job's models.
+
+    DDP's autograd nodes and the rotary embedding's cache would keep them alive, and with them the job's process groups
+    and about a hundred threads.
+    """
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
@@ -271,7 +275,7 @@ def _packed(value: Any) -> bytes:
 
 
 def _packed_error(error: BaseException, trace: str) -> bytes:
-    """The error itself where it survives pickling, else its words."""
+    """Pickle an error, or a RuntimeError with its message where it cannot be pickled."""
     try:
         packed = pickle.dumps((None, error, trace))
         pickle.loads(packed)

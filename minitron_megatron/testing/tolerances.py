@@ -1,4 +1,4 @@
-"""How far two right answers may lie apart, by dtype: the one table. Loosen a row only with its reason beside it."""
+"""Numerical tolerances of the tests by dtype. Loosen a row only with a comment that gives the reason."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ TOLERANCES: dict[torch.dtype, dict[str, float]] = {
 
 
 def tolerance(dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """`rtol` and `atol` for `torch.testing.assert_close` of sums that were added in another order."""
+    """Return `rtol` and `atol` for `torch.testing.assert_close` of sums in different orders of addition."""
     return TOLERANCES[dtype]
