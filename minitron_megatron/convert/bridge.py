@@ -249,6 +249,6 @@ def _expected(config: ModelConfig) -> dict[str, Any]:
 
 def _refusal(hf: Mapping[str, Any], reason: str) -> CheckpointError:
     return CheckpointError(
-        f"model_type {hf['model_type']!r} is not built in, and Megatron-Bridge's version of it is not supported: {reason}. "
+        f"model_type {hf['model_type']!r} is not built in, and Megatron-Bridge's version is not supported: {reason}. "
         "docs/families.md lists what can be supported."
     )

@@ -52,7 +52,7 @@ def transformers_failures(verb: str, folder: Path) -> Iterator[None]:
 
 
 def _check_experts(model: Any) -> None:
-    """Run experts one by one if transformers' grouped matmul refuses their width (rows must be multiples of 16 bytes)."""
+    """Run experts one by one if transformers' grouped matmul refuses their width (rows of 16-byte multiples)."""
     try:
         model(torch.zeros(1, 1, dtype=torch.int64))
     except RuntimeError:

@@ -65,9 +65,7 @@ def carry(source: Path, target: Path) -> None:
         try:
             content = path.open("rb")
         except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error.strerror}. Exports need a copy of it."
-            ) from error
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}. Exports need a copy of it.") from error
         with content, copy.open("wb") as into:
             shutil.copyfileobj(content, into)
         if path.name == "tokenizer_config.json":

@@ -247,7 +247,9 @@ def _rope(reader: _Reader) -> tuple[float, float, dict[str, Any] | None]:
     base, share = float(reader.agreed("rope_theta", nested, POSITIVE)), _share(reader, where, nested)
     scaling = {key: _constant(reader, where, nested, kind, key) for key in constants}
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise reader.refusal(f"{where}.high_freq_factor", scaling["high_freq_factor"], "which is not above low_freq_factor.")
+        raise reader.refusal(
+            f"{where}.high_freq_factor", scaling["high_freq_factor"], "which is not above low_freq_factor."
+        )
     return base, share, {"rope_type": kind, **scaling} if constants else None
 
 
@@ -288,8 +290,8 @@ def _window(reader: _Reader) -> int | None:
         raise reader.refusal("layer_types", types, "but no sliding_window is in use. Make all full_attention.")
     if "full_attention" in types:
         raise reader.refusal(
-            "use_sliding_window", True, f"in {types.count('sliding_attention')} layers of {layers}: windows in only some "
-            "layers are not supported. Set it to false if sequences are no longer than the window.",
+            "use_sliding_window", True, f"in {types.count('sliding_attention')} layers of {layers}: windows in some "
+            "layers only are not supported. Set it to false if sequences are no longer than the window.",
         )  # fmt: skip
     return window
 

@@ -180,7 +180,10 @@ FAMILIES: Mapping[str, Family] = {
             defaults={**MISTRAL_DEFAULTS, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2},
             nullable=("head_dim",),
             only={"norm_topk_prob": (True,)},
-            free={**ROUTER, **free("router noise acts only in training with transformers", DECIMAL, "router_jitter_noise")},
+            free={
+                **ROUTER,
+                **free("router noise acts only in training with transformers", DECIMAL, "router_jitter_noise"),
+            },
         ),
         Family(
             "qwen2_moe",
@@ -218,7 +221,11 @@ FAMILIES: Mapping[str, Family] = {
                 "norm_topk_prob": False,
             },
             only=QWEN_MOE_ONLY,
-            free={**ROUTER, **DENSE, **free("in this family all layers have a window or none has", NATURAL, "max_window_layers")},
+            free={
+                **ROUTER,
+                **DENSE,
+                **free("in this family all layers have a window or none has", NATURAL, "max_window_layers"),
+            },
         ),
         Family(
             "nemotron",

@@ -69,7 +69,7 @@ class Family:
         return {role: hf.replace("*", "{}").format(*numbers) for role, hf in self.names[pattern_of(name)].items()}
 
     def rows(self, name: str, sizes: Mapping[str, int]) -> dict[str, list[Tensor]]:
-        """Return Hugging Face tensor -> rows of the parameter that it holds, part by part: int64 [rows of the part] each."""
+        """Return Hugging Face tensor -> the parameter rows that it holds, part by part: int64 [rows of the part] each."""
         param = lookup(name)
         parts: dict[str, list[Tensor]] = {}
         for role, hf in self.hf_names(name).items():

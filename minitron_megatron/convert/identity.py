@@ -20,7 +20,7 @@ __all__ = ["folder_hash", "model_hash"]
 
 
 def model_hash(model: Any, topology: Topology) -> str:
-    """Return SHA-256 over the sorted Hugging Face names, shapes and fp32 values of a model. Collective over the world."""
+    """Return SHA-256 over a model's sorted Hugging Face names, shapes and fp32 values. Collective over the world."""
     dtype = next(chunks_of(model)[0].parameters()).dtype
     lines = [_line(name, tensor) for name, tensor in full_tensors(model, topology, dtype)]
     return broadcast_object(_combine(lines))

@@ -62,14 +62,12 @@ EPSILON = Kind(
 )
 DEVIATION = Kind("a fraction from 0 to 1", lambda value: isinstance(value, float) and 0 <= value <= 1)
 NUMBER = _number("a number >= 0", lambda value: value >= 0)
-DECIMAL = Kind(
-    "a number >= 0 with a decimal point", lambda value: isinstance(value, float) and NUMBER.holds(value)
-)
+DECIMAL = Kind("a number >= 0 with a decimal point", lambda value: isinstance(value, float) and NUMBER.holds(value))
 ID = _whole(-1, 2**31 - 1)
-QUANTISER = Kind(
-    "an object with a quant_method", lambda value: isinstance(value, dict) and "quant_method" in value
+QUANTISER = Kind("an object with a quant_method", lambda value: isinstance(value, dict) and "quant_method" in value)
+TEXTS = Kind(
+    "a list of strings", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value)
 )
-TEXTS = Kind("a list of strings", lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value))
 IDS = Kind("a list of whole numbers", lambda value: isinstance(value, list) and all(map(ID.holds, value)))
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DTYPE = Kind(f"one of {', '.join(DTYPES)}", lambda value: isinstance(value, str) and value in DTYPES)
@@ -160,9 +158,9 @@ FREE: Mapping[str, tuple[Kind, str]] = {
            "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop classifier_dropout"),
     **free("a KV cache does not change the results", FLAG, "use_cache"),
     **free("stored dtype; the weight files say it themselves", DTYPE | NULL, "torch_dtype dtype"),
-    **free("records the software that wrote the config", TEXT | NULL,
+    **free("names the software that wrote the config", TEXT | NULL,
            "transformers_version _name_or_path name_or_path _commit_hash unsloth_version"),
-    **free("records the software that wrote the config", ANY, "transformers.js_config unsloth_fixed unsloth_fixed_mistral"),
+    **free("names the software that wrote the config", ANY, "transformers.js_config unsloth_fixed unsloth_fixed_mistral"),
     **free("ids of special tokens are used by tokenizers and generation only", ID | IDS | NULL,
            "eos_token_id"),
     **free("ids of special tokens are used by tokenizers and generation only", ID | NULL,

@@ -46,7 +46,7 @@ def load_hf(
     """Load a Hugging Face folder as this rank's chunks of an mcore GPTModel, with parameters of `dtype`.
 
     recompute: activations to recompute in the backward pass. spec: `local` layers or Transformer Engine's (`te`).
-    Collective over the world only to fail together. Raises CheckpointError that names a missing, unexpected or misshapen
+    Collective over the world only to fail together. Raises CheckpointError that names a missing, surplus or misshapen
     tensor, TopologyError if the shape does not fit the layout, and RecipeError if the spec's layers are not installed.
     """
     folder = Path(folder)
@@ -65,8 +65,8 @@ def load_hf(
 def open_weights(folder: Path) -> tuple[ModelConfig, Weights]:
     """Return the config of a folder and its tensors.
 
-    If embeddings are tied and only the output layer is stored, it is renamed to the embedding. Raises CheckpointError as
-    `read_config` does, and if the weights cannot be read.
+    If embeddings are tied and only the output layer is stored, it is renamed to the embedding. Raises CheckpointError
+    as `read_config` does, and if the weights cannot be read.
     """
     config, weights = read_config(folder), Weights(folder)
     if config.shape.tied:

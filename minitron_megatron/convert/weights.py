@@ -79,7 +79,7 @@ class Weights:
         for name, part in self._slices.items():
             if part.get_dtype() not in FLOATS or name.endswith(SCALES):
                 raise CheckpointError(
-                    f"{self.folder}: {name} ({part.get_dtype()}) belongs to quantised weights, which are not supported. "
+                    f"{self.folder}: {name} ({part.get_dtype()}) belongs to quantised weights, which cannot be read. "
                     "Give the folder of the model before quantisation."
                 )
 

@@ -1,6 +1,6 @@
-"""How good a model is: its loss on text that it was not trained on, and tasks of lm-evaluation-harness.
+"""Evaluation of a model: loss on held-out text, and tasks of lm-evaluation-harness.
 
-Knows: models, held-out batches, the harness. Must not know: how a model came about, recipes.
+Knows: models, held-out batches, the harness. Must not know: how a model was made, recipes.
 """
 
 from .extra_tasks import PROGRAMS

@@ -1,4 +1,4 @@
-"""Decoding as transformers' `generate` does it with a folder's settings, where lm-evaluation-harness calls it."""
+"""Decoding rules that reproduce transformers' `generate` as lm-evaluation-harness calls it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..files import read_json
 __all__ = ["Decoding", "decoding", "generation_settings", "stopper"]
 
 TOP_K = 50
-"""transformers' own default when it samples."""
+"""transformers' default for sampling."""
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
@@ -41,7 +41,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "token_healing": (False,),
     "watermarking_config": (),
 }
-"""Setting of `generate` that changes an answer and is not imitated -> the values besides null that change nothing."""
+"""Setting of `generate` that is not supported -> its harmless values besides null."""
 
 UNSUPPORTED_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (0,),
@@ -51,37 +51,37 @@ UNSUPPORTED_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "typical_p": (1,),
 }
 
-IMITATED = {
+SUPPORTED = {
     *("eos_token_id", "max_new_tokens", "min_new_tokens", "min_length", "no_repeat_ngram_size", "repetition_penalty"),
     *("suppress_tokens", "temperature", "top_k", "top_p", "do_sample", "until", "max_gen_toks"),
 }
-"""Settings of a task; generation_config.json may have all but the last two."""
-NO_MATTER = {"use_cache", "pad_token_id", "bos_token_id", "early_stopping", "length_penalty"}
-"""Further settings of a task, which change nothing without beams and padding."""
+"""Supported settings of a task; generation_config.json may have all except the last two."""
+HARMLESS = {"use_cache", "pad_token_id", "bos_token_id", "early_stopping", "length_penalty"}
+"""Further settings of a task; without beams and padding they change nothing."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Rules for the next token, from generation_config.json and a task's `generation_kwargs`."""
+    """Rules for choosing the next token, from generation_config.json and a task's `generation_kwargs`."""
 
     ends: frozenset[int]
-    """Ids that each end an answer."""
+    """Ids of tokens that end an answer."""
     most: int | None
-    """`max_new_tokens` of generation_config.json: in transformers it outweighs the length that the harness asks for."""
+    """`max_new_tokens` of generation_config.json; in transformers it overrides the length that the harness requests."""
     temperature: float
-    """0: greedy."""
+    """0 means greedy decoding."""
     top_k: int
     top_p: float
     repetition_penalty: float
     no_repeat_ngram_size: int
     min_new_tokens: int
     min_length: int
-    """Tokens of prompt and answer before an end may come."""
+    """Least number of tokens, prompt included, before an end token is allowed."""
     suppressed: tuple[int, ...]
 
     @property
     def adjust(self) -> Callable[[Sequence[int], int, Tensor], Tensor] | None:
-        """Function of (tokens so far, how many are new, logits [vocab]) -> logits; None where nothing is adjusted."""
+        """Function (tokens so far, number of new ones, logits [vocab]) -> logits; None if nothing is adjusted."""
         plain = self.repetition_penalty == 1 and not self.no_repeat_ngram_size and not self.suppressed
         return None if plain and not self.min_new_tokens and not self.min_length else self._adjusted
 
@@ -99,7 +99,7 @@ class Decoding:
 
 
 def _repeats(tokens: Sequence[int], size: int) -> list[int]:
-    """Tokens that would complete an n-gram which is there already."""
+    """Return the tokens that would repeat an n-gram of the text."""
     if not size or len(tokens) + 1 < size:
         return []
     last = tuple(tokens[len(tokens) - size + 1 :])
@@ -107,35 +107,38 @@ def _repeats(tokens: Sequence[int], size: int) -> list[int]:
 
 
 def generation_settings(folder: Path) -> dict[str, Any]:
-    """Return what transformers reads a folder's generation settings from: generation_config.json, else config.json."""
+    """Return a folder's generation settings as transformers does: from generation_config.json, else config.json."""
     for name in ("generation_config.json", "config.json"):
         if (path := folder / name).is_file():
             settings = read_json(path)
             if not isinstance(settings, dict):
-                raise DataError(f"{path} is no JSON object.")
+                raise DataError(f"{path} is not a JSON object. Copy it again.")
             return {key: value for key, value in settings.items() if key != "max_length"}
     return {}
 
 
 def decoding(settings: Mapping[str, Any], options: Mapping[str, Any], source: str) -> Decoding:
-    """Return the rules of a folder's settings and of a task's options as the harness has normalised them.
+    """Return the decoding rules from a folder's settings and a task's options, as normalised by the harness.
 
-    source: the folder, for messages. Raises DataError where they ask for what is not imitated here.
+    source: the folder, for messages. Raises DataError for settings that are not supported.
     """
-    strange = options.keys() - IMITATED - NO_MATTER - UNSUPPORTED.keys() - UNSUPPORTED_SAMPLING.keys()
-    if strange:
-        raise DataError(f"generation_kwargs of a task hold {min(strange)}, which `generate` of transformers has not.")
+    unknown = options.keys() - SUPPORTED - HARMLESS - UNSUPPORTED.keys() - UNSUPPORTED_SAMPLING.keys()
+    if unknown:
+        raise DataError(
+            f"generation_kwargs of a task hold {min(unknown)}, which transformers' `generate` does not know. "
+            "Leave the task out."
+        )
     temperature = float(options.get("temperature", 0.0))
-    told = {**settings, **options}
+    combined = {**settings, **options}
     refused = {**UNSUPPORTED, **(UNSUPPORTED_SAMPLING if temperature else {})}
     for key, harmless in refused.items():
-        if (value := told.get(key)) is not None and value not in harmless:
+        if (value := combined.get(key)) is not None and value not in harmless:
             raise DataError(
                 f"generation_config.json of {source}, or a task, sets {key} to {value!r}, which is not supported here. "
-                "Remove it, or leave out the tasks that generate."
+                "Remove it, or leave out tasks that generate text."
             )
-    read = _Reader(told, source)
-    most = _Reader(settings, source).number("max_new_tokens", 0)
+    read = _SettingsReader(combined, source)
+    most = _SettingsReader(settings, source).number("max_new_tokens", 0)
     return Decoding(
         ends=frozenset(read.ids("eos_token_id")),
         most=int(most) or None,
@@ -151,33 +154,33 @@ def decoding(settings: Mapping[str, Any], options: Mapping[str, Any], source: st
 
 
 @dataclass(frozen=True)
-class _Reader:
-    told: Mapping[str, Any]
+class _SettingsReader:
+    settings: Mapping[str, Any]
     source: str
 
     def number(self, key: str, default: float) -> float:
-        value = self.told.get(key)
+        value = self.settings.get(key)
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise DataError(
-                f"{key} is {value!r} in the generation settings of {self.source}. It is a number from 0 on."
-            )
+            raise DataError(f"{key} is {value!r} in the generation settings of {self.source}. Set it to a number >= 0.")
         return value
 
     def ids(self, key: str) -> list[int]:
-        value = self.told.get(key)
+        value = self.settings.get(key)
         found = [] if value is None else value if isinstance(value, list) else [value]
         if any(isinstance(each, bool) or not isinstance(each, int) for each in found):
-            raise DataError(f"{key} is {value!r} in the generation settings of {self.source}. It is an id, or a list.")
+            raise DataError(
+                f"{key} is {value!r} in the generation settings of {self.source}. Set it to a token id or a list of ids."
+            )
         return found
 
 
 def stopper(tokenizer: Any, strings: Sequence[str], ends: frozenset[int]) -> Callable[[Sequence[int]], bool]:
-    """Return whether an answer of so many tokens is at its end, as transformers and the harness say.
+    """Return a function (tokens of the answer so far) -> whether the answer is complete.
 
-    The harness looks for a stop string in the last tokens alone: as many as it has itself, and two more. Special tokens
-    count there, so that they can be stop strings.
+    It decides as transformers and the harness do. The harness looks for a stop string only in the last tokens: the
+    string's own number of tokens plus two. These are decoded with special tokens, which can therefore be stop strings.
     """
     windows: dict[int, list[str]] = {}
     for string in strings:
@@ -186,9 +189,9 @@ def stopper(tokenizer: Any, strings: Sequence[str], ends: frozenset[int]) -> Cal
     def stop(made: Sequence[int]) -> bool:
         if made[-1] in ends:
             return True
-        for size, those in windows.items():
+        for size, candidates in windows.items():
             text = tokenizer.decode(made[-size:])
-            if any(string in text for string in those):
+            if any(string in text for string in candidates):
                 return True
         return False
 

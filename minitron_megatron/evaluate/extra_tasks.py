@@ -1,4 +1,4 @@
-"""Tasks that the harness lacks, or that would not run in it without a download: English XL-Sum, and programs."""
+"""Tasks that the harness lacks or cannot run without a download: English XL-Sum, and programming tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Doc = Mapping[str, Any]
 
 
 def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """F-measure of the longest common subsequence, of stems."""
+    """Return ROUGE-L: the F-measure of the longest common subsequence of word stems."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -35,11 +35,11 @@ EXTRA_TASKS: Mapping[str, Mapping[str, Any]] = {
         "metric_list": [{"metric": rouge_l, "aggregation": "mean", "higher_is_better": True}],
     }
 }
-"""Name -> its configuration in the harness's form. The papers do not print XL-Sum's prompt."""
+"""Task name -> configuration in the harness's form. The prompt is ours: the papers do not print XL-Sum's."""
 
 
 def _in_fence(answer: str) -> str:
-    """The code of an answer whose prompt has opened its block."""
+    """Return the code of an answer whose prompt already opened the code block."""
     return answer.removeprefix("```python").removeprefix("```").split("```")[0]
 
 
@@ -49,14 +49,17 @@ PROGRAMS: Mapping[str, Callable[[Doc, str], str]] = {
     "mbpp": lambda doc, answer: answer,
     "mbpp_instruct": lambda doc, answer: _in_fence(answer.lstrip()),
 }
-"""Task whose answers are run -> the program that a question's answer makes."""
+"""Task whose answers are programs -> function (question, answer) -> program to run."""
 
 
 def graded(name: str, config: dict[str, Any], run: bool) -> dict[str, Any]:
-    """A task of PROGRAMS with our own grading, for the harness downloads its. run: else nothing runs and all fails."""
+    """Return a task of PROGRAMS with our own grading; the harness would download its own.
+
+    run: run the programs; if false, none runs and every answer counts as failed.
+    """
 
     def build(answers: Sequence[Sequence[str]], docs: Sequence[Doc]) -> list[list[str]]:
-        return [[PROGRAMS[name](doc, each) for each in of_doc] for of_doc, doc in zip(answers, docs, strict=True)]
+        return [[PROGRAMS[name](doc, each) for each in samples] for samples, doc in zip(answers, docs, strict=True)]
 
     def pass_at_1(references: Sequence[str], predictions: Sequence[Sequence[str]]) -> float:
         return share_that_pass(predictions[0], references[0]) if run else 0.0

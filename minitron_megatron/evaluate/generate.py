@@ -1,4 +1,4 @@
-"""The states that foretell the next token of texts that grow."""
+"""Incremental decoding with a KV cache."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Texts = Sequence[Sequence[int]]
 
 
 class IncrementalDecoder:
-    """Reads texts as they grow, each token once: keys and values of what it has read are kept.
+    """Computes final hidden states of growing texts, reading each token only once thanks to a KV cache.
 
-    Collective over the world, whose ranks are to give as many texts each.
+    Collective over the world; every rank must pass the same number of texts.
     """
 
     def __init__(
@@ -30,22 +30,22 @@ class IncrementalDecoder:
         most: int,
         micro_batch: int,
     ) -> None:
-        """run: micro-batches -> their final hidden states, on the last stage. most: tokens that come to a text."""
+        """run: micro-batches -> final hidden states, on the last stage. most: tokens added to a text at most."""
         self._run, self._topology, self._micro_batch = run, topology, micro_batch
-        room = padded(texts, topology).shape[1] + most + topology.tp  # tp: what pads the last token
+        room = padded(texts, topology).shape[1] + most + topology.tp  # tp: padding of the last token
         rows = torch.arange(len(texts)).split(micro_batch)
-        self._pasts = [KVCache(len(part), room) for part in rows]
+        self._caches = [KVCache(len(part), room) for part in rows]
         self._read = [0] * len(texts)
 
     def __call__(self, texts: Texts) -> dict[int, Tensor]:
-        """Text -> final state [h] of its last token; last pipeline stage only. No text is empty."""
+        """Return text number -> final state [h] of its last token, on the last pipeline stage. No text may be empty."""
         starts = [min(read, len(text) - 1) for read, text in zip(self._read, texts, strict=True)]
         new = [text[start:] for start, text in zip(starts, texts, strict=True)]
         parts = padded(new, self._topology).split(self._micro_batch)
-        for past, own in zip(self._pasts, torch.tensor(starts).split(self._micro_batch), strict=True):
-            past.starts = own
+        for cache, cache_starts in zip(self._caches, torch.tensor(starts).split(self._micro_batch), strict=True):
+            cache.starts = cache_starts
         batches = [
-            DecodeBatch(part.to(self._topology.device), past) for part, past in zip(parts, self._pasts, strict=True)
+            DecodeBatch(part.to(self._topology.device), cache) for part, cache in zip(parts, self._caches, strict=True)
         ]
         self._read = [len(text) for text in texts]
         found = {}
@@ -59,9 +59,9 @@ class IncrementalDecoder:
 
 
 def padded(texts: Texts, topology: Topology) -> Tensor:
-    """int64 [texts, tokens of the longest], zeros behind the shorter ones."""
+    """Return int64 [texts, tokens of the longest], shorter texts padded with zeros at the end."""
     longest = max(1, *map(len, texts))
-    if topology.ep > 1:  # ranks that share experts exchange tokens: as many each
+    if topology.ep > 1:  # ranks that share experts must exchange equally many tokens
         longest = max(gather_objects(longest))
     longest += -longest % (topology.tp if topology.sequence_parallel else 1)
     tokens = torch.zeros(len(texts), longest, dtype=torch.int64)

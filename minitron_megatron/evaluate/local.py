@@ -1,4 +1,4 @@
-"""Local files in the place of a task's downloads: `FOLDER/<task>/<split>.jsonl`, read strictly."""
+"""Local files that replace a task's downloads: `FOLDER/<task>/<split>.jsonl`, read strictly."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Row = dict[str, Any]
 
 
 def split_files(task: str, files: Path) -> dict[str, Path]:
-    """Split -> file of a task. Raises DataError where there is none."""
+    """Return split -> file of a task. Raises DataError if there is no file."""
     folder = files / task
     found = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
     if not found:
-        raise DataError(f"{folder} has no .jsonl file: one is to be there for each split, such as test.jsonl.")
+        raise DataError(f"{folder} has no .jsonl file. Add one for each split, such as test.jsonl.")
     return found
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The JSON objects of a file, one a line. Raises DataError, which names the line, for anything else."""
+    """Read the JSON objects of a file, one per line. Raises DataError that names the line for anything else."""
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -35,7 +35,7 @@ def read_rows(path: Path) -> list[Row]:
         if line.strip():
             rows.append(_row(line, f"{path}, line {number}"))
     if not rows:
-        raise DataError(f"{path} holds no questions: one is to be on each line, as a JSON object.")
+        raise DataError(f"{path} holds no questions. Write one JSON object per line.")
     return rows
 
 
@@ -43,7 +43,7 @@ def _row(line: bytes, place: str) -> Row:
     try:
         row = json.loads(line.decode("utf-8"), parse_constant=_refuse)
     except UnicodeDecodeError as error:
-        raise DataError(f"{place} is not UTF-8. Write the file anew as UTF-8.") from error
+        raise DataError(f"{place} is not UTF-8. Save the file as UTF-8.") from error
     except RecursionError as error:
         raise DataError(f"{place} is nested too deeply to be read.") from error
     except ValueError as error:
@@ -54,16 +54,16 @@ def _row(line: bytes, place: str) -> Row:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 @dataclass(frozen=True)
 class LocalData:
-    """Splits of a task from local files, as the harness's `custom_dataset`."""
+    """Splits of a task from local files, in the form of the harness's `custom_dataset`."""
 
     files: Mapping[str, str]
     most: int | None = None
-    """Only the first rows of each; None: all."""
+    """Number of first rows to read of each file; None: all."""
 
     def __call__(self, **_: Any) -> dict[str, Any]:
         return {split: _dataset(Path(file), read_rows(Path(file))[: self.most]) for split, file in self.files.items()}
@@ -76,17 +76,17 @@ def _dataset(path: Path, rows: Sequence[Row]) -> Any:
     try:
         return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names})
     except Exception as error:  # pyarrow raises anything
-        raise DataError(_unlike(path, rows, names) or f"{path} cannot be read as a table: {error}.") from error
+        raise DataError(_mixed_types(path, rows, names) or f"{path} cannot be read as a table: {error}.") from error
 
 
-def _unlike(path: Path, rows: Sequence[Row], names: Sequence[str]) -> str | None:
-    """The first row whose field is not of the kind that the rows before it have."""
+def _mixed_types(path: Path, rows: Sequence[Row], names: Sequence[str]) -> str | None:
+    """Return a message about the first row with a field of another type than before it; None if there is none."""
     from datasets import Dataset
 
     def fits(name: str, count: int) -> bool:
         try:
             Dataset.from_dict({name: [row.get(name) for row in rows[:count]]})
-        except Exception:  # as above
+        except Exception:  # pyarrow raises anything
             return False
         return True
 
@@ -95,14 +95,14 @@ def _unlike(path: Path, rows: Sequence[Row], names: Sequence[str]) -> str | None
             count = _first(lambda count, name=name: not fits(name, count), len(rows))  # type: ignore[misc]
             value = json.dumps(rows[count - 1].get(name))[:80]
             return (
-                f"{path}, question {count}: the field {name} is {value}, which is no text, or of another kind than in "
-                "the questions before it. Give it one kind in the whole file."
+                f"{path}, question {count}: the field {name} is {value}, which is not valid text or of another type "
+                "than in the questions before. Give it one type in the whole file."
             )
     return None
 
 
 def _first(fails: Callable[[int], bool], most: int) -> int:
-    """The smallest count in 1 to `most` that fails; those after it fail too, and `most` does."""
+    """Bisect for the smallest count in 1..`most` that fails; all larger counts fail too."""
     low, high = 1, most
     while low < high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""Loss on held-out text, by source and over all of them."""
+"""Loss on held-out text, per source and over all sources."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..train import LMObjective, Objective, mean_loss
 __all__ = ["ValidationSet", "validation_loss"]
 
 ValidationSet = Mapping[str, Sequence[Batch]]
-"""Source -> this data-parallel rank's micro-batches of it."""
+"""Source -> this data-parallel rank's micro-batches."""
 
 
 def validation_loss(
     model: Any, held_out: ValidationSet, topology: Topology, objective: Objective | None = None
 ) -> dict[str, float]:
-    """Nats per token of each source, and of all their tokens together as `all`. Collective over the world.
+    """Return nats per token of each source, and over all tokens as `all`. Collective over the world.
 
-    objective: what is measured; by default cross-entropy.
+    objective: the loss to measure; default: cross-entropy.
     """
     modes = [chunk.training for chunk in chunks_of(model)]
     for chunk in chunks_of(model):

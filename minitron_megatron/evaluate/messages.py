@@ -1,4 +1,4 @@
-"""Messages of the harness: its warnings go to the user once, its errors name the task and the question."""
+"""Messages of the harness: each warning is shown once, each error names the task and the question."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from .local import LocalData
 __all__ = ["named_errors", "quiet", "warn"]
 
 OURS = ("Custom kwargs can be passed", "No chat template is set")
-"""Warnings about how we call the harness."""
+"""Warnings about how this package calls the harness; the user never sees them."""
 
 
 @contextmanager
 def quiet() -> Iterator[list[str]]:
-    """Run the harness without its log and its bars, and yield the list that takes its warnings."""
-    log, told = logging.getLogger("lm_eval"), _Told()
+    """Run the harness without its log and progress bars; yield a list that collects its warnings."""
+    log, collector = logging.getLogger("lm_eval"), _WarningCollector()
     level, propagate = log.level, log.propagate
     log.setLevel(logging.WARNING)
-    log.addHandler(told)
+    log.addHandler(collector)
     log.propagate = False
     try:
         with redirect_stderr(StringIO()), warnings.catch_warnings(record=True) as caught:
-            yield told.found
-        told.found += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
+            yield collector.found
+        collector.found += [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
     finally:
-        log.removeHandler(told)
+        log.removeHandler(collector)
         log.setLevel(level)
         log.propagate = propagate
 
 
-class _Told(logging.Handler):
+class _WarningCollector(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.found: list[str] = []
@@ -50,25 +50,25 @@ class _Told(logging.Handler):
             self.found.append(text)
 
 
-def warn(told: list[str]) -> None:
-    """Issue each distinct warning once, by its first line; of those that differ in the task alone, the first."""
+def warn(messages: list[str]) -> None:
+    """Issue the first line of each distinct warning once; warnings that differ only in the task count as equal."""
     first: dict[str, str] = {}
     counts: dict[str, int] = {}
-    for text in told:
+    for text in messages:
         line = text.strip().partition("\n")[0][:300]
         kind = re.sub(r"^\[?(Task: )?[\w-]+\]?:? ?", "", line)
         first.setdefault(kind, line)
         counts[kind] = counts.get(kind, 0) + 1
     for kind, line in first.items():
-        more = f" ({counts[kind]} times)" if counts[kind] > 1 else ""
-        warnings.warn(f"lm-eval: {line}{more}", stacklevel=3)
+        repeats = f" ({counts[kind]} times)" if counts[kind] > 1 else ""
+        warnings.warn(f"lm-eval: {line}{repeats}", stacklevel=3)
 
 
 @contextmanager
 def named_errors(task: str = "") -> Iterator[None]:
-    """Turn what the harness raises over a task's data into a DataError that names the task, the file and the question.
+    """Turn an error of the harness about a task's data into a DataError that names the task, the file and the question.
 
-    Errors of this package pass, and those that its model raised.
+    Errors of this package, and errors raised inside its model, pass unchanged.
     """
     try:
         yield
@@ -81,10 +81,10 @@ def named_errors(task: str = "") -> Iterator[None]:
         ours = any(frame.f_code.co_filename == harness.__file__ for frame in frames)
         if isinstance(error, MinitronError | Preempted) or ours:
             raise
-        raise DataError(_blame(task, frames, error)) from error
+        raise DataError(_data_error(task, frames, error)) from error
 
 
-def _blame(task: str, frames: list[Any], error: Exception) -> str:
+def _data_error(task: str, frames: list[Any], error: Exception) -> str:
     from lm_eval.api.task import Task
 
     cause = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200].rstrip('.')}"
@@ -94,11 +94,13 @@ def _blame(task: str, frames: list[Any], error: Exception) -> str:
             task = str(owner.config.task or task)
             for name in ("fs_doc", "doc", "test_doc"):
                 place = place or _place(owner.config, frame.f_locals.get(name))
-    return f"task {task} cannot be built from its data{place}: {cause}. Mend or leave out this question or this task."
+    return (
+        f"task {task} cannot be built from its data{place}: {cause}. Correct or leave out this question or this task."
+    )
 
 
 def _place(config: Any, doc: Any) -> str:
-    """File and number of a question among a task's local files."""
+    """Return the file and number of a question in a task's local files; empty if it is not found."""
     data = config.custom_dataset
     if not isinstance(doc, dict) or not isinstance(data, LocalData):
         return ""

@@ -1,4 +1,4 @@
-"""Names of a task's metrics, before it runs and in its results."""
+"""Metrics of a task: names in its configuration and values in its results."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .extra_tasks import EXTRA_TASKS, PROGRAMS
 __all__ = ["check_metric", "first_metric", "metric_key", "metric_value"]
 
 Metric = str | tuple[str, ...] | None
-"""`name` or `name,filter`; several, whose mean counts; None: the task's first."""
+"""`name` or `name,filter`; a tuple: the mean of several metrics; None: the task's first metric."""
 
 
 def check_metric(task: str, config: Mapping[str, Any], metric: Metric) -> None:
-    """Raise RecipeError where the configuration of a task shows that it has no such metric."""
+    """Raise RecipeError if a task's configuration shows that it has no such metric."""
     _refuse_downloads(task, config)
     known, open_ended = _metrics(config)
     filters = [each["name"] for each in config.get("filter_list") or [{"name": "none"}]]
@@ -31,33 +31,34 @@ def check_metric(task: str, config: Mapping[str, Any], metric: Metric) -> None:
 
 
 def _refuse_downloads(task: str, config: Mapping[str, Any]) -> None:
-    """A metric that the harness does not have itself is code that it would download and run."""
+    """Raise RecipeError for a metric that is not part of the harness: it would download and run code for it."""
     from lm_eval.api.registry import METRIC_REGISTRY
 
     for each in config.get("metric_list") or [] if config.get("process_results") is None else []:
         name = each["metric"]
         if each.get("hf_evaluate") or (isinstance(name, str) and name not in METRIC_REGISTRY):
             raise RecipeError(
-                f"task {task} is scored by {name}, which is code from the hub and is never run. Leave it out."
+                f"task {task} is scored by {name}, which is code from the Hugging Face hub and is never run. "
+                "Leave the task out."
             )
 
 
 def first_metric(config: Mapping[str, Any]) -> str | None:
-    """Name of a task's first metric; None where the configuration names none."""
+    """Return the name of a task's first metric; None if the configuration names none."""
     return next(iter(_metrics(config)[0]), None)
 
 
 def metric_value(task: str, found: Mapping[str, Any], metric: Metric) -> float:
-    """The number of a metric in a task's results, or the mean of several."""
+    """Return the value of a metric in a task's results, or the mean of several."""
     if isinstance(metric, tuple):
         return sum(metric_value(task, found, each) for each in metric) / len(metric)
     return float(found[metric_key(task, found, metric)])
 
 
 def metric_key(task: str, found: Mapping[str, Any], metric: str | None) -> str:
-    """The harness writes `metric,filter`: a metric's first filter is taken where none is named.
+    """Return the key `metric,filter` of a metric in the harness's results; without a filter name, the first filter.
 
-    Raises RecipeError where the results have no such metric.
+    Raises RecipeError if the results have no such metric.
     """
     keys = [key for key in found if "," in key and "_stderr," not in key]
     fitting = keys if metric is None else [key for key in keys if metric in (key, key.split(",")[0])]
@@ -67,7 +68,7 @@ def metric_key(task: str, found: Mapping[str, Any], metric: str | None) -> str:
 
 
 def _metrics(config: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """Names, and whether the task may give others: a function as a metric may give several under their own names."""
+    """Return (metric names, whether others are possible): a metric function may return several under other names."""
     from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 
     if "class" in config:

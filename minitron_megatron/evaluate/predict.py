@@ -1,4 +1,4 @@
-"""What a model at any layout says of token lists of any length: likelihoods of continuations, and continuations."""
+"""Predictions of a model at any layout: likelihoods of given continuations, and generated continuations."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ __all__ = ["Predictor", "RunBatches"]
 
 Tokens = tuple[int, ...]
 Likelihood = tuple[float, bool]
-"""log p in nats, and whether greedy decoding would give just this."""
+"""(log p in nats, whether greedy decoding would give exactly this continuation)."""
 RunBatches = Callable[[Sequence[Batch]], list[Tensor]]
-"""The final hidden states of micro-batches, on the last pipeline stage."""
+"""Micro-batches -> their final hidden states, on the last pipeline stage."""
 Adjust = Callable[[Sequence[int], int, Tensor], Tensor]
-"""(tokens so far, how many of them are new, logits [vocab]) -> logits."""
+"""(tokens so far, number of new ones, logits [vocab]) -> logits."""
 
 
 class Predictor:
-    """A model in evaluation. Its methods are collective over the world and give every rank all answers.
+    """A model in eval mode. Its methods are collective over the world, and every rank gets all results.
 
-    Data-parallel ranks share the work, longest first; what pads a batch comes after what counts and changes nothing.
+    Data-parallel ranks share the inputs, longest first. Padding follows the real tokens and changes no result.
     """
 
     def __init__(self, model: Any, topology: Topology, *, micro_batch: int = 8, run: RunBatches | None = None) -> None:
-        """run: in the place of `forward_only` of the model."""
+        """run: replaces `forward_only` of the model."""
         self._run = run or partial(forward_only, model)
         self.model, self.topology, self.micro_batch = chunks_of(model), topology, micro_batch
         self.config = config_of(self.model[0])
-        self._keeps = run is None and all(reads_past(chunk) for chunk in self.model)
+        self._uses_cache = run is None and all(reads_past(chunk) for chunk in self.model)
         for chunk in self.model:
             chunk.eval()
 
@@ -46,20 +46,23 @@ class Predictor:
     def likelihoods(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, listener: Listener = silent
     ) -> list[Likelihood]:
-        """Of each (context, continuation), neither empty. Pairs that differ in their last token alone are one pass."""
+        """Return the likelihood of each (context, continuation), neither empty.
+
+        Pairs that differ only in their last token share one pass.
+        """
         last: dict[Tokens, list[int]] = {}
         for number, (context, continuation) in enumerate(pairs):
             last.setdefault((*context, *continuation)[:-1], []).append(number)
         inputs = sorted(last, key=lambda tokens: (-len(tokens), tokens))
         lengths = [max(len(pairs[number][1]) for number in last[tokens]) for tokens in inputs]
-        mine: dict[int, Likelihood] = {}
+        local: dict[int, Likelihood] = {}
         rounds = list(self._rounds(len(inputs)))
         for done, places in enumerate(rounds, 1):
             spans = [(inputs[at], lengths[at]) if at is not None else None for at in places]
-            asked = [(n, hidden) for at, hidden in self._last_states(places, spans) for n in last[inputs[at]]]
-            mine |= self._likelihoods([(n, hidden, pairs[n][1]) for n, hidden in asked])
+            states = [(n, hidden) for at, hidden in self._last_states(places, spans) for n in last[inputs[at]]]
+            local |= self._likelihoods([(n, hidden, pairs[n][1]) for n, hidden in states])
             listener(Event("tasks", done, len(rounds), "batches"))
-        return self._together(mine, len(pairs))
+        return self._gather_all(local, len(pairs))
 
     @torch.no_grad()
     def continuations(
@@ -75,22 +78,22 @@ class Predictor:
         seed: int = 0,
         listener: Listener = silent,
     ) -> list[list[int]]:
-        """At most `most` tokens after each prompt, until `stop` of what was made. temperature 0: the likeliest.
+        """Generate at most `most` tokens after each prompt, until `stop(tokens made so far)`.
 
-        adjust: changes the logits first. top_k: sample among so many; 0: among all. What is sampled depends on the seed
-        and the prompt's number alone. Each token is one step of a model whose attention is ours, for keys and values
-        are kept; of another, or with a `run` of its own, a pass over all before.
+        temperature 0: greedy. adjust: changes the logits first. top_k: sample among the `top_k` likeliest; 0: all.
+        top_p: nucleus sampling. Samples depend only on the seed and the prompt's number. With our own attention a KV
+        cache makes each token one step; other attention, or a custom `run`, reads the whole text again for each token.
         """
         made: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda at: (-len(prompts[at]), at))
         rounds = list(self._rounds(len(order)))
         for done, places in enumerate(rounds, 1):
-            mine = [None if place is None else order[place] for place in places]
-            texts = [[0] if at is None else list(prompts[at]) for at in mine]
-            read, going = self._reader(texts, most), {at for at in mine if at is not None}
+            local = [None if place is None else order[place] for place in places]
+            texts = [[0] if at is None else list(prompts[at]) for at in local]
+            read, unfinished = self._reader(texts, most), {at for at in local if at is not None}
             for step in range(most):
-                states = {at: hidden for column, hidden in read(texts).items() if (at := mine[column]) in going}
-                logits = self._logits(states, texts, mine, step, adjust) if adjust or temperature else None
+                states = {at: hidden for column, hidden in read(texts).items() if (at := local[column]) in unfinished}
+                logits = self._logits(states, texts, local, step, adjust) if adjust or temperature else None
                 if logits is None or not states:
                     chosen = self._likeliest(states)
                 elif temperature == 0:
@@ -100,28 +103,28 @@ class Predictor:
                 everyone = {at: token for part in gather_objects(chosen) for at, token in part.items()}
                 for at, token in everyone.items():
                     made[at].append(token)
-                going = {at for at in everyone if not stop(made[at])}
-                if not going:
+                unfinished = {at for at in everyone if not stop(made[at])}
+                if not unfinished:
                     break
-                for text, at in zip(texts, mine, strict=True):
-                    if at in going:
+                for text, at in zip(texts, local, strict=True):
+                    if at in unfinished:
                         text.append(made[at][-1])
             listener(Event("generate", done, len(rounds), "batches"))
         return made
 
     def _reader(self, texts: Texts, most: int) -> Callable[[Texts], Mapping[int, Tensor]]:
-        """Text -> the final state [h] of its last token, however it grows; last pipeline stage only."""
-        if self._keeps:
+        """Return a function (growing texts) -> final state [h] of each text's last token; last pipeline stage only."""
+        if self._uses_cache:
             return IncrementalDecoder(self._run, self.topology, texts, most, self.micro_batch)
 
-        def all_again(texts: Texts) -> dict[int, Tensor]:
+        def read_all(texts: Texts) -> dict[int, Tensor]:
             found = self._last_states(range(len(texts)), [(tuple(text), 1) for text in texts])
             return {at: hidden[0] for at, hidden in found}
 
-        return all_again
+        return read_all
 
     def _rounds(self, count: int) -> Iterator[list[int | None]]:
-        """This rank's places of `count`, a pipeline's fill at a time; None: nothing, so that all ranks do as much."""
+        """Yield this rank's places among `count` inputs, one pipeline fill at a time; None pads to equal work per rank."""
         window = self.micro_batch * self.topology.pp
         for start in range(0, count, window * self.topology.dp):
             at = start + self.topology.dp_rank * window
@@ -130,7 +133,7 @@ class Predictor:
     def _last_states(
         self, places: Sequence[int | None], spans: Sequence[tuple[Tokens, int] | None]
     ) -> list[tuple[int, Tensor]]:
-        """(place, final states [n, h] of the last so many tokens) of each span (tokens, how many); last stage only."""
+        """Return (place, final states [n, h] of its last n tokens) of each span (tokens, n); last stage only."""
         tokens = padded([span[0] if span else () for span in spans], self.topology)
         batches = [
             Batch(part, part, torch.ones_like(part, dtype=torch.bool)).to(self.topology.device)
@@ -147,15 +150,18 @@ class Predictor:
                     found.append((at, hidden[end - span[1] : end, column]))
         return found
 
-    def _likelihoods(self, asked: Sequence[tuple[int, Tensor, Sequence[int]]]) -> dict[int, Likelihood]:
-        """Number -> likelihood of the continuation after the states [n, h] that foretell it and perhaps others more."""
-        if not asked:
+    def _likelihoods(self, requests: Sequence[tuple[int, Tensor, Sequence[int]]]) -> dict[int, Likelihood]:
+        """Return number -> likelihood, from (number, states [n, h], continuation).
+
+        The last len(continuation) states predict the continuation's tokens; earlier ones are ignored.
+        """
+        if not requests:
             return {}
-        lengths = [len(continuation) for *_, continuation in asked]
-        states = torch.cat([hidden[-length:] for (_, hidden, _), length in zip(asked, lengths, strict=True)])
-        labels = torch.tensor([token for *_, continuation in asked for token in continuation], device=states.device)
+        lengths = [len(continuation) for *_, continuation in requests]
+        states = torch.cat([hidden[-length:] for (_, hidden, _), length in zip(requests, lengths, strict=True)])
+        labels = torch.tensor([token for *_, continuation in requests for token in continuation], device=states.device)
         found, greedy, _ = self._likelihood(states, labels)
-        parts = zip(asked, found.cpu().split(lengths), greedy.cpu().split(lengths), strict=True)
+        parts = zip(requests, found.cpu().split(lengths), greedy.cpu().split(lengths), strict=True)
         return {number: (float(each.sum()), bool(best.all())) for (number, *_), each, best in parts}
 
     def _likelihood(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,17 +169,17 @@ class Predictor:
         return token_likelihood(hidden, weight, labels, vocab=vocab, group=self.topology.tp_group)
 
     def _likeliest(self, states: Mapping[int, Tensor]) -> dict[int, int]:
-        """Prompt -> the likeliest token after its state [h]."""
+        """Return prompt -> the likeliest token after its state [h]."""
         if not states:
             return {}
         hidden = torch.stack(list(states.values()))
-        none = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        return dict(zip(states, self._likelihood(hidden, none)[2].tolist(), strict=True))
+        labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)  # ignored
+        return dict(zip(states, self._likelihood(hidden, labels)[2].tolist(), strict=True))
 
     def _logits(
-        self, states: Mapping[int, Tensor], texts: Texts, mine: Sequence[int | None], new: int, adjust: Adjust | None
+        self, states: Mapping[int, Tensor], texts: Texts, prompts: Sequence[int | None], new: int, adjust: Adjust | None
     ) -> Tensor | None:
-        """[states, vocab] on every tensor-parallel rank, after `adjust`. texts: what each of `mine` has so far."""
+        """Return adjusted logits [states, vocab] on every tp rank. texts: tokens so far of each of `prompts`."""
         if not states:
             return None
         hidden = torch.stack(list(states.values()))
@@ -181,12 +187,12 @@ class Predictor:
         whole = gather_sequence(logits, self.topology.tp_group).t()[:, : self.config.shape.vocab]
         if adjust is None:
             return whole
-        so_far = {at: text for at, text in zip(mine, texts, strict=True) if at is not None}
+        so_far = {at: text for at, text in zip(prompts, texts, strict=True) if at is not None}
         return torch.stack([adjust(so_far[at], new, row) for at, row in zip(states, whole, strict=True)])
 
-    def _together(self, mine: Mapping[int, Likelihood], count: int) -> list[Likelihood]:
+    def _gather_all(self, local: Mapping[int, Likelihood], count: int) -> list[Likelihood]:
         every: dict[int, Likelihood] = {}
-        for part in gather_objects(dict(mine)):
+        for part in gather_objects(dict(local)):
             every |= part
         return [every[number] for number in range(count)]
 
@@ -194,14 +200,14 @@ class Predictor:
 def _sampled(
     states: Mapping[int, Tensor], logits: Tensor, top_k: int, top_p: float, seed: tuple[int, int]
 ) -> dict[int, int]:
-    """Prompt -> a token drawn from its row of logits, by the seed and the prompt's number."""
-    chances, tokens = logits.softmax(-1).sort(descending=True)
+    """Return prompt -> a token sampled from its row of logits, seeded by `seed` and the prompt's number."""
+    probabilities, tokens = logits.softmax(-1).sort(descending=True)
     if top_k:
-        chances[:, top_k:] = 0
-        chances /= chances.sum(-1, keepdim=True)
-    chances[chances.cumsum(-1) - chances >= top_p] = 0
+        probabilities[:, top_k:] = 0
+        probabilities /= probabilities.sum(-1, keepdim=True)
+    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     chosen = {}
-    for at, row, of_row in zip(states, chances, tokens, strict=True):
+    for at, row, row_tokens in zip(states, probabilities, tokens, strict=True):
         generator = torch.Generator(logits.device).manual_seed(hash((*seed, at)) % 2**63)
-        chosen[at] = int(of_row[torch.multinomial(row, 1, generator=generator)])
+        chosen[at] = int(row_tokens[torch.multinomial(row, 1, generator=generator)])
     return chosen

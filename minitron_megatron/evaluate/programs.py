@@ -1,8 +1,8 @@
-"""Programs that a model wrote, run against their tests, isolated as far as this machine allows.
+"""Runs programs that a model wrote against their tests, isolated as far as this machine allows.
 
-A program passes if its last line ran, in time: `supervisor.py` proves it by a token that the program cannot see. Code
-that reads its own process's raw memory, or that makes its tests compare anything as equal, could still cheat: nothing
-that shares an interpreter with its tests can be kept from that.
+A program passes if its last line runs in time; `supervisor.py` proves this by a token that the program cannot see. Code
+that reads its own process's raw memory, or that makes all comparisons of its tests equal, could still cheat: this
+cannot be prevented for code that shares an interpreter with its tests.
 """
 
 from __future__ import annotations
@@ -26,80 +26,84 @@ __all__ = ["Isolation", "candidates", "isolation", "passes", "share_that_pass"]
 
 SECONDS = 10.0
 GRACE = 10.0
-"""After its own time, the supervisor itself is killed."""
+"""Seconds after its time limit at which the supervisor itself is killed."""
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 LIMITS = "limits on time, memory (4 GiB a process), processes (64), file size (64 MiB) and open files (256)"
-TRIED = "import collections, decimal, json, math, random, re, threading\nopen('here', 'w').close()\n"
-"""A program that any isolation has to let pass."""
+PROBE = "import collections, decimal, json, math, random, re, threading\nopen('here', 'w').close()\n"
+"""Program that must pass under an isolation for it to be used."""
 
 
 @dataclass(frozen=True)
 class Isolation:
-    """Way of running the supervisor."""
+    """A way to isolate the supervisor and its program."""
 
     spaces: Literal["bubblewrap", "unshare", "limits"]
     user: Literal["own", "reader", "same"]
-    """`own`: a user without rights, for this program alone. `reader`: it may read all files, for an interpreter that
-    others may not read. `same`: the user who runs this. Only root can have the first two, and needs them: the kernel
-    does not count root's processes."""
+    """`own`: an unprivileged user for this program alone. `reader`: such a user with read access to all files, for an
+    interpreter that other users cannot read. `same`: the current user. Only root can use the first two, and needs them:
+    the kernel's process limit does not apply to root."""
 
     @property
     def said(self) -> str:
-        """One line for results."""
+        """Description in one line, for the results."""
         spaces = {
-            "bubblewrap": "namespaces of bubblewrap (no network, files read-only, no other processes in view)",
-            "unshare": "namespaces of unshare (no network, no other processes in view)",
-            "limits": "no namespaces (network, files and other processes within reach of its user)",
+            "bubblewrap": "bubblewrap namespaces (no network, files read-only, other processes hidden)",
+            "unshare": "unshare namespaces (no network, other processes hidden)",
+            "limits": "no namespaces (network, files and other processes within reach of the user)",
         }
         users = {
-            "own": "as a user without rights",
-            "reader": "as a user that may read all files",
-            "same": "as the user who runs this",
+            "own": "as an unprivileged user",
+            "reader": "as a user with read access to all files",
+            "same": "as the current user",
         }
         return f"{spaces[self.spaces]}; {users[self.user]}; {LIMITS}"
 
     @property
     def kept(self) -> int:
-        """Number of the capability that a program keeps, CAP_DAC_READ_SEARCH; -1: none."""
+        """Number of the capability that the program keeps (CAP_DAC_READ_SEARCH); -1: none."""
         return 2 if self.user == "reader" else -1
 
     def command(self, folder: str) -> list[str]:
-        """What comes before the supervisor's own command."""
+        """Return the command prefix that puts the supervisor into its namespaces."""
         root = os.geteuid() == 0
         if self.spaces == "unshare":
-            whose = [] if root else ["--user", "--map-current-user"]
+            user = [] if root else ["--user", "--map-current-user"]
             spaces = ["--pid", "--fork", "--mount-proc", "--net", "--ipc", "--uts", "--kill-child"]
-            return ["unshare", *whose, *spaces, "--"]
+            return ["unshare", *user, *spaces, "--"]
         if self.spaces == "bubblewrap":
             spaces = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
-            rights = [f"CAP_{name}" for name in ("SETUID", "SETGID", "DAC_READ_SEARCH")] if self.user != "same" else []
-            whose = [each for right in rights for each in ("--cap-add", right)] if root else ["--unshare-user"]
+            capabilities = (
+                [f"CAP_{name}" for name in ("SETUID", "SETGID", "DAC_READ_SEARCH")] if self.user != "same" else []
+            )
+            user = [each for name in capabilities for each in ("--cap-add", name)] if root else ["--unshare-user"]
             files = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--bind", folder, folder]
-            return ["bwrap", *spaces, *whose, *files, "--chdir", folder, "--"]
+            return ["bwrap", *spaces, *user, *files, "--chdir", folder, "--"]
         return []
 
 
 @cache
 def isolation() -> Isolation:
-    """The strongest isolation that works here; limits alone always do."""
+    """Return the strongest isolation that works on this machine; limits alone always work."""
     *better, last = candidates()
-    return next((each for each in better if passes(TRIED, how=each)), last)
+    return next((each for each in better if passes(PROBE, how=each)), last)
 
 
 def candidates() -> list[Isolation]:
-    """All kinds, the strongest first."""
+    """Return all ways of isolation, the strongest first."""
     users: tuple[Literal["own", "reader", "same"], ...] = ("own", "reader", "same") if os.geteuid() == 0 else ("same",)
     kinds: tuple[Literal["bubblewrap", "unshare", "limits"], ...] = ("bubblewrap", "unshare", "limits")
     return [Isolation(spaces, user) for spaces in kinds for user in users]
 
 
 def passes(program: str, seconds: float = SECONDS, how: Isolation | None = None) -> bool:
-    """Whether a program, its tests included, runs to its end in a process of its own. how: None: the strongest."""
+    """Return whether a program with its tests runs to its end in its own process. how: None: the strongest way."""
     how = how or isolation()
     with TemporaryDirectory() as folder:
         source = Path(folder) / "program"
         source.write_bytes(program.encode("utf-8", "replace"))
-        uid = 61184 + secrets.randbelow(4336) if how.user != "same" else 0  # systemd keeps these for such use
+        uid = (
+            61184 + secrets.randbelow(4336) if how.user != "same" else 0
+        )  # systemd reserves these ids for dynamic users
         if uid:
             os.chown(folder, uid, uid)
         before = how.command(folder)
@@ -127,7 +131,7 @@ def passes(program: str, seconds: float = SECONDS, how: Isolation | None = None)
 
 
 def share_that_pass(programs: Sequence[str], tests: str) -> float:
-    """The mean over programs: pass@1, whose unbiased estimate it is."""
+    """Return the share of programs that pass: an unbiased estimate of pass@1."""
     isolation()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         return sum(threads.map(lambda program: passes(f"{program}\n{tests}\n"), programs)) / len(programs)

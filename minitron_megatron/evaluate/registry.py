@@ -1,6 +1,6 @@
-"""The harness's registered tasks. Its own index of all 13,000 files takes half a minute, and is made only where needed.
+"""Lookup of the harness's tasks. Its own index of all 13,000 files takes half a minute, so it is built only if needed.
 
-Metrics of the `evaluate` package are code from the hub: it is kept from downloading them.
+Metrics of the `evaluate` package are code from the Hugging Face hub; offline mode keeps it from downloading them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NO_CONFIGURATIONS = (".py", ".pyc", ".md", ".jsonl", ".json", ".txt", ".ipynb", 
 
 @cache
 def loader() -> Any:
-    """A TaskManager that builds tasks from configurations, and knows none by name."""
+    """Return a TaskManager that builds tasks from configurations and indexes none by name."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=False)
@@ -29,12 +29,12 @@ def loader() -> Any:
 
 @cache
 def registered(name: str) -> Any:
-    """The harness's entry of a task, a group or a tag; None: there is none."""
+    """Return the harness's entry of a task, a group or a tag; None if there is none."""
     return _single(name) or _index().get(name)
 
 
 def every_name() -> list[str]:
-    """Names of all tasks, groups and tags."""
+    """Return the names of all tasks, groups and tags."""
     return list(_index())
 
 
@@ -48,7 +48,7 @@ def _index() -> Mapping[str, Any]:
 
 @cache
 def _texts() -> Mapping[str, bytes]:
-    """All files that may hold configurations, those that others include among them."""
+    """Return path -> content of all files that may hold configurations, included files among them."""
     import lm_eval.tasks
 
     texts = {}
@@ -60,14 +60,14 @@ def _texts() -> Mapping[str, bytes]:
 
 
 def _single(name: str) -> Any:
-    """Entry of a task that one file names plainly, and no tag or group has the name; None: the index has to tell."""
+    """Return the entry of a task that one file alone defines and whose name no tag or group has; None: use the index."""
     from lm_eval.tasks._index import Entry, Kind
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    name_, word = name.encode(), re.escape(name).encode()
+    encoded, word = name.encode(), re.escape(name).encode()
     plain = re.compile(rb"^[\"']?task[\"']?:\s*[\"']?%b[\"']?\s*$" % word, re.MULTILINE)
     other = re.compile(rb"^\s*(-\s*|[\"']?(tag|group)[\"']?:.*)[\"'\s\[]?%b[\"'\s\],]*$" % word, re.MULTILINE)
-    holding = {path: text for path, text in _texts().items() if name_ in text}
+    holding = {path: text for path, text in _texts().items() if encoded in text}
     naming = [path for path, text in holding.items() if plain.search(text)]
     if len(naming) != 1 or not naming[0].endswith(".yaml"):
         return None

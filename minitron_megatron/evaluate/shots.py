@@ -1,4 +1,4 @@
-"""Splits of a task: the one that is scored, and the one that its solved examples come from."""
+"""Splits of a task: the scored one, and the one that few-shot examples come from."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ __all__ = ["SPLITS", "check_rows", "check_shots", "check_texts", "with_files"]
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 """Keys by which a task's configuration names its data."""
 LOOKED_AT = 100
-"""Questions with missing fields whose texts are made before a task runs."""
+"""Number of questions with missing fields that are checked before a task runs."""
 
 
 def check_shots(task: str, config: Mapping[str, Any]) -> None:
-    """Raise RecipeError where examples would come from the split that is scored, or where there are too few."""
+    """Raise RecipeError if examples would come from the scored split, or if there are too few."""
     _splits(task, config)
 
 
 def _splits(task: str, config: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The scored split, and the one of the examples where there are any. Raises RecipeError as `check_shots`.
+    """Return (scored split, split of the examples or None). Raises RecipeError as `check_shots`.
 
-    The rules are the harness's: `fewshot_split`, else listed examples, else training, validation, test. It leaves a
-    question out of its own examples where a task names its test split as theirs, and nowhere else.
+    The rules are the harness's: `fewshot_split`, else listed examples, else training, validation, test. Only if a task
+    names its test split as the split of examples does the harness leave a question out of its own examples.
     """
     scored = config.get("test_split") or config.get("validation_split")
     if not scored:
-        raise RecipeError(f"task {task} names no split that is scored. Leave it out.")
+        raise RecipeError(f"task {task} names no split to score. Leave it out.")
     wanted, how = config.get("num_fewshot") or 0, config.get("fewshot_config") or {}
     named = _named(config)
     if not wanted:
@@ -39,12 +39,12 @@ def _splits(task: str, config: Mapping[str, Any]) -> tuple[str, str | None]:
     if named is None and how.get("samples") is not None:
         listed = how["samples"]
         if isinstance(listed, Sequence) and len(listed) < wanted:
-            raise RecipeError(f"task {task} has {len(listed)} examples, and its shots are {wanted}. Ask for fewer.")
+            raise RecipeError(f"task {task} has {len(listed)} examples, but {wanted} shots are set. Use fewer shots.")
         return scored, None
     source = named or next(config[key] for key in SPLITS[:3] if config.get(key))
     if source == scored and (named is None or named != config.get("test_split")):
         raise RecipeError(
-            f"task {task} has no examples but the questions that are scored, which would show their answers. "
+            f"task {task} has no examples besides the scored questions, so examples would show the answers. "
             "Set its shots to 0."
         )
     return scored, source
@@ -56,10 +56,10 @@ def _named(config: Mapping[str, Any]) -> str | None:
 
 
 def with_files(task: str, config: Mapping[str, Any], files: Path) -> dict[str, Any]:
-    """The configuration with local files in the place of downloads. Raises DataError where one is missing."""
+    """Return the configuration with local files instead of downloads. Raises DataError if a file is missing."""
     scored, source = _splits(task, config)
     found = split_files(task, files)
-    for split, use in ((scored, "is scored on it"), (source, "takes its examples from it")):
+    for split, use in ((scored, "is scored on this split"), (source, "takes its examples from this split")):
         if split is not None and split not in found:
             raise DataError(
                 f"{files / task / split}.jsonl is missing: task {task} {use}. "
@@ -74,7 +74,7 @@ def with_files(task: str, config: Mapping[str, Any], files: Path) -> dict[str, A
 
 
 def check_rows(task: str, config: Mapping[str, Any], files: Path) -> None:
-    """Raise DataError where local files hold too few examples, or the scored questions among them."""
+    """Raise DataError if local files hold too few examples, or all scored questions among the examples."""
     scored, source = _splits(task, config)
     found = split_files(task, files)
     questions = read_rows(found[scored])
@@ -84,13 +84,13 @@ def check_rows(task: str, config: Mapping[str, Any], files: Path) -> None:
     spare = int(_named(config) == config.get("test_split"))  # the harness draws one more there
     if config.get("process_docs") is None and len(examples) < (wanted := config["num_fewshot"] + spare):
         raise DataError(
-            f"{found[source]} holds {len(examples)} examples, and task {task} with {config['num_fewshot']} shots needs "
-            f"{wanted}. Add more, or ask for fewer shots."
+            f"{found[source]} holds {len(examples)} examples, but task {task} with {config['num_fewshot']} shots needs "
+            f"{wanted}. Add more, or use fewer shots."
         )
     if source != scored and _texts(questions) <= _texts(examples):
         raise DataError(
-            f"{found[source]} holds all questions of {found[scored].name}, which are scored: examples would show their "
-            "answers. Give the task's own examples, or set its shots to 0."
+            f"{found[source]} holds all scored questions of {found[scored].name}, so examples would show the answers. "
+            "Give the task's own examples, or set its shots to 0."
         )
 
 
@@ -99,9 +99,9 @@ def _texts(rows: Sequence[Mapping[str, Any]]) -> set[str]:
 
 
 def check_texts(task: str, built: Any, data: LocalData) -> None:
-    """Raise DataError where a field that a prompt or an answer needs is missing or null in a question.
+    """Raise DataError if a field that a prompt or an answer needs is missing or null in a question.
 
-    built: the harness's task. Only questions that lack a field of the file's first one are looked at.
+    built: the harness's task. Only questions that lack a field of the file's first question are checked.
     """
     if built.config.process_docs is not None:
         return
@@ -114,13 +114,13 @@ def check_texts(task: str, built: Any, data: LocalData) -> None:
             missing = sorted(name for name in needed if row.get(name) is None)
             if _lacks(built, {**dict.fromkeys(names), **row}):
                 raise DataError(
-                    f"{file}, question {at}: {', '.join(missing)} is missing or null, and task {task} needs it. "
-                    "Mend or leave out this question."
+                    f"{file}, question {at}: {', '.join(missing)} is missing or null, but task {task} needs it. "
+                    "Correct or leave out this question."
                 )
 
 
 def _lacks(built: Any, row: Mapping[str, Any]) -> bool:
-    """Whether a question's texts cannot be made, or say None where no field does."""
+    """Return whether a question's texts cannot be built, or contain "None" although no field does."""
     try:
         texts = [built.doc_to_text(row), built.doc_to_target(row)]
         texts += [built.doc_to_choice(row)] if built.config.doc_to_choice is not None else []

@@ -1,4 +1,4 @@
-"""The papers' tasks, with their shots, metrics and sampling."""
+"""Task suites of the papers, with their shots, metrics and sampling."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ __all__ = ["SUITES", "Task"]
 
 @dataclass(frozen=True)
 class Task:
-    """One task of the harness, or of `own`."""
+    """One task of the harness, or of `extra_tasks.py`."""
 
     name: str
     shots: int | None = None
-    """Solved examples before each question; None: as the task has it."""
+    """Solved examples before each question; None: the task's default."""
     metric: str | tuple[str, ...] | None = None
-    """The one that stands in tables, or of several the mean; None: the task's first."""
+    """Metric shown in tables, or several whose mean is shown; None: the task's first."""
     answers: int = 1
-    """Sampled for each question that is answered by generation."""
+    """Answers sampled for each question of a generative task."""
     temperature: float | None = None
-    """None: as the task has it, which is greedy in these suites."""
+    """Sampling temperature; None: the task's default, which is greedy in these suites."""
     top_p: float = 1.0
 
 
@@ -47,5 +47,5 @@ SUITES: Mapping[str, tuple[Task, ...]] = {
         Task("humaneval_instruct", 0, "pass_at_1"),
     ),
 }
-"""As in both papers; of XL-Sum they say three shots in one place and none in another, and use a fifth of it. What they
-also report is judged by another model (MT-Bench) or needs a service (BFCL): not here."""
+"""The tasks of both papers. For XL-Sum they state three shots in one place and none in another, and use a fifth of it.
+Left out: MT-Bench, which another model judges, and BFCL, which needs a service."""

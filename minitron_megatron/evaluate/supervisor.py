@@ -1,8 +1,9 @@
-"""Script that runs a program under limits: exit code 0 if, and only if, its last line ran.
+"""Script that runs a program under limits: exit code 0 if and only if the program's last line ran.
 
-Called as `python -I supervisor.py SECONDS UID KEPT SOURCE`, in a folder of the program's own. The program runs in a
-fork. A random token is written to that fork, and waits on its evaluation stack, which no Python code can read, while
-the program runs; the fork sends it back after the program's last line. Then all that the program started is killed.
+Called as `python -I supervisor.py SECONDS UID KEPT SOURCE` in a folder of the program's own. The program runs in a
+forked child. The supervisor sends the child a random token; while the program runs, the token lies on the interpreter's
+evaluation stack, which no Python code can read. The child sends it back after the program's last line. Then all
+processes that the program started are killed.
 """
 
 from __future__ import annotations
@@ -31,26 +32,26 @@ def main() -> int:
     with open(source, encoding="utf-8") as file:
         program = file.read()
     os.remove(source)
-    prctl(SUBREAPER, 1, 0, 0, 0)  # orphans become children of this process
-    prctl(DUMPABLE, 0, 0, 0, 0)  # no process of this user looks into it
-    (asks, tells), (hears, answers) = os.pipe(), os.pipe()
+    prctl(SUBREAPER, 1, 0, 0, 0)  # adopt orphaned descendants
+    prctl(DUMPABLE, 0, 0, 0, 0)  # other processes of this user cannot trace this one
+    (token_in, token_out), (reply_in, reply_out) = os.pipe(), os.pipe()
     child = os.fork()
     if not child:
-        os.close(tells)
-        os.close(hears)
+        os.close(token_out)
+        os.close(reply_in)
         _limit(seconds, uid, kept)
-        _run(program, asks, answers)
-    os.close(asks)
-    os.close(answers)
+        _run(program, token_in, reply_out)
+    os.close(token_in)
+    os.close(reply_out)
     token = os.urandom(32)
-    os.write(tells, token)
-    passed = _answer(hears, child, time.monotonic() + seconds) == token
+    os.write(token_out, token)
+    passed = _reply(reply_in, child, time.monotonic() + seconds) == token
     _kill_all()
     return 0 if passed else 1
 
 
 def _limit(seconds: float, uid: int, kept: int) -> None:
-    """Bound what the program may use; uid 0: its processes are counted with the user's others."""
+    """Limit the program's resources. uid 0: keep the user, so the process limit includes the user's other processes."""
     processes = PROCESSES
     if uid:
         _become(uid, kept)
@@ -70,7 +71,7 @@ def _limit(seconds: float, uid: int, kept: int) -> None:
 
 
 def _become(uid: int, kept: int) -> None:
-    """Become another user, with one capability that it and its programs keep; kept -1: none."""
+    """Switch to another user and keep one capability, also across exec; kept -1: none."""
     prctl(KEEP_CAPABILITIES, int(kept >= 0), 0, 0, 0)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -82,7 +83,7 @@ def _become(uid: int, kept: int) -> None:
 
 
 def _threads(uid: int) -> int:
-    """How many threads a user has now, as RLIMIT_NPROC counts them."""
+    """Count a user's threads, as RLIMIT_NPROC does."""
     count = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -93,29 +94,32 @@ def _threads(uid: int) -> int:
     return count
 
 
-def _run(program: str, asks: int, answers: int) -> None:
-    """Run a program as `__main__`, then send the token. The arguments wait where the program cannot see them."""
+def _run(program: str, token_in: int, reply_out: int) -> None:
+    """Run a program as `__main__`, then send the token back.
+
+    os.write's arguments, the token among them, are evaluated first and lie where the program cannot see them.
+    """
     leave = os._exit
     try:
         module = types.ModuleType("__main__")
         module.__dict__["__builtins__"] = __builtins__
         sys.modules["__main__"], sys.argv = module, ["program"]
-        os.write(answers, os.read(asks, 32)[: exec(compile(program, "program", "exec"), module.__dict__)])  # type: ignore[func-returns-value]
+        os.write(reply_out, os.read(token_in, 32)[: exec(compile(program, "program", "exec"), module.__dict__)])  # type: ignore[func-returns-value]
     except BaseException:
         leave(1)
     leave(0)
 
 
-def _answer(hears: int, child: int, until: float) -> bytes:
-    """What the fork sends before it ends, before the time is over, and before there are too many processes."""
+def _reply(reply_in: int, child: int, until: float) -> bytes:
+    """Return the bytes that the child sends before it ends, runs out of time or has too many processes."""
     found, ended = b"", False
     while len(found) < 32 and (left := until - time.monotonic()) > 0:
-        if select.select([hears], [], [], 0 if ended else min(left, 0.05))[0]:
-            part = os.read(hears, 33)
+        if select.select([reply_in], [], [], 0 if ended else min(left, 0.05))[0]:
+            part = os.read(reply_in, 33)
             if not part:
                 break
             found += part
-        elif ended or len(_descendants(os.getpid())) > PROCESSES:  # root's are counted by no limit
+        elif ended or len(_descendants(os.getpid())) > PROCESSES:  # no process limit applies to root
             break
         else:
             ended = os.waitpid(child, os.WNOHANG)[0] == child
@@ -123,7 +127,7 @@ def _answer(hears: int, child: int, until: float) -> bytes:
 
 
 def _kill_all() -> None:
-    """Kill and reap all descendants: those whose parents ended have become children of this process."""
+    """Kill and reap all descendants, including orphans that this process adopted."""
     while True:
         for pid in _descendants(os.getpid()):
             with contextlib.suppress(OSError):

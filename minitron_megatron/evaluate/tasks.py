@@ -31,9 +31,9 @@ from .suites import Task
 __all__ = ["check_tasks", "lower_is_better", "run_tasks", "scores_of"]
 
 GROUP_KEYS = {"group", "group_alias", "task", "task_alias", "tag", "aggregate_metric_list", "metadata"}
-"""Of a group's configuration; its others hold for all its tasks."""
+"""Keys that describe a group itself; all other keys of its configuration apply to its tasks."""
 SAMPLED = 16
-"""Questions and examples by which a task is checked before it runs."""
+"""Number of questions and examples that are checked before a task runs."""
 
 
 def check_tasks(
@@ -46,13 +46,12 @@ def check_tasks(
     chat: bool = False,
     truncate: bool = False,
 ) -> None:
-    """Check tasks without running them, and without a download.
+    """Check tasks without running them and without downloads.
 
-    tokenizer: the folder that holds it; None: prompts are not looked at. model: the folder whose context and generation
-    settings have to bear them; None: the tokenizer's. chat, truncate: as in `run_tasks`. Raises
-    RecipeError for a task that the harness does not know, that lacks a package, a metric or examples besides the scored
-    questions, or whose answers are programs where `run_code` does not say that they may run; DataError for one without
-    its files, and for files and prompts that cannot be.
+    tokenizer: folder of the tokenizer; None: do not check prompts. model: folder whose context length and generation
+    settings apply; None: the tokenizer's. chat, truncate: as in `run_tasks`. Raises RecipeError for a task that the
+    harness does not know, that lacks a package, a metric or examples besides the scored questions, or whose answers are
+    programs while `run_code` is false; DataError for missing or invalid files and for prompts that do not fit the model.
     """
     lm = _checking_model(tokenizer, model or tokenizer, chat, truncate) if tokenizer is not None else None
     seen: set[str] = set()
@@ -60,24 +59,24 @@ def check_tasks(
         firsts = set()
         for leaf, keys in _leaves(task.name).items():
             if leaf in seen:
-                raise RecipeError(f"task {leaf} is asked for twice, and results have one place for it. Remove one.")
+                raise RecipeError(f"task {leaf} is listed twice, but results hold each task once. Remove one.")
             seen.add(leaf)
             config = _checked(task, leaf, keys, files, run_code)
             firsts.add(first_metric(config))
             _check_prompts(leaf, config, files, lm, chat)
         if task.metric is None and len(firsts) > 1:
             raise RecipeError(
-                f"the tasks of {task.name} have unlike first metrics ({', '.join(sorted(map(str, firsts)))}), which "
-                "have no mean. Give a metric that all have, or name the tasks one by one."
+                f"the tasks of {task.name} have different first metrics ({', '.join(sorted(map(str, firsts)))}), which "
+                "cannot be averaged. Set a metric that all tasks have, or list the tasks one by one."
             )
 
 
 def _checked(task: Task, leaf: str, keys: Mapping[str, Any], files: Path | None, run_code: bool) -> dict[str, Any]:
-    """The configuration of one task that is fit to run."""
+    """Return the configuration of one task after checking that it can run."""
     if leaf in PROGRAMS and not run_code:
         raise RecipeError(
-            f"task {leaf} runs programs that a model wrote, on this machine and with your rights. "
-            "Set evaluate.run_code where that may be, as in a container without a network."
+            f"task {leaf} runs programs that a model wrote, on this machine and with your permissions. "
+            "Set evaluate.run_code if this is acceptable, as in a container without a network."
         )
     config = _configured(task, leaf, files, keys)
     check_metric(leaf, config, task.metric)
@@ -91,7 +90,7 @@ def _checked(task: Task, leaf: str, keys: Mapping[str, Any], files: Path | None,
 
 
 def _checking_model(folder: Path, model: Path, chat: bool, truncate: bool) -> Any:
-    """The model as the harness sees it, without weights. Raises RecipeError for a missing or broken chat template."""
+    """Return a harness model without weights. Raises RecipeError for a missing or broken chat template."""
     config = read_config(model)
     lm = harness_model(
         transformers_tokenizer(folder),
@@ -107,15 +106,15 @@ def _checking_model(folder: Path, model: Path, chat: bool, truncate: bool) -> An
         except Exception as error:  # a template raises anything
             lines = str(error).strip().splitlines()
             raise RecipeError(
-                f"evaluate.chat needs a chat template, and the tokenizer in {folder} has none that works: "
+                f"evaluate.chat needs a chat template, but the tokenizer in {folder} has no working one: "
                 f"{lines[0][:200].rstrip('.') if lines else type(error).__name__}. "
-                "Leave evaluate.chat out, or put the template into chat_template.jinja there."
+                "Leave out evaluate.chat, or put a template into chat_template.jinja there."
             ) from error
     return lm
 
 
 def _check_prompts(leaf: str, config: Mapping[str, Any], files: Path | None, lm: Any, chat: bool) -> None:
-    """Raise DataError where a model cannot take a task's prompts: its first one, where its data are here."""
+    """Raise DataError if a model cannot take a task's settings, or, with local files, its first prompt."""
     if lm is not None and config.get("output_type", "generate_until") == "generate_until" and "class" not in config:
         lm.check_settings(config.get("generation_kwargs") or {})
     if files is None:
@@ -126,24 +125,24 @@ def _check_prompts(leaf: str, config: Mapping[str, Any], files: Path | None, lm:
         check_texts(leaf, built, config["custom_dataset"])
         if lm is None:
             return
-        built.build_all_requests(limit=1, **_chatting(lm, chat))
+        built.build_all_requests(limit=1, **_chat_options(lm, chat))
     lm.checked(built.instances)
 
 
-def _chatting(lm: Any, chat: bool) -> dict[str, Any]:
+def _chat_options(lm: Any, chat: bool) -> dict[str, Any]:
     template = {"chat_template": lm.apply_chat_template, "tokenizer_name": lm.tokenizer_name} if chat else {}
     return {"apply_chat_template": chat, "fewshot_as_multiturn": True, **template}
 
 
 def _check_sentences() -> None:
-    """IFEval counts sentences after its questions are answered; its own download fails without an error."""
+    """Raise DataError without NLTK's sentence splitter: IFEval needs it only after generation, and fails to say so."""
     import nltk
 
     try:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError as error:
         raise DataError(
-            "task ifeval needs NLTK's punkt_tab, which is not here and could not be downloaded. "
+            "task ifeval needs NLTK's punkt_tab, which was not found and could not be downloaded. "
             "Set NLTK_DATA to a folder that has tokenizers/punkt_tab."
         ) from error
 
@@ -164,23 +163,24 @@ def run_tasks(
     run: RunBatches | None = None,
     listener: Listener = silent,
 ) -> dict[str, Any]:
-    """Runs tasks and returns the harness's own results, samples included, on every rank. Collective over the world.
+    """Run tasks and return the harness's results, samples included, on every rank. Collective over the world.
 
-    files: `FOLDER/<task>/<split>.jsonl` with the fields that the harness's own data have, in the place of downloads.
-    folder: whose generation settings count; None: the tokenizer's. limit: questions a task. truncate: drop the
-    beginnings of prompts longer than the context. chat: prompts go through the tokenizer's chat template. seed: of what
-    is sampled. run: in the place of the model's forward pass. Programs that the model writes run on the first rank
-    alone, and `programs` in the results says how they were isolated.
+    files: folder with `<task>/<split>.jsonl`, with the same fields as the harness's data, instead of downloads. folder:
+    folder of the generation settings; None: the tokenizer's. limit: questions per task. truncate: drop the beginnings
+    of prompts longer than the context. chat: apply the tokenizer's chat template. seed: seed of sampling. run: replaces
+    the model's forward pass. Programs that the model writes run only on the first rank; `programs` in the results says
+    how they were isolated.
     """
     from lm_eval import evaluate
 
-    predictor, home = Predictor(model, topology, micro_batch=micro_batch, run=run), Path(tokenizer.name_or_path)
+    predictor = Predictor(model, topology, micro_batch=micro_batch, run=run)
+    tokenizer_folder = Path(tokenizer.name_or_path)
     lm = harness_model(
         tokenizer,
-        end=end_of_document(home, load_tokenizer(home)),
+        end=end_of_document(tokenizer_folder, load_tokenizer(tokenizer_folder)),
         context=predictor.config.max_positions,
         vocab=predictor.config.shape.vocab,
-        settings=generation_settings(folder or home),
+        settings=generation_settings(folder or tokenizer_folder),
         predictor=predictor,
         truncate=truncate,
         seed=seed,
@@ -188,7 +188,7 @@ def run_tasks(
     )
     first = topology.rank == 0
     leaves = [(task, leaf, keys) for task in tasks for leaf, keys in _leaves(task.name).items()]
-    with _seeded(), quiet() as told, named_errors():
+    with _seeded(), quiet() as messages, named_errors():
         configs = [_configured(task, leaf, files, keys, run_code=first) for task, leaf, keys in leaves]
         found = evaluate(
             lm=lm,
@@ -200,14 +200,14 @@ def run_tasks(
             fewshot_as_multiturn=True,
         )
     if first:
-        warn(told)
+        warn(messages)
         if any(leaf in PROGRAMS for _, leaf, _ in leaves):
             found["programs"] = isolation().said
     return broadcast_object(json.loads(json.dumps(found, default=str)) if first else None)
 
 
 def _built(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Task's name -> the harness's task, its data loaded and its examples seeded as `simple_evaluate` does it."""
+    """Return task name -> the harness's task, with data loaded and examples seeded as `simple_evaluate` does."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     built: dict[str, Any] = {}
@@ -223,21 +223,21 @@ def _built(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed what tasks draw from, as `simple_evaluate` does it, and put the generators back."""
+    """Seed Python's and NumPy's generators as `simple_evaluate` does, and restore them at the end."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
-    before, arrays = random.getstate(), np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     try:
         yield
     finally:
-        random.setstate(before)
-        np.random.set_state(arrays)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def scores_of(results: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, float]:
-    """Task -> the number that stands in tables; of a group the mean over all its questions."""
+    """Return task -> its number for tables; for a group the mean over all its questions."""
     scores = {}
     for task in tasks:
         leaves = list(_leaves(task.name))
@@ -248,7 +248,7 @@ def scores_of(results: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, fl
 
 
 def lower_is_better(results: Mapping[str, Any], task: Task) -> bool:
-    """Whether less of a task's number is better, as of a perplexity."""
+    """Return whether a lower number is better for a task, as for a perplexity."""
     leaf = next(iter(_leaves(task.name)))
     metric = task.metric[0] if isinstance(task.metric, tuple) else task.metric
     key = metric_key(leaf, results["results"][leaf], metric)
@@ -256,7 +256,7 @@ def lower_is_better(results: Mapping[str, Any], task: Task) -> bool:
 
 
 def _leaves(name: str) -> dict[str, dict[str, Any]]:
-    """A task, or all of a group's or a tag's -> what groups say of it. Raises RecipeError for an unknown name."""
+    """Return the tasks of a task, group or tag -> keys set by its groups. Raises RecipeError for an unknown name."""
     if name in EXTRA_TASKS:
         return {name: {}}
     entry = registered(name)
@@ -268,7 +268,7 @@ def _leaves(name: str) -> dict[str, dict[str, Any]]:
 
 
 def _members(group: str, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tasks of a group's configuration, as `_leaves`."""
+    """Return the tasks of a group's configuration, in the form of `_leaves`."""
     found: dict[str, dict[str, Any]] = {}
     shared = {key: value for key, value in config.items() if key not in GROUP_KEYS}
     for part in config["task"]:
@@ -293,7 +293,7 @@ def _configured(
     *,
     run_code: bool = False,
 ) -> dict[str, Any]:
-    """The harness's own configuration of a task, with what its groups say, our shots, sampling and data."""
+    """Return the harness's configuration of a task, with its groups' keys and our shots, sampling and data."""
     config = _own(task, name, run_code) if name in EXTRA_TASKS or name in PROGRAMS else _registered(name, True)
     config = {**config, **(keys or {})}
     config.pop("tag", None)
@@ -301,14 +301,14 @@ def _configured(
     if task.shots is not None:
         config["num_fewshot"] = task.shots
     if config.get("output_type") == "loglikelihood_rolling":
-        config["num_fewshot"] = 0  # there is no prompt that could hold them
+        config["num_fewshot"] = 0  # such a task has no prompt to put examples into
     if task.temperature is not None:
-        how = {"do_sample": task.temperature > 0, "temperature": task.temperature, "top_p": task.top_p}
-        config["generation_kwargs"] = {**config.get("generation_kwargs", {}), **how}
+        sampling = {"do_sample": task.temperature > 0, "temperature": task.temperature, "top_p": task.top_p}
+        config["generation_kwargs"] = {**config.get("generation_kwargs", {}), **sampling}
     if task.answers > 1:
         config["repeats"] = task.answers
     if files is not None and "class" in config:
-        raise RecipeError(f"task {name} is a program of the harness that reads no files but its own. Leave it out.")
+        raise RecipeError(f"task {name} is Python code in the harness that cannot read local files. Leave it out.")
     return with_files(name, config, files) if files is not None else config
 
 
@@ -323,16 +323,16 @@ def _own(task: Task, name: str, run_code: bool) -> dict[str, Any]:
 
 
 def _registered(name: str, functions: bool) -> dict[str, Any]:
-    """functions: with those that it names; their modules are imported, and some need packages or a download."""
+    """Return a task's configuration. functions: import the functions it names; some need packages or a download."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
         return load_yaml(registered(name).yaml_path, resolve_func=functions)
     except ImportError as error:
         raise RecipeError(
-            f"task {name} needs a package that is not here: {error}. Install lm-eval with its extra for it, such as "
+            f"task {name} needs a package that is not installed: {error}. Install lm-eval with its extra for it, such as "
             "`pip install 'lm-eval[ifeval]'`."
         ) from error
-    except Exception as error:  # modules of tasks raise anything, and some download when they are imported
+    except Exception as error:  # task modules may raise anything; some download on import
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
         raise RecipeError(f"task {name} cannot be loaded by the harness: {cause}. Leave it out.") from error

@@ -29,7 +29,7 @@ def choose(scores: Scores, *, layers: Sequence[int] | None = None, scope: str = 
 
     Units are ranked inside each kept layer, hidden channels once for all layers. Query heads are ranked inside each
     kept kv_group, which all keep the same number; neurons of experts inside each kept expert. The score of a kv_group
-    is the L2 norm of its heads' scores. Exact ties go to the lower index. layers: the layers to keep (numbered as in the
+    is the L2 norm of its heads' scores. Exact ties go to the lower index. layers: the layers to keep (numbers of the
     source model); None: all. scope: `network` ranks by the sum of the scores over the kept layers, which then all keep
     the same indices (as Minitron section 2.2 describes it); `layer` ranks in each layer (ModelOpt's way).
     Raises PlanError for an unknown axis or scope, an axis without scores, and a size too large or not divisible.
@@ -57,7 +57,10 @@ def scores_of(axis: str, scores: Scores) -> Ranked:
     for at, units in scores.values.get(measured, {}).items():
         place = axis if at is None else f"{axis} in layer {at}"
         if units.shape != (scores.shape.units(measured),):
-            raise PlanError(f"the scores of {place} are not one for each of {scores.shape.units(measured)} units. Score the model again.")
+            raise PlanError(
+                f"the scores of {place} are not one for each of {scores.shape.units(measured)} units. "
+                "Score the model again."
+            )
         if not bool(units.isfinite().all()):
             raise PlanError(f"the scores of {place} are not all finite and cannot be ranked. Score the model again.")
     if axis in scores.values:

@@ -61,7 +61,9 @@ def check_merge(teacher: Shape, student: Shape, merge: str) -> None:
         raise PlanError(f"merge {merge!r} is not known.{did_you_mean(merge, MERGES)} Use {' or '.join(MERGES)}.")
     axis = _axis(teacher)
     if merge == "qkvo" and axis == "heads":
-        raise PlanError("merge qkvo needs a key and a value for each head, but here several heads share one. Use q or q+o.")
+        raise PlanError(
+            "merge qkvo needs a key and a value for each head, but here several heads share one. Use q or q+o."
+        )
     total, kept = teacher.heads // teacher.kv_groups, student.heads // student.kv_groups
     if axis == "kv_groups":
         total, kept = teacher.heads, student.heads

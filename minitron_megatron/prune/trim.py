@@ -107,7 +107,7 @@ def _carry(name: str, plan: Plan, old: Shards, new: Shards, topology: Topology, 
 
 
 def _new_shape(name: str, new: Shards, tensor: Tensor | None) -> tuple[tuple[int, ...], torch.dtype]:
-    """Return shape and dtype of the shard to transfer, on the sender from its tensor, on the receiver from the new model."""
+    """Return (shape, dtype) of the shard to move: the sender's tensor has them, and the receiver's new parameter."""
     like = tensor if tensor is not None else new[name, False].tensor
     return tuple(like.shape), like.dtype
 

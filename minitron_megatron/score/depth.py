@@ -56,7 +56,7 @@ def leave_out(
     """Measure the network without each block of `lengths` layers, on this data-parallel rank's batches.
 
     metric: `loss` (cross-entropy) or `kl` (KL(whole network || remaining network)), in nats per token; or a function
-    that brings its own data. greedy: how many layers to remove one by one in addition: each step removes the layer whose
+    that brings its own data. greedy: how many layers to remove one by one in addition, each time the layer whose
     removal hurts least (ties: the first); single layers are then measured too. Sources: Minitron section 2.2; second
     paper, figures 8 and 9.
 
@@ -105,7 +105,9 @@ def _check_counts(shape: Shape, counts: Sequence[int] | set[int]) -> None:
 def expect_finite(found: Mapping[tuple[int, int], float], baseline: float = 0.0) -> None:
     """Raise PlanError if the metric of the whole network, or of it without a block, is not finite."""
     if not math.isfinite(baseline):
-        raise PlanError(f"the whole network measures {baseline}. Check its weights for NaN or infinity, or score in float32.")
+        raise PlanError(
+            f"the whole network measures {baseline}. Check its weights for NaN or infinity, or score in float32."
+        )
     for (first, length), value in found.items():
         if not math.isfinite(value):
             raise PlanError(

@@ -39,8 +39,8 @@ class Mixture:
         self.topology, self.statistic, self.axes, self.mask = topology, statistic, axes, mask
         if not hasattr(layer.mlp.experts, "local_experts"):
             raise PlanError(
-                f"the experts of layer {self.layer} are {type(layer.mlp.experts).__name__}, but scoring needs one module "
-                "per expert. Build the model with moe_grouped_gemm=False."
+                f"the experts of layer {self.layer} are {type(layer.mlp.experts).__name__}, but scoring needs one "
+                "module per expert. Build the model with moe_grouped_gemm=False."
             )
         experts = layer.mlp.experts.local_experts
         self.norms = torch.zeros(2, len(experts), dtype=torch.float64, device=topology.device)  # sums, tokens

@@ -45,7 +45,7 @@ Point = tuple[float, ...]
 
 
 def front(points: Mapping[str, Point]) -> list[str]:
-    """Return the names of the Pareto-optimal points, in order of their loss; points that are not finite are excluded."""
+    """Return the names of the Pareto-optimal points, in order of their loss; non-finite points are excluded."""
     points = {name: point for name, point in points.items() if all(map(math.isfinite, point))}
     best = [name for name, point in points.items() if not any(_dominates(other, point) for other in points.values())]
     return sorted(best, key=lambda name: points[name])

@@ -111,7 +111,7 @@ class FittedSpeed:
 
 
 def _work(shape: Shape, conditions: Conditions) -> dict[str, float]:
-    """Return bytes read and FLOPs of a decoding step; an MoE model reads the experts that the batch is expected to use."""
+    """Return bytes read and FLOPs of a decoding step; in an MoE model, for the experts that a batch is expected to use."""
     attention = 4 * shape.layers * shape.heads * shape.head_dim * conditions.context
     embedding = 0 if shape.tied else shape.vocab * shape.hidden  # a lookup reads a few rows of it
     return {
@@ -132,7 +132,7 @@ def _used_parameters(shape: Shape, batch: int) -> float:
 
 
 def _nonnegative_least_squares(matrix: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return least squares with coefficients >= 0: drop the most negative one and solve again until none is negative."""
+    """Solve least squares with coefficients >= 0: drop the most negative one and solve again until none is negative."""
     found, active = np.zeros(matrix.shape[1]), list(range(matrix.shape[1]))
     while active:
         part = np.linalg.lstsq(matrix[:, active], wanted, rcond=None)[0]

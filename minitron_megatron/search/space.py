@@ -27,8 +27,8 @@ COSTS: Mapping[str, Callable[[Shape, Conditions], float]] = {
     "decode_ms": lambda shape, at: 1000 * _seconds(shape, at),
     "tokens_per_second": lambda shape, at: at.batch / _seconds(shape, at),
 }
-"""Cost -> function of (shape, conditions): parameters; parameters active per token; bytes of weights and KV cache; FLOPs
-of a forward pass per token, at the context; milliseconds per decoding step; tokens per second of the whole batch."""
+"""Cost -> function of (shape, conditions): parameters; parameters active per token; bytes of weights and KV cache;
+FLOPs of a forward pass per token, at the context; milliseconds per decoding step; tokens per second of the batch."""
 
 MORE_IS_BETTER = ("tokens_per_second",)
 TIMED = ("decode_ms", "tokens_per_second")
@@ -150,7 +150,9 @@ class _Rule:
 
 def _seconds(shape: Shape, conditions: Conditions) -> float:
     if conditions.speed is None:
-        raise RecipeError("a budget in time needs the speed of the machine. Set search.serving.gpu or search.serving.table.")
+        raise RecipeError(
+            "a budget in time needs the speed of the machine. Set search.serving.gpu or search.serving.table."
+        )
     return conditions.speed(shape, conditions)
 
 

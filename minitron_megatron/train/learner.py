@@ -54,7 +54,7 @@ class Learner:
         return loss, counted, float(norm or 0.0)
 
     def _passes(self, batches: Sequence[Batch], objective: Objective) -> tuple[float, int]:
-        """Run forward and backward over the step's micro-batches; return (summed loss, counted tokens) of the global batch."""
+        """Run forward and backward over the step's micro-batches; return the global (summed loss, counted tokens)."""
         forward, size = getattr(objective, "forward", None), getattr(objective, "window", None) or len(batches)
         windows = [batches[at : at + size] for at in range(0, len(batches), size)]
         self._finalize.expect(len(windows))

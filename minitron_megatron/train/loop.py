@@ -234,7 +234,9 @@ class _Run:
         elif begin is not None:
             state = self._newest(Checkpoints(begin[0], self.topology), begin[1])
             if state is None:
-                raise CheckpointError(f"{begin[0]} holds no checkpoint to start from. Remove that folder to train its phase again.")
+                raise CheckpointError(
+                    f"{begin[0]} holds no checkpoint to start from. Remove that folder to train its phase again."
+                )
         if state:
             self.tokens, self.skipped = state["tokens"], state["skipped"]
 

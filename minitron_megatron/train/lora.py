@@ -103,7 +103,7 @@ class _Corrections(nn.Module):
         self.each: Any = nn.ModuleList(corrections)
 
     def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
-        """Return mcore's sharded state, keyed by the layer's number in the whole model; `up` has one row run per fused part."""
+        """Return mcore's sharded state, keyed by global layer number; `up` has one run of rows per fused part."""
         from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 
         found = {}

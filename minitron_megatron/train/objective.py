@@ -26,10 +26,10 @@ class Objective(Protocol):
     """
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        """Prepare for a window of micro-batches, numbered from 0; called on every rank before its passes. May be collective."""
+        """Prepare for a window of micro-batches, numbered from 0; called on every rank. May be collective."""
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
-        """Return the loss in nats summed over the counted tokens of micro-batch `index`: scalar. Last pipeline stage only.
+        """Return the summed loss in nats of the counted tokens of micro-batch `index`: scalar. Last pipeline stage only.
 
         hidden: [seq (over tp with sequence parallelism), batch, hidden]; chunk: the model chunk that computed it.
         """

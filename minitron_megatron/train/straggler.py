@@ -1,7 +1,7 @@
 """Detection of stragglers.
 
-Ranks wait for each other in a step, so that a step takes equally long on all of them. A straggler shows only in the time
-that each rank spends on its own work.
+Ranks wait for each other in a step, so that a step takes equally long on all of them. A straggler shows only in the
+time that each rank spends on its own work.
 """
 
 from __future__ import annotations
