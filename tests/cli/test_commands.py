@@ -20,6 +20,7 @@ from minitron_megatron.cli import app
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.recipe import load_recipe
 from tests.limits import HANGS
+from tests.warm_cli import run_cli
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -28,8 +29,9 @@ ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "P
 
 def call(*arguments: object, ranks: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
     """more: variables of its environment."""
-    start = [sys.executable, "-m", "minitron_megatron"] if ranks == 1 else [str(ROOT / "launch/local.sh"), str(ranks)]
-    command = [*start, *map(str, arguments)]
+    if ranks == 1:
+        return run_cli([str(argument) for argument in arguments], ENVIRONMENT | more)
+    command = [str(ROOT / "launch/local.sh"), str(ranks), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | more, timeout=HANGS, check=False)
 
 
@@ -64,7 +66,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(recipe_file: Write) -> N
     with subprocess.Popen(command, text=True, env=ENVIRONMENT, **options) as run:  # type: ignore[call-overload]
         record = load_recipe(recipe).out / "stages" / "prepare.json"
         until = time.monotonic() + HANGS
-        while not record.exists() and time.monotonic() < until:
+        while not record.exists() and run.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
         run.send_signal(signal.SIGINT)
         _, said = run.communicate(timeout=HANGS)
