@@ -1,4 +1,4 @@
-"""The command line in a process that is forked from a warm one: it has paid for the imports, and all else is as ever."""
+"""The command line in a process that is forked from a warm one, which has paid for the imports."""
 
 from __future__ import annotations
 
