@@ -1,4 +1,4 @@
-"""What a run shows of itself: progress, metrics, tables, plots and a page.
+"""Progress, metrics, tables, plots and the HTML report of a run.
 
 Knows: events, the names of files in a run folder, rich and matplotlib (imported when a plot is drawn). Must not know:
 models, processes, recipes.

@@ -1,6 +1,6 @@
-"""Scores, and what each cut kept of them, as rows of text.
+"""Importance scores, and their share that pruning kept, as table rows.
 
-Scores, kept units and margins come as plain mappings: axis -> layer -> value, the layer None where all layers share the
+Scores, kept units and margins come as plain mappings: axis -> layer -> value. The layer is None if all layers share the
 axis.
 """
 
@@ -17,15 +17,15 @@ from .plots import ByLayer
 __all__ = ["CUT", "KEPT", "SCORED", "cut_rows", "kept_rows", "score_rows", "shares"]
 
 Row = tuple[str, ...]
-SCORED = ("axis", "layer", "units", "best", "median", "least", "best to least")
-CUT = ("axis", "layer", "kept", "of", "of the score", "margin")
-KEPT = ("axis", "kept", "of", "of the score", "closest cut's margin")
+SCORED = ("axis", "layer", "units", "highest", "median", "lowest", "highest to lowest")
+CUT = ("axis", "layer", "kept", "of", "share of score", "margin")
+KEPT = ("axis", "kept", "of", "share of score", "smallest margin")
 BLOCKS = " ▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 24
 
 
 def score_rows(scores: ByLayer[Sequence[float]]) -> list[Row]:
-    """A row an axis and layer, under `SCORED`; the rows of an axis together are its heat map."""
+    """Return a row per axis and layer, with the columns `SCORED`; the last column shows the sorted scores as bars."""
     rows: list[Row] = []
     for axis, layers in scores.items():
         for layer, values in layers.items():
@@ -36,7 +36,7 @@ def score_rows(scores: ByLayer[Sequence[float]]) -> list[Row]:
 
 
 def _curve(ranked: Sequence[float]) -> str:
-    """Values from the best to the least as blocks whose height is the share of the best."""
+    """Return sorted values as a text curve; the height of a block is the value's share of the best."""
     best, width = max(ranked, default=0.0), min(len(ranked), CURVE_WIDTH)
     if best <= 0:
         return ""
@@ -45,7 +45,7 @@ def _curve(ranked: Sequence[float]) -> str:
 
 
 def cut_rows(plan: ByLayer[Sequence[int]], scores: ByLayer[Sequence[float]], margins: ByLayer[float]) -> list[Row]:
-    """A row an axis and layer, under `CUT`: units kept, units there were, share of the score, the cut's margin."""
+    """Return a row per axis and layer, with the columns `CUT`: units kept, units before, share of score, margin."""
     kept = shares(plan, scores)
     return [
         (
@@ -62,21 +62,21 @@ def cut_rows(plan: ByLayer[Sequence[int]], scores: ByLayer[Sequence[float]], mar
 
 
 def kept_rows(plan: ByLayer[Sequence[int]], scores: ByLayer[Sequence[float]], margins: ByLayer[float]) -> list[Row]:
-    """`cut_rows` with a row an axis, under `KEPT`: spans over its layers that stay, and the closest of its cuts."""
+    """Return a row per axis, with the columns `KEPT`: ranges over the kept layers, and the smallest margin."""
     rows: list[Row] = []
     kept = shares(plan, scores)
     for axis, layers in plan.items():
-        there = max(map(len, scores.get(axis, {}).values()), default=None)
-        closest = min(margins.get(axis, {}).values(), default=None)
+        total = max(map(len, scores.get(axis, {}).values()), default=None)
+        smallest = min(margins.get(axis, {}).values(), default=None)
         share = _span(kept.get(axis, {}).values(), "{:.1%}".format)
         rows.append(
-            (axis, _span(map(len, layers.values()), numbers.count), numbers.count(there), share, _margin(closest))
+            (axis, _span(map(len, layers.values()), numbers.count), numbers.count(total), share, _margin(smallest))
         )
     return rows
 
 
 def shares(plan: ByLayer[Sequence[int]], scores: ByLayer[Sequence[float]]) -> dict[str, dict[int | None, float]]:
-    """Of each cut, the sum of the kept units' scores over that of all; absent where that is zero or not known."""
+    """Return each cut's sum of the kept units' scores over that of all units; absent if the latter is 0 or unknown."""
     found: dict[str, dict[int | None, float]] = {}
     for axis, layers in plan.items():
         for layer, units in layers.items():

@@ -1,7 +1,7 @@
-"""What listens to events: progress on the terminal, and the lines of `metrics.jsonl`.
+"""Event listeners: progress on the terminal, and the lines of `metrics.jsonl`.
 
-Knows: events, and how they are shown and written. Must not know: who sends them, which rank it is (the caller gives
-rank 0 real listeners and the others `silent`).
+Knows: events, and how they are shown and written. Must not know: who sends them, or the rank (the caller gives real
+listeners to rank 0 and `silent` to the others).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = ["MetricsFile", "Progress", "fan_out", "lost_lines", "parse_line", "re
 
 
 def fan_out(*listeners: Listener) -> Listener:
-    """One listener that tells each of `listeners`, in order."""
+    """Return one listener that passes events to each of `listeners`, in order."""
 
-    def tell(event: Event) -> None:
+    def listen(event: Event) -> None:
         for listener in listeners:
             listener(event)
 
-    return tell
+    return listen
 
 
 def _amount(task: bars.Task) -> str:
@@ -64,11 +64,11 @@ def _remaining(task: bars.Task) -> str:
 
 _PARTS = (_amount, _speed, _loss, _remaining)
 SHORT_SECONDS = 2.0
-"""Work that is done sooner gets no plain line."""
+"""Work that takes less time than this prints no plain line."""
 
 
 class _Part(bars.ProgressColumn):
-    """A column of a bar that shows one part of the line."""
+    """A column of the progress bar that shows one part of the line."""
 
     def __init__(self, part: Callable[[bars.Task], str]):
         super().__init__(Column(no_wrap=True))
@@ -79,10 +79,11 @@ class _Part(bars.ProgressColumn):
 
 
 class Progress:
-    """Shows events: on a terminal one live bar a label; elsewhere a plain line a label, at most every `every_seconds`.
+    """Shows events as progress: on a terminal, one live bar per label; otherwise plain lines.
 
-    The last event of a label is always shown, off the terminal unless all were over in `short_seconds`. A label that
-    starts over (its `done` goes back) gets a fresh bar.
+    A label prints a plain line at most every `every_seconds`. Its last event is always shown, except that without a
+    terminal a label that took less than `short_seconds` prints nothing. A label that starts over (`done` decreases)
+    gets a new bar.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Progress:
         self._every_seconds, self._short_seconds = every_seconds, short_seconds
         self._tasks: dict[str, bars.Task] = {}
         self._printed: dict[str, tuple[float, float | None]] = {}
-        """Label -> when its last plain line was printed, and `done` in it; before that, when it began, and None."""
+        """Label -> (time, `done`) of its last plain line; before the first line, (start time, None)."""
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -123,7 +124,7 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         task = self._task(event)
-        values = task.fields["values"] | event.values  # what is measured rarely stays in sight
+        values = task.fields["values"] | event.values  # rarely measured values stay visible
         self._bars.update(task.id, completed=event.done, total=event.total, unit=event.unit, values=values)
         if self._printed[event.label][1] is None:
             self._print(event.label, wait=self._short_seconds)
@@ -131,7 +132,7 @@ class Progress:
             self._print(event.label, wait=0.0 if event.done >= event.total else self._every_seconds)
 
     def _task(self, event: Event) -> bars.Task:
-        """The label's bar; what was done before its first event counts for no speed."""
+        """Return the label's bar. Progress before its first event does not count for the speed."""
         task = self._tasks.get(event.label)
         if task is not None and event.done >= task.completed:
             return task
@@ -143,8 +144,8 @@ class Progress:
         return self._tasks[event.label]
 
     def _print(self, label: str, *, wait: float) -> None:
-        """A plain line, off the terminal only, if there is news and the label's last line, or else the label, is `wait`
-        seconds old."""
+        """Print a plain line, if there is no terminal, `done` has changed, and the label's last line (or its start) is
+        at least `wait` seconds old."""
         task, now = self._tasks[label], self._clock()
         when, done = self._printed[label]
         if self._console.is_terminal or task.completed == done or now - when < wait:
@@ -155,20 +156,20 @@ class Progress:
 
 
 def _number(value: float) -> float | None:
-    """As JSON has it: a loss that is not finite becomes null, so that any reader of JSON takes the line."""
+    """Return a JSON number; a value that is not finite becomes null, so that every JSON parser accepts the line."""
     if isinstance(value, int):
         return value
     return float(value) if math.isfinite(value) else None
 
 
 FIELDS: dict[str, type] = {"time": str, "stage": str, "unit": str, "done": int, "total": int}
-"""What a line of metrics holds beside its measurements."""
+"""Fields of a line of metrics other than its measurements."""
 
 
 class MetricsFile:
-    """Appends each event that measured something as a JSON line, in one write: a kill tears the last line at most.
+    """Appends each event that has values as a JSON line, in one write, so that a kill truncates at most the last line.
 
-    At the first event, and not before, the folder is made and a torn last line of a killed run is cut off.
+    The first event creates the folder and removes a truncated last line of a killed run.
     """
 
     def __init__(self, path: Path):
@@ -205,12 +206,12 @@ class MetricsFile:
                 os.close(handle)
         except OSError as error:
             raise CheckpointError(
-                f"{self.path} cannot be written: {error}. Make room, and run again to go on."
+                f"{self.path} cannot be written: {error}. Free disk space, and run the command again to resume."
             ) from error
 
 
 def parse_line(text: bytes) -> dict[str, Any] | None:
-    """Return a line of a metrics file; None for one that is torn or foreign."""
+    """Return a line of a metrics file; None if it is truncated or is not a line of metrics."""
     try:
         line = json.loads(text, parse_constant=lambda _: None)
     except (ValueError, RecursionError):
@@ -224,13 +225,13 @@ def parse_line(text: bytes) -> dict[str, Any] | None:
 
 
 def lost_lines(path: Path) -> int:
-    """How many whole lines of a metrics file are torn or foreign. The last one, of a killed run, is none of them."""
+    """Return the number of invalid lines in a metrics file, without a truncated last line (of a killed run)."""
     *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
     return sum(bool(text.strip()) and parse_line(text) is None for text in whole)
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file; torn and foreign ones are skipped."""
+    """Yield the valid lines of a metrics file."""
     if not path.exists():
         return
     for text in path.read_bytes().split(b"\n"):
@@ -239,9 +240,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` that count, oldest first; an absent file has none.
+    """Return the current lines of `metrics.jsonl`, oldest first; empty if there is no file.
 
-    A stage that resumed or began anew supersedes its own lines from that step on, whether or not it reached them again.
+    If a stage resumed or restarted at a step, its earlier lines from that step on are dropped.
     """
     kept: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for position, line in enumerate(_lines(path)):

@@ -1,4 +1,4 @@
-"""wandb and TensorBoard as listeners. What they are told stands in `metrics.jsonl` too, which is the truth."""
+"""wandb and TensorBoard as listeners. `metrics.jsonl` holds the same values and is authoritative."""
 
 from __future__ import annotations
 
@@ -40,18 +40,17 @@ def logged(
     project: str = "minitron",
     tensorboard: bool = False,
 ) -> Iterator[Listener]:
-    """A listener that tells all that is asked for, opened at the first measurement: before it the folder may be
-    somebody else's.
+    """Yield a listener for all configured loggers. They open at the first measurement, when the run folder is locked.
 
-    config: what the run was told. Raises RecipeError where a package is not installed, or wandb refuses.
+    config: the run's recipe. Raises RecipeError if a package is not installed, or wandb refuses.
     """
-    for name, asked in (("wandb", wandb), ("tensorboard", tensorboard)):
-        if asked and find_spec(name) is None:
-            raise RecipeError(f"log.{name} is set, and {name} is not installed. Run `pip install {name}`.")
+    for name, wanted in (("wandb", wandb), ("tensorboard", tensorboard)):
+        if wanted and find_spec(name) is None:
+            raise RecipeError(f"log.{name} is set, but {name} is not installed. Run `pip install {name}`.")
     with ExitStack() as held:
         listeners: list[Listener] = []
 
-        def tell(event: Event) -> None:
+        def listen(event: Event) -> None:
             if not event.values:
                 return
             if not listeners and wandb:
@@ -61,20 +60,20 @@ def logged(
             for listener in listeners:
                 listener(event)
 
-        yield tell
+        yield listen
 
 
 @contextmanager
 def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, Any]) -> Iterator[Listener]:
-    """Under the id that `folder` keeps; each stage has steps of its own."""
+    """Log to the wandb run whose id is stored in `folder`; each stage has its own step axis."""
     import wandb
 
-    known = RunFolder(folder).wandb_id
-    if not known.exists():
-        write_json(known, {"id": secrets.token_hex(8)})
+    id_file = RunFolder(folder).wandb_id
+    if not id_file.exists():
+        write_json(id_file, {"id": secrets.token_hex(8)})
     try:
         log = wandb.init(
-            id=read_as(known, WandbId)["id"],
+            id=read_as(id_file, WandbId)["id"],
             name=folder.resolve().name,
             project=project,
             mode=mode,
@@ -84,10 +83,10 @@ def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, Any
             settings=wandb.Settings(console="off", silent=True),
         )
     except wandb.Error as error:
-        raise RecipeError(f"wandb refuses: {error}. Run `wandb login`, or set log.wandb to offline.") from error
+        raise RecipeError(f"wandb failed: {error}. Run `wandb login`, or set log.wandb to offline.") from error
     stages: set[str] = set()
 
-    def tell(event: Event) -> None:
+    def listen(event: Event) -> None:
         values = _finite(event)
         if not values:
             return
@@ -97,7 +96,7 @@ def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, Any
         log.log({**values, f"{event.label}/step": event.done})
 
     try:
-        yield tell
+        yield listen
     except BaseException:
         log.finish(exit_code=1)
         raise
@@ -106,19 +105,19 @@ def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, Any
 
 @contextmanager
 def _tensorboard(folder: Path, config: Mapping[str, Any]) -> Iterator[Listener]:
-    """One more event file each time a run goes on."""
+    """Log to TensorBoard; each start of a run adds an event file."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
     writer.add_text("recipe", f"```\n{json.dumps(config, indent=2)}\n```")
 
-    def tell(event: Event) -> None:
+    def listen(event: Event) -> None:
         for name, value in _finite(event).items():
             writer.add_scalar(name, value, event.done)
         if event.done >= event.total:
             writer.flush()
 
     try:
-        yield tell
+        yield listen
     finally:
         writer.close()

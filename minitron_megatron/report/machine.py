@@ -1,4 +1,4 @@
-"""How the first rank's machine fares meanwhile: memory and load, beside the measurements of the work."""
+"""Memory and load of rank 0's machine, logged together with the run's measurements."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ..events import Event, Listener
 __all__ = ["MACHINE", "Machine"]
 
 MACHINE = "machine"
-"""The label of these measurements: no stage."""
+"""Event label of these measurements; it is not a stage."""
 EVERY_SECONDS = 30.0
 
 
 class Machine:
-    """A listener that tells `listener` of the machine, at an event of the work, every so many seconds at most.
+    """Listener that sends `listener` an event on the machine, when a stage sends one, at most once per `every` seconds.
 
-    In bytes: `process_bytes`, `host_bytes` (in use, of all processes), on a GPU `gpu_bytes`. Shares of 1: `host_load`
-    of all cores since the last time, and `gpu_load` where NVIDIA's pynvml is installed. `done`: seconds since 1970.
+    In bytes: `process_bytes`, `host_bytes` (in use, by all processes), on a GPU `gpu_bytes`. From 0 to 1: `host_load`,
+    over all cores since the last event, and `gpu_load`, if NVIDIA's pynvml is installed. `done`: seconds since 1970.
     """
 
     def __init__(
         self, listener: Listener, *, every: float = EVERY_SECONDS, clock: Callable[[], float] = time.time
     ) -> None:
-        self._listener, self._every, self._clock, self._told = listener, every, clock, -every
-        psutil.cpu_percent()  # what it says is since its last call
+        self._listener, self._every, self._clock, self._last = listener, every, clock, -every
+        psutil.cpu_percent()  # it measures since its last call
 
     def __call__(self, event: Event) -> None:
         now = self._clock()
-        if event.values and now - self._told >= self._every:
-            self._told = now
+        if event.values and now - self._last >= self._every:
+            self._last = now
             self._listener(Event(MACHINE, int(now), int(now), "seconds", {**_host(), **_gpu()}))
 
 

@@ -1,4 +1,4 @@
-"""What was predicted of a run beside what was measured, as rows of text."""
+"""Predicted and measured sizes, memory and FLOPs of a run, as table rows."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Row = tuple[str, ...]
 
 
 def predicted_rows(run: Path) -> list[Row]:
-    """Rows under `PREDICTED`, of what a run folder holds of both: parameters in the files of each model, bytes of the
-    export, memory of the fullest rank, and the work of each stage with the speed that its time makes of it.
+    """Return rows with the columns `PREDICTED`: parameters of each model's files, bytes of the export, memory of the
+    fullest rank, and FLOPs of each stage with the speed reached.
 
-    None where the records are missing, torn or of another version.
+    Empty if the records are missing, damaged or of another version.
     """
     try:
         folder = RunFolder(run)
@@ -40,17 +40,17 @@ def predicted_rows(run: Path) -> list[Row]:
 
 
 def _sizes(run: RunFolder, predicted: Mapping[str, Any], stages: Mapping[str, Any]) -> list[Row]:
-    """Numbers in the files of each model, bytes in those of the export, and memory."""
+    """Return rows on the parameters of each model, the bytes of the export, and memory."""
     rows: list[Row] = []
     for model, parameters in predicted["parameters"].items():
         folder = Path(predicted["model"]) if model == "teacher" else run.model(model)
         if folder.is_dir():
-            rows.append(_row(f"parameters, {model}", parameters, _held(folder)[0]))
+            rows.append(_row(f"parameters, {model}", parameters, _stored(folder)[0]))
     if run.model("export").is_dir():
-        rows.append(_row("bytes of the export", predicted["export_bytes"], _held(run.model("export"))[1]))
+        rows.append(_row("bytes of the export", predicted["export_bytes"], _stored(run.model("export"))[1]))
     peak = max((stages[name].get("peak_bytes", 0) for name in TRAIN if name in stages), default=0)
     if peak:
-        rows.append(_row("bytes of a rank (predicted: without activations)", predicted["rank_bytes"], peak))
+        rows.append(_row("peak bytes per rank (predicted: without activations)", predicted["rank_bytes"], peak))
     return rows
 
 
@@ -60,40 +60,40 @@ def _row(name: str, predicted: int, measured: int) -> Row:
 
 
 def _work(predicted: Mapping[str, Any], stages: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """FLOPs of a training step, or of the whole stage `score`, beside the time that they took and the speed reached."""
+    """Return rows on the FLOPs of a training step, or of a whole other stage, with its time and the speed reached."""
     rows: list[Row] = []
     for stage, flops in predicted["flops"].items():
         lines = [line for line in metrics if line["stage"] == stage and line.get("tokens_per_second")]
         seconds, name = stages.get(stage, {}).get("seconds"), f"FLOPs of {stage}"
         if stage in TRAIN and lines:
             last = lines[-1]
-            flops, name = flops / last["total"], f"FLOPs of a step of {stage}"
+            flops, name = flops / last["total"], f"FLOPs per step of {stage}"
             seconds = last["tokens"] / last["done"] / median(line["tokens_per_second"] for line in lines)
         if flops and seconds:
-            taught = predicted["teacher_flops"] / predicted["flops"][stage] if stage in DISTIL else 0
-            apart = f", {taught:.0%} the teacher's" if taught else ""
+            teacher = predicted["teacher_flops"] / predicted["flops"][stage] if stage in DISTIL else 0
+            share = f", {teacher:.0%} the teacher's" if teacher else ""
             speed = f"{numbers.duration(seconds)}: {flops / seconds:.2e} FLOP/s"
-            rows.append((name, f"{flops:.2e}{apart}", speed, numbers.ABSENT))
+            rows.append((name, f"{flops:.2e}{share}", speed, numbers.ABSENT))
     return rows
 
 
 def _slowest(metrics: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Of each training stage the rank that was slowest most often, where ranks were compared."""
+    """Return a row per training stage on its straggler: the rank that was slowest most often, if ranks were timed."""
     rows: list[Row] = []
     for stage in TRAIN:
-        looks = [line for line in metrics if line["stage"] == stage and "slowest_rank" in line]
-        if looks:
-            rank, often = Counter(line["slowest_rank"] for line in looks).most_common(1)[0]
-            times = median(
-                line["slowest_seconds"] / line["median_seconds"] for line in looks if line["slowest_rank"] == rank
+        samples = [line for line in metrics if line["stage"] == stage and "slowest_rank" in line]
+        if samples:
+            rank, often = Counter(line["slowest_rank"] for line in samples).most_common(1)[0]
+            ratio = median(
+                line["slowest_seconds"] / line["median_seconds"] for line in samples if line["slowest_rank"] == rank
             )
-            said = f"rank {rank}, in {often} of {len(looks)} looks: {times:.2f} of the median"
-            rows.append((f"slowest rank of {stage}, by itself", numbers.ABSENT, said, numbers.ABSENT))
+            text = f"rank {rank}, in {often} of {len(samples)} measurements: {ratio:.2f} x the median time"
+            rows.append((f"slowest rank of {stage}, own work", numbers.ABSENT, text, numbers.ABSENT))
     return rows
 
 
-def _held(folder: Path) -> tuple[int, int]:
-    """(numbers, bytes) of the tensors in a folder's safetensors, by their headers; zeros where they cannot be read."""
+def _stored(folder: Path) -> tuple[int, int]:
+    """Return (elements, bytes) of a folder's safetensors, from their headers; zeros if they cannot be read."""
     from ..convert import Weights
 
     try:
@@ -105,6 +105,6 @@ def _held(folder: Path) -> tuple[int, int]:
 
 
 def _tensor_bytes(file: Path) -> int:
-    """A file's length without its header, which says its own length in the first eight bytes."""
+    """Return a file's length without its header, whose length is in the first eight bytes."""
     with file.open("rb") as opened:
         return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them. An absent number is a dash."""
+"""Human-readable numbers. An absent number is a dash."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def count(number: float | None) -> str:
-    """Things counted: `12,345`, and from a hundred thousand on with a scale: `131 k`, `2.90 M`, `8.03 B`."""
+    """Format a count: `12,345`, and from a hundred thousand on `131 k`, `2.90 M`, `8.03 B`."""
     if number is None:
         return ABSENT
     if abs(number) < 99_999.5 or not math.isfinite(number):
@@ -22,7 +22,7 @@ def count(number: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`4.2 s`, `3 min 05 s`, `2 h 07 min`, `3 d 04 h`."""
+    """Format seconds: `4.2 s`, `3 min 05 s`, `2 h 07 min`, `3 d 04 h`."""
     if seconds is None or not math.isfinite(seconds):
         return ABSENT
     if seconds < 59.95:
@@ -35,12 +35,12 @@ def duration(seconds: float | None) -> str:
 
 
 def loss(nats: float | None) -> str:
-    """A loss in nats, four digits after the point."""
+    """Format a loss in nats, with four decimals."""
     return ABSENT if nats is None else f"{nats:.4f}"
 
 
 def perplexity(number: float | None) -> str:
-    """`16.97`, `3,172`, `1.2e+09`."""
+    """Format a perplexity: `16.97`, `3,172`, `1.2e+09`."""
     if number is None:
         return ABSENT
     return f"{number:.2f}" if number < 999.995 else f"{number:,.0f}" if number < 1e7 else f"{number:.1e}"

@@ -1,7 +1,7 @@
-"""The page of a run: one HTML file and its plots, made from whatever the run folder holds.
+"""HTML report of a run: one page and its plots, made from whatever the run folder has.
 
-Knows: the names of files in a run folder. Must not know: how scores and plans are stored (the caller hands them over as
-plain mappings). What is missing or torn is left out; a report never fails a run.
+Knows: the names of files in a run folder. Must not know: how scores and plans are stored (the caller passes plain
+mappings). Missing or damaged files are left out; a report never fails a run.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def write_report(
     margins: ByLayer[float] | None = None,
     depth: DepthCurves | None = None,
 ) -> Path:
-    """Writes `report.html` and `plots/*.png` into a run folder; returns the page's path.
+    """Write `report.html` and `plots/*.png` into a run folder; return the page's path.
 
-    scores, plan, margins: axis -> layer (None where all layers share the axis) -> scores, kept units, the cut's margin.
-    depth: what the network is worth without some layers.
+    scores, plan, margins: axis -> layer (None if all layers share the axis) -> scores, kept units, margin of the cut.
+    depth: the metric of the network without some layers.
     """
     scores, plan, margins = scores or {}, plan or {}, margins or {}
     warnings: list[str] = []
@@ -70,7 +70,7 @@ def write_report(
         _section("Models", _summary(summary) + drawn["models"]),
         _section("Training", drawn["losses"]),
         _section("Search", _table(SEARCHED, searched_rows(search)) + drawn["search"] + drawn["ranks"]),
-        _section("What was kept", _table(KEPT, kept_rows(plan, scores, margins)) + kept),
+        _section("Pruning", _table(KEPT, kept_rows(plan, scores, margins)) + kept),
         _section("Predicted and measured", _table(PREDICTED, predicted_rows(run))),
         _section("Stages", _stages(stages, metrics)),
         _section("Recipe", _recipe(folder.recipe)),
@@ -83,17 +83,17 @@ def write_report(
     return folder.report
 
 
-# -------------------------------------------------------------------------------------------------------- what is there
+# ---------------------------------------------------------------------------------------------------------- run folder
 
 
 class StageFile(TypedDict, total=False):
-    """What the page shows of a stage's record."""
+    """Fields of a stage's record that the page shows."""
 
     seconds: float | None
 
 
 def _read(path: Path, kind: type[T], warnings: list[str]) -> T | None:
-    """What a JSON file holds, or None where it is absent; or torn, which becomes a warning."""
+    """Return a JSON file's contents; None if it is absent, or damaged, which adds a warning."""
     if not path.exists():
         return None
     try:
@@ -111,14 +111,14 @@ def _read_stages(run: RunFolder, warnings: list[str]) -> dict[str, StageFile]:
 
 def _lost_lines(path: Path) -> list[str]:
     lost = lost_lines(path)
-    return [f"{lost} lines of {path} are torn or foreign. They are left out."] if lost else []
+    return [f"{lost} lines of {path} are invalid. They are left out."] if lost else []
 
 
 def _close_cuts(margins: ByLayer[float]) -> list[str]:
-    """A sentence for each cut that another parallel layout may make otherwise."""
+    """Return a warning for each cut that may differ at another parallel layout."""
     return [
         f"The cut of {_cut(axis, layer)} has a relative margin of {margin:.1e}, below {plots.LEAST_MARGIN:g}: "
-        "another parallel layout may keep other units."
+        "another parallel layout may keep different units."
         for axis, layers in margins.items()
         for layer, margin in layers.items()
         if margin < plots.LEAST_MARGIN
@@ -130,13 +130,13 @@ def _cut(axis: str, layer: int | None) -> str:
 
 
 def _lost_losses(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each stage whose loss was not finite: `MetricsFile` writes null for it."""
+    """Return a warning for each stage whose loss was not finite (null in `metrics.jsonl`)."""
     lost: dict[str, list[int]] = {}
     for line in metrics:
         if "loss" in line and line["loss"] is None:
             lost.setdefault(line["stage"], []).append(line["done"])
     return [
-        f"The loss of {stage} was not finite at step {first}" + (f" and at {len(more)} more." if more else ".")
+        f"The loss of {stage} was not finite at step {first}" + (f" and at {len(more)} more steps." if more else ".")
         for stage, (first, *more) in lost.items()
     ]
 
@@ -145,24 +145,24 @@ def _lost_losses(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
 
 _CAPTIONS = {
     "models": "Cross-entropy of each model on the same validation tokens. Lower is better.",
-    "losses": "Thin lines are single steps, thick ones a running mean over a fortieth of the curve. "
-    "Cross-entropy and KL divergence do not compare, so each has its own panel.",
-    "importance": "Scores sorted from the best unit to the worst. Kept units are drawn strongly, cut ones faintly; "
-    "the dashed line stands where every layer keeps its best.",
-    "depth": "What is measured with a block of layers left out (block importance: at its two ends), against the last "
-    "layer of the block. Dashed: as many layers, taken one by one wherever it hurts least.",
-    "search": "Every candidate that the budget leaves. A line joins those that no other beats in loss and in all that "
-    "is budgeted.",
-    "ranks": "Candidates that were distilled to the end, ordered by their held-out loss; below, Spearman's correlation "
-    "of each order with the last one.",
-    "shares": "Sum of the scores of the units that a cut keeps, over that of all units in its layer.",
-    "margins": "Relative distance between the score of the last kept unit and the first cut one. "
-    "An exact tie stands at the lower edge.",
+    "losses": "Thin lines show single steps, thick lines a running mean over a fortieth of the curve. "
+    "Cross-entropy and KL divergence are not comparable, so each has its own panel.",
+    "importance": "Scores sorted from the best unit to the worst. Kept units are drawn in full colour, pruned ones "
+    "faintly. A dashed line marks the cut where every layer keeps exactly its best units.",
+    "depth": "Metric without a block of layers (for block importance: between the block's input and output), against "
+    "the last layer of the block. Dashed: the same number of layers, removed one by one where it hurts least.",
+    "search": "All candidates within the budget. The line joins the Pareto-optimal ones: no other candidate is better "
+    "in loss and in every budgeted cost.",
+    "ranks": "Candidates that were distilled to the last step, ranked by held-out loss. Below: Spearman's correlation "
+    "of each ranking with the last one.",
+    "shares": "Sum of the scores of the kept units, over that of all units in the layer.",
+    "margins": "Relative difference between the scores of the last kept and the first pruned unit. "
+    "An exact tie is drawn at the lower edge.",
 }
 
 
 def _figure(run: RunFolder, name: str, draw: Callable[[Path], Path | None], warnings: list[str]) -> str:
-    """Draws `plots/<name>.png`; where that fails the page goes without and says so."""
+    """Draw `plots/<name>.png` and return its HTML; if that fails, add a warning and return an empty string."""
     try:
         path = draw(run.plots / f"{name}.png")
     except Exception as error:
@@ -184,7 +184,7 @@ def _warnings(sentences: Sequence[str]) -> str:
 
 
 def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers; empty without rows."""
+    """Return an HTML table with text in the first column and numbers in the others; empty without rows."""
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if body else ""
@@ -196,7 +196,7 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _stages(stages: Mapping[str, StageFile], metrics: Sequence[Mapping[str, Any]]) -> str:
-    """A row a stage, in the order in which they ended: its time, and what its lines of metrics say of its work."""
+    """Return a table with one row per stage, in the order in which they ended: time, work, tokens and speed."""
     times = [(name, stage.get("seconds")) for name, stage in stages.items()]
     rows = [(name, numbers.duration(seconds), *_work(name, metrics)) for name, seconds in times]
     if len(rows) > 1:
@@ -205,7 +205,7 @@ def _stages(stages: Mapping[str, StageFile], metrics: Sequence[Mapping[str, Any]
 
 
 def _work(stage: str, metrics: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
-    """A stage's `200 steps`, its tokens and its speed, as text."""
+    """Return a stage's work (such as `200 steps`), tokens and median speed, as text."""
     lines = [line for line in metrics if line["stage"] == stage]
     if not lines:
         return (numbers.ABSENT,) * 3
@@ -222,7 +222,7 @@ def _recipe(path: Path) -> str:
 
 
 def _pairs(pairs: Mapping[str, object]) -> str:
-    """A mapping as a table of two columns."""
+    """Return a mapping as a table with two columns."""
     rows = ((name, numbers.ABSENT if value is None else str(value)) for name, value in pairs.items())
     return _table(("name", "version"), rows)
 

@@ -1,4 +1,4 @@
-"""A run's records as the page and the terminal want them."""
+"""A run's records for the report page and the terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["describe", "pairs_table", "report_run"]
 
 
 def report_run(run: Path) -> Path:
-    """Writes the page and the plots of a run folder; returns the page. Raises CheckpointError where it is none."""
+    """Write the report of a run folder; return the page's path. Raises CheckpointError if it is not a run folder."""
     folder = RunFolder.existing(run)
     scores, plan, margins = _cut(folder)
     depth = _curves(DepthScores.load(folder.depth)) if folder.depth.is_file() else None
@@ -36,7 +36,7 @@ def report_run(run: Path) -> Path:
 
 
 def _cut(run: RunFolder) -> tuple[ByLayer[Sequence[float]], ByLayer[Sequence[int]], ByLayer[float]]:
-    """(scores, kept units, margins) of a run, as plain mappings; empty where it has none."""
+    """Return (scores, kept units, margins) of a run as plain mappings; empty if it has none."""
     values = _plain(Scores.load(run.scores)) if run.scores.is_file() else {}
     if not run.plan.is_file():
         return values, {}, {}
@@ -49,13 +49,13 @@ def _plain(scores: Scores) -> ByLayer[Sequence[float]]:
 
 
 def _curves(depth: DepthScores) -> DepthCurves:
-    """Blocks by their last layer, counted from 1."""
+    """Return the depth scores with each block named by its last layer, counted from 1."""
     blocks = {n: {first + n: value for first, value in depth.of_length(n).items()} for n in depth.lengths}
     return DepthCurves(depth.metric, depth.baseline, blocks, [value for _, value in depth.greedy])
 
 
 def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
-    """Names and values side by side. Square brackets are text, not rich's markup: paths have them."""
+    """Return a table of names and values. Square brackets are plain text, not rich's markup, since paths have them."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
     for name, value in pairs.items():
         table.add_row(Text(name.replace("_", " ")), Text(str(value)))
@@ -63,7 +63,8 @@ def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
 
 
 def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Rows of text under their titles; the first column is a name and a last one may be a curve, others are numbers."""
+    """Return a table of text rows. The first column is a name, the column of curves is left-aligned, others are
+    numbers."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(Text(column), justify="right" if number and column != SCORED[-1] else "left")
@@ -73,11 +74,11 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def describe(path: Path) -> Table | Group:
-    """What a scores file, a plan, a Hugging Face folder or a run folder holds; anything else is a CheckpointError."""
+    """Describe a scores file, a plan, a Hugging Face folder or a run folder. Raises CheckpointError for anything else."""
     run = RunFolder(path)
     if run.summary.is_file():
         scores, plan, margins = _cut(run)
-        kept = text_table("What was kept", KEPT, kept_rows(plan, scores, margins))
+        kept = text_table("Pruning", KEPT, kept_rows(plan, scores, margins))
         predicted = text_table("Predicted and measured", PREDICTED, predicted_rows(path))
         return Group(summary_table(read_summary(run.summary)), kept, predicted)
     if path.suffix == ".safetensors":
@@ -97,7 +98,7 @@ def describe(path: Path) -> Table | Group:
 
 
 def _scores(scores: Scores) -> Group:
-    """How they were taken, and each layer's."""
+    """Describe scores: their statistic, and each layer's sorted scores."""
     how = scores.statistic
     about = {"statistic": f"{how.sequence} over positions, {how.batch} over samples"}
     about |= {"neurons": f"{how.neurons}-activation", "heads": how.heads.replace("_", " ")}
@@ -107,7 +108,7 @@ def _scores(scores: Scores) -> Group:
 
 
 def _depth(depth: DepthScores) -> Table:
-    """Of each length the block that is best to lose."""
+    """Describe depth scores: for each block length, the block whose removal hurts least."""
     best = min if depth.lower_is_better else max
     blocks = {}
     for length in depth.lengths:
@@ -121,9 +122,9 @@ def _depth(depth: DepthScores) -> Table:
 
 
 def _plan(path: Path) -> Group:
-    """Sizes, and each cut; its share of the score where the run that the plan lies in has that teacher's scores."""
-    plan, beside = Plan.load(path), RunFolder(path.absolute().parent.parent).scores
-    scores = Scores.load(beside) if beside.is_file() else None
+    """Describe a plan: sizes and cuts, with shares of the score if its run folder has scores of the same shape."""
+    plan, scores_file = Plan.load(path), RunFolder(path.absolute().parent.parent).scores
+    scores = Scores.load(scores_file) if scores_file.is_file() else None
     known = _plain(scores) if scores and scores.shape == plan.shape else {}
     target = {axis: f"{plan.shape.axis_size(axis)} -> {plan.target.axis_size(axis)}" for axis in plan.keep}
     layers = {"layers": f"{plan.shape.layers} -> {plan.target.layers}"}
@@ -139,7 +140,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 class StageRecord(TypedDict):
-    """What is shown of a stage's record."""
+    """Fields of a stage's record that are shown."""
 
     seconds: float
     result: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The candidates of a search as rows of text."""
+"""Candidates of a search as table rows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["ESTIMATED", "SEARCHED", "SearchTable", "estimated_rows", "searched_r
 Row = tuple[str, ...]
 
 MOST = 20
-"""Rows of a table; the file has them all."""
+"""Most rows of a table; the file has all candidates."""
 
-SEARCHED = ("candidate", "parameters", "after the cut", "distilled for a while", "")
-ESTIMATED = ("candidate", "parameters", "memory\n(GiB)", "FLOPs\na token", "decoding\n(ms)", "light\n(hours)")
+SEARCHED = ("candidate", "parameters", "loss after pruning", "loss after light distillation", "")
+ESTIMATED = ("candidate", "parameters", "memory\n(GiB)", "FLOPs\nper token", "decoding\n(ms)", "light\n(hours)")
 
 
 class SearchedCandidate(TypedDict):
@@ -34,7 +34,7 @@ class SearchedCandidate(TypedDict):
 
 
 class SearchTable(TypedDict):
-    """A run's `search/table.json`."""
+    """Contents of a run's `search/table.json`."""
 
     candidates: list[SearchedCandidate]
     by: NotRequired[str]
@@ -43,7 +43,7 @@ class SearchTable(TypedDict):
 
 
 def searched_rows(table: SearchTable | None) -> list[Row]:
-    """Rows under `SEARCHED`: the best by their last loss, and how many more there are."""
+    """Return rows with the columns `SEARCHED`: the best by their last loss, the winner, and the number of others."""
     rows = table["candidates"] if table else []
     shown: list[Row] = [
         (
@@ -51,7 +51,7 @@ def searched_rows(table: SearchTable | None) -> list[Row]:
             numbers.count(row["costs"].get("params")),
             numbers.loss(row["after_cut"]),
             numbers.loss(row["loss"] if row["curve"] else None),
-            "chosen" if row["winner"] else "beaten by none" if row["front"] else "",
+            "chosen" if row["winner"] else "Pareto-optimal" if row["front"] else "",
         )
         for place, row in enumerate(rows)
         if place < MOST or row["winner"]
@@ -61,7 +61,7 @@ def searched_rows(table: SearchTable | None) -> list[Row]:
 
 
 def estimated_rows(candidates: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Rows under `ESTIMATED`, of what `Estimate.candidate_rows` gives."""
+    """Return rows with the columns `ESTIMATED` from `Estimate.candidate_rows`."""
 
     def row(each: Mapping[str, Any]) -> Row:
         costs = each["costs"]

@@ -1,4 +1,4 @@
-"""The summary of a run as a table: one row a model. The terminal and the page show the same cells."""
+"""Tables of models, candidates and throughput. The terminal and the page show the same cells of the summary."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tokens": ("tokens", numbers.count),
     "seconds": ("time", numbers.duration),
 }
-"""Key of a row -> its title and how its value is written."""
+"""Key of a row -> (column title, formatter)."""
 
 
 def tasks_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The tasks that any of the rows has scores of, in their order."""
+    """Return the tasks that any row has a score for, in their order."""
     return list(dict.fromkeys(name for row in rows for name in row.get("tasks") or ()))
 
 
 def cells(row: Mapping[str, Any], tasks: Sequence[str] = ()) -> list[str]:
-    """The row's values as text, in the order of `COLUMNS` and then of `tasks`; a dash for what is absent."""
+    """Return the row's values as text, in the order of `COLUMNS` and then of `tasks`; a dash if absent."""
     plain = [numbers.ABSENT if row.get(key) is None else write(row[key]) for key, (_, write) in COLUMNS.items()]
     scores = row.get("tasks") or {}
     return plain + [numbers.ABSENT if scores.get(name) is None else f"{scores[name]:.4g}" for name in tasks]
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of `summary.json` as a table for the terminal."""
+    """Return the rows of `summary.json` as a table for the terminal."""
     table = Table(title="Models on the validation set", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for title, write in COLUMNS.values():
         text = write is str
@@ -53,12 +53,12 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def print_summary(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """Prints the summary table."""
+    """Print the summary table."""
     (console or Console()).print(summary_table(rows))
 
 
 def candidates_table(candidates: Sequence[Mapping[str, Any]]) -> Table:
-    """The candidates of a search and what each would cost."""
+    """Return a table of a search's candidates and their costs."""
     table = Table(title=f"{len(candidates)} candidates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, title in enumerate(ESTIMATED):
         table.add_column(title, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
@@ -70,15 +70,15 @@ def candidates_table(candidates: Sequence[Mapping[str, Any]]) -> Table:
 RATIOS = {
     "ratio": "student / teacher",
     "ratio_fp8": "fp8 / teacher",
-    "ratio_batches": "over the teacher's smallest batch",
-    "ratio_batches_fp8": "fp8 over it",
+    "ratio_batches": "largest batch / teacher's smallest",
+    "ratio_batches_fp8": "fp8 largest / teacher's smallest",
 }
 
 
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows of `bench/table.json`: tokens a second of each model, and the student's over the teacher's."""
+    """Return the rows of `bench/table.json`: tokens per second of each model, and ratios to the teacher."""
     names = [name for name in ("teacher", "student", "student fp8") if any(name in row for row in rows)]
-    table = Table(title="Tokens a second", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="Tokens per second", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("input", "output", "batch", *names, *RATIOS.values()):
         table.add_column(title, justify="right")
     for row in rows:

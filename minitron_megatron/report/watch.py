@@ -1,4 +1,4 @@
-"""A run seen from another terminal: its metrics file, told to a listener line by line as it grows."""
+"""Follow a running job from another terminal: pass the lines of its metrics file to a listener as it grows."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ NOT_VALUES = ("time", "stage", "done", "total", "unit")
 
 
 def watch(run: Path, listener: Listener, *, goes_on: Callable[[], bool] = lambda: True, every: float = 1.0) -> None:
-    """Tells `listener` the run's events so far and then each new one, looking every so many seconds while `goes_on`.
+    """Pass the run's events so far to `listener`, and then each new one, polling every `every` seconds while `goes_on`.
 
-    Raises CheckpointError where the folder is no run.
+    Raises CheckpointError if the folder is not a run folder.
     """
     path, read = RunFolder.existing(run).metrics, 0
     for line in read_metrics(path):
-        _tell(listener, line)
+        _send(listener, line)
     read = _whole_bytes(path)
     while goes_on():
         time.sleep(every)
@@ -31,20 +31,20 @@ def watch(run: Path, listener: Listener, *, goes_on: Callable[[], bool] = lambda
             continue
         with path.open("rb") as file:
             file.seek(min(read, _whole_bytes(path)))
-            fresh = file.read()
-        whole = fresh[: fresh.rfind(b"\n") + 1]
+            added = file.read()
+        whole = added[: added.rfind(b"\n") + 1]
         read = min(read, _whole_bytes(path)) + len(whole)
         for text in whole.splitlines():
-            if (fresh_line := parse_line(text)) is not None:
-                _tell(listener, fresh_line)
+            if (new_line := parse_line(text)) is not None:
+                _send(listener, new_line)
 
 
 def _whole_bytes(path: Path) -> int:
-    """Up to the end of the last whole line."""
+    """Return the file's length up to the end of its last whole line."""
     return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
 
 
-def _tell(listener: Listener, line: dict[str, float | str | None]) -> None:
+def _send(listener: Listener, line: dict[str, float | str | None]) -> None:
     if line["stage"] == MACHINE or "total" not in line:
         return
     values = {name: value for name, value in line.items() if name not in NOT_VALUES and isinstance(value, int | float)}

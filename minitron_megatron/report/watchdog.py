@@ -1,4 +1,4 @@
-"""A run that no longer moves ends by itself, and says where every rank stood."""
+"""Watchdog that ends a hanging run and writes the stacks of every rank."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from ..run_folder import RunFolder
 __all__ = ["STUCK", "Watchdog"]
 
 STUCK = 76
-"""The exit code of a rank that waited in vain: begin again, what is saved is good."""
+"""Exit code of a rank of a hanging run. Saved results are intact, so the job can be started again."""
 
 TOUCH_SECONDS = 1.0
 
 
 class Watchdog:
-    """A listener that marks each event in `folder/heartbeat`, which all ranks share, and a thread that reads it.
+    """Listener that touches the shared file `folder/heartbeat` at each event, and a thread that watches this file.
 
-    Where no rank made a mark for `seconds`, each that still can writes the stacks of its threads to
-    `folder/stacks/rank-N.txt` and ends with STUCK, whatever it waits for. One rank that works and tells of it keeps all
-    alive: the others may wait for it as long as it takes.
+    If no rank touches it for `seconds`, each rank writes the stacks of its threads to `folder/stacks/rank-N.txt` and
+    exits with STUCK, whatever it is waiting for. One rank that makes progress keeps all ranks alive: the others may
+    wait for it without limit.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Watchdog:
     ) -> None:
         self._run, self._rank, self._seconds, self._end, self._clock = RunFolder(folder), rank, seconds, end, clock
         self._touched = -TOUCH_SECONDS
-        self._seen, self._since = self._mark(), clock()
-        self._over = threading.Event()
+        self._heartbeat, self._since = self._read_heartbeat(), clock()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __call__(self, event: Event) -> None:
         if self._clock() - self._touched >= TOUCH_SECONDS and self._run.path.is_dir():
             self._touched = self._clock()
-            with suppress(OSError):  # of a full disk, or one that is away for a moment: the next event tries again
+            with suppress(OSError):  # a full disk, or one that is briefly unavailable: the next event tries again
                 self._run.heartbeat.touch()
 
     def __enter__(self) -> Self:
@@ -61,25 +61,26 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(self._seconds / 10, 5.0)):
-            if self.looks():
+        while not self._stopped.wait(min(self._seconds / 10, 5.0)):
+            if self.check():
                 return
 
-    def looks(self) -> bool:
-        """Whether there was no new mark for too long, by the clock of this machine: those of others may differ. This
-        process has ended then."""
-        if (mark := self._mark()) != self._seen:
-            self._seen, self._since = mark, self._clock()
+    def check(self) -> bool:
+        """End the process and return True if the heartbeat has not changed for too long, by this machine's clock (the
+        clocks of other machines may differ)."""
+        if (heartbeat := self._read_heartbeat()) != self._heartbeat:
+            self._heartbeat, self._since = heartbeat, self._clock()
         elif self._clock() - self._since > self._seconds:
             self._give_up()
             return True
         return False
 
-    def _mark(self) -> int:
+    def _read_heartbeat(self) -> int:
+        """Return the heartbeat's modification time in nanoseconds; 0 if there is none."""
         try:
             return self._run.heartbeat.stat().st_mtime_ns
         except OSError:
@@ -95,11 +96,11 @@ class Watchdog:
             pass
         where = f"Its stacks are in {path}."
         if not path.exists() or not path.stat().st_size:  # a full disk
-            where = "Its stacks stand above."
+            where = "Its stacks are printed above."
             faulthandler.dump_traceback(2, all_threads=True)
         print(
-            f"no rank made progress for {self._seconds:g} s (hang_seconds): rank {self._rank} gives up. {where} "
-            "Run the same command again to go on.",
+            f"no rank made progress for {self._seconds:g} s (hang_seconds): rank {self._rank} exits. {where} "
+            "Run the same command again to resume.",
             file=sys.stderr,
             flush=True,
         )

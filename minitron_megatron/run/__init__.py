@@ -1,4 +1,4 @@
-"""Runs: the stages of a recipe in order, what each reads and leaves, what is done and what must be done again.
+"""Runs: execute the stages of a recipe in order, skip finished ones, resume interrupted ones, rerun changed ones.
 
 Knows: recipes, forecasts, the run folder. Must not know: terminals, plots, command lines.
 """

@@ -1,4 +1,4 @@
-"""Teacher and student as they serve, side by side."""
+"""Compare the serving throughput of teacher and student."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ __all__ = ["Backend", "bench"]
 Backend = Literal["trtllm", "torch"]
 
 Row = dict[str, Any]
-"""`inputs`, `outputs`, `batch`; of each model what was measured; `ratio`: the student's tokens a second over the
-teacher's, and `ratio_fp8` over the bf16 teacher's; of a rung's largest batch also `ratio_batches` and
-`ratio_batches_fp8`, over the teacher's at the smallest, as the second paper compares."""
+"""Row of the table: `inputs`, `outputs`, `batch`, and the measurements of each model. `ratio` is the student's tokens
+per second over the teacher's; `ratio_fp8` the FP8 student's over the bf16 teacher's. The row with the largest batch of
+an (inputs, outputs) pair also has `ratio_batches` and `ratio_batches_fp8`: over the teacher at the smallest batch, as
+the second paper compares."""
 CANDIDATES = 5
-"""Of a search, measured beside the teacher."""
+"""Number of a search's candidates that are measured together with the teacher."""
 RATIOS = {"ratio": "student", "ratio_fp8": "student fp8"}
 
 
 def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = silent) -> list[Row]:
-    """Measures every rung and batch, writes `bench/table.json` and returns its rows. One process.
+    """Measure every workload of `bench.ladder` and batch, write `bench/table.json` and return its rows. One process.
 
-    Where trtllm-bench is not installed it writes the requests and `bench/commands.sh`, to be run in TensorRT-LLM's
-    container where this folder is, and returns what reports of an earlier call are there. In torch, a recipe with a
-    search may come before its student: then some of its candidates are measured, with random weights, and the table
-    tells the search how fast the others are. Raises RecipeError where the student is not exported yet.
+    If trtllm-bench is not installed, write the requests and `bench/commands.sh`, to be run in TensorRT-LLM's container
+    with this folder mounted, and return the reports of an earlier call, if any. With the torch backend, a recipe with
+    a search may be measured before it has a student: then some candidates are measured with random weights, and the
+    search fits the speed of the others to the table. Raises RecipeError if the student is not exported yet.
     """
     models = _models(recipe, backend)
     folder = RunFolder(recipe.out).bench
@@ -61,12 +62,12 @@ def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = s
     if commands:
         with whole_file(folder / "commands.sh") as partial:
             partial.write_text("#!/bin/sh\nset -e\n" + "\n".join(commands) + "\n", encoding="utf-8")
-    write_json(RunFolder(recipe.out).bench_table, {"backend": backend, "rows": rows, **_told(models)})
+    write_json(RunFolder(recipe.out).bench_table, {"backend": backend, "rows": rows, **_model_facts(models)})
     return rows
 
 
-def _told(models: Mapping[str, Path]) -> dict[str, Any]:
-    """What a search must know of the models to learn from the rows."""
+def _model_facts(models: Mapping[str, Path]) -> dict[str, Any]:
+    """Return the shapes and weight dtypes that a search needs to fit speeds to the rows."""
     configs = {name: read_config(path) for name, path in models.items()}
     return {
         "shapes": {name: asdict(config.shape) for name, config in configs.items()},
@@ -81,7 +82,7 @@ def _dtype(config: ModelConfig) -> str:
 
 
 def _shapes(recipe: Recipe) -> dict[str, Path]:
-    """RunFolder with the configuration of some candidates, from the largest to the smallest, and with no weights."""
+    """Write folders with the configs of some candidates, from the largest to the smallest, without weights."""
     config = read_config(recipe.model)
     found = untimed_candidates(recipe, config.shape)
     last = max(1, min(CANDIDATES, len(found)) - 1)
@@ -98,7 +99,7 @@ def _models(recipe: Recipe, backend: Backend) -> dict[str, Path]:
     if not models["student"].is_dir():
         if recipe.search and backend == "torch":
             return {"teacher": recipe.model, **_shapes(recipe)}
-        raise RecipeError(f"{models['student']} is not there. Run `minitron run` first.")
+        raise RecipeError(f"{models['student']} does not exist. Run `minitron run` first.")
     for name in ("student", "student fp8"):
         if (models[name] / MANIFEST).is_file():
             verify_checksums(models[name] / MANIFEST)
@@ -106,11 +107,11 @@ def _models(recipe: Recipe, backend: Backend) -> dict[str, Path]:
 
 
 def _workloads(recipe: Recipe, context: int) -> Iterator[Workload]:
-    """The rungs that fit the models' context. Raises RecipeError where none does."""
+    """Yield the workloads that fit the models' context. Raises RecipeError if none does."""
     keys = recipe.bench
     fits = [(inputs, outputs) for inputs, outputs in keys.ladder if inputs + outputs <= context]
     if not fits:
-        raise RecipeError(f"no rung of bench.ladder fits the context of {context} tokens. Give shorter ones.")
+        raise RecipeError(f"no entry of bench.ladder fits the context of {context} tokens. Give shorter ones.")
     for inputs, outputs in fits:
         for batch in keys.batches:
             yield Workload(inputs, outputs, batch, max(batch, keys.requests))
@@ -119,7 +120,7 @@ def _workloads(recipe: Recipe, context: int) -> Iterator[Workload]:
 def _calls(
     models: dict[str, Path], folder: Path, requests: Path, workload: Workload, tp: int
 ) -> dict[str, tuple[list[str], Path]]:
-    """Model -> (command, the report that it writes)."""
+    """Return model -> (command, path of the report that it writes)."""
     calls = {}
     for name, model in models.items():
         report = folder / f"{workload.name}-{name.replace(' ', '-')}.json"
@@ -128,7 +129,7 @@ def _calls(
 
 
 def _measured(call: list[str], report: Path) -> Measured | None:
-    """None: not run yet, and not to be run here."""
+    """Read a report, after running trtllm-bench if needed; None if it is not installed here."""
     if not report.exists():
         if not has_trtllm():
             return None
@@ -136,7 +137,8 @@ def _measured(call: list[str], report: Path) -> Measured | None:
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise DataError(
-                f"trtllm-bench ended with {done.returncode}: {' '.join(last)}. Its call: {shlex.join(call)}"
+                f"trtllm-bench failed with exit code {done.returncode}: {' '.join(last)}. "
+                f"Command: {shlex.join(call)}"
             )
     return parse_report(report)
 
@@ -148,7 +150,7 @@ def _row(workload: Workload, measured: dict[str, Measured | None]) -> Row:
 
 
 def _compare_batches(rows: list[Row]) -> None:
-    """What fits a smaller model serves more requests at a time: adds the ratios of unlike batches."""
+    """Add the ratios between different batches, since a smaller model leaves memory for a larger batch."""
     rungs: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         rungs.setdefault((row["inputs"], row["outputs"]), []).append(row)
@@ -160,7 +162,7 @@ def _compare_batches(rows: list[Row]) -> None:
 
 
 def _ratio(student: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None) -> float | None:
-    """Of tokens a second, where both are known."""
+    """Return the ratio of tokens per second; None if either is unknown."""
     if not student or not teacher or not student["tokens_per_second"] or not teacher["tokens_per_second"]:
         return None
     return float(student["tokens_per_second"] / teacher["tokens_per_second"])

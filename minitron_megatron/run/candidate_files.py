@@ -1,4 +1,4 @@
-"""Measurements of a search's candidates while it is at work, in one file for each candidate."""
+"""Measurements of a search's candidates while it runs, in one file per candidate."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ Part = dict[str, Any]
 
 
 class AfterCut(TypedDict):
+    """Measurements right after pruning."""
+
     loss: float | None
     score: NotRequired[float | None]
-    """At the task, more is better."""
+    """Score at the task that chooses; more is better."""
 
 
 class Distilled(TypedDict):
+    """Measurements during light distillation."""
+
     curve: dict[str, float | None]
     """Step -> held-out loss."""
     score: NotRequired[float | None]
@@ -33,12 +37,12 @@ class Distilled(TypedDict):
 def read_part(path: Path, kind: Any) -> Part:
     part: Part = dict(read_as(path, kind))
     if not all(step.isdecimal() for step in part.get("curve", {})):
-        raise FileError(f"{path} holds a curve whose steps are no numbers. Remove it to measure the candidate again.")
+        raise FileError(f"{path} has a curve whose steps are not numbers. Remove it to measure the candidate again.")
     return part
 
 
 def finite(value: float | None) -> float | None:
-    """JSON has no NaN."""
+    """Return the value, or None if it is not finite, since JSON has no NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 

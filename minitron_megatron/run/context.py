@@ -1,4 +1,4 @@
-"""What a stage is given, and the models and data that several stages need."""
+"""Context of a stage: recipe, topology, earlier results, and access to the run's models and data."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Context:
-    """A stage's view of the run. `done` holds the results of the stages before it."""
+    """A stage's view of the run."""
 
     recipe: Recipe
     topology: Topology
     listener: Listener
     done: Mapping[str, Mapping[str, Any]]
+    """Stage -> result, of the stages before this one."""
     mark_of: Callable[[Recipe], str]
-    """The fingerprint of the stage at work, were this the recipe."""
+    """Recipe -> fingerprint of the running stage with that recipe."""
     place: str = ""
-    """Of several models that a stage trains, the one at work."""
+    """Name of the model being trained, in a stage that trains several."""
 
     @cached_property
     def folders(self) -> RunFolder:
@@ -48,33 +49,33 @@ class Context:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights in training."""
+        """Dtype of the weights in training."""
         return DTYPES[self.recipe.dtype]
 
     @property
     def teacher(self) -> Path:
-        """The folder of the model that teaches: corrected, where the recipe corrects it beforehand."""
+        """Folder of the teacher: the corrected model if the recipe corrects it beforehand."""
         return self.folders.model("corrected") if self.recipe.corrects_first else self.recipe.model
 
     @property
     def prune_source(self) -> Path:
-        """The folder of the model that is scored and pruned: the teacher, or what it was before its correction."""
+        """Folder of the model that is scored and pruned: the teacher, or the original before correction."""
         return self.recipe.model if self.recipe.prune.teacher == "original" else self.teacher
 
     @property
     def prune_source_hash(self) -> str:
-        """Who the model to prune must be."""
+        """Recorded hash of the model to prune."""
         return self._expected(self.prune_source)
 
     def _expected(self, folder: Path) -> str:
-        """The hash that the run recorded of the original or the corrected model."""
+        """Return the recorded hash of the original or the corrected model."""
         corrected = folder == self.folders.model("corrected")
         return str(self.done["correct"]["hash"] if corrected else self.done["prepare"]["model_hash"])
 
     def load(self, folder: Path, dtype: torch.dtype | None = None, *, trains: bool = False) -> list[Any]:
-        """A model of the run, in the training dtype unless said otherwise. Collective over the world.
+        """Load a model of the run, by default in the training dtype. Collective over the world.
 
-        Raises CheckpointError where its files are not those that the run wrote, or a weight is not finite.
+        Raises CheckpointError if its files differ from those that the run wrote, or a weight is not finite.
         """
         self.expect_unchanged(folder)
         model = load_hf(
@@ -85,11 +86,11 @@ class Context:
             spec=self.recipe.spec,
             listener=self.listener,
         )
-        check_finite(model, str(folder), "Give a model that is whole.")
+        check_finite(model, str(folder), "Give an intact model.")
         return model
 
     def expect_unchanged(self, folder: Path) -> None:
-        """Raises CheckpointError where a model folder of this run holds other files than the stage that wrote it left.
+        """Raise CheckpointError if a model folder of this run was changed since its stage wrote it.
 
         Any other folder passes. Each rank reads its share of the files. Collective over the world.
         """
@@ -100,27 +101,27 @@ class Context:
                 return
             try:
                 if recorded and checksum(manifest) != recorded:
-                    raise FileError(f"{manifest} is not the one that the stage {stage} wrote.")
+                    raise FileError(f"{manifest} was changed since the stage {stage} wrote it.")
                 verify_checksums(manifest, share=place_in_world())
             except FileError as error:
                 raise CheckpointError(f"{error} Remove {folder}, and run `minitron {stage}` again.") from error
 
     def load_teacher(self, *, trains: bool = False) -> list[Any]:
-        """The model that teaches, verified. Raises CheckpointError where it is not what the run recorded."""
+        """Load the teacher. Raises CheckpointError if it is not the model that the run recorded."""
         return self._verified(self.teacher, DTYPES[self.recipe.frozen_teacher_dtype], trains=trains)
 
     def load_prune_source(self, dtype: torch.dtype | None = None) -> list[Any]:
-        """The model to prune, verified as `load_teacher` does."""
+        """Load the model to prune, verified as in `load_teacher`."""
         return self._verified(self.prune_source, dtype or self.dtype)
 
     def _verified(self, folder: Path, dtype: torch.dtype, *, trains: bool = False) -> list[Any]:
         model = self.load(folder, dtype, trains=trains)
         if self._hash(model, folder, dtype) != self._expected(folder):
-            raise CheckpointError(f"the weights in {folder} changed since the run began. Give another --out.")
+            raise CheckpointError(f"the weights in {folder} changed since the run began. Start a new run with --out.")
         return model
 
     def _hash(self, model: list[Any], folder: Path, dtype: torch.dtype) -> str:
-        """Of the loaded weights, or of the file where loading rounded them. Collective over the world."""
+        """Return the hash of the loaded weights, or of the files if loading rounded them. Collective over the world."""
         stored = read_config(folder).source
         exact = dtype == torch.float32 or DTYPES.get(stored.get("torch_dtype") or stored.get("dtype", "")) == dtype
         return model_hash(model, self.topology) if exact else folder_hash(folder)
@@ -128,9 +129,9 @@ class Context:
     def save(
         self, model: Any, folder: Path, dtype: torch.dtype | None = None, architecture: Architecture = "own"
     ) -> str:
-        """Writes a model with the teacher's tokenizer and returns its hash. Collective over the world.
+        """Write a model with the teacher's tokenizer and return its hash. Collective over the world.
 
-        Raises CheckpointError, and writes nothing, where a weight is not finite.
+        Raises CheckpointError, and writes nothing, if a weight is not finite.
         """
         check_finite(model, f"the model for {folder}", "It is not written.")
         save_hf(
@@ -145,9 +146,9 @@ class Context:
         return model_hash(model, self.topology)
 
     def sealed(self, folder: Path) -> str:
-        """Lists the checksums of a folder's files in it, and returns that of the list, for `expect_unchanged`.
+        """Write the checksums of a folder's files into it, and return the checksum of that list.
 
-        Collective over the world.
+        `expect_unchanged` compares with it later. Collective over the world.
         """
         digest, manifest = "", folder / MANIFEST
         with fail_together():
@@ -160,33 +161,33 @@ class Context:
     def save_sealed(
         self, model: Any, folder: Path, dtype: torch.dtype | None = None, architecture: Architecture = "own"
     ) -> dict[str, str]:
-        """Write a model and list its files' checksums; return its hash and that of the list. Collective."""
+        """Write a model and its files' checksums; return its hash and the checksum of that list. Collective."""
         return {"hash": self.save(model, folder, dtype, architecture), "files": self.sealed(folder)}
 
     def checkpoints(self, recipe: Recipe) -> Path:
-        """Where the stage at work would keep its checkpoints: another recipe's are elsewhere."""
+        """Return the running stage's checkpoint folder for a recipe; another recipe has another folder."""
         return self.folders.checkpoints / self.mark_of(recipe)[:16] / self.place
 
     @property
     def blend(self) -> list[tuple[Path, float]]:
-        """(prefix of the prepared corpus, weight) of each source."""
+        """Prefix of the prepared corpus and weight of each source."""
         return self._weighted([source.weight for source in self.recipe.data.sources])
 
     @property
     def _end(self) -> int | None:
-        """The token that ends a document, where they are apart."""
+        """The end-of-document token if attention stays within documents; otherwise None."""
         first = next(iter(self.done["prepare"]["sources"].values()))
         return None if self.recipe.data.cross_documents else int(first["end"])
 
     def _weighted(self, weights: Sequence[float]) -> list[tuple[Path, float]]:
-        """(prefix, weight) of each source. Raises DataError where a corpus is not the one that the run prepared."""
+        """Return (prefix, weight) of each source. Raises DataError if a corpus changed since the run prepared it."""
         sources = self.done["prepare"]["sources"]
-        for name, told in sources.items():
-            check_content(self.folders.data / name, told["content"])
+        for name, recorded in sources.items():
+            check_content(self.folders.data / name, recorded["content"])
         return [(self.folders.data / name, weight) for name, weight in zip(sources, weights, strict=True)]
 
     def training_batches(self, phase: ResolvedPhase, seed: int) -> Callable[[int], list[Batch]]:
-        """step -> this rank's micro-batches of the blend. Collective over the world."""
+        """Return a function: step -> this rank's micro-batches of the blend. Collective over the world."""
         keys = phase.keys
         corpus = Corpus(
             self._weighted(phase.weights),
@@ -200,17 +201,17 @@ class Context:
 
         def batches(step: int) -> list[Batch]:
             share = self._share(keys.micro_batch) | {"dp_rank": self.topology.replica, "dp": self.topology.replicas}
-            mine = self._placed(step_batches(corpus, step, global_batch=keys.global_batch, **share))
-            return [batch.shared(self.topology) for batch in mine]
+            local = self._on_device(step_batches(corpus, step, global_batch=keys.global_batch, **share))
+            return [batch.shared(self.topology) for batch in local]
 
         return batches
 
     def calibration_batches(self) -> list[Batch]:
-        """This rank's share of the calibration samples. Collective over the world."""
-        return self._placed(calibration_batches(self.calibration(), **self._share(self.recipe.score.micro_batch)))
+        """Return this rank's share of the calibration samples. Collective over the world."""
+        return self._on_device(calibration_batches(self.calibration(), **self._share(self.recipe.score.micro_batch)))
 
     def calibration(self) -> Corpus:
-        """The calibration samples. Collective over the world."""
+        """Return all calibration samples. Collective over the world."""
         keys = self.recipe.score
         return calibration(
             self.blend,
@@ -222,12 +223,12 @@ class Context:
         )
 
     def held_out(self) -> ValidationSet:
-        """This rank's share of the held-out samples of each source, as many as there are up to what the recipe asks.
+        """Return this rank's share of each source's held-out samples, at most `evaluate.samples` per source.
 
         Collective over the world.
         """
         keys, sequence = self.recipe.evaluate, self.recipe.data.sequence
-        rounds = self.topology.pp if self.topology.vp > 1 else 1  # what mcore's interleaving takes at a time
+        rounds = self.topology.pp if self.topology.vp > 1 else 1  # the interleaved schedule needs a multiple of pp
         out = {}
         for prefix, _ in self.blend:
             held = (self.done["prepare"]["sources"][prefix.name]["validation_tokens"] - 1) // sequence
@@ -240,12 +241,12 @@ class Context:
                 cache=self.folders.index,
                 end=self._end,
             )
-            out[prefix.name] = self._placed(held_out_batches(corpus, rounds=rounds, **self._share(keys.micro_batch)))
+            out[prefix.name] = self._on_device(held_out_batches(corpus, rounds=rounds, **self._share(keys.micro_batch)))
         return out
 
     def _share(self, micro_batch: int) -> dict[str, int]:
-        """Which part of the samples is this rank's."""
+        """Return the arguments that select this rank's part of the samples."""
         return {"micro_batch": micro_batch, "dp_rank": self.topology.dp_rank, "dp": self.topology.dp}
 
-    def _placed(self, batches: list[Batch]) -> list[Batch]:
+    def _on_device(self, batches: list[Batch]) -> list[Batch]:
         return [batch.to(self.topology.device) for batch in batches]

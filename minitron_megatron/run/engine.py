@@ -1,4 +1,4 @@
-"""The stages in order: done ones are skipped, edited ones run again, a killed one resumes."""
+"""Run the stages in order: finished ones are skipped, changed ones run again, an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Step:
-    """A stage as a run would find it."""
+    """State of a stage before a run."""
 
     stage: str
     state: str
@@ -45,10 +45,10 @@ class Step:
 
 
 def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener: Listener = silent) -> Results:
-    """Runs every stage that is not done, or `only` one, and returns the results by stage. Collective over the world.
+    """Run every stage that is not done, or `only` one, and return the results by stage. Collective over the world.
 
-    Raises MinitronErrors on every rank alike, before anything is written where the recipe can tell, and Preempted after
-    SIGTERM or SIGUSR1.
+    Raises MinitronErrors alike on every rank, and before anything is written if the recipe itself is wrong. Raises
+    Preempted after SIGTERM or SIGUSR1.
     """
     before = peak_bytes()
     with ExitStack() as held:
@@ -57,10 +57,13 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
             check(recipe, topology)
             if topology.rank == 0:
                 held.enter_context(_claimed(recipe, topology))
-        return _run(recipe, topology, only, held.enter_context(raise_when_preempted(listener)), before)
+        return _run_stages(recipe, topology, only, held.enter_context(raise_when_preempted(listener)), before)
 
 
-def _run(recipe: Recipe, topology: Topology, only: str | None, listener: PreemptionListener, before: int) -> Results:
+def _run_stages(
+    recipe: Recipe, topology: Topology, only: str | None, listener: PreemptionListener, before: int
+) -> Results:
+    """before: peak memory at the start of the run, in bytes."""
     _predict(recipe, topology)
     walk = _Walk(recipe)
     for stage in walk.stages:
@@ -85,30 +88,32 @@ def _run(recipe: Recipe, topology: Topology, only: str | None, listener: Preempt
 
 
 def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, listener: Listener = silent) -> str:
-    """One task's share of a search, beside other tasks at work in the same run folder; a sentence on what is left.
+    """Run one task's share of a search, in parallel to other tasks in the same run folder; return its status as text.
 
-    Collective over the world. Raises RecipeError where the stages before it are not done, and where this task, or
-    another run, is at work already.
+    Collective over the world. Raises RecipeError if an earlier stage is not done, or if this task or another run is
+    already running.
     """
     with ExitStack() as held:
         with fail_together():
             if not 0 <= task < tasks:
-                raise RecipeError(f"task {task} of {tasks} is none. Tasks count from 0.")
+                raise RecipeError(f"--task {task}/{tasks} is out of range: use 0/{tasks} to {tasks - 1}/{tasks}.")
             _check_wanted(recipe, "search")
             check(recipe, topology)
-            leave = held.enter_context(raise_when_preempted(listener))
-            leave.begins("search", keeps=True)
-            context = Context(recipe, topology, leave, results(recipe, "score"), lambda other: "")
+            preemption = held.enter_context(raise_when_preempted(listener))
+            preemption.begins("search", keeps=True)
+            context = Context(recipe, topology, preemption, results(recipe, "score"), lambda other: "")
             if topology.rank == 0:
                 folder = RunFolder(recipe.out)
                 for path, shared in ((folder.lock, True), (folder.task_lock(task, tasks), False)):
                     if not held.enter_context(locked(path, shared=shared)):
-                        raise RecipeError(f"another run, or this task, is at work in {recipe.out}. Wait for it.")
+                        raise RecipeError(
+                            f"another run, or the same task, is running in {recipe.out}. Wait until it ends."
+                        )
         return search_share(context, task, tasks)
 
 
 def _predict(recipe: Recipe, topology: Topology) -> None:
-    """Writes what the run should take, on the first rank; before a search has ended, with the largest candidate."""
+    """Write the predicted cost of the run, on rank 0; before a search has ended, with its largest candidate."""
     if topology.rank == 0:
         expected = count(recipe, gpus=topology.world)
         write_json(RunFolder(recipe.out).predicted, {"model": str(recipe.model), **expected.predictions()})
@@ -118,7 +123,7 @@ def _predict(recipe: Recipe, topology: Topology) -> None:
 
 
 def dry_run(recipe: Recipe) -> list[Step]:
-    """Return what a run would do, stage by stage, from the records alone. Raises what `run` raises before it begins."""
+    """Return what a run would do, stage by stage, from the records alone. Raises the errors of `run`'s checks."""
     check(recipe, planned(recipe, launched("WORLD_SIZE", 0)))
     walk, steps = _Walk(recipe), list[Step]()
     stale: set[str] = set()
@@ -141,7 +146,7 @@ def dry_run(recipe: Recipe) -> list[Step]:
 
 
 def results(recipe: Recipe, until: str) -> Results:
-    """Return what the stages up to and with `until` left. Raises RecipeError where one is not done."""
+    """Return the results of the stages up to and including `until`. Raises RecipeError if one is not done."""
     walk = _Walk(recipe)
     for stage in walk.stages:
         record = walk.recorded(stage)
@@ -159,9 +164,9 @@ def wanted(recipe: Recipe) -> list[Stage]:
 
 
 class _Walk:
-    """A recipe's stages in order, beside the records of those that are done.
+    """A recipe's stages in order, with the results of those that are done.
 
-    A stage may decide keys of the recipe for those after it: `recipe` is the one for the stage that comes next.
+    A stage may change the recipe for the stages after it: `recipe` is the one for the next stage.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -173,7 +178,7 @@ class _Walk:
         return fingerprint(stage, self.recipe, self.done)
 
     def recorded(self, stage: Stage) -> dict[str, Any] | None:
-        """Return what a stage left, if it is done by its fingerprint and its output is still there."""
+        """Return a stage's record if its fingerprint matches and its output exists; otherwise None."""
         path = self._folder.record(stage.name)
         if not path.is_file() or not stage.makes(self._folder).exists():
             return None
@@ -187,23 +192,23 @@ class _Walk:
         return record
 
     def finish(self, stage: Stage, record: Mapping[str, Any]) -> None:
-        """Take up a finished stage's results."""
+        """Add a finished stage's result."""
         self.done[stage.name] = record["result"] | {"seconds": record["seconds"]}
         if stage.decides:
             self.recipe = stage.decides(self.recipe, record["result"])
 
     def resumes(self, stage: Stage) -> tuple[str, str]:
-        """Return (`run` or `resume`, why) of a stage that is not done."""
+        """Return (`run` or `resume`, reason) of a stage that is not done."""
         mark = self.mark(stage)
         if stage.keeps is not None and stage.keeps(self._folder, mark).is_dir():
-            return "resume", "with what is measured already"
+            return "resume", "with the existing measurements"
         if (self._folder.checkpoints / mark[:16]).is_dir():
             return "resume", "from a checkpoint"
         return "run", "its inputs changed" if self._folder.record(stage.name).is_file() else "not done yet"
 
 
 def _run_stage(stage: Stage, mark: str, context: Context, before: int) -> dict[str, Any]:
-    """What the stage leaves. `peak_bytes`: by how much the fullest rank's peak lies above `before`, the run's start."""
+    """Run a stage, write its record and return it. `peak_bytes`: peak memory of the fullest rank, minus `before`."""
     began = time.perf_counter()
     result = stage.does(context)
     barrier()
@@ -222,23 +227,24 @@ def _run_stage(stage: Stage, mark: str, context: Context, before: int) -> dict[s
 def _check_wanted(recipe: Recipe, only: str | None) -> None:
     names = [stage.name for stage in wanted(recipe)]
     if only is not None and only not in names:
-        raise RecipeError(f"this recipe has no stage {only}. Its stages are {', '.join(names)}.")
+        raise RecipeError(f"this recipe does not use the stage {only}. Its stages are {', '.join(names)}.")
 
 
 @contextmanager
 def _claimed(recipe: Recipe, topology: Topology) -> Iterator[None]:
-    """Make the run folder this recipe's, and keep others out meanwhile.
+    """Lock the run folder, and write the recipe and the versions into it.
 
-    Raises RecipeError where it belongs to another model's recipe or to nobody known, or where another run is at work.
+    Raises RecipeError if the folder belongs to a recipe for another model, is not a run folder, or is locked by
+    another run.
     """
-    folder, told = RunFolder(recipe.out), recipe.model_dump(mode="json")
+    folder, keys = RunFolder(recipe.out), recipe.model_dump(mode="json")
     if folder.recipe.is_file():
         try:
             saved = read_yaml(read_text(folder.recipe))
         except RecipeError as error:
             raise RecipeError(f"{folder.recipe}: {error} Give another folder with --out.") from error
         other = saved.get("model") if isinstance(saved, dict) else None
-        if other != told["model"]:
+        if other != keys["model"]:
             raise RecipeError(
                 f"{recipe.out} belongs to a recipe for the model {other}. Give another folder with --out."
             )
@@ -248,9 +254,9 @@ def _claimed(recipe: Recipe, topology: Topology) -> Iterator[None]:
     with locked(folder.lock) as acquired:
         if not acquired:
             raise RecipeError(
-                f"another run is at work in {recipe.out}. Wait for it, or give another folder with --out."
+                f"another run is running in {recipe.out}. Wait until it ends, or give another folder with --out."
             )
         with whole_file(folder.recipe) as partial:
-            partial.write_text(yaml.safe_dump(told, sort_keys=False), encoding="utf-8")
+            partial.write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
         write_json(folder.versions, versions() | {"processes": topology.world})
         yield

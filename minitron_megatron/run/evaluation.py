@@ -1,4 +1,4 @@
-"""What a recipe says of a folder: how good the model in it is, and whether an export is the student."""
+"""Evaluate any Hugging Face folder by a recipe, and compare an export with the student."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .measure_tasks import measured_row
 __all__ = ["check_export", "evaluate_folder"]
 
 CHECKED_TOKENS = 256
-"""Enough to tell: every layer and every vocabulary entry has its say in each."""
+"""Tokens whose logits are compared. Few suffice, since every layer and vocabulary entry takes part in each."""
 
 
 def evaluate_folder(recipe: Recipe, topology: Topology, folder: Path, *, listener: Listener = silent) -> dict[str, Any]:
-    """The row of any Hugging Face folder that has the tokenizer of the recipe's model. Collective over the world.
+    """Return the summary row of a Hugging Face folder that has the tokenizer of the recipe's model.
 
-    The harness's own results go to `evaluation/<folder's name>.json`. Raises RecipeError where the text is not prepared
-    yet, or the vocabularies differ.
+    The harness's own results are written to `evaluation/<folder's name>.json`. Raises RecipeError if the text is not
+    prepared yet, or the vocabularies differ. Collective over the world.
     """
     with fail_together():
         shape, vocab = read_config(folder).shape, read_config(recipe.model).shape.vocab
         if shape.vocab != vocab:
             raise RecipeError(
-                f"{folder} has a vocabulary of {shape.vocab}, and {recipe.model} one of {vocab}: losses a token of "
-                "different tokenizers do not compare. Give a model with this tokenizer."
+                f"{folder} has a vocabulary of {shape.vocab}, but {recipe.model} has one of {vocab}: losses per token "
+                "of different tokenizers cannot be compared. Give a model with the same tokenizer."
             )
         check_fits(shape, topology)
         check_evaluation(recipe, folder)
@@ -45,8 +45,8 @@ def evaluate_folder(recipe: Recipe, topology: Topology, folder: Path, *, listene
 
 
 def check_export(recipe: Recipe, topology: Topology, *, listener: Listener = silent) -> float:
-    """The largest difference between the logits of the student, rounded as the export is, and those of transformers
-    reading the export. Collective over the world. Raises RecipeError where it is not exported yet."""
+    """Return the largest difference between the student's logits, with weights rounded as in the export, and those of
+    transformers on the export. Collective over the world. Raises RecipeError if there is no export yet."""
     with fail_together():
         context = Context(recipe, topology, listener, results(recipe, "export"), lambda other: "")
     context.expect_unchanged(context.folders.model("export"))

@@ -1,4 +1,4 @@
-"""All that a result depends on, as one number: recipe keys, files, and the results of earlier stages."""
+"""Fingerprint of a stage: a hash of all that its result depends on (recipe keys, files, results of earlier stages)."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of a stage's output: the recipe keys that it reads, the files behind them and the results that it uses."""
+    """Return the fingerprint of a stage: recipe keys that it reads, files behind them and results that it uses."""
     keys = recipe.deciding()
     return digest(
         {
             "stage": stage.name,
             "keys": {name: keys[name] for name in stage.reads},
-            "asks": stage.asks(recipe),
+            "asks": stage.extra_inputs(recipe),  # the key enters the hash: another name would rerun finished stages
             "files": _input_marks(recipe) if "data" in stage.reads else [],
             "results": untimed({name: done[name] for name in stage.after if name in done}),
         }
     )
 
 
-def digest(told: Any) -> str:
-    """SHA-256 of what is JSON."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def digest(value: Any) -> str:
+    """Return the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def untimed(done: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The results of stages without how long they took."""
+    """Return the stages' results without their durations."""
     return {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in done.items()}
 
 
 def config_digest(folder: Path) -> str:
-    """A number for what a model computes besides its weights: its shape and constants, as they are understood here."""
+    """Return a hash of a model's config as parsed here: shape and constants, all that it computes with but weights."""
     config = asdict(read_config(folder))
     return digest({name: value for name, value in config.items() if name != "source"})
 
 
 def carried_marks(folder: Path) -> dict[str, str]:
-    """The contents of the files that go along with new weights: tokenizer, chat templates, generation settings."""
+    """Return checksums of the files copied along with new weights: tokenizer, chat templates, generation settings."""
     return {str(path.relative_to(folder)): checksum(path) for path in carried_files(folder)}
 
 
 def task_marks(recipe: Recipe) -> list[Any]:
-    """The files that tasks read: the teacher's tokenizer and settings of generation, its chat template only where
-    prompts are put into it, and the questions."""
+    """Return marks of the files that tasks read: the teacher's tokenizer and generation settings, its chat template
+    only if `evaluate.chat` applies it, and the questions."""
     files, marks = recipe.evaluate.task_files, carried_marks(recipe.model)
     if not recipe.evaluate.chat:
         marks = {name: mark for name, mark in marks.items() if "chat_template" not in name}
@@ -66,8 +66,8 @@ def task_marks(recipe: Recipe) -> list[Any]:
 
 
 def _input_marks(recipe: Recipe) -> list[Any]:
-    """The teacher's weights and configuration, what its tokenizer makes of text, and every source. Nothing else of the
-    teacher's folder: a chat template decides no token of a corpus."""
+    """Return marks of the teacher's weights, config and tokenization, and of every source. Other files of the teacher's
+    folder do not count: a chat template does not affect the tokens of a corpus."""
     paths = [path for pattern in WEIGHTS for path in sorted(recipe.model.glob(pattern))]
     paths += [source.path for source in recipe.data.sources]
     paths += [source.validation for source in recipe.data.sources if isinstance(source.validation, Path)]

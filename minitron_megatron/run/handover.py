@@ -1,4 +1,4 @@
-"""A student of a run, at work or done, as a folder for somebody else: Hugging Face's or Megatron-LM's."""
+"""Export a run's student, finished or still training, to a new folder in Hugging Face's or Megatron-LM's format."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def hand_over(
     form: Format = "hf",
     listener: Listener = silent,
 ) -> Path:
-    """Writes the student to the new folder `to` and returns where its weights were read. Collective over the world.
+    """Write the student to the new folder `to` and return the path its weights came from. Collective over the world.
 
-    checkpoint: of distillation: `newest`, `best` (least validation loss) or a step, of the last phase that has any;
-    none: what the stage left. The run may be at work meanwhile. Raises RecipeError where there is no such student, and
-    CheckpointError where Megatron-LM cannot express it.
+    checkpoint: a training checkpoint of distillation: `newest`, `best` (lowest validation loss) or a step, of the last
+    phase that has any; empty: the finished student. The run may be running meanwhile. Raises RecipeError if there is
+    no such student, and CheckpointError if Megatron-LM cannot express it.
     """
     with fail_together():
         if to.exists():
-            raise RecipeError(f"{to} is there already. Give another folder with --to.")
+            raise RecipeError(f"{to} already exists. Give another folder with --to.")
         context = Context(
             recipe, topology, listener, results(recipe, "prune" if checkpoint else "distill"), lambda other: ""
         )
@@ -71,20 +71,20 @@ def hand_over(
 
 
 def _find(context: Context, which: str) -> tuple[Path, str]:
-    """(checkpoint, identity)."""
+    """Return (path, identity) of a checkpoint."""
     mark_of = partial(fingerprint, STAGES["distill"], done=context.done)
     for recipe in reversed(prefixes(context.recipe)):
         mark = mark_of(recipe)
         store = Checkpoints(context.folders.checkpoints / mark[:16], context.topology)
-        there = {str(step): path for step, path in store.steps().items()}
-        if not there:
+        steps = {str(step): path for step, path in store.steps().items()}
+        if not steps:
             continue
-        named = {"newest": store.newest_first()[0], "best": store.best()} | there
+        named = {"newest": store.newest_first()[0], "best": store.best()} | steps
         path = named.get(which)
         if path is None:
-            raise RecipeError(f"there is no checkpoint {which}. There are newest, best and {', '.join(there)}.")
+            raise RecipeError(f"there is no checkpoint {which}. Use newest, best or one of {', '.join(steps)}.")
         return path, mark
     raise CheckpointError(
-        f"{context.recipe.out} has no checkpoints of distillation: they go when it is done, but with `distill.retain`. "
-        "Leave --checkpoint out for the finished student."
+        f"{context.recipe.out} has no checkpoints of distillation: without `distill.retain` they are removed when it is "
+        "done. Omit --checkpoint to export the finished student."
     )

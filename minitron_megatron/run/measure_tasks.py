@@ -1,4 +1,4 @@
-"""How good a model is by the recipe: its loss on the held-out text, and the tasks that the recipe names."""
+"""Measure a model by the recipe: its loss on the held-out text and its scores at the tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["measured_row", "score_of", "winogrande", "write_table"]
 
 
 def measured_row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> dict[str, Any]:
-    """Loss on the held-out text and the tasks' scores of a model, as a row of the summary. Collective."""
+    """Return a model's row of the summary: loss on the held-out text and task scores. Collective."""
     model = context.load(folder)
     losses = validation_loss(model, held_out, context.topology)
     return {
@@ -32,29 +32,32 @@ def measured_row(context: Context, name: str, folder: Path, held_out: Validation
 
 
 def _evaluate_tasks(context: Context, model: Any, name: str, folder: Path) -> dict[str, float]:
-    """Task -> score; the harness's own results go to `evaluation/<name>.json`. Collective over the world."""
+    """Return task -> score, and write the harness's own results to `evaluation/<name>.json`. Collective."""
     tasks = context.recipe.evaluate.wanted()
     if not tasks:
         return {}
-    found = _run(context, model, tasks, folder=folder)
+    found = _harness_results(context, model, tasks, folder=folder)
     if context.topology.rank == 0:
         write_json(context.folders.evaluation / f"{name}.json", found)
     return scores_of(found, tasks)
 
 
 def score_of(context: Context, model: Any, name: str) -> float:
-    """A model's score at one of the recipe's tasks, more is better: of a perplexity the negative. Collective."""
+    """Return a model's score at one of the recipe's tasks, negated if lower is better. Collective."""
     task = next(task for task in context.recipe.evaluate.wanted() if task.name == name)
-    found = _run(context, model, [task])
+    found = _harness_results(context, model, [task])
     return scores_of(found, [task])[name] * (-1 if lower_is_better(found, task) else 1)
 
 
 def winogrande(context: Context, model: Any, run: RunBatches) -> float:
-    """Accuracy of what `run` runs of a model. Collective over the world."""
-    return scores_of(_run(context, model, [WINOGRANDE], run), [WINOGRANDE])[WINOGRANDE.name]
+    """Return the Winogrande accuracy of the network that `run` executes, such as a model without some layers.
+
+    Collective over the world.
+    """
+    return scores_of(_harness_results(context, model, [WINOGRANDE], run), [WINOGRANDE])[WINOGRANDE.name]
 
 
-def _run(
+def _harness_results(
     context: Context, model: Any, tasks: list[Task], run: RunBatches | None = None, folder: Path | None = None
 ) -> dict[str, Any]:
     keys = context.recipe.evaluate
@@ -76,7 +79,7 @@ def _run(
 
 
 def write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    """The scores as a Markdown table, a row a model; nothing where there are none."""
+    """Write the task scores as a Markdown table, one row per model; nothing if there are no tasks."""
     names = list(rows[0]["tasks"]) if rows else []
     if not names:
         return

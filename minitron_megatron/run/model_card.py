@@ -1,4 +1,4 @@
-"""The model card that lies in an export: what the student is, where it came from and how good it is."""
+"""Model card of an export: shape, training, evaluation and origin of the student."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .versions import versions
 __all__ = ["write_card"]
 
 MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)//")
-"""What Markdown gives a meaning to inside a line: an underscore within a word has none."""
+"""Characters with a meaning inside a Markdown line; an underscore within a word has none."""
 
 
 class _OneLine(yaml.SafeDumper):
-    """Every string on one line, so that none of its lines can end a front matter or a code block."""
+    """YAML dumper that writes every string on one line, so that no line of it can end a front matter or code block."""
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -38,7 +38,7 @@ _OneLine.add_representer(str, _quoted)
 
 
 def write_card(context: Context, folder: Path) -> None:
-    """Writes `README.md` into the export, on the first rank: Hugging Face's metadata, then prose and tables."""
+    """Write `README.md` into the export, on rank 0: Hugging Face's metadata, then prose and tables."""
     if context.topology.rank != 0:
         return
     with whole_file(folder / "README.md") as partial:
@@ -51,7 +51,7 @@ def _card(context: Context, folder: Path) -> str:
     student = exported.shape
     tags = ["minitron", "pruned", "distilled"]
     about = {"base_model": recipe.model.name, "library_name": "transformers", "tags": tags}
-    told = recipe.model_dump(mode="json", exclude_none=True, exclude={"model": True, "out": True, "data": {"sources"}})
+    keys = recipe.model_dump(mode="json", exclude_none=True, exclude={"model": True, "out": True, "data": {"sources"}})
     axes = ("layers", "hidden", "ffn", "heads", "kv_groups", "experts", "expert_ffn", "shared_ffn")
     shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in axes if getattr(teacher, axis)]
     sources = [(name, source["tokens"], source["weight"]) for name, source in done["prepare"]["sources"].items()]
@@ -59,29 +59,29 @@ def _card(context: Context, folder: Path) -> str:
     parts = [
         f"---\n{_yaml(about)}---\n",
         f"# {_inline(folder.resolve().parent.name)}: {_inline(recipe.model.name)} pruned and distilled\n",
-        f"{parameters(student):,} parameters, of the teacher's {parameters(teacher):,}, by the Minitron method: what "
-        "matters least was cut, and what was left learnt from the teacher's logits.\n",
+        f"{parameters(student):,} parameters, of the teacher's {parameters(teacher):,}. Made by the Minitron method: "
+        "the least important parts of the teacher were pruned, and the rest was distilled from its logits.\n",
         _table(("", "teacher", "student"), [*shapes, ("parameters", parameters(teacher), parameters(student))]),
         _clients(exported, teacher),
         "## Training\n",
         _table(("stage", "tokens"), training),
-        _table(("source", "tokens held", "weight"), sources),
+        _table(("source", "tokens", "weight"), sources),
         "## Evaluation\n",
         _evaluation(context),
         "## Licence\n",
-        "This model is derived from its teacher, whose licence applies to it. Read that before you pass this on.\n",
-        "## How it was made\n",
-        _fenced(_yaml(told)),
-        _table(("with", "version"), list(versions().items())),
+        "This model is derived from its teacher, whose licence applies. Read it before you distribute this model.\n",
+        "## Recipe and versions\n",
+        _fenced(_yaml(keys)),
+        _table(("package", "version"), list(versions().items())),
     ]
     return "\n".join(part for part in parts if part)
 
 
 def _clients(exported: ModelConfig, teacher: Shape) -> str:
-    """Who will not serve it."""
-    cut, student = replace(exported, shape=teacher), exported.shape
-    said = (*client_warnings(cut, student, "own"), *client_notes(cut, student, "own"))
-    return "## Clients\n\n" + "".join(f"* {sentence}\n" for sentence in said) if said else ""
+    """Return a section on the clients that cannot serve the export."""
+    original, student = replace(exported, shape=teacher), exported.shape
+    sentences = (*client_warnings(original, student, "own"), *client_notes(original, student, "own"))
+    return "## Clients\n\n" + "".join(f"* {sentence}\n" for sentence in sentences) if sentences else ""
 
 
 def _evaluation(context: Context) -> str:
@@ -91,10 +91,10 @@ def _evaluation(context: Context) -> str:
     cells = [
         (
             row["model"],
-            _said(row.get("parameters"), ",d"),
-            _said(row.get("loss_nats_per_token"), ".4f"),
-            _said(row.get("perplexity"), ".2f"),
-            *(_said(row.get("tasks", {}).get(name), ".4f") for name in tasks),
+            _formatted(row.get("parameters"), ",d"),
+            _formatted(row.get("loss_nats_per_token"), ".4f"),
+            _formatted(row.get("perplexity"), ".2f"),
+            *(_formatted(row.get("tasks", {}).get(name), ".4f") for name in tasks),
         )
         for row in rows
     ]
@@ -117,7 +117,7 @@ def _inline(text: str) -> str:
     return MARKUP.sub(lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), html.escape(line, quote=False))
 
 
-def _said(value: float | None, form: str) -> str:
+def _formatted(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 

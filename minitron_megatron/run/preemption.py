@@ -1,4 +1,4 @@
-"""The scheduler's signal where nothing trains: the run ends at the next event, and what is done stays."""
+"""Preemption outside of training: after the scheduler's signal the run ends at the next event and keeps its results."""
 
 from __future__ import annotations
 
@@ -14,41 +14,43 @@ __all__ = ["PreemptionListener", "raise_when_preempted"]
 
 
 class PreemptionListener:
-    """A listener that raises Preempted after a signal, or RecipeError where the next start would get no further: the
-    time limit's came (SIGUSR1), and a stage that keeps nothing half done had all the time since this start.
+    """Listener that raises Preempted after a signal.
 
-    Training hears its signals itself, and saves.
+    It raises RecipeError instead if a restart would not get further: the job reached its time limit (SIGUSR1) in a
+    stage that saves no partial results, and no stage was finished since the start. Training handles signals itself, and
+    saves a checkpoint.
     """
 
-    def __init__(self, listener: Listener, heard: Sequence[int]) -> None:
-        self._listener, self._heard = listener, heard
-        self._stage, self._gets_on = "", False
+    def __init__(self, listener: Listener, signals: Sequence[int]) -> None:
+        """signals: the signals received so far; it grows."""
+        self._listener, self._signals = listener, signals
+        self._stage, self._made_progress = "", False
 
     def begins(self, stage: str, *, keeps: bool) -> None:
-        """From now on `stage` is at work; keeps: it goes on from what it had."""
-        self._gets_on = self._gets_on or bool(self._stage) or keeps
+        """Note that `stage` begins. keeps: it saves partial results and resumes from them."""
+        self._made_progress = self._made_progress or bool(self._stage) or keeps
         self._stage = stage
 
     def __call__(self, event: Event) -> None:
         self._listener(event)
-        if signal.SIGUSR1 in self._heard and not self._gets_on:
+        if signal.SIGUSR1 in self._signals and not self._made_progress:
             raise RecipeError(
-                f"the time limit's signal came before the stage {self._stage} was done, and nothing else was done since"
-                " the start: it would come so again. Give the job more time, or more GPUs."
+                f"the job reached its time limit before the stage {self._stage} was done, and no other stage was done "
+                "since the start, so that a restart would end the same way. Give the job more time, or more GPUs."
             )
-        if self._heard:
+        if self._signals:
             raise Preempted
 
 
 @contextmanager
 def raise_when_preempted(listener: Listener) -> Iterator[PreemptionListener]:
-    """Yields the listener for a run. A failure after a signal is Preempted too: another rank has left first."""
-    with local_signals() as heard:
+    """Yield the listener for a run. Any failure after a signal becomes Preempted: another rank has exited first."""
+    with local_signals() as signals:
         try:
-            yield PreemptionListener(listener, heard)
+            yield PreemptionListener(listener, signals)
         except MinitronError:
             raise
         except Exception:
-            if heard:
+            if signals:
                 raise Preempted from None
             raise

@@ -1,4 +1,4 @@
-"""Results that each stage leaves for those after it, as the types that its record is read back through."""
+"""Types of the stages' results; records are validated against them when they are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["RESULTS", "Measured", "Record"]
 
 
 class Record(TypedDict):
-    """A stage that is done."""
+    """Record of a finished stage."""
 
     fingerprint: str
     result: dict[str, Any]
@@ -39,7 +39,7 @@ class Prepared(TypedDict):
 class Model(TypedDict):
     hash: str
     files: str
-    """The checksum of the list of its files' checksums."""
+    """Checksum of the list of the model files' checksums."""
 
 
 class Trained(Model):
@@ -80,7 +80,7 @@ class Exported(Model):
 
 
 class Measured(TypedDict):
-    """A model's row of the summary, while the others are measured."""
+    """A model's row of the summary, saved while the other models are measured."""
 
     model: str
     parameters: int
@@ -101,4 +101,4 @@ RESULTS: Mapping[str, Any] = {
     "evaluate": Evaluated,
     "export": Exported,
 }
-"""By stage."""
+"""Stage -> type of its result."""

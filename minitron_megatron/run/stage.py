@@ -1,4 +1,4 @@
-"""What a stage of a run is."""
+"""Definition of a stage of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .context import Context
 __all__ = ["Result", "Stage"]
 
 Result = dict[str, Any]
-"""What a stage leaves for those after it, as JSON. Those that read it run again when it changes."""
+"""Result of a stage, as JSON. Stages that use it run again when it changes."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +23,18 @@ class Stage:
 
     name: str
     does: Callable[[Context], Result]
+    """Function that runs the stage."""
     makes: Callable[[RunFolder], Path]
-    """Path whose existence shows that the stage's output is there."""
+    """Path that exists if the stage's output does."""
     reads: tuple[str, ...]
-    """Keys of the recipe whose change makes it run again."""
+    """Top-level recipe keys that the stage reads. It runs again when one changes."""
     after: tuple[str, ...] = ()
-    """Stages whose results it uses, and whose change makes it run again."""
+    """Earlier stages whose results the stage uses. It runs again when one changes."""
     wanted: Callable[[Recipe], bool] = lambda recipe: True
-    asks: Callable[[Recipe], Any] = lambda recipe: None
-    """Whatever else of the recipe makes it run again when it changes, as JSON."""
+    """Whether a recipe has this stage."""
+    extra_inputs: Callable[[Recipe], Any] = lambda recipe: None
+    """Further inputs of the stage, as JSON: single keys of other blocks, checksums of files. Part of its fingerprint."""
     decides: Callable[[Recipe, Result], Recipe] | None = None
-    """What a recipe becomes by its result: the stages after it read that, and its result by no other way."""
+    """(recipe, result) -> recipe for the later stages. They see the stage's result only through it."""
     keeps: Callable[[RunFolder, str], Path] | None = None
-    """(run folder, fingerprint) -> folder of measurements that a stopped stage continues from."""
+    """(run folder, fingerprint) -> folder of partial results that an interrupted stage resumes from."""

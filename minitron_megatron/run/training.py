@@ -1,4 +1,4 @@
-"""The stages that train, in the recipe's words."""
+"""Training as the recipe configures it: phases, teacher, objective and validation."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from ..recipe import Recipe, ResolvedPhase, TrainingKeys, prefixes, resolved
 from ..train import Learner, Lora, Objective, Training, train, train_norms_only
 from .context import Context
 
-__all__ = ["correcting", "distil", "distillation_asks", "train_in_phases"]
+__all__ = ["correcting", "distil", "distillation_inputs", "train_in_phases"]
 
 Measure = Callable[[], dict[str, float]]
 
 
-def distillation_asks(recipe: Recipe) -> Any:
-    """All of `correct` where the teacher is corrected meanwhile, and the files of the student that distillation begins
-    with. Held-out text is none of it: validation moves no weight."""
+def distillation_inputs(recipe: Recipe) -> Any:
+    """Return the further inputs of distillation: all of `correct` if it is continuous, and the files of
+    `distill.start`. Held-out text is not one of them, since validation changes no weight."""
     correct = recipe.correct.deciding() if recipe.correct and recipe.correct.continuous else None
     return [correct, file_marks([recipe.distill.start] if recipe.distill.start else [])]
 
 
 def distil(context: Context, student: list[Any], label: str, *, until: int | None = None) -> int:
-    """Distils the run's teacher into a student, in place; returns the tokens seen. until: a step to stop after, from
-    which another call goes on."""
+    """Distil the run's teacher into a student, in place; return the tokens seen.
+
+    until: step to stop after; another call resumes from it.
+    """
     keys, correct, topology = context.recipe.distill, context.recipe.correct, context.topology
     continuous = correct is not None and correct.continuous
     teacher, loss = context.load_teacher(trains=continuous), keys.loss.loss()
@@ -53,7 +55,7 @@ def distil(context: Context, student: list[Any], label: str, *, until: int | Non
     assert correct is not None
 
     def taught(phase: ResolvedPhase) -> ContinuousObjective:
-        """Each phase corrects with a schedule of its own, as long as the phase."""
+        """Return a phase's objective; the teacher's schedule is as long as the phase."""
         settings = _training(ResolvedPhase(correct.model_copy(update=_budget(phase)), phase.sequence, ()), 0)
         learner = Learner(teacher, settings, topology, "teacher")
         return ContinuousObjective(learner, topology, vocab=vocab, loss=loss, states=states)
@@ -64,7 +66,8 @@ def distil(context: Context, student: list[Any], label: str, *, until: int | Non
 
 @contextmanager
 def correcting(context: Context, teacher: list[Any]) -> Iterator[None]:
-    """Inside, of the teacher trains what the recipe says; afterwards it is a plain model."""
+    """Make the parameters in `correct.parameters` trainable inside the context; afterwards the teacher is a plain model
+    with LoRA merged."""
     correct = context.recipe.correct
     assert correct is not None
     if correct.parameters == "norms":
@@ -84,7 +87,7 @@ def _states(context: Context, teacher: list[Any], student: list[Any]) -> StateLo
 
 @contextmanager
 def _released(states: StateLoss | None) -> Iterator[None]:
-    """Training, after which nothing of `states` is left on the models."""
+    """Remove the hooks and bridges of `states` from the models at the end."""
     try:
         yield
     finally:
@@ -106,21 +109,22 @@ def train_in_phases(
     teacher: KDObjective | None = None,
     until: int | None = None,
 ) -> int:
-    """Trains in place, with checkpoints and validation; returns the tokens seen.
+    """Train in place, with checkpoints and validation; return the tokens seen.
 
-    objective: of every phase, or what makes that of one. teacher: whose divergence validation measures.
+    objective: one for all phases, or a function phase -> objective. teacher: objective whose divergence validation
+    measures.
     """
     phases, held_out, tokens, before = resolved(keys, context.recipe.data), context.held_out(), 0, None
     total, first = sum(phase.steps for phase in phases), 0
     for number, phase in enumerate(phases):
-        mine = objective(phase) if callable(objective) else objective
-        taught = mine if isinstance(mine, ContinuousObjective) else teacher
-        beside = [mine.learner] if isinstance(mine, ContinuousObjective) else []
+        current = objective(phase) if callable(objective) else objective
+        validated = current if isinstance(current, ContinuousObjective) else teacher
+        co_trained = [current.learner] if isinstance(current, ContinuousObjective) else []
         recipe = prefixes(context.recipe)[number]
         at = (context.checkpoints(recipe), context.mark_of(recipe))
         values = train(
             model,
-            mine,
+            current,
             context.training_batches(phase, context.recipe.seed + number),
             _training(phase, context.recipe.seed),
             context.topology,
@@ -130,9 +134,9 @@ def train_in_phases(
             begin=before,
             until=until,
             save_last=len(phases) > 1 or (label == "distill" and context.recipe.distill.retain),
-            beside=beside,
-            beside_flops=_flops(taught, phase, trains=bool(beside)),
-            validate=_validation(context, model, held_out, taught),
+            beside=co_trained,
+            beside_flops=_flops(validated, phase, trains=bool(co_trained)),
+            validate=_validation(context, model, held_out, validated),
             listener=_shifted(context.listener, first, total),
         )
         tokens, before, first = int(values["tokens"]), at, first + phase.steps
@@ -157,14 +161,14 @@ def _training(phase: ResolvedPhase, seed: int) -> Training:
 
 
 def _flops(teacher: KDObjective | None, phase: ResolvedPhase, *, trains: bool) -> int:
-    """Of a token: the teacher's forward pass, and its backward where it trains."""
+    """Return the teacher's FLOPs per token: its forward pass, and its backward pass if it trains."""
     if teacher is None:
         return 0
     return (3 if trains else 1) * flops_per_token(config_of(teacher.teacher[0]).shape, phase.sequence)
 
 
 def _validation(context: Context, model: list[Any], held_out: Any, teacher: KDObjective | None) -> Measure:
-    """Cross-entropy with the text of each source, and the divergence from the teacher where there is one."""
+    """Return a function that measures cross-entropy on each source, and the divergence from the teacher, if any."""
 
     def measure() -> dict[str, float]:
         losses = validation_loss(model, held_out, context.topology)
@@ -178,5 +182,5 @@ def _validation(context: Context, model: list[Any], held_out: Any, teacher: KDOb
 
 
 def _shifted(listener: Callable[[Event], None], first: int, total: int) -> Callable[[Event], None]:
-    """Counts the steps of all phases as one."""
+    """Return a listener that counts the steps of all phases as one sequence."""
     return lambda event: listener(replace(event, done=event.done + first, total=total))

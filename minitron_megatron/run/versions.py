@@ -1,4 +1,4 @@
-"""What a result was made with: versions, commit, machine."""
+"""Versions, commit and machine that produced a result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | int]:
-    """Versions of what is installed, this project's commit where it runs from a checkout, and the machine."""
+    """Return versions of installed packages, this project's commit if run from a checkout, and the machine."""
     found: dict[str, str | int] = {
         "minitron-megatron": __version__,
         "commit": _commit(),
@@ -38,11 +38,11 @@ def versions() -> dict[str, str | int]:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this package lies in; `unknown` outside one."""
+    """Return the commit of this package's checkout; `unknown` outside of one."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return "unknown"
-    asked = subprocess.run(
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
     )
-    return asked.stdout.strip() or "unknown"
+    return described.stdout.strip() or "unknown"

@@ -1,4 +1,4 @@
-"""How clear each cut is, and how much of the score it keeps."""
+"""Plots of the cuts: relative margin, and share of the score that is kept."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["LEAST_MARGIN", "margins", "shares"]
 
 LEAST_MARGIN = 1e-5
-"""Below this relative margin of a cut, another parallel layout may keep other units."""
+"""Below this relative margin of a cut, another parallel layout may keep different units."""
 
 
 def margins(of_cuts: ByLayer[float], path: Path) -> Path | None:
-    """Each cut's relative margin on a log scale, with the line below which layouts may disagree.
+    """Plot each cut's relative margin on a log scale, with the line below which layouts may disagree.
 
-    A margin of zero (an exact tie) stands at the lower edge; one that is not finite (nothing was cut) is left out.
+    A margin of zero (an exact tie) is drawn at the lower edge; one that is not finite (nothing was pruned) is left out.
     """
     cuts = {axis: {layer: it for layer, it in of.items() if math.isfinite(it)} for axis, of in of_cuts.items()}
     if not any(cuts.values()):
@@ -30,10 +30,10 @@ def margins(of_cuts: ByLayer[float], path: Path) -> Path | None:
     drawn = {axis: {layer: max(margin, edge) for layer, margin in of.items()} for axis, of in cuts.items()}
     with new_figure(path, 9.0, 3.6) as figure:
         axes = figure.subplots()
-        axes.set(title="How clear each cut is", ylabel="relative margin: last kept\nagainst first cut unit")
+        axes.set(title="Margin of each cut", ylabel="relative margin: last kept\nvs. first pruned unit")
         axes.set_yscale("log")
         axes.axhspan(edge / 3, LEAST_MARGIN, color=ALARM, alpha=0.06, linewidth=0)
-        axes.axhline(LEAST_MARGIN, color=ALARM, linewidth=1.2, linestyle="--", label="too close to call below")
+        axes.axhline(LEAST_MARGIN, color=ALARM, linewidth=1.2, linestyle="--", label="below: may depend on layout")
         _by_layer(axes, drawn)
         axes.set_ylim(bottom=edge / 3)
         legend_outside(axes)
@@ -41,13 +41,13 @@ def margins(of_cuts: ByLayer[float], path: Path) -> Path | None:
 
 
 def shares(of_cuts: ByLayer[float], path: Path) -> Path | None:
-    """The share of the score that each cut keeps."""
+    """Plot the share of the score that each cut keeps."""
     cuts = {axis: of for axis, of in of_cuts.items() if of}
     if not cuts:
         return None
     with new_figure(path, 9.0, 3.4) as figure:
         axes = figure.subplots()
-        axes.set(title="How much of the score each cut keeps", ylabel="share of the score")
+        axes.set(title="Share of the score that each cut keeps", ylabel="share of the score")
         _by_layer(axes, cuts)
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
@@ -56,7 +56,7 @@ def shares(of_cuts: ByLayer[float], path: Path) -> Path | None:
 
 
 def _by_layer(axes: Axes, values: ByLayer[float]) -> None:
-    """A marker an axis over the layers; what all layers share stands before the first."""
+    """Draw one marker per axis and layer; an axis that all layers share is drawn before the first layer."""
     values = {axis: of_axis for axis, of_axis in values.items() if of_axis}
     layers = sorted({layer for of_axis in values.values() for layer in of_axis if layer is not None})
     shared = min(layers, default=0) - max(1.5, 0.08 * len(layers))

@@ -1,4 +1,4 @@
-"""What the network is worth without some of its layers: figures 8 and 9 of Minitron's second paper."""
+"""Plot a metric of the network without some of its layers, as in figures 8 and 9 of Minitron's second paper."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["DepthCurves", "depth_curves"]
 NAMES = {
     "bi": "block importance",
     "loss": "cross-entropy\n(nats per token)",
-    "kl": "KL divergence from the whole\n(nats per token)",
+    "kl": "KL from the full network\n(nats per token)",
 }
 
 
@@ -26,17 +26,17 @@ class DepthCurves(NamedTuple):
 
     metric: str
     baseline: float
-    """With every layer in its place."""
+    """Value with all layers."""
     blocks: Mapping[int, Mapping[int, float]]
     """Layers in a block -> the block's last layer, counted from 1 -> value."""
     one_by_one: Sequence[float] = ()
-    """Once a layer is gone, once two are, ...: layers that need not be neighbours."""
+    """Values after removing one, two, ... layers greedily; they need not be neighbours."""
 
 
 def depth_curves(depth: DepthCurves | None, path: Path) -> Path | None:
-    """The metric against the last layer of the block that is left out, a curve for each length of block.
+    """Plot the metric against the last layer of the block that is left out, one curve per block length.
 
-    A level line each: the whole network, and as many layers as a curve's blocks have, taken one by one.
+    Horizontal lines: the full network, and the same number of layers as a curve's blocks removed one by one.
     """
     if depth is None or not depth.blocks:
         return None
@@ -56,7 +56,7 @@ def depth_curves(depth: DepthCurves | None, path: Path) -> Path | None:
 
 
 def _levels(axes: Axes, depth: DepthCurves, colours: Mapping[int, str]) -> None:
-    """Dashed: layers taken one by one, for the lengths of the curves and for the last that was taken."""
+    """Draw dashed lines for layers removed one by one, at the curves' block lengths and at the last removal."""
     taken = len(depth.one_by_one)
     for count in sorted({*depth.blocks, taken}):
         if 1 < count <= taken:

@@ -1,4 +1,4 @@
-"""Losses over training, and the models side by side."""
+"""Plots of losses during training, and of the models' validation losses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["bars", "loss_curves"]
 
 DISTILLED = ("distill", "baseline")
-"""Stages whose loss is measured against the teacher, not against the text."""
+"""Stages whose training loss compares with the teacher, not with the text."""
 
 Line = Mapping[str, Any]
 """A line of metrics, or a row of the summary."""
@@ -25,7 +25,7 @@ Points = list[tuple[float, float]]
 
 
 class Panel(NamedTuple):
-    """A kind of loss: its title, its name on the axis, the key that holds it and the lines to look in."""
+    """A kind of loss: panel title, axis label, key of the metric, and the lines that may have it."""
 
     title: str
     name: str
@@ -33,7 +33,7 @@ class Panel(NamedTuple):
     lines: Sequence[Line]
 
     def stages(self, unit: str) -> dict[str, Points]:
-        """Stage -> its curve over `unit`, a key of the lines."""
+        """Return stage -> curve over `unit`, a key of the lines."""
         points: dict[str, Points] = {}
         for line in self.lines:
             if line.get(self.key) is not None:
@@ -42,9 +42,9 @@ class Panel(NamedTuple):
 
 
 def loss_curves(metrics: Sequence[Line], summary: Sequence[Line], path: Path) -> Path | None:
-    """Training and validation losses against tokens, a panel for each kind of loss that does not compare with another.
+    """Plot training and validation losses against tokens, one panel per kind of loss.
 
-    The summary's first model, the teacher, stands as a dashed line in the panel of validation.
+    The summary's first model, the teacher, is a dashed line in the validation panel.
     """
     panels = [panel for panel in _panels(metrics) if panel.stages("done")]
     if not panels:
@@ -69,20 +69,20 @@ def loss_curves(metrics: Sequence[Line], summary: Sequence[Line], path: Path) ->
 
 
 def _panels(metrics: Sequence[Line]) -> list[Panel]:
-    """A line with a learning rate is one of training."""
+    """Return the panels; a line with a learning rate belongs to training."""
     training = [line for line in metrics if "loss" in line and "lr" in line]
     distilled = [line for line in training if line["stage"] in DISTILLED]
     plain = [line for line in training if line["stage"] not in DISTILLED]
     return [
-        Panel("Training loss against the text", "cross-entropy", "loss", plain),
-        Panel("Training loss against the teacher", "the recipe's loss", "loss", distilled),
+        Panel("Training loss on text", "cross-entropy", "loss", plain),
+        Panel("Distillation loss", "the recipe's loss", "loss", distilled),
         Panel("Validation loss", "cross-entropy", "validation_loss", metrics),
-        Panel("Validation against the teacher", "KL divergence", "validation_kl", metrics),
+        Panel("Validation: KL from the teacher", "KL divergence", "validation_kl", metrics),
     ]
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """The mean over a window of a fortieth of the curve around each point, narrower at the ends."""
+    """Return a running mean over a window of a fortieth of the curve, narrower at the ends."""
     sums = [0.0, *accumulate(values)]
     reach = len(values) // 80
     spans = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
@@ -90,15 +90,15 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _training(axes: Axes, stages: Mapping[str, Points], colours: Mapping[str, str]) -> None:
-    """Smoothed curves over faint raw ones; the view follows the smooth ones."""
-    seen: list[float] = []
+    """Draw smoothed curves over faint raw ones; the y range follows the smoothed ones."""
+    drawn: list[float] = []
     for stage, points in stages.items():
         x, raw = zip(*points, strict=True)
         smooth = _smooth(raw)
         axes.plot(x, raw, color=colours[stage], alpha=0.25, linewidth=0.8)
         axes.plot(x, smooth, color=colours[stage], label=f"{stage}: {numbers.loss(smooth[-1])} at the end")
-        seen += smooth
-    _view(axes, seen)
+        drawn += smooth
+    _view(axes, drawn)
 
 
 def _validation(axes: Axes, stages: Mapping[str, Points], colours: Mapping[str, str]) -> None:
@@ -115,7 +115,7 @@ def _view(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _reference(axes: Axes, summary: Sequence[Line]) -> None:
-    """A dashed line for the summary's first model, the teacher; the view widens to hold it."""
+    """Draw a dashed line for the summary's first model, the teacher, and widen the y range to include it."""
     teacher = summary[0] if summary else {}
     loss = teacher.get("loss_nats_per_token")
     if loss is not None and math.isfinite(loss):
@@ -127,7 +127,7 @@ def _reference(axes: Axes, summary: Sequence[Line]) -> None:
 
 
 def bars(summary: Sequence[Line], path: Path) -> Path | None:
-    """The models' validation losses as bars from zero, each with its perplexity."""
+    """Plot the models' validation losses as bars from zero, each with its perplexity."""
     rows = [row for row in summary if _finite(row.get("loss_nats_per_token"))]
     if not rows:
         return None

@@ -1,7 +1,6 @@
-"""What a cut kept: importance and margins.
+"""Plot of importance scores, with kept and pruned units.
 
-Scores, kept units and margins come as plain mappings: axis -> layer -> value, the layer None where all layers share the
-axis.
+Scores and kept units come as plain mappings: axis -> layer -> value. The layer is None if all layers share the axis.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ __all__ = ["ByLayer", "importance"]
 
 Value = TypeVar("Value")
 ByLayer = Mapping[str, Mapping[int | None, Value]]
-"""Axis -> layer -> value; the layer is None where all layers share the axis."""
+"""Axis -> layer -> value; the layer is None if all layers share the axis."""
 Scored = Mapping[int | None, Sequence[float]]
 Kept = Mapping[int | None, frozenset[int]]
 
 
 def importance(scores: ByLayer[Sequence[float]], plan: ByLayer[Sequence[int]], path: Path) -> Path | None:
-    """A row of panels an axis: its scores sorted, one line a layer, and the same as a map of layer by rank.
+    """Plot one row of panels per axis: the sorted scores, one line per layer, and the same as a heat map.
 
-    Kept units are drawn strongly, cut ones faintly; without a plan for an axis all its units are drawn strongly.
+    Kept units are drawn in full colour, pruned ones faintly. Without a plan for an axis all its units count as kept.
     """
     scored = {axis: {layer: values for layer, values in of.items() if len(values)} for axis, of in scores.items()}
     scored = {axis: layers for axis, layers in scored.items() if layers}
@@ -50,31 +49,31 @@ def importance(scores: ByLayer[Sequence[float]], plan: ByLayer[Sequence[int]], p
 
 
 def _kept(plan: ByLayer[Sequence[int]], axis: str, layer: int | None, size: int) -> frozenset[int]:
-    """The units of a layer that stay: none of a dropped layer, all of an axis that the plan does not cut."""
+    """Return the kept units of a layer: none of a removed layer, all of an axis that the plan does not prune."""
     whole = frozenset(range(size))
     dropped = layer is not None and layer not in plan.get("layers", {}).get(None, (layer,))
     return frozenset() if dropped else frozenset(plan.get(axis, {}).get(layer, whole))
 
 
 def _ranked(values: Sequence[float]) -> list[int]:
-    """Units from the best to the worst; of equals the lower index is better."""
+    """Return units from the best to the worst; of equal scores the lower index comes first."""
     return sorted(range(len(values)), key=lambda unit: (-values[unit], unit))
 
 
 def _share(kept: Kept, layers: Scored) -> str:
-    """`512 of 1,024 kept`, a range where layers differ; a dropped layer does not count."""
+    """Return a text such as `512 of 1,024 kept`, a range if layers differ; removed layers do not count."""
     sizes = sorted({len(units) for units in kept.values() if units}) or [0]
     total = max(map(len, layers.values()))
     span = numbers.count(sizes[0]) + (f" to {numbers.count(sizes[-1])}" if len(sizes) > 1 else "")
-    dropped = sum(not units for units in kept.values())
-    return f"{span} of {numbers.count(total)} kept" + (f", {dropped} layers dropped" if dropped else "")
+    removed = sum(not units for units in kept.values())
+    return f"{span} of {numbers.count(total)} kept" + (f", {removed} layers removed" if removed else "")
 
 
 def _depth(axes: Axes, values: Sequence[float], kept: frozenset[int]) -> None:
-    """The layers' scores as bars in the order of depth."""
+    """Draw the layers' scores as bars in the order of depth."""
     colours = [COLOURS[0] if layer in kept else PALE for layer in range(len(values))]
     axes.bar(range(len(values)), values, color=colours)
-    hint = " (cut: grey)" * (len(kept) < len(values))
+    hint = " (pruned: grey)" * (len(kept) < len(values))
     axes.set(title=f"layers: {len(kept)} of {len(values)} kept{hint}", ylabel="score")
     count_axis(axes, "layer")
     axes.grid(visible=False, axis="x")
@@ -82,7 +81,7 @@ def _depth(axes: Axes, values: Sequence[float], kept: frozenset[int]) -> None:
 
 
 def _curves(axes: Axes, axis: str, layers: Scored, kept: Kept) -> None:
-    """Scores from the best unit to the worst, one line a layer."""
+    """Draw scores from the best unit to the worst, one line per layer."""
     colours = layer_colours(list(layers))
     for layer, values in layers.items():
         order = _ranked(values)
@@ -104,10 +103,10 @@ def _curves(axes: Axes, axis: str, layers: Scored, kept: Kept) -> None:
 
 
 def _mark_kept(axes: Axes, layers: Scored, kept: Kept) -> None:
-    """Shades the best ranks where all layers that stay keep just these, and some unit is cut."""
-    staying = {layer: units for layer, units in kept.items() if units}
-    best = all(units == set(_ranked(layers[layer])[: len(units)]) for layer, units in staying.items())
-    counts = {len(units) for units in staying.values()}
+    """Shade the best ranks if every kept layer keeps exactly its best units, and some unit is pruned."""
+    remaining = {layer: units for layer, units in kept.items() if units}
+    best = all(units == set(_ranked(layers[layer])[: len(units)]) for layer, units in remaining.items())
+    counts = {len(units) for units in remaining.values()}
     if best and len(counts) == 1 and counts != {max(map(len, layers.values()))}:
         (count,) = counts
         axes.axvspan(0.5, count + 0.5, color=COLOURS[0], alpha=0.07, linewidth=0)
@@ -120,7 +119,7 @@ def _log_where_wide(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _map(axes: Axes, axis: str, layers: Scored, kept: Kept) -> None:
-    """Layer by rank: the score over the layer's best, in colour where the unit is kept and in grey where it is cut."""
+    """Draw a heat map of layer by rank: score over the layer's best, in colour for kept and grey for pruned units."""
     width = max(map(len, layers.values()))
     strong, faint = [], []
     for layer, values in layers.items():
@@ -130,7 +129,7 @@ def _map(axes: Axes, axis: str, layers: Scored, kept: Kept) -> None:
         strong.append([values[unit] / best if unit in kept[layer] else math.nan for unit in order] + blank)
         faint.append([math.nan if unit in kept[layer] else values[unit] / best for unit in order] + blank)
     heat_map(axes, strong, faint, extent=(0.5, width + 0.5, len(layers) - 0.5, -0.5))
-    axes.set(title="share of the layer's best (cut: grey)", ylabel="layer")
+    axes.set(title="share of the layer's best (pruned: grey)", ylabel="layer")
     step = max(1, len(layers) // 8)
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in list(layers)[::step]])
     count_axis(axes, f"units of {axis}, best first")

@@ -1,4 +1,4 @@
-"""The candidates of a search: loss against what they cost, and their ranks while they were distilled."""
+"""Plots of a search: loss against cost, and ranks during light distillation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["search_front", "search_ranks"]
 COSTS = {
     "params": "parameters",
     "active_params": "active parameters",
-    "memory_bytes": "bytes of weights and cache",
-    "flops_per_token": "FLOPs a token",
-    "decode_ms": "milliseconds a decoding step",
-    "tokens_per_second": "tokens a second",
+    "memory_bytes": "bytes of weights and KV cache",
+    "flops_per_token": "FLOPs per token",
+    "decode_ms": "milliseconds per decoding step",
+    "tokens_per_second": "tokens per second",
 }
 MOST_NAMED = len(COLOURS)
 
@@ -28,24 +28,26 @@ Row = Mapping[str, Any]
 
 
 def search_front(table: Mapping[str, Any] | None, path: Path) -> Path | None:
-    """Loss against the first budget, right after the cut and, where some were distilled, after that: each candidate a
-    point, those that none beats joined by a line, the winner a star."""
+    """Plot loss against the first budgeted cost, right after pruning and, if any was distilled, after distillation.
+
+    Each candidate is a point; Pareto-optimal ones are joined by a line; the winner is a star.
+    """
     rows = [row for row in (table or {}).get("candidates", ()) if row["after_cut"] is not None]
     if not table or not rows:
         return None
     cost, trained = table["costs"][0], [row for row in rows if _reached(row, rows)]
-    panels = [("Right after the cut", rows, "after_cut"), ("After light distillation", trained, "loss")]
+    panels = [("Right after pruning", rows, "after_cut"), ("After light distillation", trained, "loss")]
     panels = panels if trained else panels[:1]
     with new_figure(path, 9.0, 3.6) as figure:
         for axes, (title, shown, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             axes.set(title=title, xlabel=COSTS[cost], ylabel="loss (nats per token)")
-            faint = [row for row in shown if not row["front"] and not row["winner"]]
-            axes.plot(*_points(faint, cost, key), "o", color=PALE, markersize=4, label="candidates")
+            others = [row for row in shown if not row["front"] and not row["winner"]]
+            axes.plot(*_points(others, cost, key), "o", color=PALE, markersize=4, label="other candidates")
             if key == "loss" or not trained:
                 best = sorted((row for row in shown if row["front"]), key=lambda row: row["costs"][cost])
-                axes.plot(*_points(best, cost, key), "o-", color=COLOURS[0], markersize=4, label="beaten by none")
+                axes.plot(*_points(best, cost, key), "o-", color=COLOURS[0], markersize=4, label="Pareto-optimal")
             chosen = [row for row in shown if row["winner"]]
-            axes.plot(*_points(chosen, cost, key), "*", color=COLOURS[1], markersize=13, label="the winner")
+            axes.plot(*_points(chosen, cost, key), "*", color=COLOURS[1], markersize=13, label="winner")
             axes.xaxis.set_major_formatter(lambda value, _: numbers.count(value))
             axes.legend(fontsize=8)
     return path
@@ -56,14 +58,14 @@ def _points(rows: Sequence[Row], cost: str, key: str) -> tuple[list[float], list
 
 
 def _reached(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether a candidate was distilled to the last step of any."""
+    """Whether a candidate was distilled to the last step that any candidate reached."""
     last = max((int(step) for each in rows for step in each["curve"]), default=None)
     return last is not None and str(last) in row["curve"]
 
 
 def search_ranks(table: Mapping[str, Any] | None, path: Path) -> Path | None:
-    """Ranks by held-out loss against steps of light distillation, and how well they agree with the last: figure 9 of
-    Minitron's first paper."""
+    """Plot ranks by held-out loss against steps of light distillation, and their correlation with the last ranking
+    (figure 9 of Minitron's first paper)."""
     rows = [row for row in (table or {}).get("candidates", ()) if row["curve"]]
     rows = [row for row in rows if _reached(row, rows)]
     if not table or len(rows) < 2 or len(rows[0]["curve"]) < 2:
@@ -91,5 +93,5 @@ def _loss(row: Row, step: int) -> float:
 
 def _agreement(axes: Axes, settled: Sequence[tuple[int, float]]) -> None:
     axes.plot([step for step, _ in settled], [value for _, value in settled], "o-", markersize=3.5, color=COLOURS[0])
-    axes.set(ylabel="agreement\nwith the last", xlabel="steps")
+    axes.set(ylabel="correlation\nwith the last", xlabel="steps")
     axes.set_ylim(top=1.08)

@@ -1,4 +1,4 @@
-"""How the plots look: one style, colours that the colour-blind tell apart, and a figure that is written whole."""
+"""Style of the plots: one look, a colour-blind-safe palette, and figures that are written atomically."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ _STYLE: Any = {
 
 @contextmanager
 def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches, written to `path` as PNG when the block ends well. Leaves matplotlib as it was."""
+    """Yield a figure of the given size in inches; write it to `path` as PNG if the block succeeds.
+
+    matplotlib's global settings do not change.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -71,12 +74,12 @@ def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
         FigureCanvasAgg(figure)
         yield figure
-        with whole_file(path) as beside:
-            figure.savefig(beside, format="png")
+        with whole_file(path) as partial:
+            figure.savefig(partial, format="png")
 
 
 def count_axis(axes: Axes, name: str) -> None:
-    """Labels an x axis that counts things, its ticks whole and written as `250 k`."""
+    """Label an x axis of counts; ticks are whole numbers, written as `250 k`."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_xlabel(name)
@@ -85,12 +88,12 @@ def count_axis(axes: Axes, name: str) -> None:
 
 
 def legend_outside(axes: Axes) -> None:
-    """The legend to the right of the data."""
+    """Put the legend to the right of the data."""
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0)
 
 
 def layer_colours(layers: Sequence[int | None]) -> dict[int | None, Any]:
-    """A colour a layer, from dark at the first to light at the last; the first of `COLOURS` for a lone one."""
+    """Return one colour per layer, from dark (first) to light (last); a single layer gets the first of `COLOURS`."""
     from matplotlib import colormaps
 
     if len(layers) == 1:
@@ -99,7 +102,7 @@ def layer_colours(layers: Sequence[int | None]) -> dict[int | None, Any]:
 
 
 def layer_bar(axes: Axes, layers: Sequence[int | None]) -> None:
-    """The legend of `layer_colours` as a bar, for many layers."""
+    """Draw the legend of `layer_colours` as a colour bar, for many layers."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
@@ -119,9 +122,9 @@ def heat_map(
     *,
     extent: tuple[float, float, float, float],
 ) -> None:
-    """Shares of one as colours on a log scale down to a thousandth: `strong` ones in colour, `faint` ones in grey.
+    """Draw values from 0 to 1 on a log colour scale down to 0.001: `strong` in colour, `faint` in grey.
 
-    Each is a matrix with NaN where the other stands.
+    Both are matrices of the same size; where one has a value the other is NaN.
     """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, LogNorm

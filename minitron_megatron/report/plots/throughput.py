@@ -1,4 +1,4 @@
-"""How much faster the student serves."""
+"""Plot of the student's serving throughput relative to the teacher's."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 __all__ = ["plot_bench"]
 
 PAPER = {"depth-pruned 4B (2.7x)": 2.7, "width-pruned 4B (1.8x)": 1.8, "FP8 over BF16 (1.4x)": 1.4}
-"""Of Llama-3.1-Minitron-4B over Llama 3.1 8B, TensorRT-LLM on one H100 ([B] section 4)."""
+"""Ratios of the paper: Llama-3.1-Minitron-4B over Llama 3.1 8B, TensorRT-LLM on one H100 ([B] section 4)."""
 
 
 def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """The ratio of tokens a second, student over teacher, a bar a rung: a panel for each batch that both have, and one
-    for the student's largest over the teacher's smallest, as the second paper compares; its ratios are the lines."""
+    """Plot the ratio of tokens per second, student over teacher, one bar per (input, output) size.
+
+    There is a panel for each batch size, and one for the student's largest batch over the teacher's smallest, as the
+    second paper compares. Dashed lines are the paper's ratios.
+    """
     panels = [panel for panel in _panels(rows) if panel[2]]
     if not panels:
         return None
@@ -27,13 +30,13 @@ def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
         every = figure.subplots(len(panels), sharex=False, squeeze=False)[:, 0]
         for axes, (title, ending, kept) in zip(every, panels, strict=True):
             _bars(axes, kept, ending)
-            axes.set(title=title, ylabel="tokens a second\nover the teacher's")
+            axes.set(title=title, ylabel="tokens per second\nover the teacher's")
         legend_outside(every[0])
     return path
 
 
 def _panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
-    """(title, what ends the keys of the ratios, the rows that have any)."""
+    """Return (title, suffix of the ratio keys, rows that have such a ratio) of each panel."""
     batches = sorted({row["batch"] for row in rows})
     wanted = [(f"Both at batch {batch}", "", [row for row in rows if row["batch"] == batch]) for batch in batches]
     if len(batches) > 1:

@@ -1,4 +1,4 @@
-"""Stages of a run, a file each: what a stage reads, does and makes."""
+"""Stages of a run, one file each: what a stage reads, does and makes."""
 
 from __future__ import annotations
 

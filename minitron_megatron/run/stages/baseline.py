@@ -6,13 +6,13 @@ from ...convert import read_config
 from ...model import build, fill_initial
 from ..context import Context
 from ..stage import Result, Stage
-from ..training import distil, distillation_asks
+from ..training import distil, distillation_inputs
 
 __all__ = ["BASELINE"]
 
 
 def do_baseline(context: Context) -> Result:
-    """Distils the teacher into a random student of the same shape, on the same tokens."""
+    """Distil the teacher into a random student of the same shape, on the same tokens."""
     context.expect_unchanged(context.folders.model("pruned"))
     config = read_config(context.folders.model("pruned"))
     recipe = context.recipe
@@ -29,5 +29,5 @@ BASELINE = Stage(
     reads=("distill", "dtype"),
     after=("prepare", "correct", "prune"),
     wanted=lambda recipe: recipe.random_baseline,
-    asks=distillation_asks,
+    extra_inputs=distillation_inputs,
 )

@@ -11,7 +11,7 @@ __all__ = ["CORRECT"]
 
 
 def do_correct(context: Context) -> Result:
-    """Fine-tunes the teacher with cross-entropy on the distillation data."""
+    """Fine-tune the teacher with cross-entropy on the distillation data."""
     keys = context.recipe.correct
     assert keys is not None
     model = context.load(context.recipe.model, trains=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from ..context import Context
 from ..stage import Result, Stage
-from ..training import distil, distillation_asks
+from ..training import distil, distillation_inputs
 
 __all__ = ["DISTILL"]
 
 
 def do_distill(context: Context) -> Result:
-    """Distils the teacher into the pruned student."""
+    """Distil the teacher into the pruned student, or into `distill.start`."""
     student = context.load(context.recipe.distill.start or context.folders.model("pruned"), trains=True)
     tokens = distil(context, student, "distill")
     return {**context.save_sealed(student, context.folders.model("distilled")), "tokens": tokens}
@@ -22,5 +22,5 @@ DISTILL = Stage(
     makes=lambda run: run.model("distilled"),
     reads=("distill", "dtype"),
     after=("prepare", "correct", "prune"),
-    asks=distillation_asks,
+    extra_inputs=distillation_inputs,
 )

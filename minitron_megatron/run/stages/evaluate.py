@@ -22,7 +22,7 @@ __all__ = ["EVALUATE"]
 
 
 def do_evaluate(context: Context) -> Result:
-    """Loss of every model of the run on the held-out text."""
+    """Measure loss and task scores of every model of the run, and write the summary."""
     held_out = context.held_out()
     models: dict[str, tuple[Path, str]] = {"teacher": (context.recipe.model, "")}
     if context.recipe.corrects_first:
@@ -48,7 +48,7 @@ def do_evaluate(context: Context) -> Result:
 
 
 def _row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> dict[str, Any]:
-    """A model's row of the summary; one that a stopped run has measured is not measured again."""
+    """Return a model's row of the summary; a row that an interrupted run has measured is reused."""
     path = context.folders.evaluation_parts / context.mark_of(context.recipe)[:16] / f"{name.replace(' ', '_')}.json"
     with fail_together():
         kept = read_as(path, Measured) if path.is_file() and context.topology.rank == 0 else None
@@ -57,7 +57,7 @@ def _row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> 
     row = measured_row(context, name, folder, held_out)
     if not math.isfinite(row["loss_nats_per_token"]):
         raise TrainingError(
-            f"{folder} has a loss of {row['loss_nats_per_token']} on the held-out text. It is no result."
+            f"{folder} has a loss of {row['loss_nats_per_token']} on the held-out text. Check its training."
         )
     if context.topology.rank == 0:
         write_json(path, row)
@@ -70,6 +70,6 @@ EVALUATE = Stage(
     makes=lambda run: run.summary,
     reads=("evaluate", "dtype"),
     after=("prepare", "correct", "prune", "distill", "baseline"),
-    asks=lambda recipe: task_marks(recipe) if recipe.evaluate.wanted() else None,
+    extra_inputs=lambda recipe: task_marks(recipe) if recipe.evaluate.wanted() else None,
     keeps=lambda run, mark: run.evaluation_parts / mark[:16],
 )

@@ -1,4 +1,4 @@
-"""Write the student as the Hugging Face folder that is served."""
+"""Export the student as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["EXPORT"]
 
 
 def do_export(context: Context) -> Result:
-    """Writes the student as the Hugging Face folder that is served."""
+    """Write the student as a Hugging Face folder, and as `export-fp8` if the recipe quantises it."""
     dtype = DTYPES[context.recipe.export.dtype]
     model = context.load(context.folders.model("distilled"))
     folder = context.folders.model("export")
     saved = context.save_sealed(model, folder, dtype, context.recipe.export.architecture)
-    write_card(context, folder)  # after the checksums: whoever serves the model may edit it
+    write_card(context, folder)  # after the checksums, since users may edit the card
     if context.recipe.export.quantize == "fp8":
         _quantize(context, folder)
     return {**saved, "dtype": context.recipe.export.dtype}
 
 
 def _quantize(context: Context, folder: Path) -> None:
-    """`export-fp8` beside the export, on the first rank."""
+    """Write `export-fp8` next to the export, on rank 0."""
     keys = context.recipe.export
     corpus = context.calibration()
     samples = [corpus[number][0][None] for number in range(min(keys.quantize_samples, len(corpus)))]
@@ -43,5 +43,5 @@ EXPORT = Stage(
     makes=lambda run: run.model("export"),
     reads=("export",),
     after=("prepare", "distill", "evaluate"),
-    asks=lambda recipe: carried_marks(recipe.model),
+    extra_inputs=lambda recipe: carried_marks(recipe.model),
 )

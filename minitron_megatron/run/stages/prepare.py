@@ -13,15 +13,15 @@ __all__ = ["PREPARE"]
 
 
 def do_prepare(context: Context) -> Result:
-    """Text -> tokens, one corpus a source, on rank 0; says who the teacher is."""
+    """Tokenize one corpus per source on rank 0, and record the teacher's hash."""
     recipe, result = context.recipe, None
     with fail_together():
         if context.topology.rank == 0:
             vocab = read_config(recipe.model).shape.vocab
             check_tokenizer(recipe.model, vocab)
-            drawn: Result = {"sequence": recipe.data.sequence, "seed": recipe.seed}  # what every later draw depends on
-            drawn |= {"cross_documents": recipe.data.cross_documents, "config": config_digest(recipe.model)}
-            result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context, vocab), **drawn}
+            settings: Result = {"sequence": recipe.data.sequence, "seed": recipe.seed}  # later stages' samples need them
+            settings |= {"cross_documents": recipe.data.cross_documents, "config": config_digest(recipe.model)}
+            result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context, vocab), **settings}
     return broadcast_object(result)
 
 
@@ -30,7 +30,7 @@ def _prepare_sources(context: Context, vocab: int) -> Result:
     for number, source in enumerate(data.sources):
         name = f"{number}-{source.path.stem}"
         held_out = source.validation if isinstance(source.validation, float) else [source.validation]
-        made = prepare(
+        prepared = prepare(
             [source.path],
             context.recipe.model,
             context.folders.data / name,
@@ -42,9 +42,9 @@ def _prepare_sources(context: Context, vocab: int) -> Result:
             vocab=vocab,
             listener=context.listener,
         )
-        validation_tokens = made.valid.tokens if made.valid else 0
-        tokens = {"tokens": made.train.tokens, "validation_tokens": validation_tokens}
-        sources[name] = {**tokens, "end": made.end, "content": made.content, "weight": source.weight}
+        validation_tokens = prepared.valid.tokens if prepared.valid else 0
+        tokens = {"tokens": prepared.train.tokens, "validation_tokens": validation_tokens}
+        sources[name] = {**tokens, "end": prepared.end, "content": prepared.content, "weight": source.weight}
     return sources
 
 

@@ -1,4 +1,4 @@
-"""Choose what stays, and cut the teacher to it."""
+"""Choose the units and layers to keep, and prune the teacher to them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["PRUNE", "composed", "cut"]
 
 
 def do_prune(context: Context) -> Result:
-    """Chooses what stays and cuts the teacher to it."""
+    """Choose the units and layers to keep, and prune the teacher to them."""
     plan = decide(context)
     model = cut(context, plan)
     folder = context.folders.model("pruned")
@@ -38,10 +38,10 @@ def do_prune(context: Context) -> Result:
 
 
 def decide(context: Context) -> Plan:
-    """The cut of the teacher, from what the score stage left. Collective over the world.
+    """Return the plan that prunes the teacher, from the result of the score stage. Collective over the world.
 
-    With several `prune.iterations` the teacher is loaded, cut and scored again between them, and the plan is the one
-    that does at once what the rounds did. Raises CheckpointError for scores of another model.
+    With several `prune.iterations` the teacher is loaded, pruned and scored again in each round, and the plan composes
+    all rounds into one. Raises CheckpointError for scores of another model.
     """
     keys, teacher = context.recipe.prune, read_config(context.prune_source).shape
     first, *others = rounds(context.recipe, teacher)
@@ -56,7 +56,7 @@ def decide(context: Context) -> Plan:
 
 
 def _further(context: Context, plan: Plan, others: Sequence[dict[str, int]]) -> Plan:
-    """The plan after more rounds, in the dtype of scoring."""
+    """Return the plan after the other rounds, which run in the dtype of scoring."""
     model, step = context.load_prune_source(DTYPES[context.recipe.score.dtype]), plan
     batches = context.calibration_batches()
     for sizes in others:
@@ -68,7 +68,7 @@ def _further(context: Context, plan: Plan, others: Sequence[dict[str, int]]) -> 
 
 
 def cut(context: Context, plan: Plan) -> list[Any]:
-    """The teacher, cut by its plan. Collective over the world."""
+    """Load the teacher and prune it by the plan. Collective over the world."""
     keys, model = context.recipe.prune, context.load_prune_source()
     if keys.merge != "none":
         with fail_together():
@@ -78,7 +78,7 @@ def cut(context: Context, plan: Plan) -> list[Any]:
 
 
 def composed(first: Plan, second: Plan) -> Plan:
-    """The plan that does at once what two do, the second on the model that the first leaves. Margins: the lesser."""
+    """Compose two plans, the second of which is for the model that the first leaves; margins: the smaller one."""
     layers = tuple(first.kept_layers[layer] for layer in second.kept_layers)
     places = dict(zip(layers, second.kept_layers, strict=True))
     keep: dict[str, dict[int | None, tuple[int, ...]]] = {}
@@ -96,7 +96,7 @@ def composed(first: Plan, second: Plan) -> Plan:
 
 
 def _kept_layers(context: Context, layers: int) -> tuple[int, ...] | None:
-    """The layers that stay; None: all of the teacher's."""
+    """Return the layers to keep; None: all."""
     keys = context.recipe.prune
     if not isinstance(keys.layers, int):
         return keys.layers

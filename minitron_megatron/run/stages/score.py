@@ -25,7 +25,7 @@ __all__ = ["SCORE", "load_depth", "load_scores", "measure"]
 
 
 def do_score(context: Context) -> Result:
-    """Importance of every axis that the recipe may cut."""
+    """Measure the importance of units, and of layers where needed, and save both."""
     keys, folders = context.recipe.score, context.folders
     model, batches = context.load_prune_source(DTYPES[keys.dtype]), context.calibration_batches()
     scores = measure(context, model, batches, context.prune_source_hash)
@@ -42,7 +42,7 @@ def do_score(context: Context) -> Result:
 
 
 def measure(context: Context, model: Any, batches: Sequence[Batch], model_hash: str = "") -> Scores:
-    """Importance of every width that the recipe may cut. Collective over the world."""
+    """Return the importance of every unit of every width axis. Collective over the world."""
     return score(
         model,
         batches,
@@ -54,7 +54,8 @@ def measure(context: Context, model: Any, batches: Sequence[Batch], model_hash: 
 
 
 def measure_depth(context: Context, model: Any, batches: Sequence[Batch]) -> DepthScores | None:
-    """Importance of layers, where the recipe asks for it or its plan needs it. Collective over the world."""
+    """Return the importance of layers, if `score.depth`, `prune.layers` or a search needs it. Collective over the
+    world."""
     sweep = depth_sweep(context.recipe, config_of(model[0]).shape)
     if sweep is None:
         return None
@@ -73,17 +74,17 @@ def measure_depth(context: Context, model: Any, batches: Sequence[Batch]) -> Dep
 
 
 def depth_keys(recipe: Recipe) -> list[Any] | None:
-    """What decides how layers are measured besides the keys `score`; None: they are not."""
+    """Return the inputs of the measurement of layers other than the keys `score`; None: layers are not measured."""
     if not measures_depth(recipe):
         return None
     by_task = recipe.score.depth is not None and recipe.score.depth.metric == "winogrande"
-    told = [recipe.evaluate.limit, recipe.evaluate.truncate, task_marks(recipe)] if by_task else None
+    task = [recipe.evaluate.limit, recipe.evaluate.truncate, task_marks(recipe)] if by_task else None
     layers = recipe.search.layers if recipe.search else recipe.prune.layers
-    return [layers, recipe.prune.contiguous, told]
+    return [layers, recipe.prune.contiguous, task]
 
 
 def load_scores(context: Context) -> Scores:
-    """What the score stage left. Raises CheckpointError where it is another model's, or was edited since."""
+    """Load the scores of the score stage. Raises CheckpointError if they belong to another model or were edited."""
     _expect_recorded(context, context.folders.scores)
     scores = Scores.load(context.folders.scores)
     _expect_teacher(context, scores.model_hash, context.folders.scores)
@@ -91,7 +92,7 @@ def load_scores(context: Context) -> Scores:
 
 
 def load_depth(context: Context) -> DepthScores:
-    """The same of layers."""
+    """Load the scores of layers, with the same checks."""
     _expect_recorded(context, context.folders.depth)
     depth = DepthScores.load(context.folders.depth)
     _expect_teacher(context, depth.model_hash, context.folders.depth)
@@ -109,7 +110,7 @@ def _expect_recorded(context: Context, path: Path) -> None:
 def _expect_teacher(context: Context, model_hash: str, path: Path) -> None:
     if model_hash != context.prune_source_hash:
         raise CheckpointError(
-            f"{path} was measured on another model than {context.prune_source}. "
+            f"{path} was measured on a model other than {context.prune_source}. "
             f"Remove {path.parent} and run `minitron score` again."
         )
 
@@ -121,5 +122,5 @@ SCORE = Stage(
     reads=("score",),
     after=("prepare", "correct"),
     wanted=scores_wanted,
-    asks=depth_keys,
+    extra_inputs=depth_keys,
 )

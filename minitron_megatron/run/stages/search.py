@@ -1,7 +1,7 @@
-"""The stage `search`: candidates are measured right after their cut, the best are distilled a little, one is chosen.
+"""Stage `search`: measure candidates right after pruning, distil the best ones briefly, choose one.
 
-What is known of a candidate lies in a file of its own, so that a killed search, an edited grid, and tasks of an array
-that share one run folder measure nothing twice.
+Each candidate's measurements are in a file of its own, so that nothing is measured twice by an interrupted search, an
+edited grid, or the tasks of a job array that share one run folder.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..context import DTYPES, Context
 from ..fingerprint import digest, task_marks, untimed
 from ..measure_tasks import score_of
 from ..stage import Stage
-from ..training import distil, distillation_asks
+from ..training import distil, distillation_inputs
 from .prune import cut
 from .score import load_depth, load_scores
 
@@ -38,8 +38,8 @@ __all__ = ["SEARCH", "search_share"]
 
 
 def search_shapes(context: Context) -> dict[str, Any]:
-    """Measures every candidate, chooses one and writes the table: what the stage leaves. Collective over the world."""
-    work = _Work(context)
+    """Measure every candidate, choose one, write the table and return the stage's result. Collective over the world."""
+    work = _CandidateSearch(context)
     losses = work.after_cut()
     curves = work.distilled(work.best(losses))
     result = work.conclude(losses, curves)
@@ -49,59 +49,59 @@ def search_shapes(context: Context) -> dict[str, Any]:
 
 
 def search_share(context: Context, task: int, tasks: int) -> str:
-    """One task's share of what can be measured now, of so many; a sentence on what is left. Collective over the world.
+    """Measure one of `tasks` shares, as far as possible now; return the status as text. Collective over the world.
 
-    The candidates are dealt out in turn. What needs the measurements of other tasks waits until they are there: start
-    the tasks again, or the stage itself, which does what is left.
+    Candidates are distributed round-robin. If the next step needs measurements of other tasks that are missing, the
+    function returns early: start the tasks again later, or run the whole stage, which does the rest.
     """
-    work = _Work(context, task, tasks)
+    work = _CandidateSearch(context, task, tasks)
     try:
         work.distilled(work.best(work.after_cut()))
-    except _WaitError as left:
-        return str(left)
-    return "Every candidate is measured. `minitron search` chooses."
+    except _WaitError as status:
+        return str(status)
+    return "Every candidate is measured. Run `minitron search` to choose one."
 
 
-def search_asks(recipe: Recipe) -> Any:
-    """What a search reads besides its keys: how its candidates are cut, and trained."""
+def search_inputs(recipe: Recipe) -> Any:
+    """Return the search's inputs other than its own keys: how candidates are pruned, chosen and trained."""
     if recipe.search is None:
         return None
     table = recipe.search.serving.table
-    told = [_cut_by(recipe), checksum(table) if table else None, _chosen_by(recipe)]
-    return told if recipe.search.light is None else [*told, _light_asks(recipe)]
+    inputs = [_pruning_keys(recipe), checksum(table) if table else None, _task_inputs(recipe)]
+    return inputs if recipe.search.light is None else [*inputs, _light_inputs(recipe)]
 
 
-def _light_asks(recipe: Recipe) -> Any:
-    """What the light distillation of a candidate depends on, and the held-out text that its curve is measured on."""
+def _light_inputs(recipe: Recipe) -> Any:
+    """Return the inputs of a candidate's light distillation, including the held-out text of its curve."""
     light = light_recipe(recipe)
-    return [light.distill.deciding(), light.dtype, distillation_asks(light), recipe.evaluate.samples]
+    return [light.distill.deciding(), light.dtype, distillation_inputs(light), recipe.evaluate.samples]
 
 
-def _chosen_by(recipe: Recipe) -> Any:
-    """All that a candidate's score depends on, where a task chooses."""
+def _task_inputs(recipe: Recipe) -> Any:
+    """Return the inputs of a candidate's task score; None if no task chooses."""
     assert recipe.search is not None
     keys = recipe.search
     return None if keys.choose in CHOOSE_BY else [keys.choose, recipe.evaluate.deciding(), task_marks(recipe)]
 
 
-def _cut_by(recipe: Recipe) -> dict[str, Any]:
+def _pruning_keys(recipe: Recipe) -> dict[str, Any]:
     return recipe.prune.model_dump(include={"scope", "contiguous", "teacher"})
 
 
 def decided(recipe: Recipe, result: Mapping[str, Any]) -> Recipe:
-    """The recipe as if it had named the winner's sizes."""
+    """Return the recipe with the winner's sizes in `prune` and without the search."""
     layers = None if result["layers"] is None else tuple(result["layers"])
     prune = recipe.prune.model_copy(update={**result["sizes"], "layers": layers})
     return recipe.model_copy(update={"prune": prune, "search": None})
 
 
 class _WaitError(Exception):
-    """Other tasks have not measured yet what comes next."""
+    """The next step needs measurements of other tasks that are still missing."""
 
 
 @dataclass(frozen=True)
-class _Work:
-    """A search at work: all of it, or one task's share."""
+class _CandidateSearch:
+    """A running search: all of it, or one task's share."""
 
     context: Context
     task: int = 0
@@ -130,14 +130,14 @@ class _Work:
         return load_depth(self.context)
 
     def plan(self, name: str) -> Plan:
-        """The cut of a candidate: all are cut by one set of scores."""
+        """Return the plan that prunes a candidate. All candidates use the same scores."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of ties: the winner's cut warns when it is made
+            warnings.simplefilter("ignore")  # warnings about ties are repeated when the winner is pruned
             widths, scope = self._widths(self.candidates[name]), self.recipe.prune.scope
             return choose(self.scores, layers=self.layers(name), scope=scope, **widths)
 
     def layers(self, name: str) -> tuple[int, ...] | None:
-        """Those that a candidate keeps; None: all."""
+        """Return the layers that a candidate keeps; None: all."""
         keep = self.candidates[name].shape.layers
         if keep == self.scores.shape.layers:
             return None
@@ -147,40 +147,45 @@ class _Work:
         return {axis: size for axis, size in candidate.sizes.items() if axis != "layers"}
 
     @cached_property
-    def _measured_by(self) -> str:
-        """A number for all that a candidate's loss right after the cut depends on, besides the candidate."""
-        return digest([untimed(self.context.done), _cut_by(self.recipe), _chosen_by(self.recipe)])
+    def _pruning_mark(self) -> str:
+        """Hash of the inputs of a candidate's loss right after pruning, other than the candidate itself."""
+        return digest([untimed(self.context.done), _pruning_keys(self.recipe), _task_inputs(self.recipe)])
 
     @cached_property
-    def _trained_by(self) -> str:
-        """And for all that its curve depends on."""
-        return digest([self._measured_by, _light_asks(self.recipe)])
+    def _training_mark(self) -> str:
+        """Hash of the inputs of a candidate's curve, other than the candidate itself."""
+        return digest([self._pruning_mark, _light_inputs(self.recipe)])
 
     def _parts(self, mark: str) -> Path:
         return self.context.folders.search_parts / mark[:16]
 
     def _known(self, mark: str, names: Sequence[str], kind: Any) -> dict[str, Part]:
-        """What the first rank finds of candidates, on every rank. Collective over the world. Raises FileError for a
-        file that does not hold it."""
+        """Read the candidates' existing measurements on rank 0 and return them on every rank.
+
+        Collective over the world. Raises FileError for an invalid file.
+        """
         paths = {name: self._parts(mark) / f"{name}.json" for name in names}
-        mine: dict[str, Part] = {}
+        read: dict[str, Part] = {}
         with fail_together():
             if place_in_world()[0] == 0:
-                mine = {name: read_part(path, kind) for name, path in paths.items() if path.is_file()}
-        found: dict[str, Part] = broadcast_object(mine)
+                read = {name: read_part(path, kind) for name, path in paths.items() if path.is_file()}
+        found: dict[str, Part] = broadcast_object(read)
         return found
 
     def after_cut(self) -> dict[str, Part]:
-        """The loss, and the score where a task chooses, of every candidate. Collective over the world."""
+        """Return every candidate's loss right after pruning, and its task score if a task chooses. Collective over the
+        world."""
         names = list(self.candidates)
-        known = self._known(self._measured_by, names, AfterCut)
-        mine = [name for name in names[self.task :: self.tasks] if name not in known]
-        if mine:
-            known |= self._measure(mine)
+        known = self._known(self._pruning_mark, names, AfterCut)
+        missing = [name for name in names[self.task :: self.tasks] if name not in known]
+        if missing:
+            known |= self._measure(missing)
         if len(known) < len(names):
-            known = self._known(self._measured_by, names, AfterCut)
+            known = self._known(self._pruning_mark, names, AfterCut)
         if len(known) < len(names):
-            raise _WaitError(f"{len(known)} of {len(names)} candidates are measured right after their cut.")
+            raise _WaitError(
+                f"{len(known)} of {len(names)} candidates are measured right after pruning. Other tasks measure the rest."
+            )
         return known
 
     def _measure(self, names: Sequence[str]) -> dict[str, Part]:
@@ -195,28 +200,28 @@ class _Work:
             [batch.to(context.topology.device) for batch in batches],
             topology=context.topology,
             score=partial(score_of, context, name=self.keys.choose) if by_task else None,
-            tell=lambda name, found: self._note(self._measured_by, name, found),
+            tell=lambda name, found: self._write(self._pruning_mark, name, found),
             listener=context.listener,
         )
 
-    def _note(self, mark: str, name: str, part: Part) -> None:
+    def _write(self, mark: str, name: str, part: Part) -> None:
         write_json(self._parts(mark) / f"{name}.json", part)
 
     def best(self, known: Mapping[str, Part]) -> list[str]:
-        """Those that are distilled, the least loss first."""
+        """Return the candidates to distil, the lowest loss first."""
         order = sorted(known, key=lambda name: number(known[name]["loss"]))
         light = self.keys.light
         return order[: light.top] if light else []
 
     @cached_property
     def training(self) -> Context:
-        """As the candidates see it that are distilled."""
+        """Context of the light distillation."""
         if self.keys.light is None:
             return self.context
-        return replace(self.context, recipe=light_recipe(self.recipe), mark_of=lambda _: self._trained_by)
+        return replace(self.context, recipe=light_recipe(self.recipe), mark_of=lambda _: self._training_mark)
 
     def distilled(self, names: Sequence[str]) -> dict[str, Part]:
-        """The curve of each, and its score where a task chooses. Collective over the world."""
+        """Distil the candidates; return each one's curve, and its score if a task chooses. Collective over the world."""
         light = self.keys.light
         if light is None:
             return {}
@@ -226,31 +231,37 @@ class _Work:
 
         def train_all(left: Sequence[str], until: int) -> dict[str, Curve]:
             parts.update(self._train_share(left, until, steps))
-            there = {name: parts[name] for name in left if name in parts}
+            trained = {name: parts[name] for name in left if name in parts}
             if self.tasks > 1:
-                there = self._known(self._trained_by, left, Distilled)
-            waits = [name for name in left if str(until) not in there.get(name, {"curve": {}})["curve"]]
-            if waits:
-                raise _WaitError(f"{len(left) - len(waits)} of {len(left)} candidates are distilled to step {until}.")
-            parts.update(there)
+                trained = self._known(self._training_mark, left, Distilled)
+            missing = [name for name in left if str(until) not in trained.get(name, {"curve": {}})["curve"]]
+            if missing:
+                raise _WaitError(
+                    f"{len(left) - len(missing)} of {len(left)} candidates are distilled to step {until}. "
+                    "Other tasks distil the rest."
+                )
+            parts.update(trained)
             return {name: curve_of(parts[name]) for name in left}
 
         halving(names, rungs(steps, light.halvings), train_all)
         return parts
 
     def _train_share(self, names: Sequence[str], until: int, steps: int) -> dict[str, Part]:
-        mine, topology = names[self.task :: self.tasks], self.context.topology
+        share, topology = names[self.task :: self.tasks], self.context.topology
         if not self.keys.light.independent_replicas or topology.dp == 1:
-            return {name: self._train(self.training, name, until, steps, mine) for name in mine}
-        own = mine[topology.dp_rank :: topology.dp]
+            return {name: self._train(self.training, name, until, steps, share) for name in share}
+        replica_share = share[topology.dp_rank :: topology.dp]
         with independent_replicas(topology) as alone:
             replica = replace(self.training, topology=alone)
-            found = {name: self._train(replica, name, until, steps, own) for name in own}
+            found = {name: self._train(replica, name, until, steps, replica_share) for name in replica_share}
         return {name: part for each in gather_objects(found) for name, part in each.items()}
 
     def _train(self, context: Context, name: str, until: int, steps: int, of: Sequence[str]) -> Part:
-        """One candidate, from wherever it stands up to a step. Collective over the world of `context`."""
-        part = self._known(self._trained_by, [name], Distilled).get(name, {"curve": {}})
+        """Train one candidate up to a step, from its last checkpoint. Collective over the world of `context`.
+
+        of: the candidates that these ranks train, for the progress display.
+        """
+        part = self._known(self._training_mark, [name], Distilled).get(name, {"curve": {}})
         scored = self.keys.choose not in CHOOSE_BY and until == steps
         if str(until) in part["curve"] and ("score" in part or not scored):
             return part
@@ -259,30 +270,30 @@ class _Work:
             if "validation_loss" in event.values:
                 part["curve"][str(event.done)] = finite(event.values["validation_loss"])
                 if context.topology.rank == 0:
-                    self._note(self._trained_by, name, part)
+                    self._write(self._training_mark, name, part)
             done = of.index(name) * steps + event.done
             context.listener(replace(event, done=done, total=len(of) * steps))
 
-        own = replace(context, place=name, listener=listen)
-        student = cut(own, self.plan(name))
+        candidate = replace(context, place=name, listener=listen)
+        student = cut(candidate, self.plan(name))
         try:
-            distil(own, student, "light", until=until)
+            distil(candidate, student, "light", until=until)
             if scored:
-                part["score"] = finite(score_of(own, student, self.keys.choose))
-        except TrainingError:  # a candidate that training destroys is the worst one, and no end of the search
+                part["score"] = finite(score_of(candidate, student, self.keys.choose))
+        except TrainingError:  # a candidate whose training diverges ranks last; the search goes on
             part |= {"curve": part["curve"] | {str(until): None}, "score": None}
         if context.topology.rank == 0:
-            self._note(self._trained_by, name, part)
+            self._write(self._training_mark, name, part)
         return part
 
     def conclude(self, losses: Mapping[str, Part], trained: Mapping[str, Part]) -> dict[str, Any]:
-        """Writes the table, and returns what the stage leaves."""
+        """Choose the winner, write the table and return the stage's result."""
         rows = [self._row(each, losses[name], trained.get(name, {})) for name, each in self.candidates.items()]
         last = max((step for part in trained.values() for step in curve_of(part)), default=None)
         running = {row["name"]: row for row in rows if last is None or str(last) in row["curve"]}
         costs = list(self.keys.budget.limits())
         points = {
-            name: (row["loss"], *(_less(cost, row["costs"][cost]) for cost in costs))
+            name: (row["loss"], *(_minimised(cost, row["costs"][cost]) for cost in costs))
             for name, row in running.items()
             if row["loss"] is not None
         }
@@ -328,19 +339,19 @@ class _Work:
         if keys.winner:
             if keys.winner not in self.candidates:
                 raise RecipeError(
-                    f"search.winner {keys.winner!r} is no candidate.{did_you_mean(keys.winner, self.candidates)} "
+                    f"search.winner {keys.winner!r} is not a candidate.{did_you_mean(keys.winner, self.candidates)} "
                     f"{self.context.folders.search_table} lists them."
                 )
             return str(keys.winner)
         if not points:
-            raise RecipeError("no candidate has a loss that is finite. Look for broken weights, or score in float32.")
+            raise RecipeError("no candidate has a finite loss. Check the teacher's weights, or set score.dtype: float32.")
         if keys.choose == "pareto":
             return knee({name: point[:2] for name, point in points.items()})
         if keys.choose == "loss":
             return min(points, key=lambda name: points[name][0])
         scores = {name: score for name, row in running.items() if (score := finite(row["score"])) is not None}
         if not scores:
-            raise RecipeError(f"no candidate has a score at {keys.choose} that is finite. Choose by loss.")
+            raise RecipeError(f"no candidate has a finite score at {keys.choose}. Set search.choose to loss.")
         return max(scores, key=lambda name: scores[name])
 
 
@@ -348,8 +359,8 @@ def _last(row: Mapping[str, Any]) -> int:
     return max((int(step) for step in row["curve"]), default=0)
 
 
-def _less(cost: str, value: float) -> float:
-    """What there should be little of."""
+def _minimised(cost: str, value: float) -> float:
+    """Return the cost, negated if more is better."""
     return -value if cost in MORE_IS_BETTER else value
 
 
@@ -360,7 +371,7 @@ SEARCH = Stage(
     reads=("search",),
     after=("prepare", "correct", "score"),
     wanted=lambda recipe: recipe.search is not None,
-    asks=search_asks,
+    extra_inputs=search_inputs,
     decides=decided,
     keeps=lambda run, mark: run.search_parts,
 )
