@@ -96,7 +96,7 @@ def main() -> None:
         same_table=all(table(run) == table(whole) for run in runs),
         same_weights=all(digest(run) == digest(whole) for run in runs),
         spoilt_checkpoints=sum(
-            Path(f"{run}.log").read_text(errors="replace").count("is used in its place") for run in runs
+            Path(f"{run}.log").read_text(errors="replace").count("Resuming from step_") for run in runs
         ),
         steps=sum(len(set(each)) for each in done),
         steps_done_again=sum(len(each) - len(set(each)) for each in done),

@@ -52,7 +52,7 @@ class Family:
     rope: tuple[str, ...] = ("default", "linear", "llama3")
     """Supported rope types that its class in transformers accepts too."""
     strict: bool = True
-    """Whether unknown keys of its config are refused."""
+    """Refuse unknown keys of its config."""
     norm_topk_prob: bool = True
     """Default of `norm_topk_prob`: whether router weights are normalised over a token's chosen experts."""
     zeros: Mapping[str, str] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Family:
         return {role: hf.replace("*", "{}").format(*numbers) for role, hf in self.names[pattern_of(name)].items()}
 
     def rows(self, name: str, sizes: Mapping[str, int]) -> dict[str, list[Tensor]]:
-        """Return Hugging Face tensor -> the parameter rows that it holds, part by part: int64 [rows of the part] each."""
+        """Return Hugging Face tensor -> the parameter rows that it holds, part by part: int64 [rows of the part]."""
         param = lookup(name)
         parts: dict[str, list[Tensor]] = {}
         for role, hf in self.hf_names(name).items():

@@ -171,7 +171,7 @@ class _SettingsReader:
         found = [] if value is None else value if isinstance(value, list) else [value]
         if any(isinstance(each, bool) or not isinstance(each, int) for each in found):
             raise DataError(
-                f"{key} is {value!r} in the generation settings of {self.source}. Set it to a token id or a list of ids."
+                f"{key} is {value!r} in the generation settings of {self.source}. Set it to a token id or a list."
             )
         return found
 

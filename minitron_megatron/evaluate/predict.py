@@ -124,7 +124,7 @@ class Predictor:
         return read_all
 
     def _rounds(self, count: int) -> Iterator[list[int | None]]:
-        """Yield this rank's places among `count` inputs, one pipeline fill at a time; None pads to equal work per rank."""
+        """Yield this rank's places among `count` inputs, one pipeline fill at a time; None pads to equal work."""
         window = self.micro_batch * self.topology.pp
         for start in range(0, count, window * self.topology.dp):
             at = start + self.topology.dp_rank * window

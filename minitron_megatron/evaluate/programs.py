@@ -44,7 +44,7 @@ class Isolation:
     the kernel's process limit does not apply to root."""
 
     @property
-    def said(self) -> str:
+    def description(self) -> str:
         """Description in one line, for the results."""
         spaces = {
             "bubblewrap": "bubblewrap namespaces (no network, files read-only, other processes hidden)",

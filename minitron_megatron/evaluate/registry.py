@@ -60,7 +60,7 @@ def _texts() -> Mapping[str, bytes]:
 
 
 def _single(name: str) -> Any:
-    """Return the entry of a task that one file alone defines and whose name no tag or group has; None: use the index."""
+    """Return the entry of a task that one file defines and whose name no tag or group has; None: use the index."""
     from lm_eval.tasks._index import Entry, Kind
     from lm_eval.tasks._yaml_loader import load_yaml
 

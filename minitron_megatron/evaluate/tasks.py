@@ -51,7 +51,7 @@ def check_tasks(
     tokenizer: folder of the tokenizer; None: do not check prompts. model: folder whose context length and generation
     settings apply; None: the tokenizer's. chat, truncate: as in `run_tasks`. Raises RecipeError for a task that the
     harness does not know, that lacks a package, a metric or examples besides the scored questions, or whose answers are
-    programs while `run_code` is false; DataError for missing or invalid files and for prompts that do not fit the model.
+    programs while `run_code` is false; DataError for missing or invalid files, and for prompts that do not fit.
     """
     lm = _checking_model(tokenizer, model or tokenizer, chat, truncate) if tokenizer is not None else None
     seen: set[str] = set()
@@ -202,7 +202,7 @@ def run_tasks(
     if first:
         warn(messages)
         if any(leaf in PROGRAMS for _, leaf, _ in leaves):
-            found["programs"] = isolation().said
+            found["programs"] = isolation().description
     return broadcast_object(json.loads(json.dumps(found, default=str)) if first else None)
 
 
@@ -330,8 +330,8 @@ def _registered(name: str, functions: bool) -> dict[str, Any]:
         return load_yaml(registered(name).yaml_path, resolve_func=functions)
     except ImportError as error:
         raise RecipeError(
-            f"task {name} needs a package that is not installed: {error}. Install lm-eval with its extra for it, such as "
-            "`pip install 'lm-eval[ifeval]'`."
+            f"task {name} needs a package that is not installed: {error}. Install lm-eval with its extra for it, "
+            "such as `pip install 'lm-eval[ifeval]'`."
         ) from error
     except Exception as error:  # task modules may raise anything; some download on import
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

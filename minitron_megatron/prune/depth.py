@@ -17,8 +17,8 @@ def choose_layers(depth: DepthScores, *, keep: int, contiguous: bool = True) -> 
     """Return the layers to keep, ascending, for `choose(scores, layers=...)` or a plan for depth alone.
 
     contiguous: remove the block whose removal hurts least, as in Minitron's second paper. Otherwise remove layers in
-    the measured greedy order; if fewer were measured greedily, remove those that hurt least on their own. Of equal layers
-    the first is removed. Raises PlanError for a count out of range, and if the needed measurement is missing.
+    the measured greedy order; if fewer were measured greedily, remove those that hurt least on their own. Of equal
+    layers the first is removed. Raises PlanError for a count out of range, and if the needed measurement is missing.
     """
     layers = depth.shape.layers
     if not 1 <= keep <= layers:

@@ -123,7 +123,7 @@ def score(
     model_hash: str = "",
     listener: Listener = silent,
 ) -> Scores:
-    """Score every unit of `axes` (None: all axes of the model) by forward passes over this data-parallel rank's batches.
+    """Score every unit of `axes` (None: all of the model's) by forward passes over this data-parallel rank's batches.
 
     Neurons, heads and experts are scored per layer, hidden channels over all block norms together (ModelOpt's reading
     of Minitron section 2.2). Every rank returns the same Scores. Collective over the world. Raises PlanError for an

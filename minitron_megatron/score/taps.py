@@ -44,9 +44,9 @@ class Tap:
     dim: int
     """Dim of the module's weight; the layout table maps its rows to units of the axis."""
     output: bool = False
-    """Whether the tap is the module's output (else its input)."""
+    """True: the module's output; false: its input."""
     split: bool = False
-    """Whether, under sequence parallelism, each rank sees only its part of the positions."""
+    """True: with sequence parallelism each rank sees only its part of the positions."""
 
 
 TAPS: Mapping[str, tuple[Tap, ...]] = {

@@ -111,7 +111,7 @@ class FittedSpeed:
 
 
 def _work(shape: Shape, conditions: Conditions) -> dict[str, float]:
-    """Return bytes read and FLOPs of a decoding step; in an MoE model, for the experts that a batch is expected to use."""
+    """Return bytes read and FLOPs of a decoding step, for the experts (if any) that a batch is expected to use."""
     attention = 4 * shape.layers * shape.heads * shape.head_dim * conditions.context
     embedding = 0 if shape.tied else shape.vocab * shape.hidden  # a lookup reads a few rows of it
     return {

@@ -29,7 +29,7 @@ class Objective(Protocol):
         """Prepare for a window of micro-batches, numbered from 0; called on every rank. May be collective."""
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
-        """Return the summed loss in nats of the counted tokens of micro-batch `index`: scalar. Last pipeline stage only.
+        """Return the loss in nats, summed over micro-batch `index`'s counted tokens: scalar. Last pipeline stage only.
 
         hidden: [seq (over tp with sequence parallelism), batch, hidden]; chunk: the model chunk that computed it.
         """

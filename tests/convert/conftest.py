@@ -1,4 +1,4 @@
-"""Tiny Hugging Face folders of every family, made by transformers itself."""
+"""Fixtures: tiny Hugging Face folders of every family, made by transformers itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**MIXTURE, "shared_expert_intermediate_size": 12},
     "qwen3_moe": {**MIXTURE, "norm_topk_prob": True},
 }
-"""What each kind says beyond SIZES; its first word is the family."""
+"""Kind -> config keys besides SIZES; the kind's first word is the family."""
 
 SIZES = {
     "vocab_size": 509,
@@ -56,7 +56,7 @@ SIZES = {
 
 
 def make_folder(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """A model with weights large enough to matter, as save_pretrained writes it."""
+    """Write a model with save_pretrained; its random weights are large enough to affect the logits."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {**SIZES, **KINDS[kind], **changes}
@@ -82,19 +82,19 @@ RENAMED = (
 
 
 def renamed(name: str) -> str:
-    """A Llama's tensor, or its pattern, in a family that transformers does not know."""
-    for theirs, ours in RENAMED:
-        name = name.replace(theirs, ours)
+    """Return the name of a Llama's tensor (or pattern) in a family that transformers does not know."""
+    for llama_name, new_name in RENAMED:
+        name = name.replace(llama_name, new_name)
     return name
 
 
 def make_renamed(folder: Path, llama: Path) -> Path:
-    """A Llama's folder as one of that family, `ours`."""
+    """Rewrite a Llama's folder as a folder of that family, `ours`."""
     folder.mkdir()
     tensors = load_file(llama / "model.safetensors")
     save_file({renamed(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     config = json.loads((llama / "config.json").read_text())
-    config |= {"model_type": "ours", "architectures": ["OursForCausalLM"]}
+    config |= {"model_type": "new_name", "architectures": ["OursForCausalLM"]}
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_ours.OursForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -102,7 +102,7 @@ def make_renamed(folder: Path, llama: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """kind -> its folder, made once."""
+    """Return a function kind -> folder; each folder is made once."""
     root = tmp_path_factory.mktemp("hf")
 
     def folder(kind: str) -> Path:

@@ -1,4 +1,4 @@
-"""A Qwen2 whose heads do not fill its hidden size is exported as a Llama; such a Llama is read as the Qwen2 it is."""
+"""A Qwen2 with heads x head_dim != hidden is exported as a Llama; such a Llama is read back as the same model."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ OUTPUT_BIAS = "model.layers.{}.self_attn.o_proj.bias"
 
 
 def there_and_back(topology: Topology, source: Path, target: Path) -> tuple[bool, float]:
-    """Whether the export's identity is the model's, and how far transformers' logits of it are from the model's."""
+    """Return (whether the export has the model's hash, largest difference of transformers' logits from the model's)."""
     model = load_hf(source, topology)
     save(model, target, topology, architecture="auto", file_bytes=20_000)
     tokens = some_tokens(509)
-    apart = check_folder(load_hf(target, topology), target, Batch(tokens, tokens, tokens >= 0), topology)
+    difference = check_folder(load_hf(target, topology), target, Batch(tokens, tokens, tokens >= 0), topology)
     back = load_hf(target, topology)
     save(back, target.with_name("back"), topology)
     same = model_hash(model, topology) == model_hash(back, topology) == folder_hash(target)
-    return same, apart
+    return same, difference
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def there_and_back(topology: Topology, source: Path, target: Path) -> tuple[bool
 )
 def test_a_qwen2_is_the_same_as_a_llama(pool: Pool, tmp_path: Path, layout: dict[str, Any], changes: dict) -> None:
     source, target = make_folder(tmp_path / "source", "qwen2", **changes), tmp_path / "out"
-    for same, apart in pool.run(there_and_back, source, target, **layout):
-        assert same and apart < 1e-4
+    for same, difference in pool.run(there_and_back, source, target, **layout):
+        assert same and difference < 1e-4
     config = json.loads((target / "config.json").read_text())
     assert (config["architectures"], config["model_type"]) == (["LlamaForCausalLM"], "llama")
     assert (config["attention_bias"], config["mlp_bias"], config["head_dim"]) == (True, False, 16)
@@ -67,7 +67,11 @@ def test_a_qwen2_is_the_same_as_a_llama(pool: Pool, tmp_path: Path, layout: dict
     [
         ("qwen2", "own", {}),
         ("qwen2", "auto", {"hidden_size": 64}),  # heads x head_dim: every client reads a Qwen2
-        ("qwen2", "auto", {"hidden_size": 42}),  # no Llama in transformers 5, which wants a multiple of the heads
+        (
+            "qwen2",
+            "auto",
+            {"hidden_size": 42},
+        ),  # transformers 5 refuses such a Llama: hidden must be a multiple of the heads
         ("qwen3-tied", "auto", {}),
         ("qwen2_moe", "auto", {}),
         ("llama", "auto", {}),
@@ -105,19 +109,19 @@ def is_there(tensors: dict[str, torch.Tensor], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "config", "says"),
+    ("change", "config", "message"),
     [
-        (not_zero, {}, "{name} is not zero, and models here have no such bias"),
+        (not_zero, {}, "{name} is not zero, but this bias is not supported"),
         (not_a_number, {}, "{name} is not zero"),
         (without, {}, "lacks the tensor {name}"),
-        (too_short, {}, "{name} has shape \\(39,\\), and config.json makes it \\(40,\\)"),
+        (too_short, {}, "{name} has shape \\(39,\\), but config.json makes it \\(40,\\)"),
         (is_there, {"attention_bias": False}, "holds a tensor that the model does not have: .*bias"),
         (is_there, {"mlp_bias": True}, "mlp_bias: True"),
         (is_there, {"attention_bias": 1}, "attention_bias: 1"),
     ],
 )
 def test_a_llama_with_other_biases_is_refused_by_name(
-    tmp_path: Path, change: Callable[..., None], config: dict[str, Any], says: str
+    tmp_path: Path, change: Callable[..., None], config: dict[str, Any], message: str
 ) -> None:
     folder, name = make_folder(tmp_path / "model", "llama", attention_bias=True), OUTPUT_BIAS.format(1)
     tensors = load_file(folder / "model.safetensors")
@@ -129,5 +133,5 @@ def test_a_llama_with_other_biases_is_refused_by_name(
     save_file(tensors, folder / "model.safetensors")
     settings = json.loads((folder / "config.json").read_text()) | config
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=says.format(name=name)):
+    with pytest.raises(CheckpointError, match=message.format(name=name)):
         folder_hash(folder)

@@ -1,5 +1,7 @@
-"""A family that has no row, by the names and settings of Megatron-Bridge: stand-ins here, in the form of 0.4.2's and
-0.6.2's; `tests/compat/bridge.sh` runs those two themselves."""
+"""Families known only to Megatron-Bridge, here with stand-ins in the form of its versions 0.4.2 and 0.6.2.
+
+`tests/compat/bridge.sh` runs the two versions themselves.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def layer_spec(config: Any) -> None: ...
 
 @dataclass
 class GPTModelProvider:
-    """Some of its 300 fields, with its own defaults."""
+    """Stand-in with some of the real class's 300 fields, with the same defaults."""
 
     num_layers: int = 0
     hidden_size: int = 0
@@ -114,12 +116,12 @@ SAID: dict[str, Any] = {
     "position_embedding_type": "rope",
     "bias_activation_fusion": True,
 }
-"""What the family's bridge says beyond the config."""
+"""Settings that the family's bridge adds to the config's."""
 
 
 class AutoBridge:
-    said: dict[str, Any] = {}
-    beside: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     provider: type = GPTModelProvider
     _model_bridge: Any = MegatronModelBridge()
 
@@ -135,7 +137,7 @@ class AutoBridge:
     def to_megatron_provider(self, load_weights: bool = True) -> Any:
         assert not load_weights
         hf = self.config
-        said = self.provider(
+        settings = self.provider(
             **{
                 "num_layers": hf.num_hidden_layers,
                 "hidden_size": hf.hidden_size,
@@ -147,12 +149,12 @@ class AutoBridge:
                 "layernorm_epsilon": hf.rms_norm_eps,
                 "share_embeddings_and_output_weights": hf.tie_word_embeddings,
                 **SAID,
-                **self.said,
+                **self.settings,
             }
         )
-        said.pad_token_id = hf.pad_token_id  # as its bridges do, and no field
-        vars(said).update(self.beside)
-        return said
+        settings.pad_token_id = hf.pad_token_id  # as its bridges do: an attribute that is not a field
+        vars(settings).update(self.extra)
+        return settings
 
 
 def install(auto: type = AutoBridge) -> None:
@@ -178,8 +180,8 @@ def remove() -> None:
 
 
 def forget() -> None:
-    for asked in (bridge._known, bridge._defaults):
-        asked.cache_clear()
+    for cached in (bridge._known, bridge._defaults):
+        cached.cache_clear()
 
 
 @pytest.fixture
@@ -191,7 +193,7 @@ def installed() -> Iterator[None]:
 
 @pytest.fixture
 def ours(tmp_path: Path) -> Path:
-    """Llama under other names, which transformers does not know; beside it the same as transformers has it."""
+    """Return a Llama under names that transformers does not know; next to it lies the original."""
     return make_renamed(tmp_path / "ours", make_folder(tmp_path / "llama", "llama-tied"))
 
 
@@ -215,7 +217,7 @@ def test_it_is_read_as_what_it_is_and_written_as_it_was(
     assert set(written) == set(read) and all(torch.equal(written[name], read[name]) for name in read)
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("ours", ["OursForCausalLM"])
-    assert config["auto_map"]  # by which Megatron-Bridge knows the export again
+    assert config["auto_map"]  # Megatron-Bridge identifies the export by it
 
 
 def test_what_neither_knows_is_an_error_that_names_both(installed: None, ours: Path) -> None:
@@ -246,20 +248,23 @@ MORE = make_dataclass("MORE", [("softcap", float, field(default=50.0))], bases=(
 @pytest.mark.parametrize(
     ("bridged", "words"),
     [
-        ({"said": {"window_size": (128, 0)}}, r"window_size=\(128, 0\); here it would be None"),
-        ({"said": {"no_rope_freq": [1]}}, r"no_rope_freq=\[1\]; here it would be \[\]"),
-        ({"said": {"add_bias_linear": True}}, "add_bias_linear=True; here it would be False"),
-        ({"said": {"rotary_base": 5e5}}, "rotary_base=500000.0; here it would be 10000.0"),
-        ({"said": {"activation_func": F.gelu}}, "activation_func=gelu, not one of silu, relu2"),
-        ({"said": {"qk_layernorm": True}}, r"no names, .*for decoder.layers.\*.self_attention.k_layernorm.weight"),
-        ({"said": {"transformer_layer_spec": print}}, "layers of its own"),
+        ({"settings": {"window_size": (128, 0)}}, r"window_size=\(128, 0\); here it would be None"),
+        ({"settings": {"no_rope_freq": [1]}}, r"no_rope_freq=\[1\]; here it would be \[\]"),
+        ({"settings": {"add_bias_linear": True}}, "add_bias_linear=True; here it would be False"),
+        ({"settings": {"rotary_base": 5e5}}, "rotary_base=500000.0; here it would be 10000.0"),
+        ({"settings": {"activation_func": F.gelu}}, "activation_func=gelu is not one of silu, relu2"),
+        (
+            {"settings": {"qk_layernorm": True}},
+            r"no plain tensor mapping for decoder.layers.\*.self_attention.k_layernorm.weight",
+        ),
+        ({"settings": {"transformer_layer_spec": print}}, "layers of its own"),
         ({"provider": ItsOwn}, r"a model of its own \(ItsOwn\)"),
         ({"provider": MORE}, "settings of its own: softcap"),
-        ({"beside": {"value_scale": 2.0}}, "settings of its own: value_scale"),
-        ({"provider": SimpleNamespace}, r"a model that is no GPTModel \(SimpleNamespace\)"),
-        ({"said": {"unheard_of": 1}}, "TypeError: "),
-        ({"_model_bridge": Changed()}, "weights that Changed changes on the way"),
-        ({"_model_bridge": Centred()}, r"no plain ones, for decoder.layers.\*.mlp.linear_fc2.weight"),
+        ({"extra": {"value_scale": 2.0}}, "settings of its own: value_scale"),
+        ({"provider": SimpleNamespace}, r"its model is not a GPTModel \(SimpleNamespace\)"),
+        ({"settings": {"unheard_of": 1}}, "TypeError: "),
+        ({"_model_bridge": Changed()}, "Changed changes weights while loading"),
+        ({"_model_bridge": Centred()}, r"no plain tensor mapping for decoder.layers.\*.mlp.linear_fc2.weight"),
     ],
     ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
 )
@@ -267,5 +272,7 @@ def test_what_our_models_do_not_compute_is_refused(
     installed: None, ours: Path, bridged: dict[str, Any], words: str
 ) -> None:
     install(type("AutoBridge", (AutoBridge,), bridged))
-    with pytest.raises(CheckpointError, match=f"'ours' has no row here, and Megatron-Bridge says of it: .*{words}"):
+    with pytest.raises(
+        CheckpointError, match=f"'ours' is not built in, and Megatron-Bridge's version is not supported: .*{words}"
+    ):
         read_config(ours)

@@ -1,4 +1,4 @@
-"""Every file that transformers' tokenizers and generation read goes along with new weights; weights and code stay."""
+"""Exports copy every file that transformers' tokenizers and generation read, but neither weights nor code."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def export(topology: Topology, source: Path, files_from: Path, target: Path) -> 
 def test_tokenizer_and_generation_files_go_along_and_nothing_else(
     pool: Pool, hf_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    beside, out = fill(tmp_path / "beside", CARRIED | LEFT), tmp_path / "out"
-    assert {str(path.relative_to(beside)) for path in carried_files(beside)} == CARRIED
-    pool.run(export, hf_folder("llama"), beside, out)
+    source, out = fill(tmp_path / "source", CARRIED | LEFT), tmp_path / "out"
+    assert {str(path.relative_to(source)) for path in carried_files(source)} == CARRIED
+    pool.run(export, hf_folder("llama"), source, out)
     assert names_in(out) == CARRIED | {"config.json", "model.safetensors"}
-    assert all((out / name).read_bytes() == (beside / name).read_bytes() for name in CARRIED)
+    assert all((out / name).read_bytes() == (source / name).read_bytes() for name in CARRIED)
 
 
 def test_no_vocabulary_file_of_any_tokenizer_in_transformers_is_left(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_link_to_nothing_is_one_error_on_every_rank(
     pool: Pool, hf_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "tekken.json").symlink_to("gone")
-    with pytest.raises(CheckpointError, match=r"tekken\.json is a link to a file that is not there"):
+    with pytest.raises(CheckpointError, match=r"tekken\.json is a broken link"):
         pool.run(export, hf_folder("llama"), tmp_path, tmp_path / "out", pp=2)
     assert not (tmp_path / "out").exists()
 

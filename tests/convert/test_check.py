@@ -36,12 +36,12 @@ def test_another_meaning_of_the_config_is_found(pool: Pool, hf_folder: Callable[
     config = json.loads((other / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 10000.0
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="other otherwise: logits differ"):
+    with pytest.raises(CheckpointError, match="other as another model: logits differ"):
         pool.run(check, hf_folder("llama"), other, tp=2)
 
 
 def broken(folder: Path, kind: str) -> Path:
-    """A folder that is spoilt so that transformers raises another class of error each time."""
+    """Spoil a folder so that transformers raises the given class of error."""
     config = json.loads((folder / "config.json").read_text())
     changes: dict[str, Any] = {
         "OSError": {},
@@ -74,14 +74,14 @@ def test_whatever_transformers_raises_is_one_error_that_names_the_folder(
 @pytest.mark.parametrize("width", [14, 15])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_experts_of_any_width_are_checked(pool: Pool, tmp_path: Path, kind: str, width: int) -> None:
-    """transformers' grouped matmul takes rows of 16 bytes alone."""
+    """transformers' grouped matmul accepts only rows of multiples of 16 bytes."""
     key = "intermediate_size" if kind == "mixtral" else "moe_intermediate_size"
     folder = make_folder(tmp_path / "odd", kind, **{key: width})
     assert pool.run(check, folder, folder)[0] < 1e-4
 
 
 def track(topology: Topology, folder: Path) -> list[bool]:
-    """Whether gradients were recorded, at each model that transformers ran."""
+    """Record, for each forward pass of transformers, whether gradients were enabled."""
     from transformers import LlamaForCausalLM
 
     seen, forward = [], LlamaForCausalLM.forward

@@ -20,15 +20,15 @@ from minitron_megatron.testing import Pool
 from ..compat import configs
 
 SAMPLE = 71
-"""Of the variants of tests/compat/configs.py, which runs them all, every so manyth is tried here."""
+"""Only every so many variants of tests/compat/configs.py are tried here; that script runs all."""
 REQUIRED = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}
 NOT_OF_A_FILE = {"_attn_implementation_internal", "_experts_implementation_internal", "ignore_keys_at_rope_validation"}
 
 
-def config_of_transformers(family: str, **said: Any) -> Any:
+def config_of_transformers(family: str, **keys: Any) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(family, **said)
+    return AutoConfig.for_model(family, **keys)
 
 
 def reader_of(family: str) -> _Reader:
@@ -37,35 +37,35 @@ def reader_of(family: str) -> _Reader:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_absent_keys_mean_what_they_mean_in_transformers(family: str) -> None:
-    row, theirs = FAMILIES[family], config_of_transformers(family)
-    assert row.defaults.get("pad_token_id") == theirs.pad_token_id
+    row, reference = FAMILIES[family], config_of_transformers(family)
+    assert row.defaults.get("pad_token_id") == reference.pad_token_id
     sizes = {key for keys in row.keys.values() for key in keys}
     for key in [*reader_of(family).kinds(), *sizes]:
-        ours = row.default(key)
-        if ours is ...:
-            assert key in REQUIRED | sizes or getattr(theirs, key) is None, key
+        default = row.default(key)
+        if default is ...:
+            assert key in REQUIRED | sizes or getattr(reference, key) is None, key
             continue
-        rope = theirs.rope_parameters
+        rope = reference.rope_parameters
         known = {"rope_theta": rope["rope_theta"], "partial_rotary_factor": rope.get("partial_rotary_factor")}
         if key in ("rope_parameters", "rope_scaling", "original_max_position_embeddings", "layer_types"):
-            assert ours is None
+            assert default is None
         elif key in known:
-            assert ours == known[key], key
-        elif key in DERIVED and ours is DERIVED[key]:
-            said = {name: getattr(theirs, name) for name in REQUIRED}
-            assert ours(said) == (getattr(theirs, key, None) or ours(said)), key
+            assert default == known[key], key
+        elif key in DERIVED and default is DERIVED[key]:
+            values = {name: getattr(reference, name) for name in REQUIRED}
+            assert default(values) == (getattr(reference, key, None) or default(values)), key
         elif key == "sliding_window" and "use_sliding_window" in row.read:
-            assert ours == next(each.default for each in fields(type(theirs)) if each.name == key)
+            assert default == next(each.default for each in fields(type(reference)) if each.name == key)
         else:
-            assert ours == getattr(theirs, key), key
+            assert default == getattr(reference, key), key
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_key_of_transformers_is_known(family: str) -> None:
-    row, theirs = FAMILIES[family], config_of_transformers(family)
+    row, reference = FAMILIES[family], config_of_transformers(family)
     sizes = {key for keys in row.keys.values() for key in keys}
     known = {*reader_of(family).kinds(), *sizes, *ONLY, *row.only, *FREE, *row.free, *DROPPED}
-    assert set(theirs.to_dict()) | {each.name for each in fields(type(theirs))} <= known | NOT_OF_A_FILE
+    assert set(reference.to_dict()) | {each.name for each in fields(type(reference))} <= known | NOT_OF_A_FILE
 
 
 def test_what_changes_nothing_has_a_reason() -> None:
@@ -74,7 +74,7 @@ def test_what_changes_nothing_has_a_reason() -> None:
 
 
 def outcomes(topology: Topology, family: str, folder: Path, offset: int) -> list[str]:
-    """Each variant of a sample that is neither equal nor refused by name; first how many were which."""
+    """Return the counts of equal and refused variants of a sample, and each variant that is neither."""
     flat = configs.make(family, folder)
     chosen = list(configs.variants(family, flat))[offset::SAMPLE]
     found = [(variant, configs.check(variant, flat, folder, topology)) for variant in chosen]
@@ -96,7 +96,7 @@ def test_a_config_is_read_as_transformers_reads_it_or_refused_by_name(
 BASE = {"model_type": "llama", **configs.SIZES, "intermediate_size": 40}
 
 
-def said(folder: Path, config: Any) -> Path:
+def write_config(folder: Path, config: Any) -> Path:
     (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     return folder
 
@@ -106,7 +106,7 @@ def said(folder: Path, config: Any) -> Path:
 )
 def test_what_is_no_config_is_one_message(tmp_path: Path, text: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        read_config(said(tmp_path, text))
+        read_config(write_config(tmp_path, text))
     assert "config.json" in str(caught.value) or "model_type" in str(caught.value)
 
 
@@ -116,7 +116,7 @@ def test_a_size_that_is_none_is_refused_by_name(tmp_path: Path, key: str, value:
     if key == "head_dim" and value is None:
         return
     with pytest.raises(CheckpointError, match=f"says {key}: .*, which is not a whole number from 1 to") as caught:
-        read_config(said(tmp_path, {**BASE, key: value}))
+        read_config(write_config(tmp_path, {**BASE, key: value}))
     assert len(str(caught.value)) < 300 + len(str(tmp_path))
 
 
@@ -126,13 +126,13 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "null epsilon": ({"rms_norm_eps": None}, "rms_norm_eps"),
     "unknown": (
         {"num_hidden_layer": 3},
-        "num_hidden_layer: 3, a key that is not known. Did you mean 'num_hidden_layers'",
+        "num_hidden_layer: 3, an unknown key. Did you mean 'num_hidden_layers'",
     ),
     "bidirectional": ({"is_causal": False}, "is_causal"),
     "part-rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
     "nested part": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
     "two scalings": ({"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 3.0}}, "rope_scaling"),
-    "two bases": ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta: 5.0, and 6.0"),
+    "two bases": ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta: 5.0, but 6.0"),
     "two kinds": ({"rope_scaling": {**LINEAR, "type": "default"}}, "rope_scaling.type: 'default'"),
     "unread constant": ({"rope_scaling": {**LINEAR, "beta_fast": 3}}, "rope_scaling.beta_fast: 3"),
     "groups": ({"num_key_value_heads": 3}, "num_key_value_heads: 3, which does not divide num_attention_heads: 4"),
@@ -145,7 +145,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("keys", "words"), REFUSED.values(), ids=REFUSED)
 def test_what_would_be_another_model_is_refused_by_name(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        read_config(said(tmp_path, {**BASE, **keys}))
+        read_config(write_config(tmp_path, {**BASE, **keys}))
     assert words in str(caught.value)
 
 
@@ -156,21 +156,21 @@ MIXTRAL = {**BASE, "model_type": "mixtral", "num_local_experts": 4}
     ("keys", "words"),
     [
         ({"norm_topk_prob": False}, "norm_topk_prob: False"),
-        ({"num_experts": 5}, "num_experts: 5, and num_local_experts: 4"),
+        ({"num_experts": 5}, "num_experts: 5, but num_local_experts: 4"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok: 1"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok: 5"),
     ],
 )
 def test_experts_that_cannot_be_are_refused_by_name(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        read_config(said(tmp_path, {**MIXTRAL, **keys}))
+        read_config(write_config(tmp_path, {**MIXTRAL, **keys}))
     assert words in str(caught.value)
 
 
 def test_each_family_has_its_own_defaults(tmp_path: Path) -> None:
     def read(family: str, *absent: str) -> Any:
         config = {**BASE, "model_type": family, **configs.FAMILIES[family]}
-        return read_config(said(tmp_path, {key: value for key, value in config.items() if key not in absent}))
+        return read_config(write_config(tmp_path, {key: value for key, value in config.items() if key not in absent}))
 
     assert read("mixtral", "rope_theta").rotary_base == 1e6
     assert read("mistral", "sliding_window").window == 4096
@@ -178,13 +178,13 @@ def test_each_family_has_its_own_defaults(tmp_path: Path) -> None:
     assert read("llama", "num_key_value_heads").shape.kv_groups == 4
 
 
-# ---- said once
+# ---- warned of once
 
 
 def test_what_goes_no_further_is_said_once(tmp_path: Path) -> None:
     config = {**BASE, "quantization_config": {"quant_method": "fp8"}, "auto_map": {"AutoConfig": "x.X"}}
-    with pytest.warns(UserWarning, match="quantization_config and auto_map go no further") as heard:
-        source = read_config(said(tmp_path, config)).source
+    with pytest.warns(UserWarning, match="exports leave out quantization_config and auto_map") as caught:
+        source = read_config(write_config(tmp_path, config)).source
         read_config(tmp_path)
-    assert len(heard) == 1
+    assert len(caught) == 1
     assert not {"quantization_config", "auto_map"} & source.keys()

@@ -1,4 +1,4 @@
-"""An export is a folder that transformers, old and new, reads as the model that it was; or it is not there."""
+"""An export is a folder that old and new transformers read as the same model; a failed export leaves nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_an_export_has_the_loss_of_its_source(pool: Pool, hf_folder: HfFolder, t
 
 
 def export_to_a_full_disk(topology: Topology, source: Path, target: Path) -> str:
-    """What this rank raised where rank 0 has no room after some tensors."""
+    """Return this rank's error when rank 0's disk is full after some tensors."""
     written, add = 0, weights.SafetensorsWriter.add
 
     def limited(writer: Any, *tensor: Any) -> None:
@@ -129,19 +129,19 @@ def test_configs_of_transformers_4_and_5_read_alike(
     assert read_config(folder) == configs[0]
 
 
-@pytest.mark.parametrize("said", [{}, {"partial_rotary_factor": 0.25}, {"partial_rotary_factor": 1.0}])
-def test_nemotron_rotates_the_share_that_transformers_rotates(tmp_path: Path, said: dict[str, float]) -> None:
+@pytest.mark.parametrize("keys", [{}, {"partial_rotary_factor": 0.25}, {"partial_rotary_factor": 1.0}])
+def test_nemotron_rotates_the_share_that_transformers_rotates(tmp_path: Path, keys: dict[str, float]) -> None:
     from transformers import AutoConfig
     from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbedding
 
     sizes = {key: value for key, value in SIZES.items() if key != "rms_norm_eps"}
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nemotron", "norm_eps": 1e-5, **sizes, **said}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nemotron", "norm_eps": 1e-5, **sizes, **keys}))
     for _ in ("as it came", "as it leaves"):
         config = read_config(tmp_path)
-        theirs = NemotronRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).inv_freq
-        torch.testing.assert_close(rotary_frequencies(config), theirs)
+        reference = NemotronRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).inv_freq
+        torch.testing.assert_close(rotary_frequencies(config), reference)
         (tmp_path / "config.json").write_text(json.dumps(flat_config(config, "float32")))
-    assert len(theirs) == 16 / 2 * said.get("partial_rotary_factor", 0.5)
+    assert len(reference) == 16 / 2 * keys.get("partial_rotary_factor", 0.5)
 
 
 def test_head_dim_and_groups_follow_from_the_heads_where_a_config_is_silent(tmp_path: Path) -> None:
@@ -227,13 +227,13 @@ def test_a_failing_export_leaves_the_old_one_as_it_was(pool: Pool, hf_folder: Hf
 
 
 def test_the_listener_hears_of_every_tensor(pool: Pool, hf_folder: HfFolder, tmp_path: Path) -> None:
-    [heard] = pool.run(export_and_listen, hf_folder("llama"), tmp_path / "out")
+    [events] = pool.run(export_and_listen, hf_folder("llama"), tmp_path / "out")
     count = len(tensors_of(hf_folder("llama")))
-    assert [event.done for event in heard if event.label == "export"] == list(range(1, count + 1))
-    assert {event.total for event in heard if event.label == "export"} == {count}
+    assert [event.done for event in events if event.label == "export"] == list(range(1, count + 1))
+    assert {event.total for event in events if event.label == "export"} == {count}
 
 
 def export_and_listen(topology: Topology, source: Path, target: Path) -> list[Event]:
-    heard: list[Event] = []
-    export(topology, source, target, listener=heard.append)
-    return heard
+    events: list[Event] = []
+    export(topology, source, target, listener=events.append)
+    return events

@@ -1,4 +1,4 @@
-"""A model's hash knows its weights and nothing else."""
+"""A model's hash depends on its weights and on nothing else."""
 
 from __future__ import annotations
 

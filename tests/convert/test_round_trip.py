@@ -1,5 +1,7 @@
-"""Hugging Face -> Megatron -> Hugging Face gives every byte back at every layout, and the model between computes the
-same as transformers."""
+"""Hugging Face -> Megatron -> Hugging Face preserves every byte at every layout.
+
+The Megatron model computes the same as transformers.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def fits(kind: str, layout: str) -> dict[str, Any]:
-    """The layout for a model of this kind: a mixture wants sequence parallelism beside tp."""
+    """Return the layout for a model of this kind: an MoE model needs sequence parallelism with tp."""
     sizes = LAYOUTS[layout]
     return {**sizes, "sequence_parallel": True} if kind in MIXTURES and "tp" in sizes else sizes
 
@@ -87,7 +89,7 @@ def test_a_rank_that_holds_nothing_but_padding(pool: Pool, tmp_path: Path) -> No
     assert_same_bytes(tensors_of(tmp_path / "back"), tensors_of(source))
 
 
-# ---- the model between
+# ---- the Megatron model
 
 
 @dataclass
@@ -97,8 +99,8 @@ class Batch:
 
 
 def logits(topology: Topology, folder: Path, tokens: Tensor) -> Tensor | None:
-    """This rank's vocabulary entries, padding included, of the logits [s, b, v]; None before the last stage
-    and on other replicas."""
+    """Return this rank's part of the logits [s, b, v], vocabulary padding included; None before the last stage and on
+    other replicas."""
     model = load_hf(folder, topology)
     hidden = forward_only(model, [Batch(tokens, tokens > 0)])
     if not topology.is_last_stage or topology.dp_rank:
@@ -139,7 +141,7 @@ def test_logits_of_a_trained_model_equal_those_of_transformers(pool: Pool, asset
     assert_same_logits(pool.run(logits, folder, tokens, **LAYOUTS[layout]), logits_of_transformers(folder, tokens))
 
 
-# ---- what a rank reads
+# ---- bytes read by a rank
 
 
 def bytes_read_and_held(topology: Topology, folder: Path) -> tuple[int, int]:

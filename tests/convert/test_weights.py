@@ -1,4 +1,4 @@
-"""Weights are those that transformers reads: the files, tied matrices, dtypes; and what is not plain is refused."""
+"""Weights are read as transformers reads them: files, tied matrices, dtypes; quantised ones are refused."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @pytest.fixture
 def folder(hf_folder: HfFolder, tmp_path: Path) -> Path:
-    """A good folder to change."""
+    """Return a copy of a good folder, to be changed."""
     return Path(shutil.copytree(hf_folder("llama"), tmp_path / "model"))
 
 
 def through(topology: Topology, folder: Path, export: Path) -> tuple[Tensor | None, bool, bool]:
-    """Logits; whether an export has the same; whether the model's hash is its folder's."""
+    """Return (logits, whether an export has the same ones, whether the model's hash equals its folder's)."""
     tokens, model = some_tokens(509), load_hf(folder, topology)
     batch = Batch(tokens, tokens, tokens >= 0)
     logits = logits_of(model, batch, topology)
@@ -108,7 +108,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 def test_quantised_weights_are_refused_by_name(folder: Path, dtype: torch.dtype) -> None:
     with_tensors(folder, lambda tensors: tensors.update({Q: tensors[Q].to(dtype)}))
     for read in (read_config, folder_hash):
-        with pytest.raises(CheckpointError, match=f"{Q} is stored as .*, of quantised weights, which are not read"):
+        with pytest.raises(CheckpointError, match=rf"{Q} \(.*\) belongs to quantised weights, which cannot be read"):
             read(folder)
 
 
@@ -116,7 +116,7 @@ def test_quantised_weights_are_refused_by_name(folder: Path, dtype: torch.dtype)
 def test_scales_of_quantised_weights_are_refused_by_name(folder: Path, name: str) -> None:
     with_config(folder, quantization_config={"quant_method": "fp8"})
     with_tensors(folder, lambda tensors: tensors.update({name: torch.ones(1, 1)}))
-    with pytest.raises(CheckpointError, match=f"{name} is stored as F32, of quantised weights"), pytest.warns():
+    with pytest.raises(CheckpointError, match=rf"{name} \(F32\) belongs to quantised weights"), pytest.warns():
         read_config(folder)
 
 
@@ -124,7 +124,7 @@ def test_scales_of_quantised_weights_are_refused_by_name(folder: Path, name: str
 
 
 def shard(folder: Path, change: Callable[[dict[str, Tensor]], Any] = lambda tensors: None) -> None:
-    """The same tensors again, in two files and an index."""
+    """Write the same tensors again, in two files with an index."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     names = sorted(tensors)
@@ -154,7 +154,7 @@ def test_one_file_beside_an_index_of_the_same_tensors_is_read(folder: Path) -> N
 )
 def test_one_file_beside_an_index_of_other_tensors_is_an_error(folder: Path, change: Callable[..., Any]) -> None:
     shard(folder, change)
-    with pytest.raises(CheckpointError, match=r"and their tensors differ\. Remove the one that is stale"):
+    with pytest.raises(CheckpointError, match=r"and their tensors differ\. Remove the stale one"):
         folder_hash(folder)
 
 
@@ -191,9 +191,9 @@ def test_a_tensor_in_two_files_is_an_error(folder: Path) -> None:
     [
         ("num_hidden_layers", 4, "lacks the tensor model.layers.3.*num_hidden_layers: 4"),
         ("num_hidden_layers", 2, "does not have: model.layers.2.*num_hidden_layers: 2"),
-        ("hidden_size", 44, "Look at its vocab_size, hidden_size"),
-        ("num_attention_heads", 8, "Look at its num_attention_heads, num_key_value_heads, head_dim"),
-        ("intermediate_size", 60, "Look at its intermediate_size"),
+        ("hidden_size", 44, "Check its vocab_size, hidden_size"),
+        ("num_attention_heads", 8, "Check its num_attention_heads, num_key_value_heads, head_dim"),
+        ("intermediate_size", 60, "Check its intermediate_size"),
         ("num_hidden_layers", 9999, "lacks the tensor model.layers.3"),
     ],
 )

@@ -1,4 +1,4 @@
-"""A model with a sliding window computes what transformers computes, at every length and layout, and is exported so."""
+"""A model with a sliding window computes and exports the same as transformers, at every length and layout."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ def test_context_parallel_ranks_and_documents_keep_within_the_window() -> None:
     naive = lambda seen: F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)  # noqa: E731
     same = documents[:, None] == documents
     torch.testing.assert_close(_apart(5, q, k, v, documents), naive(near & same))
-    pieces = [(18, 24, 0), (0, 6, 0)]  # of a rank: the last chunk and the first, each with the keys before its end
-    mine = torch.cat([q[:, :, 18:24], q[:, :, 0:6]], dim=2)
+    pieces = [(18, 24, 0), (0, 6, 0)]  # one rank's last and first chunk, each with the keys before its end
+    local = torch.cat([q[:, :, 18:24], q[:, :, 0:6]], dim=2)
     want = naive(near)
-    torch.testing.assert_close(_by_piece(5, mine, k, v, pieces), torch.cat([want[:, :, 18:24], want[:, :, 0:6]], 2))
+    torch.testing.assert_close(_by_piece(5, local, k, v, pieces), torch.cat([want[:, :, 18:24], want[:, :, 0:6]], 2))
 
 
 @pytest.mark.parametrize(
@@ -116,5 +116,5 @@ def test_context_parallel_ranks_and_documents_keep_within_the_window() -> None:
 def test_windows_of_some_layers_are_refused_by_name(tmp_path: Path, keys: dict[str, Any]) -> None:
     folder = make_folder(tmp_path / "model", "qwen2", num_hidden_layers=4)
     with_config(folder, **{"layer_types": "gone", "use_sliding_window": True, "sliding_window": 9, **keys})
-    with pytest.raises(CheckpointError, match=r"use_sliding_window: True, of \d layers of 4"):
+    with pytest.raises(CheckpointError, match=r"use_sliding_window: True, in \d layers of 4"):
         read_config(folder)

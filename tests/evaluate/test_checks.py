@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a task is one message before anything runs: shots, metrics, files, templates."""
+"""Errors in a task's shots, metrics, files and templates are reported by one message before anything runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SWAG = [
 
 
 def written(root: Path, **splits: list[dict[str, Any]]) -> Path:
-    """Names are task__split."""
+    """Write files named task__split; return their folder."""
     for name, rows in splits.items():
         task, _, split = name.rpartition("__")
         write_lines(root / task / f"{split}.jsonl", rows)
@@ -42,7 +42,7 @@ def written(root: Path, **splits: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("splits", "task", "says"),
+    ("splits", "task", "message"),
     [
         ({"arc_challenge__test": ARC}, Task("arc_challenge", 3), r"arc_challenge/train\.jsonl is missing"),
         ({"arc_easy__test": ARC, "arc_easy__validation": ARC}, Task("arc_easy", 1), r"train\.jsonl is missing.*set sh"),
@@ -57,14 +57,18 @@ def written(root: Path, **splits: list[dict[str, Any]]) -> Path:
         ({"gsm8k__train": GSM[:2], "gsm8k__test": GSM[2:]}, Task("gsm8k", 3), r"holds 2 examples.*needs 3"),
         ({"gsm8k__train": GSM, "gsm8k__test": GSM}, Task("gsm8k", 3), r"holds all questions of test\.jsonl"),
         ({"gsm8k__train": GSM, "gsm8k__test": GSM[:3]}, Task("gsm8k", 3), r"holds all questions of test\.jsonl"),
-        ({"lambada_openai__test": [{"text": "a b c"}]}, Task("lambada_openai", 2), r"no examples but the questions"),
-        ({"gsm8k_cot__test": GSM}, Task("gsm8k_cot", 9), r"gsm8k_cot has 8 examples, and its shots are 9"),
+        (
+            {"lambada_openai__test": [{"text": "a b c"}]},
+            Task("lambada_openai", 2),
+            r"no examples besides the scored questions",
+        ),
+        ({"gsm8k_cot__test": GSM}, Task("gsm8k_cot", 9), r"gsm8k_cot has 8 examples, but 9 shots are set"),
     ],
 )
 def test_examples_never_come_from_the_scored_split(
-    tmp_path: Path, splits: dict[str, list[dict[str, Any]]], task: Task, says: str
+    tmp_path: Path, splits: dict[str, list[dict[str, Any]]], task: Task, message: str
 ) -> None:
-    with pytest.raises(MinitronError, match=says):
+    with pytest.raises(MinitronError, match=message):
         check_tasks([task], written(tmp_path, **splits))
 
 
@@ -81,13 +85,13 @@ def test_examples_that_are_there_are_fine(tmp_path: Path, model: Path) -> None:
     )
     tasks = [Task("gsm8k_cot", 2), Task("gsm8k", 3), Task("arc_easy", 0), Task("mmlu_anatomy", 3), Task("wikitext", 3)]
     check_tasks(tasks, files, tokenizer=model, truncate=True)
-    assert _configured(tasks[-1], "wikitext", files)["num_fewshot"] == 0, "a page has no prompt that could hold them"
+    assert _configured(tasks[-1], "wikitext", files)["num_fewshot"] == 0, "a page has no prompt to put examples into"
 
 
 @pytest.mark.parametrize(
     ("config", "fine"),
     [
-        ({"test_split": "test", "fewshot_split": "test"}, True),  # the harness leaves the question itself out
+        ({"test_split": "test", "fewshot_split": "test"}, True),  # the harness leaves out the question itself
         ({"test_split": "test", "fewshot_split": "dev"}, True),
         ({"test_split": "test", "fewshot_config": {"split": "dev"}, "fewshot_split": "test"}, True),
         ({"validation_split": "val", "fewshot_split": "val"}, False),
@@ -110,7 +114,7 @@ def test_where_examples_come_from(config: dict[str, Any], fine: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "says"),
+    ("task", "message"),
     [
         (Task("lambada_openai", 0, "accuracy"), r"lambada_openai has no metric accuracy\. Did you mean 'acc'\? It has"),
         (Task("arc_easy", 0, "acc_nrom"), r"no metric acc_nrom\. Did you mean 'acc_norm'"),
@@ -119,14 +123,14 @@ def test_where_examples_come_from(config: dict[str, Any], fine: bool) -> None:
         (Task("ifeval", 0, ("prompt_level_strict_acc", "nothing")), r"ifeval has no metric nothing"),
         (Task("xlsum_english", 0, "rouge"), r"no metric rouge\. Did you mean 'rouge_l'"),
         (Task("humaneval", 0, "pass@1"), r"no metric pass@1\. Did you mean 'pass_at_1'"),
-        (Task("glue", 0), r"tasks of glue have unlike first metrics"),
+        (Task("glue", 0), r"tasks of glue have different first metrics"),
         (Task("glue", 0, "acc"), r"task cola has no metric acc"),
         (Task("arc_easi", 0), r"no task arc_easi\. Did you mean 'arc_easy'"),
         (Task("t0_eval", 0), r"t0_eval defines a task of its own"),
     ],
 )
-def test_an_unknown_metric_or_task_is_known_before(task: Task, says: str) -> None:
-    with pytest.raises(RecipeError, match=says):
+def test_an_unknown_metric_or_task_is_known_before(task: Task, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         check_tasks([task], None, run_code=True)
 
 
@@ -134,7 +138,7 @@ def test_known_metrics_are_fine_and_groups_keep_what_they_say() -> None:
     check_tasks([Task("gsm8k", 0, "exact_match,flexible-extract"), Task("arc_easy", 0, "acc_norm,none")], None)
     check_tasks([Task("mmlu_stem", 5, "acc")], None)
     assert _leaves("openllm")["hellaswag"] == {"fewshot_split": "train", "num_fewshot": 10}
-    with pytest.raises(RecipeError, match="mmlu_anatomy is asked for twice"):
+    with pytest.raises(RecipeError, match="mmlu_anatomy is listed twice"):
         check_tasks([Task("mmlu_anatomy", 0), Task("mmlu_stem", 5, "acc")], None)
 
 
@@ -164,10 +168,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_file_is_one_message_with_its_place(tmp_path: Path, name: str) -> None:
-    data, says = BROKEN[name]
+    data, message = BROKEN[name]
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k" / "test.jsonl").write_bytes(data)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         check_tasks([Task("gsm8k", 0)], tmp_path)
 
 
@@ -182,19 +186,19 @@ def test_a_function_of_a_task_that_fails_names_the_task(tmp_path: Path) -> None:
     rows = [{**SWAG[0], "ctx_b": None}]
     with pytest.raises(DataError, match="task hellaswag cannot be built from its data"):
         check_tasks([Task("hellaswag", 0)], written(tmp_path, hellaswag__validation=rows))
-    with pytest.raises(RecipeError, match="task squadv2 is a program of the harness"):
+    with pytest.raises(RecipeError, match="task squadv2 is Python code in the harness"):
         check_tasks([Task("squadv2", 0)], tmp_path)
 
 
 def tokenizer_with(model: Path, folder: Path, template: str | None, **config: Any) -> Path:
     for path in model.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    told = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(
-        json.dumps(told | ({"chat_template": template} if template is not None else {}))
+        json.dumps(settings | ({"chat_template": template} if template is not None else {}))
     )
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(told | config))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | config))
     return folder
 
 
@@ -206,7 +210,7 @@ def test_chat_needs_a_template_that_works(model: Path, tmp_path: Path, template:
 
 
 def test_prompts_and_settings_have_to_fit_the_model(model: Path, tmp_path: Path) -> None:
-    """Without a download: what a task generates; with files: its first prompt."""
+    """Checked without a download: generation settings; with files: the first prompt."""
     (tmp_path / "small").mkdir()
     small = tokenizer_with(model, tmp_path / "small", None, max_position_embeddings=200)
     with pytest.raises(DataError, match="the model's context leaves no room for prompts"):
@@ -226,7 +230,7 @@ def test_prompts_and_settings_have_to_fit_the_model(model: Path, tmp_path: Path)
 
 def test_the_harness_warnings_reach_the_user_once() -> None:
     log = logging.getLogger("lm_eval.api.task")
-    with quiet() as told:
+    with quiet() as messages:
         for number in range(3):
             log.warning("Label index was not in within range\n%s", number)
             log.warning("[Task: t%s] metric acc is defined, but aggregation is not.", number)
@@ -234,9 +238,9 @@ def test_the_harness_warnings_reach_the_user_once() -> None:
         warnings.warn("of a library", stacklevel=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn(told)
-    said = [str(each.message) for each in caught]
-    assert said == [
+        warn(messages)
+    shown = [str(each.message) for each in caught]
+    assert shown == [
         "lm-eval: Label index was not in within range (3 times)",
         "lm-eval: [Task: t0] metric acc is defined, but aggregation is not. (3 times)",
         "lm-eval: of a library",

@@ -40,8 +40,8 @@ def write_tokenizer(folder: Path, template: str | None, bos: str | None) -> None
         named = [(word, SPECIAL.index(word)) for word in SPECIAL[:2]]
         tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=named)
     tokenizer.save(str(folder / "tokenizer.json"))
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "bos_token": bos}
-    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in told.items() if v}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>", "bos_token": bos}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v}))
 
 
 TOKENIZERS = {
@@ -123,7 +123,7 @@ def instances(requests: Sequence[Request]) -> list[Any]:
     return [SimpleNamespace(args=args, request_type=kind, task_name="t") for kind, args in requests]
 
 
-def ours(topology: Topology, folder: Path, requests: list[Request], truncate: bool = True) -> list[Any]:
+def megatron(topology: Topology, folder: Path, requests: list[Request], truncate: bool = True) -> list[Any]:
     predictor = Predictor(load_hf(folder, topology), topology, micro_batch=3)
     lm = harness_model(
         transformers_tokenizer(folder),
@@ -137,7 +137,7 @@ def ours(topology: Topology, folder: Path, requests: list[Request], truncate: bo
     return list(getattr(lm, requests[0][0])(instances(requests)))
 
 
-def theirs(folder: Path, requests: list[Request]) -> list[Any]:
+def reference(folder: Path, requests: list[Request]) -> list[Any]:
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
@@ -146,20 +146,20 @@ def theirs(folder: Path, requests: list[Request]) -> list[Any]:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_likelihoods(pool: Pool, base: Path, tmp_path: Path, kind: str) -> None:
-    """No two pairs have the same tokens and are split apart at different places: there the harness mixes them up."""
+    """PAIRS holds no two pairs of equal tokens with different splits: the harness confuses those."""
     folder = variant(base, tmp_path, kind)
-    (found,) = pool.run(ours, folder, PAIRS)
-    for (_, args), mine, right in zip(PAIRS, found, theirs(folder, PAIRS), strict=True):
-        assert mine == (pytest.approx(right[0], abs=1e-4), right[1]), args
-    (found,) = pool.run(ours, folder, ROLLING)
-    assert found == pytest.approx(theirs(folder, ROLLING), rel=1e-5)
+    (found,) = pool.run(megatron, folder, PAIRS)
+    for (_, args), answer, right in zip(PAIRS, found, reference(folder, PAIRS), strict=True):
+        assert answer == (pytest.approx(right[0], abs=1e-4), right[1]), args
+    (found,) = pool.run(megatron, folder, ROLLING)
+    assert found == pytest.approx(reference(folder, ROLLING), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_generation(pool: Pool, base: Path, tmp_path: Path, kind: str) -> None:
     folder = variant(base, tmp_path, kind, SETTINGS["several ends"])
-    (found,) = pool.run(ours, folder, GENERATED)
-    assert found == theirs(folder, GENERATED)
+    (found,) = pool.run(megatron, folder, GENERATED)
+    assert found == reference(folder, GENERATED)
     assert len({len(each) for each in found}) > 5, "answers of many lengths: they end for many reasons"
 
 
@@ -167,27 +167,27 @@ def test_generation(pool: Pool, base: Path, tmp_path: Path, kind: str) -> None:
 def test_generation_settings(pool: Pool, base: Path, tmp_path: Path, settings: str) -> None:
     folder = variant(base, tmp_path, "none", SETTINGS[settings])
     requests = GENERATED[: len(PROMPTS) * 2] + GENERATED[-len(PROMPTS) :]
-    (found,) = pool.run(ours, folder, requests)
-    assert found == theirs(folder, requests)
+    (found,) = pool.run(megatron, folder, requests)
+    assert found == reference(folder, requests)
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
 def test_several_ends_at_other_layouts(pool: Pool, base: Path, tmp_path: Path, layout: dict[str, int]) -> None:
     settings = {"eos_token_id": [0, 2, *range(20, 60)], "repetition_penalty": 1.2}
     folder = variant(base, tmp_path, "bos", settings)
-    truth = theirs(folder, GENERATED[: len(PROMPTS)])
-    for found in pool.run(ours, folder, GENERATED[: len(PROMPTS)], **layout):
+    truth = reference(folder, GENERATED[: len(PROMPTS)])
+    for found in pool.run(megatron, folder, GENERATED[: len(PROMPTS)], **layout):
         assert found == truth
 
 
 @pytest.mark.parametrize(
-    ("settings", "request_", "says"),
+    ("settings", "request_", "message"),
     [
         ({}, PAIRS[10], r"a prompt of \d+ tokens is longer .* evaluate\.truncate"),
-        ({}, ("loglikelihood", ("a", "")), "the answer '' has no tokens"),
-        ({}, ("loglikelihood", ("", "")), "the answer '' has no tokens"),
+        ({}, ("loglikelihood", ("a", "")), "the answer '' adds no tokens"),
+        ({}, ("loglikelihood", ("", "")), "the answer '' adds no tokens"),
         ({}, ("loglikelihood", ("a", "b" * 50)), "continuation of 50 tokens is longer than the model's context of 48"),
-        ({}, ("loglikelihood", ("a", 3)), "an answer is 3, which is no text"),
+        ({}, ("loglikelihood", ("a", 3)), "an answer is 3, not a string"),
         ({}, ("generate_until", ("", HOW[0])), "a prompt has no tokens"),
         ({}, ("generate_until", ("a", {"max_gen_toks": 48})), "leaves no room for prompts"),
         ({}, ("generate_until", ("a", {"max_gen_toks": 4, "stop": "x"})), "hold stop, which"),
@@ -198,11 +198,11 @@ def test_several_ends_at_other_layouts(pool: Pool, base: Path, tmp_path: Path, l
     ],
 )
 def test_what_cannot_be_answered_is_one_message(
-    pool: Pool, base: Path, tmp_path: Path, settings: dict[str, Any], request_: Request, says: str
+    pool: Pool, base: Path, tmp_path: Path, settings: dict[str, Any], request_: Request, message: str
 ) -> None:
     folder = variant(base, tmp_path, "none", settings)
-    with pytest.raises(DataError, match=says):
-        pool.run(ours, folder, [request_], False)
+    with pytest.raises(DataError, match=message):
+        pool.run(megatron, folder, [request_], False)
 
 
 def test_a_token_beyond_the_embedding_is_named(pool: Pool, base: Path, tmp_path: Path) -> None:
@@ -212,17 +212,17 @@ def test_a_token_beyond_the_embedding_is_named(pool: Pool, base: Path, tmp_path:
     new = {at: "<new>" if at == 288 else f"<new{at}>" for at in range(known, 289)}
     read["added_tokens"] += [{**read["added_tokens"][0], "id": at, "content": word} for at, word in new.items()]
     (folder / "tokenizer.json").write_text(json.dumps(read))
-    assert pool.run(ours, folder, [PAIRS[3]])
+    assert pool.run(megatron, folder, [PAIRS[3]])
     for request in (("loglikelihood", ("a", "<new>")), ("loglikelihood_rolling", ("<new>",))):
-        with pytest.raises(DataError, match=r"the token '<new>', whose id is 288, and the model has 288 embeddings"):
-            pool.run(ours, folder, [request])
+        with pytest.raises(DataError, match=r"the token '<new>', whose id is 288, but the model has 288 embeddings"):
+            pool.run(megatron, folder, [request])
 
 
 def test_a_tokenizer_without_an_end_has_that_of_config_json(pool: Pool, base: Path, tmp_path: Path) -> None:
-    """The one that ends documents in the corpus: as if the tokenizer named it."""
+    """A tokenizer without a named end token uses the corpus's end-of-document token."""
     (tmp_path / "named").mkdir()
     (tmp_path / "unnamed").mkdir()
     named, unnamed = variant(base, tmp_path / "named", "none"), variant(base, tmp_path / "unnamed", "none")
     (unnamed / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     for requests in (PAIRS, ROLLING, GENERATED[:7]):
-        assert pool.run(ours, unnamed, requests) == pool.run(ours, named, requests)
+        assert pool.run(megatron, unnamed, requests) == pool.run(megatron, named, requests)

@@ -1,4 +1,4 @@
-"""A program passes if, and only if, its last line ran; and nothing that it started outlives it."""
+"""A program passes if and only if its last line ran, and no process that it started survives it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ WRONG = {
 
 @pytest.fixture(scope="module", params=["bubblewrap", "unshare", "limits"])
 def how(request: pytest.FixtureRequest) -> Isolation:
-    """The strongest with these namespaces; limits alone as the user who runs this, for that always works."""
+    """Return the strongest isolation with these namespaces; for limits alone the current user, which always works."""
     kinds = [each for each in candidates() if each.spaces == request.param]
     kinds = kinds[-1:] if request.param == "limits" else kinds
     found = next((each for each in kinds if passes(TRIED, how=each)), None)
@@ -80,7 +80,7 @@ def test_no_trick_makes_a_wrong_program_pass(how: Isolation, name: str) -> None:
 
 
 def alive(mark: str) -> bool:
-    """Whether a process with this word among its arguments is there."""
+    """Return whether a process with this word among its arguments is running."""
     found = []
     for each in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -101,7 +101,7 @@ os.wait(); start(); time.sleep(0.3)
 
 @pytest.mark.parametrize("end", ["", "os._exit(1)", "time.sleep(60)"], ids=["passes", "exits", "hangs"])
 def test_what_it_starts_ends_with_it(how: Isolation, end: str) -> None:
-    """Also in sessions of their own, and orphaned."""
+    """Processes in sessions of their own and orphans are killed too."""
     mark = f"mark{os.getpid()}{time.monotonic_ns()}"
     assert passes(DETACHED.format(mark=mark) + end, seconds=3, how=how) is (not end)
     assert not alive(mark)
@@ -130,6 +130,6 @@ def test_neither_environment_nor_network_is_seen(how: Isolation, monkeypatch: py
 
 
 def test_what_isolates_is_said_and_a_share_is_a_mean() -> None:
-    assert isolation().spaces in isolation().said.replace("no namespaces", "limits")
+    assert isolation().spaces in isolation().description.replace("no namespaces", "limits")
     programs = [RIGHT["plain"], WRONG["value"], WRONG["os._exit 0"], RIGHT["threads"]]
     assert share_that_pass(programs, TESTS) == 0.5

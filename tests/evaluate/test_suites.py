@@ -1,5 +1,5 @@
-"""The papers' suites on local files: programs are run only where that is asked for, summaries are compared, and what is
-sampled is the same at every layout."""
+"""The papers' suites on local files: programs run only if requested, summaries are compared, samples are equal at every
+layout."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = [{"prompt": f"x{i} = 1\n#", "test": CHECK, "entry_point": f"x{i}"} for i in range(3)]
     write_lines(root / "humaneval" / "test.jsonl", code)
     write_lines(root / "humaneval_instruct" / "test.jsonl", code)
-    asked = [{"text": "add", "test_list": ["assert 1"] * 3, "code": "x"} for _ in range(2)]
-    write_lines(root / "mbpp" / "test.jsonl", asked)
-    write_lines(root / "mbpp_instruct" / "test.jsonl", asked)
+    questions = [{"text": "add", "test_list": ["assert 1"] * 3, "code": "x"} for _ in range(2)]
+    write_lines(root / "mbpp" / "test.jsonl", questions)
+    write_lines(root / "mbpp_instruct" / "test.jsonl", questions)
     return root
 
 
@@ -97,7 +97,7 @@ TASKS = (
 
 
 def answers(topology: Topology, folder: Path, files: Path, chat: str = "") -> tuple[dict[str, Any], dict[str, float]]:
-    """Task -> what was asked and answered of each question."""
+    """Return (task -> prompts and answers of each question, scores)."""
     tokenizer, registered = transformers_tokenizer(folder), tasks._registered
 
     def short(name: str, functions: bool) -> dict[str, Any]:
@@ -111,12 +111,12 @@ def answers(topology: Topology, folder: Path, files: Path, chat: str = "") -> tu
         found = run_tasks(
             load_hf(folder, topology), TASKS, tokenizer, topology, files=files, truncate=True, chat=bool(chat), seed=5
         )
-    assert found["programs"] == isolation().said
-    asked = {
+    assert found["programs"] == isolation().description
+    questions = {
         name: [(item["arguments"], item["resps"], item["filtered_resps"]) for item in items]
         for name, items in found["samples"].items()
     }
-    return asked, scores_of(found, TASKS)
+    return questions, scores_of(found, TASKS)
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +126,11 @@ def plain(pool: Pool, model: Path, files: Path) -> tuple[dict[str, Any], dict[st
 
 
 def test_programs_and_summaries_have_scores(plain: tuple[dict[str, Any], dict[str, float]]) -> None:
-    """HumanEval's here begin with a comment, so that what a random model writes passes if it stays on that line."""
-    asked, scores = plain
-    assert [len(item[1][0]) for item in asked["humaneval"]] == [3, 3, 3]
-    assert all(len(set(item[1][0])) > 1 for item in asked["humaneval"]), "three answers, sampled apart"
-    right = [share_that_pass(item[2][0], f"{CHECK}\ncheck(x{i})") for i, item in enumerate(asked["humaneval"])]
+    """HumanEval prompts here end in a comment, so that a random model's answer passes if it stays on that line."""
+    questions, scores = plain
+    assert [len(item[1][0]) for item in questions["humaneval"]] == [3, 3, 3]
+    assert all(len(set(item[1][0])) > 1 for item in questions["humaneval"]), "three answers, sampled independently"
+    right = [share_that_pass(item[2][0], f"{CHECK}\ncheck(x{i})") for i, item in enumerate(questions["humaneval"])]
     assert scores["humaneval"] == pytest.approx(sum(right) / 3) and sum(right) > 0
     assert scores.keys() == {task.name for task in TASKS} and all(0 <= value <= 1 for value in scores.values())
 
@@ -145,8 +145,8 @@ def test_answers_and_scores_are_those_of_one_rank(
 
 def test_prompts_go_through_the_chat_template(pool: Pool, model: Path, files: Path) -> None:
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
-    asked, _ = pool.run(answers, model, files, template)[0]
-    prompts = [item[0][0][0] for item in asked["xlsum_english"]]
+    questions, _ = pool.run(answers, model, files, template)[0]
+    prompts = [item[0][0][0] for item in questions["xlsum_english"]]
     assert all(prompt.startswith("<user>") and prompt.endswith("<assistant>") for prompt in prompts)
 
 
@@ -166,7 +166,7 @@ def test_no_program_runs_unless_the_recipe_says_so(recipe_file: Any, files: Path
 
 
 def test_every_task_of_the_suites_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Each asks for its files alone; and one that needs a package says which."""
+    """A missing file is named by its task; a missing package by its name."""
     for task in [*SUITES["base"], *SUITES["instruct"]]:
         if task.name != "ifeval":
             with pytest.raises(DataError, match=r"has no \.jsonl file"):

@@ -1,4 +1,4 @@
-"""The harness says of a model at any layout what it says of the same weights through its own Hugging Face model."""
+"""The harness gives equal results for a model at any layout and for its own Hugging Face model of the same weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama that reads bytes."""
+    """Return the folder of a random byte-level Llama."""
     folder = write_llama(tmp_path_factory.mktemp("model"), SHAPE, 3)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({"<end>": 0, **{byte: i for i, byte in enumerate(alphabet, 1)}}, []))
@@ -63,7 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few questions of each task, in the fields of its real data."""
+    """Return a folder with a few questions of each task, with the fields of its real data."""
     root, many = tmp_path_factory.mktemp("tasks"), range(7)
     sentences = [
         {"sentence": f"The {i} cup hit the bowl so _ broke.", "option1": "the cup", "option2": "it", "answer": "1"}
@@ -86,12 +86,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(root / "mmlu_anatomy" / "test.jsonl", choices[:5])
     write_lines(root / "mmlu_anatomy" / "dev.jsonl", choices[5:])
     write_lines(root / "wikitext" / "test.jsonl", [{"page": "some words of a page " * 30}, {"page": "short"}])
-    asked = [{"question": f"Who is {i}?", "answer": {"aliases": ["a", "b"], "value": "a"}} for i in range(3)]
-    write_lines(root / "triviaqa" / "validation.jsonl", asked)
+    questions = [{"question": f"Who is {i}?", "answer": {"aliases": ["a", "b"], "value": "a"}} for i in range(3)]
+    write_lines(root / "triviaqa" / "validation.jsonl", questions)
     return root
 
 
-def ours(
+def megatron(
     topology: Topology, model: Path, files: Path, tasks: tuple[Task, ...], truncate: bool = False, chat: bool = False
 ) -> dict[str, Any]:
     found = run_tasks(
@@ -107,7 +107,7 @@ def ours(
     return {"samples": found["samples"], "scores": scores_of(found, tasks)}
 
 
-def theirs(model: Path, files: Path, tasks: tuple[Task, ...], chat: bool = False) -> dict[str, Any]:
+def reference(model: Path, files: Path, tasks: tuple[Task, ...], chat: bool = False) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -121,13 +121,13 @@ def theirs(model: Path, files: Path, tasks: tuple[Task, ...], chat: bool = False
 
 
 def expect_alike(found: dict[str, Any], truth: dict[str, Any]) -> int:
-    """Item by item: log-likelihoods to 1e-4, whether they are greedy, and what was generated."""
+    """Compare item by item: log-likelihoods to 1e-4, whether they are greedy, and generated answers."""
     compared = 0
     for name, items in truth["samples"].items():
-        mine = {item["doc_id"]: item for item in found["samples"][name]}
-        assert len(mine) == len(items)
+        by_question = {item["doc_id"]: item for item in found["samples"][name]}
+        assert len(by_question) == len(items)
         for item in items:
-            for a, b in zip(mine[item["doc_id"]]["resps"], item["resps"], strict=True):
+            for a, b in zip(by_question[item["doc_id"]]["resps"], item["resps"], strict=True):
                 a, b = (each[0] for each in (a, b))
                 if isinstance(b, list):
                     assert float(a[0]) == pytest.approx(float(b[0]), abs=1e-4) and str(a[1]) == str(b[1])
@@ -142,14 +142,14 @@ def expect_alike(found: dict[str, Any], truth: dict[str, Any]) -> int:
 
 @pytest.fixture(scope="module")
 def truth(model: Path, files: Path) -> dict[str, Any]:
-    return theirs(model, files, TASKS)
+    return reference(model, files, TASKS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_item_is_that_of_the_harness_own_model(
     pool: Pool, model: Path, files: Path, truth: dict[str, Any], layout: str
 ) -> None:
-    for found in pool.run(ours, model, files, TASKS, **LAYOUTS[layout]):
+    for found in pool.run(megatron, model, files, TASKS, **LAYOUTS[layout]):
         assert expect_alike(found, truth) > 60
 
 
@@ -162,25 +162,25 @@ TEMPLATE = (
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
 def test_three_shots_and_chat(pool: Pool, model: Path, tmp_path: Path, chat: bool) -> None:
-    """Prompts too, those that are cut among them. MMLU has a description, which this template refuses as a system."""
+    """Prompts are equal too, also truncated ones. This template refuses MMLU's description as a system message."""
     folder, files = tmp_path / "model", tmp_path / "files"
     shutil.copytree(model, folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TEMPLATE}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *range(60, 90)]}))
-    asked = [{"question": f"Who is {i}?", "answer": {"aliases": ["a", "b"], "value": "a"}} for i in range(9)]
+    questions = [{"question": f"Who is {i}?", "answer": {"aliases": ["a", "b"], "value": "a"}} for i in range(9)]
     choices = [
         {"question": f"Is {i} odd?", "choices": ["no", "yes", "both", "none"], "answer": i % 2} for i in range(9)
     ]
     for name, rows, scored, shots in (
-        ("triviaqa", asked, "validation", "train"),
+        ("triviaqa", questions, "validation", "train"),
         ("mmlu_anatomy", choices, "test", "dev"),
     ):
         write_lines(files / name / f"{scored}.jsonl", rows[:3])
         write_lines(files / name / f"{shots}.jsonl", rows[3:])
     tasks = (Task("triviaqa", 3, "exact_match"), Task("mmlu_anatomy", 3, "acc"))
     check_tasks(tasks, files, tokenizer=folder, chat=chat, truncate=True)
-    found, truth = pool.run(ours, folder, files, tasks, True, chat)[0], theirs(folder, files, tasks, chat)
+    found, truth = pool.run(megatron, folder, files, tasks, True, chat)[0], reference(folder, files, tasks, chat)
     assert expect_alike(found, truth) == 15
     for name, items in truth["samples"].items():
         assert [item["arguments"] for item in found["samples"][name]] == [item["arguments"] for item in items]
@@ -188,7 +188,7 @@ def test_three_shots_and_chat(pool: Pool, model: Path, tmp_path: Path, chat: boo
 
 
 def sampled(topology: Topology, model: Path, temperature: float, top_p: float, kept: bool = True) -> list[list[int]]:
-    """kept: keys and values; else every token reads all before it again."""
+    """kept: use the KV cache; else every token reads the whole text again."""
     loaded = load_hf(model, topology)
     predictor = Predictor(loaded, topology, micro_batch=2, run=None if kept else partial(forward_only, loaded))
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14] * 9, [15] * 4, [16], [17] * 7]
@@ -198,7 +198,7 @@ def sampled(topology: Topology, model: Path, temperature: float, top_p: float, k
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "pp2-vp2", "dp2"])
 def test_what_is_generated_depends_on_the_seed_and_not_on_the_layout(pool: Pool, model: Path, layout: str) -> None:
-    """Nor on whether what was read is read again. A narrow enough choice is the greedy one."""
+    """The KV cache changes no sample. Sampling from a single candidate is greedy."""
     greedy, drawn = (pool.run(sampled, model, *how, False)[0] for how in ((0.0, 1.0), (0.8, 0.95)))
     assert greedy != drawn and max(map(len, greedy)) == 6 and len({len(made) for made in greedy}) > 1
     for how, truth in (((0.0, 1.0), greedy), ((0.8, 0.95), drawn), ((1.0, 1e-6), greedy)):
@@ -212,7 +212,7 @@ def answered(topology: Topology, model: Path) -> tuple[list[float], list[list[in
 
 
 def test_experts_answer_alike_at_every_layout(pool: Pool, tmp_path: Path) -> None:
-    """Ranks that share experts have prompts of unlike lengths."""
+    """Ranks that share experts may have prompts of different lengths."""
     from tests.convert.conftest import make_folder
 
     folder = make_folder(tmp_path / "mixture", "mixtral")
@@ -230,12 +230,12 @@ def test_what_cannot_be_run_is_one_message(pool: Pool, model: Path, files: Path,
     write_lines(tmp_path / "lambada_openai" / "test.jsonl", [{"text": "a b " * 200 + "end"}])
     long = (Task("lambada_openai"),)
     with pytest.raises(DataError, match=r"a prompt of \d+ tokens is longer than the \d+ .* evaluate\.truncate"):
-        pool.run(ours, model, tmp_path, long, tp=2)
-    assert pool.run(ours, model, tmp_path, long, True)[0]["scores"].keys() == {"lambada_openai"}
+        pool.run(megatron, model, tmp_path, long, tp=2)
+    assert pool.run(megatron, model, tmp_path, long, True)[0]["scores"].keys() == {"lambada_openai"}
 
 
 def assets(root: Path) -> tuple[Task, ...]:
-    """Real items of four tasks, for the real model."""
+    """Write real items of four tasks for the real model; return the tasks."""
     bench = Path(str(ASSETS)) / "bench"
 
     def lines(path: str) -> list[dict[str, Any]]:
@@ -248,14 +248,14 @@ def assets(root: Path) -> tuple[Task, ...]:
     for split in ("dev", "test"):
         with (bench / "mmlu" / f"anatomy_{split}.csv").open() as file:
             rows = [dict(row) for row in csv.DictReader(file)][:40]
-        asked = (
+        anatomy = (
             {"question": r["question"], "choices": [r[f"choice{i}"] for i in range(4)], "answer": int(r["answer"])}
             for r in rows
         )
-        write_lines(root / "mmlu_anatomy" / f"{split}.jsonl", asked)
+        write_lines(root / "mmlu_anatomy" / f"{split}.jsonl", anatomy)
     questions = []
     for item in json.loads((bench / "arc_easy" / "test.json").read_text())[:60]:
-        asked, _, rest = (
+        question, _, rest = (
             item["instruction"]
             .removeprefix("Please choose the correct answer to the question: ")
             .partition("\n\nAnswer1: ")
@@ -269,7 +269,7 @@ def assets(root: Path) -> tuple[Task, ...]:
         )
         labels = list("1234")[: len(texts)]
         questions.append(
-            {"question": asked, "choices": {"text": texts, "label": labels}, "answerKey": item["answer"][-1]}
+            {"question": question, "choices": {"text": texts, "label": labels}, "answerKey": item["answer"][-1]}
         )
     write_lines(root / "arc_easy" / "test.jsonl", questions)
     return (Task("winogrande", 2), Task("lambada_openai"), Task("mmlu_anatomy", 0), Task("arc_easy"))
@@ -279,6 +279,6 @@ def assets(root: Path) -> tuple[Task, ...]:
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2"])
 def test_real_items_on_a_real_model(pool: Pool, tmp_path: Path, layout: str) -> None:
     tasks, model = assets(tmp_path), Path(str(ASSETS)) / "hf" / "stories260K"
-    truth = theirs(model, tmp_path, tasks)
-    for found in pool.run(ours, model, tmp_path, tasks, True, **LAYOUTS[layout]):
+    truth = reference(model, tmp_path, tasks)
+    for found in pool.run(megatron, model, tmp_path, tasks, True, **LAYOUTS[layout]):
         assert expect_alike(found, truth) > 300

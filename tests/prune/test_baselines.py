@@ -1,4 +1,4 @@
-"""Plans without scores: deterministic by their seed, as many units in each group, and no favourites."""
+"""Plans without scores: deterministic by seed, equally many units in each group, uniform over units."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_seed_is_a_plan(layers: tuple[int, ...] | None) -> None:
 
 
 def test_the_draw_stays_what_it_is() -> None:
-    """A plan of an older version can be made again."""
+    """Plans of older versions are reproduced."""
     plan = random_plan(SHAPE, 1, **SIZES)
     assert plan.keep["hidden"] == {None: (1, 2, 3, 4, 5, 7, 10)}
     assert random_plan(SHAPE, 1, hidden=7, ffn=9).keep["hidden"] == plan.keep["hidden"]
@@ -39,7 +39,7 @@ def test_the_draw_stays_what_it_is() -> None:
 
 
 def test_every_choice_is_as_likely() -> None:
-    """Pairs of the four heads of a group, 6000 plans of 12 groups and layers: each pair within 5 % of its share."""
+    """Over 6000 plans of 12 groups and layers, each pair of a group's four heads is within 5 % of its share."""
     counts: Counter[tuple[int, ...]] = Counter()
     for seed in range(6000):
         for heads in random_plan(SHAPE, seed, heads=6).keep["heads"].values():
@@ -67,7 +67,7 @@ def test_what_stays_whole_is_not_in_the_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("sizes", "message"),
     [
         ({"hiden": 3}, "axis 'hiden' is not known"),
         ({"ffn": 17}, "axis ffn should keep 17 of 16"),
@@ -75,8 +75,8 @@ def test_what_stays_whole_is_not_in_the_plan() -> None:
         ({"ffn": 3, "layers": (0, 4)}, "axis layers keeps indices from 0 to 4"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(asked: dict[str, Any], says: str) -> None:
-    with pytest.raises(PlanError, match=says):
-        random_plan(SHAPE, 0, **asked)
-    with pytest.raises(PlanError, match=says):
-        first_plan(SHAPE, **asked)
+def test_what_cannot_be_kept_is_refused(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        random_plan(SHAPE, 0, **sizes)
+    with pytest.raises(PlanError, match=message):
+        first_plan(SHAPE, **sizes)

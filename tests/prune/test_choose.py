@@ -1,4 +1,4 @@
-"""The kept units are the best ones, by global index, and a cut that another layout could make otherwise is told."""
+"""The kept units are the best ones by global index; a cut that another layout could make differently is warned of."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def random_scores(seed: int = 0, few: bool = False) -> Scores:
 
 
 def best(units: list[float], size: int) -> list[int]:
-    """By sorting: the highest first, of equals the lower index."""
+    """Return the best units by sorting: the highest first, of equal ones the lower index."""
     return sorted(range(len(units)), key=lambda i: (-units[i], i))[:size]
 
 
@@ -69,7 +69,7 @@ def test_the_best_stay_and_of_equals_the_lower(few: bool, layers: tuple[int, ...
 
 
 def test_heads_are_ranked_inside_their_groups() -> None:
-    """A group of strong heads takes no place from the others."""
+    """Each group keeps equally many heads, even if one group's heads are all stronger."""
     heads = torch.tensor([9.0, 8, 7, 6, 1, 2, 3, 4, 0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
     plan = choose(scores_of({"heads": dict.fromkeys(range(4), heads)}), heads=6)
     assert plan.keep["heads"] == dict.fromkeys(range(4), (0, 1, 6, 7, 9, 11))
@@ -120,7 +120,7 @@ def test_a_close_cut_names_its_layers() -> None:
 
 
 def test_units_that_never_fired_are_cut_without_a_fuss() -> None:
-    """Scores of zero make no margin that is not a number."""
+    """Scores of zero give no NaN margin."""
     with pytest.warns(UserWarning):
         plan = choose(scores_of({"hidden": {None: torch.zeros(12, dtype=torch.float64)}}), hidden=3)
     assert plan.keep["hidden"][None] == (0, 1, 2)
@@ -160,21 +160,21 @@ def test_experts_and_the_best_neurons_of_those_that_stay() -> None:
         assert plan.keep["experts"][layer] == tuple(experts)
         assert plan.keep["expert_ffn"][layer] == tuple(neurons)
         assert len(plan.keep["shared_ffn"][layer]) == 4
-    with pytest.raises(PlanError, match="axis experts should keep 1, and every token goes through 2"):
+    with pytest.raises(PlanError, match="axis experts should keep 1, but every token goes through 2"):
         choose(scores_of(values, MIXTURE), experts=1)
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("sizes", "message"),
     [
         ({"hiden": 3}, r"axis 'hiden' is not known\. Did you mean 'hidden'\? Known: hidden, ffn"),
         ({"hidden": 13}, r"axis hidden should keep 13 of 12\. Ask for 1 to 12"),
         ({"hidden": 0}, "axis hidden should keep 0 of 12"),
         ({"heads": 4}, r"heads should keep 4, which cannot be spread evenly over 3 kv_groups\. Keep a multiple of 3"),
-        ({"ffn": 3}, r"axis ffn was not scored\. Score it first; heads, hidden were"),
+        ({"ffn": 3}, r"axis ffn was not scored\. Score it first; scored so far: heads, hidden"),
         ({"kv_groups": 2, "heads": 9}, "axis heads should keep 9, which cannot be spread evenly over 2 kv_groups"),
-        ({"kv_groups": 2, "heads": 12}, "axis heads should keep 12, and 2 kv_groups hold 8"),
-        ({"experts": 2}, "axis experts should keep 2, and the model has none"),
+        ({"kv_groups": 2, "heads": 12}, "axis heads should keep 12, but 2 kv_groups hold 8"),
+        ({"experts": 2}, "axis experts should keep 2, but the model does not have this axis"),
         ({"layers": (0, 4)}, "axis layers keeps indices from 0 to 4"),
         ({"layers": (1, 0)}, "axis layers: kept indices must ascend"),
         ({"layers": ()}, "axis layers keeps nothing"),
@@ -185,10 +185,10 @@ def test_experts_and_the_best_neurons_of_those_that_stay() -> None:
         ),
     ],
 )
-def test_what_cannot_be_kept_is_refused(asked: dict, says: str) -> None:
+def test_what_cannot_be_kept_is_refused(sizes: dict, message: str) -> None:
     scores = random_scores()
-    with pytest.raises(PlanError, match=says):
-        choose(scores_of({axis: scores.values[axis] for axis in ("heads", "hidden")}), **asked)
+    with pytest.raises(PlanError, match=message):
+        choose(scores_of({axis: scores.values[axis] for axis in ("heads", "hidden")}), **sizes)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -1,4 +1,4 @@
-"""The layers that go are those whose loss hurts least, and only what was measured is chosen by."""
+"""The removed layers are those that hurt least, and only measured values count."""
 
 from __future__ import annotations
 
@@ -86,22 +86,30 @@ def test_the_choice_is_a_plans() -> None:
 
 
 @pytest.mark.parametrize(
-    ("depth", "asked", "says"),
+    ("depth", "options", "message"),
     [
-        (random_depth(1, 2, 4), {"keep": 5}, r"a block of 3 layers should go, and only blocks of 1, 2, 4 layers were"),
+        (
+            random_depth(1, 2, 4),
+            {"keep": 5},
+            r"a block of 3 layers is to be removed, but only blocks of 1, 2, 4 layers were",
+        ),
         (depth_of({}), {"keep": 5}, r"only blocks of no layers were measured\. Measure blocks of 3"),
-        (random_depth(2), {"keep": 5, "contiguous": False}, r"3 layers should go one by one, and 0 were taken so\."),
+        (
+            random_depth(2),
+            {"keep": 5, "contiguous": False},
+            r"3 layers are to be removed one by one, but only 0 were measured greedily\.",
+        ),
         (random_depth(1), {"keep": 0}, r"axis layers should keep 0 of 8\. Ask for 1 to 8"),
         (random_depth(1), {"keep": 9}, "axis layers should keep 9 of 8"),
     ],
 )
-def test_what_was_not_measured_cannot_be_chosen(depth: DepthScores, asked: dict, says: str) -> None:
-    with pytest.raises(PlanError, match=says):
-        choose_layers(depth, **asked)
+def test_what_was_not_measured_cannot_be_chosen(depth: DepthScores, options: dict, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        choose_layers(depth, **options)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_block_whose_value_is_not_finite_ranks_nothing(value: float, contiguous: bool) -> None:
-    with pytest.raises(PlanError, match=r"layers 2 to 2 measure (nan|inf), which ranks nothing"):
+    with pytest.raises(PlanError, match=r"leaving out layers 2 to 2 measured (nan|inf), which cannot be ranked"):
         choose_layers(singles(1.0, 2.0, value, 3.0), keep=LAYERS - 1, contiguous=contiguous)

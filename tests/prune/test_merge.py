@@ -22,7 +22,7 @@ from tests.tiny import SHAPE, write_llama
 MHA = replace(SHAPE, kv_groups=8)
 SHAPES = {"gqa": SHAPE, "mha": MHA}
 HEADS = {"gqa": 6, "mha": 6}
-"""Of 8: three of the four in each group, and six of all."""
+"""Heads kept of 8: three of the four in each group, and six of all."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def ranked(name: str) -> Scores:
 
 
 def by_hand(folder: Path, name: str, merge: str, sign: int) -> dict[str, Tensor]:
-    """Every kept head's tensors, merged and in the order of the heads."""
+    """Return every kept head's tensors, merged, in the order of the heads."""
     full, out = load_file(folder / "model.safetensors"), {}
     groups = [range(0, 4), range(4, 8)] if name == "gqa" else [range(8)]
     for layer, units in ranked(name).values["heads"].items():
@@ -47,7 +47,7 @@ def by_hand(folder: Path, name: str, merge: str, sign: int) -> dict[str, Tensor]
             best = sorted(group, key=lambda head: -float(units[head]))
             stay = 3 if name == "gqa" else 6
             kept += best[:stay]
-            # by rank: of four, the third takes the fourth along; of eight, the 6th the 7th and the 5th the 8th
+            # by rank: of four, the third absorbs the fourth; of eight, the 6th absorbs the 7th and the 5th the 8th
             pairs = [(3, 4)] if name == "gqa" else [(6, 7), (5, 8)]
             partner |= {best[i - 1]: best[j - 1] for i, j in pairs}
         at = f"model.layers.{layer}.self_attn."
@@ -85,17 +85,19 @@ def test_merged_by_hand(
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes", "options", "says"),
+    ("name", "sizes", "options", "message"),
     [
-        ("gqa", {"heads": 2}, {}, "1 of 4 heads stay, and each can take one along"),
+        ("gqa", {"heads": 2}, {}, "only 1 of 4 heads are kept, and each can absorb one"),
         ("gqa", {"heads": 6}, {"merge": "qkvo"}, "qkvo needs a key and a value for each head"),
         ("gqa", {"heads": 6}, {"merge": "qo"}, r"merge 'qo' is not known\. .*Use q or q\+o or qkvo"),
         ("gqa", {"heads": 6}, {"sign": "plus"}, "sign 'plus' is not known"),
-        ("gqa", {}, {}, "the plan cuts none"),
-        ("mha", {"heads": 3}, {}, "3 of 8 heads stay"),
+        ("gqa", {}, {}, "the plan cuts no heads"),
+        ("mha", {"heads": 3}, {}, "3 of 8 heads are kept"),
     ],
 )
-def test_what_cannot_be_merged_is_refused(name: str, sizes: dict[str, int], options: dict[str, str], says: str) -> None:
+def test_what_cannot_be_merged_is_refused(
+    name: str, sizes: dict[str, int], options: dict[str, str], message: str
+) -> None:
     plan: Plan = choose(ranked(name), **sizes)
-    with pytest.raises(PlanError, match=says):
+    with pytest.raises(PlanError, match=message):
         merge_heads(None, ranked(name), plan, Topology(), **options)

@@ -1,4 +1,4 @@
-"""The plugin's promise: a GPTModel that somebody else built, from mcore's own specs, is scored and cut as it is."""
+"""Plugin: a GPTModel built elsewhere, from mcore's own specs, is scored and cut as it is."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.engine import norm_column_parallel_linear
 from tests.tiny import LAYOUTS, SEQUENCE, samples, share
 
 VOCAB = 132
-"""Not padded to 128: their model, their padding."""
+"""Vocabulary that is not padded to 128: the user's model has its own padding."""
 
 
 def with_fused_norms(spec: Any) -> Any:
-    """The spec as Transformer Engine names it: the norms before qkv and fc1 live in these as `layer_norm_weight`."""
+    """Return the spec with Transformer Engine's names: norms are fused into qkv and fc1 as `layer_norm_weight`."""
     from megatron.core.transformer.identity_op import IdentityOp
 
     layer = spec.submodules
@@ -69,7 +69,7 @@ def their_model(topology: Topology, fused: bool = False) -> Any:
 
 
 def mask(model: Any, plan: Plan, topology: Topology) -> None:
-    """Zeroes what the plan cuts, at the inputs of the layers that write into the residual stream."""
+    """Zero the cut units at the inputs of the layers that write into the residual stream."""
     for shard in named_shards(model):
         if shard.name.endswith(("linear_fc2.weight", "linear_proj.weight")):
             param, sizes = lookup(shard.name), plan.shape.sizes()
@@ -80,7 +80,7 @@ def mask(model: Any, plan: Plan, topology: Topology) -> None:
 
 
 def cut(topology: Topology) -> tuple[Plan, Tensor, Tensor]:
-    """(plan, logits of the masked model, logits of the cut one)."""
+    """Return (plan, logits of the masked model, logits of the cut model)."""
     model, batches = their_model(topology), share(samples(8), topology)
     plan = choose(score(model, batches, ["ffn", "heads"], topology=topology), ffn=40, heads=4)
 
@@ -101,8 +101,8 @@ def test_their_model_is_scored_and_cut(pool: Pool, layout: str) -> None:
 
 
 def twins(topology: Topology, sizes: dict[str, int]) -> list[tuple[Scores, Plan, list[Tensor]]]:
-    """The same weights under mcore's local names and under Transformer Engine's: what each is scored, how each is cut,
-    and the final hidden states of what is left."""
+    """Return scores, plans and final hidden states after the cut, for the same weights under mcore's local names and
+    under Transformer Engine's."""
     torch.manual_seed(3)
     weights: dict[str, Tensor] = {}
     results = []

@@ -1,4 +1,4 @@
-"""The cut model is the one that indexing the Hugging Face tensors gives, bit for bit, at every layout (laws 1 to 3)."""
+"""The cut model equals indexing the Hugging Face tensors, bit for bit, at every layout (laws 1 to 3)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def plans(shape: Shape) -> dict[str, Plan]:
     }
 
 
-# ---- the truth: indexing the Hugging Face tensors
+# ---- reference: indexing the Hugging Face tensors
 
 
 def indexed(folder: Path, plan: Plan) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def best_plan(topology: Topology, folder: Path) -> Plan:
 
 
 def cut(topology: Topology, folder: Path, plan: Plan, out: Path) -> float:
-    """Cuts, exports, and gives the loss of the cut model as it stands."""
+    """Cut and export; return the loss of the cut model in memory."""
     model = load_hf(folder, topology)
     old = [shard.tensor for shard in named_shards(model)]
     before = model_hash(model, topology)
@@ -113,7 +113,7 @@ def cut(topology: Topology, folder: Path, plan: Plan, out: Path) -> float:
 
 
 def cut_all(topology: Topology, folder: Path, shape: Shape, out: Path) -> tuple[Plan, dict[str, float], dict[str, str]]:
-    """The best cut and the made-up ones: (best plan, losses, errors)."""
+    """Run the best cut and the made-up ones; return (best plan, losses, errors)."""
     best, losses, errors = best_plan(topology, folder), {}, {}
     for name, plan in {"best": best, **plans(shape)}.items():
         try:
@@ -128,7 +128,7 @@ def cut_all(topology: Topology, folder: Path, shape: Shape, out: Path) -> tuple[
 
 @pytest.fixture(scope="module")
 def best(pool: Pool, checkpoints: dict[str, Path]) -> dict[str, Plan]:
-    """The plans that one process makes, whose cuts are clear ones."""
+    """Return the plans that one process makes; their cuts have clear margins."""
     found = {name: pool.run(best_plan, checkpoints[name])[0] for name in ("untied", "tied")}
     for plan in found.values():
         assert min(margin for layers in plan.margins.values() for margin in layers.values()) > 1e-5
@@ -160,7 +160,7 @@ def test_the_layout_changes_neither_the_plan_nor_a_bit_of_the_export(
 
 
 def expect_loss(folder: Path, found: float) -> None:
-    """transformers reads the export and finds the loss of the model in memory."""
+    """transformers reads the export and computes the same loss as the model in memory."""
     with torch.no_grad():
         assert found == pytest.approx(cross_entropy(transformer(folder), samples(8, seed=1)).item(), rel=1e-5)
 
@@ -173,7 +173,7 @@ def test_a_plan_of_the_tied_model_cuts_its_embedding_once(checkpoints: dict[str,
 
 
 def masked(folder: Path, plan: Plan) -> Any:
-    """A transformers model in which what the plan cuts contributes nothing."""
+    """Return a transformers model in which the cut units contribute nothing."""
     model = transformer(folder)
     for i, layer in enumerate(model.model.layers):
         cut = sorted(set(range(SHAPE.ffn)) - set(plan.keep["ffn"][i]))
@@ -217,7 +217,7 @@ def test_keeping_everything_changes_nothing(pool: Pool, checkpoints: dict[str, P
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-# ---- what a trimmed model is: a model like any other
+# ---- a trimmed model is a model like any other
 
 
 def train_cut(topology: Topology, folder: Path, plan: Plan, out: Path, training: Training) -> list[dict[str, float]]:
@@ -253,7 +253,7 @@ def test_a_trimmed_model_trains_like_its_export(
 
 
 def refused(topology: Topology, folder: Path, plans: list[Plan], wrap: bool) -> tuple[str, str]:
-    """plans: one a rank. Gives (error, hash of the model afterwards)."""
+    """Return (error, hash of the model afterwards). plans: one per rank."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     model = load_hf(folder, topology)
@@ -287,7 +287,7 @@ def test_a_plan_for_another_model_is_refused_on_every_rank(
 
 def test_a_wrapped_model_is_refused(pool: Pool, checkpoints: dict[str, Path]) -> None:
     results = pool.run(refused, checkpoints["untied"], [FITS, FITS], True, dp=2)
-    message = "PlanError: trim works on a bare GPTModel and was given DistributedDataParallel. Unwrap it: model.module."
+    message = "PlanError: trim needs a bare GPTModel, but this is a DistributedDataParallel. Unwrap it: model.module."
     assert results == [(message, folder_hash(checkpoints["untied"]))] * 2
 
 
@@ -307,7 +307,7 @@ WIDE = Shape(layers=4, hidden=512, ffn=256, heads=8, kv_groups=2, head_dim=16, v
 
 
 def peak(topology: Topology, folder: Path, plan: Plan, out: Path) -> float:
-    """The live peak of a cut, as a multiple of what the law allows: the old shards and the largest of them."""
+    """Return the peak memory of a cut relative to what law 2 allows: the old shards and the largest of them."""
     model = load_hf(folder, topology)
     weights = [shard.tensor.numel() * shard.tensor.element_size() for shard in named_shards(model)]
     with LivePeak() as meter:
@@ -323,7 +323,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2"])
 def test_the_peak_is_the_old_shards_and_one_parameter(pool: Pool, wide: Path, layout: str, tmp_path: Path) -> None:
-    """The hardest cut: nearly all stays, on both axes, and every neuron changes its rank."""
+    """The hardest cut: nearly all units of both axes are kept, and every neuron changes its rank."""
     ffn = {layer: (*range(layer, layer + 200), *range(220, 250)) for layer in range(4)}
     plan = Plan(WIDE, {"ffn": ffn, "hidden": {None: (*range(100), *range(110, 512))}})
     peaks = pool.run(peak, wide, plan, tmp_path / "cut", **LAYOUTS[layout])

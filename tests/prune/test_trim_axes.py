@@ -1,4 +1,4 @@
-"""Every axis of every family: what is cut is what indexing the Hugging Face tensors gives, and pruned is masked."""
+"""Every axis of every family: a cut equals indexing the Hugging Face tensors, and pruned equals masked."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def plan_for(folder: Path, *, hidden: bool = True) -> Plan:
-    """All axes of a family at once, each layer its own way: units of one rank only, of the other only, of both."""
+    """Cut all axes at once, differently in each layer: units of one rank only, of the other only, of both."""
     shape = read_config(folder).shape
     groups = {0: (0, 1), 2: (2, 3), 3: (0, 3)}
     keep: dict[str, dict[int | None, tuple[int, ...]]] = {
@@ -83,7 +83,7 @@ def plan_for(folder: Path, *, hidden: bool = True) -> Plan:
     return Plan(shape, keep, LAYERS)
 
 
-# ---- the truth: indexing the Hugging Face tensors
+# ---- reference: indexing the Hugging Face tensors
 
 
 def indexed(folder: Path, plan: Plan) -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def indexed(folder: Path, plan: Plan) -> dict[str, Tensor]:
 
 
 def kept_of(leaf: str, plan: Plan, layer: int, expert: int | None) -> list[list[int] | None]:
-    """What stays of each dim of a layer's tensor, said leaf by leaf."""
+    """Return the kept rows of each dim of a layer's tensor, leaf by leaf."""
     channels = lambda units: [unit * 8 + i for unit in units for i in range(8)]  # noqa: E731
     hidden = list(plan.kept_at("hidden", None))
     if expert is not None:
@@ -151,7 +151,7 @@ def test_the_cut_is_what_indexing_gives(
 
 
 class WithoutExperts(TorchFunctionMode):
-    """In which the routers never send a token to what is cut."""
+    """Mode in which the routers never send a token to a cut expert."""
 
     def __init__(self, routers: Mapping[int, list[int]]) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class WithoutExperts(TorchFunctionMode):
 
 @contextmanager
 def masked(folder: Path, plan: Plan, into: Path) -> Iterator[Any]:
-    """A transformers model in which what the plan cuts contributes nothing."""
+    """Return a transformers model in which the cut units contribute nothing."""
     from transformers import AutoModelForCausalLM
 
     tensors = load_file(folder / "model.safetensors")
@@ -184,8 +184,8 @@ def masked(folder: Path, plan: Plan, into: Path) -> Iterator[Any]:
     routers = {}
     if plan.shape.experts:
         for layer, block in zip(LAYERS, model.model.layers, strict=True):
-            gone = sorted({*range(plan.shape.experts)} - {*plan.kept_at("experts", layer)})
-            routers[id(block.mlp.gate.weight)] = gone
+            cut_experts = sorted({*range(plan.shape.experts)} - {*plan.kept_at("experts", layer)})
+            routers[id(block.mlp.gate.weight)] = cut_experts
     with torch.no_grad(), WithoutExperts(routers):
         yield model
 

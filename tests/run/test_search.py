@@ -221,7 +221,7 @@ def test_a_budget_in_time_is_held_by_a_table_of_this_machine(searched: Path, mat
     speeds = speed_rows(tmp_path / "table.json")
     assert {row.conditions.batch for row in speeds} == {1, 4} and len(speeds) == 24
     teacher = read_config(recipe.model).shape
-    with pytest.raises(RecipeError, match="nothing would need to go"):
+    with pytest.raises(RecipeError, match="nothing needs to be cut"):
         candidates_of(recipe, teacher)
     costs = costs_of(teacher, conditions_of(recipe))
     limited = load_recipe(tmp_path / "recipe.yaml", [f"search.budget.decode_ms={0.999 * costs['decode_ms']}"])
@@ -323,8 +323,8 @@ def test_an_estimate_lists_what_each_candidate_would_cost(searched: Path) -> Non
 
 
 WRONG: list[tuple[str, dict[str, Any], dict[str, int], type[MinitronError], str]] = [
-    ("an empty grid", {"budget": {"params": 1000}}, {}, RecipeError, "budget.params: at most 1,000 lets none through"),
-    ("a budget above the teacher", {"budget": {"params": 1e9}}, {}, RecipeError, "nothing would need to go"),
+    ("an empty grid", {"budget": {"params": 1000}}, {}, RecipeError, "budget.params: at most 1,000 excludes all"),
+    ("a budget above the teacher", {"budget": {"params": 1e9}}, {}, RecipeError, "nothing needs to be cut"),
     ("a candidate the layout cannot hold", {"ffn": [33, 64]}, {"tp": 2}, TopologyError, "ffn33-heads"),
     ("too few layers for the stages", {"layers": [1, 4]}, {"pp": 2}, TopologyError, "candidate layers1-"),
     ("a task that is not measured", {"choose": "winogrande"}, {}, RecipeError, "the tasks are those of evaluate"),

@@ -1,5 +1,4 @@
-"""A network without some layers is a transformers model with these layers deleted, at every layout; and no layer runs
-that need not."""
+"""Leaving out layers equals deleting them from a transformers model, at every layout; no layer runs needlessly."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ LAYERS = range(SHAPE.layers)
 LENGTHS = (1, 2, 4)
 
 
-# ---- the truth: transformers' model, its layers deleted
+# ---- reference: transformers' model with layers deleted
 
 
 Truth = Callable[[Collection[int]], float]
@@ -44,8 +43,8 @@ def logits_of(folder: Path) -> Callable[[frozenset[int]], Tensor]:
 
     @cache
     @torch.no_grad()
-    def logits(gone: frozenset[int]) -> Tensor:
-        model.model.layers = nn.ModuleList(layer for i, layer in enumerate(whole) if i not in gone)
+    def logits(removed: frozenset[int]) -> Tensor:
+        model.model.layers = nn.ModuleList(layer for i, layer in enumerate(whole) if i not in removed)
         model.model.config.num_hidden_layers = len(model.model.layers)
         return model(every.tokens, use_cache=False).logits[every.mask].double()
 
@@ -56,11 +55,11 @@ def truths(folder: Path) -> dict[str, Truth]:
     logits, labels = logits_of(folder), samples(SAMPLES).labels[samples(SAMPLES).mask]
     whole = logits(frozenset()).log_softmax(-1)
 
-    def loss(gone: Collection[int]) -> float:
-        return F.cross_entropy(logits(frozenset(gone)), labels).item()
+    def loss(removed: Collection[int]) -> float:
+        return F.cross_entropy(logits(frozenset(removed)), labels).item()
 
-    def kl(gone: Collection[int]) -> float:
-        left = logits(frozenset(gone)).log_softmax(-1)
+    def kl(removed: Collection[int]) -> float:
+        left = logits(frozenset(removed)).log_softmax(-1)
         return (whole.exp() * (whole - left)).sum(-1).mean().item()
 
     return {"loss": loss, "kl": kl}
@@ -74,8 +73,8 @@ def truth(checkpoints: dict[str, Path]) -> dict[str, Truth]:
 def true_order(truth: Truth, steps: int) -> list[tuple[int, float]]:
     order: list[tuple[int, float]] = []
     for _ in range(steps):
-        gone = [layer for layer, _ in order]
-        order.append(min(((i, truth([*gone, i])) for i in LAYERS if i not in gone), key=lambda pair: pair[1]))
+        removed = [layer for layer, _ in order]
+        order.append(min(((i, truth([*removed, i])) for i in LAYERS if i not in removed), key=lambda pair: pair[1]))
     return order
 
 
@@ -115,25 +114,25 @@ def expect(found: DepthScores, truth: Truth, lengths: Sequence[int], steps: int)
 def measure(
     topology: Topology, folder: Path, metric: str, lengths: Sequence[int], greedy: int, micro_batch: int = MICRO_BATCH
 ) -> tuple[DepthScores, int, list[Event]]:
-    """What was found, how many layers this rank ran (once for all of tp), and what was told."""
+    """Return the scores, the number of layers that this rank ran (once for all of tp), and the events."""
     model, events, ran = load_hf(folder, topology), [], []
     for chunk in model:
         for layer in chunk.decoder.layers:
             layer.register_forward_hook(lambda *_: ran.append(topology.tp_rank == 0))
-    mine = share(samples(SAMPLES), topology, micro_batch)
+    batches = share(samples(SAMPLES), topology, micro_batch)
     options: dict[str, Any] = {"topology": topology, "model_hash": "abc", "listener": events.append, "lengths": lengths}
     if metric == "bi":
-        return block_importance(model, mine, **options), sum(ran), events
-    return leave_out(model, mine, metric=metric, greedy=greedy, **options), sum(ran), events
+        return block_importance(model, batches, **options), sum(ran), events
+    return leave_out(model, batches, metric=metric, greedy=greedy, **options), sum(ran), events
 
 
 def by_function(topology: Topology, folder: Path) -> tuple[DepthScores, DepthScores]:
-    """The loss measured by a caller's own function, its sign turned; and by name."""
-    model, mine = load_hf(folder, topology), share(samples(SAMPLES), topology)
+    """Return the negated loss measured by a caller's own function, and the loss by name."""
+    model, batches = load_hf(folder, topology), share(samples(SAMPLES), topology)
 
     def minus_loss(run: RunBatches) -> float:
         pair = torch.zeros(2, dtype=torch.float64)
-        for hidden, batch in zip(run(mine), mine, strict=topology.is_last_stage):
+        for hidden, batch in zip(run(batches), batches, strict=topology.is_last_stage):
             loss = lm_loss(
                 hidden,
                 output_weight(model[-1]),
@@ -148,7 +147,7 @@ def by_function(topology: Topology, folder: Path) -> tuple[DepthScores, DepthSco
         return total / tokens
 
     options: dict[str, Any] = {"topology": topology, "lengths": (2,), "greedy": 2}
-    return leave_out(model, mine, metric=minus_loss, **options), leave_out(model, mine, **options)
+    return leave_out(model, batches, metric=minus_loss, **options), leave_out(model, batches, **options)
 
 
 def in_the_padding(topology: Topology, folder: Path) -> list[DepthScores]:
@@ -157,9 +156,9 @@ def in_the_padding(topology: Topology, folder: Path) -> list[DepthScores]:
     other = Batch(*(torch.where(every.mask, part, 0) for part in (every.tokens, every.labels)), every.mask)
     found = []
     for each in (every, other):
-        mine = share(each, topology)
-        found += [leave_out(model, mine, topology=topology, metric=metric) for metric in ("loss", "kl")]
-        found.append(block_importance(model, mine, topology=topology))
+        batches = share(each, topology)
+        found += [leave_out(model, batches, topology=topology, metric=metric) for metric in ("loss", "kl")]
+        found.append(block_importance(model, batches, topology=topology))
     return found
 
 
@@ -172,10 +171,10 @@ def state_of(model: list[Any]) -> list[Any]:
 
 
 def leave_alone(topology: Topology, folder: Path, breaks: bool) -> bool:
-    """Whether a model is what it was after a sweep, broken off or not."""
-    model, mine = load_hf(folder, topology), share(samples(SAMPLES), topology)
+    """Return whether a model is unchanged after a sweep, completed or aborted."""
+    model, batches = load_hf(folder, topology), share(samples(SAMPLES), topology)
     model[0].train()
-    before, hidden = state_of(model), forward_only(model, mine)
+    before, hidden = state_of(model), forward_only(model, batches)
 
     def listen(event: Event) -> None:
         if breaks:
@@ -183,10 +182,10 @@ def leave_alone(topology: Topology, folder: Path, breaks: bool) -> bool:
 
     for sweep in (leave_out, block_importance):
         try:
-            sweep(model, mine, topology=topology, listener=listen)
+            sweep(model, batches, topology=topology, listener=listen)
         except KeyboardInterrupt:
             assert breaks
-    after = forward_only(model, mine)
+    after = forward_only(model, batches)
     return state_of(model) == before and all(torch.equal(a, b) for a, b in zip(after, hidden, strict=True))
 
 
@@ -230,7 +229,7 @@ def test_importance_is_one_minus_the_mean_cosine(pool: Pool, checkpoints: dict[s
 def test_a_block_sweep_runs_just_the_layers_behind_the_blocks(
     pool: Pool, checkpoints: dict[str, Path], layout: str, lengths: tuple[int, ...]
 ) -> None:
-    """The floor: of each micro-batch one whole pass, and for each block the layers behind it."""
+    """Minimum: one whole pass per micro-batch, and for each block the layers behind it."""
     results = pool.run(measure, checkpoints["untied"], "loss", lengths, 0, **LAYOUTS[layout])
     floor = SHAPE.layers + sum(SHAPE.layers - first - length for first, length in blocks(lengths))
     assert sum(ran for _, ran, _ in results) == SAMPLES // MICRO_BATCH * floor
@@ -238,7 +237,7 @@ def test_a_block_sweep_runs_just_the_layers_behind_the_blocks(
 
 @pytest.mark.parametrize("layout", ["tp1", "pp2"])
 def test_a_greedy_sweep_reuses_the_prefix_as_well(pool: Pool, checkpoints: dict[str, Path], layout: str) -> None:
-    """Each round is one pass of what is left, and for each of its layers those behind it."""
+    """Each greedy step is one pass of the remaining network, and for each of its layers the layers behind it."""
     results = pool.run(measure, checkpoints["untied"], "loss", (1,), GREEDY, **LAYOUTS[layout])
     left = [SHAPE.layers - step for step in range(GREEDY)]
     assert sum(ran for _, ran, _ in results) == SAMPLES // MICRO_BATCH * sum(n + n * (n - 1) // 2 for n in left)
@@ -268,14 +267,16 @@ def test_all_ranks_passes_are_told(pool: Pool, checkpoints: dict[str, Path]) -> 
 def test_a_callers_function_measures_and_higher_is_better(
     pool: Pool, checkpoints: dict[str, Path], layout: str
 ) -> None:
-    for mine, ours in pool.run(by_function, checkpoints["untied"], **LAYOUTS[layout]):
-        assert (mine.metric, mine.lower_is_better, mine.baseline) == (
+    for own_metric, by_name in pool.run(by_function, checkpoints["untied"], **LAYOUTS[layout]):
+        assert (own_metric.metric, own_metric.lower_is_better, own_metric.baseline) == (
             "minus_loss",
             False,
-            pytest.approx(-ours.baseline),
+            pytest.approx(-by_name.baseline),
         )
-        assert dict(mine.blocks) == pytest.approx({block: -value for block, value in ours.blocks.items()}, rel=1e-5)
-        assert mine.greedy == tuple((layer, pytest.approx(-value, rel=1e-5)) for layer, value in ours.greedy)
+        assert dict(own_metric.blocks) == pytest.approx(
+            {block: -value for block, value in by_name.blocks.items()}, rel=1e-5
+        )
+        assert own_metric.greedy == tuple((layer, pytest.approx(-value, rel=1e-5)) for layer, value in by_name.greedy)
 
 
 def test_what_stands_in_the_padding_counts_for_nothing(pool: Pool, checkpoints: dict[str, Path]) -> None:
@@ -290,38 +291,40 @@ def test_the_model_is_left_as_it_was(pool: Pool, checkpoints: dict[str, Path], l
 
 
 @pytest.mark.parametrize(
-    ("metric", "lengths", "greedy", "says"),
+    ("metric", "lengths", "greedy", "message"),
     [
         ("los", (1,), 0, r"metric 'los' is not known\. Did you mean 'loss'\? Use loss or kl, or a function"),
-        ("loss", (5,), 0, r"5 of 5 layers should be left out at once\. Ask for 1 to 4"),
+        ("loss", (5,), 0, r"5 of 5 layers cannot be left out at once\. Use 1 to 4"),
         ("kl", (0,), 0, "0 of 5 layers"),
         ("loss", (1,), 5, "5 of 5 layers"),
         ("bi", (1, 6), 0, "6 of 5 layers"),
-        ("loss", (), 0, r"no length of block is asked for\. Ask for some of 1 to 4"),
+        ("loss", (), 0, r"no block length is given\. Give lengths from 1 to 4"),
     ],
 )
 def test_what_cannot_be_left_out(
-    pool: Pool, checkpoints: dict[str, Path], metric: str, lengths: tuple[int, ...], greedy: int, says: str
+    pool: Pool, checkpoints: dict[str, Path], metric: str, lengths: tuple[int, ...], greedy: int, message: str
 ) -> None:
-    with pytest.raises(PlanError, match=says):
+    with pytest.raises(PlanError, match=message):
         pool.run(measure, checkpoints["untied"], metric, lengths, greedy)
 
 
 def of_nan(topology: Topology, folder: Path) -> list[str]:
-    """What is said of a model whose last layer writes a NaN on one rank."""
-    model, said = load_hf(folder, topology), []
+    """Return the errors for a model whose last layer writes a NaN on one rank."""
+    model, errors = load_hf(folder, topology), []
     for shard in named_shards(model):
         if shard.name == "decoder.layers.4.mlp.linear_fc2.weight" and topology.tp_rank == topology.tp - 1:
             shard.tensor.data.view(-1)[-1] = torch.nan
     for sweep in (leave_out, block_importance):
         with pytest.raises(PlanError) as caught:
             sweep(model, share(samples(SAMPLES), topology), topology=topology)
-        said.append(str(caught.value))
-    return said
+        errors.append(str(caught.value))
+    return errors
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2-pp2"])
 def test_a_nan_is_one_error_on_every_rank(pool: Pool, checkpoints: dict[str, Path], layout: str) -> None:
     for loss, importance in pool.run(of_nan, checkpoints["untied"], **LAYOUTS[layout]):
-        assert loss == "the whole network measures nan. Look for broken weights, or score in float32."
-        assert importance.startswith("layers 4 to 4 measure nan, which ranks nothing. Look for broken weights there")
+        assert loss == "the whole network measures nan. Check its weights for NaN or infinity, or score in float32."
+        assert importance.startswith(
+            "leaving out layers 4 to 4 measures nan, which cannot be ranked. Check the weights there"
+        )

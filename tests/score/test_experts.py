@@ -1,4 +1,4 @@
-"""Experts, their neurons and those of shared experts are scored as plain torch scores them, wherever they lie."""
+"""Scores of experts, their neurons and shared experts equal those of plain torch at every layout."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ NAMES = {
     "qwen2_moe": ("mlp.gate", "mlp.experts.{}", ("gate_proj", "up_proj", "down_proj")),
 }
 Mixed = list[list[dict[str, Tensor]]]
-"""Layer -> sample -> what its experts do at the positions that count."""
+"""Layer -> sample -> outputs of its experts at the counted positions."""
 
 
 def by_hand(folder: Path, kind: str) -> Mixed:
-    """Routes and computes every token by the weights of the file; what the block then gives is transformers' own."""
+    """Route and compute every token with the weights of the file; the block's output is still transformers' own."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -108,8 +108,8 @@ def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def sweep(topology: Topology, folder: Path, statistics: list[Statistic]) -> list[Scores]:
-    model, mine = load_hf(folder, topology), share(samples(SAMPLES), topology, 3)
-    return [score(model, mine, topology=topology, statistic=statistic) for statistic in statistics]
+    model, batches = load_hf(folder, topology), share(samples(SAMPLES), topology, 3)
+    return [score(model, batches, topology=topology, statistic=statistic) for statistic in statistics]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -21,7 +21,7 @@ FAMILIES = {
     "qwen3-tied": [Statistic(), Statistic(heads="norm_first")],
     "nemotron": [Statistic(), Statistic(neurons="pre"), Statistic("mean", "var", "pre", "norm_first")],
 }
-"""Kind -> what is scored at every layout; at one process also the nine."""
+"""Kind -> statistics scored at every layout; on one process all nine are scored too."""
 LAYERS = 5
 
 
@@ -32,8 +32,8 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def sweep(topology: Topology, folder: Path, statistics: list[Statistic]) -> list[Scores]:
-    model, mine = load_hf(folder, topology), share(samples(SAMPLES), topology, 3)
-    return [score(model, mine, topology=topology, statistic=statistic) for statistic in statistics]
+    model, batches = load_hf(folder, topology), share(samples(SAMPLES), topology, 3)
+    return [score(model, batches, topology=topology, statistic=statistic) for statistic in statistics]
 
 
 @each_layout

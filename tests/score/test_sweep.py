@@ -1,4 +1,4 @@
-"""Scores are those of plain transformers hooks and a few lines of torch, at every layout."""
+"""Scores equal those of plain transformers hooks and a few lines of torch, at every layout."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def seen(checkpoints: dict[str, Path]) -> Seen:
 def sweep_all(
     topology: Topology, folder: Path, micro_batch: int, out: Path, statistics: list[Statistic]
 ) -> tuple[list[Scores], list[str]]:
-    """Scores by each statistic, and of each sweep the hash of its file."""
-    model, mine = load_hf(folder, topology), share(samples(SAMPLES), topology, micro_batch)
+    """Return the scores by each statistic, and the hash of each sweep's file."""
+    model, batches = load_hf(folder, topology), share(samples(SAMPLES), topology, micro_batch)
     before = hooks(model)
     found, files = [], []
     for statistic in statistics:
-        found.append(score(model, mine, topology=topology, statistic=statistic, model_hash="abc"))
+        found.append(score(model, batches, topology=topology, statistic=statistic, model_hash="abc"))
         path = out / f"{topology.rank}"
         found[-1].save(path)
         files.append(hashlib.sha256(path.read_bytes()).hexdigest())
@@ -56,7 +56,7 @@ def hooks(model: list[Any]) -> int:
 
 
 def fail_in_the_middle(topology: Topology, folder: Path) -> int:
-    """Hooks that stay when a sweep is broken off."""
+    """Return the hooks that stay after an aborted sweep."""
     model = load_hf(folder, topology)
 
     def stop(event: Event) -> None:
@@ -69,8 +69,8 @@ def fail_in_the_middle(topology: Topology, folder: Path) -> int:
 
 def listen(topology: Topology, folder: Path, axes: list[str], micro_batch: int) -> tuple[Scores, list[Event]]:
     model, events = load_hf(folder, topology), []
-    mine = share(samples(SAMPLES), topology, micro_batch)
-    return score(model, mine, axes, topology=topology, listener=events.append), events
+    batches = share(samples(SAMPLES), topology, micro_batch)
+    return score(model, batches, axes, topology=topology, listener=events.append), events
 
 
 def two_paddings(topology: Topology, folder: Path) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def two_paddings(topology: Topology, folder: Path) -> tuple[Tensor, Tensor]:
 
 BREAKS = {
     "self_attention.linear_qkv.weight": "heads",
-    "self_attention.linear_proj.weight": "hidden",  # what it writes is first seen by the norm behind it
+    "self_attention.linear_proj.weight": "hidden",  # its output is first measured at the norm behind it
     "pre_mlp_layernorm.weight": "hidden",
     "mlp.linear_fc1.weight": "ffn",
 }
@@ -92,8 +92,8 @@ BREAKS = {
 
 
 def broken(topology: Topology, folder: Path) -> list[tuple[str, str]]:
-    """What is said of models with a NaN at the end of a parameter: on the last tp rank of a replica, and on all."""
-    last, said = (topology.tp_rank, topology.dp_rank) == (topology.tp - 1, topology.dp - 1), []
+    """Return the errors for models with a NaN at the end of a parameter: on one replica's last tp rank, and on all."""
+    last, errors = (topology.tp_rank, topology.dp_rank) == (topology.tp - 1, topology.dp - 1), []
     for name in BREAKS:
         for here in (last, True):
             model = load_hf(folder, topology)
@@ -103,8 +103,8 @@ def broken(topology: Topology, folder: Path) -> list[tuple[str, str]]:
             with pytest.raises(PlanError) as caught:
                 score(model, share(samples(SAMPLES), topology), topology=topology)
             assert hooks(model) == 0
-            said.append(str(caught.value))
-    return list(zip(said[::2], said[1::2], strict=True))
+            errors.append(str(caught.value))
+    return list(zip(errors[::2], errors[1::2], strict=True))
 
 
 def wrapped(topology: Topology, folder: Path) -> None:
@@ -176,9 +176,9 @@ def test_an_axis_that_cannot_be_scored(pool: Pool, checkpoints: dict[str, Path])
 def test_a_nan_is_one_error_on_every_rank_that_names_its_layer(
     pool: Pool, checkpoints: dict[str, Path], layout: str
 ) -> None:
-    said, *others = pool.run(broken, checkpoints["untied"], **LAYOUTS[layout])
-    assert all(other == said for other in others)
-    for axis, (on_one, on_all) in zip(BREAKS.values(), said, strict=True):
+    errors, *others = pool.run(broken, checkpoints["untied"], **LAYOUTS[layout])
+    assert all(other == errors for other in others)
+    for axis, (on_one, on_all) in zip(BREAKS.values(), errors, strict=True):
         assert on_one.startswith("layer 1 is the first with activations that are not finite (NaN or infinite), on axis")
         assert on_all.endswith(f"on axis {axis}. Look for broken weights there, or score in float32.")
 

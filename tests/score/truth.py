@@ -1,4 +1,4 @@
-"""What scores must be: hooks on transformers' modules, one sample at a time, and a few lines of torch."""
+"""Reference scores: hooks on transformers' modules, one sample at a time, and a few lines of torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minitron_megatron.records import Scores, Statistic
 SAMPLES = 12
 
 Seen = dict[tuple[str, int], list[Tensor]]
-"""(module, layer) -> of each sample, what passes at the positions that count: [positions, units]."""
+"""(module, layer) -> activations of each sample at the counted positions: [positions, units]."""
 
 Values = dict[str, dict[int | None, Tensor]]
 

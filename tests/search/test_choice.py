@@ -1,4 +1,4 @@
-"""Ranks and their agreement, fronts and knees, halving: against plain truths."""
+"""Rank correlation, Pareto fronts, knees and halving, against simple references."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def test_rank_correlation_is_spearmans() -> None:
     draw = random.Random(1)
     for n in (3, 10, 40):
         one, other = [draw.random() for _ in range(n)], [draw.random() for _ in range(n)]
-        apart = [sorted(one).index(a) - sorted(other).index(b) for a, b in zip(one, other, strict=True)]
-        expected = 1 - 6 * sum(d * d for d in apart) / (n * (n * n - 1))
+        differences = [sorted(one).index(a) - sorted(other).index(b) for a, b in zip(one, other, strict=True)]
+        expected = 1 - 6 * sum(d * d for d in differences) / (n * (n * n - 1))
         assert rank_correlation(one, other) == pytest.approx(expected)
         assert rank_correlation(one, [-each for each in one]) == pytest.approx(-1)
     assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
@@ -36,8 +36,8 @@ def test_the_front_holds_whom_no_other_beats_and_the_knee_is_on_it() -> None:
     found = front(points)
     beaten = {
         name
-        for name, mine in points.items()
-        if any(all(a <= b for a, b in zip(o, mine, strict=True)) and o != mine for o in points.values())
+        for name, point in points.items()
+        if any(all(a <= b for a, b in zip(o, point, strict=True)) and o != point for o in points.values())
     }
     assert set(found) == set(points) - beaten
     assert [points[name][0] for name in found] == sorted(points[name][0] for name in found)

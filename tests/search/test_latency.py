@@ -1,4 +1,4 @@
-"""Speed by a data sheet, and fitted to measurements: work counted by hand, coefficients found again."""
+"""Latency by data sheet and by fit: work is counted by hand, known coefficients are recovered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_roofline_is_bytes_over_bandwidth_or_flops_over_the_peak() -> None:
     read = (parameters(SHAPE) - 6400) * 2 + 2 * 4 * 2 * 8 * 4 * 10 * 2
     assert Roofline(1e6, 1e18)(SHAPE, at) == pytest.approx(read / 1e6)
     norms = (2 * SHAPE.layers + 1) * SHAPE.hidden
-    matrices = parameters(SHAPE) - 6400 - norms  # the look-up multiplies nothing
+    matrices = parameters(SHAPE) - 6400 - norms  # the embedding lookup needs no FLOPs
     flops = 4 * (2 * matrices + 4 * SHAPE.layers * SHAPE.heads * SHAPE.head_dim * 10)
     assert Roofline(1e18, 1e6)(SHAPE, at) == pytest.approx(flops / 1e6)
     with pytest.raises(RecipeError, match=r"H10.*Did you mean"):

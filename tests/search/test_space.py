@@ -1,4 +1,4 @@
-"""The grid, the budget and what they leave: the papers' own lists, every rule, and what an empty grid says."""
+"""Grids and budgets: the papers' own lists, every rule, and the messages for an empty grid."""
 
 from __future__ import annotations
 
@@ -106,45 +106,50 @@ def test_sizes_that_cannot_be_cut_and_other_than_multiples_are_left_out() -> Non
     space = Space({"kv_groups": (1, 2), "heads": (2, 3, 4, 8)}, multiples={"heads": 2})
     found = candidates(space, SMALL, {"params": Limit(at_least=1)}, Conditions())
     pairs = {(c.shape.kv_groups, c.shape.heads) for c in found}
-    assert pairs == {(1, 2), (1, 4), (2, 2), (2, 4)}  # one group holds 4 heads; the teacher itself is none
+    assert pairs == {(1, 2), (1, 4), (2, 2), (2, 4)}  # one group holds 4 heads; the teacher itself is excluded
 
 
 def test_hidden_can_be_held_to_what_the_heads_fill() -> None:
-    """Heads of 8: 64 channels go with 8 of them, 32 with 4, 48 with 6; whichever of the axes the grid varies."""
+    """Heads of size 8: 64 channels need 8 heads, 32 need 4, 48 need 6; whichever axis the grid varies."""
     space = Space({"hidden": (32, 40, 48, 64), "heads": (4, 6, 8)}, multiples={"hidden": FILLED})
     found = candidates(space, SMALL, {"params": Limit(at_least=1)}, Conditions())
     assert [(each.shape.hidden, each.shape.heads) for each in found] == [(48, 6), (32, 4)]
     for sizes in ({"hidden": (32, 48)}, {"heads": (2, 4)}):
-        with pytest.raises(RecipeError, match=r"multiples\.hidden: heads x head_dim lets none through"):
+        with pytest.raises(RecipeError, match=r"multiples\.hidden: heads x head_dim excludes all"):
             candidates(Space(sizes, multiples={"hidden": FILLED}), SMALL, {"params": Limit(at_least=1)}, Conditions())
 
 
 WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
-    (Space({"hidden": (80,)}), {"params": Limit(at_most=1e4)}, PlanError, ["search.hidden tries 80 of 64"]),
+    (
+        Space({"hidden": (80,)}),
+        {"params": Limit(at_most=1e4)},
+        PlanError,
+        ["search.hidden tries 80, but the teacher has 64"],
+    ),
     (Space({"experts": (2,)}), {"params": Limit(at_most=1e4)}, PlanError, ["search.experts", "none"]),
     (Space({}), {"params": Limit(at_most=1e4)}, RecipeError, ["varies no axis"]),
     (Space({"ffn": (32,)}, (2.0,)), {"params": Limit(at_most=1e4)}, RecipeError, ["both ffn and expansion"]),
-    (Space({"hidden": (32,)}), {"params": Limit(at_most=1e9)}, RecipeError, ["nothing would need to go", "less"]),
-    (Space({"hidden": (64,)}), {"params": Limit(at_most=1e4)}, RecipeError, ["no combination but the teacher"]),
+    (Space({"hidden": (32,)}), {"params": Limit(at_most=1e9)}, RecipeError, ["nothing needs to be cut", "less"]),
+    (Space({"hidden": (64,)}), {"params": Limit(at_most=1e4)}, RecipeError, ["no combination except the teacher"]),
     (
         Space({"hidden": (32, 48)}),
         {"params": Limit(at_most=1e4)},
         RecipeError,
-        ["none of the 2", "budget.params: at most 10,000 lets none through", "The nearest has ", "hidden 32"],
+        ["none of the 2", "budget.params: at most 10,000 excludes all", "The nearest has ", "hidden 32"],
     ),
     (
         Space({"hidden": (32,)}, (2.1,), {"ffn": 16}),
         {"params": Limit(at_most=1e5)},
         RecipeError,
-        ["multiples.ffn: 16 lets none through", "nearest ffn is 67", "64 or 80"],
+        ["multiples.ffn: 16 excludes all", "nearest ffn is 67", "64 or 80"],
     ),
     (
         Space({"hidden": (32, 40), "heads": (2, 6)}, multiples={"hidden": FILLED}),
         {"params": Limit(at_most=1.5e5)},
         RecipeError,
         [
-            "multiples.hidden: heads x head_dim lets none through",
-            "nearest hidden is 40, with 6 heads of 8: 48 would do",
+            "multiples.hidden: heads x head_dim excludes all",
+            "nearest hidden is 40, with 6 heads of 8: 48 would pass",
         ],
     ),
     (
@@ -157,7 +162,7 @@ WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
         Space({"hidden": (32, 48)}, (2.1,), {"ffn": 16}),
         {"params": Limit(at_most=1e3)},
         RecipeError,
-        ["several rules exclude each other", "multiples.ffn: 16 takes the last"],
+        ["several rules exclude each other", "multiples.ffn: 16 the last ones"],
     ),
     (
         Space({"hidden": (32,)}),
@@ -168,12 +173,12 @@ WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("space", "budget", "kind", "said"), WRONG, ids=[str(i) for i in range(len(WRONG))])
+@pytest.mark.parametrize(("space", "budget", "kind", "message_parts"), WRONG, ids=[str(i) for i in range(len(WRONG))])
 def test_what_is_wrong_is_said_with_what_would_do(
-    space: Space, budget: dict[str, Any], kind: type[Exception], said: list[str]
+    space: Space, budget: dict[str, Any], kind: type[Exception], message_parts: list[str]
 ) -> None:
     with pytest.raises(kind) as caught:
         candidates(space, SMALL, budget, Conditions())
-    for words in said:
+    for words in message_parts:
         assert words in str(caught.value)
     assert str(caught.value).count(". ") <= 2

@@ -1,4 +1,4 @@
-"""Losses right after the cut, from one teacher, beside those of transformers on each candidate's own folder."""
+"""Losses right after the cut, from one teacher, equal those of transformers on each candidate's own folder."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def batches(count: int = 8) -> list[Batch]:
 
 
 def measured(topology: Topology, folder: Path, names: list[str]) -> tuple[dict[str, Any], bool, list[str]]:
-    """(losses, whether the teacher is what it was, of whom this rank was told)."""
-    model, told = load_hf(folder, topology), []
+    """Return (losses, whether the teacher is unchanged, candidates reported on this rank)."""
+    model, reported = load_hf(folder, topology), []
     before = {(shard.name, shard.tied_copy): shard.tensor.detach().clone() for shard in named_shards(model)}
     shape = config_of(model[0]).shape
     found = zero_shot(
@@ -54,10 +54,10 @@ def measured(topology: Topology, folder: Path, names: list[str]) -> tuple[dict[s
         lambda name: plan_of(shape, name),
         batches(),
         topology=topology,
-        tell=lambda name, _: told.append(name),
+        tell=lambda name, _: reported.append(name),
     )
     same = all(torch.equal(shard.tensor, before[shard.name, shard.tied_copy]) for shard in named_shards(model))
-    return {name: part["loss"] for name, part in found.items()}, same, told
+    return {name: part["loss"] for name, part in found.items()}, same, reported
 
 
 def cut_and_written(topology: Topology, folder: Path, out: Path) -> None:
@@ -68,7 +68,7 @@ def cut_and_written(topology: Topology, folder: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def truth(pool: Pool, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Kind -> candidate -> nats per token, by transformers."""
+    """Return kind -> candidate -> nats per token, by transformers."""
     every, found = samples(8, seed=5), {}
     for kind in ("untied", "tied"):
         out = tmp_path_factory.mktemp(kind)
@@ -92,8 +92,8 @@ def test_losses_are_those_of_each_candidate_on_its_own(
     for losses, same, _ in results:
         assert same
         assert losses == pytest.approx({name: truth[kind][name] for name in names}, abs=1e-5)
-    told = [name for _, _, names in results for name in names]
-    assert sorted(told) == sorted(names)  # by one rank each
+    reported = [name for _, _, names in results for name in names]
+    assert sorted(reported) == sorted(names)  # each on one rank
 
 
 @pytest.mark.parametrize("layout", [{"dp": 2}, {"ep": 2, "dp": 2}, {"tp": 2, "sequence_parallel": True}], ids=str)
@@ -109,7 +109,7 @@ def test_experts_are_measured_however_they_are_spread(
 
 
 def peak(topology: Topology, folder: Path) -> tuple[int, int]:
-    """(live bytes above the teacher, bytes of the largest candidate)."""
+    """Return (peak live bytes above the teacher, bytes of the largest candidate)."""
     model = load_hf(folder, topology)
     names, few = ["thin", "thinner", "thin"], batches(2)
     few = [Batch(few[0].tokens[:1, :4], few[0].labels[:1, :4], few[0].mask[:1, :4])]

@@ -1,4 +1,4 @@
-"""Documents that are packed into a sample and kept apart are as if each had come alone."""
+"""Documents packed into one sample, with attention kept inside each, train as if each came alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from minitron_megatron.train import LMObjective, Training, train
 from tests.tiny import CONTEXT, LAYOUTS, SEQUENCE, SHAPE, note, samples, share, transformer
 
 ENDS = ((2, 7), (), (0, 11), (5,))
-"""Of the documents in each sample, positions; the last document of a sample goes on."""
+"""Ends of the documents in each sample, as positions; the last document of a sample continues."""
 Found = tuple[float, dict[str, Tensor]]
 
 
@@ -49,7 +49,7 @@ def passes(topology: Topology, folder: Path, teacher: Path | None, recompute: An
 
 
 def alone(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """(logits, labels) of each document, by itself, where its loss counts."""
+    """Return (logits, labels) of each document on its own, at the positions whose loss counts."""
     out = []
     for row in range(len(batch.tokens)):
         for number in batch.beside[row].unique():
@@ -67,7 +67,7 @@ def alone(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
 def test_packing_changes_nothing(
     pool: Pool, checkpoints: dict[str, Path], layout: str, recompute: str, distilled: bool
 ) -> None:
-    """Loss and gradients of the norms, which sum up all that flows through their layers."""
+    """Return the loss and the gradients of the norms, which depend on everything in their layers."""
     teacher = checkpoints["untied"] if distilled else None
     folder, batch = checkpoints["student" if distilled else "untied"], packed()
     truth, loss = transformer(folder), torch.zeros(())
@@ -81,9 +81,12 @@ def test_packing_changes_nothing(
             loss = loss - log_p.gather(1, labels[:, None]).sum()
     (loss / batch.mask.sum()).backward()
     gradients = {
-        f"decoder.layers.{at}.{ours}.weight": getattr(layer, theirs).weight.grad
+        f"decoder.layers.{at}.{mcore_name}.weight": getattr(layer, hf_name).weight.grad
         for at, layer in enumerate(truth.model.layers)
-        for ours, theirs in (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
+        for mcore_name, hf_name in (
+            ("input_layernorm", "input_layernorm"),
+            ("pre_mlp_layernorm", "post_attention_layernorm"),
+        )
     } | {"decoder.final_layernorm.weight": truth.model.norm.weight.grad}
     seen, losses = set(), []
     for found, norms in pool.run(passes, folder, teacher, recompute, **LAYOUTS[layout]):
@@ -98,7 +101,7 @@ def test_packing_changes_nothing(
 
 
 def curve(topology: Topology, folder: Path, teacher: Path, recompute: Any) -> list[tuple[float, float]]:
-    """(loss, norm of the gradient) of three steps."""
+    """Return (loss, gradient norm) of three steps."""
     seen: list[dict[str, float]] = []
     train(
         load_hf(folder, topology, recompute=recompute),
@@ -121,17 +124,17 @@ def test_ranks_that_share_sequences_keep_their_documents_apart(
         assert [*sum(found, ())] == pytest.approx([*sum(alone, ())], rel=1e-5)
 
 
-def measured(topology: Topology, folder: Path, apart: bool) -> Tensor:
+def measured(topology: Topology, folder: Path, separate: bool) -> Tensor:
     batches = share(packed(), topology)
-    batches = batches if apart else [replace(batch, beside=None) for batch in batches]
+    batches = batches if separate else [replace(batch, beside=None) for batch in batches]
     return score(load_hf(folder, topology), batches, topology=topology).values["hidden"][None]
 
 
 def test_importance_is_that_of_documents_apart(pool: Pool, checkpoints: dict[str, Path]) -> None:
     folder = checkpoints["untied"]
-    apart, together, split = (
+    separate, together, split = (
         pool.run(measured, folder, separate, tp=tp)[0] for separate, tp in ((True, 1), (False, 1), (True, 2))
     )
-    torch.testing.assert_close(apart, split, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(apart, together, rtol=1e-3)
+    torch.testing.assert_close(separate, split, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(separate, together, rtol=1e-3)
     assert max(max(ends, default=0) for ends in ENDS) < SEQUENCE

@@ -1,4 +1,4 @@
-"""The mean loss is a mean over tokens, wherever they lie."""
+"""The mean loss is a mean over tokens, at every layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MANY = 12
 
 
 def losses(topology: Topology, folder: Path) -> list[tuple[float, int]]:
-    """Of the same samples in large and in small micro-batches; neither leaves a gradient."""
+    """Return the mean losses of the same samples in large and in small micro-batches; neither leaves a gradient."""
     model = load_hf(folder, topology)
     found = []
     for micro_batch in (3, 1):

@@ -1,4 +1,4 @@
-"""A run killed at any moment of writing a checkpoint goes on to the numbers of an unkilled one."""
+"""A run killed at any moment of writing a checkpoint resumes to the same numbers as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, save_every=7
 MOMENTS = range(2, 40, 8)
 
 
-def work(folder: Path, checkpoints: Path, said: Path, asynchronous: bool, kill_at: int) -> None:
-    """Trains, a line to `said` for each step and one for the weights; kill -9 at the n-th time that this process or its
-    writers make, open or rename something among the checkpoints."""
+def work(folder: Path, checkpoints: Path, log: Path, asynchronous: bool, kill_at: int) -> None:
+    """Train, with a line in `log` for each step and one for the weights.
+
+    Kill -9 when this process or its writers create, open or rename something among the checkpoints for the n-th time.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -42,7 +44,7 @@ def work(folder: Path, checkpoints: Path, said: Path, asynchronous: bool, kill_a
                 os.kill(main, signal.SIGKILL)
 
     def note(*line: Any) -> None:
-        with said.open("a") as file:
+        with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     sys.addaudithook(watch)
@@ -59,14 +61,14 @@ def work(folder: Path, checkpoints: Path, said: Path, asynchronous: bool, kill_a
 
 
 def run(folder: Path, at: Path, asynchronous: bool, kill_at: int = 0) -> int | None:
-    process = FORKS.Process(target=work, args=(folder, at / "saved", at / "said", asynchronous, kill_at))
+    process = FORKS.Process(target=work, args=(folder, at / "saved", at / "log", asynchronous, kill_at))
     process.start()
     process.join(HANGS)
     return process.exitcode
 
 
 def lines(at: Path) -> list[Any]:
-    return [json.loads(line) for line in (at / "said").read_text().splitlines()]
+    return [json.loads(line) for line in (at / "log").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])

@@ -1,4 +1,4 @@
-"""Training is plain torch's AdamW on the same model, at every layout; and a stopped run ends as an unbroken one."""
+"""Training equals plain torch's AdamW on the same model, at every layout; a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ BATCH = 8
 
 Curve = list[dict[str, float]]
 Result = tuple[Curve, str]
-"""A dict of values a step, and the hash of the final weights."""
+"""(values of each step, hash of the final weights)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training run of the Hugging Face model in `folder`."""
+    """A training of the Hugging Face model in `folder`."""
 
     folder: Path
     training: Training = TRAINING
@@ -47,7 +47,7 @@ class Job:
     begin: tuple[Path, str] | None = None
     save_last: bool = False
     first: int = 0
-    """The seed of its first step's batch."""
+    """Seed of the first step's batch."""
 
 
 def run(topology: Topology, job: Job) -> Result:
@@ -86,7 +86,7 @@ def column(curve: Curve, key: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def truth(checkpoints: dict[str, Path]) -> dict[str, tuple[Curve, Any]]:
-    """name -> (the curve of plain torch, its trained transformers model)."""
+    """Return name -> (the curve of plain torch, its trained transformers model)."""
     found = {}
     for name in ("untied", "tied"):
         model = transformer(checkpoints[name])
@@ -104,7 +104,7 @@ MODELS = [
 def test_twenty_steps_are_those_of_plain_torch(
     pool: Pool, checkpoints: dict[str, Path], truth: dict, name: str, layout: str, tmp_path: Path
 ) -> None:
-    """Law 1 for training, and more: loss, learning rate, gradient norm and final weights, on every rank."""
+    """Law 1 for training: loss, learning rate, gradient norm and final weights are equal on every rank."""
     results = pool.run(run, Job(checkpoints[name], out=tmp_path), **(LAYOUTS | CONTEXT)[layout])
     curve, model = truth[name]
     for found, _ in results:
@@ -114,7 +114,7 @@ def test_twenty_steps_are_those_of_plain_torch(
 
 
 def expect_same(found: Curve, expected: Curve) -> None:
-    """The loss to 1e-5."""
+    """The loss is equal to 1e-5."""
     assert len(found) == len(expected)
     for key in ("loss", "grad_norm", "lr"):
         assert column(found, key) == pytest.approx(column(expected, key), rel=1e-5), key
@@ -141,7 +141,7 @@ def test_micro_batches_change_nothing(pool: Pool, checkpoints: dict[str, Path], 
 def test_the_learning_rate_warms_up_and_follows_a_cosine(
     pool: Pool, checkpoints: dict[str, Path], steps: int, warmup: int, expected: list[float]
 ) -> None:
-    """The first step has peak / warm-up and the last one the smallest."""
+    """The first step's learning rate is peak / warm-up, the last one's the minimum."""
     training = Training(steps=steps, lr=1e-3, min_lr=1e-4, warmup_steps=warmup)
     ((curve, _),) = pool.run(run, Job(checkpoints["untied"], training, micro_batch=BATCH))
     assert column(curve, "lr") == pytest.approx(expected, rel=1e-9)
@@ -162,7 +162,7 @@ def twice(topology: Topology, job: Job) -> Curve:
 
 
 def test_a_trained_model_trains_again(pool: Pool, checkpoints: dict[str, Path]) -> None:
-    """Nothing of the first run is left on the model but its weights."""
+    """The first run leaves nothing on the model except its weights."""
     training = replace(TRAINING, steps=4, warmup_steps=2)
     model = transformer(checkpoints["untied"])
     truth = [
@@ -182,7 +182,7 @@ TWELVE = replace(TRAINING, steps=12, save_every=3)
 
 
 def broken(topology: Topology, job: Job, checkpoints: Path) -> tuple[Result, Result, Result, list[str]]:
-    """(unbroken, until it was stopped after step 7, resumed, the checkpoints that were left)."""
+    """Return (uninterrupted curve, curve until the stop after step 7, resumed curve, checkpoints left)."""
     unbroken = run(topology, job)
     stopped = run(topology, replace(job, checkpoints=checkpoints, stop_at=7))
     left = sorted(path.name for path in checkpoints.iterdir())
@@ -199,7 +199,7 @@ def broken(topology: Topology, job: Job, checkpoints: Path) -> tuple[Result, Res
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     pool: Pool, checkpoints: dict[str, Path], layout: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """bf16: the fp32 master weights come back too."""
+    """With bf16, the fp32 master weights are restored too."""
     job = Job(checkpoints["untied"], TWELVE, dtype=dtype)
     for unbroken, stopped, resumed, left in pool.run(broken, job, tmp_path / "run", **LAYOUTS[layout]):
         assert left == ["step_00000003", "step_00000006"]
@@ -210,7 +210,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
 
 
 def timeless(curve: Curve) -> Curve:
-    """What must be the same again, to the bit."""
+    """Return the values that must be reproduced bit for bit."""
     return [{key: values[key] for key in ("step", "loss", "grad_norm", "lr", "tokens")} for values in curve]
 
 
@@ -228,7 +228,7 @@ def test_a_run_resumes_at_another_layout(
 
 
 @pytest.mark.parametrize(
-    ("name", "identity", "says"),
+    ("name", "identity", "message"),
     [
         ("untied", "another", "belongs to another run"),
         ("student", "another", "belongs to another run"),
@@ -236,20 +236,20 @@ def test_a_run_resumes_at_another_layout(
     ],
 )
 def test_another_runs_checkpoint_is_refused(
-    pool: Pool, checkpoints: dict[str, Path], name: str, identity: str, says: str, tmp_path: Path
+    pool: Pool, checkpoints: dict[str, Path], name: str, identity: str, message: str, tmp_path: Path
 ) -> None:
     job = Job(checkpoints["untied"], replace(TRAINING, save_every=1), checkpoints=tmp_path / "run", stop_at=2)
     pool.run(run, job)
-    with pytest.raises(CheckpointError, match=rf"step_00000001 {says}.* No older one is there: remove .*run"):
+    with pytest.raises(CheckpointError, match=rf"step_00000001 {message}.* There is no older checkpoint: remove .*run"):
         pool.run(run, replace(job, folder=checkpoints[name], identity=identity))
 
 
 def run_and_hear(topology: Topology, job: Job) -> tuple[Result, list[str]]:
-    """The result, and the warnings on the way."""
-    with warnings.catch_warnings(record=True) as heard:
+    """Return the result and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         result = run(topology, job)
-    return result, [str(each.message) for each in heard if "checkpoint" in str(each.message)]
+    return result, [str(each.message) for each in caught if "checkpoint" in str(each.message)]
 
 
 def spoil(checkpoint: Path, how: str) -> None:
@@ -265,7 +265,7 @@ def spoil(checkpoint: Path, how: str) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(pool: Pool, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Result]:
-    """A run that stopped after its second checkpoint, at TP2, and what comes of it unbroken."""
+    """Return a TP2 run that stopped after its second checkpoint, and the uninterrupted result."""
     job = Job(checkpoints["untied"], TWELVE, checkpoints=tmp_path_factory.mktemp("stopped") / "run")
     pool.run(run, replace(job, stop_at=8), tp=2)
     return job, pool.run(run, replace(job, checkpoints=None), tp=2)[0]
@@ -283,20 +283,20 @@ def test_the_checkpoint_before_a_spoilt_one_is_used(
     first, other = pool.run(run_and_hear, job, tp=2)
     for curve, weights in (first[0], other[0]):
         assert timeless(curve) == timeless(unbroken[0])[3:] and weights == unbroken[1]
-    assert [said.endswith("step_00000003 is used in its place.") for said in first[1]] == [True] and not other[1]
+    assert [text.endswith("Resuming from step_00000003 instead.") for text in first[1]] == [True] and not other[1]
 
 
 # ---- one phase after another
 
 
 def in_phases(topology: Topology, jobs: Sequence[Job]) -> list[Result]:
-    """Each phase on a model of its own, which the checkpoint of the one before fills."""
+    """Train each phase on a new model, filled from the previous phase's checkpoint."""
     ends = [None, *((job.checkpoints, job.identity) for job in jobs)]
     return [run(topology, replace(job, begin=end, save_last=True)) for job, end in zip(jobs, ends, strict=False)]
 
 
 def test_a_phase_goes_on_where_the_one_before_ended(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """With its weights, its moments and its count of tokens. Phases that are done do nothing again."""
+    """A phase starts with the previous weights, moments and token count; finished phases are not repeated."""
     flat = Training(steps=10, lr=1e-3, min_lr=1e-3, warmup_steps=0, save_every=4)
     curve, weights = pool.run(run, Job(checkpoints["untied"], flat), tp=2)[0]
     jobs = [
@@ -315,7 +315,7 @@ def test_a_phase_goes_on_where_the_one_before_ended(pool: Pool, checkpoints: dic
 
 
 def validated(topology: Topology, job: Job) -> tuple[Curve, str, list[int], dict[str, float]]:
-    """Trains with a validation every four steps: (curve, hash, steps at which it was called, what train returned)."""
+    """Train with a validation every four steps; return (curve, hash, validation steps, values returned by train)."""
     model, curve, called = load_hf(job.folder, topology), [], []
     held_out = share(samples(BATCH, seed=99), topology)
 

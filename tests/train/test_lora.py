@@ -1,4 +1,4 @@
-"""Low-rank corrections are those of plain torch, at every layout; merged, they are weights like any other."""
+"""Low-rank corrections equal those of plain torch, at every layout; merged, they are ordinary weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FUSED = {
     "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.linear_fc2": ("mlp.down_proj",),
 }
-"""Whose rows are those of several in a transformers model, which share their `down` then."""
+"""Fused matrices: several of transformers' matrices, which then share one `down`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def correct(topology: Topology, job: Job) -> Result:
 
 
 class Corrected(nn.Module):
-    """The transformers model with corrections: what trains is theirs alone."""
+    """A transformers model with corrections; only these train."""
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def truth(folder: Path, name: str) -> tuple[Corrected, list[dict[str, float]]]:
 def test_corrections_are_plain_torchs(
     pool: Pool, checkpoints: dict[str, Path], name: str, layout: str, recompute: str, tmp_path: Path
 ) -> None:
-    """Every step's loss and gradient norm, and the merged weights; nothing else changes."""
+    """Every step's loss and gradient norm, and the merged weights, are equal; nothing else changes."""
     folder = checkpoints[name]
     model, curve = truth(folder, name)
     for found, before, after, _ in pool.run(correct, Job(folder, tmp_path / "out", recompute), **LAYOUTS[layout]):
@@ -137,7 +137,7 @@ def test_corrections_are_plain_torchs(
 
 @pytest.mark.parametrize(("first", "then"), [("tp2", "tp2"), ("tp2", "pp2"), ("pp2", "tp2-sp"), ("tp1", "tp2-pp2")])
 def test_corrections_resume(pool: Pool, checkpoints: dict[str, Path], first: str, then: str, tmp_path: Path) -> None:
-    """To the bit at the same layout, and to 1e-5 at another, the rows of gate and up among what is resharded."""
+    """Resuming is bit-equal at the same layout and equal to 1e-5 at another, which reshards the rows of gate and up."""
     folder = checkpoints["untied"]
     whole = pool.run(correct, Job(folder), **LAYOUTS[then])[0]
     pool.run(correct, Job(folder, checkpoints=tmp_path, stop_at=4), **LAYOUTS[first])

@@ -1,4 +1,4 @@
-"""A mixture of experts trains as plain torch trains it, at every spread of its experts, and resumes at another."""
+"""An MoE model trains as in plain torch at every expert-parallel layout, and resumes at another layout."""
 
 from __future__ import annotations
 

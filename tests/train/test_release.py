@@ -1,4 +1,4 @@
-"""What training made goes when the model goes: mcore's DDP would keep itself, the gradients and the optimizer alive."""
+"""Gradients and optimizer are freed with the model, although mcore's DDP would keep itself and them alive."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from minitron_megatron.train.spikes import Spikes
 
 
 def seen(losses: list[float]) -> list[int]:
-    """The places of the spikes."""
+    """Return the positions of the spikes."""
     spikes = Spikes()
     return [at for at, loss in enumerate(losses) if spikes.see(loss)]
 

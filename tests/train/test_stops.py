@@ -1,4 +1,4 @@
-"""What ends training before its time leaves the state that it goes on from; a broken step leaves no trace."""
+"""Training that stops early leaves a state to resume from; a non-finite step changes nothing."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.tiny import LAYOUTS, samples, share
 
 TRAINING = Training(steps=8, lr=1e-3, warmup_steps=2)
 Said = list[tuple[int, float, str]]
-"""(step, steps skipped, hash of the weights after it)."""
+"""(step, skipped steps, hash of the weights after the step)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """broken: steps, from 1, whose gradient is not finite. signalled: (rank, step after which it hears the signal).
-    poisoned: the step after which a weight of the last rank is not a number. validation: what validation finds."""
+    """One training. broken: steps, from 1, whose gradient is not finite. signalled: (rank, step after which it gets the
+    signal). poisoned: step after which a weight of the last rank is NaN. validation: the validation loss."""
 
     folder: Path
     broken: frozenset[int] = frozenset()
@@ -42,7 +42,7 @@ class Job:
 
 
 class Fragile(LMObjective):
-    """Cross-entropy whose gradient is broken on one rank, at some steps."""
+    """Cross-entropy whose gradient is not finite on one rank, at some steps."""
 
     def __init__(self, topology: Topology, broken: frozenset[int], start: int) -> None:
         super().__init__(topology)
@@ -59,11 +59,11 @@ class Fragile(LMObjective):
 
 
 def run(topology: Topology, job: Job, start: int = 0) -> tuple[Said, str]:
-    """Trains until it ends or is stopped; gives what was seen and the error that stopped it."""
-    model, said = load_hf(job.folder, topology), []
+    """Train until the end or an error; return the steps seen and the error."""
+    model, steps_seen = load_hf(job.folder, topology), []
 
     def listen(event: Event) -> None:
-        said.append((event.done, event.values["skipped"], model_hash(model, topology)))
+        steps_seen.append((event.done, event.values["skipped"], model_hash(model, topology)))
         if job.signalled == (topology.rank, event.done):
             os.kill(os.getpid(), job.number)
         if job.poisoned == event.done and topology.rank == topology.world - 1:
@@ -85,16 +85,16 @@ def run(topology: Topology, job: Job, start: int = 0) -> tuple[Said, str]:
             listener=listen,
         )
     except (Preempted, TrainingError) as error:
-        return said, f"{type(error).__name__}: {error}"
-    return said, ""
+        return steps_seen, f"{type(error).__name__}: {error}"
+    return steps_seen, ""
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2-pp2", "dp2"])
 def test_a_broken_step_changes_nothing_and_is_counted(pool: Pool, checkpoints: dict[str, Path], layout: str) -> None:
-    (said, error), *_ = pool.run(run, Job(checkpoints["untied"], frozenset({3, 6, 7})), **LAYOUTS[layout])
+    (steps_seen, error), *_ = pool.run(run, Job(checkpoints["untied"], frozenset({3, 6, 7})), **LAYOUTS[layout])
     assert error == ""
-    assert [skipped for _, skipped, _ in said] == [0, 0, 1, 1, 1, 2, 3, 3]
-    hashes = [digest for *_, digest in said]
+    assert [skipped for _, skipped, _ in steps_seen] == [0, 0, 1, 1, 1, 2, 3, 3]
+    hashes = [digest for *_, digest in steps_seen]
     assert hashes[2] == hashes[1] != hashes[3]
     assert hashes[4] == hashes[5] == hashes[6] != hashes[7]
 
@@ -102,12 +102,12 @@ def test_a_broken_step_changes_nothing_and_is_counted(pool: Pool, checkpoints: d
 def test_many_in_a_row_stop_with_a_saved_state(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     training = replace(TRAINING, steps=MOST_SKIPPED + 5)
     job = Job(checkpoints["untied"], frozenset(range(3, 100)), checkpoints=tmp_path, training=training)
-    for said, error in pool.run(run, job, tp=2):
+    for steps_seen, error in pool.run(run, job, tp=2):
         assert error == (
             f"TrainingError: the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step "
-            f"{MOST_SKIPPED + 2}. Look at the data around it, or lower the learning rate (`lr`)."
+            f"{MOST_SKIPPED + 2}. Check the data of these steps, or lower the learning rate (`lr`)."
         )
-        assert said[-1][1] == MOST_SKIPPED
+        assert steps_seen[-1][1] == MOST_SKIPPED
     assert (tmp_path / f"step_{MOST_SKIPPED + 2:08}").is_dir()
 
 
@@ -119,8 +119,8 @@ def test_a_signal_at_any_rank_saves_and_the_next_run_goes_on(
     whole, _ = pool.run(run, Job(checkpoints["untied"]), **LAYOUTS[layout])[0]
     last = 0 if layout == "tp1" else 1
     job = Job(checkpoints["untied"], signalled=(last, 3), checkpoints=tmp_path, number=number)
-    for said, error in pool.run(run, job, **LAYOUTS[layout]):
-        assert error.startswith("Preempted") and [step for step, *_ in said] == [1, 2, 3]
+    for steps_seen, error in pool.run(run, job, **LAYOUTS[layout]):
+        assert error.startswith("Preempted") and [step for step, *_ in steps_seen] == [1, 2, 3]
     rest, error = pool.run(run, replace(job, signalled=None), **LAYOUTS[layout])[0]
     assert error == "" and rest == whole[3:]
     assert signal.getsignal(number) is signal.SIG_DFL
@@ -141,18 +141,18 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(("how", "said"), ENDS)
-def test_an_end_without_a_result_is_an_error(pool: Pool, checkpoints: dict[str, Path], how: Any, said: str) -> None:
-    """In fewer steps than those in a row that stop a training."""
+@pytest.mark.parametrize(("how", "message"), ENDS)
+def test_an_end_without_a_result_is_an_error(pool: Pool, checkpoints: dict[str, Path], how: Any, message: str) -> None:
+    """The training has fewer steps than the number of skipped steps that stops it."""
     job = Job(checkpoints["untied"], **{**how, "broken": frozenset(how.get("broken", ()))})
     for _, error in pool.run(run, job, tp=2):
-        assert error.startswith(f"TrainingError: {said}" if said else "") and bool(error) == bool(said)
+        assert error.startswith(f"TrainingError: {message}" if message else "") and bool(error) == bool(message)
 
 
 def test_weights_that_are_not_finite_are_never_saved(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     training = replace(TRAINING, save_every=2, keep=1)
     job = Job(checkpoints["untied"], checkpoints=tmp_path, training=training, poisoned=5)
-    for said, error in pool.run(run, job, pp=2):
+    for steps_seen, error in pool.run(run, job, pp=2):
         assert error.startswith("TrainingError") and "after step 6, has weights that are not finite" in error
-        assert [step for step, *_ in said] == [1, 2, 3, 4, 5, 6]
+        assert [step for step, *_ in steps_seen] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]

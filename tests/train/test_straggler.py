@@ -1,4 +1,4 @@
-"""A rank that is slow by itself is named, and told of when it stays so."""
+"""A rank whose own work is slow is named, and reported as a straggler if it stays slow."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from minitron_megatron.train.straggler import LOOKS, StragglerMonitor
 
 
 def looks(topology: Topology, slow: list[int]) -> list[tuple[dict[str, float], int | None]]:
-    """Two steps a look; a step takes the rank in `slow` 3 s and the others 1 s, the probe none."""
+    """Compare every two steps; a step takes the rank in `slow` 3 s and the others 1 s, the probe takes no time."""
     now, seen = 0.0, []
-    pace = StragglerMonitor(topology, every=2, clock=lambda: now)
+    monitor = StragglerMonitor(topology, every=2, clock=lambda: now)
     for step in range(1, 2 * len(slow) + 1):
-        with pace.alone():
+        with monitor.alone():
             now += 3.0 if topology.rank == slow[(step - 1) // 2] else 1.0
-        if found := pace.look(step):
-            seen.append((found, pace.straggler))
+        if found := monitor.look(step):
+            seen.append((found, monitor.straggler))
     return seen
 
 
@@ -31,5 +31,5 @@ def test_all_ranks_name_the_slowest_and_the_one_that_stays_so_is_told_once(pool:
 
 
 def test_ranks_alike_are_no_stragglers_and_one_has_none(pool: Pool) -> None:
-    assert all(told is None for _, told in pool.run(looks, [9] * (LOOKS + 1), dp=2)[0])
+    assert all(straggler is None for _, straggler in pool.run(looks, [9] * (LOOKS + 1), dp=2)[0])
     assert pool.run(looks, [0] * LOOKS) == [[]]
