@@ -1,4 +1,4 @@
-"""What every test may ask for."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LONGEST = (
     "run/test_tasks.py",
     "run/test_phases.py",
 )
-"""Of two processes that take a file at a time, none should begin one of these when the other is nearly done."""
+"""Slowest test files, run first, so that two processes that take a file at a time finish at about the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,30 +33,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Small tensors gain nothing from threads, and a threaded sum may add in another order."""
+    """Use one thread: small tensors gain nothing from more, and the order of a threaded sum may vary."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def settled() -> None:
-    """The many collections that the tests cause need not look at what the ones before have imported."""
+    """Exclude objects of earlier imports from garbage collection, which the tests cause often."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    """Warm gloo processes, shared by the whole session."""
+    """Pool of warm gloo processes, shared by the whole session."""
     with Pool() as workers:
         yield workers
 
 
 @pytest.fixture(scope="session")
 def assets() -> Path:
-    """The folder of real checkpoints, tokenizers and texts that `MINITRON_TEST_ASSETS` names."""
+    """Folder of real checkpoints, tokenizers and texts that `MINITRON_TEST_ASSETS` names."""
     folder = os.environ.get("MINITRON_TEST_ASSETS")
     if not folder:
         pytest.skip("MINITRON_TEST_ASSETS names no folder of test assets")
     if not Path(folder).is_dir():
-        pytest.fail(f"MINITRON_TEST_ASSETS is {folder}, which is no folder")
+        pytest.fail(f"MINITRON_TEST_ASSETS is {folder}, which is not a folder")
     return Path(folder)

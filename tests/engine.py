@@ -1,7 +1,7 @@
-"""Transformer Engine's names and functions without Transformer Engine, which needs a GPU.
+"""Stand-ins for Transformer Engine, which needs a GPU: the same names, computed in plain torch.
 
-Stand-ins that lie in the places where megatron-core looks for its modules. Built on `meta` they bear no marks, as
-Transformer Engine's do not; what they compute is plain torch.
+They are installed where megatron-core looks for Transformer Engine's modules. Like those, they set no tensor-parallel
+attributes on parameters when built on `meta`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MARKS = ("tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel")
-"""What mcore reads of a parameter's place among the ranks."""
+"""Attributes of a parameter by which mcore knows how it is sharded."""
 
 
 def unmark(module: nn.Module) -> None:
@@ -25,13 +25,13 @@ def unmark(module: nn.Module) -> None:
 
 
 def marks(parameter: Any) -> dict[str, Any]:
-    """What bears on anything: mcore's own modules also say of what is not split that it is not."""
+    """Return the attributes that have an effect; mcore also sets them to false, or to defaults without a split."""
     found = {mark: getattr(parameter, mark) for mark in MARKS if getattr(parameter, mark, False)}
     return found if found.get("tensor_model_parallel") else {k: v for k, v in found.items() if "partition" not in k}
 
 
 def norm_column_parallel_linear() -> Any:
-    """`TELayerNormColumnParallelLinear`: the norm lives in it, as `layer_norm_weight` and `layer_norm_bias`."""
+    """Return a stand-in for `TELayerNormColumnParallelLinear`, with `layer_norm_weight` and `layer_norm_bias`."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
     class NormColumnParallelLinear(ColumnParallelLinear):
@@ -56,7 +56,7 @@ def norm_column_parallel_linear() -> Any:
 
 
 def _unmarked(kind: Any) -> Any:
-    """On `meta`, without marks, whatever `use_cpu_initialization` says, and with an `_extra_state` as version 2 has."""
+    """Return a subclass that is always on `meta`, without marks, and has an `_extra_state` like TE 2."""
 
     class Unmarked(kind):
         def __init__(self, *args: Any, **more: Any) -> None:
@@ -76,14 +76,14 @@ def _unmarked(kind: Any) -> Any:
 
 @contextmanager
 def installed() -> Iterator[None]:
-    """Within it megatron-core finds the stand-ins."""
+    """Make megatron-core find the stand-ins inside the block."""
     from megatron.core.extensions import transformer_engine, transformer_engine_spec_provider
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     from minitron_megatron.model.spec import Norm
 
-    there = {
+    stand_ins = {
         "TEColumnParallelLinear": _unmarked(ColumnParallelLinear),
         "TERowParallelLinear": _unmarked(RowParallelLinear),
         "TELayerNormColumnParallelLinear": _unmarked(norm_column_parallel_linear()),
@@ -91,8 +91,8 @@ def installed() -> Iterator[None]:
         "is_te_min_version": lambda *_, **__: True,
     }
     with (
-        _replaced(transformer_engine_spec_provider, there),
-        _replaced(transformer_engine, {"TENorm": there["TENorm"], "HAVE_TE": True}),
+        _replaced(transformer_engine_spec_provider, stand_ins),
+        _replaced(transformer_engine, {"TENorm": stand_ins["TENorm"], "HAVE_TE": True}),
         _replaced(gpt_layer_specs, {"TESpecProvider": transformer_engine_spec_provider.TESpecProvider}),
     ):
         yield

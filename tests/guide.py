@@ -1,4 +1,4 @@
-"""The commands of a page of ours, as they run in a test."""
+"""Extraction and running of the commands in a documentation page."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands(page: Path) -> list[str]:
-    """The indented lines that start a program of ours."""
+    """Return the indented lines of a page that start `make`, `minitron` or a launch script."""
     lines = re.findall(r"^ {4,}((?:make|minitron|launch)\b.*)$", page.read_text(), re.M)
     return [line.split("  #")[0].strip() for line in lines]
 
 
 def run_command(line: str, folder: Path, places: Mapping[str, Path]) -> subprocess.CompletedProcess[str]:
-    """Runs a line of a page in `folder`, with the real place of each path that it names."""
+    """Run a line of a page in `folder`, with the paths that it names replaced by real ones."""
     for named, place in {"launch/": ROOT / "launch", "examples/": ROOT / "examples", **places}.items():
         line = line.replace(named, f"{place}/" if named.endswith("/") else str(place))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}

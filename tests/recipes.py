@@ -1,4 +1,4 @@
-"""A whole run in miniature: a tiny Llama with a tokenizer, a corpus with something to learn, and a recipe."""
+"""Material for a tiny run: a Llama with a tokenizer, a corpus with a learnable pattern, and a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.tiny import SHAPE, write_llama
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `model/` and `corpus.jsonl`."""
+    """Folder with `model/` and `corpus.jsonl`."""
     folder = tmp_path_factory.mktemp("material")
     write_llama(folder / "model", SHAPE, seed=1)
     entries = {"<end>": 0, **{f"w{i}": i for i in range(1, SHAPE.vocab)}}
@@ -37,7 +37,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_recipe(material: Path) -> dict[str, Any]:
-    """Every stage, a few steps each."""
+    """Return a recipe with every stage, of a few steps each."""
     training = {"tokens": 12 * 8 * 16, "global_batch": 8, "micro_batch": 2, "warmup_steps": 2, "lr": 5e-3}
     training |= {"save_every": 4, "validate_every": 6}
     return {
@@ -56,7 +56,8 @@ def tiny_recipe(material: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def recipe_file(material: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes the tiny recipe with top-level keys replaced (None: removed), its run folder beside it."""
+    """Return a function that writes the tiny recipe with top-level keys replaced (None: removed), and its run folder in
+    the same folder."""
 
     def write(name: str = "recipe.yaml", **changes: Any) -> Path:
         recipe = tiny_recipe(material) | {"out": str(tmp_path / "run")} | changes

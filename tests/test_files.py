@@ -1,4 +1,4 @@
-"""A folder is the old one or the new one, whenever a kill comes; what is read was written so, or an error names it."""
+"""A kill at any time leaves the old folder or the new one; a file that has changed or is damaged gives an error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ with files.whole_folder(folder) as partial:
 
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new(tmp_path: Path, can_exchange: bool) -> None:
-    """Where names cannot be exchanged, the old one may wait under another name for the next writer, who may fail."""
+    """Without an atomic swap, the old folder may remain under another name until the next writer, which may fail."""
     seen = set()
     for kill_at in range(1, 20):
         folder = tmp_path / f"at-{kill_at}"
@@ -86,7 +86,7 @@ def test_a_failed_writer_leaves_what_was_there(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == [folder]
 
 
-# ---- what is read
+# ---- reading
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def test_a_path_that_cannot_be_used_is_one_error_that_names_it(tmp_path: Path, p
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "else")
     if place == 1 and use in (0, 4):
-        (tmp_path / "nowhere").write_text("")  # else the missing folders are made
+        (tmp_path / "nowhere").write_text("")  # otherwise missing folders would be created
     with pytest.raises(FileError, match=r"cannot be (read|written)") as caught:
         USES[use](PLACES[place](tmp_path))
     assert str(tmp_path) in str(caught.value)
@@ -157,7 +157,7 @@ def test_a_folder_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def listed(tmp_path: Path) -> Path:
-    """A list of the checksums of files in two folders."""
+    """Checksum list of files in two folders."""
     (tmp_path / "in").mkdir()
     for number in range(5):
         (tmp_path / ("in" if number % 2 else ".") / f"{number}").write_bytes(bytes(number + 1))

@@ -1,4 +1,4 @@
-"""Imports go down only: the floors of docs/architecture.md, section 2, as data, and the check that holds them."""
+"""Imports go down only: the floors of docs/architecture.md, section 2, and the check that enforces them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"forecast"}),
     frozenset({"run"}),
     frozenset({"cli"}),
-    frozenset({"testing", "__main__"}),  # above everything: nobody in the package imports them
+    frozenset({"testing", "__main__"}),  # above everything: no other module imports them
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -35,10 +35,10 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "megatron.core.parallel_state": frozenset({"parallel"}),
     "megatron.bridge": frozenset({"convert"}),
     "megatron": frozenset({"parallel", "model", "data", "losses", "score", "prune", "train", "distill", "testing"}),
-    "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers that have no tokenizer.json
+    "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers without a tokenizer.json
     "safetensors": frozenset({"records", "convert", "serve"}),
     "tokenizers": frozenset({"data"}),
-    "pydantic": frozenset({"files", "recipe"}),  # files: JSON is read through types
+    "pydantic": frozenset({"files", "recipe"}),  # files: JSON is validated against types
     "yaml": frozenset({"recipe", "run"}),
     "typer": frozenset({"cli"}),
     "rich": frozenset({"cli", "report"}),
@@ -50,13 +50,14 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "modelopt": frozenset({"serve"}),
     "tensorrt_llm": frozenset({"serve"}),
 }
-"""Third-party module -> the rooms that may import it. The longest fitting name decides; one without a row is free."""
+"""Third-party module -> the rooms that may import it. The longest matching name applies; a module without a row may be
+imported anywhere."""
 
 LAZY = ("megatron", "transformers", "matplotlib", "wandb", "tensorboard", "lm_eval", "modelopt", "nltk", "rouge_score")
-"""Heavy: never imported by importing a module of ours, only inside the function that needs it."""
+"""Slow imports: allowed only inside the function that needs them."""
 
 FORBIDDEN = ("transformer_engine", "apex", "triton", "tensorrt_llm")
-"""Optional and perhaps broken: never imported by importing a module of ours either."""
+"""Optional, and possibly broken, packages: likewise allowed only inside functions."""
 
 MOST_LINES_A_FILE, MOST_LINES_A_FUNCTION = 400, 60
 
@@ -65,13 +66,13 @@ MOST_LINES_A_FILE, MOST_LINES_A_FUNCTION = 400, 60
 class Import:
     line: int
     name: str
-    """Absolute and dotted; `from a import b` is `a.b`, whether b is a module or not."""
+    """Absolute dotted name; `from a import b` is `a.b`, whether or not b is a module."""
     lazy: bool
-    """Inside a function, or for type checkers only."""
+    """Whether the import is inside a function, or for type checkers only."""
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[Import]:
-    """Every import in a module's source, and every use of `torch.distributed` as an attribute of torch."""
+    """Yield every import in a module's source, and every use of `torch.distributed` as an attribute of torch."""
     tree = ast.parse(source)
     here = module.split(".") if is_package else module.split(".")[:-1]
 
@@ -97,7 +98,7 @@ def within(name: str, module: str) -> bool:
 
 
 def climbs(source: str, module: str, is_package: bool = False) -> Iterator[str]:
-    """What a module of the package imports though it may not."""
+    """Yield the imports of a module that are not allowed, with the reason."""
     room = module.split(".")[1]
     for each in imports(source, module, is_package):
         if within(each.name, PACKAGE):
@@ -107,22 +108,22 @@ def climbs(source: str, module: str, is_package: bool = False) -> Iterator[str]:
 
 
 def _inside(room: str, target: list[str]) -> Iterator[str]:
-    there = target[0] if target else ""
-    if there in ("", room, "__version__"):
+    other = target[0] if target else ""
+    if other in ("", room, "__version__"):
         return
-    if there not in FLOOR:
-        yield f"{there} stands on no floor"
-    elif FLOOR[there] >= FLOOR[room]:
-        yield f"{room} (floor {FLOOR[room]}) may not import {there} (floor {FLOOR[there]})"
-    elif len(target) > 1 and target[1:] not in ([name] for name in public(there)):
-        yield f"{room} enters {there} by {'.'.join(target)}, which is not in its __all__"
+    if other not in FLOOR:
+        yield f"{other} is on no floor"
+    elif FLOOR[other] >= FLOOR[room]:
+        yield f"{room} (floor {FLOOR[room]}) may not import {other} (floor {FLOOR[other]})"
+    elif len(target) > 1 and target[1:] not in ([name] for name in public(other)):
+        yield f"{room} imports {'.'.join(target)}, which is not in {other}'s __all__"
 
 
 @cache
 def public(room: str) -> tuple[str, ...]:
-    """The `__all__` of a room, or of a module that is one file."""
-    doors = [path for path in (ROOT / room / "__init__.py", ROOT / f"{room}.py") if path.exists()]
-    tree = ast.parse("".join(path.read_text() for path in doors))
+    """Return the `__all__` of a room, or of a single-file module."""
+    files = [path for path in (ROOT / room / "__init__.py", ROOT / f"{room}.py") if path.exists()]
+    tree = ast.parse("".join(path.read_text() for path in files))
     lists = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
     return tuple(ast.literal_eval(lists[0])) if lists else ()
 
@@ -136,7 +137,7 @@ def _outside(room: str, each: Import) -> Iterator[str]:
 
 
 def modules() -> Iterator[tuple[Path, str]]:
-    """Every file of the package below its root, and its dotted name."""
+    """Yield every file of the package below its root, with its dotted name."""
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
         if parts != (PACKAGE, "__init__"):
@@ -155,13 +156,13 @@ def test_imports_go_down() -> None:
 
 
 def needs(sources: Mapping[str, str]) -> dict[str, set[str]]:
-    """Module -> those of `sources` that it imports by their own names, lazily or not."""
+    """Return module -> the modules of `sources` that it imports directly, lazily or not."""
     return {
         name: {
-            there
+            other
             for each in imports(source, name)
-            for there in (each.name, each.name.rpartition(".")[0])
-            if there in sources and there != name
+            for other in (each.name, each.name.rpartition(".")[0])
+            if other in sources and other != name
         }
         for name, source in sources.items()
     }
@@ -208,7 +209,7 @@ def test_files_and_functions_stay_small() -> None:
         ("prune.trim", "from ..layout.table import lookup", "not in its __all__"),
         ("prune.trim", "from ..layout import table", "not in its __all__"),
         ("prune.trim", "from ..errors import difflib", "not in its __all__"),
-        ("prune.trim", "from ..attic import x", "attic stands on no floor"),
+        ("prune.trim", "from ..attic import x", "attic is on no floor"),
         (
             "train.loop",
             "def f():\n    import torch\n    torch.distributed.barrier()",

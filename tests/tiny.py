@@ -1,6 +1,6 @@
-"""Tiny Llamas in which nothing is round, and data for them: what the rooms above `convert` are tested on.
+"""Tiny Llamas with irregular sizes, and data for them, for tests of the rooms above `convert`.
 
-The checkpoints are written by transformers, and the truths are computed by it: nothing of megatron is in them.
+transformers writes the checkpoints and computes the expected results, independently of megatron.
 """
 
 from __future__ import annotations
@@ -44,19 +44,19 @@ CONTEXT: Mapping[str, dict[str, Any]] = {
     "cp2-pp2-vp2": {"dp": 2, "cp": 2, "pp": 2, "vp": 2},
     "cp2-tp2-pp2": {"dp": 2, "cp": 2, "tp": 2, "pp": 2},
 }
-"""Training alone knows these."""
+"""Context-parallel layouts, for training only."""
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Name -> the Hugging Face folder of `SHAPES[name]`."""
+    """Return name -> the Hugging Face folder of `SHAPES[name]`."""
     root = tmp_path_factory.mktemp("checkpoints")
     return {name: write_llama(root / name, shape, seed) for seed, (name, shape) in enumerate(SHAPES.items())}
 
 
 def write_llama(folder: Path, shape: Shape, seed: int) -> Path:
-    """Random weights, large enough to matter, and norms that are not all one."""
+    """Write a Llama with large random weights, and norm weights that are not all one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -82,14 +82,14 @@ def write_llama(folder: Path, shape: Shape, seed: int) -> Path:
 
 
 def transformer(folder: Path) -> Any:
-    """The checkpoint as a transformers model: fp32."""
+    """Return the checkpoint as a transformers model in fp32."""
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def samples(count: int, seed: int = 0, padded: bool = True) -> Batch:
-    """Random sequences; where `padded`, every second one ends early, each at its own place."""
+    """Return random sequences; if `padded`, every second one has a random, shorter length."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, SHAPE.vocab, (count, SEQUENCE + 1), generator=generator)
     length = torch.full((count,), SEQUENCE)
@@ -99,7 +99,7 @@ def samples(count: int, seed: int = 0, padded: bool = True) -> Batch:
 
 
 def share(every: Batch, topology: Topology, micro_batch: int = 2) -> list[Batch]:
-    """A data-parallel rank's micro-batches of all samples, where it computes: consecutive ones, or its part of them."""
+    """Return a data-parallel rank's micro-batches on its device: consecutive samples, split by context parallelism."""
     each = len(every.tokens) // topology.replicas
     starts = range(topology.replica * each, (topology.replica + 1) * each, micro_batch)
     parts = (every.tokens, every.labels, every.mask, every.beside)
@@ -108,7 +108,7 @@ def share(every: Batch, topology: Topology, micro_batch: int = 2) -> list[Batch]
 
 
 def cross_entropy(model: Any, batch: Batch) -> Tensor:
-    """Of a transformers model: nats per counted token."""
+    """Return a transformers model's cross-entropy in nats per counted token."""
     logits = model(batch.tokens).logits
     return F.cross_entropy(logits[batch.mask], batch.labels[batch.mask])
 
@@ -117,7 +117,7 @@ LossOf = Callable[[Any, Batch], Tensor]
 
 
 def learning_rate(step: int, training: Any) -> float:
-    """At a step from 1: a line up to the peak, then a cosine down to `min_lr`."""
+    """Return the learning rate at a step, from 1: linear warm-up to the peak, then cosine decay to `min_lr`."""
     if step <= training.warmup_steps:
         return training.lr * step / training.warmup_steps
     through = (step - training.warmup_steps) / (training.steps - training.warmup_steps)
@@ -126,11 +126,11 @@ def learning_rate(step: int, training: Any) -> float:
 
 
 class Stop(Exception):
-    """A killed run."""
+    """Simulated kill of a run."""
 
 
 def note(curve: list[dict[str, float]], stop_at: int | None = None) -> Callable[[Event], None]:
-    """A listener that adds each step to `curve`; raises Stop after step `stop_at`."""
+    """Return a listener that appends each step to `curve`, and raises Stop after step `stop_at`."""
 
     def listen(event: Event) -> None:
         curve.append({"step": event.done, **event.values})
@@ -141,7 +141,7 @@ def note(curve: list[dict[str, float]], stop_at: int | None = None) -> Callable[
 
 
 class NaiveOptimizer:
-    """Plain torch: AdamW, no decay on vectors, gradient clipped by its global norm."""
+    """Optimizer in plain torch: AdamW, no weight decay for vectors, gradients clipped by the global norm."""
 
     def __init__(self, model: Any, training: Any) -> None:
         decays = [p for p in model.parameters() if p.dim() > 1]
@@ -151,7 +151,7 @@ class NaiveOptimizer:
         self.adam = torch.optim.AdamW(groups, betas=(training.beta1, training.beta2), eps=training.eps)
 
     def step(self, loss: Tensor) -> dict[str, float]:
-        """Descends `loss`; what the step was."""
+        """Take a step on `loss` and return its metrics."""
         self.done += 1
         lr = learning_rate(self.done, self.training)
         for group in self.adam.param_groups:
@@ -164,6 +164,6 @@ class NaiveOptimizer:
 
 
 def naive_training(model: Any, batch_of: Callable[[int], Batch], training: Any, loss_of: LossOf) -> list[dict]:
-    """Trains `model` in plain torch; one dict a step."""
+    """Train `model` in plain torch; return the metrics of each step."""
     optimizer = NaiveOptimizer(model, training)
     return [optimizer.step(loss_of(model, batch_of(step))) for step in range(training.steps)]

@@ -1,7 +1,7 @@
 """Tokenizing text to disk, and batches of tokens, with megatron-core's indexed datasets.
 
-Knows: text files, tokenizers, `.bin/.idx` pairs, the samples of each step and data-parallel rank. Must not know: models,
-losses, recipes. Every rank reads its own batches; no tokens are broadcast.
+Knows: text files, tokenizers, `.bin/.idx` pairs, the samples of each step and data-parallel rank. Must not know:
+models, losses, recipes. Every rank reads its own batches; no tokens are broadcast.
 """
 
 from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches

@@ -88,8 +88,8 @@ def calibration_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: i
 def held_out_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int, rounds: int = 1) -> list[Batch]:
     """Return a data-parallel rank's share of all samples of `corpus`, for any number of samples.
 
-    Every rank gets the same number of micro-batches, a multiple of `rounds`. They are filled up with samples whose mask is
-    false, so that every sample counts exactly once at any `dp`.
+    Every rank gets the same number of micro-batches, a multiple of `rounds`. They are filled up with samples whose mask
+    is false, so that every sample counts exactly once at any `dp`.
     """
     unit = micro_batch * dp * rounds
     share = -(-len(corpus) // unit) * micro_batch * rounds

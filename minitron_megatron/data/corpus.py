@@ -113,7 +113,7 @@ def _check_size(pair: TokenFiles, sequence: int, count: int) -> None:
     if held < count:
         raise DataError(
             f"{count} different sequences of {sequence} tokens are asked of {pair.prefix}, which holds {held} "
-            f"({pair.tokens} tokens). Use fewer tokens or a lower weight of this corpus, or let it repeat (data.repeat)."
+            f"({pair.tokens} tokens). Use fewer tokens or less of this corpus, or let it repeat (data.repeat)."
         )
 
 
@@ -135,4 +135,6 @@ def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: in
     )
     tokens = GPTDataset.build_low_level_dataset(str(pair.prefix), config)
     every = np.arange(len(tokens), dtype=np.int32)
-    return GPTDataset(tokens, pair.content, every, samples, Split[split], config)  # named by content, since a corpus may move
+    return GPTDataset(
+        tokens, pair.content, every, samples, Split[split], config
+    )  # named by content, since a corpus may move

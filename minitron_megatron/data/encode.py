@@ -78,7 +78,7 @@ _encoder: Encoder
 
 
 def _start(encoder: Encoder) -> None:
-    """Initialise a worker: keep the encoder, which is then not sent with every batch, and end with the parent process."""
+    """Initialise a worker: keep the encoder, so that batches need not carry it, and end with the parent process."""
     global _encoder
     _encoder = encoder
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -62,8 +62,8 @@ def prepare(
     vocab: int | None = None,
     listener: Listener = silent,
 ) -> Prepared:
-    """Tokenize `.jsonl` files (an object with key `text_key` per line), `.txt` files (documents separated by `separator`),
-    or folders of them.
+    """Tokenize `.jsonl` files (an object with key `text_key` per line), `.txt` files (documents separated by
+    `separator`), or folders of them.
 
     Writes `<out_prefix>.train.bin/.idx` and `<out_prefix>.valid.bin/.idx`. `validation` is the fraction of documents
     to hold out, drawn by `seed` (0: no validation split), or the sources to hold out. `tokenizer` is a Hugging Face
@@ -71,8 +71,8 @@ def prepare(
     entries of the model's embedding. Not collective: call it in one process.
 
     Warns of files in folders that are skipped as they hold no data, and of unpaired surrogates, which become U+FFFD.
-    Raises DataError where a source or the tokenizer cannot be read, where a document has a token that the model does not
-    have, or where a split would be empty; FileError where files cannot be written at `out_prefix`.
+    Raises DataError where a source or the tokenizer cannot be read, where a document has a token that the model does
+    not have, or where a split would be empty; FileError where files cannot be written at `out_prefix`.
     """
     if not separator:
         raise DataError("An empty separator cannot separate documents. Set data.separator to the text between them.")
@@ -166,7 +166,9 @@ def _write(
     except EncodeError as error:
         number, reason = error.args
         place = next(batches)[number][1].place
-        raise DataError(f"{place} cannot be tokenized: {reason}. Correct the text, or the model's tokenizer.") from error
+        raise DataError(
+            f"{place} cannot be tokenized: {reason}. Correct the text, or the model's tokenizer."
+        ) from error
 
 
 def _unknown(document: Document, token: int, encoder: Encoder, vocab: int | None) -> DataError:

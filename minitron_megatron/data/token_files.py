@@ -1,7 +1,7 @@
 """`.bin/.idx` pairs in megatron-core's format: writing them atomically, finding and checking them.
 
-A `.json` file beside a pair holds the checksums of both files; the `.bin` file has one per block. Pairs written by other
-programs have no `.json`.
+A `.json` file beside a pair holds the checksums of both files; the `.bin` file has one per block. Pairs written by
+other programs have no `.json`.
 """
 
 from __future__ import annotations
@@ -174,7 +174,8 @@ def find_token_files(prefix: str | Path, split: str) -> TokenFiles:
 def check_blocks(pair: TokenFiles) -> None:
     """Raise DataError where blocks of the `.bin` file have changed since it was written.
 
-    Checks the first, the last and random other blocks, up to `BLOCKS_CHECKED`: all blocks of a corpus of up to a gigabyte.
+    Checks the first, the last and random other blocks, up to `BLOCKS_CHECKED`: all blocks of a corpus of up to a
+    gigabyte.
     """
     if not (sums := _checksums(pair.prefix)):
         return

@@ -84,9 +84,7 @@ def _from_json(folder: Path) -> Tokenizer:
     if not file.is_file():
         raise DataError(f"{file} is not a file. Put the model's tokenizer.json there.")
     if (size := file.stat().st_size) > MOST_BYTES:
-        raise DataError(
-            f"{file} has {size:,} bytes, too many for a tokenizer. Put the model's tokenizer.json there."
-        )
+        raise DataError(f"{file} has {size:,} bytes, too many for a tokenizer. Put the model's tokenizer.json there.")
     return Tokenizer.from_file(str(file))
 
 
@@ -114,12 +112,14 @@ def _from_transformers(folder: Path) -> Any:
         _check_pieces(folder / "tokenizer.model")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    plain = PreTrainedTokenizerFast if whole and "auto_map" in settings else AutoTokenizer  # never the folder's own class
+    plain = (
+        PreTrainedTokenizerFast if whole and "auto_map" in settings else AutoTokenizer
+    )  # never the folder's own class
     return plain.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
 
 
 def _check_pieces(file: Path) -> None:
-    """Raise DataError where a sentencepiece model cannot be read: transformers would misreport it as a tiktoken file."""
+    """Raise DataError where a sentencepiece model is unreadable: transformers would misreport it as a tiktoken file."""
     with file.open("rb") as stream:
         if TIKTOKEN_LINE.fullmatch(stream.readline(1000)):
             return
@@ -147,10 +147,11 @@ def vocabulary(tokenizer: Tokenizer) -> int:
 
 
 def check_tokenizer(folder: str | Path, vocab: int) -> None:
-    """Raise DataError where the tokenizer cannot be read, or its end-of-document token is not in the model's vocabulary.
+    """Raise DataError where the tokenizer cannot be read, or its end-of-document token is not in the model's
+    vocabulary.
 
-    Entries beyond the model's `vocab` are allowed as long as no text contains them, which `prepare` checks. A warning is
-    given if any of them is not an added token, since the tokenizer may then belong to another model.
+    Entries beyond the model's `vocab` are allowed as long as no text contains them, which `prepare` checks. A warning
+    is given if any of them is not an added token, since the tokenizer may then belong to another model.
     """
     tokenizer = load_tokenizer(folder)
     if (end := end_of_document(folder, tokenizer)) >= vocab:
@@ -196,8 +197,8 @@ def corpus_marks(folder: str | Path) -> list[Any]:
     """Return everything that determines the tokens of a corpus: checksums of the tokenizer's files, its settings where
     they matter, and the end-of-document token.
 
-    A chat template does not count; with a tokenizer.json, no setting but the end-of-document token does. Raises DataError
-    where there is no tokenizer.
+    A chat template does not count; with a tokenizer.json, no setting but the end-of-document token does. Raises
+    DataError where there is no tokenizer.
     """
     folder = Path(folder)
     self_contained = (folder / "tokenizer.json").is_file()
@@ -235,7 +236,7 @@ def _id(value: Any, tokenizer: Tokenizer, *, text: bool) -> int | None:
 
 
 def _settings(folder: str | Path, file: str) -> dict[str, Any]:
-    """Return the settings in a file of a folder; empty without that file. Raises FileError or DataError where invalid."""
+    """Return the settings in a file of a folder; empty without that file. Raises FileError or DataError if invalid."""
     path = Path(folder) / file
     found = read_json(path) if path.exists() else {}
     if not isinstance(found, dict):

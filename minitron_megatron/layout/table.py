@@ -70,8 +70,8 @@ PUBLIC_AXES: Mapping[str, tuple[str, ...]] = {
 """Public axis -> the words of the table whose product it is. An index on `heads` is kv_group * q_per_group + q."""
 
 WITHIN: Mapping[str, str] = {"heads": "kv_groups", "expert_ffn": "experts"}
-"""Axis -> the axis whose units contain its own. Every kept container keeps the same number of units; a removed container
-loses all of its units."""
+"""Axis -> the axis whose units contain its own. Every kept container keeps the same number of units; a removed
+container loses all of its units."""
 
 PER_LAYER = frozenset(PUBLIC_AXES) - {"hidden"}
 """Axes with a separate choice of units for each layer; `hidden` has one choice, because of the residual stream."""

@@ -1,5 +1,5 @@
-"""Losses over a vocab-parallel vocabulary, fused with the output layers so that full logits never exist; and losses over
-hidden states.
+"""Losses over a vocab-parallel vocabulary, fused with the output layers so that full logits never exist; and losses
+over hidden states.
 
 Knows: hidden states, output weights, masks, the group that splits the vocabulary. Must not know: models, data.
 

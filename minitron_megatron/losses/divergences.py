@@ -1,9 +1,9 @@
 """Divergences of the student's logits from the teacher's, per token: value and gradient in one pass.
 
 A divergence is called with the fp32 logits [c, v] of both models, which it overwrites, and the vocabulary entries that
-they cover. It returns this rank's part of each token's value [c] (the ranks' parts add up to the value), and the gradient
-[c, v] of the whole value by this rank's student logits. `live` is the number of [c, v] tensors alive at once, both
-arguments included.
+they cover. It returns this rank's part of each token's value [c] (the ranks' parts add up to the value), and the
+gradient [c, v] of the whole value by this rank's student logits. `live` is the number of [c, v] tensors alive at once,
+both arguments included.
 
 p is the student's softmax, q the teacher's. Values are in nats, except for MSE and Cosine, which compare the logits.
 """

@@ -80,10 +80,10 @@ def distill_loss(
 ) -> Tensor:
     """Return the distillation loss, summed over the tokens whose mask is true: fp32 scalar, equal on every rank.
 
-    Arguments as for `lm_loss`; the teacher's hidden states and output weight get no gradient, and may have another width
-    and another padding. labels: required where `loss` includes cross-entropy. of_labels: zero tensor that receives the
-    summed, unweighted cross-entropy. Collective over `group`. Raises RecipeError where a model has fewer than `vocab`
-    output rows, where `top_k` exceeds `vocab`, or where labels are missing.
+    Arguments as for `lm_loss`; the teacher's hidden states and output weight get no gradient, and may have another
+    width and another padding. labels: required where `loss` includes cross-entropy. of_labels: zero tensor that
+    receives the summed, unweighted cross-entropy. Collective over `group`. Raises RecipeError where a model has fewer
+    than `vocab` output rows, where `top_k` exceeds `vocab`, or where labels are missing.
     """
     tokens, held = _tokens(mask), weight.shape[0]
     vocabulary = Vocabulary(vocab, group)
@@ -127,7 +127,7 @@ def _states(hidden: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
 
 
 def _fused(hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """Apply `_Fused`; under `no_grad`, which `needs_input_grad` does not reflect, detach so that it forms no gradients."""
+    """Apply `_Fused`, with detached inputs under `no_grad`, since `needs_input_grad` does not reflect it."""
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
     return _Fused.apply(hidden, weight, *rest)

@@ -18,8 +18,8 @@ BUDGET = 64 * 2**20
 def token_likelihood(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab: int, group: Group
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log p(label) in nats: fp32 [n]; whether the label is the likeliest entry: bool [n]; and the likeliest entry
-    (the lowest one of a tie): int64 [n].
+    """Return log p(label) in nats: fp32 [n]; whether the label is the likeliest entry: bool [n]; and the likeliest
+    entry (the lowest one of a tie): int64 [n].
 
     hidden: [n, h]; weight: this rank's rows of the output layer; labels: int64 [n]. Collective over the group.
     """
@@ -40,5 +40,7 @@ def _chunk(hidden: Tensor, rows: Tensor, labels: Tensor, start: int, vocabulary:
     likelihood = logits.new_zeros(len(logits)).index_put_((local,), logits[local, at[local]])
     best, place = logits.max(-1) if logits.shape[1] else (logits.new_full((len(logits),), -torch.inf), labels * 0)
     highest = all_reduce(best.clone(), vocabulary.group, "max")
-    first = torch.where(best == highest, -(place + start), -vocabulary.size)  # negated, so that max finds the lowest entry
+    first = torch.where(
+        best == highest, -(place + start), -vocabulary.size
+    )  # negated, so that max finds the lowest entry
     return all_reduce(likelihood, vocabulary.group), -all_reduce(first, vocabulary.group, "max")

@@ -37,8 +37,8 @@ def over_shortlist(
 ) -> tuple[Tensor, Tensor]:
     """Return the divergence over the teacher's `size` likeliest entries of each token; both softmaxes cover only these.
 
-    Arguments and results as for a divergence; `start` is this rank's first entry. Every rank computes the whole value and
-    returns 1 / ranks of it, with the gradient of its own entries.
+    Arguments and results as for a divergence; `start` is this rank's first entry. Every rank computes the whole value
+    and returns 1 / ranks of it, with the gradient of its own entries.
     """
     entry = likeliest(teacher, size, vocabulary, start)
     token, place = ((entry >= start) & (entry < start + student.shape[1])).nonzero(as_tuple=True)
@@ -70,8 +70,8 @@ LAST = 2**32 - 1
 
 
 def _keys(logits: Tensor, start: int) -> Tensor:
-    """Return distinct sort keys, int64 [c, v]: the rank order of the fp32 logit in the upper 32 bits, the inverted entry
-    number in the lower ones."""
+    """Return distinct sort keys, int64 [c, v]: the rank order of the fp32 logit in the upper 32 bits, the inverted
+    entry number in the lower ones."""
     bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # integers in the order of the floats
     del bits

@@ -19,8 +19,8 @@ __all__ = ["STATE_LOSSES", "attach_loss", "relation_loss", "state_loss"]
 
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Sum 1 - cosine similarity over tokens, as half the squared distance of the unit vectors: for nearly equal vectors,
-    1 - cosine would lose all digits in fp32."""
+    """Sum 1 - cosine similarity over tokens, as half the squared distance of the unit vectors: for nearly equal
+    vectors, 1 - cosine would lose all digits in fp32."""
     return (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().sum() / 2
 
 
@@ -78,8 +78,8 @@ def _log_relations(vectors: Tensor, later: Tensor) -> Tensor:
 def attach_loss(states: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
     """Return `states` unchanged; their backward pass also adds the gradient of `weight * loss`.
 
-    weight: scalar without gradient. A pipeline stage without a loss of its own can thus minimise one, as mcore does with
-    the auxiliary losses of experts (transformer/moe/moe_utils.py, `MoEAuxLossAutoScaler`).
+    weight: scalar without gradient. A pipeline stage without a loss of its own can thus minimise one, as mcore does
+    with the auxiliary losses of experts (transformer/moe/moe_utils.py, `MoEAuxLossAutoScaler`).
     """
     return _AttachLoss.apply(states, loss, weight)
 

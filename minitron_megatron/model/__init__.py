@@ -1,5 +1,5 @@
-"""Megatron-Core models: built on `meta` from a config, filled shard by shard under global names, run by mcore's pipeline
-schedules, saved as checkpoints.
+"""Megatron-Core models: built on `meta` from a config, filled shard by shard under global names, run by mcore's
+pipeline schedules, saved as checkpoints.
 
 Knows: mcore's modules, configs and schedules, training checkpoints. Must not know: Hugging Face files, scores, losses.
 """

@@ -89,8 +89,9 @@ class Checkpoints:
     ) -> None:
         """Write `step_N` with weights, optimizers and `state` (JSON), then remove superseded checkpoints. Collective.
 
-        score: the best checkpoint has the lowest one; a value that is not finite counts as none. wait: return only after
-        the checkpoint is complete. Raises CheckpointError where it cannot be written; earlier checkpoints are kept.
+        score: the best checkpoint has the lowest one; a value that is not finite counts as none. wait: return only
+        after the checkpoint is complete. Raises CheckpointError where it cannot be written; earlier checkpoints are
+        kept.
         """
         self.poll(wait=True)
         fresh = self._fresh(step)
@@ -145,7 +146,7 @@ class Checkpoints:
         return _best(_steps(self.folder))
 
     def _fresh(self, step: int) -> Path:
-        """Return a new, unique folder path, the same on every rank: writers of a killed run may still write to theirs."""
+        """Return a new path, the same on every rank: writers of a killed run may still write to their own folder."""
         ticket = broadcast_object(uuid4().hex[:8])
         if self.topology.rank == 0:
             for left in self.folder.glob(f"step_*{PARTIAL}"):

@@ -59,7 +59,7 @@ def _padded(part: Tensor, room: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """Micro-batch of next tokens, int64 [batch, seq], after those in the KV cache `beside`. No token counts in a loss."""
+    """Micro-batch of the next tokens, int64 [batch, seq], after those in the KV cache `beside`. No token has a loss."""
 
     tokens: Tensor
     beside: KVCache

@@ -67,7 +67,10 @@ def megatron_lm_flags(config: ModelConfig, dtype: torch.dtype, tokenizer: Path |
         (True, ("--norm-epsilon", repr(config.norm_eps))),
         (config.zero_centered_norm, ("--apply-layernorm-1p",)),
         (shape.qk_norm, ("--qk-layernorm",)),
-        (config.window is not None, ("--window-size", f"{(config.window or 1) - 1},0")),  # Megatron-LM's window excludes the token itself
+        (
+            config.window is not None,
+            ("--window-size", f"{(config.window or 1) - 1},0"),
+        ),  # Megatron-LM's window excludes the token itself
         (bool(scaling), ("--use-rope-scaling",)),
         (bool(scaling), ("--rope-scaling-factor", repr(float(scaling.get("factor", FACTOR))))),
         (shape.shared_gate, ("--moe-shared-expert-gate",)),

@@ -25,7 +25,7 @@ RELEASE = "release"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 FUSED, ALONE = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
-"""Keys of the norm before an MoE: mcore's local spec renames it like the one before a dense MLP, the TE spec does not."""
+"""Keys of the norm before an MoE: mcore's local spec renames it as before a dense MLP, the TE spec does not."""
 TE_NORMS = ("q_layernorm.weight", "k_layernorm.weight", ALONE + "weight", "final_layernorm.weight")
 """Norms that are separate modules in the TE spec; each then requires an `_extra_state` in the checkpoint."""
 EXTRA = "_extra_state"

@@ -125,9 +125,9 @@ def forward_rest(
 ) -> Tensor:
     """Return `value_of` the network without `without` and without one of `blocks` at a time: [blocks, micro-batches].
 
-    kept: the states that `forward_kept` returned for these batches and `without`. Layers before a block's first layer do
-    not run again: the stage that holds that layer starts from the kept states, and ignores what earlier stages send. A
-    value is one number; before the last pipeline stage it is zero. Collective over the model's ranks.
+    kept: the states that `forward_kept` returned for these batches and `without`. Layers before a block's first layer
+    do not run again: the stage that holds that layer starts from the kept states, and ignores what earlier stages send.
+    A value is one number; before the last pipeline stage it is zero. Collective over the model's ranks.
     """
 
     def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
@@ -147,7 +147,8 @@ def forward_rest(
 
 
 def windows(batches: Sequence[Any], pp: int, rounds: int = 4) -> list[Sequence[Any]]:
-    """Cut micro-batches into windows of about `rounds * pp`: enough to fill the pipeline, few enough to keep the results.
+    """Cut micro-batches into windows of about `rounds * pp`: enough to fill the pipeline, few enough to keep the
+    results.
 
     A window has at least `pp` micro-batches if there are as many, and a multiple of `pp` if their total is one.
     """

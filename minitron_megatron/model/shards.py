@@ -74,7 +74,7 @@ def _canonical(name: str) -> str:
 
 
 def output_weight(chunk: Any) -> Tensor:
-    """Return the output weight of the last stage: [held vocabulary rows, hidden]; the tied embedding where they share."""
+    """Return the output weight of the last stage, which may be the tied embedding: [held vocabulary rows, hidden]."""
     return (
         chunk.shared_embedding_or_output_weight()
         if chunk.share_embeddings_and_output_weights
@@ -87,8 +87,8 @@ def owner_rank(
 ) -> int:
     """Return the global rank that holds a parameter's shard (for a tied embedding: the one on the first stage).
 
-    tp_rank: the tensor-parallel shard. replica: the data-parallel rank, or for an expert's parameter the rank among those
-    that hold the same experts. Both default to this rank's own.
+    tp_rank: the tensor-parallel shard. replica: the data-parallel rank, or for an expert's parameter the rank among
+    those that hold the same experts. Both default to this rank's own.
     """
     layer, expert = layer_of(name), expert_of(name)
     if layer is None:

@@ -1,5 +1,5 @@
-"""Layer specs: `local`, mcore's layers with our norm, for CPU and GPU; `te`, Transformer Engine's layers, with norms fused
-into linear layers. Both use our core attention.
+"""Layer specs: `local`, mcore's layers with our norm, for CPU and GPU; `te`, Transformer Engine's layers, with norms
+fused into linear layers. Both use our core attention.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _causal(window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention within a window: [batch, heads, queries, head_dim]. The queries belong to the last keys."""
+    """Return causal attention within a window: [batch, heads, queries, head_dim]. The queries are at the last keys."""
     queries, keys = q.shape[2], k.shape[2]
     if window and keys > window:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device)

@@ -38,8 +38,8 @@ def writing(what: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Raise a CheckpointError with the cause for any error while mcore and torch read a checkpoint at `path`: a malformed
-    file may make them raise anything."""
+    """Raise a CheckpointError with the cause for any error while mcore and torch read a checkpoint at `path`: a
+    malformed file may make them raise anything."""
     try:
         yield
     except MinitronError:
@@ -53,8 +53,8 @@ def reading(path: Path) -> Iterator[None]:
 def cause_of(error: BaseException) -> str:
     """Return the cause of an error in one line, without a full stop.
 
-    If torch reports failures of several ranks, with tracebacks, this is the cause on the first of them. An error without
-    a message gives its type.
+    If torch reports failures of several ranks, with tracebacks, this is the cause on the first of them. An error
+    without a message gives its type.
     """
     for cause, _ in getattr(error, "failures", {}).values():
         return cause_of(cause)

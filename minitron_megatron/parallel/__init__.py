@@ -1,7 +1,7 @@
 """Processes and process groups: the only package that calls torch.distributed and mcore's parallel_state.
 
-Knows: ranks, groups, devices, the placement of layers on pipeline stages, the patches that mcore needs on a CPU, and the
-differences between mcore's versions. Must not know: scores, plans, losses, recipes.
+Knows: ranks, groups, devices, the placement of layers on pipeline stages, the patches that mcore needs on a CPU, and
+the differences between mcore's versions. Must not know: scores, plans, losses, recipes.
 """
 
 from .backend import install_cpu_backend, peak_bytes, peak_flops

@@ -1,7 +1,7 @@
 """Patches with which megatron-core runs on the CPU with gloo, for the versions in `mcore_compat.FITS`.
 
-mcore requests CUDA by device argument, by `.cuda()` and by type name. A TorchFunctionMode handles all three for tensors;
-the other patches are module attributes. Each names the line of mcore that needs it.
+mcore requests CUDA by device argument, by `.cuda()` and by type name. A TorchFunctionMode handles all three for
+tensors; the other patches are module attributes. Each names the line of mcore that needs it.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def local_sequence(full: Tensor, group: Group) -> Tensor:
 
 
 def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> list[Tensor]:
-    """Send `parts[r]` (shapes may differ in dim 0) to rank r; return the received parts, `sizes[r]` rows from rank r."""
+    """Send `parts[r]` (shapes may differ in dim 0) to rank r; return the received parts, `sizes[r]` rows of rank r."""
     if dist.get_world_size(group) == 1:
         return list(parts)
     tail = parts[0].shape[1:]
@@ -113,7 +113,8 @@ def move(
     target: int = 0,
     into: Tensor | None = None,
 ) -> Tensor | None:
-    """Return the tensor of global rank `source` on global rank `target`, None on other ranks. Only these two ranks wait.
+    """Return the tensor of global rank `source` on global rank `target`, None on other ranks. Only these two ranks
+    wait.
 
     into: contiguous tensor that receives it on the target; by default a new one.
     """
@@ -159,8 +160,8 @@ def barrier(group: Group | None = None) -> None:
 def fail_together() -> Iterator[None]:
     """Raise the error of the first rank that fails inside the block on every rank, so that no rank hangs.
 
-    For checks that may fail on some ranks only. Leaving the block is collective over the world, so nothing inside it may
-    be. Only MinitronErrors are shared; any other exception is raised on its own rank, which ends.
+    For checks that may fail on some ranks only. Leaving the block is collective over the world, so nothing inside it
+    may be. Only MinitronErrors are shared; any other exception is raised on its own rank, which ends.
     """
     local: MinitronError | None = None
     try:

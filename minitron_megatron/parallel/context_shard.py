@@ -69,7 +69,8 @@ class ContextShard:
         return self.take(torch.arange(self.sequence)[None])
 
     def whole(self, part: Tensor) -> Tensor:
-        """Gather the parts (dim 0) of all ranks into the whole sequence, on every rank; gradients are summed over ranks.
+        """Gather the parts (dim 0) of all ranks into the whole sequence, on every rank; gradients are summed over
+        ranks.
 
         Collective over the group, in the backward pass too.
         """

@@ -271,7 +271,7 @@ def failed_together() -> tuple[type[BaseException], ...]:
 def failed_alone(error: Exception) -> bool:
     """Return whether this rank's own file system caused the error.
 
-    torch's zip writer turns an OSError into a RuntimeError, which a rank that lost contact to the others raises too: the
-    message tells them apart.
+    torch's zip writer turns an OSError into a RuntimeError, which a rank that lost contact to the others raises too:
+    the message tells them apart.
     """
     return isinstance(error, OSError) or any(word in str(error) for word in ("inline_container", "iostream error"))

@@ -151,7 +151,8 @@ class Topology:
     def sequence_unit(self) -> int:
         """Number that the length of a training sequence must be a multiple of.
 
-        Context-parallel ranks hold two chunks each; with sequence parallelism, tensor-parallel ranks split these evenly.
+        Context-parallel ranks hold two chunks each; with sequence parallelism, tensor-parallel ranks split these
+        evenly.
         """
         tp = self.tp if self.sequence_parallel else 1
         return tp if self.cp == 1 else self.cp * math.lcm(2, tp)
@@ -240,7 +241,8 @@ class Topology:
         """Return the layers of each model chunk in pipeline order: `pp * vp` lists; sizes differ by at most one, larger
         ones first.
 
-        Chunk c lies on pipeline rank `c % pp` as its virtual stage `c // pp`. Raises TopologyError if one would be empty.
+        Chunk c lies on pipeline rank `c % pp` as its virtual stage `c // pp`. Raises TopologyError if one would be
+        empty.
         """
         chunks = self.pp * self.vp
         if layers < chunks:
@@ -266,7 +268,7 @@ def _state() -> Any:
 
 
 def claim_device() -> str:
-    """Select the GPU of this process's LOCAL_RANK, if there are GPUs, and return the torch.distributed backend to use."""
+    """Select the GPU of this process's LOCAL_RANK, if there are any; return the torch.distributed backend to use."""
     if not torch.cuda.is_available():
         return "gloo"
     torch.cuda.set_device(launched("LOCAL_RANK", 0))
@@ -298,7 +300,7 @@ def launched(variable: str, default: int) -> int:
 
 
 def _launched_world() -> int:
-    """Return the number of processes that the launcher started. Raises TopologyError where its variables are invalid."""
+    """Return the number of processes that the launcher started. Raises TopologyError if its variables are invalid."""
     world = launched("WORLD_SIZE", 1)
     if "RANK" not in os.environ:
         if world > 1:
@@ -324,8 +326,8 @@ def _join() -> None:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).strip().partition("\n")[0].rstrip(".")
             raise TopologyError(
-                f"the processes cannot connect at {address} (MASTER_ADDR:MASTER_PORT): {reason}. Start them with another "
-                "MASTER_PORT, or let launch/local.sh choose one."
+                f"the processes cannot connect at {address} (MASTER_ADDR:MASTER_PORT): {reason}. Start them with "
+                "another MASTER_PORT, or let launch/local.sh choose one."
             ) from error
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -35,8 +35,8 @@ class _File(TypedDict):
 class Plan:
     """Pruning plan for a model of `shape`, validated on construction.
 
-    Raises PlanError for an unknown axis, indices out of range, unsorted or repeated, a layer without indices, sizes that
-    differ between layers, and units spread unevenly over their groups (query heads over kv_groups, neurons over
+    Raises PlanError for an unknown axis, indices out of range, unsorted or repeated, a layer without indices, sizes
+    that differ between layers, and units spread unevenly over their groups (query heads over kv_groups, neurons over
     experts).
     """
 
@@ -120,7 +120,7 @@ class Plan:
         return tuple(group * each + unit for group in self.keep[groups][layer] for unit in range(each))
 
     def keep_at(self, layer: int | None) -> Keep:
-        """Return axis -> kept indices, int64 [kept], for the parameters of a source layer (None: outside the layers)."""
+        """Return axis -> kept indices, int64 [kept], for parameters of a source layer (None: outside the layers)."""
         kept = {axis: by_layer.get(layer, by_layer.get(None)) for axis, by_layer in self.keep.items()}
         return {axis: torch.tensor(indices) for axis, indices in kept.items() if indices is not None}
 
@@ -130,7 +130,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Read JSON. Raises CheckpointError where the file does not hold a plan, PlanError where the plan is invalid."""
+        """Read JSON. Raises CheckpointError where the file does not hold a plan, PlanError where it is invalid."""
         try:
             raw = read_as(path, _File)
             shape = read_shape(raw["shape"], f"{path}: shape")
@@ -161,6 +161,4 @@ def _check_indices(axis: str, kept: tuple[int, ...], size: int) -> None:
     if list(kept) != sorted(set(kept)):
         raise PlanError(f"axis {axis}: kept indices must ascend without repeats.")
     if kept[0] < 0 or kept[-1] >= size:
-        raise PlanError(
-            f"axis {axis} keeps indices from {kept[0]} to {kept[-1]}. Valid ones run from 0 to {size - 1}."
-        )
+        raise PlanError(f"axis {axis} keeps indices from {kept[0]} to {kept[-1]}. Valid ones run from 0 to {size - 1}.")

@@ -96,8 +96,8 @@ class Scores:
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Read safetensors. Raises CheckpointError where the file is missing, damaged or no scores file, or where a score
-        is not finite."""
+        """Read safetensors. Raises CheckpointError where the file is missing, damaged or no scores file, or where a
+        score is not finite."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -118,7 +118,7 @@ class Scores:
 
 
 def _check_values(values: Values, shape: Shape) -> None:
-    """Raise FileError for an axis or layer that a model of `shape` does not have, and for scores that are not finite."""
+    """Raise FileError for an axis or layer that a model of `shape` does not have, or scores that are not finite."""
     for axis, by_layer in values.items():
         for layer, units in by_layer.items():
             place = axis if layer is None else f"{axis} in layer {layer}"

@@ -23,8 +23,8 @@ class LivePeak(TorchDispatchMode):
             loss.backward()
         assert meter.extra < 4 * chunk * vocab * 3
 
-    A storage counts once, however many views it has, from the first operation that creates or uses it until it is freed.
-    Not counted: tensors on `meta`, and memory that a kernel allocates and frees internally.
+    A storage counts once, however many views it has, from the first operation that creates or uses it until it is
+    freed. Not counted: tensors on `meta`, and memory that a kernel allocates and frees internally.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """Warm pool of processes with gloo on the CPU or NCCL on GPUs: seconds to start once, then tenths of a second per job.
 
-A job is an importable function, called on every rank as `fn(topology, *args)` in a world of its own. Messages are pickles
-sent over pipes between a process and its own children, never through files.
+A job is an importable function, called on every rank as `fn(topology, *args)` in a world of its own. Messages are
+pickles sent over pipes between a process and its own children, never through files.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Pool:
         return self._workers[:world]
 
     def _collect(self, workers: Sequence[_Worker], seconds: float, what: str) -> list[Any]:
-        """Return one answer from every worker, or raise the first error, after at most `GRACE_SECONDS` for the others."""
+        """Return every worker's answer, or raise the first error, after at most `GRACE_SECONDS` for the others."""
         end = time.monotonic() + seconds
         results: dict[int, Any] = {}
         failure: BaseException | None = None

@@ -1,4 +1,4 @@
-"""A tokenizer whose ids can be written down by hand, and corpora in which every token tells where it came from."""
+"""Tokenizer whose ids can be written by hand, and corpora in which each token identifies its document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = 3000
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`w7` -> 7; `<end>` (0) ends a document; a post-processor adds `<start>` (3000), which corpora must not have."""
+    """Tokenizer: `w7` -> 7; `<end>` (0) ends a document; a post-processor adds `<start>` (3000), never in corpora."""
     entries = {"<end>": 0, **{f"w{i}": i for i in range(1, WORDS)}, "<start>": WORDS}
     made = Tokenizer(models.WordLevel(entries, unk_token="<end>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -44,7 +44,7 @@ def corpora(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a file of lines and returns its path."""
+    """Return a function that writes a file of lines and returns its path."""
 
     def write(name: str, *lines: str) -> Path:
         path = tmp_path / name

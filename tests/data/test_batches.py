@@ -1,4 +1,4 @@
-"""A step reads the same samples at every layout, in an order of the seed's; calibration draws without repeating."""
+"""A step reads the same samples at every layout, shuffled by the seed; calibration draws without repetition."""
 
 from __future__ import annotations
 
@@ -82,16 +82,16 @@ def as_megatron_orders(topology: Topology, corpora: Corpora, folder: str) -> boo
         random_seed=3,
         sequence_length=SEQUENCE,
         blend_per_split=[([f"{prefix}.train" for prefix in corpora], [3.0, 1.0]), None, None],
-        path_to_cache=f"{folder}/theirs",
+        path_to_cache=f"{folder}/expected",
         tokenizer=STAND_IN,
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
     )
-    theirs = BlendedMegatronDatasetBuilder(GPTDataset, [60, 0, 0], lambda: True, config).build()[0]
+    expected = BlendedMegatronDatasetBuilder(GPTDataset, [60, 0, 0], lambda: True, config).build()[0]
     blend = list(zip(corpora, [3.0, 1.0], strict=True))
-    ours = Corpus(blend, sequence=SEQUENCE, samples=60, seed=3, cache=f"{folder}/ours")
-    return rows(ours) == [tuple(theirs[i]["tokens"].tolist()) for i in range(60)]
+    corpus = Corpus(blend, sequence=SEQUENCE, samples=60, seed=3, cache=f"{folder}/corpus")
+    return rows(corpus) == [tuple(expected[i]["tokens"].tolist()) for i in range(60)]
 
 
 def test_a_blend_keeps_its_weights_at_every_point(corpora: Corpora, tmp_path: Path) -> None:
@@ -132,7 +132,9 @@ def test_calibration_draws_different_sequences_and_shares_them_out(corpora: Corp
     words = np.array(rows(corpus)).ravel()
     epoch = np.array(stream(corpora[0]))
     counts, whole = (np.bincount(values, minlength=100) for values in (words, epoch))
-    assert (counts <= whole).all() and len(words) > len(epoch) - SEQUENCE - 1  # each token once, but for the rest
+    assert (counts <= whole).all() and len(words) > len(
+        epoch
+    ) - SEQUENCE - 1  # each token at most once, nearly all of them
     with pytest.raises(DataError, match=f"{held + 1} different sequences of 8 tokens are asked .* holds {held}"):
         calibration([(corpora[0], 1.0)], samples=held + 1, sequence=SEQUENCE, seed=5, cache=tmp_path)
 
@@ -214,7 +216,7 @@ def test_several_ranks_build_one_index_and_read_what_one_reads(
     alone = Corpus([(corpora[0], 3), (corpora[1], 1)], sequence=SEQUENCE, samples=32, seed=1, cache=tmp_path / "alone")
     shares = pool.run(read_share, corpora, str(tmp_path / "cache"), dp=dp, tp=2 // dp)
     if dp == 1:
-        assert shares[0] == shares[1]  # the tensor ranks read the same
+        assert shares[0] == shares[1]  # tensor-parallel ranks read the same samples
         shares = shares[:1]
     assert sorted(tuple(row) for share in shares for row in share) == sorted(rows(alone))
     assert len(os.listdir(tmp_path / "cache")) == 1
@@ -239,16 +241,16 @@ def test_every_held_out_sample_counts_once_at_any_split(
     assert sum(int(batch.mask.sum()) for batch in batches) == samples * SEQUENCE
 
 
-def test_documents_are_apart_where_their_end_is_named(corpora: Corpora, tmp_path: Path) -> None:
-    """Each token has its document's number; the loss does not count where the next document would be foretold."""
+def test_documents_are_separate_with_an_end_token(corpora: Corpora, tmp_path: Path) -> None:
+    """Each token has its document's number; the loss does not count where the next token is of another document."""
     ended = Corpus([(corpora[0], 1.0)], sequence=SEQUENCE, samples=40, seed=3, cache=tmp_path, end=0)
     plain = open_corpus(corpora[0], tmp_path)
     assert rows(ended) == rows(plain)
-    every = [step_batches(corpus, 0, global_batch=40, micro_batch=40, dp_rank=0, dp=1)[0] for corpus in (ended, plain)]
-    apart, together = every
-    assert together.beside is None and together.mask.all()
-    assert apart.mask.equal(apart.tokens != 0) and not apart.mask.all()
-    for tokens, documents in zip(apart.tokens.tolist(), apart.beside.tolist(), strict=True):
+    batches = [step_batches(each, 0, global_batch=40, micro_batch=40, dp_rank=0, dp=1)[0] for each in (ended, plain)]
+    separate, joined = batches
+    assert joined.beside is None and joined.mask.all()
+    assert separate.mask.equal(separate.tokens != 0) and not separate.mask.all()
+    for tokens, documents in zip(separate.tokens.tolist(), separate.beside.tolist(), strict=True):
         numbers, number = [], 0
         for token in tokens:
             numbers.append(number)

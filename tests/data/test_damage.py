@@ -1,4 +1,4 @@
-"""A pair or an index of samples that is torn, foreign or hostile is refused by name before megatron-core reads it."""
+"""A `.bin/.idx` pair or sample index that is damaged, foreign or malicious is refused before megatron-core reads it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADER = struct.Struct("<9sQBQQ")
 
 @pytest.fixture
 def pair(corpora: tuple[str, str], tmp_path: Path) -> Path:
-    """A copy of a prepared pair: the prefix of its files."""
+    """Prefix of a copy of a prepared pair."""
     for file in Path(corpora[0]).parent.glob("low.train.*"):
         shutil.copy(file, tmp_path / file.name)
     return tmp_path / "low"
@@ -39,7 +39,7 @@ def opened(pair: Path, cache: str = "cache") -> Corpus:
 def written(
     pair: Path, lengths: list[int], *, code: int = 8, counts: tuple[int, int] | None = None, **parts: list
 ) -> None:
-    """Writes an .idx for the pair's .bin, of documents of these lengths but for what is given otherwise."""
+    """Write an .idx for the pair's .bin, with documents of these lengths, and with the given fields overridden."""
     sizes = np.array(lengths, np.int64)
     pointers = np.array(parts.get("pointers", (np.cumsum(sizes) - sizes) * 2), np.int64)
     ends = np.array(parts.get("ends", range(len(lengths) + 1)), np.int64)
@@ -51,7 +51,7 @@ def written(
 def test_an_index_of_megatrons_own_and_of_others_is_read(pair: Path) -> None:
     tokens = Path(f"{pair}.train.bin").stat().st_size // 2
     assert find_token_files(pair, "train").tokens == tokens
-    Path(f"{pair}.train.json").unlink()  # a pair of somebody else's has none
+    Path(f"{pair}.train.json").unlink()  # a pair written by another program has none
     written(pair, [tokens - 5, 0, 5], ends=[0, 2, 3])
     assert find_token_files(pair, "train").tokens == tokens
     assert len(opened(pair)) == 20
@@ -72,8 +72,8 @@ def test_an_index_of_megatrons_own_and_of_others_is_read(pair: Path) -> None:
         ([45, 45], {"ends": [0, 2, 1]}, "do not rise"),
         ([45, 45], {"ends": [0, 1, 3]}, "do not rise"),
         ([45, 45], {"ends": [-5, 1, 2]}, "do not rise"),
-        ([90], {"code": 7}, "no integer type"),
-        ([90], {"code": 0}, "no integer type"),
+        ([90], {"code": 7}, "not of an integer type"),
+        ([90], {"code": 0}, "not of an integer type"),
         ([90], {"code": 5}, "do not fit each other|counts"),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_flipped_byte_is_found_and_one_file_of_checksums_is_no_other(pair: Pat
             opened(pair)
         file.write_bytes(whole)
     tokens = Path(f"{pair}.train.bin").stat().st_size // 2
-    written(pair, [tokens])  # sound in itself
+    written(pair, [tokens])  # valid in itself
     with pytest.raises(DataError, match=r"low\.train\.idx has changed since it was written"):
         opened(pair)
     for other in (
@@ -121,7 +121,7 @@ def test_a_corpus_in_the_place_of_another_is_found(tokenizer: Path, lines: Calla
     for held_out in (0, [source]):
         made = prepare([source], tokenizer, tmp_path / "a", validation=held_out)
         check_content(tmp_path / "a", made.content)
-        for sources, valid in (([other], held_out), ([source], [other])):  # sound in itself, in the same place
+        for sources, valid in (([other], held_out), ([source], [other])):  # valid in itself, at the same path
             prepare(sources, tokenizer, tmp_path / "a", validation=valid)
             with pytest.raises(DataError, match=r"a is not the corpus that this run prepared"):
                 check_content(tmp_path / "a", made.content)
@@ -130,7 +130,7 @@ def test_a_corpus_in_the_place_of_another_is_found(tokenizer: Path, lines: Calla
 def test_a_large_corpus_is_read_in_part(
     tokenizer: Path, lines: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first and last blocks, and others at random: damage anywhere is found in the end."""
+    """The first, the last and random other blocks are checked: damage anywhere is found eventually."""
     monkeypatch.setattr("minitron_megatron.data.pair.BLOCK", 100)
     monkeypatch.setattr("minitron_megatron.data.pair.BLOCKS_CHECKED", 8)
     source = lines("a.jsonl", *(json.dumps({"text": f"w{1 + i} " * 50}) for i in range(20)))
@@ -163,7 +163,7 @@ class Bomb:
 
 
 def arrays(ran: Path) -> dict[str, bytes]:
-    """Files in the place of an index, none of which is a plain whole array of integers."""
+    """Return contents for an index file, none of which is a plain, complete array of integers."""
 
     def saved(array: np.ndarray) -> bytes:
         stream = io.BytesIO()
@@ -203,16 +203,16 @@ def arrays(ran: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", arrays(Path()))
 @pytest.mark.parametrize("which", ["document", "shuffle"])
 def test_no_foreign_array_reaches_megatron(kind: str, which: str, pair: Path, tmp_path: Path) -> None:
-    """Not even where the checksums are made to fit."""
+    """Refused even if the checksums are adapted."""
     opened(pair)
     (file,) = (tmp_path / "cache").glob(f"*/*{which}_index.npy")
     before, content = file.read_bytes(), arrays(tmp_path / "ran")[kind]
     file.write_bytes(content)
     sums = file.parent / "checksums.json"
     write_checksums(sums, [each for each in file.parent.iterdir() if each != sums])
-    with pytest.raises(DataError, match=rf"{file.name} is no .*Remove the folder .*cache") as caught:
+    with pytest.raises(DataError, match=rf"{file.name} is not .*Remove the folder .*cache") as caught:
         opened(pair)
-    assert "pickle" not in str(caught.value)  # numpy's advice is to allow them
+    assert "pickle" not in str(caught.value)  # numpy advises to allow pickles
     assert not (tmp_path / "ran").exists() and before != content
 
 
@@ -243,12 +243,12 @@ def refused(topology: Topology, pair: str) -> str:
     return ""
 
 
-def test_every_rank_hears_of_damage(pair: Path, pool: Pool) -> None:
+def test_every_rank_reports_damage(pair: Path, pool: Pool) -> None:
     opened(pair)
     data = Path(f"{pair}.train.bin")
     data.write_bytes(data.read_bytes()[:-1] + b"\xff")
-    told = pool.run(refused, str(pair), dp=2)
-    assert told[0] == told[1] and "low.train.bin has changed" in told[0]
+    errors = pool.run(refused, str(pair), dp=2)
+    assert errors[0] == errors[1] and "low.train.bin has changed" in errors[0]
 
 
 def test_a_pair_that_cannot_be_written_is_named(

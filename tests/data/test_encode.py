@@ -1,4 +1,4 @@
-"""The processes that tokenize."""
+"""Tokenizer worker processes."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ def test_they_end_with_a_process_that_is_killed(tokenizer: Path, tmp_path: Path)
         assert parent.stdout is not None
         assert "array([1, 2, 0]" in parent.stdout.readline()
         parent.kill()
-        parent.communicate(timeout=HANGS)  # returns when nobody holds its output any more
+        parent.communicate(timeout=HANGS)  # returns once no process holds its output open

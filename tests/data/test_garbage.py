@@ -1,4 +1,4 @@
-"""Structured garbage at every reader: a result, or an error that the user can mend, and never anything else."""
+"""Fuzzing of every reader: it gives a result or a MinitronError, and nothing else."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def only_ours() -> Iterator[None]:
 
 
 def spoilt(whole: bytes) -> st.SearchStrategy[bytes]:
-    """`whole` with a few bytes written over, or cut off, or followed by others."""
+    """Return a strategy for `whole` with a few bytes overwritten, cut off, or appended."""
 
     def spoil(at: int, new: bytes, end: int) -> bytes:
         return (whole[:at] + new + whole[at + len(new) :])[:end]
@@ -82,7 +82,7 @@ def test_text(content: bytes, name: str, key: str) -> None:
     with tempfile.TemporaryDirectory() as folder, only_ours():
         (Path(folder) / name).write_bytes(content)
         for document in documents(Path(folder) / name, key, "<|endoftext|>"):
-            document.text.encode()  # nothing that no tokenizer can take
+            document.text.encode()  # must be valid UTF-8 for tokenizers
 
 
 @bounded

@@ -1,4 +1,4 @@
-"""Text becomes the tokens that one would write by hand, whatever the number of processes, or a clear error."""
+"""Text becomes the expected tokens, for any number of processes, or gives a clear error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Lines = Callable[..., Path]
 
 
 def stored(prefix: object) -> list[list[int]]:
-    """The documents of a pair, by megatron's own reader."""
+    """Return the documents of a pair, read by megatron's own reader."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     pair = IndexedDataset(str(prefix))
@@ -44,13 +44,13 @@ def test_documents_end_with_the_end_token_and_get_no_other(tokenizer: Path, line
     [
         ("w1 w2\n<|endoftext|>\nw3<|endoftext|>", [[1, 2, 0], [3, 0]]),
         ("w1 w2\n\nw3", [[1, 2, 3, 0]]),
-        ("w4 <|end", [[4, 0, 0]]),  # no separator, but a word that the tokenizer does not know
+        ("w4 <|end", [[4, 0, 0]]),  # not a separator, but an unknown word
     ],
 )
 def test_text_files_are_parted_at_the_separator(
     text: str, expected: list[list[int]], tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron_megatron.data.readers.CHUNK_CHARS", 5)  # separators straddle the chunks
+    monkeypatch.setattr("minitron_megatron.data.readers.CHUNK_CHARS", 5)  # separators straddle chunk boundaries
     (tmp_path / "a.txt").write_text(text)
     assert stored(prepare([tmp_path / "a.txt"], tokenizer, tmp_path / "a", validation=0).train.prefix) == expected
 
@@ -210,13 +210,13 @@ def test_a_share_that_leaves_a_split_empty_is_refused(tokenizer: Path, lines: Li
     source = lines("a.jsonl", '{"text": "w1"}', '{"text": "w2"}')
     with pytest.raises(DataError, match="validation=1e-09 leaves no document for the valid split of 2"):
         prepare([source], tokenizer, tmp_path / "a", validation=1e-9)
-    with pytest.raises(DataError, match=r"validation=1\.5 is no share"):
+    with pytest.raises(DataError, match=r"validation=1\.5 is not a fraction"):
         prepare([source], tokenizer, tmp_path / "a", validation=1.5)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_sound_text_gives_the_bytes_that_it_always_gave(tokenizer: Path, tmp_path: Path) -> None:
-    """Line ends of every kind, blank documents, nested folders, hidden files, NaN beside the text, marks at lines."""
+    """All kinds of line ends, blank documents, nested folders, hidden files, NaN values, byte order marks in lines."""
     folder = tmp_path / "in"
     (folder / "b" / "c.jsonl").mkdir(parents=True)
     long = (json.dumps({"text": f"w{i} " * (i % 7), "n": 1.5, "o": {"text": 1}}) + "\r\n" for i in range(1, 200))

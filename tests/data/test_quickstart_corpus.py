@@ -1,4 +1,4 @@
-"""The quickstart's corpora and tokenizer: nothing held out is trained on, no code is lost, the same run after run."""
+"""Corpora and tokenizer of the quickstart: held-out text is not trained on, no code is lost, files are reproducible."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def g(): "inline"
 
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
-    """A library of five modules, of which two are held out and one is skipped."""
+    """Library of five modules; two are held out and one is skipped."""
     for name in ("a", "json/decoder", "argparse", "jsonish", "a_package/test/b", "config-x/c"):
         path = tmp_path / "lib" / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +132,8 @@ def test_the_shipped_tokenizer_loads_in_transformers() -> None:
 
     teacher = FOLDER / "teacher"
     check_tokenizer(teacher, 1536)
-    ours, theirs = load_tokenizer(teacher), AutoTokenizer.from_pretrained(teacher)
+    loaded, reference = load_tokenizer(teacher), AutoTokenizer.from_pretrained(teacher)
     text = "class Naïve:\n    def __init__(self):\n        self.x = 1<|endoftext|>\n"
-    assert ours.encode(text, add_special_tokens=False).ids == theirs(text)["input_ids"]
-    assert theirs.decode(theirs(text)["input_ids"]) == text
-    assert theirs.eos_token_id == end_of_document(teacher, ours) == 0
+    assert loaded.encode(text, add_special_tokens=False).ids == reference(text)["input_ids"]
+    assert reference.decode(reference(text)["input_ids"]) == text
+    assert reference.eos_token_id == end_of_document(teacher, loaded) == 0

@@ -1,4 +1,4 @@
-"""No file of a source is left out without a word, and bytes mean one thing or are refused with their file and line."""
+"""No file of a source is skipped silently, and ambiguous bytes are refused with their file and line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEPARATOR = "<|endoftext|>"
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Callable[..., Path]:
-    """Writes files below a folder `in`, a text each, and returns it."""
+    """Return a function that writes files below a folder `in`, with a text each, and returns the folder."""
 
     def write(*names: str, content: str = '{"text": "w1"}\n') -> Path:
         for name in names:
@@ -46,11 +46,11 @@ def test_links_are_followed_and_no_folder_is_read_twice(tree: Callable[..., Path
     (tmp_path / "store" / "more" / "3.jsonl").write_text('{"text": "w3"}')
     (tmp_path / "4.jsonl").write_text('{"text": "w4"}')
     for link, target in {
-        "b": "../store",  # a folder elsewhere
-        "b2": "../store/more",  # and a part of it again
+        "b": "../store",  # a folder outside
+        "b2": "../store/more",  # a subfolder of the same
         "a/up": "..",  # a cycle
         "c/itself": ".",
-        "0": "c",  # a sibling, whose own name counts
+        "0": "c",  # a sibling, listed under its real name
         "d.jsonl": "../4.jsonl",
     }.items():
         (folder / link).symlink_to(target)
@@ -59,7 +59,7 @@ def test_links_are_followed_and_no_folder_is_read_twice(tree: Callable[..., Path
     before = file_marks([folder])
     assert [Path(name).name for name, *_ in before] == ["1.jsonl", "3.jsonl", "2.txt", "d.jsonl"]
     (tmp_path / "store" / "more" / "3.jsonl").write_text('{"text": "w5 w6"}')
-    assert file_marks([folder]) != before  # so that a run sees that its text has changed
+    assert file_marks([folder]) != before  # so that a run notices changed text
 
 
 def test_suffixes_are_read_in_any_case_and_folders_may_have_one(tree: Callable[..., Path]) -> None:
@@ -94,14 +94,14 @@ def test_a_folder_is_never_read_in_part(name: str, advice: str, tree: Callable[.
         text_files([folder])
 
 
-def test_what_is_no_regular_file_is_refused(tree: Callable[..., Path]) -> None:
+def test_anything_but_a_regular_file_is_refused(tree: Callable[..., Path]) -> None:
     folder = tree("1.jsonl")
     (folder / "2.jsonl").symlink_to("nowhere.jsonl")
-    with pytest.raises(DataError, match=r"left out: 2\.jsonl \(a link to nothing\)"):
+    with pytest.raises(DataError, match=r"left out: 2\.jsonl \(a broken link\)"):
         text_files([folder])
     (folder / "2.jsonl").unlink()
     os.mkfifo(folder / "3.jsonl")
-    with pytest.raises(DataError, match=r"left out: 3\.jsonl \(no regular file\)"):
+    with pytest.raises(DataError, match=r"left out: 3\.jsonl \(not a regular file\)"):
         text_files([folder])
     with pytest.raises(DataError, match="neither a regular file nor a folder"):
         text_files([folder / "3.jsonl"])
@@ -134,7 +134,7 @@ def test_files_that_hold_no_data_are_named_in_one_line(
     ("content", "expected"),
     [
         (b'\xef\xbb\xbf{"text": "a"}\n', ["a"]),
-        (b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n\xef\xbb\xbf', ["a", "b"]),  # files that were put together
+        (b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n\xef\xbb\xbf', ["a", "b"]),  # concatenated files
         (b'{"text": "a\\ufeff"}\r\n\r\n{"text": "b\\r\\n"}\r\n', ["a\ufeff", "b\r\n"]),
         (b'{"text": "a", "n": ' + b"9" * 5000 + b', "x": [NaN, -Infinity, 1e999]}', ["a"]),
         (b'{"text": "a\\u0000b", "meta": {"text": null}}', ["a\0b"]),
@@ -172,7 +172,7 @@ def test_half_surrogates_are_counted_at_any_number_of_workers(tokenizer: Path, t
     lines = [f'{{"text": "w{i}"}}' for i in range(1, 60)] + [r'{"text": "w1 \ud83d \ude00"}', r'{"text": "\udfff"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     for workers in (1, 2):
-        with pytest.warns(UserWarning, match=r"3 halves of surrogate pairs became U\+FFFD, the first in .*a\.jsonl:60"):
+        with pytest.warns(UserWarning, match=r"3 unpaired surrogates became U\+FFFD, the first in .*a\.jsonl:60"):
             prepare([tmp_path / "a.jsonl"], tokenizer, tmp_path / f"{workers}", validation=0, workers=workers)
     assert (tmp_path / "1.train.bin").read_bytes() == (tmp_path / "2.train.bin").read_bytes()
 

@@ -1,4 +1,4 @@
-"""A tokenizer that is missing, names no end of a document, or does not fit the model is refused in words."""
+"""A tokenizer that is missing, has no end-of-document token, or does not fit the model gives a clear error."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_tokenizer_larger_than_the_model_is_said_and_its_end_must_be_known(tok
         larger.add_special_tokens(["[PAD]"])
         larger.add_tokens(["<think>"])
         larger.save(str(copy / "tokenizer.json"))
-        check_tokenizer(copy, 3001)  # added tokens are no sign of another model's
+        check_tokenizer(copy, 3001)  # no warning: surplus added tokens do not suggest another model
     with pytest.warns(UserWarning, match="has 3001 entries, and the model has 3000"):
         check_tokenizer(tokenizer, 3000)
     write(copy, tokenizer_config={"eos_token": "[PAD]"})
@@ -96,8 +96,8 @@ def test_the_end_of_a_document_is_found(files: dict[str, object], expected: int,
         ({"tokenizer_config": {"eos_token": 2}}, "tokenizer_config.json has a wrong eos_token: it is '2'"),
         ({"tokenizer_config": {"eos_token": ["w1"]}}, "tokenizer_config.json has a wrong eos_token"),
         ({"tokenizer_config": {"eos_token": "\ud83d"}}, "tokenizer_config.json has a wrong eos_token"),
-        ({"tokenizer_config": []}, "tokenizer_config.json holds no JSON object"),
-        ({"tokenizer_config": None}, "tokenizer_config.json holds no JSON object"),
+        ({"tokenizer_config": []}, "tokenizer_config.json does not hold a JSON object"),
+        ({"tokenizer_config": None}, "tokenizer_config.json does not hold a JSON object"),
         (
             {"tokenizer_config": {}, "generation_config": {"eos_token_id": True}},
             "generation_config.json has a wrong eos",
@@ -110,7 +110,7 @@ def test_the_end_of_a_document_is_found(files: dict[str, object], expected: int,
             {"tokenizer_config": {}, "config": {"eos_token_id": 1.5}},
             "config.json has a wrong eos_token_id: it is '1.5'",
         ),
-        ({"tokenizer_config": {}, "config": "x"}, "config.json holds no JSON object"),
+        ({"tokenizer_config": {}, "config": "x"}, "config.json does not hold a JSON object"),
     ],
 )
 def test_no_end_of_a_document_is_refused(files: dict[str, object], message: str, copy: Path) -> None:
@@ -142,19 +142,19 @@ def test_a_tokenizer_that_is_torn_huge_empty_or_no_file_is_refused(copy: Path, m
         load_tokenizer(copy)
     file.write_bytes(whole)
     monkeypatch.setattr("minitron_megatron.data.tokenizer.MOST_BYTES", 1000)
-    with pytest.raises(DataError, match=r"tokenizer.json has [\d,]+ bytes, and no tokenizer has"):
+    with pytest.raises(DataError, match=r"tokenizer.json has [\d,]+ bytes, too many for a tokenizer"):
         load_tokenizer(copy)
     Tokenizer(models.BPE()).save(str(file))
     with pytest.raises(DataError, match="has no entries"):
         load_tokenizer(copy)
     file.unlink()
     file.mkdir()
-    with pytest.raises(DataError, match=r"tokenizer.json is no file"):
+    with pytest.raises(DataError, match=r"tokenizer.json is not a file"):
         load_tokenizer(copy)
 
 
 def test_a_text_that_the_tokenizer_cannot_take_is_named(copy: Path, tmp_path: Path) -> None:
-    made = Tokenizer(models.WordLevel({"<end>": 0, "w1": 1}, unk_token="[UNK]"))  # an entry that it does not have
+    made = Tokenizer(models.WordLevel({"<end>": 0, "w1": 1}, unk_token="[UNK]"))  # not in the vocabulary
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.save(str(copy / "tokenizer.json"))
     (tmp_path / "a.jsonl").write_text('{"text": "w1"}\n\n{"text": "w1 w2"}\n')
@@ -177,7 +177,7 @@ class Theirs(PreTrainedTokenizerFast):
 def test_no_code_of_the_folder_runs(
     auto_map: object, model_type: str, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tokenizer.json is read by the plain class, and what has none is refused; no question is asked."""
+    """A tokenizer.json is read by the plain class, a folder without one is refused; the user is not asked anything."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     (copy / "theirs.py").write_text(SPY.format(ran=str(tmp_path / "ran")))
     maps = {"AutoTokenizer": auto_map, "AutoConfig": "theirs.Theirs"}
@@ -202,7 +202,7 @@ def test_a_name_is_no_download(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder with a `tokenizer.model` of 300 pieces alone."""
+    """Model folder with only a `tokenizer.model` of 300 pieces."""
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("pieces")
@@ -220,19 +220,19 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     write(folder, config={"model_type": "llama", "eos_token_id": 2})
-    told = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    write(folder, tokenizer_config=told | {"legacy": False})
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write(folder, tokenizer_config=settings | {"legacy": False})
     return folder
 
 
 def test_a_sentencepiece_model_alone_gives_its_own_tokens(pieces: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
-    theirs, ours = SentencePieceProcessor(model_file=str(pieces / "tokenizer.model")), load_tokenizer(pieces)
+    reference, loaded = SentencePieceProcessor(model_file=str(pieces / "tokenizer.model")), load_tokenizer(pieces)
     for text in ("the cat sat", "a mat, \u00e9 \U0001f600 rain"):
-        assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text)
+        assert loaded.encode(text, add_special_tokens=False).ids == reference.encode(text)
     check_tokenizer(pieces, 300)
-    assert end_of_document(pieces, ours) == 2
+    assert end_of_document(pieces, loaded) == 2
 
 
 @pytest.mark.parametrize("lacks", ["sentencepiece", "google.protobuf"])
@@ -251,7 +251,7 @@ def test_a_torn_sentencepiece_model_is_named(damage: str, pieces: Path, tmp_path
     whole = (folder / "tokenizer.model").read_bytes()
     content = {"torn": whole[: len(whole) // 2], "empty": b"", "foreign": b"\x80\x04garbage"}[damage]
     (folder / "tokenizer.model").write_bytes(content)
-    with pytest.raises(DataError, match=r"tokenizer.model is torn, or no sentencepiece model"):
+    with pytest.raises(DataError, match=r"tokenizer.model is damaged or not a sentencepiece model"):
         load_tokenizer(folder)
 
 

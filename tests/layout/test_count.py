@@ -1,4 +1,4 @@
-"""The counter against the published sizes of real models, and against sums done by hand."""
+"""Parameter, byte and FLOP counts against published sizes of real models, and against sums done by hand."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ QKV, PROJ, FC1, FC2, EMBEDDING = 6 * 24, 12 * 6, 6 * 10, 5 * 6, 7 * 6
 
 
 def test_kv_cache_by_hand() -> None:
-    # a key and a value of 2 groups x 3 channels in each of 2 layers, for 5 sequences of 11 tokens
+    # keys and values of 2 groups x 3 channels in each of 2 layers, for 5 sequences of 11 tokens
     assert kv_cache_bytes(TINY, batch=5, context=11) == (2 + 2) * 3 * 2 * 5 * 11 * 2
     assert kv_cache_bytes(TINY, batch=5, context=11, bytes_per_number=1) == 1320
 
 
 def test_flops_by_hand() -> None:
-    # 4 heads x 3 channels meet 10 tokens twice (q.k and p.v), two FLOPs each, and causality leaves half
+    # 4 heads x 3 channels x 10 tokens, twice (q.k and p.v), two FLOPs each, halved by causality
     attention = 2 * (4 * 3 * 10 * 2 * 2) // 2
     matrices = 2 * (QKV + PROJ + FC1 + FC2) + EMBEDDING
     assert flops_per_token(TINY, sequence=10) == 2 * matrices + attention
@@ -97,7 +97,7 @@ def test_sizes_by_hand() -> None:
 
 
 def test_flops_of_a_step_are_those_that_torch_counts() -> None:
-    """torch's counter sees every product of the two passes, and attention over all positions, not half of them."""
+    """torch counts all matrix products of both passes, and attention over all positions, without the causal half."""
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""docs/layout.md is the table."""
+"""docs/layout.md is generated from the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The grammar of dims, and what follows from it for shards and roles, against loops written out by hand."""
+"""Grammar of dims, and shards and roles derived from it, against loops written out by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FC1 = lookup("decoder.layers.0.mlp.linear_fc1.weight")
 
 
 def qkv_rows() -> list[dict[str, int]]:
-    """Every row of a fused QKV, in memory's order."""
+    """Return every row of a fused QKV, in memory order."""
     rows = []
     for group in range(4):
         for head in ("q0", "q1", "k", "v"):

@@ -1,4 +1,4 @@
-"""A shape or a model's constants that make no model cannot be made."""
+"""A shape with invalid sizes is refused."""
 
 from __future__ import annotations
 

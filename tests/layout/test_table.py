@@ -1,4 +1,4 @@
-"""The table against loops written out by hand, and against the parameters of models that megatron-core built."""
+"""Layout table against loops written out by hand, and against the parameters of models built by megatron-core."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZES = SHAPE.sizes()
 LAYER = "decoder.layers.0."
 
 
-# ---- axes and keeping, by hand
+# ---- axes and kept rows, by hand
 
 
 def test_heads_number_the_query_heads_of_all_groups() -> None:
@@ -103,7 +103,7 @@ def test_the_table_prints_a_line_for_every_row() -> None:
     assert "| `decoder.final_layernorm.weight` | `hidden` | - |" in lines
 
 
-# ---- megatron-core's own word
+# ---- megatron-core's own models
 
 
 CONFIGS = {
@@ -114,32 +114,32 @@ CONFIGS = {
 }
 
 
-def mcore_says(topology: Topology, config: ModelConfig) -> dict[str, Any]:
-    """name -> (local shape, partition_dim, partition_stride), as megatron-core marks its parameters."""
+def mcore_places(topology: Topology, config: ModelConfig) -> dict[str, Any]:
+    """Return name -> (local shape, partition_dim, partition_stride), as megatron-core sets them on its parameters."""
     [model] = build(config, topology)
-    said = {}
+    places = {}
     for shard in named_shards(model):
         tensor: Any = shard.tensor
         split = getattr(tensor, "tensor_model_parallel", False)
-        said[shard.name] = (tuple(tensor.shape), *((tensor.partition_dim, tensor.partition_stride) if split else ()))
-    return said
+        places[shard.name] = (tuple(tensor.shape), *((tensor.partition_dim, tensor.partition_stride) if split else ()))
+    return places
 
 
-def table_says(shape: Shape, rank: int, world: int) -> dict[str, Any]:
-    sizes, said = shape.sizes(), {}
+def table_places(shape: Shape, rank: int, world: int) -> dict[str, Any]:
+    sizes, places = shape.sizes(), {}
     for name in shape.names():
         param = lookup(name)
         local = tuple(len(param.shard_rows(dim, sizes, rank, world)) for dim in range(len(param.dims)))
-        said[name] = (local, *((param.tp_dim, param.stride(sizes)) if param.tp else ()))
-    return said
+        places[name] = (local, *((param.tp_dim, param.stride(sizes)) if param.tp else ()))
+    return places
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_the_table_agrees_with_megatron(pool: Pool, tp: int, kind: str) -> None:
     config = CONFIGS[kind]
-    for rank, said in enumerate(pool.run(mcore_says, config, tp=tp)):
-        assert said == table_says(config.shape, rank, tp)
+    for rank, places in enumerate(pool.run(mcore_places, config, tp=tp)):
+        assert places == table_places(config.shape, rank, tp)
 
 
 MIXTURE = SHAPE.resized(ffn=0, experts=8, experts_per_token=2, expert_ffn=10, shared_ffn=12, shared_gate=True)
@@ -147,16 +147,16 @@ MIXTURE = SHAPE.resized(ffn=0, experts=8, experts_per_token=2, expert_ffn=10, sh
 
 @pytest.mark.parametrize("ep, tp", [(1, 1), (2, 1), (2, 2), (4, 2), (1, 2)])
 def test_the_table_agrees_with_megatron_on_experts(pool: Pool, ep: int, tp: int) -> None:
-    ranks = pool.run(mcore_says, ModelConfig(MIXTURE), tp=tp, ep=ep, dp=max(ep // tp, 1), sequence_parallel=tp > 1)
-    for rank, said in enumerate(ranks):
+    ranks = pool.run(mcore_places, ModelConfig(MIXTURE), tp=tp, ep=ep, dp=max(ep // tp, 1), sequence_parallel=tp > 1)
+    for rank, places in enumerate(ranks):
         want = {
             name: place
-            for name, place in table_says(MIXTURE, rank % tp, tp).items()
+            for name, place in table_places(MIXTURE, rank % tp, tp).items()
             if (expert := expert_of(name)) is None or expert // (8 // ep) == rank % ep
         }
-        assert said.keys() == want.keys()
-        for name, place in want.items():  # mcore marks experts as split even where it splits them over one rank
-            assert said[name][: 1 if expert_of(name) is not None else None] == place, name
+        assert places.keys() == want.keys()
+        for name, place in want.items():  # mcore marks experts as split even over one rank
+            assert places[name][: 1 if expert_of(name) is not None else None] == place, name
 
 
 def test_kept_neurons_of_an_expert_are_its_own() -> None:
@@ -171,7 +171,7 @@ def test_kept_neurons_of_an_expert_are_its_own() -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_counted_parameters_are_those_of_a_built_model(pool: Pool, kind: str) -> None:
     shape = CONFIGS[kind].shape
-    [said] = pool.run(mcore_says, CONFIGS[kind])
+    [said] = pool.run(mcore_places, CONFIGS[kind])
     numel = {name: prod(local) for name, (local, *_) in said.items()}
     assert sorted(numel) == sorted(shape.names())
     assert shape.padded_vocab == 256

@@ -1,5 +1,5 @@
-"""Small hidden states and output weights, the losses over them in float64 with every logit at once, and the check that
-the fused ones are equal to these, in value and gradients, wherever the vocabulary and the sequence are cut."""
+"""Small hidden states and output weights, reference losses in float64 with all logits at once, and the check that the
+fused losses equal them, in value and gradients, at every split of the vocabulary and the sequence."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ each_layout = pytest.mark.parametrize(
 @dataclass(frozen=True)
 class Case:
     loss: KDLoss | None = None
-    """None: cross-entropy alone."""
+    """Distillation loss; None: cross-entropy only."""
     vocab: int = 50
-    """Of ROWS rows; the rest are padding, filled with numbers that would be noticed."""
+    """Vocabulary entries among ROWS rows; the rest are padding, filled with numbers that would change the result."""
     teacher_rows: int = ROWS
     counted: float = 0.7
-    """The share of the tokens whose mask is true."""
+    """Fraction of the tokens whose mask is true."""
     chunk: int | None = 5
     upstream: float = 1.0
-    """The gradient of the loss."""
+    """Gradient of the loss."""
     spread: float = 1.0
-    """Of the hidden states."""
+    """Scale of the hidden states."""
     dtype: torch.dtype = torch.float32
 
 
@@ -81,7 +81,7 @@ def make_data(case: Case) -> Data:
 
 
 def naive(loss: KDLoss, student: Tensor, teacher: Tensor) -> Tensor:
-    """A divergence of logits [n, V], summed over the tokens, as torch has it."""
+    """Return a divergence of logits [n, V], summed over the tokens, with torch's own functions."""
     x, y = student / loss.temperature, teacher / loss.temperature
     if loss.top_k:
         likeliest = y.topk(loss.top_k).indices
@@ -103,10 +103,10 @@ def naive(loss: KDLoss, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def truth(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradient of the hidden states, gradient of the output weight), with every logit at once."""
+    """Return (loss, gradient of the hidden states, gradient of the output weight), with all logits at once."""
     data = make_data(case).to(dtype)
     hidden, weight = data.hidden.requires_grad_(), data.weight.requires_grad_()
-    counted = data.mask.t()  # as the hidden states lie: [s, b]
+    counted = data.mask.t()  # in the layout of the hidden states: [s, b]
     logits = hidden[counted] @ weight[: case.vocab].t()
     cross_entropy = F.cross_entropy(logits, data.labels.t()[counted], reduction="sum")
     if case.loss is None:
@@ -124,7 +124,7 @@ def cut(tensor: Tensor, rank: int, world: int) -> Tensor:
 
 
 def fused(topology: Topology, case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """This rank's (loss, its parts of both gradients, loss without gradients)."""
+    """Return this rank's (loss, its parts of both gradients, loss under no_grad)."""
     data, rank, tp = make_data(case), topology.tp_rank, topology.tp
     over_sequence = tp if topology.sequence_parallel else 1
     place = rank if topology.sequence_parallel else 0
@@ -157,7 +157,7 @@ def fused_each(topology: Topology, cases: Sequence[Case]) -> list[tuple[Tensor, 
 
 
 def assert_close(got: Tensor, want: Tensor, relative: float, name: str, slack: float = 0.0) -> None:
-    """Every element within `relative` of the largest, and `slack`."""
+    """Check that every element is within `relative` times the largest one, plus `slack`."""
     assert torch.isfinite(got).all(), name
     assert (got.double() - want).abs().max() <= relative * want.abs().max() + slack, name
 
@@ -165,7 +165,7 @@ def assert_close(got: Tensor, want: Tensor, relative: float, name: str, slack: f
 def assert_fused_equals_truth(
     pool: Pool, layout: dict[str, Any], relative: float, *cases: Case, rounding: float = 0.0
 ) -> None:
-    """Also allowed: `rounding` times what the unfused loss itself is off by in fp32."""
+    """Check the fused loss against the truth, allowing also `rounding` times the fp32 error of the unfused loss."""
     for case, results in zip(cases, zip(*pool.run(fused_each, cases, **layout), strict=True), strict=True):
         wanted = truth(case)
         plain = truth(case, torch.float32) if rounding else wanted

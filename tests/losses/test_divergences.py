@@ -1,4 +1,4 @@
-"""Every divergence against torch's own in float64: with temperature, teacher top-k, cross-entropy, unlike padding."""
+"""Every divergence against torch's in float64: with temperature, teacher top-k, cross-entropy, different padding."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_beta_is_the_teachers_share_of_the_mixture(pool: Pool, layout: dict[str,
 @each_layout
 @each_divergence
 def test_padding_masks_and_chunks_change_nothing(pool: Pool, divergence: str, layout: dict[str, Any]) -> None:
-    """A vocabulary of 30 leaves the second rank nothing but padding."""
+    """Includes a vocabulary of 30, with which the second rank has only padding."""
     changes: list[dict[str, Any]] = [{"vocab": 30}, {"counted": 1.0, "chunk": 1}, {"chunk": None}, {"counted": 0.03}]
     losses = (KDLoss(divergence, ce_weight=0.5), KDLoss(divergence, top_k=20))
     cases = [Case(loss, **change) for loss in losses for change in changes]
@@ -57,7 +57,7 @@ def test_padding_masks_and_chunks_change_nothing(pool: Pool, divergence: str, la
 
 @each_layout
 def test_teacher_and_student_may_be_padded_unlike(pool: Pool, layout: dict[str, Any]) -> None:
-    """At TP2 the two vocabularies are then cut at different entries."""
+    """At TP2, the two vocabularies are then split at different entries."""
     losses = (KDLoss(ce_weight=0.5), KDLoss("mse"), KDLoss(top_k=9))
     cases = [Case(loss, teacher_rows=rows) for loss in losses for rows in (52, 80, 128)]
     assert_fused_equals_truth(pool, layout, tolerance()["rtol"], *cases)
@@ -65,14 +65,14 @@ def test_teacher_and_student_may_be_padded_unlike(pool: Pool, layout: dict[str, 
 
 @each_layout
 def test_bf16_is_as_near_as_bf16_can_be(pool: Pool, layout: dict[str, Any]) -> None:
-    """Without top-k: rounded logits choose other entries."""
+    """Without top-k, since rounded logits select other entries."""
     cases = [Case(KDLoss(name, ce_weight=0.5), dtype=torch.bfloat16) for name in DIVERGENCES]
     assert_fused_equals_truth(pool, layout, tolerance(torch.bfloat16)["rtol"], *cases)
 
 
 @each_layout
 def test_logits_in_the_hundreds_overflow_nowhere(pool: Pool, layout: dict[str, Any]) -> None:
-    """Where the student is certain, gradients with p in front are differences of nearly equal numbers in any fp32."""
+    """A certain student makes gradients with factor p differences of nearly equal numbers, inaccurate in any fp32."""
     cases = [Case(KDLoss(name, top_k=top_k), spread=100.0) for name in DIVERGENCES for top_k in (None, 7)]
     assert_fused_equals_truth(pool, layout, 1e-4, *cases, rounding=10)
 
@@ -88,7 +88,7 @@ def test_equal_logits_have_no_gradient_at_all(divergence: str, spread: float) ->
 
 @pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "mse"])
 def test_over_one_entry_there_is_no_gradient_at_all(divergence: str) -> None:
-    """A softmax over one entry is 1, and the direction of one number is its sign."""
+    """Softmax over one entry is 1, and the direction of a single number is its sign."""
     student, teacher = torch.randn(2, 256, 1, generator=torch.Generator().manual_seed(4))
     _, gradient = divergence_named(divergence)(student, teacher, Shortlist(1))
     assert not gradient.any()
@@ -103,7 +103,7 @@ def test_the_chunk_changes_the_result_by_roundings_alone(pool: Pool, divergence:
 
 
 def tied(topology: Topology, divergence: str) -> tuple[Tensor, Tensor]:
-    """The gradient of a weight that is looked up and multiplied by, and of that plus the loss's own."""
+    """Return the gradient of a weight that is also used as the embedding, and that gradient plus the loss's own."""
     data = make_data(Case())
     rows = torch.randint(0, 50, (12, 3), generator=torch.Generator().manual_seed(0))
     weight = (data.weight / 3).requires_grad_()
@@ -133,7 +133,7 @@ def test_a_tied_weight_gets_both_gradients(pool: Pool, divergence: str) -> None:
     assert_close(found, expected, 1e-5, divergence)
 
 
-# ---- the teacher's likeliest entries
+# ---- top-k of the teacher
 
 
 def ties(topology: Topology, size: int) -> Tensor:
@@ -153,7 +153,7 @@ def test_of_equal_logits_the_lower_entry_comes_first_at_every_tp(pool: Pool, tp:
             assert found.tolist() == [row[:size] for row in expected]
 
 
-# ---- what is refused
+# ---- invalid settings
 
 
 @pytest.mark.parametrize(
@@ -200,12 +200,12 @@ def test_a_vocabulary_that_is_not_shared_is_refused(pool: Pool) -> None:
         pool.run(fused, Case(KDLoss(top_k=51)), tp=2)
 
 
-# ---- somebody else's divergence
+# ---- a user's own divergence
 
 
 @dataclass(frozen=True)
 class Absolute:
-    """The summed absolute difference of the logits."""
+    """Summed absolute difference of the logits."""
 
     scale: float = 1.0
     live: ClassVar[int] = 2
@@ -235,7 +235,7 @@ def test_a_divergence_of_somebody_elses_is_found_by_its_line(pool: Pool) -> None
         assert_close(d_hidden, hidden.grad, 1e-5, "gradient")
 
 
-# ---- the chunk
+# ---- chunk size
 
 
 @pytest.mark.parametrize("live", [2, 5])

@@ -1,4 +1,4 @@
-"""The fused losses against logits in float64: value and gradients, wherever the vocabulary and the sequence are cut."""
+"""Fused losses against float64 logits: value and gradients, at every split of the vocabulary and the sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the losses hold beyond their inputs and the gradients that they return: a share of one tensor of logits."""
+"""Memory of the losses beyond their inputs and returned gradients: a fraction of one tensor of logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.losses.cases import each_layout
 
 TOKENS, VOCAB, WIDTH = 1024, 8192, 64
 BOUND = 1 / 4
-"""Of one local fp32 tensor of logits."""
+"""Limit as a fraction of one local fp32 tensor of logits."""
 
 LOSSES: dict[str, KDLoss | None] = {
     "lm": None,
@@ -25,7 +25,7 @@ LOSSES: dict[str, KDLoss | None] = {
 
 
 def extra_peak(topology: Topology, loss: str, chunk: int | None = None, dtype: torch.dtype = torch.float32) -> float:
-    """Bytes by which the live tensors rose in a loss and its backward beyond the gradients, in local fp32 logits."""
+    """Return the peak of live bytes in a loss and its backward, without gradients, in units of local fp32 logits."""
     held, sequence = VOCAB // topology.tp, TOKENS // (topology.tp if topology.sequence_parallel else 1)
     hidden, teacher_hidden = (torch.randn(sequence, 1, WIDTH, dtype=dtype) for _ in range(2))
     weight, teacher_weight = (torch.randn(held, WIDTH, dtype=dtype) for _ in range(2))
@@ -60,7 +60,7 @@ def test_the_meter_sees_logits_where_they_exist(pool: Pool) -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_chunk_sets_the_peak(pool: Pool, loss: str) -> None:
-    """By the tensors that the loss says it holds at once, and no more."""
+    """Check the peak against the number of live tensors that the loss declares."""
     kd = LOSSES[loss]
     [few] = pool.run(extra_peak, loss, 32)
     [more] = pool.run(extra_peak, loss, 64)
@@ -68,6 +68,6 @@ def test_the_chunk_sets_the_peak(pool: Pool, loss: str) -> None:
 
 
 def test_bf16_takes_no_second_gradient(pool: Pool) -> None:
-    """Beside the bf16 gradient that is returned, its fp32 sum (twice that) and what fp32 logits take."""
+    """Allowed besides the returned bf16 gradient: its fp32 sum (twice its size), and the memory of an fp32 loss."""
     [found] = pool.run(extra_peak, "forward_kl", None, torch.bfloat16)
     assert 0 < found <= BOUND + WIDTH / TOKENS

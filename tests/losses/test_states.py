@@ -1,4 +1,4 @@
-"""Losses of hidden states are those of plain torch in float64, in value and gradient."""
+"""Losses of hidden states equal those of plain torch in float64, in value and gradient."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def counted() -> Tensor:
 
 
 def with_gradients(loss: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
-    """The loss and what it gives each leaf."""
+    """Return the loss and the gradient of each leaf."""
     leaves = tuple(leaf.clone().requires_grad_() for leaf in leaves)
     value = loss(*leaves)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
 def expect_equal(found: list[Tensor], truth: list[Tensor], relative: float = 1e-5) -> None:
-    for number, (ours, theirs) in enumerate(zip(found, truth, strict=True)):
-        assert_close(ours, theirs, relative, f"result {number}")
+    for number, (got, want) in enumerate(zip(found, truth, strict=True)):
+        assert_close(got, want, relative, f"result {number}")
 
 
 @pytest.mark.parametrize("loss", NAIVE)
 @pytest.mark.parametrize("nearness", [0.0, 0.999])
 def test_a_state_loss_is_plain_torchs(loss: str, nearness: float) -> None:
-    """Also of states that nearly agree, where 1 - cos in fp32 would be noise."""
+    """Includes states that nearly agree, for which 1 - cos in fp32 would be noise."""
     student, mapped, counts = draw(6, 1), torch.randn(8, 6, generator=torch.Generator().manual_seed(2)) / 3, counted()
     teacher = torch.lerp(draw(8, 3), student @ mapped.t(), nearness)
     found = with_gradients(lambda s, w: state_loss(s, teacher, counts, loss, lambda x: x @ w.t()), student, mapped)
@@ -66,7 +66,7 @@ def test_no_token_that_counts_is_no_loss() -> None:
 
 
 def naive_relations(student: Tensor, teacher: Tensor, counts: Tensor, heads: int) -> Tensor:
-    """A token and a head at a time."""
+    """Return the relation loss, computed for one token and one head at a time."""
     total = torch.zeros((), dtype=torch.float64)
     for token, sample in counts.nonzero().tolist():
         for head in range(heads):
@@ -81,7 +81,7 @@ def naive_relations(student: Tensor, teacher: Tensor, counts: Tensor, heads: int
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 def test_a_relation_loss_is_plain_torchs(heads: int) -> None:
-    """Student and teacher have other widths, and masked tokens are in no row but in later ones' columns."""
+    """Student and teacher differ in width; masked tokens have no row of their own, but appear in later tokens' rows."""
     student, teacher, counts = draw(8, 1), draw(12, 2), counted()
     found = with_gradients(lambda s: relation_loss(s, teacher, counts, heads), student)
     truth = with_gradients(lambda s: naive_relations(s, teacher.double(), counts, heads), student.double())

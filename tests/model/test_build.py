@@ -1,4 +1,4 @@
-"""A model is the same at every layout: its layers' places, its names, its first weights, its rotary frequencies."""
+"""A model is the same at every layout: layer placement, names, initial weights, rotary frequencies."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LAYOUTS = [
 ]
 
 
-# ---- where the layers lie
+# ---- placement of the layers
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_shape_that_fits_is_let_pass() -> None:
 
 
 def names_and_places(topology: Topology, shape: Shape) -> list[tuple[str, bool, int]]:
-    """(name, second home, home rank) of this rank's shards, which build leaves on `meta`."""
+    """Return (name, whether it is a tied copy, owner rank) of this rank's shards, which `build` leaves on `meta`."""
     shards = list(named_shards(build(ModelConfig(shape), topology)))
     assert all(shard.tensor.is_meta for shard in shards)
     return [(shard.name, shard.tied_copy, owner_rank(shard.name, shape, topology)) for shard in shards]
@@ -101,26 +101,26 @@ def names_and_places(topology: Topology, shape: Shape) -> list[tuple[str, bool, 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [SHAPE, TIED], ids=["untied", "tied"])
-def test_every_parameter_has_one_name_and_one_home(pool: Pool, shape: Shape, layout: dict[str, int]) -> None:
+def test_every_parameter_has_one_name_and_one_owner(pool: Pool, shape: Shape, layout: dict[str, int]) -> None:
     ranks = pool.run(names_and_places, shape, **layout)
     pp = layout.get("pp", 1)
-    homes = []
+    owned = []
     for rank, shards in enumerate(ranks):
-        firsts = [(name, at) for name, second, at in shards if not second]
-        assert all(at == rank for _, at in firsts)
-        homes.append([name for name, _ in firsts])
-    held = list(chain(*homes)) if pp == 2 else homes[0]
+        originals = [(name, owner) for name, tied_copy, owner in shards if not tied_copy]
+        assert all(owner == rank for _, owner in originals)
+        owned.append([name for name, _ in originals])
+    held = list(chain(*owned)) if pp == 2 else owned[0]
     assert sorted(held) == sorted(shape.names())
 
 
-def test_a_tied_embedding_on_two_stages_has_two_homes_with_one_name(pool: Pool) -> None:
+def test_a_tied_embedding_on_two_stages_has_a_copy_with_the_same_name(pool: Pool) -> None:
     first, last = pool.run(names_and_places, TIED, pp=2)
     assert [shard for shard in first if shard[1]] == []
     assert [shard for shard in last if shard[1]] == [("embedding.word_embeddings.weight", True, 0)]
     assert ("embedding.word_embeddings.weight", False, 0) in first
 
 
-# ---- first weights
+# ---- initial weights
 
 
 def drawn(topology: Topology, shape: Shape, seed: int, **more: Any) -> list[tuple[str, Tensor]]:
@@ -130,7 +130,7 @@ def drawn(topology: Topology, shape: Shape, seed: int, **more: Any) -> list[tupl
 
 
 def whole(ranks: list[list[tuple[str, Tensor]]], shape: Shape, tp: int) -> dict[str, Tensor]:
-    """The unsharded tensors put together from every rank's, each rank's copy checked against the others'."""
+    """Return the unsharded tensors assembled from all ranks; check that ranks with the same shard agree."""
     sizes, full = shape.sizes(), {}
     for rank, shards in enumerate(ranks):
         for name, tensor in shards:
@@ -189,27 +189,27 @@ def test_norms_that_store_gamma_less_one_and_biases_begin_at_zero(pool: Pool) ->
         assert tensor.any() == ("norm" not in name and not name.endswith("bias")), name
 
 
-# ---- adopting a tensor
+# ---- assigning a tensor
 
 
-def adopted(topology: Topology, shape: Shape) -> list[tuple[str, dict[str, Any], dict[str, Any], bool]]:
-    """(name, mcore's marks before, after, whether it is the adopted tensor and still trains) of each shard."""
-    told = []
+def assigned(topology: Topology, shape: Shape) -> list[tuple[str, dict[str, Any], dict[str, Any], bool]]:
+    """Return (name, mcore's attributes before, after, whether it is the new tensor and trainable) of each shard."""
+    results = []
     for shard in named_shards(build(ModelConfig(shape), topology)):
         before = dict(shard.tensor.__dict__)
         given = torch.rand(shard.tensor.shape)
         assign(shard, given)
         now: Any = shard.tensor
-        told.append((shard.name, before, dict(now.__dict__), torch.equal(now, given) and now.requires_grad))
-    return told
+        results.append((shard.name, before, dict(now.__dict__), torch.equal(now, given) and now.requires_grad))
+    return results
 
 
-def test_adopt_keeps_megatrons_marks(pool: Pool) -> None:
-    ranks = pool.run(adopted, TIED, tp=2, sequence_parallel=True) + pool.run(adopted, TIED, pp=2)
+def test_assign_keeps_megatrons_attributes(pool: Pool) -> None:
+    ranks = pool.run(assigned, TIED, tp=2, sequence_parallel=True) + pool.run(assigned, TIED, pp=2)
     marks: dict[str, set[str]] = {}
-    for told in ranks:
-        for name, before, after, is_taken in told:
-            assert before == after and is_taken, name
+    for results in ranks:
+        for name, before, after, is_assigned in results:
+            assert before == after and is_assigned, name
             marks.setdefault(name.rpartition("layers.")[2], set()).update(key for key, on in after.items() if on)
     assert "tensor_model_parallel" in marks["0.mlp.linear_fc1.weight"]
     assert "sequence_parallel" in marks["0.input_layernorm.weight"]
@@ -225,9 +225,9 @@ def misfit(topology: Topology) -> str:
     return str(caught.value)
 
 
-def test_adopt_refuses_another_shape(pool: Pool) -> None:
-    [words] = pool.run(misfit)
-    assert words == "embedding.word_embeddings.weight has shape (256, 24) here and was given (256, 23)"
+def test_assign_refuses_another_shape(pool: Pool) -> None:
+    [message] = pool.run(misfit)
+    assert message == "embedding.word_embeddings.weight has shape (256, 24), but the new tensor has (256, 23)"
 
 
 # ---- rotary frequencies
@@ -290,7 +290,7 @@ def test_a_built_model_uses_its_scaled_frequencies(pool: Pool) -> None:
             assert torch.equal(frequencies, rotary_frequencies(config))
 
 
-# ---- somebody else's model
+# ---- a user's own model
 
 
 def described(topology: Topology, config: ModelConfig) -> ModelConfig:
@@ -302,6 +302,6 @@ def described(topology: Topology, config: ModelConfig) -> ModelConfig:
 
 def test_a_foreign_model_describes_itself(pool: Pool) -> None:
     config = ModelConfig(TIED, norm_eps=1e-6, max_positions=64)
-    [told] = pool.run(described, config)
-    assert told.shape == TIED.resized(vocab=256)  # nothing says where its padding begins
-    assert (told.norm, told.norm_eps, told.max_positions) == ("RMSNorm", 1e-6, 64)
+    [found] = pool.run(described, config)
+    assert found.shape == TIED.resized(vocab=256)  # the model does not know where its padding begins
+    assert (found.norm, found.norm_eps, found.max_positions) == ("RMSNorm", 1e-6, 64)

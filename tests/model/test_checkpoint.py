@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, few, and run nobody's code."""
+"""Checkpoints are whole or absent, superseded ones are removed, and no code in them runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHAPE = Shape(layers=2, hidden=16, ffn=16, heads=2, kv_groups=2, head_dim=8, voc
 
 
 def trainee(topology: Topology, seed: int, name: str = "") -> Trainee:
-    """The DDP-wrapped chunks of a small model and their distributed optimizer."""
+    """Return the DDP-wrapped chunks of a small model and their distributed optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -69,7 +69,7 @@ def save(
     scores: Mapping[int, float] | None = None,
     asynchronous: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """Saves models of unlike weights, which change as soon as the last is saved."""
+    """Save models with different weights, which change right after the last save."""
     trainees = [trainee(topology, seed, name) for seed, name in enumerate(names, 1)]
     held = [weights(each) for each in trainees]
     store = Checkpoints(folder, topology, asynchronous=asynchronous)
@@ -93,7 +93,7 @@ def load(
 
 @pytest.fixture(scope="module")
 def saved(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole checkpoint of one process."""
+    """Complete checkpoint of one process."""
     folder = tmp_path_factory.mktemp("checkpoints")
     pool.run(save, folder, [1])
     return folder / "step_00000001"
@@ -101,14 +101,14 @@ def saved(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it to spoil."""
+    """Copy of `saved` that a test may damage."""
     return Path(shutil.copytree(saved, tmp_path / "step_00000001"))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"dp": 2}], ids=["tp1", "tp2", "dp2"])
 def test_what_is_loaded_is_what_was_saved(pool: Pool, tmp_path: Path, layout: dict, asynchronous: bool) -> None:
-    """Of both models of a run, as they were when they were saved, whatever they became while they were written."""
+    """Both models of a run load as they were when saved, although they changed while they were written."""
     names = ("", "teacher")
     held = pool.run(save, tmp_path, [1], names, {}, asynchronous, **layout)
     for mine, (state, loaded) in zip(held, pool.run(load, tmp_path / "step_00000001", names, **layout), strict=True):
@@ -155,7 +155,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_checkpoint(pool: Pool, tmp
 
 
 def save_where_it_is_full(topology: Topology, folder: Path, asynchronous: bool) -> list[str]:
-    """Saves step 1, and step 2 where every write fails: what is said, and the checkpoints that are there then."""
+    """Save step 1, then step 2 with all writes failing; return the message, and the checkpoints that exist then."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     def full(*_: Any, **__: Any) -> None:
@@ -175,18 +175,18 @@ def save_where_it_is_full(topology: Topology, folder: Path, asynchronous: bool) 
 
 
 def give_up_amid_a_write(topology: Topology, folder: Path) -> list[bytes]:
-    """What the writers of a checkpoint that never ends send: a byte when one is at work, nothing once all are gone."""
+    """Abandon a checkpoint whose writers never end; return a byte of a running writer, then none after the end of all."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     reads, writes = os.pipe()
 
-    def for_ever(*_: Any, **__: Any) -> None:
+    def never_ends(*_: Any, **__: Any) -> None:
         os.write(writes, b"1")
         time.sleep(2 * HANGS)
 
     write = filesystem_async._write_item
     store = Checkpoints(folder, topology, asynchronous=True)
-    filesystem_async._write_item = for_ever
+    filesystem_async._write_item = never_ends
     try:
         store.save(1, [trainee(topology, 1)], {})
     finally:
@@ -204,9 +204,9 @@ def test_no_process_stays_of_a_write_that_is_given_up(pool: Pool, tmp_path: Path
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 def test_a_full_disk_is_one_message_and_the_last_one_stays(pool: Pool, tmp_path: Path, asynchronous: bool) -> None:
-    for said, *there in pool.run(save_where_it_is_full, tmp_path, asynchronous, dp=2):
-        assert "cannot be written" in said and "No space left on device" in said and "Traceback" not in said
-        assert there == ["step_00000001"]
+    for message, *existing in pool.run(save_where_it_is_full, tmp_path, asynchronous, dp=2):
+        assert "cannot be written" in message and "No space left on device" in message and "Traceback" not in message
+        assert existing == ["step_00000001"]
 
 
 def truncated(file: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_flipped_bit_is_an_error_that_names_the_file(pool: Pool, copy: Path, p
 
 
 def changed(path: Path, change: Callable[[Any], Any]) -> None:
-    """Rewrites a JSON file, and the list of checksums as its writer would."""
+    """Rewrite a JSON file, and update the list of checksums."""
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     others = (file for file in path.parent.iterdir() if file.name != MANIFEST)
     write_checksums(path.parent / MANIFEST, others)
@@ -282,15 +282,15 @@ def test_a_torn_or_hostile_common_file_advises_nothing_unsafe(pool: Pool, copy: 
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (EOFError(), "EOFError"),
-        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"), "as when it is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 704 vs 598"), "may be full"),
         (ValueError("first.\nTraceback"), "first"),
     ],
 )
-def test_a_cause_is_never_empty(error: Exception, said: str) -> None:
-    assert cause_of(error).endswith(said)
+def test_a_cause_is_never_empty(error: Exception, message: str) -> None:
+    assert cause_of(error).endswith(message)
 
 
 @pytest.mark.parametrize("stop", range(0, 100, 7))
@@ -309,7 +309,7 @@ def test_an_index_cut_anywhere_is_torn(pool: Pool, copy: Path, stop: int) -> Non
 
 
 class Payload:
-    """Its pickle creates a file when it is opened."""
+    """Object whose pickle creates a file when it is opened."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -334,7 +334,7 @@ def test_a_hostile_index_is_refused_and_does_not_run(pool: Pool, copy: Path, tmp
 def test_a_hostile_object_among_the_weights_does_not_run(
     pool: Pool, copy: Path, tmp_path: Path, hidden_in: str
 ) -> None:
-    """torch unpickles freely whatever the index calls bytes: the index must not be able to call anything so."""
+    """torch unpickles any object that the index declares as bytes, so the index must not declare any."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 

@@ -1,4 +1,5 @@
-"""Megatron-LM's checkpoint loads at mcore's local and Transformer Engine specs, and its flags say what the model is."""
+"""An exported Megatron-LM checkpoint loads with mcore's local and Transformer Engine specs, and its flags describe the
+model."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def write(topology: Topology, config: ModelConfig, spec: Spec, folder: Path) -> 
 
 
 def read(topology: Topology, config: ModelConfig, spec: Spec, folder: Path) -> tuple[bool, list[str]]:
-    """(whether every weight is that of `write`, the keys that the spec asks for), by mcore alone."""
+    """Load with mcore only; return whether every weight equals that of `write`, and the keys that the spec requires."""
     from megatron.core import dist_checkpointing
 
     with installed():
@@ -69,9 +70,9 @@ def read(topology: Topology, config: ModelConfig, spec: Spec, folder: Path) -> t
     loaded = dist_checkpointing.load(asked, str(folder / "release"), strict="raise_unexpected")
     for number, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{number}"], strict=True)
-    mine = {(shard.name, shard.tied_copy): shard.tensor for shard in named_shards(chunks)}
-    theirs = {(shard.name, shard.tied_copy): shard.tensor for shard in named_shards(wanted)}
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine), keys
+    got = {(shard.name, shard.tied_copy): shard.tensor for shard in named_shards(chunks)}
+    want = {(shard.name, shard.tied_copy): shard.tensor for shard in named_shards(wanted)}
+    return got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in got), keys
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -103,7 +104,7 @@ def test_a_mixture_loads_at_another_layout_and_spec(pool: Pool, layout: str, wri
 
 
 ALWAYS = {"--use-checkpoint-args", "--exit-on-missing-checkpoint", "--ckpt-format", "--norm-epsilon"}
-SAID = {
+EXPECTED = {
     "llama": {"--use-rope-scaling", "--rope-scaling-factor"},
     "mistral": {"--window-size"},
     "qwen3": {"--qk-layernorm"},
@@ -116,7 +117,7 @@ SAID = {
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_flags_say_what_the_checkpoint_args_do_not(kind: str) -> None:
     flags = megatron_lm_flags(CONFIGS[kind], torch.float32)
-    assert {flag for flag, *_ in flags} == ALWAYS | SAID.get(kind, set())
+    assert {flag for flag, *_ in flags} == ALWAYS | EXPECTED.get(kind, set())
     assert ("--norm-epsilon", repr(CONFIGS[kind].norm_eps)) in flags
     assert kind != "mistral" or ("--window-size", "8,0") in flags
     assert ("--bf16",) in megatron_lm_flags(CONFIGS[kind], torch.bfloat16)
@@ -133,12 +134,12 @@ def test_the_script_beside_the_checkpoint_sets_them_wherever_it_lies(pool: Pool,
     flags = [word for flag in megatron_lm_flags(config, torch.float32) for word in flag]
     assert shown.stdout.splitlines() == ["--load", str(moved), *flags]
     odd = Path("a b/$(touch x)'`id`\nmodel")
-    said = [word for flag in megatron_lm_flags(config, torch.float32, odd) for word in flag]
-    assert said[-2:] == ["--tokenizer-model", str(odd)]
+    words = [word for flag in megatron_lm_flags(config, torch.float32, odd) for word in flag]
+    assert words[-2:] == ["--tokenizer-model", str(odd)]
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"rotary_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
         ({"rotary_scaling": LLAMA3 | {"low_freq_factor": 2.0}}, "low_freq_factor: 2.0"),
@@ -148,10 +149,10 @@ def test_the_script_beside_the_checkpoint_sets_them_wherever_it_lies(pool: Pool,
         ({"shape": replace(SHAPE, gated=False)}, "activation silu without a gate"),
     ],
 )  # fmt: skip
-def test_what_no_flag_expresses_is_refused_by_name(pool: Pool, changes: dict, says: str, tmp_path: Path) -> None:
+def test_what_no_flag_expresses_is_refused_by_name(pool: Pool, changes: dict, message: str, tmp_path: Path) -> None:
     check_megatron_lm(CONFIGS["llama"])
     config = replace(ModelConfig(SHAPE), **changes)
-    with pytest.raises(CheckpointError, match=rf"^Megatron-LM cannot express {says}"):
+    with pytest.raises(CheckpointError, match=rf"^Megatron-LM cannot express {message}"):
         pool.run(write, config, "local", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

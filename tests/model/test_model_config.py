@@ -1,4 +1,4 @@
-"""Constants that make no model cannot be given to one."""
+"""A model configuration with invalid constants is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs again in the backward pass changes memory and not a number."""
+"""Activation recomputation changes memory but no number."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MIXTURE = Shape(
 
 
 def passes(topology: Topology, shape: Shape, recompute: Recompute) -> tuple[float, dict[str, Tensor], int]:
-    """(loss, gradients, live peak beyond the weights) of a forward and backward pass."""
+    """Run a forward and backward pass; return (loss, gradients, live peak without the weights)."""
     model = build(ModelConfig(shape), topology, recompute=recompute)
     fill_initial(model, topology, 1)
     batches = share(samples(16, seed=3), topology, 16)
@@ -62,7 +62,7 @@ def test_less_memory_for_the_same_numbers(pool: Pool, shape: Shape, layout: dict
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_ranks_that_share_sequences_hold_a_part_each(pool: Pool, recompute: Recompute) -> None:
-    """Keys and values stay whole; all else is a half."""
+    """Each rank holds half of the activations, but all keys and values."""
     whole = pool.run(passes, DENSE, recompute)[0][2]
     for _, _, peak in pool.run(passes, DENSE, recompute, dp=2, cp=2):
         assert peak < 0.65 * whole

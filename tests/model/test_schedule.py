@@ -1,4 +1,4 @@
-"""Micro-batches in windows, and what interleaving asks of their number."""
+"""Windows of micro-batches, and the number of micro-batches that interleaving requires."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_windows_hold_every_batch_once_and_are_whole_rounds_where_all_are(pp: in
 
 
 def run(topology: Topology, count: int) -> str:
-    """What this rank raised on so many micro-batches of one sample."""
+    """Return the error of this rank for `count` micro-batches of one sample."""
     model = build(ModelConfig(SHAPE), topology)
     fill_initial(model, topology, 1)
     try:
@@ -36,7 +36,7 @@ def run(topology: Topology, count: int) -> str:
 
 
 def test_interleaving_says_how_many_micro_batches_it_needs(pool: Pool) -> None:
-    said = "3 micro-batches cannot be interleaved over pp=2 (vp=2). Give each data-parallel rank a multiple of 2"
-    assert all(error.startswith(said) for error in pool.run(run, 3, pp=2, vp=2))
+    message = "3 micro-batches cannot be interleaved over pp=2 (vp=2). Give each data-parallel rank a multiple of 2"
+    assert all(error.startswith(message) for error in pool.run(run, 3, pp=2, vp=2))
     assert pool.run(run, 4, pp=2, vp=2) == ["", ""]
     assert pool.run(run, 3, pp=2) == ["", ""]

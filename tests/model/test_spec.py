@@ -1,4 +1,4 @@
-"""Whose layers a model is made of changes neither its parameters nor what it computes."""
+"""The layer spec changes neither a model's parameters nor its results."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ def test_transformer_engine_is_asked_for_in_words_where_it_is_not() -> None:
         check_spec("te")
 
 
-# ---- marks
+# ---- mcore's attributes of parameters
 
 
 def marked(topology: Topology, config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The marks of each of this rank's parameters: mcore's own; ours, where there are none; those of the te spec."""
+    """Return the tensor-parallel attributes of this rank's parameters: mcore's own, ours where there are none, and
+    those with the te spec."""
     [own] = build(config, topology)
     first = {shard.name: marks(shard.tensor) for shard in named_shards(own)}
     unmark(own)
@@ -72,7 +73,7 @@ def test_parameters_are_marked_as_megatron_marks_its_own(pool: Pool, kind: str, 
     for own, ours, te in pool.run(marked, CONFIGS[kind], **LAYOUTS[layout]):
         assert any(mark.get("tensor_model_parallel") for mark in own.values())
         for name, wanted in own.items():
-            if ".experts." not in name and "router" not in name:  # split by no tp; marked by mcore itself
+            if ".experts." not in name and "router" not in name:  # not split by tp, and mcore sets their attributes
                 assert ours[name] == wanted, name
                 assert te[name] == wanted, name
 

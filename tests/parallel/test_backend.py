@@ -1,7 +1,7 @@
-"""The ground that everything stands on: megatron-core itself, on gloo processes without CUDA.
+"""megatron-core itself on gloo processes without CUDA, with the CPU backend.
 
 Bare mcore (GPTModel, schedules, DDP, optimizer, distributed checkpoints) against itself on one process, from the same
-weights: losses and gradients must not depend on the layout. Weights are made by name and cut by the layout table.
+weights: losses and gradients must not depend on the layout. Weights are drawn by name and sharded by the layout table.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def test_a_deprecation_is_kept_back_and_nothing_else(caplog: pytest.LogCaptureFi
     assert [record.getMessage() for record in caplog.records] == ["the loss is not finite"]
 
 
-# ---- weights and data that no layout can change
+# ---- weights and data that do not depend on the layout
 
 
 def made_up(name: str, shape: Shape) -> Tensor:
-    """The unsharded tensor of one parameter, drawn from its name alone."""
+    """Return the unsharded tensor of one parameter, drawn by its name."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     full = torch.randn(lookup(name).shape(shape.sizes()), generator=generator) * 0.15
     return full + 1 if "norm" in name else full
@@ -78,7 +78,7 @@ def cut(name: str, full: Tensor, shape: Shape, rank: int, world: int) -> Tensor:
 def model_of(
     shape: Shape, topology: Topology, full: Callable[[str], Tensor] | None = None, dtype: torch.dtype = torch.float32
 ) -> list[Any]:
-    """mcore's GPTModel chunks of this rank, with `full` (default: made-up) weights."""
+    """Return this rank's chunks of mcore's GPTModel, with `full` (default: made-up) weights."""
     chunks = build(ModelConfig(shape, max_positions=SEQUENCE), topology, dtype)
     for shard in named_shards(chunks):
         weight = full(shard.name) if full else made_up(shard.name, shape)
@@ -87,7 +87,7 @@ def model_of(
 
 
 def batches(topology: Topology, step: int = 0) -> list[Tensor]:
-    """This data-parallel rank's micro-batches of one global step: int64 [batch, seq] each."""
+    """Return this data-parallel rank's micro-batches of one global step: int64 [batch, seq] each."""
     generator = torch.Generator().manual_seed(step)
     every = torch.randint(0, SHAPE.vocab, (MICRO_BATCHES, MICRO_BATCH, SEQUENCE), generator=generator)
     return list(every)[topology.dp_rank :: topology.dp]
@@ -106,7 +106,7 @@ def wrapped(chunks: Sequence[Any], distributed_optimizer: bool = False) -> list[
 
 
 def scheduled(step: Callable[..., Any], chunks: Sequence[Any], data: Sequence[Any], **options: Any) -> list[Any]:
-    """Runs micro-batches through mcore's schedule for this layout."""
+    """Run micro-batches through mcore's schedule for this layout."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     iterators = [iter(data) for _ in chunks]
@@ -128,18 +128,18 @@ def cross_entropy(iterator: Any, chunk: Any) -> tuple[Tensor, Callable[..., Any]
 
 
 def train_step(chunks: Sequence[Any], topology: Topology, step: int) -> float:
-    """Leaves gradients of the mean loss in `main_grad`; gives this rank's share of the loss, nats per token."""
+    """Accumulate the mean loss's gradients in `main_grad`; return this rank's share of the loss, in nats per token."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     return float(sum(scheduled(cross_entropy, chunks, batches(topology, step)))) / TOKENS
 
 
-# ---- what a job gives, and how the parent puts it together
+# ---- results of a job, and their assembly in the parent
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One rank's gradient of one parameter."""
+    """Gradient of one parameter on one rank."""
 
     name: str
     tp_rank: int
@@ -147,7 +147,7 @@ class Piece:
 
 
 def pieces(chunks: Sequence[Any], topology: Topology) -> list[Piece]:
-    """Every gradient of this rank's wrapped chunks."""
+    """Return every gradient of this rank's wrapped chunks."""
     shards = named_shards([chunk.module for chunk in chunks])
     return [Piece(shard.name, topology.tp_rank, shard.tensor.main_grad.clone()) for shard in shards]
 
@@ -158,7 +158,7 @@ def step_of(topology: Topology, shape: Shape) -> tuple[float, list[Piece]]:
 
 
 def joined(results: Sequence[list[Piece]], shape: Shape, tp: int) -> dict[str, Tensor]:
-    """Unsharded gradients; what several ranks hold alike must be alike."""
+    """Return the unsharded gradients; check that ranks with the same shard agree."""
     whole: dict[str, Tensor] = {}
     for piece in (piece for result in results for piece in result):
         param, sizes = lookup(piece.name), shape.sizes()
@@ -172,7 +172,7 @@ def joined(results: Sequence[list[Piece]], shape: Shape, tp: int) -> dict[str, T
 
 
 def assert_same_step(results: Sequence[Any], truth: tuple[float, dict[str, Tensor]], shape: Shape, tp: int = 1) -> None:
-    """Equal loss (every tp rank of the last stage has it whole) and, relative to its own size, every gradient."""
+    """Check the loss (whole on every tp rank of the last stage) and, relative to its size, every gradient."""
     assert sum(loss for loss, _ in results) / tp == pytest.approx(truth[0], rel=1e-6)
     grads = joined([grads for _, grads in results], shape, tp)
     assert set(grads) == set(truth[1])
@@ -184,7 +184,7 @@ def assert_same_step(results: Sequence[Any], truth: tuple[float, dict[str, Tenso
 
 @pytest.fixture(scope="module")
 def alone(pool: Pool) -> Callable[[Shape], tuple[float, dict[str, Tensor]]]:
-    """Loss and gradients of a shape's first step on one process."""
+    """Return a function that gives loss and gradients of a shape's first step on one process."""
 
     @cache
     def truth(shape: Shape) -> tuple[float, dict[str, Tensor]]:
@@ -219,7 +219,7 @@ def test_five_layers_fit_two_pipeline_stages(pool: Pool, alone: Any, layout: Any
 
 
 def teach(topology: Topology) -> tuple[float, list[Piece]]:
-    """A forward-only teacher leaves its final hidden states; the student's step learns their mean over channels."""
+    """Keep the final hidden states of a forward-only teacher; the student's step learns their mean over channels."""
     teacher, student = model_of(SHAPE, topology), wrapped(model_of(SMALL, topology))
     data = batches(topology)
 
@@ -257,7 +257,7 @@ def test_a_teacher_and_a_student_of_another_shape_share_a_step(pool: Pool, layou
 
 
 def trainee(topology: Topology, dtype: torch.dtype, blank: bool = False) -> tuple[list[Any], Any]:
-    """The wrapped chunks of a model (`blank`: all zeros) and their distributed optimizer."""
+    """Return the wrapped chunks of a model (`blank`: all zeros) and their distributed optimizer."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     mend_distributed_optimizer()
@@ -274,14 +274,16 @@ def trainee(topology: Topology, dtype: torch.dtype, blank: bool = False) -> tupl
 
 
 def state_of(chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}  # always a new one: mcore adds this layout's groups
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable"
+    }  # a new dict each time: mcore adds this layout's groups
     model = chunks[0].module.sharded_state_dict(metadata=metadata)
     parts = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": parts}
 
 
 def train_and_save(topology: Topology, folder: str, dtype: torch.dtype, asynchronous: bool) -> list[float]:
-    """Four steps, saved after the second (asynchronously: while the third runs): this rank's shares of the losses."""
+    """Train four steps, save after the second (asynchronously: during the third); return this rank's loss shares."""
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
     chunks, optimizer = trainee(topology, dtype)
@@ -301,7 +303,7 @@ def train_and_save(topology: Topology, folder: str, dtype: torch.dtype, asynchro
 
 
 def load_and_train(topology: Topology, folder: str, dtype: torch.dtype) -> list[float]:
-    """The last two steps, from a model and an optimizer that know nothing but the checkpoint."""
+    """Train the last two steps, with a model and an optimizer loaded from the checkpoint."""
     from megatron.core import dist_checkpointing
 
     chunks, optimizer = trainee(topology, dtype, blank=True)
@@ -344,18 +346,18 @@ def test_a_resume_goes_on_as_if_never_broken(
     if before == after:
         assert resumed == [losses[2:] for losses in saved]
     unbroken = global_losses(saved, before.get("tp", 1))
-    assert abs(unbroken[3] - unbroken[2]) > 1e-3  # a step makes a difference
+    assert abs(unbroken[3] - unbroken[2]) > 1e-3  # a step changes the loss
     assert global_losses(resumed, after.get("tp", 1)) == pytest.approx(unbroken[2:], rel=1e-5)
 
 
-# ---- the outside world
+# ---- transformers
 
 
 ODD_VOCAB = Shape(layers=2, hidden=32, ffn=48, heads=4, kv_groups=2, head_dim=8, vocab=509)
 
 
 def llama() -> Any:
-    """transformers' Llama in the shape of ODD_VOCAB, with weights large enough to matter."""
+    """Return transformers' Llama in the shape of ODD_VOCAB, with large random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = ODD_VOCAB
@@ -378,7 +380,7 @@ def llama() -> Any:
 
 
 def megatron_names(hf: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Llama's weights fused and padded by hand, as Megatron-Core holds them."""
+    """Return Llama's weights, fused and padded by hand as in Megatron-Core."""
     shape = ODD_VOCAB
     padding = torch.zeros(shape.padded_vocab - shape.vocab, shape.hidden)
     full = {

@@ -1,4 +1,4 @@
-"""Ranks that share a sequence have all of it between them, and attention sees what it would see in one piece."""
+"""Context-parallel ranks together hold the whole sequence, and their attention equals attention on one rank."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ from tests.tiny import SEQUENCE, samples, share
 LENGTH, BATCH = 24, 2
 
 
-def span(rank: int, size: int, documents: Tensor | None = None, group: Any = None) -> ContextShard:
+def shard(rank: int, size: int, documents: Tensor | None = None, group: Any = None) -> ContextShard:
     return ContextShard(rank, size, group, LENGTH, documents)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_parts_are_as_long_and_as_much_work_and_make_the_whole(size: int) -> None:
-    parts = [span(rank, size).positions(torch.empty(0))[0] for rank in range(size)]
+def test_parts_have_equal_length_and_work_and_make_up_the_whole(size: int) -> None:
+    parts = [shard(rank, size).positions(torch.empty(0))[0] for rank in range(size)]
     assert sorted(torch.cat(parts).tolist()) == list(range(LENGTH))
     assert {len(part) for part in parts} == {LENGTH // size}
-    assert len({int(part.sum()) for part in parts}) == 1  # what each sees before it
+    assert len({int(part.sum()) for part in parts}) == 1  # number of keys that the queries attend to
     assert in_order(torch.cat(parts), size).tolist() == list(range(LENGTH))
     assert by_rank(torch.arange(LENGTH), size).tolist() == torch.cat(parts).tolist()
 
 
 def test_pieces_are_chunks_cut_by_documents() -> None:
     documents = (torch.arange(LENGTH) >= torch.tensor([[5], [18]])).long()
-    assert span(0, 2).pieces == [[(0, 6, 0), (18, 24, 0)]]
-    assert span(0, 2, documents).pieces == [[(0, 5, 0), (5, 6, 5), (18, 24, 5)], [(0, 6, 0), (18, 24, 18)]]
-    assert span(1, 2, documents).pieces[1] == [(6, 12, 0), (12, 18, 0)]
+    assert shard(0, 2).pieces == [[(0, 6, 0), (18, 24, 0)]]
+    assert shard(0, 2, documents).pieces == [[(0, 5, 0), (5, 6, 5), (18, 24, 5)], [(0, 6, 0), (18, 24, 18)]]
+    assert shard(1, 2, documents).pieces[1] == [(6, 12, 0), (12, 18, 0)]
 
 
-def attend(topology: Topology, apart: bool) -> tuple[Tensor, ...]:
-    """What this rank computes, and its part of the three gradients: each [part, batch, heads, head_dim]."""
+def attend(topology: Topology, separate: bool) -> tuple[Tensor, ...]:
+    """Return this rank's output and its part of the three gradients: each [part, batch, heads, head_dim]."""
     query, key, value, documents = inputs()
-    mine = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, LENGTH, documents if apart else None)
-    parts = [mine.take(x.transpose(0, 1)).transpose(0, 1).requires_grad_() for x in (query, key, value)]
-    out = CoreAttention(SimpleNamespace(window_size=None))(*parts, mine.ticket)
-    (out * weights(mine.take(torch.arange(LENGTH)[None])[0])).sum().backward()
+    own = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, LENGTH, documents if separate else None)
+    parts = [own.take(x.transpose(0, 1)).transpose(0, 1).requires_grad_() for x in (query, key, value)]
+    out = CoreAttention(SimpleNamespace(window_size=None))(*parts, own.ticket)
+    (out * weights(own.take(torch.arange(LENGTH)[None])[0])).sum().backward()
     return (out.detach().view(*parts[0].shape), *(part.grad for part in parts if part.grad is not None))
 
 
 def inputs() -> tuple[Tensor, ...]:
-    """query, key, value, documents."""
+    """Return query, key, value, documents."""
     torch.manual_seed(1)
     shapes = [(LENGTH, BATCH, heads, 8) for heads in (4, 2, 2)]
     documents = (torch.arange(LENGTH)[:, None] >= torch.tensor([5, 18])).long()
@@ -63,22 +63,22 @@ def weights(positions: Tensor) -> Tensor:
     return torch.sin(positions.float() + 1)[:, None, None]
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
-def test_attention_and_its_gradients_are_those_of_the_whole(pool: Pool, size: int, apart: bool) -> None:
+def test_attention_and_its_gradients_are_those_of_the_whole(pool: Pool, size: int, separate: bool) -> None:
     query, key, value, documents = inputs()
     whole = [x.requires_grad_() for x in (query, key, value)]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (query, *(x.repeat_interleave(2, 2) for x in (key, value))))
-    seen = torch.ones(LENGTH, LENGTH).tril().bool().expand(BATCH, 1, -1, -1)
-    if apart:
-        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
-    out = F.scaled_dot_product_attention(q, k, v, seen).permute(2, 0, 1, 3)
+    mask = torch.ones(LENGTH, LENGTH).tril().bool().expand(BATCH, 1, -1, -1)
+    if separate:
+        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+    out = F.scaled_dot_product_attention(q, k, v, mask).permute(2, 0, 1, 3)
     (out.reshape(LENGTH, BATCH, -1) * weights(torch.arange(LENGTH))).sum().backward()
     expected = [out.detach(), *(x.grad for x in whole)]
-    for rank, found in enumerate(pool.run(attend, apart, dp=size, cp=size)):
-        for mine, every in zip(found, expected, strict=True):
-            assert every is not None
-            torch.testing.assert_close(mine, span(rank, size).take(every.transpose(0, 1)).transpose(0, 1))
+    for rank, found in enumerate(pool.run(attend, separate, dp=size, cp=size)):
+        for part, full in zip(found, expected, strict=True):
+            assert full is not None
+            torch.testing.assert_close(part, shard(rank, size).take(full.transpose(0, 1)).transpose(0, 1))
 
 
 def places(topology: Topology) -> tuple[Any, ...]:
@@ -92,19 +92,19 @@ def test_neighbours_share_sequences_and_replicas_read_their_own(pool: Pool) -> N
     assert [*found[0][3], *found[2][3]] == samples(8).tokens[:, 0].tolist()
 
 
-def part(topology: Topology) -> None:
+def enter_independent_replicas(topology: Topology) -> None:
     with independent_replicas(topology):
         pass
 
 
 def cut_short(topology: Topology) -> None:
-    every = samples(2)
-    every.__class__(every.tokens[:, :6], every.labels[:, :6], every.mask[:, :6]).shared(topology)
+    batch = samples(2)
+    batch.__class__(batch.tokens[:, :6], batch.labels[:, :6], batch.mask[:, :6]).shared(topology)
 
 
 def test_what_cannot_be_shared_is_refused(pool: Pool) -> None:
-    with pytest.raises(TopologyError, match=r"cp=2 .*cannot part"):
-        pool.run(part, dp=2, cp=2)
+    with pytest.raises(TopologyError, match=r"cp=2 .*cannot work independently"):
+        pool.run(enter_independent_replicas, dp=2, cp=2)
     with pytest.raises(TopologyError, match=r"cp=3 .*2 processes give 2\. Start a multiple of 3"):
         pool.run(places, dp=2, cp=3)
     with pytest.raises(RecipeError, match=r"sequences of 6 .*multiple of 4"):

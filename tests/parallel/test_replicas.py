@@ -1,4 +1,4 @@
-"""Replicas that part, work as worlds of their own, and are one world again."""
+"""Replicas leave the world, work independently, and rejoin."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minitron_megatron.testing import Pool
 
 
 def _places(topology: Topology) -> dict[str, Any]:
-    """What a rank sees before, inside and after."""
+    """Return the layouts that a rank sees before, inside and after the block."""
 
     def seen(at: Topology) -> tuple[Any, ...]:
         sums = [float(all_reduce(torch.tensor(float(topology_rank)), group)) for group in (at.tp_group, at.dp_group)]
@@ -62,7 +62,7 @@ def _experts(topology: Topology) -> None:
         pass
 
 
-def test_replicas_that_share_experts_cannot_part(pool: Pool) -> None:
+def test_replicas_that_share_experts_cannot_be_independent(pool: Pool) -> None:
     with pytest.raises(TopologyError, match="ep=2"):
         pool.run(_experts, dp=2, ep=2)
 

@@ -1,4 +1,4 @@
-"""Depth scores are plain data: what is saved comes back, and nothing else is taken for them."""
+"""Depth scores are plain data: saved scores load unchanged, and any other file is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan that would not fit its shape is never made, and a file that is no plan never becomes one."""
+"""An invalid plan is refused on construction, and a file that does not hold a plan is refused on loading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FULL = {
 
 
 def EACH(kept: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    """The same choice in every layer."""
+    """Return the same kept indices for every layer."""
     return dict.fromkeys(range(3), kept)
 
 
@@ -66,25 +66,25 @@ def test_a_layers_parameters_keep_its_own_units_and_the_shared_ones() -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"layers": ()}, r"axis layers keeps nothing of 3\. Keep one at least"),
+        ({"layers": ()}, r"axis layers keeps nothing of 3 units\. Keep at least one"),
         ({"layers": (2, 1)}, "axis layers: kept indices must ascend without repeats"),
-        ({"layers": (1, 3)}, r"axis layers keeps indices from 1 to 3\. They run from 0 to 2"),
+        ({"layers": (1, 3)}, r"axis layers keeps indices from 1 to 3\. Valid ones run from 0 to 2"),
         ({"keep": {"hidden": {None: ()}}}, "axis hidden keeps nothing of 8"),
         ({"keep": {"hidden": {None: (3, 3)}}}, "axis hidden: kept indices must ascend without repeats"),
         ({"keep": {"hidden": {None: (4, 3)}}}, "axis hidden: kept indices must ascend without repeats"),
-        ({"keep": {"hidden": {None: (0, 8)}}}, r"axis hidden keeps indices from 0 to 8\. They run from 0 to 7"),
-        ({"keep": {"hidden": {None: (-1, 3)}}}, r"axis hidden keeps indices from -1 to 3\. They run from 0 to 7"),
-        ({"keep": {"hidden": {0: (1,)}}}, r"axis hidden must say what stays in layers \[None\], .* for \[0\]"),
-        ({"keep": {"ffn": {0: (1,), 1: (1,)}}}, r"axis ffn must say what stays in layers \[0, 1, 2\], .* for \[0, 1\]"),
-        ({"keep": {"ffn": {0: (1,), 1: (1,)}}, "layers": (0, 2)}, r"in layers \[0, 2\], and says it for \[0, 1\]"),
-        ({"keep": {"ffn": {None: (1,)}}}, r"and says it for \[None\]"),
+        ({"keep": {"hidden": {None: (0, 8)}}}, r"axis hidden keeps indices from 0 to 8\. Valid ones run from 0 to 7"),
+        ({"keep": {"hidden": {None: (-1, 3)}}}, r"axis hidden keeps indices from -1 to 3\. Valid ones run from 0 to 7"),
+        ({"keep": {"hidden": {0: (1,)}}}, r"axis hidden must list kept indices for layers \[None\], .* \[0\]"),
+        ({"keep": {"ffn": {0: (1,), 1: (1,)}}}, r"axis ffn must list kept .* layers \[0, 1, 2\], not for \[0, 1\]"),
+        ({"keep": {"ffn": {0: (1,), 1: (1,)}}, "layers": (0, 2)}, r"for layers \[0, 2\], not for \[0, 1\]"),
+        ({"keep": {"ffn": {None: (1,)}}}, r"not for \[None\]"),
         ({"keep": {"ffn": {0: (1,), 1: (1,), 2: (1, 2)}}}, r"axis ffn keeps different sizes in different layers"),
         ({"keep": {"heads": {i: (0, 1) for i in range(3)}}}, r"axis heads keeps \[0, 2\] units in different kv_groups"),
         ({"keep": {"fnn": {None: (1,)}}}, r"axis 'fnn' is not known\. Did you mean 'ffn'\?"),
         ({"keep": {"vocab": {None: (1,)}}}, "axis 'vocab' is not known"),
         ({"keep": {"layers": {None: (1,)}}}, "axis 'layers' is not known"),
-        ({"keep": CUT_GROUP}, r"axis heads keeps unit 2 of layer 1, and kv_groups does not keep its own"),
-        ({"shape": MIXTURE, "keep": {"experts": EACH((0,))}}, "axis experts keeps 1, and every token goes through 2"),
+        ({"keep": CUT_GROUP}, r"axis heads keeps unit 2 of layer 1, but axis kv_groups removes"),
+        ({"shape": MIXTURE, "keep": {"experts": EACH((0,))}}, "axis experts keeps 1, but every token is routed to 2"),
         (
             {"shape": MIXTURE, "keep": {"expert_ffn": EACH((0, 1, 2, 12))}},
             r"keeps \[0, 1, 3\] units in different experts",

@@ -1,4 +1,4 @@
-"""Scores are the same file for the same numbers, and no other file passes for one."""
+"""Equal scores give equal files, and any other file is refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_scores_come_back_as_they_were(tmp_path: Path) -> None:
     back = Scores.load(tmp_path / "scores.safetensors")
     assert replace(back, values={}) == replace(scores, values={})
     assert {axis: list(layers) for axis, layers in back.values.items()} == {
-        "ffn": list(range(12)),  # in order of the number, not of its digits
+        "ffn": list(range(12)),  # sorted by number, not as text
         "heads": list(range(12)),
         "hidden": [None],
     }
@@ -95,7 +95,7 @@ UNITS = {"ffn.0": torch.ones(6)}
 @pytest.mark.parametrize(
     ("tensors", "about"),
     [
-        (UNITS, None),  # somebody's weights
+        (UNITS, None),  # a file of weights
         (UNITS, {"scores": "{"}),
         (UNITS, metadata(samples=None)),
         (UNITS, metadata(shape={"layers": 1})),

@@ -1,4 +1,4 @@
-"""The meter against peaks that can be counted by hand."""
+"""Memory meter against peaks counted by hand."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_backward_is_seen() -> None:
     with LivePeak() as meter:
         held_for_backward()
         gradient_is_alive = meter.now - meter.start
-    # at the second step back: four outputs (`y` names the last), the gradient given, and the step's own in and out
+    # at the second backward step: four outputs (`y` is the last), the given gradient, and the step's input and output
     assert meter.extra == 7 * MIB
     assert gradient_is_alive == MIB
     assert x.grad is not None

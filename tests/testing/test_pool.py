@@ -1,4 +1,4 @@
-"""The pool gives every rank's result, brings errors home, and outlives hangs and deaths."""
+"""The pool returns every rank's result, raises their errors, and survives hangs and deaths of workers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_hang_ends_the_workers_and_what_they_started(tmp_path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process lives; one that ended and waits for its parent does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
