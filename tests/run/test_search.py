@@ -329,7 +329,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, int], type[MinitronError], str]
     ("too few layers for the stages", {"layers": [1, 4]}, {"pp": 2}, TopologyError, "candidate layers1-"),
     ("a task that is not measured", {"choose": "winogrande"}, {}, RecipeError, "the tasks are those of evaluate"),
     ("a light batch that does not divide", {"light": LIGHT | {"global_batch": 3}}, {}, RecipeError, "search.light."),
-    ("replicas that cannot part", {"light": LIGHT | {"apart": True}}, {"dp": 2, "cp": 2}, TopologyError, "cannot part"),
+    ("replicas that cannot part", {"light": LIGHT | {"apart": True}}, {"dp": 2, "cp": 2}, TopologyError, "cannot work"),
     ("a table of speeds that is none", {"serving": {"table": "no.json"}}, {}, RecipeError, "no table of speeds"),
 ]
 
