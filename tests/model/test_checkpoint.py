@@ -175,7 +175,7 @@ def save_where_it_is_full(topology: Topology, folder: Path, asynchronous: bool) 
 
 
 def give_up_amid_a_write(topology: Topology, folder: Path) -> list[bytes]:
-    """Abandon a checkpoint whose writers never end; return a byte of a running writer, then none after the end of all."""
+    """Abandon a checkpoint whose writers never end; return a byte while one runs, then none once all have ended."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     reads, writes = os.pipe()
