@@ -95,7 +95,7 @@ def _fail(code: int, error: Exception, message: str) -> None:
 
 
 def _prints_error(code: int) -> bool:
-    """Whether this rank prints the error. Before the process group exists, all ranks fail alike and rank 0 prints it."""
+    """Whether this rank prints the error. Without a process group yet, all ranks fail alike and rank 0 prints it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     from ..parallel import first_to_fail

@@ -197,8 +197,8 @@ class StateLoss:
         """Return this rank's part of the mean over relation heads and over queries, keys and values."""
         local_heads, total = self.heads // self.topology.tp, student.new_zeros((), dtype=torch.float32)
         for role in RELATIONS:
-            student_role, teacher_role = self._role(student, self.student, role), self._role(teacher, self.teacher, role)
-            total = total + relation_loss(student_role, teacher_role, counts, local_heads)
+            roles = self._role(student, self.student, role), self._role(teacher, self.teacher, role)
+            total = total + relation_loss(*roles, counts, local_heads)
         return total / (self.heads * len(RELATIONS))
 
     def _role(self, qkv: Tensor, chunks: Sequence[Any], role: str) -> Tensor:

@@ -130,7 +130,7 @@ def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:
 
 
 def _check_paths(recipe: Recipe) -> None:
-    """Check that the run folder is separate from the run's inputs, so that neither's files are taken for the other's."""
+    """Check that the run folder is separate from the run's inputs, so that their files cannot be confused."""
     out = recipe.out.resolve()
     read = [("model", recipe.model), ("distill.start", recipe.distill.start)]
     read += [("data.sources", path) for source in recipe.data.sources for path in _paths(source)]

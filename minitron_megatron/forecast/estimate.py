@@ -185,7 +185,8 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 98
 
 
 def _score_flops(recipe: Recipe, teacher: Shape) -> int:
-    """Return FLOPs per calibration token: one pass per round for the units, and one per network without a block."""
+    """Return FLOPs per calibration token: a pass per round for the units, and the remaining layers of each network
+    without a block."""
     sequence, sweep = recipe.data.sequence, depth_sweep(recipe, teacher)
     widths = [teacher] if scores_wanted(recipe) else []
     total = sum(flops_per_token(shape, sequence) for shape in [*widths, *round_shapes(recipe, teacher)[:-1]])
@@ -215,8 +216,8 @@ def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> 
 
 
 def _search_flops(recipe: Recipe, found: Sequence[Candidate], light: Mapping[str, int]) -> int:
-    """Return the FLOPs of a search: a pass of each candidate over the calibration samples, and the light distillation of
-    the most expensive ones."""
+    """Return the FLOPs of a search: a pass of each candidate over the calibration samples, and the light distillation
+    of the most expensive ones."""
     sequence = recipe.data.sequence
     passes = sum(flops_per_token(each.shape, sequence) for each in found) * recipe.score.samples * sequence
     top = recipe.search.light.top if recipe.search and recipe.search.light else None
@@ -228,7 +229,7 @@ def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stas
     keys, dtype = recipe.parallel, recipe.dtype
     topology = Topology(**keys.model_dump())
     trained: list[float] = training_bytes(teacher, topology, dtype, world)
-    if recipe.correct and recipe.correct.parameters != "all":  # gradients are small; lora also keeps merged weights
+    if recipe.correct and recipe.correct.parameters != "all":  # gradients are small; lora holds the weights twice
         weights = {"norms": 1, "lora": 2}[recipe.correct.parameters]
         trained = [weights * each for each in model_bytes(teacher, topology, dtype)]
     frozen = model_bytes(teacher, topology, recipe.frozen_teacher_dtype, packed=recipe.distill.teacher_dtype == "float8")

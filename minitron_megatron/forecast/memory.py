@@ -14,7 +14,7 @@ __all__ = ["WEIGHT_BYTES", "model_bytes", "rank_parameters", "training_bytes"]
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
-"""Adam's two fp32 moments, and an fp32 master copy of bf16 weights; sharded over the ranks that hold the same weights."""
+"""Adam's two fp32 moments, and an fp32 master copy of bf16 weights; sharded over data-parallel ranks."""
 
 
 def rank_parameters(shape: Shape, topology: Topology) -> list[tuple[int, int]]:

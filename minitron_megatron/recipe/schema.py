@@ -301,7 +301,7 @@ class Recipe(Keys):
         if self.search is None and "prune" not in self.model_fields_set:
             raise ValueError("prune is missing: give the sizes to keep in `prune`, or a `search` for them")
         if self.search and (self.prune.sizes() or self.prune.layers is not None):
-            raise ValueError("Both `search` and `prune` set the student's sizes: remove the sizes in `prune`, or `search`")
+            raise ValueError("Both `search` and `prune` give the sizes: remove the sizes in `prune`, or `search`")
         if self.search and (self.prune.by != "importance" or self.prune.iterations > 1 or self.prune.merge != "none"):
             raise ValueError(
                 "A search prunes by importance, in one step, without merging: remove prune.by, iterations and merge"

@@ -74,7 +74,7 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def describe(path: Path) -> Table | Group:
-    """Describe a scores file, a plan, a Hugging Face folder or a run folder. Raises CheckpointError for anything else."""
+    """Describe a scores file, a plan, a model folder or a run folder. Raises CheckpointError for anything else."""
     run = RunFolder(path)
     if run.summary.is_file():
         scores, plan, margins = _cut(run)

@@ -85,6 +85,6 @@ def _find(context: Context, which: str) -> tuple[Path, str]:
             raise RecipeError(f"there is no checkpoint {which}. Use newest, best or one of {', '.join(steps)}.")
         return path, mark
     raise CheckpointError(
-        f"{context.recipe.out} has no checkpoints of distillation: without `distill.retain` they are removed when it is "
-        "done. Omit --checkpoint to export the finished student."
+        f"{context.recipe.out} has no checkpoints of distillation: without `distill.retain` they are removed when it "
+        "is done. Omit --checkpoint to export the finished student."
     )

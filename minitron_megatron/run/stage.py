@@ -33,7 +33,7 @@ class Stage:
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     """Whether a recipe has this stage."""
     extra_inputs: Callable[[Recipe], Any] = lambda recipe: None
-    """Further inputs of the stage, as JSON: single keys of other blocks, checksums of files. Part of its fingerprint."""
+    """Further inputs, as JSON: single keys of other blocks, checksums of files. They enter the fingerprint."""
     decides: Callable[[Recipe, Result], Recipe] | None = None
     """(recipe, result) -> recipe for the later stages. They see the stage's result only through it."""
     keeps: Callable[[RunFolder, str], Path] | None = None

@@ -1,4 +1,4 @@
-"""Table of inference engines (clients) that cannot serve some students; `estimate`, the model card and the guide use it.
+"""Table of inference engines (clients) that cannot serve some students, for `estimate`, the model card and the guide.
 
 `tests/compat/clients.sh` measures it, and `tests/serve/test_clients.py` compares it with the measurements.
 """

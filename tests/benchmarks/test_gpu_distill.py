@@ -1,4 +1,4 @@
-"""The benchmark for a GPU runs at toy size on any machine."""
+"""The GPU benchmark runs at toy size on any machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, one message, no traceback; and the verbs that need no process."""
+"""Command line as a user sees it: exit codes, one message, no traceback; and the commands that need no processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "P
 
 
 def call(*arguments: object, ranks: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
-    """more: variables of its environment."""
+    """more: additional environment variables."""
     if ranks == 1:
         return run_cli([str(argument) for argument in arguments], ENVIRONMENT | more)
     command = [str(ROOT / "launch/local.sh"), str(ranks), *map(str, arguments)]
@@ -61,7 +61,7 @@ def test_an_error_that_only_the_models_know_is_one_message_too(recipe_file: Writ
 def test_ctrl_c_says_how_to_go_on_and_the_next_run_does(recipe_file: Write) -> None:
     recipe = recipe_file()
     command = [sys.executable, "-m", "minitron_megatron", "run", str(recipe)]
-    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job is deaf to it
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell starts background jobs with SIGINT ignored
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "preexec_fn": hears}
     with subprocess.Popen(command, text=True, env=ENVIRONMENT, **options) as run:  # type: ignore[call-overload]
         record = load_recipe(recipe).out / "stages" / "prepare.json"
@@ -92,7 +92,7 @@ def test_a_schedulers_signal_saves_and_asks_to_be_requeued(recipe_file: Write) -
         run.send_signal(signal.SIGTERM)
         _, said = run.communicate(timeout=HANGS)
     assert run.returncode == 75
-    assert "Saved, as the scheduler's signal asked. Run the same command again to go on." in said
+    assert "Saved, because the scheduler sent a signal. Run the same command again to resume." in said
     assert list((out / "checkpoints").glob("*/step_*"))
     assert "resume" in call("run", recipe, "--dry-run", "--set", "data.repeat=true").stdout
 
@@ -102,7 +102,7 @@ def test_init_makes_a_recipe_that_loads(material: Path, tmp_path: Path) -> None:
     path.write_text(say("init", material / "model"))
     recipe = load_recipe(path)
     assert recipe.model == material / "model"
-    assert recipe.prune.hidden == 32  # three quarters of 48, to a multiple of 16
+    assert recipe.prune.hidden == 32  # 3/4 of 48 would be 36; rounded to a multiple of 16
 
 
 def test_estimate_counts_what_is_built(recipe_file: Write) -> None:

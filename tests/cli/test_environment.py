@@ -1,4 +1,4 @@
-"""The command line in odd surroundings: launchers' variables, pipes, terminals, signals before work begins."""
+"""Command line in unusual environments: launchers' variables, pipes, terminals, early signals."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_reader_that_goes_away_or_an_odd_name_changes_no_exit_code(line: str, 
 def test_a_signal_before_work_begins_has_its_exit_code(
     recipe_file: object, ahead: float, number: signal.Signals, code: int
 ) -> None:
-    """ahead: seconds after the first line of ours ran."""
+    """ahead: seconds between the first line of our code and the signal."""
     seen = "import sys, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     seen += "import minitron_megatron.__main__ as m; signal_is_ready = m.main; "
     recipe = recipe_file()  # type: ignore[operator]
@@ -108,12 +108,12 @@ def test_a_signal_before_work_begins_has_its_exit_code(
         run.send_signal(number)
         _, said = run.communicate(timeout=HANGS)
     assert run.returncode == code, said
-    assert "Traceback" not in said and "Run the same command again to go on." in said
+    assert "Traceback" not in said and "Run the same command again to resume." in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_the_launcher_outlives_its_ranks_and_leaves_nothing(recipe_file: object, number: signal.Signals) -> None:
-    """Both ranks end at once, while the shell still handles the signal: bash may forget the one or the other."""
+    """Both ranks end at once, while the shell still handles the signal; bash may then miss one of them."""
     command = [str(ROOT / "launch/local.sh"), "2", "run", str(recipe_file())]  # type: ignore[operator]
     with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as run:
         launcher = psutil.Process(run.pid)

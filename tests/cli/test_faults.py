@@ -1,5 +1,5 @@
-"""What machines do to a run: a rank stopped, a rank killed, a disk full. It ends, says why, and goes on to the numbers
-of a run that nothing happened to."""
+"""Faults of a run: a stopped rank, a killed rank, a full disk. The run ends, reports why, and resumes to the numbers of
+an undisturbed run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS = ("--set", "parallel.tp=2", "--set", "data.repeat=true")
 
 @contextmanager
 def begun(recipe: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """A run of two ranks at work; what is left of it is killed in the end."""
+    """Start a run on two ranks; its remaining processes are killed at the end."""
     command = [str(ROOT / "launch/local.sh"), "2", "run", str(recipe), *OPTIONS, *more]
     pipes: Any = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     run = subprocess.Popen(command, text=True, env=ENVIRONMENT, start_new_session=True, **pipes)
@@ -43,12 +43,12 @@ def begun(recipe: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def saved(out: Path) -> list[Path]:
-    """The whole checkpoints of distillation, oldest first."""
+    """Return the complete checkpoints of distillation, oldest first."""
     return sorted(path for path in (out / "checkpoints").glob("*/step_*") if path.suffix != PARTIAL)
 
 
 def until_saved(run: subprocess.Popen[str], out: Path) -> None:
-    """Returns once there is a checkpoint that was not there before."""
+    """Wait for a new checkpoint."""
     before = saved(out)
     while saved(out)[-1:] == before[-1:]:
         assert run.poll() is None, run.communicate()[1]
@@ -56,7 +56,7 @@ def until_saved(run: subprocess.Popen[str], out: Path) -> None:
 
 
 def said_by(run: subprocess.Popen[str]) -> str:
-    """What it says until it ends."""
+    """Wait for the process to end and return its output."""
     return run.communicate(timeout=HANGS)[1]
 
 
@@ -85,7 +85,7 @@ def test_a_stopped_rank_a_killed_one_and_a_torn_checkpoint_cost_no_result(recipe
     assert run.returncode == 76, said
     assert f"no rank made progress for {hang_seconds} s" in said
     assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
-    assert "train" in (out / "stacks" / "rank-0.txt").read_text()  # where the other one waited for it
+    assert "train" in (out / "stacks" / "rank-0.txt").read_text()  # the stack of the rank that waited for the stopped one
     with begun(recipe) as run:
         until_saved(run, out)
         rank_of(run, 1).kill()
@@ -102,7 +102,7 @@ def test_a_stopped_rank_a_killed_one_and_a_torn_checkpoint_cost_no_result(recipe
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
+    """Mount a file system of 8 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
@@ -125,7 +125,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(recipe_file: Write, small_di
     stacks = [path.read_text() for path in (out / "stacks").glob("*")]
     assert run.returncode == 2, "\n".join([said, *stacks])
     assert "Traceback" not in said
-    assert "ake room" in said
+    assert "ree disk space" in said
     assert saved(out)
     ballast.unlink()
     assert "resume" in call("run", recipe, "--dry-run", *OPTIONS).stdout
@@ -140,7 +140,7 @@ def test_one_rank_that_tells_of_its_work_keeps_the_others_waiting(tmp_path: Path
     for step in range(8):
         now += 9.0
         busy(Event("prepare", step, 8))
-        os.utime(tmp_path / "heartbeat", (step, step))  # a file system tells no two marks of a moment apart
+        os.utime(tmp_path / "heartbeat", (step, step))  # longer than the resolution of file times
         assert not idle.check() and not busy.check()
     now += 11.0
     assert idle.check() and busy.check()

@@ -1,4 +1,4 @@
-"""Whatever a recipe or an option holds, the command line does its work or ends with one error of the user's."""
+"""Fuzzing: for any recipe and option, the command line works or ends with one user error."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ KEYS = sorted({key for block in json_schema()["$defs"].values() for key in block
 
 
 def paths(node: Any, before: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The place of every node of a tree below its root."""
+    """Yield the path of every node of a tree below its root."""
     inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [each for key, value in inner for each in ((*before, key), *paths(value, (*before, key)))]
 
 
 def replaced(node: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) -> Any:
-    """A copy with one node changed; `...` from `change` takes it away."""
+    """Return a copy with one node changed; `...` from `change` removes it."""
     copy = node.copy()
     first, *rest = path
     new = replaced(copy[first], tuple(rest), change) if rest else change(copy[first])
@@ -55,7 +55,7 @@ def replaced(node: Any, path: tuple[Any, ...], change: Callable[[Any], Any]) -> 
 
 @st.composite
 def spoilt(draw: st.DrawFn, whole: Any) -> Any:
-    """A recipe in which one to three things are others, gone, or there though unknown."""
+    """Draw a recipe with one to three values changed, removed, or added under unknown keys."""
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(paths(whole)))
         what = draw(st.sampled_from(["other", "gone", "more"]))
@@ -71,7 +71,7 @@ def spoilt(draw: st.DrawFn, whole: Any) -> Any:
 
 
 def ends_well(*arguments: str) -> None:
-    """Runs a command; whatever it raises is the user's to mend, and says so in one short message."""
+    """Run a command; any exception must be a user error with one short message."""
     result = CliRunner().invoke(app, arguments)
     error = result.exception
     if isinstance(error, MinitronError):

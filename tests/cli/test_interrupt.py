@@ -1,4 +1,4 @@
-"""A Ctrl-C that Python or a library drops ends the process all the same."""
+"""A Ctrl-C that Python or a library drops still ends the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run, and what other tools say of it: wandb, TensorBoard, `watch`, `evaluate --model`, `export --check`."""
+"""One run with all loggers and follow-up commands: wandb, TensorBoard, `watch`, `evaluate --model`, `export --check`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.cli.test_commands import call, say
 from tests.recipes import tiny_recipe
 
 Points = dict[str, dict[int, float]]
-"""`stage/measurement` -> step -> the last value told."""
+"""`stage/measurement` -> step -> last logged value."""
 
 
 SECRETS = {"WANDB_API_KEY": secrets.token_hex(20), "HF_TOKEN": f"hf_{secrets.token_hex(17)}"}
@@ -30,7 +30,7 @@ SECRETS = {"WANDB_API_KEY": secrets.token_hex(20), "HF_TOKEN": f"hf_{secrets.tok
 
 @pytest.fixture(scope="module")
 def recipe(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe of a run that is done, logged everywhere."""
+    """Recipe of a finished run with every logger."""
     folder = tmp_path_factory.mktemp("logged")
     keys = tiny_recipe(material) | {"out": str(folder / "run"), "random_baseline": False}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(keys | {"log": {"wandb": "offline", "tensorboard": True}}))
@@ -57,11 +57,11 @@ def truth(run: Path) -> Points:
 
 
 def records(file: Path) -> Iterator[bytes]:
-    """wandb's file is a LevelDB log: a header of 7 bytes, then blocks of 32 KiB with pieces of records, each after its
-    checksum (4 bytes), length (2) and kind (1: whole, 2: first, 3: middle, 4: last)."""
+    """Yield the records of wandb's file, a LevelDB log: a header of 7 bytes, then blocks of 32 KiB with pieces of
+    records, each preceded by checksum (4 bytes), length (2) and kind (1: whole, 2: first, 3: middle, 4: last)."""
     data, at, record = file.read_bytes(), 7, b""
     while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # too little left in the block for another piece
+        if 32768 - at % 32768 < 7:  # no room in the block for another piece
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
@@ -99,7 +99,7 @@ def test_a_run_that_goes_on_is_one_run_to_wandb(tmp_path: Path) -> None:
     for step in (1, 2):
         with logged(tmp_path, {}, wandb="offline") as tell:
             tell(Event("distill", step, 2, values={"loss": 1.0 / step}))
-        time.sleep(1.1)  # two that begin in one second are one to wandb
+        time.sleep(1.1)  # wandb cannot tell apart two runs that start in the same second
     files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert sorted(row["distill/loss"] for file in files for row in history(file)) == [0.5, 1.0]
     assert {file.name for file in files} == {f"run-{read_json(tmp_path / 'wandb.json')['id']}.wandb"}
@@ -149,7 +149,7 @@ def test_watch_tells_what_was_and_what_comes(run: Path, tmp_path: Path, recipe: 
 
 
 def test_any_folder_is_evaluated_by_the_recipe(run: Path, recipe: Path) -> None:
-    """Here by two pipeline stages."""
+    """Evaluate on two pipeline stages."""
     rows = {row["model"]: row for row in read_json(run / "summary.json")}
     said = call("evaluate", recipe, "--model", run / "pruned", "--set", "parallel.pp=2", ranks=2)
     assert said.returncode == 0, said.stderr

@@ -1,4 +1,4 @@
-"""The frozen list of verbs and flags; a change to it edits docs/architecture.md, section 9, and this test."""
+"""The list of commands and flags; a change to it edits docs/architecture.md, section 9, and this test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiny checkpoints."""
+"""Tiny checkpoints for the tests of this folder."""
 
 from tests.tiny import checkpoints
 

@@ -1,4 +1,4 @@
-"""A teacher that is corrected while it teaches is two plain models, each with its own optimizer, in step."""
+"""Continuous correction equals two plain models that train side by side, each with its own optimizer."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def divergence(student: Any, teacher: Any, batch: Any) -> Any:
 
 
 def truth(job: Job) -> tuple[list[float], float]:
-    """(the student's losses, its divergence in the end): plain torch on transformers' models."""
+    """Return (the student's losses, its final divergence), by plain torch on transformers' models."""
     models = [transformer(job.teacher), transformer(job.student)]
     optimizers = [NaiveOptimizer(*each) for each in zip(models, (TEACHER, STUDENT), strict=True)]
     losses = []

@@ -1,4 +1,4 @@
-"""Distillation is plain torch's between two transformers models, at every layout, and leaves the teacher alone."""
+"""Distillation equals plain torch between two transformers models, at every layout, and does not change the teacher."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORWARD_KL = KDLoss()
 
 @dataclass(frozen=True)
 class Job:
-    """A distillation of the Hugging Face model in `teacher` into the one in `student`."""
+    """Distillation of the Hugging Face model in `teacher` into the one in `student`."""
 
     teacher: Path
     student: Path
@@ -72,7 +72,7 @@ def distil(topology: Topology, job: Job) -> Result:
 
 
 def loss_of(student: Any, teacher: Any, batch: Batch, loss: KDLoss) -> Tensor:
-    """The divergence and its cross-entropy, a token that counts."""
+    """Return divergence and cross-entropy per unmasked token."""
     with torch.no_grad():
         of_teacher = teacher(batch.tokens).logits[batch.mask]
     divergence = naive(loss, student(batch.tokens).logits[batch.mask], of_teacher) / batch.mask.sum()
@@ -98,7 +98,7 @@ CASES = [
 def test_distillation_is_plain_torchs(
     pool: Pool, checkpoints: dict[str, Path], teacher: str, student: str, layout: str, loss: KDLoss, tmp_path: Path
 ) -> None:
-    """Loss and gradient norm of every step and the final weights; `student` is shallower and narrower."""
+    """Loss and gradient norm of every step, and the final weights, are equal; `student` is shallower and narrower."""
     job = Job(checkpoints[teacher], checkpoints[student], tmp_path / "student", loss)
     results = pool.run(distil, job, **(LAYOUTS | CONTEXT)[layout])
     truth, of_teacher = transformer(job.student), transformer(job.teacher)
@@ -132,7 +132,7 @@ def test_a_teacher_that_lies_elsewhere_or_runs_in_windows_teaches_the_same(
     pool: Pool, checkpoints: dict[str, Path], layout: str, options: dict, tmp_path: Path
 ) -> None:
     if layout == "pp2-vp2" and options.get("window") == 3:
-        options = {"window": 2}  # interleaving wants whole rounds
+        options = {"window": 2}  # the interleaved schedule needs a multiple of pp
     job = Job(checkpoints["untied"], checkpoints["student"], tmp_path / "student", micro_batch=2)
     for offloaded, plain in zip(
         pool.run(distil, replace(job, options=options), **LAYOUTS[layout]),
@@ -145,7 +145,7 @@ def test_a_teacher_that_lies_elsewhere_or_runs_in_windows_teaches_the_same(
 
 
 def what_moves(topology: Topology, folder: Path) -> tuple[bool, bool]:
-    """Whether every weight but the output layer moves, and whether that one does."""
+    """Return whether all weights except the output layer are offloaded, and whether the output layer is."""
     model = load_hf(folder, topology)
     last = output_weight(model[-1]) if topology.is_last_stage else None
     others = [weight for chunk in model for weight in chunk.parameters() if weight is not last]
@@ -182,7 +182,7 @@ def test_another_vocabulary_is_refused(pool: Pool, checkpoints: dict[str, Path],
 
 
 def padded_unlike(topology: Topology, teacher: Path, shared: int | None, top_k: int | None) -> float:
-    """The first loss of a student of 131 entries, the last of which are padding to `shared`."""
+    """Return the first loss of a student with 131 vocabulary entries, of which those above `shared` are padding."""
     objective = KDObjective(
         load_hf(teacher, topology), topology, vocab=SHAPE.vocab, shared=shared, loss=KDLoss(top_k=top_k)
     )
@@ -194,7 +194,7 @@ def padded_unlike(topology: Topology, teacher: Path, shared: int | None, top_k: 
 def test_a_teacher_with_more_padding_teaches_what_is_shared(
     pool: Pool, checkpoints: dict[str, Path], layout: str, tmp_path: Path
 ) -> None:
-    """Its 300 rows lie in other places of the two ranks than the student's 131."""
+    """The teacher's 300 rows are split over the two ranks differently from the student's 131."""
     teacher = write_llama(tmp_path / "teacher", replace(SHAPE, vocab=300), seed=0)
     (tmp_path / "student").symlink_to(checkpoints["student"])
     batch = samples(8)
@@ -208,7 +208,7 @@ def test_a_teacher_with_more_padding_teaches_what_is_shared(
 @pytest.mark.parametrize(
     ("shared", "top_k", "said"),
     [
-        (None, None, r"the teacher has 300 vocabulary entries and the student 131\. .* in padding alone, pass"),
+        (None, None, r"the teacher has 300 vocabulary entries and the student 131\. .* only in padding, pass"),
         (132, None, "132 vocabulary entries cannot be shared: the teacher has 300 and the student 131"),
         (131, 132, "top_k is 132, but there are 131 vocabulary entries"),
     ],
@@ -216,14 +216,14 @@ def test_a_teacher_with_more_padding_teaches_what_is_shared(
 def test_vocabularies_that_cannot_be_shared_are_refused(
     pool: Pool, tmp_path: Path, shared: int | None, top_k: int | None, said: str
 ) -> None:
-    """On every rank, before anything runs."""
+    """The error is raised on every rank, before anything runs."""
     teacher = write_llama(tmp_path / "teacher", replace(SHAPE, vocab=300), seed=0)
     with pytest.raises(RecipeError, match=said):
         pool.run(padded_unlike, teacher, shared, top_k, pp=2)
 
 
 def held(topology: Topology, teacher: Path) -> tuple[float, int, int, list[str]]:
-    """(the packed teacher's cross-entropy, most states held, bytes of its layers, names left wide)."""
+    """Return (the packed teacher's cross-entropy, most states stored, bytes of its layers, names left unpacked)."""
     model = load_hf(teacher, topology)
     objective = KDObjective(model, topology, vocab=SHAPE.vocab, pack=True, window=1)
     found = mean_loss(model, share(samples(BATCH), topology), LMObjective(topology), topology)[0]
@@ -237,7 +237,7 @@ def held(topology: Topology, teacher: Path) -> tuple[float, int, int, list[str]]
 def test_a_packed_teacher_is_the_same_at_every_layout_and_a_byte_a_weight(
     pool: Pool, checkpoints: dict[str, Path]
 ) -> None:
-    """Its weights are plain torch's, each row rounded to e4m3 by its largest."""
+    """The weights equal plain torch's, with each row rounded to e4m3 by its largest value."""
     teacher = transformer(checkpoints["untied"])
     with torch.no_grad():
         before = cross_entropy(teacher, samples(BATCH)).item()

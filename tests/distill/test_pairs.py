@@ -1,4 +1,4 @@
-"""Which states are compared: written as the papers do, refused where they are not there or not on one stage."""
+"""Pairs of states: written as in the papers; refused if a layer does not exist or the pair spans two stages."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TEACHER, STUDENT = replace(SHAPE, layers=32), replace(SHAPE, layers=16)
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"outputs": ("29-13",)}, r"outputs has '29-13', which is no pair of layers\. Write teacher:student in quotes"),
-        ({"attention": ("29:",)}, "attention has '29:', which is no pair"),
-        ({"mlp_inputs": ("-1:3",)}, "mlp_inputs has '-1:3', which is no pair"),
-        ({"outputs": (1753,)}, r"outputs has 1753, which is no pair"),
+        ({"outputs": ("29-13",)}, r"outputs has '29-13', which is not a pair of layers\. Write teacher:student in quotes"),
+        ({"attention": ("29:",)}, "attention has '29:', which is not a pair"),
+        ({"mlp_inputs": ("-1:3",)}, "mlp_inputs has '-1:3', which is not a pair"),
+        ({"outputs": (1753,)}, r"outputs has 1753, which is not a pair"),
         ({"embedding": True, "loss": "cosin"}, r"'cosin' is not known\. Did you mean 'cosine'\? Known: cosine, mse\."),
         ({"embedding": True, "alpha": "dynamical"}, r"alpha of the states is 'dynamical'\. It must be above 0, or dyn"),
-        ({"embedding": True, "alpha": 0.0}, r"alpha of the states is 0\.0\. It must be above 0"),
+        ({"embedding": True, "alpha": 0.0}, r"alpha of the loss on states is 0\.0\. It must be above 0"),
         ({}, r"no states are mapped\. Set at least one of embedding, outputs, mlp_inputs, attention\."),
     ],
 )
@@ -38,11 +38,11 @@ def test_what_is_no_mapping_is_refused(keys: dict[str, Any], says: str) -> None:
     [
         (
             {"outputs": ("32:13",)},
-            r"outputs 32:13 asks for layer 32 of the teacher, which has 32\. Give one of 0 to 31\.",
+            r"outputs 32:13: the teacher has no layer 32, only 32 layers\. Give a layer from 0 to 31\.",
         ),
         (
             {"mlp_inputs": ("1:16",)},
-            r"mlp_inputs 1:16 asks for layer 16 of the student, which has 16\. Give one of 0 to",
+            r"mlp_inputs 1:16: the student has no layer 16, only 16 layers\. Give a layer from 0 to",
         ),
     ],
 )
@@ -65,10 +65,10 @@ def test_the_papers_mapping_lies_on_one_stage(topology: Topology) -> None:
 @pytest.mark.parametrize(
     ("kind", "pair", "topology", "says"),
     [
-        ("outputs", "29:6", Topology(pp=2), r"teacher's on 1 and the student's on 0 \(pp=2, vp=1\)\. Map 29:7, or"),
-        ("outputs", "14:7", Topology(pp=2), r"teacher's on 0 and the student's on 1 .*Map 14:6, or"),
-        ("mlp_inputs", "15:8", Topology(pp=2), r"teacher's on 0 and the student's on 1 .*Map 15:7, or"),
-        ("attention", "9:0", Topology(pp=2, vp=2), r"teacher's on 1 and the student's on 0 .*vp=2\)\. Map 7:0, or"),
+        ("outputs", "29:6", Topology(pp=2), r"teacher's state is on pipeline stage 1 and the student's on 0 \(pp=2, vp=1\)\. Use 29:7, or"),
+        ("outputs", "14:7", Topology(pp=2), r"teacher's state is on pipeline stage 0 and the student's on 1 .*Use 14:6, or"),
+        ("mlp_inputs", "15:8", Topology(pp=2), r"teacher's state is on pipeline stage 0 and the student's on 1 .*Use 15:7, or"),
+        ("attention", "9:0", Topology(pp=2, vp=2), r"teacher's state is on pipeline stage 1 and the student's on 0 .*vp=2\)\. Use 7:0, or"),
     ],
 )
 def test_a_pair_over_two_stages_is_told_of_a_near_one(kind: str, pair: str, topology: Topology, says: str) -> None:

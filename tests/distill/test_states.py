@@ -1,4 +1,4 @@
-"""Hidden states are learnt as plain torch learns them from two transformers models and one map, at every layout."""
+"""Training on hidden states equals plain torch with two transformers models and one linear map, at every layout."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Job:
     micro_batch: int = 2
     recompute: Recompute = "none"
     continuous: bool = False
-    """Correct the teacher meanwhile."""
+    """Whether the teacher is corrected continuously."""
     checkpoints: Path | None = None
     stop_at: int | None = None
 
@@ -99,7 +99,7 @@ def distil(topology: Topology, job: Job) -> Result:
 
 
 def gradients(topology: Topology, job: Job, out: Path) -> list[tuple[Tensor, Tensor]]:
-    """Of the map on each chunk; the model's own are written to `out` as if they were its weights."""
+    """Return the map's gradients on each chunk; the model's gradients are written to `out` in place of its weights."""
     teacher, student = load_hf(job.teacher, topology), load_hf(job.student, topology)
     states = StateLoss(teacher, student, job.pairs, topology, seed=SEED)
     objective = KDObjective(teacher, topology, vocab=SHAPE.vocab, loss=job.loss, states=states)
@@ -122,7 +122,7 @@ def gradients(topology: Topology, job: Job, out: Path) -> list[tuple[Tensor, Ten
 
 
 class Taught(nn.Module):
-    """A student of transformers with the linear map that raises its states."""
+    """A transformers student with the linear map of its states."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Taught(nn.Module):
         self.job, self.alpha, self.seen = job, job.pairs.alpha, []
 
     def forward(self, batch: Batch) -> Tensor:
-        """The whole loss a token; its parts are noted in `seen`."""
+        """Return the total loss per token; its parts are added to `seen`."""
         job, loss, tokens = self.job, self.job.loss, batch.mask.sum()
         with torch.no_grad():
             of_teacher, theirs = observed(self.teacher_[0], batch)
@@ -158,7 +158,7 @@ class Taught(nn.Module):
         return whole
 
     def pair(self, kind: str, theirs: Any, ours: Any, mask: Tensor) -> Tensor:
-        """Summed over tokens."""
+        """Return the loss of a pair, summed over tokens."""
         if kind == "attention":
             heads = math.gcd(SHAPES["untied"].kv_groups, SHAPES["student"].kv_groups)
             of_roles = [relations(t, s, mask, heads) for t, s in zip(theirs, ours, strict=True)]
@@ -177,7 +177,7 @@ def mapped(pairs: StatePairs) -> list[tuple[str, int, int]]:
 
 
 def relations(theirs: Tensor, ours: Tensor, mask: Tensor, heads: int) -> Tensor:
-    """KL of the rows, summed over tokens, the mean over heads."""
+    """Return the KL divergence of attention rows, summed over tokens and averaged over heads."""
     causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
 
     def rows(states: Tensor, head: int) -> Tensor:
@@ -193,7 +193,7 @@ def relations(theirs: Tensor, ours: Tensor, mask: Tensor, heads: int) -> Tensor:
 
 
 def observed(model: Any, batch: Batch) -> tuple[Tensor, dict[tuple[str, int], Any]]:
-    """(logits, (kind, layer) -> states), the embedding as the output of layer -1."""
+    """Return (logits, (kind, layer) -> states); the embedding is the output of layer -1."""
     seen: dict[tuple[str, int], Any] = {}
     layers, handles = model.model.layers, []
 
@@ -213,7 +213,7 @@ def observed(model: Any, batch: Batch) -> tuple[Tensor, dict[tuple[str, int], An
 
 
 def truth(job: Job) -> tuple[Taught, list[dict[str, float]]]:
-    """What plain torch makes of it, and its curve."""
+    """Train with plain torch; return the student and its curve."""
     taught = Taught(job)
     corrected = NaiveOptimizer(taught.teacher_[0], TEACHER) if job.continuous else None
 
@@ -243,7 +243,7 @@ def expect_same(found: list[dict[str, float]], expected: list[dict[str, float]],
 def test_states_are_learnt_as_plain_torch_does(
     pool: Pool, checkpoints: dict[str, Path], case: str, layout: str
 ) -> None:
-    """Losses, the weight of the states' and the gradient's norm in every step, and the map in the end."""
+    """Losses, alpha and gradient norm of every step, and the final map, are equal."""
     job = Job(checkpoints["untied"], checkpoints["student"], CASES[case])
     taught, expected = truth(job)
     for curve, maps, _ in pool.run(distil, job, **(LAYOUTS | CONTEXT)[layout]):
@@ -304,7 +304,7 @@ def test_no_micro_batch_size_changes_it(pool: Pool, checkpoints: dict[str, Path]
 
 
 def test_the_map_resumes_to_the_bit(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """Also at another layout, but for rounding."""
+    """It also resumes at another layout, up to rounding."""
     job = Job(checkpoints["untied"], checkpoints["student"])
     whole = pool.run(distil, job, pp=2)[0]
     for name, layout in (("same", {"pp": 2}), ("other", {"tp": 2})):

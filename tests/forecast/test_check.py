@@ -1,4 +1,4 @@
-"""What is wrong with a recipe is said before work begins: by `run`, `--dry-run`, `estimate` and `--slurm` alike."""
+"""Errors in a recipe are reported before work begins: alike by `run`, `--dry-run`, `estimate` and `--slurm`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["distill.lr=1e-6"], "distill.lr is 1e-06, below distill.min_lr"),
     (["correct.min_lr=1"], "correct.lr is 0.005, below correct.min_lr, 1"),
     (["distill.phases=[{tokens: 1e3, sequence: 16, lr: 1e-7}]"], "distill.phases.0.lr is 1e-07"),
-    (["distill.warmup_steps=12"], "distill.warmup_steps is 12, and the training has 12 steps"),
+    (["distill.warmup_steps=12"], "distill.warmup_steps is 12, but training has only 12 steps"),
     (["correct.warmup_steps=40"], "correct.warmup_steps is 40"),
     (["correct={continuous: true, tokens: 1, warmup_steps: 12}"], "correct.warmup_steps is 12"),
     (["distill.tokens=1e7"], "distill.tokens asks"),
@@ -101,10 +101,10 @@ def test_a_run_folder_lies_apart_from_what_is_read(
     (tmp_path / "model").symlink_to(material / "model")
     sources = json.dumps([{"path": str(tmp_path / "corpus"), "validation": 0.2}])
     recipe = load_recipe(recipe_file(), [f"data.sources={sources}", f"out={tmp_path / out}"])
-    with pytest.raises(MinitronError, match=r"out is .* which lies in"):
+    with pytest.raises(MinitronError, match=r"out is .* which is inside"):
         dry_run(recipe)
     inside = json.dumps([{"path": str(tmp_path / "corpus"), "validation": 0.2}])
-    with pytest.raises(MinitronError, match="lies in the run folder"):
+    with pytest.raises(MinitronError, match="is inside the run folder"):
         dry_run(load_recipe(recipe_file(), [f"data.sources={inside}", f"out={tmp_path}"]))
 
 
@@ -148,7 +148,7 @@ def test_a_blend_asks_each_source_for_its_share(recipe_file: Write) -> None:
         "1-b": {"tokens": 24 * 16 + 1, "validation_tokens": 17},
     }
     check_corpus(recipe, there)
-    with pytest.raises(DataError, match="asks 1-b for 24 samples of 16 tokens, and it holds 23"):
+    with pytest.raises(DataError, match="needs 24 samples of 16 tokens from 1-b, but it has only 23"):
         check_corpus(recipe, there | {"1-b": {"tokens": 24 * 16, "validation_tokens": 17}})
 
 

@@ -1,4 +1,4 @@
-"""What a recipe is predicted to take, and what it takes."""
+"""Estimates of a recipe compared with measurements."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CASES: list[tuple[Shape, dict[str, Any]]] = [
 
 
 def held(topology: Topology, shape: Shape) -> tuple[int, int, int]:
-    """(pipeline stage, numbers outside the experts, those of experts) of this rank."""
+    """Return (pipeline stage, non-expert parameters, expert parameters) of this rank."""
     named = [each for chunk in build(ModelConfig(shape), topology) for each in chunk.named_parameters()]
     experts = sum(weight.numel() for name, weight in named if ".local_experts." in name)
     return topology.pp_rank, sum(weight.numel() for _, weight in named) - experts, experts
@@ -55,7 +55,7 @@ def test_without_splitting_a_rank_holds_the_padded_model() -> None:
 
 
 def alive(topology: Topology, folder: Path, dtype: torch.dtype) -> int:
-    """Bytes of this rank's tensors after a step of training, but for those that were there before."""
+    """Return the bytes of this rank's tensors after a training step, without those that existed before."""
 
     def count(event: Event | None = None) -> None:
         with LivePeak() as meter:
@@ -81,7 +81,7 @@ def test_training_holds_the_bytes_that_are_predicted(
 
 
 def step_flops(topology: Topology, teacher: Path, student: Path) -> int:
-    """What torch counts in a step of distillation: matrix products, in place too, and no attention on the CPU."""
+    """Return torch's FLOPs of a distillation step: all matrix products, but no attention on the CPU."""
 
     def in_place(total: Any, one: Any, other: Any, *_: Any, **__: Any) -> int:
         return 2 * one[0] * one[1] * other[1]
@@ -98,7 +98,7 @@ def step_flops(topology: Topology, teacher: Path, student: Path) -> int:
 def test_a_step_of_distillation_takes_the_flops_that_are_predicted(
     recipe_file: Write, pool: Pool, material: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:
-    """Of one step of 8 samples; `tests/layout` shows that attention, left out here, is counted as torch does."""
+    """One step of 8 samples. Attention is left out here; `tests/layout` compares its FLOPs with torch's."""
     student = SHAPE.resized(hidden=32, ffn=48, heads=4, layers=4)
     counted = pool.run(step_flops, material / "model", write_llama(tmp_path / "student", student, seed=2), **layout)
     keys = {"tokens": 8 * SEQUENCE, "global_batch": 8, "warmup_steps": 0}
@@ -114,7 +114,7 @@ def test_a_step_of_distillation_takes_the_flops_that_are_predicted(
 
 
 def parameters_of_products(shape: Shape) -> int:
-    """Of the linear layers of a Llama, and its output layer."""
+    """Return the parameters of a Llama's linear layers and output layer."""
     heads = 2 * shape.heads + 2 * shape.kv_groups
     return shape.layers * shape.hidden * (heads * shape.head_dim + 3 * shape.ffn) + shape.vocab * shape.hidden
 
@@ -128,7 +128,7 @@ def test_a_llama_that_transformers_refuses_is_told_of(recipe_file: Write) -> Non
 
 
 def warned(topology: Topology, recipe: Path) -> list[str]:
-    """What this rank was warned of by a run."""
+    """Return the warnings of a run on this rank."""
     with catch_warnings(record=True) as caught:
         simplefilter("always")
         run(load_recipe(recipe), topology, only="prepare")
@@ -142,7 +142,7 @@ def test_a_run_warns_of_it_once(recipe_file: Write, pool: Pool) -> None:
 
 
 def test_a_corrected_teacher_in_training_may_be_the_most_that_a_rank_holds(recipe_file: Write) -> None:
-    """16 bytes a parameter in fp32; in distillation the teacher takes 4, and the student's 16 stand beside them."""
+    """In fp32 correction takes 16 bytes per parameter; distillation takes 4 for the teacher and 16 for the student."""
     recipe = load_recipe(recipe_file(prune={"layers": [0]}))
     found, alone = estimate(recipe), estimate(recipe.model_copy(update={"correct": None}))
     padded = {shape: parameters(replace(shape, vocab=shape.padded_vocab)) for shape in (found.teacher, found.student)}

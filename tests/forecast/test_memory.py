@@ -1,4 +1,4 @@
-"""Planned bytes of a rank are those that lie in its memory in a distillation, within a tenth."""
+"""Estimated bytes per rank are within a tenth of the memory measured in a distillation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def live_bytes() -> int:
-    """Of every tensor's storage that can be reached, each once."""
+    """Return the bytes of all reachable tensor storages, each counted once."""
     gc.collect()
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and not thing.is_meta]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
@@ -40,7 +40,7 @@ SAMPLES, SEQUENCE = 64, 128
 
 
 def held_in_distillation(topology: Topology, teacher: Path, student: Path, dtype: str) -> int:
-    """Bytes of this rank's tensors after a step of distillation, the teacher's hidden states among them."""
+    """Return the bytes of this rank's tensors after a distillation step, including the teacher's hidden states."""
     before = live_bytes()
     teaches, learns = (load_hf(each, topology, DTYPES[dtype]) for each in (teacher, student))
     learner = Learner(learns, Training(steps=2, lr=1e-3, min_lr=1e-4, warmup_steps=0), topology)

@@ -1,4 +1,4 @@
-"""The papers' recipes count to the papers' sizes, fit 32 DGX H100 nodes, and run, shrunk, through every stage."""
+"""The papers' recipes have the papers' parameter counts, fit 32 DGX H100 nodes, and run in miniature."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def teacher(folder: Path, about: dict[str, Any]) -> Path:
 
 
 def material_of(name: str, folder: Path) -> list[str]:
-    """What a preset's user has, as far as counting it goes: the teacher's config, and a corpus as large as its budgets
-    (which takes no room on the disk)."""
+    """Create the files that an estimate of a preset needs: the teacher's config, and a sparse corpus file as large as
+    its budgets."""
     with (folder / "corpus.jsonl").open("wb") as corpus:
         corpus.truncate(2**40)
     sources = json.dumps([{"path": str(folder / "corpus.jsonl")}])
@@ -109,7 +109,7 @@ def test_parameters_are_the_papers_and_a_rank_holds_them(name: str, tmp_path: Pa
     found = estimate(recipe, gpus=GPUS)
     assert (found.teacher_parameters, found.student_parameters) == (before, after)
     found.expect_to_fit(80)
-    with pytest.raises(TopologyError, match=r"a rank would hold .* GiB before activations, and has 2\. Raise"):
+    with pytest.raises(TopologyError, match=r"a rank needs .* GiB before activations, but has 2 GiB\. Raise"):
         found.expect_to_fit(2)
     phase = recipe.distill
     assert phase.global_batch % (GPUS // recipe.parallel.tp) == 0
@@ -118,12 +118,12 @@ def test_parameters_are_the_papers_and_a_rank_holds_them(name: str, tmp_path: Pa
 
 
 SMALLER = {"hidden": 128, "ffn": 128, "heads": 4}
-"""What the sizes are divided by."""
+"""Divisor of the sizes."""
 TRAINING = {"tokens": 4 * 8 * 16, "global_batch": 8, "micro_batch": 2, "warmup_steps": 1, "validate_every": 4}
 
 
 def shrunk(name: str, folder: Path, material: Path) -> Path:
-    """The preset with a teacher of its family, of tiny sizes, and tiny budgets; what else it says stays."""
+    """Return the preset with a tiny teacher of its family and tiny budgets, otherwise unchanged."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     recipe, about = yaml.safe_load((PRESETS / f"{name}.yaml").read_text()), CASES[name][0]

@@ -1,4 +1,4 @@
-"""What a recipe asks of a teacher, counted by hand."""
+"""Sizes that a recipe implies for a teacher, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ def test_a_number_of_layers_is_a_shape(recipe_file: Write) -> None:
 @pytest.mark.parametrize(
     ("prune", "score", "kind", "said"),
     [
-        ({"layers": 6}, {}, PlanError, "axis layers should keep 6 of 5. Ask for 1 to 5."),
+        ({"layers": 6}, {}, PlanError, "prune.layers is 6, but the teacher has 5 layers. Use 1 to 5."),
         ({"layers": 1}, {}, TopologyError, "1 layers cannot fill 2"),
         ({}, {"statistic": {"neurons": "pre"}}, PlanError, "Score them by `post`"),
-        ({}, {"depth": {"lengths": [1, 5]}}, RecipeError, "[1, 5], and 5 layers are there. Ask for blocks of 1 to 4."),
+        ({}, {"depth": {"lengths": [1, 5]}}, RecipeError, "[1, 5], but the teacher has 5 layers. Use lengths from 1 to 4."),
         ({"layers": 3}, {"depth": {"greedy": True, "metric": "bi"}}, RecipeError, "Use metric loss or kl"),
-        ({}, {"depth": {"greedy": True}}, RecipeError, "and all stay. Set prune.layers, or greedy: false."),
+        ({}, {"depth": {"greedy": True}}, RecipeError, "but prune.layers keeps all. Set prune.layers, or greedy: false."),
         ({"iterations": 3, "layers": 3}, {}, RecipeError, "prune.iterations is 3, but no width is cut. Set it to 1."),
         ({"iterations": 3, "ffn": 48, "by": "first"}, {}, RecipeError, "but by: first scores nothing. Set it to 1."),
         ({"iterations": 4, "ffn": 60}, {}, TopologyError, "axis ffn has 63 units, which cannot be split over TP=2"),
@@ -113,7 +113,7 @@ def test_what_cannot_be_done_is_told_before_the_work(
 def test_the_work_of_scoring_is_counted(
     recipe_file: Write, prune: dict[str, Any], depth: dict[str, Any] | None, passes: list[int]
 ) -> None:
-    """passes: layers that run for each calibration sample."""
+    """passes: layers that run per calibration sample."""
 
     def flops(prune: dict[str, Any], score: dict[str, Any]) -> int:
         return estimate(load_recipe(recipe_file(prune=prune, score=score))).flops

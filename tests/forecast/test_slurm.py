@@ -1,4 +1,4 @@
-"""The lines that submit a recipe: the presets' word for word, and strings that a shell must not read."""
+"""Lines that submit a recipe: exact text for the presets, and quoting of strings with shell metacharacters."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NASTY = ['it\'s a "recipe"; $(touch broken) `touch broken`\n.yaml', "--set", "ex
 
 
 def test_no_argument_and_no_name_is_read_by_a_shell(recipe_file: Write, tmp_path: Path) -> None:
-    """A real one runs the printed lines; what stands for sbatch records what it was given."""
+    """A real shell runs the printed lines; a stand-in for sbatch records its arguments."""
     path = recipe_file(NASTY[0])
     found = replace(estimate(load_recipe(path)), gpus=8)
     (tmp_path / "slurm").mkdir()
@@ -67,5 +67,5 @@ def test_no_argument_and_no_name_is_read_by_a_shell(recipe_file: Write, tmp_path
 
 def test_gpus_are_whole_nodes(recipe_file: Write) -> None:
     found = estimate(load_recipe(recipe_file()))
-    with pytest.raises(TopologyError, match="12 GPUs are not whole nodes of 8"):
+    with pytest.raises(TopologyError, match="12 GPUs do not fill whole nodes of 8"):
         slurm_commands(Path("recipe.yaml"), [], replace(found, gpus=12))

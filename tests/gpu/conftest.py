@@ -1,4 +1,4 @@
-"""What runs on a GPU: each test skips where there is none."""
+"""Fixtures of the GPU tests; each test is skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def a_gpu() -> None:
 
 @pytest.fixture(scope="session")
 def gpus() -> Iterator[Pool]:
-    """Workers with a GPU each, beside those of `pool`, which see none."""
+    """Workers with one GPU each; the workers of `pool` see none."""
     with Pool(gpus=True) as workers:
         yield workers
 

@@ -1,4 +1,4 @@
-"""A GPU gives the CPU's numbers, in fp32 and, as far as its eight bits go, in bf16, and keeps the memory bounds.
+"""A GPU gives the CPU's numbers, in fp32 and within rounding in bf16, and keeps the memory bounds.
 
 The same jobs run on workers that see GPUs and on workers that see none.
 """
@@ -30,11 +30,11 @@ from tests.run.test_run import table, work
 from tests.tiny import SHAPE, samples, share
 
 RELATIVE = 1e-4
-"""Of fp32: a GPU's kernels add in another order than a CPU's, over five layers and as many steps."""
+"""Tolerance in fp32: GPU kernels add in another order than the CPU's, over five layers and five steps."""
 
 
 def assert_close(got: Tensor, want: Tensor, relative: float = RELATIVE) -> None:
-    """Every element within `relative` of the largest."""
+    """Assert that every element differs by at most `relative` times the largest."""
     assert torch.isfinite(got).all()
     assert (got.double() - want.double()).abs().max() <= relative * want.double().abs().max()
 
@@ -43,7 +43,7 @@ def assert_close(got: Tensor, want: Tensor, relative: float = RELATIVE) -> None:
 
 
 def pruned(topology: Topology, folder: Path) -> tuple[Any, Any, list[Tensor]]:
-    """(scores, kept indices, final hidden states of what is left)."""
+    """Return (scores, kept indices, final hidden states of the pruned model)."""
     model, batches = load_hf(folder, topology), share(samples(8), topology)
     scores = score(model, batches, topology=topology)
     plan = choose(scores, hidden=32, ffn=40, heads=4)
@@ -119,7 +119,7 @@ def test_nccl_gives_what_one_gpu_gives(
 
 
 def weighed(topology: Topology, teacher: Path, offload: bool) -> tuple[int, int, int]:
-    """Bytes on the GPU beside a teacher (before, after it has run), and those of its weights that may leave."""
+    """Return the bytes on the GPU (before and after the teacher has run), and those of its weights to offload."""
     before = torch.cuda.memory_allocated()
     model = load_hf(teacher, topology)
     leaves = sum(p.nbytes for chunk in model for name, p in chunk.named_parameters() if "output_layer" not in name)
@@ -139,7 +139,8 @@ def test_an_offloaded_teacher_leaves_the_gpu(gpus: Pool, checkpoints: dict[str, 
 
 
 def loss_peak(topology: Topology, kd: KDLoss) -> float:
-    """Bytes by which a fused loss and its backward rose beyond the gradients, in fp32 logits of the student."""
+    """Return the peak memory of the fused loss and its backward beyond the gradients, in units of the student's fp32
+    logits."""
     tokens, vocab, width = 8192, 32768, 64
     device = topology.device
     hidden, teacher_hidden = (torch.randn(tokens, 1, width, device=device) for _ in range(2))
@@ -168,7 +169,7 @@ def loss_peak(topology: Topology, kd: KDLoss) -> float:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    step()  # what cuBLAS allocates once
+    step()  # cuBLAS allocates its workspace once
     return (step() - hidden.nbytes - weight.nbytes) / (4 * tokens * vocab)
 
 
@@ -182,7 +183,7 @@ def test_the_loss_holds_at_most_a_quarter_of_the_logits(gpus: Pool, kd: KDLoss) 
 
 
 def fused_on_gpu(topology: Topology, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradient of the hidden states, gradient of the output weight)."""
+    """Return (loss, gradient of the hidden states, gradient of the output weight)."""
     data = make_data(case)
     parts = {name: tensor.to(topology.device) for name, tensor in vars(data).items()}
     hidden, weight = parts["hidden"].requires_grad_(), parts["weight"].requires_grad_()
@@ -211,7 +212,7 @@ def test_the_fused_loss_is_the_naive_one(gpus: Pool, kd: KDLoss) -> None:
 
 
 def flash(topology: Topology) -> tuple[Tensor, Tensor]:
-    """(our core attention in bf16, which must be flash attention; plain softmax attention of the same in fp64)."""
+    """Return (our core attention in bf16, which must use flash attention; plain softmax attention in fp64)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from minitron_megatron.model.spec import CoreAttention
@@ -262,7 +263,7 @@ def test_a_whole_recipe_gives_the_cpus_table(
 
 
 def last_of(topology: Topology, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """Attention of eight queries that are the last of 24 keys, and its gradients."""
+    """Return the attention of the last eight of 24 positions, and its gradients."""
     from minitron_megatron.model.spec import _last
 
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""The recipe's keys: the papers' defaults, strict names, errors in the user's words."""
+"""Recipe keys: the papers' defaults, strict names, errors in the user's terms."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_an_override_changes_one_block_of_those_that_an_alias_shares(tmp_path: P
         (["score.depth={metrik: kl}"], "score.depth.metrik is not a known key. Did you mean 'metric'?"),
         (["data=null"], "data is null: give a block of keys"),
         (["spec=ta"], "spec is 'ta'"),
-        (["spec=te", "distill.states={outputs: ['3:2']}"], "set spec to local, or map attention alone"),
-        (["prune.hidden"], "is not of the form a.b=value"),
+        (["spec=te", "distill.states={outputs: ['3:2']}"], "set spec to local, or give only distill"),
+        (["prune.hidden"], "does not have the form a.b=value"),
         (["out.x=1"], "there is no block of keys that holds x"),
         (["prune.hidden=[1"], "is not a YAML value"),
     ],
@@ -127,7 +127,7 @@ def test_the_words_of_other_tools_are_understood(recipe_file: Write, overrides: 
     ids=lambda override: override[:40],
 )
 def test_absurd_values_are_refused_by_name(recipe_file: Write, override: str) -> None:
-    """Whatever is no number of its kind, in its range: true is not 1, and nothing is infinite."""
+    """Values of a wrong type or out of range are refused: booleans are not numbers, and numbers are finite."""
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_file(), [override])
     assert override.partition("=")[0].partition(".")[0] in str(caught.value)
@@ -159,7 +159,7 @@ def test_yaml_that_means_two_things_or_grows_without_bound_is_refused(tmp_path: 
 
 
 def test_numbers_are_those_that_a_reader_sees(recipe_file: Write) -> None:
-    """YAML 1.1 has octal 010 and sixty-based 1:30, and takes 1e-4 for text."""
+    """Unlike in YAML 1.1, 010 is not octal, 1:30 is not sexagesimal, and 1e-4 is a number."""
     recipe = load_recipe(recipe_file(), ["seed=010", "distill.lr=1e-4", "distill.tokens=1_000", "out=2024-01-02"])
     assert (recipe.seed, recipe.distill.lr, recipe.distill.tokens, str(recipe.out)) == (10, 1e-4, 1000, "2024-01-02")
 

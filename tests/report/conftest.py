@@ -1,4 +1,4 @@
-"""Made-up runs that look like real ones."""
+"""Synthetic run folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAYERS, HIDDEN, FFN, HEADS = 4, 32, 48, 8
 
 @pytest.fixture
 def metrics() -> list[dict[str, Any]]:
-    """Two stages of cross-entropy, one of KL divergence, and one that trains nothing."""
+    """Return metrics of two stages with cross-entropy, one with KL divergence, and one without training."""
     noise = random.Random(0)
     lines: list[dict[str, Any]] = []
     for stage, steps, start, end in (
@@ -66,7 +66,7 @@ def scores() -> dict[str, dict[int | None, list[float]]]:
 
 @pytest.fixture
 def plan(scores: dict[str, dict[int | None, list[float]]]) -> dict[str, dict[int | None, list[int]]]:
-    """The best half of the ffn and hidden units, the even heads; layer 2 is dropped."""
+    """Return a plan: the best half of ffn and hidden, the even heads, all layers but layer 2."""
 
     def best(values: list[float], keep: int) -> list[int]:
         return sorted(sorted(range(len(values)), key=lambda unit: -values[unit])[:keep])
@@ -86,7 +86,7 @@ def margins() -> dict[str, dict[int | None, float]]:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every figure drawn in a test, to be asked what it shows."""
+    """Collect every figure drawn in a test."""
     from minitron_megatron.report.plots import cuts, depth, losses, scores, style
 
     drawn: list[Any] = []

@@ -1,4 +1,4 @@
-"""The depth plot, the page that holds it, and what `show` says of depth scores."""
+"""The depth plot, its place in the report, and the description of depth scores by `show`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a file of a run holds, its readers give what they can, or one error that names it."""
+"""Fuzzing: for any contents of a run's files, their readers return the valid part or one error that names the file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TRIES = 30
 
 
 def spoilt(whole: Any, chance: random.Random) -> Any:
-    """A JSON value in which something is another, or gone."""
+    """Draw a JSON value with something changed or removed."""
     if not isinstance(whole, dict | list) or not whole or chance.random() < 0.2:
         return chance.choice(LEAVES)
     key, copy = chance.choice(list(whole) if isinstance(whole, dict) else range(len(whole))), whole.copy()
@@ -95,7 +95,7 @@ def shown(path: Path) -> None:
 
 
 def seen(path: Path) -> None:
-    """A run folder, by all that looks at one."""
+    """Run every reader on a run folder."""
     run = path.parent if (path.parent / "recipe.yaml").is_file() else path.parents[1]
     report_run(run)
     watch(run, silent, goes_on=lambda: False)
@@ -117,7 +117,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a file of each kind; plots are not drawn."""
+    """Run folder with a file of each kind; plots are not drawn."""
     monkeypatch.setattr(page, "_figure", lambda *_: "")
     for name, (write, _) in KINDS.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -147,4 +147,4 @@ def test_what_is_left_out_of_a_report_is_named_in_it(run: Path) -> None:
     text = report_run(run).read_text()
     for name in ("versions.json", "search/table.json", "stages/distill.json"):
         assert f"{run / name} is torn or not JSON" in text
-    assert f"1 lines of {run / 'metrics.jsonl'} are torn or foreign" in text
+    assert f"1 lines of {run / 'metrics.jsonl'} are invalid" in text

@@ -1,4 +1,4 @@
-"""Scores as curves of text, and what each cut kept of them: by hand."""
+"""Text curves of scores, and shares that each cut keeps, compared with values computed by hand."""
 
 from __future__ import annotations
 

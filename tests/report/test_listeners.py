@@ -1,4 +1,4 @@
-"""Progress on a terminal and off it; metrics that survive kills and resumes."""
+"""Progress with and without a terminal; metrics across kills and resumes."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_off_the_terminal_short_work_says_nothing() -> None:
                 progress(Event(label, done, 4, "tensors"))
                 clock.now += 0.5
         progress(Event("evaluate", 1, 1, "models"))
-    assert [line.split()[0] for line in lines(console)] == ["evaluate"]  # how long it took nobody saw
+    assert [line.split()[0] for line in lines(console)] == ["evaluate"]  # its duration is unknown
 
 
 def test_what_was_done_before_counts_for_no_speed() -> None:
-    """Resumed at step 1,000 at two seconds a step, ten steps more take twenty seconds."""
+    """Resumed at step 1,000, at two seconds per step, ten more steps take twenty seconds."""
     console, clock = plain(), Clock()
     with Progress(console, every_seconds=0.0, clock=clock) as progress:
         for done in range(1000, 1011):
@@ -143,7 +143,7 @@ def test_a_torn_last_line_is_skipped_and_cut_off_on_reopening(tmp_path: Path) ->
 
 
 def test_a_resumed_stage_supersedes_its_own_later_lines_only(tmp_path: Path) -> None:
-    """Killed after step 5, resumed from 2, stopped at 4: step 5 of the first attempt never happened."""
+    """Killed after step 5, resumed from 2, stopped at 4: step 5 of the first attempt is dropped."""
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path)
     for stage, steps, attempt in (("correct", (1, 2, 3), 1), ("distill", (1, 2, 3, 4, 5), 1), ("distill", (3, 4), 2)):

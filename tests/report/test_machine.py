@@ -1,4 +1,4 @@
-"""The machine is told of beside the work, now and then, in numbers that can be true."""
+"""Memory and load of the machine are logged at intervals, with plausible values."""
 
 from __future__ import annotations
 

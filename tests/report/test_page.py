@@ -1,4 +1,4 @@
-"""The page shows whatever a run folder holds, and never fails."""
+"""The report shows all that a run folder has, and never fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minitron_megatron.report import page, write_report
 
 
 class Outline(HTMLParser):
-    """The headings, images and text of a page; fails on tags that do not match."""
+    """Headings, images and text of a page; fails on unbalanced tags."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -61,7 +61,7 @@ def outline(run: Path, **records: Any) -> Outline:
 
 def test_a_whole_run(run: Path, scores: Any, plan: Any, margins: Any) -> None:
     seen = outline(run, scores=scores, plan=plan, margins=margins)
-    assert seen.headings == ["Warnings", "Models", "Training", "What was kept", "Stages", "Recipe", "Versions"]
+    assert seen.headings == ["Warnings", "Models", "Training", "Pruning", "Stages", "Recipe", "Versions"]
     assert seen.images == [f"plots/{name}.png" for name in ("models", "losses", "importance", "shares", "margins")]
     assert all((run / image).stat().st_size > 10_000 for image in seen.images)
     assert sorted(path.name for path in run.iterdir() if path.name.startswith("report")) == ["report.html"]
@@ -90,11 +90,11 @@ def test_close_cuts_and_lost_losses_are_warned_of(run: Path, margins: Any) -> No
     cells = outline(run, margins=margins).cells
     assert [cell for cell in cells if cell.startswith("The cut of")] == [
         "The cut of ffn in layer 1 has a relative margin of 4.2e-07, below 1e-05: "
-        "another parallel layout may keep other units.",
+        "another parallel layout may keep different units.",
         "The cut of ffn in layer 3 has a relative margin of 0.0e+00, below 1e-05: "
-        "another parallel layout may keep other units.",
+        "another parallel layout may keep different units.",
     ]
-    assert "The loss of align was not finite at step 7 and at 1 more." in cells
+    assert "The loss of align was not finite at step 7 and at 1 more steps." in cells
 
 
 def test_an_empty_folder_gives_a_page(tmp_path: Path) -> None:

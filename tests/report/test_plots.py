@@ -1,4 +1,4 @@
-"""Each plot shows what it says it shows."""
+"""Contents of each plot."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ def test_curves_are_sorted_and_strong_just_where_units_are_kept(
 ) -> None:
     assert plots.importance(scores, plan, tmp_path / "importance.png")
     assert titles(figures[0]) == [
-        "layers: 3 of 4 kept (cut: grey)",
+        "layers: 3 of 4 kept (pruned: grey)",
         "hidden: 16 of 32 kept",
-        "ffn: 24 of 48 kept, 1 layers dropped",
-        "share of the layer's best (cut: grey)",
-        "heads: 4 of 8 kept, 1 layers dropped",
-        "share of the layer's best (cut: grey)",
+        "ffn: 24 of 48 kept, 1 layers removed",
+        "share of the layer's best (pruned: grey)",
+        "heads: 4 of 8 kept, 1 layers removed",
+        "share of the layer's best (pruned: grey)",
     ]
     heads = next(axes for axes in figures[0].axes if axes.get_title(loc="left").startswith("heads"))
     for layer in range(LAYERS):

@@ -38,7 +38,7 @@ def copy(topology: Topology, source: Path, to: Path) -> None:
 
 @pytest.fixture
 def exported(recipe_file: Write, pool: Pool) -> Path:
-    """A recipe whose student is there: the teacher itself."""
+    """Recipe with an exported student, a copy of the teacher."""
     path = recipe_file(bench=KEYS)
     recipe = load_recipe(path)
     pool.run(copy, recipe.model, recipe.out / "export")
@@ -73,9 +73,9 @@ def test_reports_become_ratios(exported: Path, monkeypatch: pytest.MonkeyPatch, 
     plot = plot_bench(rows, recipe.out / "plot.png")
     assert plot and plot.stat().st_size > 5000
     tool.unlink()
-    assert bench(recipe) == rows  # reports that are there are not measured again
+    assert bench(recipe) == rows  # existing reports are not measured again
     (recipe.out / "bench" / "4-4-b2-teacher.json").write_text("{")
-    with pytest.raises(DataError, match="is no report"):
+    with pytest.raises(DataError, match="is not a report"):
         bench(recipe)
 
 
@@ -88,5 +88,5 @@ def test_torch_gives_a_ratio_anywhere(exported: Path) -> None:
 def test_what_cannot_be_measured_is_one_message(recipe_file: Write, exported: Path) -> None:
     with pytest.raises(RecipeError, match=r"export is not there. Run `minitron run` first"):
         bench(load_recipe(recipe_file("other.yaml", out=str(exported.parent / "none"))))
-    with pytest.raises(RecipeError, match=r"no rung of bench\.ladder fits the context"):
+    with pytest.raises(RecipeError, match=r"no entry of bench\.ladder fits the context"):
         bench(load_recipe(exported, ["bench.ladder=[[30000,10]]"]))

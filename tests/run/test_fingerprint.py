@@ -1,4 +1,4 @@
-"""Every key decides results or says how to run; files count by what a stage reads of them."""
+"""Fingerprints: every key either affects results or is marked HowToRun; files count by what a stage reads of them."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ EDITS: dict[str, Any] = {
     "search.choose": "pareto",
     "search.winner": "x",
 }
-"""Of keys whose value is not simply doubled or turned round."""
+"""Other values for keys that cannot simply be doubled or negated."""
 
 
 def leaves(block: type[Keys], place: str = "") -> Iterator[str]:
@@ -128,7 +128,7 @@ KEYS = list(leaves(Recipe))
 
 
 def base(material: Path, key: str) -> dict[str, Any]:
-    """A recipe in which every block is there."""
+    """Recipe with every block."""
     recipe = tiny_recipe(material) | {"score": {"samples": 16, "micro_batch": 2, "depth": {}}}
     states: dict[str, Any] = {"states": {"outputs": ["0:0"]}} if key.startswith("distill.states") else {}
     recipe["distill"] = recipe["distill"] | states | {"phases": [{"tokens": 2 * 8 * 16}], "loss": {"divergence": "jsd"}}
@@ -171,7 +171,7 @@ def marks(recipe: dict[str, Any]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def elsewhere(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The material, and a second model and corpus beside it."""
+    """The usual material, with a second model and corpus."""
     folder = tmp_path_factory.mktemp("elsewhere")
     for name in ("model", "other-model"):
         shutil.copytree(material / "model", folder / name)

@@ -1,4 +1,4 @@
-"""A student in training is handed over from any of its checkpoints, in both formats, at any layout."""
+"""A student can be exported from any training checkpoint, in both formats, at any layout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hand(topology: Topology, recipe: Path, to: Path, checkpoint: str = "", form:
 
 @pytest.fixture(scope="module")
 def trained(material: Path, tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> Path:
-    """The recipe of a run whose distillation is done and left its checkpoints; beside it `losses.json`, by step."""
+    """Recipe of a run with finished distillation and retained checkpoints; `losses.json` has the losses by step."""
     folder = tmp_path_factory.mktemp("trained")
 
     def write(**changes: Any) -> Path:
@@ -50,7 +50,7 @@ def trained(material: Path, tmp_path_factory: pytest.TempPathFactory, pool: Pool
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}, {"pp": 2, "vp": 2}])
 def test_a_checkpoint_becomes_a_hugging_face_folder(trained: Path, pool: Pool, layout: dict, tmp_path: Path) -> None:
-    """The newest is the finished student; the best is what validation says; any step can be named."""
+    """`newest` is the finished student, `best` has the lowest validation loss, and any step can be named."""
     out = load_recipe(trained).out
     path = pool.run(hand, trained, tmp_path / "newest", "newest", **layout)[0]
     assert path.name == "step_00000006"
@@ -65,7 +65,7 @@ def test_a_checkpoint_becomes_a_hugging_face_folder(trained: Path, pool: Pool, l
 
 
 def megatron_hash(topology: Topology, folder: Path, like: Path) -> tuple[str, str, dict]:
-    """(tracker, hash of the weights as mcore alone loads them, arguments)."""
+    """Return (tracker file, hash of the weights as loaded by mcore alone, arguments)."""
     from megatron.core import dist_checkpointing
 
     tracker = (folder / "latest_checkpointed_iteration.txt").read_text()
@@ -102,8 +102,8 @@ def test_what_cannot_be_handed_over_is_one_message(
     trained: Path, recipe_file: Write, pool: Pool, tmp_path: Path
 ) -> None:
     for to, checkpoint, says in (
-        (tmp_path, "newest", "is there already"),
-        (tmp_path / "new", "5", "no checkpoint 5. There are newest, best and 2, 4, 6"),
+        (tmp_path, "newest", "already exists"),
+        (tmp_path / "new", "5", "no checkpoint 5. Use newest, best or one of 2, 4, 6"),
     ):
         with pytest.raises(RecipeError, match=says):
             pool.run(hand, trained, to, checkpoint)
@@ -113,7 +113,7 @@ def test_what_cannot_be_handed_over_is_one_message(
 
 
 def test_a_student_begins_with_what_was_handed_over(trained: Path, pool: Pool, tmp_path: Path) -> None:
-    """Its first loss is what the checkpoint had come to; a folder of another shape is refused."""
+    """The first loss equals the checkpoint's last one; a folder of another shape is refused."""
     pool.run(hand, trained, tmp_path / "start", "newest")
     started, before = (
         pool.run(work, trained, ("distill.lr=1e-4", f"out={tmp_path / name}", *more))[0]

@@ -1,4 +1,4 @@
-"""A mixture of experts goes through every stage, and what is pruned does not depend on where its experts lay."""
+"""An MoE model runs through every stage, and the pruned model does not depend on expert parallelism."""
 
 from __future__ import annotations
 

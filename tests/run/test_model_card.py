@@ -1,4 +1,4 @@
-"""A model card shows names from recipes and paths as they are, whatever Markdown, HTML and YAML would make of them."""
+"""A model card shows names from recipes and paths literally, whatever they mean in Markdown, HTML or YAML."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NAMES = [
 
 
 class Told(SimpleNamespace):
-    """A recipe as far as a card reads it."""
+    """Stand-in for a recipe, with the parts that a card reads."""
 
     def model_dump(self, **_: Any) -> dict[str, Any]:
         return {"evaluate": {"tasks": {self.hostile: 3}}, "note": [self.hostile], "after": {"key": 1}}
@@ -71,10 +71,10 @@ def test_a_card_shows_a_hostile_name_and_obeys_none_of_it(tmp_path: Path, name: 
     assert {token.type for token in inside(tokens)} <= {"text", "text_special"}
     assert not {"html_block", "blockquote_open", "hr"} & {token.type for token in tokens}
     headings = [tokens[at + 1].content for at, token in enumerate(tokens) if token.type == "heading_open"]
-    assert len(headings) == 5 and headings[1:] == ["Training", "Evaluation", "Licence", "How it was made"]
+    assert len(headings) == 5 and headings[1:] == ["Training", "Evaluation", "Licence", "Recipe and versions"]
     told = ["".join(child.content for child in token.children or []) for token in tokens if token.type == "inline"]
     assert told[0] == f"run: {shown(name)} pruned and distilled"
-    assert told.count(shown(name)) == 2  # the source and the task, each a cell of its own
+    assert told.count(shown(name)) == 2  # the source and the task, in one cell each
     [code] = [token for token in tokens if token.type == "fence"]
     assert yaml.safe_load(code.content) == Told(hostile=name).model_dump()
     rows = [len(line.replace("\\|", "").strip("|").split("|")) for line in body.splitlines() if line.startswith("| ")]

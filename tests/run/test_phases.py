@@ -1,4 +1,4 @@
-"""Distillation in phases, and with a teacher that is corrected meanwhile, from the recipe."""
+"""Recipes with distillation in phases and with continuous correction of the teacher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECOND = {"tokens": 6 * 4 * 32, "sequence": 32, "global_batch": 4, "lr": 1e-3}
 
 
 def work(topology: Topology, recipe: Path, overrides: tuple[str, ...] = ()) -> list[tuple[str, int, int, dict]]:
-    """Runs a recipe; (label, step, of how many, values) of each step of training."""
+    """Run a recipe; return (label, step, number of steps, values) of each training step."""
     said: list[tuple[str, int, int, dict]] = []
 
     def listen(event: Event) -> None:
@@ -67,7 +67,7 @@ def test_phases_follow_each_other_and_one_more_continues(recipe_file: Write, poo
 
 def test_a_corpus_is_read_again_only_where_the_recipe_says_so(recipe_file: Write, pool: Pool) -> None:
     recipe = phased(recipe_file, tokens=60 * 8 * 16, validate_every=60, save_every=60)
-    with pytest.raises(DataError, match=r"480 samples .* let it repeat \(data\.repeat\)"):
+    with pytest.raises(DataError, match=r"480 samples .* set data\.repeat to true"):
         pool.run(work, recipe)
     assert len(pool.run(work, recipe, ("data.repeat=true",))[0]) == 60
 
@@ -82,7 +82,7 @@ def test_checkpoints_go_where_they_are_not_retained(recipe_file: Write, pool: Po
     ("phase", "says"),
     [
         ({"tokens": 100, "global_batch": 3}, r"distill\.phases\.0\.global_batch is 3, which cannot be split"),
-        ({"tokens": 100, "weights": [1.0, 2.0]}, r"weights are 2, and data\.sources are 1\. Give one weight for each"),
+        ({"tokens": 100, "weights": [1.0, 2.0]}, r"weights has 2 entries, but data\.sources has 1\."),
         ({"tokens": 100, "sequense": 8}, r"sequense is not a known key\. Did you mean 'sequence'"),
     ],
 )
@@ -123,5 +123,5 @@ def test_norms_alone_can_be_corrected_meanwhile(recipe_file: Write, pool: Pool) 
 @pytest.mark.parametrize("key", [{"offload_teacher": True}, {"teacher_window": 1}, {"teacher_dtype": "float8"}])
 def test_what_corrects_meanwhile_is_no_frozen_teacher(recipe_file: Write, key: dict) -> None:
     recipe = phased(recipe_file, **key)
-    with pytest.raises(RecipeError, match=f"corrected continuously trains: leave distill.{next(iter(key))} out"):
+    with pytest.raises(RecipeError, match=f"correct.continuous trains the teacher, so distill.{next(iter(key))} cannot apply"):
         load_recipe(recipe, [f"correct={json.dumps(CORRECT)}"])

@@ -1,4 +1,4 @@
-"""A scheduler's signal where nothing trains: the run ends at once, what is done stays, and no time limit is a loop."""
+"""Preemption outside of training: the run ends at once, keeps finished work, and does not requeue without progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IDS = ["alone", "tp2"]
 
 
 def signalled(topology: Topology, recipe: Path, label: str, at: int, number: int = signal.SIGUSR1) -> list[str]:
-    """How a run ends, every rank of which hears a signal at its `at`-th event called `label`, and what is said."""
+    """Send every rank a signal at its `at`-th event named `label`; return how the run ends, and its message."""
     seen: list[int] = []
 
     def listen(event: Event) -> None:
@@ -72,11 +72,11 @@ def test_a_model_that_is_measured_is_not_measured_again(pool: Pool, recipe_file:
     parts = load_recipe(recipe).out / "evaluation" / "parts"
     (kept,) = parts.iterdir()
     assert sorted(path.stem for path in kept.iterdir()) == ["corrected_teacher", "teacher"]
-    assert "evaluate: with what is measured already" in {
+    assert "evaluate: with the existing measurements" in {
         f"{step.stage}: {step.why}" for step in dry_run(load_recipe(recipe))
     }
     path = kept / "teacher.json"
-    path.write_text(path.read_text().replace('"parameters": ', '"parameters": 1'))  # a sign that it was read
+    path.write_text(path.read_text().replace('"parameters": ', '"parameters": 1'))  # shows that the part was read
     pool.run(signalled, recipe, "none", 1)
     rows = read_json(load_recipe(recipe).out / "summary.json")
     assert [str(row["parameters"])[0] == "1" for row in rows[:2]] == [True, False]
@@ -87,11 +87,11 @@ def test_a_training_that_ends_at_the_signal_is_not_done_again(pool: Pool, recipe
     recipe = recipe_file(random_baseline=False)
     assert pool.run(signalled, recipe, "correct", 12) == [["Preempted", ""]]  # the last of 12 steps
     assert done(recipe) == ["prepare"]
-    assert pool.run(signalled, recipe, "correct", 1) == [["done", ""]]  # there was none
+    assert pool.run(signalled, recipe, "correct", 1) == [["done", ""]]  # without one
 
 
 def test_a_search_goes_on_with_what_is_measured(pool: Pool, recipe_file: Write) -> None:
     recipe = recipe_file(**KEYS)
     assert pool.run(signalled, recipe, "search", 2) == [["Preempted", ""]]
-    assert pool.run(signalled, recipe, "search", 1) == [["Preempted", ""]]  # nothing else is done, and yet it gets on
+    assert pool.run(signalled, recipe, "search", 1) == [["Preempted", ""]]  # no other stage is done, but partial results are kept
     assert pool.run(signalled, recipe, "none", 1)[0][0] == "done"

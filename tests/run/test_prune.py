@@ -1,4 +1,4 @@
-"""The stages `score` and `prune` in a run folder: the plan is the one that the library makes by hand."""
+"""Stages `score` and `prune`: the plan equals one made by calling the library directly."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def until_pruned(topology: Topology, recipe: Path, overrides: tuple[str, ...] = 
 
 
 def by_hand(topology: Topology, recipe: Path) -> str:
-    """The hash of what two single cuts leave of the model, on the samples that the run drew."""
+    """Return the model's hash after two successive trims, scored on the run's samples."""
     keys = load_recipe(recipe)
     prepared = read_json(RunFolder(keys.out).record("prepare"))["result"]
     batches = Context(keys, topology, silent, {"prepare": prepared}, str).calibration_batches()
@@ -60,7 +60,7 @@ def folders(recipe: Path) -> RunFolder:
 
 @pytest.fixture
 def recipe_of(recipe_file: Write) -> Callable[..., Path]:
-    """A recipe that corrects nothing and prunes so."""
+    """Write a recipe without correction and with these `prune` keys."""
 
     def write(score: dict[str, Any] | None = None, **prune: Any) -> Path:
         return recipe_file(prune=prune, correct=None, score={"samples": 16, "micro_batch": 2} | (score or {}))
@@ -84,7 +84,7 @@ def test_two_iterations_are_two_cuts_by_hand(pool: Pool, recipe_of: Write, layou
 
 
 def test_two_plans_in_one() -> None:
-    """Against cutting lists of names twice."""
+    """Compare with applying two cuts to lists of names."""
     first = Plan(
         SHAPE,
         {"ffn": {0: tuple(range(0, 64, 2)), 3: tuple(range(32)), 4: tuple(range(32, 64))}},
@@ -111,7 +111,7 @@ def test_two_plans_in_one() -> None:
 
 
 def test_heads_follow_their_groups_through_two_plans() -> None:
-    """Four groups of two heads; the first cut leaves groups 1 and 3, the second a head of each."""
+    """Four KV groups of two heads: the first plan keeps groups 1 and 3, the second one head of each."""
     shape = replace(SHAPE, kv_groups=4)
     groups = Plan(shape, {"kv_groups": dict.fromkeys(range(5), (1, 3))})
     heads = Plan(groups.target, {"heads": dict.fromkeys(range(5), (1, 2))})
@@ -149,7 +149,7 @@ def test_what_needs_no_scores_makes_none(pool: Pool, recipe_of: Write, by: str) 
     }
     assert Plan.load(folders(recipe).plan) == plans[by]
     assert not folders(recipe).scores.exists()
-    with pytest.raises(RecipeError, match=r"this recipe has no stage score\. Its stages are prepare, prune, distill"):
+    with pytest.raises(RecipeError, match=r"this recipe does not use the stage score\. Its stages are prepare, prune, distill"):
         pool.run(run_only_score, recipe)
 
 
@@ -160,7 +160,7 @@ def run_only_score(topology: Topology, recipe: Path) -> None:
 @pytest.mark.parametrize("layout", ["tp1", "tp2-pp2"])
 @pytest.mark.parametrize("metric", ["loss", "kl", "bi"])
 def test_a_number_of_layers_leaves_out_the_best_block(pool: Pool, recipe_of: Write, layout: str, metric: str) -> None:
-    """Beside the widths, in one plan; and the report draws what was measured."""
+    """Layers and widths are pruned by one plan, and the report plots the measurements."""
     recipe = recipe_of({"depth": {"metric": metric, "lengths": [1]}}, layers=3, **WIDTHS)
     keys = tuple(f"parallel.{key}={value}" for key, value in LAYOUTS[layout].items())
     pool.run(until_pruned, recipe, keys, **LAYOUTS[layout])
@@ -223,7 +223,7 @@ def test_scores_of_another_model_are_refused(pool: Pool, recipe_of: Write, name:
     kept = read_json(record)
     kept["result"]["files"][path.name] = checksum(path)
     write_json(record, kept)
-    with pytest.raises(CheckpointError, match=rf"{path.name} was measured on another model .* Remove .*scores and run"):
+    with pytest.raises(CheckpointError, match=rf"{path.name} was measured on a model other than .* Remove .*scores and run"):
         pool.run(run_stage, recipe, "prune", tp=2)
 
 

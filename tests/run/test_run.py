@@ -1,4 +1,4 @@
-"""A run: its stages in order, what is skipped, what runs again, what a kill leaves, one table at every layout."""
+"""Runs: order of stages, skipping, rerunning, resuming after kills, and the same table at every layout."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ FORKS.set_forkserver_preload(["tests.warm"])
 
 
 def work(topology: Topology, recipe: Path, overrides: tuple[str, ...] = (), only: str | None = None) -> None:
-    """Runs a recipe on a rank of the pool."""
+    """Run a recipe on a rank of the pool."""
     run(load_recipe(recipe, overrides), topology, only=only)
 
 
 def alone(recipe: Path, kill_at: tuple[str, str, int] | None = None) -> None:
-    """Runs a recipe in this process; `kill_at` (stage, label, n): kill -9 at that stage's n-th event of that label."""
+    """Run a recipe in one process; `kill_at` (stage, label, n): kill -9 at that stage's n-th event of that label."""
     import torch
 
     torch.set_num_threads(1)
@@ -64,14 +64,14 @@ def in_a_process(recipe: Path, kill_at: tuple[str, str, int] | None = None) -> i
 
 
 def table(recipe: Path) -> list[dict[str, Any]]:
-    """The summary without its times."""
+    """Return the summary without times."""
     rows = read_json(load_recipe(recipe).out / "summary.json")
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe of a run that nothing disturbed."""
+    """Recipe of an uninterrupted run."""
     from tests.recipes import tiny_recipe
 
     folder = tmp_path_factory.mktemp("finished")
@@ -96,7 +96,7 @@ def test_a_run_leaves_a_table_a_plan_and_an_export_that_transformers_loads(finis
     ratios = {row[0]: row[3] for row in predicted_rows(out)}
     counted = [name for name in ratios if name.startswith("parameters, ")]
     assert len(counted) == 6 and {ratios[name] for name in (*counted, "bytes of the export")} == {"1.000"}
-    assert float(ratios["bytes of a rank (predicted: without activations)"]) > 1
+    assert float(ratios["peak bytes per rank (predicted: without activations)"]) > 1
 
 
 def test_a_second_run_does_nothing(finished: Path) -> None:
@@ -133,7 +133,7 @@ def test_an_edited_recipe_runs_what_it_changes_and_what_follows(finished: Path, 
 def test_what_draws_other_samples_reruns_all_that_draws(
     finished: Path, recipe_file: Write, pool: Pool, override: str
 ) -> None:
-    """Even where the tokens stay what they were."""
+    """They rerun even if the tokens are unchanged."""
     recipe = recipe_file()
     copytree(load_recipe(finished).out, load_recipe(recipe).out)
     pool.run(work, recipe, (override,), "prepare")
@@ -157,7 +157,7 @@ KILLS = [
     ("evaluate", "evaluate", 2),
     ("export", "export", 5),
 ]
-KEEPS = ("correct", "distill", "baseline", "evaluate")  # each is killed late enough to have kept something
+KEEPS = ("correct", "distill", "baseline", "evaluate")  # each kill comes late enough to leave partial results
 
 
 @pytest.mark.parametrize("kill_at", KILLS, ids=["-".join(map(str, kill)) for kill in KILLS])
@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_to_the_same_table(
 
 
 def copy_until(finished: Path, recipe: Path, stage: str) -> None:
-    """Gives a new run the finished one's stages before `stage`, so that only what is killed runs."""
+    """Copy the finished run's stages before `stage` into a new run, so that only the killed stages run."""
     import shutil
 
     source, target = load_recipe(finished).out, load_recipe(recipe).out
@@ -203,7 +203,7 @@ def test_the_table_does_not_depend_on_the_layout(
 
 
 def test_the_student_learns_from_the_loss_that_the_recipe_names(finished: Path, recipe_file: Write, pool: Pool) -> None:
-    """And an offloaded teacher that runs window by window teaches it the same."""
+    """An offloaded teacher that runs window by window gives the same student."""
     distilled = []
     for number, keys in enumerate(
         [{"offload_teacher": True, "teacher_window": 1}, {"loss": {"divergence": "mse", "ce_weight": 0.5}}]
@@ -236,7 +236,7 @@ HOW_TO_RUN = [
 
 
 def first_step(topology: Topology, recipe: Path, overrides: list[str]) -> int:
-    """Runs a recipe; gives the first step of distillation that it took."""
+    """Run a recipe; return the first distillation step that it ran."""
     steps: list[int] = []
     run(
         load_recipe(recipe, overrides),
@@ -247,7 +247,7 @@ def first_step(topology: Topology, recipe: Path, overrides: list[str]) -> int:
 
 
 def test_a_key_that_says_how_to_run_throws_no_work_away(finished: Path, recipe_file: Write, pool: Pool) -> None:
-    """On a run that is done nothing runs again; one at work goes on from its checkpoint, to the same numbers."""
+    """A finished run reruns nothing; an interrupted one resumes from its checkpoint, to the same numbers."""
     recipe = recipe_file()
     copy_until(finished, recipe, "distill")
     assert in_a_process(recipe, ("distill", "distill", 9)) == -signal.SIGKILL
@@ -273,7 +273,7 @@ def other_rope(path: Path) -> None:
 
 
 def exchanged(path: Path) -> None:
-    """Another model of the run in its place, whole."""
+    """Replace a model of the run by another intact one."""
     rmtree(path)
     copytree(path.parent / "random", path)
 
@@ -320,7 +320,7 @@ def test_a_torn_or_foreign_record_is_one_error_that_names_it(
     recipe = recipe_file()
     copy_until(finished, recipe, "prune")
     path = load_recipe(recipe).out / name
-    if content is None:  # its own fingerprint, and nothing that the stage left
+    if content is None:  # right fingerprint, but no result
         content = json.dumps(json.loads(path.read_text()) | {"result": {"sources": []}})
     path.write_text(content)
     with pytest.raises(CheckpointError, match=re.escape(str(path))):
@@ -328,7 +328,7 @@ def test_a_torn_or_foreign_record_is_one_error_that_names_it(
 
 
 def test_a_student_that_is_not_finite_is_not_written(finished: Path, recipe_file: Write, pool: Pool) -> None:
-    """Nor is a model evaluated whose weights are none."""
+    """A model with weights that are not finite is not evaluated either."""
     from safetensors.torch import load_file, save_file
 
     recipe = recipe_file()
@@ -350,7 +350,7 @@ def test_a_student_that_is_not_finite_is_not_written(finished: Path, recipe_file
 
 
 def with_tokenizer(model: Path, folder: Path, ids: dict[str, int]) -> Path:
-    """A copy of a model with another tokenizer."""
+    """Copy a model, with another tokenizer."""
     import shutil
 
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -452,11 +452,11 @@ def test_a_run_folder_of_another_model_or_of_nobody_is_refused(
 
 
 def test_a_second_run_in_the_same_folder_is_refused(finished: Path, pool: Pool) -> None:
-    """Whatever it was about to do; the file that tells them apart holds nobody back once its process is gone."""
+    """The refusal does not depend on the stage; the lock file does not block runs after its process has ended."""
     out = load_recipe(finished).out
     with locked(out / ".lock") as alone:
         assert alone
-        with pytest.raises(RecipeError, match="another run is at work in"):
+        with pytest.raises(RecipeError, match="another run is running in"):
             pool.run(work, finished, tp=2)
     pool.run(work, finished)
 

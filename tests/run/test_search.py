@@ -1,4 +1,4 @@
-"""The search in a recipe: one table however it was measured, a winner that flows on, what is wrong said at once."""
+"""The stage `search`: the same table at every layout and after kills, the winner in later stages, early errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def table(recipe: Path) -> dict[str, Any]:
 
 
 def written(material: Path, folder: Path, **search: Any) -> Path:
-    """The recipe in a folder of its own, with keys of `search` replaced."""
+    """Write a recipe with a run folder of its own and some keys of `search` replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = tiny_recipe(material) | KEYS | {"search": SEARCH | search, "out": str(folder / "run")}
     path = folder / "recipe.yaml"
@@ -63,7 +63,7 @@ def written(material: Path, folder: Path, **search: Any) -> Path:
 
 
 def scored(searched: Path, recipe: Path) -> Path:
-    """`recipe`, whose run is the finished one's up to the search."""
+    """Return `recipe` after copying the finished run's stages before the search into its run folder."""
     source, target = load_recipe(searched).out, load_recipe(recipe).out
     copytree(source, target)
     rmtree(target / "search")
@@ -75,7 +75,7 @@ def scored(searched: Path, recipe: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def searched(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe of a run with a search that nothing disturbed."""
+    """Recipe of an uninterrupted run with a search."""
     recipe = written(material, tmp_path_factory.mktemp("searched"))
     assert in_a_process(recipe) == 0
     return recipe
@@ -148,7 +148,7 @@ def test_a_killed_search_goes_on_to_the_same_table(
     assert in_a_process(recipe) == 0
     assert table(recipe) == table(searched)
     kept = [path for path, when in before.items() if path.stat().st_mtime_ns == when]
-    assert len(kept) >= len(parts) - 1  # what was at work is all that is done again
+    assert len(kept) >= len(parts) - 1  # only the candidate at work is measured again
 
 
 @pytest.mark.parametrize(
@@ -183,11 +183,11 @@ def test_tasks_of_an_array_share_the_work_to_the_same_table(
     count = len(table(together)["candidates"])
     assert (
         pool.run(share, recipe, 0, 2)[0]
-        == f"{(count + 1) // 2} of {count} candidates are measured right after their cut."
+        == f"{(count + 1) // 2} of {count} candidates are measured right after pruning. Other tasks measure the rest."
     )
     said = pool.run(share, recipe, 1, 2)[0]
-    assert said == "1 of 3 candidates are distilled to step 3."
-    assert pool.run(share, recipe, 0, 2)[0] == "1 of 2 candidates are distilled to step 6."
+    assert said == "1 of 3 candidates are distilled to step 3. Other tasks distil the rest."
+    assert pool.run(share, recipe, 0, 2)[0].startswith("1 of 2 candidates are distilled to step 6.")
     pool.run(share, recipe, 1, 2)
     assert pool.run(share, recipe, 0, 2)[0].startswith("Every candidate is measured")
     pool.run(work, recipe, (), "search")
@@ -211,7 +211,7 @@ def test_halving_takes_out_the_worse_half_and_changes_nothing_for_those_that_sta
 
 
 def test_a_budget_in_time_is_held_by_a_table_of_this_machine(searched: Path, material: Path, tmp_path: Path) -> None:
-    """Candidates measured before there is any student; the fit is then what the search counts with."""
+    """Candidates are measured before there is a student, and the search uses the fit to these times."""
     times = {"budget": {"params": [1, 60_000], "decode_ms": 1e6}, "serving": {"table": str(tmp_path / "table.json")}}
     recipe = load_recipe(written(material, tmp_path, **times), ["bench.ladder=[[4,6],[16,6]]", "bench.batches=[1,4]"])
     rows = bench(recipe, "torch")
@@ -241,12 +241,12 @@ def test_a_search_may_choose_by_the_knee_or_by_hand(searched: Path, material: Pa
     copytree(load_recipe(searched).out, load_recipe(hand).out)
     pool.run(work, hand, (), "search")
     assert next(row["name"] for row in table(hand)["candidates"] if row["winner"]) == rows[-1]["name"]
-    with pytest.raises(RecipeError, match=r"no candidate\. Did you mean"):
+    with pytest.raises(RecipeError, match=r"not a candidate\. Did you mean"):
         pool.run(work, hand, (f"search.winner={rows[-1]['name']}0",), "search")
 
 
 def by_a_task(material: Path, folder: Path, metric: str, **search: Any) -> Path:
-    """Few candidates, some without layers, chosen by a task; `metric` is that of layers."""
+    """Return a search of few candidates, some with fewer layers, chosen by a task; `metric`: of layers."""
     few = {"layers": [3, 4], "hidden": [48], "ffn": [32, 64], "heads": [8], "budget": {"params": [30_000, 70_000]}}
     recipe = written(material, folder, **few, **search)
     keys = yaml.safe_load(recipe.read_text()) | {"score": {"samples": 8, "depth": {"metric": metric}}}
@@ -278,13 +278,13 @@ def searched_by(pool: Pool, recipe: Path, **layout: int) -> dict[str, Any]:
 def test_a_task_chooses_alike_at_every_layout(
     material: Path, tmp_path: Path, pool: Pool, layout: dict[str, int]
 ) -> None:
-    """By its first number, a perplexity, of which less is better; layers go by block importance."""
+    """The task's first metric is a perplexity (lower is better); layers are chosen by block importance."""
     one, split = (
         searched_by(pool, by_a_task(material, tmp_path / name, "bi", choose="lambada_openai", light=None), **spread)
         for name, spread in (("one", {}), ("split", layout))
     )
     scores = {row["name"]: row["score"] for row in one["candidates"]}
-    assert len(scores) > 2 and max(scores.values()) < -1  # the negative of a perplexity
+    assert len(scores) > 2 and max(scores.values()) < -1  # a negated perplexity
     assert [row["name"] for row in one["candidates"] if row["winner"]] == [max(scores, key=lambda name: scores[name])]
     for found, expected in zip(split["candidates"], one["candidates"], strict=True):
         assert {key: found[key] for key in ("name", "layers", "winner")} == {
@@ -327,10 +327,10 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, int], type[MinitronError], str]
     ("a budget above the teacher", {"budget": {"params": 1e9}}, {}, RecipeError, "nothing needs to be cut"),
     ("a candidate the layout cannot hold", {"ffn": [33, 64]}, {"tp": 2}, TopologyError, "ffn33-heads"),
     ("too few layers for the stages", {"layers": [1, 4]}, {"pp": 2}, TopologyError, "candidate layers1-"),
-    ("a task that is not measured", {"choose": "winogrande"}, {}, RecipeError, "the tasks are those of evaluate"),
+    ("a task that is not measured", {"choose": "winogrande"}, {}, RecipeError, "tasks must be listed under evaluate"),
     ("a light batch that does not divide", {"light": LIGHT | {"global_batch": 3}}, {}, RecipeError, "search.light."),
     ("replicas that cannot part", {"light": LIGHT | {"apart": True}}, {"dp": 2, "cp": 2}, TopologyError, "cannot work"),
-    ("a table of speeds that is none", {"serving": {"table": "no.json"}}, {}, RecipeError, "no table of speeds"),
+    ("a table of speeds that is none", {"serving": {"table": "no.json"}}, {}, RecipeError, "not a table of speeds"),
 ]
 
 
@@ -355,8 +355,8 @@ def test_what_is_wrong_is_one_error_before_anything_is_written(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"prune": {"ffn": 32}}, "sizes are found by `search`"),
-        ({"prune": {"iterations": 2}}, "at once, without merging"),
+        ({"prune": {"ffn": 32}}, "remove the sizes in `prune`"),
+        ({"prune": {"iterations": 2}}, "in one step, without merging"),
         ({"search": SEARCH | {"budget": {}}}, "needs a budget"),
         ({"search": SEARCH | {"hiden": [4]}}, "search.hiden is not a known key. Did you mean 'hidden'?"),
         ({"search": SEARCH | {"layers": {"from": 3}}}, "{from: 16, to: 32, step: 4}"),
@@ -365,11 +365,11 @@ def test_what_is_wrong_is_one_error_before_anything_is_written(
             {"search": SEARCH | {"multiples": {"ffn": "heads x head_dim"}}},
             "multiples.ffn is 'heads x head_dim'. Give a num",
         ),
-        ({"search": SEARCH | {"multiples": {"hidden": "heads"}}}, "number, or for hidden 'heads x head_dim'"),
+        ({"search": SEARCH | {"multiples": {"hidden": "heads"}}}, "Give a whole number; hidden may also be 'heads x head_dim'"),
         ({"search": SEARCH | {"multiples": {"hidden": 0}}}, "search.multiples.hidden"),
         ({"search": SEARCH | {"multiples": {"hidden": "4 heads"}}}, "search.multiples.hidden"),
         ({"search": SEARCH | {"serving": {"gpu": "H10"}}}, "The GPU 'H10' is not known. Did you mean 'H100'?"),
-        ({"search": None}, "prune is missing: it names the sizes to keep, or `search` finds them"),
+        ({"search": None}, "prune is missing: give the sizes to keep in `prune`, or a `search` for them"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(material: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -1,4 +1,4 @@
-"""Tasks of the harness in a run: scores beside losses, layers chosen by Winogrande; and what lies in an export."""
+"""Harness tasks in a run: scores in the summary, layers chosen by Winogrande; and the contents of an export."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_another_task_trains_nothing_again(recipe_file: Write, pool: Pool, files
 
 @pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}])
 def test_layers_are_chosen_by_winogrande(recipe_file: Write, pool: Pool, files: Path, layout: dict) -> None:
-    """One accuracy for each place of the block that goes, the same at every layout; the best one goes."""
+    """Each position of the removed block has an accuracy, equal at every layout; the best block is removed."""
     path = shortened(recipe_file, files, prune={"layers": 3}, score={"samples": 8, "depth": {"metric": "winogrande"}})
     for stage in ("prepare", "score", "prune"):
         pool.run(work, path, (), stage, **layout)

@@ -1,4 +1,4 @@
-"""The table of clients says what was measured, no less and no more; `estimate`, the card and the export go by it."""
+"""The table of clients equals the measurements; `estimate`, the model card and the export use it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LINES = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "client
 TOLERANCE = 1e-3
 WHOLE = Shape(layers=2, hidden=384, ffn=256, heads=6, kv_groups=2, head_dim=64, vocab=512)
 HIDDEN = {"whole": 384, "narrow": 192, "odd": 160}
-"""The shapes of `tests/compat/clients.py`."""
+"""Shapes of `tests/compat/clients.py`."""
 
 
 # ---- what was measured
@@ -44,7 +44,7 @@ def outcome(line: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("client", sorted({line["client"] for line in LINES}))
 def test_a_client_is_told_of_where_it_failed(client: str) -> None:
-    """In the families that it reads in some shape; silent failures are told of as such."""
+    """A client is listed for the families that it reads in some shape; wrong results are marked as silent."""
     found: dict[str, list[tuple[str, list[bool]]]] = {}
     for line in (each for each in LINES if each["client"] == client):
         family = "llama" if line["architecture"] == "auto" else line["family"]
@@ -77,10 +77,10 @@ def said(model_type: str, architecture: Any = "auto", **sizes: int) -> str:
 
 def test_warnings_name_the_clients_the_shape_and_what_to_do() -> None:
     moe = said("qwen2_moe", hidden=192)
-    assert moe.startswith("llama.cpp and MLX-LM refuse a qwen2_moe of hidden size 192, which is not heads x head_dim")
+    assert moe.startswith("llama.cpp and MLX-LM refuse a qwen2_moe with hidden size 192, which is not heads x head_dim")
     assert "(6 x 64). vLLM gives wrong results from it, without an error. Choose hidden 384, or serve it with" in moe
-    assert "MLX-LM refuses a mixtral of hidden size 192" in said("mixtral", hidden=192)
-    assert "llama.cpp refuses a nemotron of hidden size 192" in said("nemotron", hidden=192)
+    assert "MLX-LM refuses a mixtral with hidden size 192" in said("mixtral", hidden=192)
+    assert "llama.cpp refuses a nemotron with hidden size 192" in said("nemotron", hidden=192)
     fewer = client_warnings(teacher("mixtral", hidden=192), replace(WHOLE, hidden=128), "auto")
     assert "Choose fewer heads, or serve it with another client." in fewer[0]
 
@@ -94,8 +94,8 @@ def test_nothing_is_said_of_what_every_client_reads() -> None:
 def test_a_qwen2_is_told_of_as_what_it_is_exported() -> None:
     assert said("qwen2", hidden=192) == ""
     own, odd = said("qwen2", "own", hidden=192), said("qwen2", hidden=160)
-    assert "a qwen2 of hidden size 192" in own and "Set export.architecture to auto" in own
-    assert "a qwen2 of hidden size 160" in odd and "Choose hidden 156 or 162, which is exported as a Llama" in odd
+    assert "a qwen2 with hidden size 192" in own and "Set export.architecture to auto" in own
+    assert "a qwen2 with hidden size 160" in odd and "Choose hidden 156 or 162, which is exported as a Llama" in odd
 
 
 # ---- a run

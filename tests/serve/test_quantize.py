@@ -1,4 +1,4 @@
-"""The FP8 folder is what serving engines read, and its weights are the source's within FP8's rounding."""
+"""The FP8 folder has the format of serving engines, and its weights equal the source's within FP8 rounding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_names_dtypes_and_values(tmp_path: Path, kv_cache: bool) -> None:
         error = (after[name].float() * scale - weight.float()).abs()
         assert (
             error <= weight.float().abs() / 16 + scale * 2**-10
-        ).all()  # half a step of 3 mantissa bits, or subnormal
+        ).all()  # half a step with 3 mantissa bits, or a subnormal step
     assert any("k_scale" in name or "k_proj.k_scale" in name for name in after) == kv_cache
     about = json.loads((folder / "hf_quant_config.json").read_text())
     assert about["producer"]["name"] == "modelopt"

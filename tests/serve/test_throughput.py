@@ -1,4 +1,4 @@
-"""What trtllm-bench is given, and what is read of what it gives back."""
+"""Input, command and report of trtllm-bench."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_an_older_report_gives_what_it_has(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken", ["{", "[]", '{"engine": {}}', '"x"', '{"performance": 3}'])
 def test_what_is_no_report_is_one_message(tmp_path: Path, broken: str) -> None:
-    with pytest.raises(DataError, match="is no report of trtllm-bench"):
+    with pytest.raises(DataError, match="is not a report of trtllm-bench"):
         parse_report(written(tmp_path / "r.json", broken))
-    with pytest.raises(DataError, match="is no report of trtllm-bench"):
+    with pytest.raises(DataError, match="is not a report of trtllm-bench"):
         parse_report(tmp_path / "none.json")
 
 

@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine, as root: eight stand-ins for GPUs a node, and a partition that preempts."""
+"""Start a two-node Slurm on this machine, as root: eight fake GPUs per node, and a partition that preempts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PartitionName=high Nodes=node[1-2] State=UP PriorityTier=10 PreemptMode=OFF
 
 
 def lacks() -> str:
-    """Why no Slurm can be brought up here; empty where it can."""
+    """Return why Slurm cannot be started here; empty if it can."""
     missing = [tool for tool in TOOLS if shutil.which(tool) is None and not Path(f"/usr/sbin/{tool}").exists()]
     if missing:
         return f"{', '.join(missing)} not installed (apt-get install slurm-wlm munge)"
@@ -68,7 +68,7 @@ def lacks() -> str:
 
 
 def _port() -> int:
-    """A free one, below those that Linux gives to outgoing connections and above those of `slurm/body.sh`."""
+    """Return a free port, below Linux's ephemeral ports and above those of `slurm/body.sh`."""
     for port in random.sample(range(30000, 32000), 100):
         with suppress(OSError), socket.create_server(("", port)):
             return port
@@ -77,7 +77,7 @@ def _port() -> int:
 
 @contextmanager
 def running(root: Path) -> Iterator[dict[str, str]]:
-    """The cluster at work; the environment in which its commands find it."""
+    """Run the cluster; yield the environment variables for its commands."""
     for name in ("state", "log", "spool/node1", "spool/node2", "munge"):
         (root / name).mkdir(parents=True)
     root.chmod(0o755)

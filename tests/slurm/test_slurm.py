@@ -1,4 +1,4 @@
-"""The cluster scripts on a Slurm of two nodes: a run over both, preemption, an array, arguments that stay arguments."""
+"""Cluster scripts on a two-node Slurm: a run on both nodes, preemption, an array, quoting of arguments."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """Where jobs are submitted from: the scripts, and nothing of the project else."""
+    """Folder from which jobs are submitted; of the project it has only the scripts."""
     for name in ("slurm", "launch"):
         shutil.copytree(ROOT / name, tmp_path / "home" / name)
     return tmp_path / "home"
@@ -73,7 +73,7 @@ def wait_for(what: Callable[[], bool]) -> None:
 
 
 def hurried(slurm: Environment, job: str) -> dict[str, str]:
-    """Its state; in the queue again, it does not wait for Slurm's two minutes."""
+    """Return a job's state; a requeued job is started without Slurm's delay of two minutes."""
     found = state(slurm, job)
     if found["JobState"] == "PENDING" and found.get("Restarts", "0") != "0":
         subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], env=slurm, check=False)
@@ -102,13 +102,13 @@ LONG = {
 
 
 def steps(out: Path) -> int:
-    """Of distillation, in all runs of this folder."""
+    """Return the steps of distillation in all runs of this folder."""
     metrics = out / "metrics.jsonl"
     return metrics.read_text().count('"stage": "distill"') if metrics.exists() else 0
 
 
 def launchers(node: int, out: Path) -> list[psutil.Process]:
-    """What a node runs of the recipe whose run folder is `out`, but for Slurm's own."""
+    """Return the processes that a node runs for the run folder `out`, without Slurm's own."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -170,7 +170,7 @@ def test_an_array_reruns_what_was_killed_and_no_other(slurm: Environment, home: 
 
 @needs_slurm
 def test_a_search_is_spread_over_the_tasks_of_an_array(slurm: Environment, home: Path, recipe_file: Write) -> None:
-    """One of which is killed: the last job does what that one left."""
+    """One task is killed; the last job does its share."""
     light = {"top": 2, "tokens": 6 * 8 * 16, "measure_every": 3}
     search = {"hidden": [32, 40], "ffn": [32, 48], "budget": {"params": 80_000}, "light": light}
     keys: dict[str, Any] = {"correct": None, "random_baseline": False, "prune": None, "search": search}
@@ -206,7 +206,7 @@ EVIL = [
 
 @needs_slurm
 def test_arguments_stay_arguments(slurm: Environment, home: Path) -> None:
-    """Whatever they hold, through sbatch, srun and both launchers; and so does a line of an array's file."""
+    """Arguments with any characters pass unchanged through sbatch, srun, both launchers, and an array's file."""
     recorder = home / "python"
     recorder.write_text(
         f"#!{sys.executable}\nimport json, os, sys\n"
@@ -244,7 +244,7 @@ def test_slurm_accepts_the_scripts_as_they_are(slurm: Environment, home: Path) -
 @needs_slurm
 @pytest.mark.parametrize("name", CASES)
 def test_slurm_accepts_the_lines_of_every_preset(slurm: Environment, home: Path, tmp_path: Path, name: str) -> None:
-    """As they are printed, on the nodes that there are."""
+    """Submit the printed lines on the available nodes."""
     preset = PRESETS / f"{name}.yaml"
     found = estimate(load_recipe(preset, material_of(name, tmp_path)), gpus=16)
     lines = slurm_commands(preset, [], found).replace("sbatch ", "sbatch --test-only ", 1)

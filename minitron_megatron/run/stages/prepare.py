@@ -19,7 +19,7 @@ def do_prepare(context: Context) -> Result:
         if context.topology.rank == 0:
             vocab = read_config(recipe.model).shape.vocab
             check_tokenizer(recipe.model, vocab)
-            settings: Result = {"sequence": recipe.data.sequence, "seed": recipe.seed}  # later stages' samples need them
+            settings: Result = {"sequence": recipe.data.sequence, "seed": recipe.seed}  # they decide later samples
             settings |= {"cross_documents": recipe.data.cross_documents, "config": config_digest(recipe.model)}
             result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context, vocab), **settings}
     return broadcast_object(result)

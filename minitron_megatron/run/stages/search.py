@@ -184,7 +184,8 @@ class _CandidateSearch:
             known = self._known(self._pruning_mark, names, AfterCut)
         if len(known) < len(names):
             raise _WaitError(
-                f"{len(known)} of {len(names)} candidates are measured right after pruning. Other tasks measure the rest."
+                f"{len(known)} of {len(names)} candidates are measured right after pruning. "
+                "Other tasks measure the rest."
             )
         return known
 
@@ -221,7 +222,7 @@ class _CandidateSearch:
         return replace(self.context, recipe=light_recipe(self.recipe), mark_of=lambda _: self._training_mark)
 
     def distilled(self, names: Sequence[str]) -> dict[str, Part]:
-        """Distil the candidates; return each one's curve, and its score if a task chooses. Collective over the world."""
+        """Distil the candidates; return their curves, and scores if a task chooses. Collective over the world."""
         light = self.keys.light
         if light is None:
             return {}
@@ -344,7 +345,7 @@ class _CandidateSearch:
                 )
             return str(keys.winner)
         if not points:
-            raise RecipeError("no candidate has a finite loss. Check the teacher's weights, or set score.dtype: float32.")
+            raise RecipeError("no candidate has a finite loss. Check the teacher's weights, or score in float32.")
         if keys.choose == "pareto":
             return knee({name: point[:2] for name, point in points.items()})
         if keys.choose == "loss":
