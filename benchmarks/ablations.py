@@ -1,10 +1,10 @@
-"""The papers' ablations in miniature: which teacher, which start, which loss, and do hidden states help?
+"""The papers' ablations in miniature: teacher, starting point, loss, and hidden states.
 
     python benchmarks/ablations.py WORK [--seeds 1 2 3]
 
-After `make runs/corpus`. Each variant changes one thing of the quickstart's recipe; within a seed all see the same
-tokens in the same order. Writes the losses on held-out text after the last step, mean and spread over the seeds, and
-draws them over the steps to `results/ablations.svg`. What is done is not done again, so that it can be killed.
+Needs `make runs/corpus`. Each variant changes one setting of the quickstart's recipe; within a seed all see the same
+tokens in the same order. Writes the held-out losses after the last step (mean and spread over the seeds), and plots
+them over the steps to `results/ablations.svg`. Finished variants are not repeated, so the script can be interrupted.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ Curve = list[dict[str, float]]
 
 
 def curve(name: str, seed: int, work: Path, topology: Topology, progress: Progress) -> Curve:
-    """Trains a variant, if it is not done."""
+    """Train a variant unless it is done, and return its curve."""
     kept = work / f"{seed}" / f"{name}.json"
     if not kept.is_file():
         write_json(kept, _trained(name, seed, work / f"{seed}" / "at work", topology, progress))
@@ -90,7 +90,7 @@ def _trained(name: str, seed: int, out: Path, topology: Topology, progress: Prog
 
     go_to("prune", base)
     shutil.rmtree(out, ignore_errors=True)
-    if name == LM:  # the correction of the pruned model is its training by cross-entropy
+    if name == LM:  # correcting the pruned model means training it by cross-entropy
         keys = load_recipe(RECIPE).distill.model_dump()
         same = [f"correct.{key}={keys[key]}" for key in ("tokens", "lr", "min_lr", "validate_every")]
         go_to(label, out, f"model={base / 'pruned'}", *same)
@@ -108,7 +108,7 @@ def _trained(name: str, seed: int, out: Path, topology: Topology, progress: Prog
 
 
 def draw(found: Mapping[str, Sequence[Curve]], path: Path) -> None:
-    """A panel a question: the mean over the seeds, and the band that they span."""
+    """Plot one panel per question: mean over the seeds, and their range as a band."""
     import matplotlib
 
     matplotlib.use("svg")

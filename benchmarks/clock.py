@@ -1,4 +1,4 @@
-"""How a benchmark times what it runs."""
+"""Timing for benchmarks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """(wall, CPU) of one call."""
+    """Return the (wall, CPU) seconds of one call."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - cpu

@@ -1,11 +1,11 @@
-"""Does a block sweep cost what the layers behind its blocks cost, and no more?
+"""Cost of a depth sweep, compared with the layers after its blocks.
 
     python benchmarks/depth_sweep.py
 
-The floor: one pass of the whole network, and of each block's network the layers behind the block, each at its share of
-a whole pass's time, and an output layer a network. Bound: the sweep's wall time at most 1.1 of it. Paired a micro-batch
-at a time, the floor taken half before and half after the sweep; one thread; median of 5. The same ratio in CPU time
-stands beside it, for other work on the machine stretches wall times unevenly.
+The floor: one pass of the full network; for each network without a block, the layers after the block, each at its share
+of a full pass's time, and an output layer. Bound: the sweep's wall time is at most 1.1 of the floor. Measured in pairs,
+one micro-batch at a time, half of the floor before and half after the sweep; one thread; median of 5. The same ratio in
+CPU time is recorded too, since other load on the machine distorts wall times.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHAPE = Shape(layers=8, hidden=256, ffn=768, heads=4, kv_groups=2, head_dim=64, 
 SEQUENCE, MICRO_BATCH, MICRO_BATCHES = 256, 1, 8
 LENGTHS = (1, 2, 4)
 REPEATS, PASSES = 5, 8
-"""Passes over a micro-batch that its floor is taken from: half before its sweep, half after."""
+"""Passes over a micro-batch that measure its floor: half before its sweep, half after."""
 
 
 def batches() -> list[Batch]:
@@ -41,7 +41,7 @@ def batches() -> list[Batch]:
 
 
 def seconds(work: Callable[[], object]) -> Tensor:
-    """[wall, CPU]."""
+    """Return seconds as [wall, CPU]."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return torch.tensor([time.perf_counter() - wall, time.process_time() - cpu], dtype=torch.float64)
@@ -58,7 +58,7 @@ def main() -> None:
     passes = 1 + sum(SHAPE.layers - first - n for first, n in blocks) / SHAPE.layers
 
     def paired(batch: Batch) -> Tensor:
-        """[sweep, floor] x [wall, CPU], in seconds."""
+        """Return [sweep, floor] x [wall, CPU], in seconds."""
         (hidden,) = forward_only(model, [batch])
 
         def whole() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
         layers, outputs = layers + seconds(whole), outputs + seconds(output)
         return torch.stack([swept, (layers * passes + outputs * (1 + len(blocks))) / PASSES])
 
-    paired(every[0])  # warms up
+    paired(every[0])  # warm-up
     times = [torch.stack([paired(batch) for batch in every]).sum(0) for _ in range(REPEATS)]
     taken, floor = torch.stack(times, dim=1)
     wall, cpu = (taken / floor).T.tolist()

@@ -1,11 +1,11 @@
-"""What does the fused KL, output layers included, cost beside one that makes all logits at once?
+"""Cost of the fused KL, including output layers, compared with a loss that materialises all logits.
 
     python benchmarks/distill_loss.py
 
 Bounds, at 2,048 tokens, vocabulary 32,768, hidden 512, fp32, forward and backward: a live peak beyond inputs and
 returned gradients of at most 0.25 of one local tensor of fp32 logits, at TP1, TP2 and with sequence parallelism; at TP1
-at most the time of the unfused loss, paired, one thread, median of 5. Then both along a curve of vocabularies and
-tokens, each once.
+at most the time of the unfused loss, measured in pairs, one thread, median of 5. Then both for several vocabulary and
+token counts, each once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def inputs(tokens: int, held: int) -> Inputs:
-    """Hidden states [tokens, 1, h] and output weight [held, h] of the student, with gradients, and of the teacher."""
+    """Return hidden states [tokens, 1, h] and output weight [local vocab, h] of the student (with gradients) and of the
+    teacher."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((tokens, 1, HIDDEN), (held, HIDDEN)) * 2
     drawn = [torch.randn(shape, generator=generator) / HIDDEN**0.25 for shape in shapes]
@@ -56,7 +57,7 @@ def fused(topology: Topology, tokens: int, vocab: int, of: Inputs) -> None:
 
 
 def unfused(of: Inputs) -> None:
-    """torch's own, with every logit at once."""
+    """Compute the loss by plain torch, with all logits at once."""
     hidden, weight, teacher_hidden, teacher_weight = of
     with torch.no_grad():
         log_q = (teacher_hidden.flatten(0, 1) @ teacher_weight.t()).log_softmax(-1)
@@ -69,7 +70,7 @@ def forget(of: Inputs) -> None:
 
 
 def extra(work: Callable[[], None], of: Inputs) -> int:
-    """Bytes of the live peak beyond the inputs and the gradients that it leaves."""
+    """Return the live peak in bytes, beyond inputs and resulting gradients."""
     forget(of)
     with LivePeak() as meter:
         work()
@@ -86,7 +87,7 @@ def seconds(work: Callable[[], None], of: Inputs) -> float:
 
 
 def peak_at(topology: Topology) -> float:
-    """The fused loss's extra peak over one local tensor of fp32 logits."""
+    """Return the fused loss's extra peak, in units of one local tensor of fp32 logits."""
     torch.set_num_threads(1)
     held = VOCAB // topology.tp
     of = inputs(TOKENS // (topology.tp if topology.sequence_parallel else 1), held)
@@ -96,7 +97,7 @@ def peak_at(topology: Topology) -> float:
 def compare(topology: Topology, tokens: int, vocab: int, repeats: int) -> dict[str, Any]:
     of, logits = inputs(tokens, vocab), 4 * tokens * vocab
     works = {"fused": partial(fused, topology, tokens, vocab, of), "unfused": partial(unfused, of)}
-    peaks = {name: extra(work, of) / logits for name, work in works.items()}  # warms up as well
+    peaks = {name: extra(work, of) / logits for name, work in works.items()}  # also the warm-up
     times = [(seconds(works["fused"], of), seconds(works["unfused"], of)) for _ in range(repeats)]
     return {
         "tokens": tokens,

@@ -1,10 +1,10 @@
-"""What does a step of distillation cost beside its parts: a teacher's forward pass and a student's training step?
+"""Cost of a distillation step, compared with its parts: a teacher's forward pass and a student's training step.
 
     python benchmarks/distill_step.py
 
 Bound: 1.15 of the sum of one teacher forward (to the final hidden states) and one student forward and backward with
-cross-entropy, over the same micro-batches. Each repeat takes the parts, the whole and the parts again in turn; one
-thread; medians. CPU time stands beside wall time, for other work on the machine stretches the latter.
+cross-entropy, over the same micro-batches. Each repeat measures the parts, the whole and the parts again; one thread;
+medians. CPU time is recorded too, since other load on the machine distorts wall time.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How fast is distillation on one GPU, with the fused KL and with one that makes all logits at once?
+"""Speed of distillation on one GPU, with the fused KL and with a loss that materialises all logits.
 
     python benchmarks/gpu_distill.py            # Llama-3.1 8B -> 4B, width and depth: a GPU of 80 GB or more
     python benchmarks/gpu_distill.py --toy      # the same at toy size, on any machine; nothing is recorded
 
-Random weights, bf16, flash attention through SDPA, every layer recomputed, one sequence of 8,192 tokens a micro-batch.
-A step is the teacher's forward pass and the student's forward and backward; the optimizer is left out, since on one
-GPU its 12 bytes a parameter, which a cluster splits over its ranks, would not fit beside the rest. Model FLOPs do not
-count recomputation. The two losses take turns; medians of five.
+Random weights, bf16, flash attention through SDPA, full recomputation, one sequence of 8,192 tokens per micro-batch.
+A step is the teacher's forward pass and the student's forward and backward. The optimizer is left out: its 12 bytes per
+parameter, which a cluster shards over its ranks, would not fit on one GPU. Model FLOPs do not include recomputation.
+The two losses alternate; medians of five.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MICRO_BATCHES, REPEATS = 2, 5
 
 
 class Unfused(KDObjective):
-    """The same loss in plain torch, every logit of a micro-batch at once."""
+    """The same loss in plain torch, with all logits of a micro-batch at once."""
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         real = slice(self.vocab)
@@ -56,7 +56,7 @@ def model(shape: Shape, topology: Topology, dtype: torch.dtype, seed: int) -> li
 
 
 def step(student: list[Any], objective: KDObjective, batches: Sequence[Batch], device: torch.device) -> float:
-    """Seconds."""
+    """Return the seconds of one step."""
     for chunk in student:
         chunk.zero_grad(set_to_none=True)
     began = time.perf_counter()
@@ -68,7 +68,7 @@ def step(student: list[Any], objective: KDObjective, batches: Sequence[Batch], d
 
 
 def peak(student: list[Any], objective: KDObjective, batches: Sequence[Batch], device: torch.device) -> int:
-    """Bytes alive at the fullest moment of a step, weights included."""
+    """Return the peak memory of a step in bytes, including weights."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step(student, objective, batches, device)
@@ -110,7 +110,7 @@ def measure(name: str, teacher_shape: Shape, shape: Shape, sequence: int, topolo
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--toy", action="store_true", help="toy shapes on any machine, printed and not recorded")
+    options.add_argument("--toy", action="store_true", help="toy shapes on any machine; results are only printed")
     toy = options.parse_args().toy
     topology = Topology.start()
     if not toy and topology.device.type != "cuda":

@@ -1,10 +1,10 @@
-"""How much does import read, and how much memory do import and export take, beside the shard a rank keeps?
+"""Bytes read by import, and memory of import and export, compared with the shard that a rank keeps.
 
     python benchmarks/import_export.py [FOLDER]
 
-Makes a random bf16 Llama of about 1 GB, loads it at TP1, TP2 and PP2 and writes it back. Bound: bytes asked for at most
-1.1 of the shard; peak of memory at most the shard and the largest tensor. `live` counts the tensors alive; the rest is
-the process's anonymous memory, which holds what the allocator keeps of freed ones too.
+Makes a random bf16 Llama of about 1 GB, loads it at TP1, TP2 and PP2 and writes it back. Bounds: requested bytes at most
+1.1 of the shard; peak memory at most the shard and the largest tensor. `live` counts live tensors; the other figures
+are the process's anonymous memory, which includes freed memory that the allocator keeps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DTYPE = torch.bfloat16
 
 
 def make(folder: Path) -> tuple[int, int]:
-    """Writes the random checkpoint: bytes in all, and of the largest tensor."""
+    """Write the random checkpoint; return its bytes and those of the largest tensor."""
     config = ModelConfig(SHAPE, source={"model_type": "llama"})
     write_json(folder / "config.json", flat_config(config, "bfloat16"))
     tensors = list(family_of({"model_type": "llama"}).tensors(SHAPE))
@@ -48,7 +48,7 @@ def make(folder: Path) -> tuple[int, int]:
 
 
 def anonymous_bytes() -> int:
-    """This process's anonymous memory: what is allocated, without the files that are mapped."""
+    """Return this process's anonymous memory: allocated memory without mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -57,7 +57,7 @@ def anonymous_bytes() -> int:
 
 @contextmanager
 def peak(found: dict[str, int], name: str) -> Any:
-    """Notes the most anonymous memory above the start, looked at every 2 ms."""
+    """Record the peak of anonymous memory above the start, sampled every 2 ms."""
     start, most, stop = anonymous_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -77,7 +77,7 @@ def peak(found: dict[str, int], name: str) -> Any:
 
 
 def measure(topology: Topology, folder: Path, out: Path) -> dict[str, int]:
-    """On one rank: bytes of the shard, bytes asked for, and the peaks."""
+    """Measure one rank: bytes of the shard, requested bytes, and peaks."""
     torch.set_num_threads(1)
     found: dict[str, int] = {"asked": 0}
     read: Callable[..., Any] = Weights.read

@@ -1,10 +1,10 @@
-"""Does importance beat chance, axis by axis, and which statistic cuts best? Losses right after the cut, no training.
+"""Importance compared with random pruning, axis by axis, and the statistics compared: losses right after pruning.
 
     python benchmarks/importance_study.py examples/quickstart/recipe.yaml WORK [--set model=... --set score.samples=64]
 
-Takes the model, data, calibration and validation of a recipe. Each axis alone is cut to the given share by importance,
-by the first units and by three random plans; then all axes at once by each of the nine statistics, which Minitron's
-Table 11 compares on a 15B model. The validation loss of each is written, in nats per token.
+Uses the model, data, calibration and validation of a recipe. Each axis alone is pruned to the given share by importance,
+by lowest index and by three random plans; then all axes at once by each of the nine statistics, which Minitron's
+Table 11 compares on a 15B model. Writes each validation loss, in nats per token.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Does the quickstart's order hold over seeds, and does correction pay?
+"""The quickstart over several seeds, with and without teacher correction.
 
     python benchmarks/quickstart_seeds.py WORK [--seeds 1 2 3]
 
-After `make runs/corpus`. Runs the quickstart's recipe once a seed with correction and once without, and writes each
-model's validation loss. A finished run is not run again. The claims: distilled < pruned, distilled < random init at
-equal tokens by more than the spread, and corrected teacher -> lower distilled loss, or by how much not.
+Needs `make runs/corpus`. Runs the quickstart's recipe with and without correction for each seed, and writes each model's
+validation loss. Finished runs are not repeated. Claims to check: distilled < pruned; distilled < random init at equal
+tokens, by more than the spread; and a corrected teacher gives a lower distilled loss, or by how much it does not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECIPE = Path(__file__).parents[1] / "examples" / "quickstart" / "recipe.yaml"
 
 
 def losses(out: Path, overrides: list[str], topology: Topology, progress: Progress) -> dict[str, float]:
-    """Model -> nats per token on the held-out prose."""
+    """Return model -> nats per token on the held-out prose."""
     recipe = load_recipe(RECIPE, overrides, out)
     run(recipe, topology, listener=fan_out(progress, MetricsFile(out / "metrics.jsonl")))
     return {row["model"]: row["loss_nats_per_token"] for row in read_json(out / "summary.json")}

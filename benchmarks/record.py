@@ -1,4 +1,4 @@
-"""How a benchmark writes its line: what was measured, with the versions, commit and machine that it was measured on."""
+"""Record of a benchmark: measurements with versions, commit and machine, as a JSON line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def record(name: str, **measured: Any) -> None:
-    """Appends a line to `results/NAME.jsonl` and prints it."""
+    """Append a line to `results/NAME.jsonl` and print it."""
     line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **measured, "cores": os.cpu_count(), **versions()}
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a", encoding="utf-8") as file:

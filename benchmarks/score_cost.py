@@ -1,11 +1,11 @@
-"""What does scoring all width axes cost beside a plain forward pass over the same batch?
+"""Cost of scoring all width axes, compared with a plain forward pass over the same batch.
 
     python benchmarks/score_cost.py
 
 Shape: hidden 512, 8 layers, sequence 512; both passes stop at the final hidden states. Bound: 1.05 with the default
-statistic. Each repeat runs plain, scored, plain over the same batches and divides by the mean of the two plain ones;
-one thread; the median over repeats, for each of the nine statistics in turn. CPU time stands beside wall time, for
-other work on the machine stretches the latter.
+statistic. Each repeat runs plain, scored, plain over the same batches and divides by the mean of the two plain times;
+one thread; median over repeats, for each of the nine statistics. CPU time is recorded too, since other load on the
+machine distorts wall time.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What does the zero-shot stage of a search cost beside pruning and evaluating each candidate for itself, in files?
+"""Cost of measuring a search's candidates, compared with pruning and evaluating each candidate separately.
 
     python benchmarks/search_cost.py WORK
 
-After `make runs/corpus`. The quickstart's teacher, a budget of about 60 % of its parameters. The stage measures every
-candidate from one loaded teacher. Beside it stands each candidate for itself: the teacher read, cut, written as a
-Hugging Face folder, read again and measured on the same samples, in this process; and, for a few of them, as a person
-would, `minitron prune` and `minitron evaluate --model` in processes of their own. Bounds: losses within 1e-5 of each
-other, the time at most 0.3 of the separate one, live tensors at most the teacher and 1.2 of the largest candidate.
-Paired: a candidate's two times follow each other; ratio of the sums, one thread.
+Needs `make runs/corpus`. The quickstart's teacher, with a budget of about 60 % of its parameters. The stage measures all
+candidates from one loaded teacher. The comparison, for each candidate: load the teacher, prune it, write a Hugging Face
+folder, load that and measure it on the same samples, in this process; and for a few candidates, by `minitron prune` and
+`minitron evaluate --model` in processes of their own. Bounds: losses differ by at most 1e-5, time at most 0.3 of the
+separate one, live tensors at most the teacher and 1.2 of the largest candidate. A candidate's two times are measured one
+after the other; ratio of the sums, one thread.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SEARCH = (
     "heads: [4, 8], budget: {params: [2.0e6, 2.3e6]}, light: null}"
 )
 BY_HAND = 4
-"""Candidates that are also measured by the command line."""
+"""Number of candidates that are also measured through the command line."""
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def peak(teacher: Any, work: _Work, context: Context, micro: int, topology: Topology) -> int:
-    """Live bytes above the teacher while the three largest candidates are measured one after another."""
+    """Return live bytes beyond the teacher while the three largest candidates are measured one after another."""
     batches = calibration_batches(context.calibration(), micro_batch=micro, dp_rank=0, dp=1)[:4]
     with LivePeak() as meter:
         zero_shot(teacher, list(work.candidates)[:3], work.plan, batches, topology=topology)
@@ -111,7 +111,7 @@ def peak(teacher: Any, work: _Work, context: Context, micro: int, topology: Topo
 
 
 def through_processes(out: Path, candidate: Any) -> float:
-    """Seconds of `minitron prune` and `minitron evaluate --model`, once the scores are there."""
+    """Return the seconds of `minitron prune` and `minitron evaluate --model`, with existing scores."""
     sizes = {axis: size for axis, size in candidate.sizes.items() if axis != "layers"}
     flags = ["--set", "correct=null", "--set", f"prune={sizes}", "--set", "evaluate.samples=128", "--out", str(out)]
 

@@ -1,10 +1,10 @@
-"""How near is a predicted decoding time to a measured one?
+"""Predicted decoding times compared with measured ones.
 
     python benchmarks/search_latency.py WORK
 
-A search's table is made by `minitron bench --backend torch`: the quickstart's teacher and five of its candidates, at
-two batches and two lengths. The fit to it then predicts five other candidates, which are measured in the same way.
-Told: the rank correlation of predicted and measured times, and the errors. One thread; medians of three.
+`minitron bench --backend torch` makes a search's table: the quickstart's teacher and five of its candidates, at two
+batch sizes and two lengths. The fit to it predicts five other candidates, which are measured in the same way. Reports
+the rank correlation of predicted and measured times, and the errors. One thread; medians of three.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Does a search that is killed again and again end in the table of one that nothing disturbed?
+"""Repeatedly killed searches compared with an uninterrupted one.
 
     python benchmarks/search_soak.py
 
-After `make runs/corpus`. A small search with the quickstart's teacher, killed (kill -9) at random moments of the stage
-and started again, in as many searches as ten kills take. What must hold: the same table.
+Needs `make runs/corpus`. A small search with the quickstart's teacher is killed (kill -9) at random moments and started
+again, in as many searches as ten kills take. The table must be the same.
 """
 
 from __future__ import annotations

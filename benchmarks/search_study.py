@@ -1,11 +1,11 @@
-"""Does light distillation change which candidate is best, and does the search pay?
+"""Effect of light distillation on the ranking of candidates, and benefit of the search.
 
     python benchmarks/search_study.py WORK [--seeds 1 2 3]
 
-After `make runs/corpus`. The quickstart's teacher and a budget of about 60 % of its parameters. The six best right
-after the cut are distilled for 48 steps, and beside them two that a search would not be needed for: the largest
-candidate by its parameters, and the best of those that cut hidden channels and neurons alone, as the papers did. Every
-candidate of a seed sees the same tokens; seeds draw other calibration samples and another order of the data.
+Needs `make runs/corpus`. The quickstart's teacher, with a budget of about 60 % of its parameters. The six candidates that
+are best right after pruning are distilled for 48 steps, and also two that need no search: the candidate with the most
+parameters, and the best of those that prune only hidden and ffn, as in the papers. All candidates of a seed see the same
+tokens; seeds differ in calibration samples and order of the data.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Does a run that is killed again and again, at random moments, end in the table of one that nothing disturbed?
+"""Repeatedly killed runs compared with an uninterrupted one.
 
     make soak
 
-The quickstart's recipe with shorter budgets and a checkpoint every few steps, killed (kill -9, all its processes) at
-random moments and started again each time, until it ends; in as many runs as twenty kills take. What must hold: the
-same table but for the times, the same weights, no checkpoint that cannot be read, and no step done again that lies
-before the last whole checkpoint.
+The quickstart's recipe with shorter budgets and a checkpoint every few steps is killed (kill -9, all its processes) at
+random moments and started again until it ends, in as many runs as twenty kills take. Requirements: the same table except
+for times, the same weights, every checkpoint readable, and no step before the last complete checkpoint repeated.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def digest(out: Path) -> str:
 
 
 def steps(out: Path) -> list[tuple[str, int]]:
-    """(stage, step) in the order in which they were done."""
+    """Return (stage, step) in the order in which they were done."""
     path = out / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [(line["stage"], line["done"]) for line in lines if "lr" in line]
@@ -63,7 +62,7 @@ Start = Callable[[Path], "subprocess.Popen[bytes]"]
 
 
 def killed_until_done(out: Path, draw: random.Random, seconds: float, kills: int, begin: Start = start) -> int:
-    """Runs, with up to `kills` of them at random moments; returns how many there were."""
+    """Run to the end, with up to `kills` kills at random moments; return how many there were."""
     done = 0
     while True:
         process = begin(out)

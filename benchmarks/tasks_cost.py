@@ -1,9 +1,9 @@
-"""What does a question of lm-evaluation-harness cost, against its own Hugging Face model on the same cores?
+"""Time per question of lm-evaluation-harness, compared with the harness's own Hugging Face model on the same cores.
 
     python benchmarks/tasks_cost.py MODEL FILES TASK [TASK ...]
 
-MODEL: a Hugging Face folder. FILES: `<task>/<split>.jsonl`, as `evaluate.task_files` has them. Both answer the same
-questions in turn, batches of eight; medians. What both do alike (reading data, making prompts) is in both times.
+MODEL: a Hugging Face folder. FILES: a folder with `<task>/<split>.jsonl`, as for `evaluate.task_files`. Both answer the
+same questions in turn, in batches of eight; medians. Both times include common work (reading data, making prompts).
 """
 
 from __future__ import annotations

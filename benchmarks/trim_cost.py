@@ -1,10 +1,10 @@
-"""What does cutting a model of a billion parameters cost beside copying the kept bytes once?
+"""Time to prune a model of a billion parameters, compared with copying the kept bytes once.
 
     python benchmarks/trim_cost.py [--layers 16]
 
-A random model in bf16, cut to three quarters of its hidden channels, neurons, query heads and layers by a random plan.
-The floor: every tensor of the cut model copied once from memory of the same size. Aim: 3 or less. Paired, floor before
-and after; median of the repeats.
+A random bf16 model is pruned to three quarters of its hidden channels, neurons, query heads and layers by a random plan.
+The floor: copy every tensor of the pruned model once, from memory of the same size. Aim: a ratio of 3 or less. Measured
+in pairs, with the floor before and after; median of the repeats.
 """
 
 from __future__ import annotations

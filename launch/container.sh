@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Runs a command in the project's image, with what is there: docker, enroot or apptainer.
+# Runs a command in the project's image, with docker, enroot or apptainer, whichever is installed.
 #
 #   launch/container.sh minitron run recipe.yaml
 #
-# MINITRON_IMAGE names the image: a tag for docker, a .sqsh file for enroot, a .sif file for apptainer. This folder is
-# where it is, inside as outside; MINITRON_MOUNTS adds more, as FROM:TO,FROM:TO.
+# MINITRON_IMAGE names the image: a tag for docker, a .sqsh file for enroot, a .sif file for apptainer. The current folder
+# is mounted at the same path; MINITRON_MOUNTS adds other mounts, as FROM:TO,FROM:TO.
 set -eu
-image=${MINITRON_IMAGE:?name the image in MINITRON_IMAGE}
+image=${MINITRON_IMAGE:?set it to the image}
 IFS=, read -r -a mounts <<<"$PWD:$PWD${MINITRON_MOUNTS:+,$MINITRON_MOUNTS}"
 flags=()
 if command -v docker >/dev/null; then
     for mount in "${mounts[@]}"; do flags+=(--volume "$mount"); done
-    # processes of one node share memory with each other, and NCCL pins it
+    # ranks of one node use shared memory, and NCCL pins it
     exec docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --workdir "$PWD" "${flags[@]}" "$image" "$@"
 elif command -v enroot >/dev/null; then
     for mount in "${mounts[@]}"; do flags+=(--mount "$mount"); done
@@ -21,5 +21,5 @@ elif command -v apptainer >/dev/null; then
     for mount in "${mounts[@]}"; do flags+=(--bind "$mount"); done
     exec apptainer exec --nv --pwd "$PWD" "${flags[@]}" "$image" "$@"
 fi
-echo "None of docker, enroot and apptainer is here. Install one, or run without a container: launch/local.sh" >&2
+echo "docker, enroot and apptainer are not installed. Install one of them, or run without a container: launch/local.sh" >&2
 exit 2

@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Starts N processes of `minitron` on this machine and ends with the first failure's exit code. GRACE_SECONDS (10) later
-# it ends those that are left.
+# Starts N processes of `minitron` on this machine and exits with the first failure's exit code. GRACE_SECONDS (10)
+# after that failure it kills the remaining processes.
 #
-#   launch/local.sh N VERB ARGUMENTS...        launch/local.sh 4 run recipe.yaml
+#   launch/local.sh N COMMAND ARGUMENTS...        launch/local.sh 4 run recipe.yaml
 #
-# It is a part of a larger world where NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT say so (launch/node.sh).
+# For a run over several nodes set NODES, NODE_RANK, MASTER_ADDR and MASTER_PORT (launch/node.sh).
 #
-# torchrun starts them as well (torchrun --nproc-per-node N -m minitron_megatron ...), but it answers every failure
-# with exit code 1 and a traceback of its own, which hides whose fault it was.
+# torchrun works too (torchrun --nproc-per-node N -m minitron_megatron ...), but it turns every failure into exit code 1
+# and a traceback of its own, which hides the cause.
 set -u
 
 if [ $# -lt 2 ] || ! [ "$1" -gt 0 ] 2>/dev/null; then
-    echo "usage: launch/local.sh N VERB ARGUMENTS..." >&2
+    echo "usage: launch/local.sh N COMMAND ARGUMENTS..." >&2
     exit 2
 fi
 NODE_RANK=${NODE_RANK:-0}
 export WORLD_SIZE=$(($1 * ${NODES:-1})) LOCAL_WORLD_SIZE=$1 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 shift
 PYTHON=${PYTHON:-python}
-# a free port, below those that Linux gives to outgoing connections, of which one could take it before rank 0 listens
+# a free port below Linux's ephemeral ports, so that no outgoing connection takes it before rank 0 listens
 MASTER_PORT=${MASTER_PORT:-$("$PYTHON" - <<'PORT'
 import random
 import socket
@@ -56,8 +56,8 @@ while [ "${#alive[@]}" -gt 0 ]; do
     ended=
     wait -n -p ended "${!alive[@]}"
     status=$?
-    ended=${ended:-} # bash unsets it where no rank ended
-    if [ -z "$ended" ]; then # a signal ended the wait, and bash may have forgotten a rank that ended meanwhile
+    ended=${ended:-} # bash unsets it if no rank ended
+    if [ -z "$ended" ]; then # a signal ended the wait, and bash may have missed a rank that ended meanwhile
         for pid in "${!alive[@]}"; do
             kill -0 "$pid" 2>/dev/null || ended=$pid
         done
@@ -68,17 +68,17 @@ while [ "${#alive[@]}" -gt 0 ]; do
     unset "alive[$ended]"
     if [ "$status" -ne 0 ] && [ "$code" -eq 0 ]; then
         code=$status
-        # ranks that failed together end by themselves; one that hangs on a dead rank is ended
+        # ranks that failed together end by themselves; a rank that waits for a dead one is killed
         { trap 'kill "$nap"' TERM; sleep "$grace" & nap=$!; wait "$nap" && stop KILL; wait; } >/dev/null 2>&1 &
         reaper=$!
     elif [ "$code" -eq 1 ] && [ "$status" -gt 1 ] && [ "$status" -ne 137 ]; then
-        code=$status # two ended at once, and the other knows why: 1 is also how a rank ends that lost another
+        code=$status # a rank that lost another one exits with 1; this rank's code tells the cause
     fi
 done
 if [ -n "${reaper:-}" ]; then
     kill "$reaper" 2>/dev/null
-    wait "$reaper" 2>/dev/null # with its sleep: nobody else would
+    wait "$reaper" 2>/dev/null # it also ends its own sleep
 fi
-# other nodes save too, or fail of the same: this one's end would end them
+# other nodes may still be saving; Slurm kills them when this node's process ends
 [ "$code" -eq 0 ] || [ "${NODES:-1}" -eq 1 ] || sleep "$grace"
 exit "$code"

@@ -1,23 +1,23 @@
-# What every job does: "$@" is a recipe, or a verb and a recipe, with its options. Sourced by the sbatch scripts.
+# Common part of all jobs, sourced by the sbatch scripts. "$@" is [COMMAND] RECIPE [OPTIONS...].
 # shellcheck shell=bash
 
 case "${1:-}" in
-    "") echo "usage: sbatch slurm/run.sbatch [VERB] RECIPE [OPTIONS...]" >&2; exit 2 ;;
+    "") echo "usage: sbatch slurm/run.sbatch [COMMAND] RECIPE [OPTIONS...]" >&2; exit 2 ;;
     run | prepare | correct | score | search | prune | distill | baseline | evaluate | export) ;;
     *) set -- run "$@" ;;
 esac
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-# the port: below those that Linux gives to outgoing connections, of which one could hold it
+# a port below Linux's ephemeral ports, so that no outgoing connection holds it
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
-# kernels of one layer are issued in the order in which they are called, so that tensor-parallel communication starts
-# before the matrix multiplication that it hides behind (Megatron-LM's scripts set it)
+# keep the launch order of kernels, so that tensor-parallel communication starts before the matrix multiplication that
+# it overlaps with (as in Megatron-LM's scripts)
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-# memory that segments of unlike sizes would waste goes back: teacher and student take turns
+# less fragmentation, since teacher and student alternate
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-# tensors of a collective are kept by reference rather than by the allocator's streams, which holds them longer
+# free tensors of collectives earlier: keep references instead of recording streams
 export TORCH_NCCL_AVOID_RECORD_STREAMS=1
 
 container=()
@@ -28,7 +28,7 @@ fi
 mkdir -p logs
 srun --kill-on-bad-exit=1 --open-mode=append --output="logs/%x-%j-node%n.log" "${container[@]}" launch/node.sh "$@" &
 step=$!
-# Slurm's warning comes to this shell alone (B:), and srun hands it on to the processes
+# Slurm sends its warning only to this shell (B:); srun forwards it to the processes
 warned=
 trap 'warned=yes; kill -USR1 "$step" 2>/dev/null' USR1
 trap 'kill -TERM "$step" 2>/dev/null' TERM
@@ -38,9 +38,9 @@ while
     kill -0 "$step" 2>/dev/null # a trapped signal ends the wait, not the step
 do :; done
 
-# back into the queue after a warning, when all was saved (75; the first node to leave may take the others along: 137 and
-# 143 say so), or where a rank had stopped (76; thrice, for what always stops there is a fault): scancel is to end a job,
-# and Slurm itself takes back what it preempts
+# Requeue the job after a warning, when the ranks have saved (75; or 137 and 143, if the first node to exit took the
+# others down), and after a hang (76; at most three times). Do not requeue after scancel; Slurm requeues preempted jobs
+# itself.
 again=
 case "$code" in
     75 | 137 | 143) again=$warned ;;
@@ -48,7 +48,7 @@ case "$code" in
 esac
 if [ -n "$again" ]; then
     job=$SLURM_JOB_ID
-    # a task of an array has a name of its own
+    # the task of an array has its own id
     [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     scontrol requeue "$job" || true
 fi

@@ -29,6 +29,6 @@ def test_the_script_prunes_and_distils_its_own_model(layout: str) -> None:
         timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "cut: 270,912 -> 117,168 parameters" in done.stdout
+    assert "pruned: 270,912 -> 117,168 parameters" in done.stdout
     first, last = map(float, re.findall(r"distilled: KL ([\d.]+) -> ([\d.]+)", done.stdout)[0])
     assert 0 < last < first / 3

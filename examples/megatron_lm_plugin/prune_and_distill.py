@@ -1,10 +1,10 @@
-"""A training script in the shape of Megatron-LM's own, whose GPTModel is pruned and distilled by ten calls of ours.
+"""A training script like Megatron-LM's, whose GPTModel is pruned and distilled by ten calls of this package.
 
     torchrun --nproc-per-node 2 examples/megatron_lm_plugin/prune_and_distill.py --tensor-model-parallel-size 2
 
-Everything but the part between the two rulers is what such a script has anyway: parallel state, `model_provider`,
-batches, `forward_step`, mcore's schedule, DDP and optimizer. It trains a small byte-level teacher on the text of
-Python's standard library, cuts it to half and distils. Runs on CPUs (gloo) and GPUs (NCCL).
+Only the part between the two rulers is added; the rest is usual: parallel state, `model_provider`, batches,
+`forward_step`, mcore's schedule, DDP and optimizer. It trains a small byte-level teacher on the text of Python's
+standard library, prunes it to half and distils. Runs on CPUs (gloo) and GPUs (NCCL).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minitron_megatron.parallel import Topology, final_hidden, install_cpu_backe
 from minitron_megatron.prune import choose, trim
 from minitron_megatron.score import score
 
-install_cpu_backend()  # before mcore; where CUDA is there, it does nothing
+install_cpu_backend()  # before importing mcore; it does nothing if CUDA is available
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402
@@ -44,7 +44,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 VOCAB = 256
-"""Bytes."""
+"""Number of byte values."""
 
 
 def parse() -> argparse.Namespace:
@@ -112,7 +112,7 @@ def model_provider(args: argparse.Namespace) -> GPTModel:
 
 
 def batches(args: argparse.Namespace) -> Iterator[Batch]:
-    """Random windows of the standard library's source, other ones on each data-parallel rank."""
+    """Yield random windows of the standard library's source, different on each data-parallel rank."""
     text = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     generator = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
@@ -136,7 +136,7 @@ def pretrain_step(iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, 
 
 
 def train(model: GPTModel, forward_step: Any, iterator_of: Any, iters: int, args: argparse.Namespace) -> list[float]:
-    """Megatron's loop; returns the loss of each iteration, zeros before the last pipeline stage."""
+    """Run Megatron's training loop; return the loss of each iteration (zeros before the last pipeline stage)."""
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=args.lr), [wrapped])
     model.config.finalize_model_grads_func = finalize_model_grads
@@ -164,7 +164,7 @@ def main() -> None:
     data, teacher = batches(args), model_provider(args)
     pretrained = train(teacher, pretrain_step, lambda: data, args.train_iters, args)
 
-    # ------------------------------------------------------------------------------------------------ ten calls of ours
+    # ---------------------------------------------------------------------------------------------- this package's calls
     topology = Topology.running()
     student = model_provider(args)
     student.load_state_dict(teacher.state_dict())
@@ -198,7 +198,7 @@ def main() -> None:
         margin = min(min(by_layer.values()) for by_layer in plan.margins.values())
         print(f"teacher: loss {pretrained[0]:.3f} -> {pretrained[-1]:.3f} nats per byte")
         print(
-            f"cut: {parameters(plan.shape):,} -> {parameters(plan.target):,} parameters; smallest margin {margin:.1e}"
+            f"pruned: {parameters(plan.shape):,} -> {parameters(plan.target):,} parameters; smallest margin {margin:.1e}"
         )
         print(f"distilled: KL {distilled[0]:.3f} -> {distilled[-1]:.3f} nats per byte", flush=True)
     dist.destroy_process_group()

@@ -1,9 +1,9 @@
-"""Makes the quickstart's two corpora from the source of the running Python's standard library: no download.
+"""Make the quickstart's two corpora from the source of the running Python's standard library, without a download.
 
     python examples/quickstart/corpus.py OUT
 
 writes `code.jsonl` (the modules without docstrings and comments) and `prose.jsonl` (their docstrings and comment
-blocks), one module a document, and the same of the held-out modules as `code.valid.jsonl` and `prose.valid.jsonl`.
+blocks), one module per document, and the same for the held-out modules as `code.valid.jsonl` and `prose.valid.jsonl`.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ HELD_OUT = (
     "statistics",
     "textwrap",
 )
-"""Modules and packages that only the `valid` files hold: about 5 % of the text."""
+"""Modules and packages of the `valid` files: about 5 % of the text."""
 
 SKIPPED = re.compile(
     r"test|tests|idle_test|site-packages|dist-packages|encodings|pydoc_data|config-.*|_sysconfigdata.*"
 )
-"""Folders and files that some machines lack, that are tables rather than code, or that belong to one machine."""
+"""Folders and files that are missing on some machines, are tables rather than code, or are specific to a machine."""
 
-ContextShard = tuple[tuple[int, int], tuple[int, int]]
-"""(line, column) of a start and of an end; lines from 1, columns in characters."""
+SourceRange = tuple[tuple[int, int], tuple[int, int]]
+"""Start and end in a source, each (line, column); lines from 1, columns in characters."""
 
 GONE = "\0"
-"""Stands for a line that is to go; no source holds a null character."""
+"""Marks a line to remove; no source has a null character."""
 
 
 def modules(root: Path) -> Iterator[tuple[str, str]]:
-    """(name, source) of every module under `root`, by name: `asyncio/queues` for `asyncio/queues.py`."""
+    """Yield (name, source) of every module under `root`, sorted by name: `asyncio/queues` for `asyncio/queues.py`."""
     files = {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.py")}
     for name in sorted(files):
         if not any(SKIPPED.fullmatch(part) for part in name.split("/")):
@@ -63,7 +63,7 @@ def held_out(name: str) -> bool:
 
 
 def docstrings(source: str) -> dict[int, tuple[str, bool]]:
-    """First line of each docstring -> (its text, whether it is all that its body holds)."""
+    """Return first line of each docstring -> (its text, whether the body has nothing else)."""
     found = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -74,8 +74,8 @@ def docstrings(source: str) -> dict[int, tuple[str, bool]]:
 
 
 def separate(source: str) -> tuple[str, str]:
-    """The code of a module without its words, and its words: docstrings and whole-line comments, in order."""
-    docs, cuts, words = docstrings(source), list[tuple[ContextShard, str]](), list[str]()
+    """Split a module into its code, and its prose: docstrings and whole-line comments, in order."""
+    docs, cuts, words = docstrings(source), list[tuple[SourceRange, str]](), list[str]()
     previous_comment, in_docstring = 0, False
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line = token.start[0]
@@ -97,8 +97,9 @@ def separate(source: str) -> tuple[str, str]:
     return without(source, cuts), "\n".join(words).strip() + "\n"
 
 
-def without(source: str, cuts: list[tuple[ContextShard, str]]) -> str:
-    """`source` with each span replaced; lines that this empties go, and at most two blank lines stay together."""
+def without(source: str, cuts: list[tuple[SourceRange, str]]) -> str:
+    """Return `source` with each range replaced; lines that become empty are removed, and at most two blank lines in a
+    row remain."""
     lines = source.split("\n")
     for ((first, start), (last, end)), instead in reversed(cuts):
         kept = (lines[first - 1][:start] + instead + lines[last - 1][end:]).rstrip()
@@ -108,7 +109,7 @@ def without(source: str, cuts: list[tuple[ContextShard, str]]) -> str:
 
 
 def write(root: Path, out: Path) -> dict[str, int]:
-    """Writes the four files from the library at `root`; returns the bytes of text in each."""
+    """Write the four files from the library at `root`; return the bytes of text in each."""
     out.mkdir(parents=True, exist_ok=True)
     texts: dict[str, list[tuple[str, str]]] = {
         f"{kind}{part}": [] for kind in ("code", "prose") for part in ("", ".valid")

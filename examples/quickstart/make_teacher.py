@@ -1,8 +1,8 @@
-"""Makes the quickstart's teacher again: a small Llama trained by this project's own loop on CPython's standard library.
+"""Reproduce the quickstart's teacher: a small Llama trained by this package's loop on CPython's standard library.
 
     python examples/quickstart/make_teacher.py WORK [--steps N]
 
-writes corpora, tokens and checkpoints to WORK and the teacher to `examples/quickstart/teacher`. Killed, it resumes.
+writes corpora, tokens and checkpoints to WORK and the teacher to `examples/quickstart/teacher`. It resumes after a kill.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from minitron_megatron.train import LMObjective, Training, mean_loss, train
 TEACHER = Path(__file__).parent / "teacher"
 SHAPE = Shape(layers=8, hidden=192, ffn=480, heads=8, kv_groups=4, head_dim=32, vocab=1536, tied=True)
 BLEND = {"code": 0.9, "prose": 0.1}
-"""The teacher sees mostly code; the quickstart distils on prose, so that its correction has something to correct."""
+"""Blend of the teacher's training: mostly code. The quickstart distils on prose, so that teacher correction matters."""
 SEQUENCE, BATCH = 256, 16
 HF = {"model_type": "llama", "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def _tokens(work: Path, progress: Progress) -> dict[str, int]:
-    """Writes the corpora, the tokenizer and the tokens where they are not there yet: held-out sequences by corpus."""
+    """Write corpora, tokenizer and tokens unless they exist; return the number of held-out sequences by corpus."""
     if not (work / "prose.train.bin").exists():
         corpora.write(Path(sysconfig.get_path("stdlib")), work)
         tokenizers.save(tokenizers.train(work), TEACHER)

@@ -1,8 +1,8 @@
-"""Trains the quickstart's tokenizer: byte-level BPE with 1,536 entries, on what `corpus.py` made.
+"""Train the quickstart's tokenizer: byte-level BPE with 1,536 entries, on the corpora of `corpus.py`.
 
     python examples/quickstart/tokenizer.py CORPUS OUT
 
-OUT becomes a folder that `transformers.AutoTokenizer` loads. The entry 0 ends a document.
+`transformers.AutoTokenizer` can load OUT. Token 0 ends a document.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def texts(file: Path) -> Iterator[str]:
 
 
 def train(corpus: Path) -> Tokenizer:
-    """The tokenizer of the training halves of `corpus`."""
+    """Train the tokenizer on the training parts of `corpus`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -63,7 +63,9 @@ def main() -> None:
     tokenizer = train(args.corpus)
     save(tokenizer, args.out)
     for name in FILES:
-        print(f"{name}: {bytes_per_token(tokenizer, args.corpus / f'{name}.valid.jsonl'):.2f} bytes a token, held out")
+        print(
+            f"{name}: {bytes_per_token(tokenizer, args.corpus / f'{name}.valid.jsonl'):.2f} bytes per token on held-out text"
+        )
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> 
 
 
 def _search_flops(recipe: Recipe, found: Sequence[Candidate], light: Mapping[str, int]) -> int:
-    """Return the FLOPs of a search: a pass of each candidate over the calibration samples, and the light distillation
+    """Return the FLOPs of a search: one pass of each candidate over the calibration samples, and light distillation
     of the most expensive ones."""
     sequence = recipe.data.sequence
     passes = sum(flops_per_token(each.shape, sequence) for each in found) * recipe.score.samples * sequence
@@ -232,7 +232,8 @@ def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stas
     if recipe.correct and recipe.correct.parameters != "all":  # gradients are small; lora holds the weights twice
         weights = {"norms": 1, "lora": 2}[recipe.correct.parameters]
         trained = [weights * each for each in model_bytes(teacher, topology, dtype)]
-    frozen = model_bytes(teacher, topology, recipe.frozen_teacher_dtype, packed=recipe.distill.teacher_dtype == "float8")
+    packed = recipe.distill.teacher_dtype == "float8"
+    frozen = model_bytes(teacher, topology, recipe.frozen_teacher_dtype, packed=packed)
     teaching = frozen if recipe.corrects_first or not recipe.correct else trained
     both = zip(teaching, training_bytes(student, topology, dtype, world), strict=True)
     distill = [teacher_bytes + student_bytes for teacher_bytes, student_bytes in both]

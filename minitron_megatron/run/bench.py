@@ -137,8 +137,7 @@ def _measured(call: list[str], report: Path) -> Measured | None:
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise DataError(
-                f"trtllm-bench failed with exit code {done.returncode}: {' '.join(last)}. "
-                f"Command: {shlex.join(call)}"
+                f"trtllm-bench failed with exit code {done.returncode}: {' '.join(last)}. Command: {shlex.join(call)}"
             )
     return parse_report(report)
 

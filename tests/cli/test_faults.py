@@ -85,7 +85,7 @@ def test_a_stopped_rank_a_killed_one_and_a_torn_checkpoint_cost_no_result(recipe
     assert run.returncode == 76, said
     assert f"no rank made progress for {hang_seconds} s" in said
     assert not stopped.is_running() or stopped.status() == psutil.STATUS_ZOMBIE
-    assert "train" in (out / "stacks" / "rank-0.txt").read_text()  # the stack of the rank that waited for the stopped one
+    assert "train" in (out / "stacks" / "rank-0.txt").read_text()  # it waited for the stopped rank
     with begun(recipe) as run:
         until_saved(run, out)
         rank_of(run, 1).kill()

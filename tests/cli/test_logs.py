@@ -1,4 +1,4 @@
-"""One run with all loggers and follow-up commands: wandb, TensorBoard, `watch`, `evaluate --model`, `export --check`."""
+"""One run with all loggers, and the commands `watch`, `evaluate --model` and `export --check` on it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Families as Megatron-Bridge knows them, their own rows hidden; one that a user registered; and those whose models are
-none of ours. Where Transformer Engine is not installed, stand-ins have its names."""
+"""Check families through Megatron-Bridge: ours with their own rows hidden, one registered by a user, and unsupported
+ones. Without Transformer Engine, stand-ins replace its modules."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 OPTIONAL = ("transformer_engine", "transformer_engine_torch", "mlflow", "comet_ml", "timm", "open_clip", "diffusers")
-"""What Megatron-Bridge imports unasked and of which nothing runs here."""
+"""Modules that Megatron-Bridge imports and that are not used here."""
 REFUSED = ("gemma", "gemma2", "gemma3_text", "olmoe", "gpt_oss", "exaone4", "deepseek_v3", "glm4_moe")
 
 
 class StandIn(types.ModuleType):
-    """A module that has everything: modules under small letters, classes under capitals."""
+    """A module with any attribute: lower-case names are modules, capitalised ones are classes."""
 
     __path__: Sequence[str] = []
     __version__ = "2.9.0"
@@ -54,7 +54,8 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stand_in() -> None:
-    """Last of the finders, so that what is installed is found; first mcore and what else looks whether it is."""
+    """Append the stand-in finder after all others, so that installed packages are found first. mcore is imported before,
+    since it checks what is installed."""
     if importlib.util.find_spec("transformer_engine") is None:
         for name in (
             "megatron.core.models.gpt.gpt_layer_specs",
@@ -66,7 +67,7 @@ def stand_in() -> None:
 
 
 def alike(folder: Path, topology: Any, truth: Path) -> str:
-    """Reads a folder and writes it again: the logits are those of transformers reading `truth`."""
+    """Read a folder and write it again; check that the logits equal those of transformers on `truth`."""
     from minitron_megatron.convert import check_folder, load_hf, save_hf
     from minitron_megatron.data import Batch
 
@@ -81,7 +82,7 @@ def alike(folder: Path, topology: Any, truth: Path) -> str:
 
 
 def hidden_row(work: Path, kind: str, topology: Any) -> str:
-    """A family of ours, by Megatron-Bridge alone."""
+    """Hide one of our families, so that only Megatron-Bridge knows it."""
     from minitron_megatron.convert import FAMILIES
     from minitron_megatron.errors import CheckpointError
     from tests.convert.conftest import make_folder
@@ -97,7 +98,7 @@ def hidden_row(work: Path, kind: str, topology: Any) -> str:
 
 
 def of_the_house(work: Path, topology: Any) -> str:
-    """A family that a user registered with Megatron-Bridge: Llama under other names, unknown to transformers."""
+    """Check a family that a user registered with Megatron-Bridge: Llama under another name, unknown to transformers."""
     from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
     from megatron.bridge.models.llama.llama_bridge import LlamaBridge
     from megatron.core.models.gpt.gpt_model import GPTModel

@@ -1,5 +1,5 @@
-"""`write FOLDER`: exports of every family in several shapes, and the log-probabilities of our own models.
-`table FOLDER`: what each client gave against them, as lines of benchmarks/results/clients.jsonl and the guide's table.
+"""`write FOLDER`: write exports of every family in several shapes, and the log-probabilities of our own models.
+`table FOLDER`: compare each client's results with them; update benchmarks/results/clients.jsonl and the guide's table.
 `clients.sh` runs both and, between them, each client's reader in an environment of its own."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAGE = ROOT / "docs" / "guide" / "serving.md"
 MARKS = ("<!-- made by tests/compat/clients.sh -->", "<!-- end -->")
 
 TOLERANCE = 1e-3
-"""Of log-probabilities in fp32: another order of addition is far below it, a head size read otherwise far above."""
+"""Tolerance of log-probabilities in fp32: rounding differences are far below it, a misread head size far above."""
 
 TOKENS = [int(token) for token in torch.randint(2, 500, (20,), generator=torch.Generator().manual_seed(3))]
 
@@ -42,7 +42,7 @@ TEACHER = {
     "eos_token_id": 1,
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama-tied", {}),  # without rotary scaling, of which CTranslate2 makes something else
+    "llama": ("llama-tied", {}),  # without rotary scaling, which CTranslate2 computes differently
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3-tied", {}),
@@ -52,17 +52,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}),
     "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 64}),
 }
-"""Family -> its kind in the tests of `convert`, and sizes that every client's kernels take."""
+"""Family -> its kind in the tests of `convert`, and sizes that every client's kernels support."""
 
 SHAPES = {"whole": {"ffn": 192}, "narrow": {"hidden": 192}, "odd": {"hidden": 160}}
-"""What students keep. heads x head_dim is 384, hidden in the first alone; 192 is a multiple of 6 heads, 160 is not."""
+"""Sizes of the students. heads x head_dim is 384, equal to hidden only in the first; 192 is a multiple of 6 heads,
+160 is not."""
 
 NAMES = {"narrow": "hidden ≠ heads x head_dim", "odd": "hidden no multiple of heads", "tied": "tied"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """An export."""
+    """One export."""
 
     family: str
     shape: str
@@ -82,7 +83,7 @@ def cases() -> Iterator[Case]:
 
 
 def write(work: Path) -> None:
-    """WORK/exports/NAME and WORK/expected/NAME.npy for each case, and WORK/tokens.json."""
+    """Write WORK/exports/NAME and WORK/expected/NAME.npy for each case, and WORK/tokens.json."""
     from minitron_megatron.convert import load_hf, read_config, save_hf
     from minitron_megatron.convert.check import logits_of
     from minitron_megatron.data import Batch
@@ -115,7 +116,7 @@ def write(work: Path) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """Some clients load no folder without one; none of the texts is tokenized."""
+    """Write a tokenizer, since some clients need one to load a folder; no text is tokenized."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     entries = {f"w{number}": number for number in range(TEACHER["vocab_size"])}
@@ -127,7 +128,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def outcome(work: Path, client: str, name: str) -> dict[str, Any] | None:
-    """`difference` in log-probabilities, or the `error`; None: this client was not asked."""
+    """Return `difference` in log-probabilities, or the `error`; None: this client was not run."""
     found, failed = work / "read" / client / f"{name}.npy", work / "read" / client / f"{name}.txt"
     if failed.exists():
         return {"error": failed.read_text().strip()}
@@ -139,7 +140,7 @@ def outcome(work: Path, client: str, name: str) -> dict[str, Any] | None:
 
 
 def table(work: Path) -> None:
-    """Replaces the lines of the clients that were run, and the guide's table."""
+    """Replace the result lines of the clients that were run, and the guide's table."""
     ran = {path.name: (path / "version").read_text() for path in (work / "read").iterdir()}
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     lines = [line for line in lines if line["client"] not in ran]
@@ -163,7 +164,7 @@ def table(work: Path) -> None:
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:
-    """A row for each family, a column for each client."""
+    """Return a table with one row per family and one column per client."""
     clients = {line["client"]: line["version"] for line in sorted(lines, key=lambda line: str(line["client"]).lower())}
     rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for line in sorted(lines, key=lambda line: list(FAMILIES).index(line["family"])):
@@ -175,7 +176,7 @@ def markdown(lines: list[dict[str, Any]]) -> str:
 
 
 def word(lines: list[dict[str, Any]]) -> str:
-    """Which students of a family a client reads, and how it fails on the others."""
+    """Return a table cell: the students of a family that a client reads, and how it fails on the others."""
     failed = {"tied" if line["tied"] else line["shape"]: line for line in lines if not _equal(line)}
     if not failed:
         return "yes" if lines else ""

@@ -1,8 +1,8 @@
-"""Every family x every key of its config in the installed transformers, and some that it has not, x typical, boundary
-and wrong values: the logits are those of transformers, or a MinitronError names the key. Prints a line for each that is
-neither, and the counts.
+"""Check every family x every config key of the installed transformers (and some other keys) x typical, boundary and
+wrong values: the logits equal those of transformers, or a MinitronError names the key. Prints a line for each variant
+that does neither, and the counts.
 
-    python tests/compat/configs.py [--sample N] [FAMILY ...]        --sample: every Nth variant alone
+    python tests/compat/configs.py [--sample N] [FAMILY ...]        --sample: only every Nth variant
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 TOLERANCE = 1e-4
-"""Of the largest logit."""
+"""Tolerance relative to the largest logit."""
 TOKENS = torch.arange(2, 66).view(2, 32)
 GONE = object()
-"""A key that is taken out."""
+"""Marks a key that is removed."""
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -124,12 +124,12 @@ FOREIGN = (
     "attn_implementation", "quantization_config", "text_config", "max_length", "top_k", "temperature", "is_decoder",
     "use_mrope",
 )  # fmt: skip
-"""Keys that a family may not have in this version of transformers."""
+"""Keys that a family may lack in this version of transformers."""
 
 
 VERSION = int(transformers.__version__.split(".")[0])
 OTHER_IN_4 = ("rope_parameters", "tie_word_embeddings")
-"""Keys that 4.x passes over, and that it honours beside an output layer of its own: both are read as 5.x reads them."""
+"""Keys that 4.x ignores, or reads only with an untied output layer; we read them as 5.x does."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Variant:
     key: str
     value: Any
     beside: tuple[tuple[str, Any], ...] = ()
-    """Other keys that change with it."""
+    """Key -> other keys that change with it."""
 
     def __str__(self) -> str:
         beside = "".join(f", {key}: {value!r}" for key, value in self.beside)
@@ -150,7 +150,7 @@ class Variant:
 
 
 def make(family: str, folder: Path) -> Mapping[str, Any]:
-    """A model with weights large enough to matter; its config in the flat form of 4.x."""
+    """Make a model with weights large enough to affect the logits, and its config in the flat form of 4.x."""
     torch.manual_seed(7)
     said = {**SIZES, **FAMILIES[family]}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **said))
@@ -187,7 +187,7 @@ def variants(family: str, flat: Mapping[str, Any]) -> Iterator[Variant]:
 
 
 def together(family: str) -> Iterator[Variant]:
-    """Keys that mean something beside each other."""
+    """Return combinations of keys that interact."""
     linear = {"rope_type": "linear", "factor": 2.0}
     yield Variant(family, "rope_scaling", linear, (("rope_parameters", {"rope_type": "default"}),))
     yield Variant(family, "rope_scaling", linear, (("rope_parameters", linear),))
@@ -212,11 +212,11 @@ def together(family: str) -> Iterator[Variant]:
     yield Variant(family, "norm_topk_prob", True, (("num_experts_per_tok", 1),))
 
 
-# ---- what each makes of a folder
+# ---- results on a folder
 
 
 def of_transformers(folder: Path) -> Tensor | str:
-    """Logits, or the error."""
+    """Return transformers' logits, or its error."""
     try:
         model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
@@ -225,12 +225,12 @@ def of_transformers(folder: Path) -> Tensor | str:
             return f"random {sorted(loaded['missing_keys'])[0]}"
         with torch.no_grad():
             return model.eval()(TOKENS).logits.float()
-    except Exception as error:  # whatever it is
+    except Exception as error:  # any error counts
         return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
 
 
 def of_ours(folder: Path, topology: Any) -> Tensor | str:
-    """Logits, or the message of a MinitronError. Raises whatever else comes."""
+    """Return our logits, or the message of a MinitronError. Other errors are raised."""
     from minitron_megatron.convert import load_hf
     from minitron_megatron.convert.check import logits_of
     from minitron_megatron.data import Batch
@@ -245,14 +245,14 @@ def of_ours(folder: Path, topology: Any) -> Tensor | str:
 
 
 def outcome(variant: Variant, ours: Tensor | str, theirs: Tensor | str) -> str:
-    """`equal`, `refused`, or what is wrong."""
+    """Return `equal`, `refused`, or a description of the problem."""
     if isinstance(ours, str):
         named = [variant.key, *(key for key, _ in variant.beside)]
         nested = variant.value if isinstance(variant.value, dict) else {}
         return "refused" if any(str(key) in ours for key in [*named, *nested]) else f"UNNAMED {ours}"
     if isinstance(theirs, str):
         if VERSION == 4:
-            return "5.x-alone"  # where 4.x fails: 5.x says in its own sweep that it is read right
+            return "5.x-alone"  # 4.x fails here: the sweep with 5.x checks it
         return f"READ where transformers fails: {theirs}"
     if not torch.isfinite(theirs).all():
         return "READ where transformers' logits are not finite"
@@ -264,7 +264,7 @@ def check(variant: Variant, flat: Mapping[str, Any], folder: Path, topology: Any
     (folder / "config.json").write_text(json.dumps(variant.config(flat)))
     try:
         ours = of_ours(folder, topology)
-    except Exception as error:  # what should not come
+    except Exception as error:  # unexpected errors
         return f"CRASH {type(error).__name__}: {str(error).splitlines()[:1]}"
     return (
         "refused"

@@ -1,5 +1,5 @@
-"""`write FOLDER`: exports of every family, and their logits by this environment's transformers.
-`compare FOLDER`: those of another version against them."""
+"""`write FOLDER`: write exports of every family, and their logits by this environment's transformers.
+`compare FOLDER`: compare them with the logits of another version."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 TOLERANCE = 1e-4
 WHOLE_HEADS = {"qwen2_moe": {"hidden_size": 64}}
-"""transformers 4.57 reads no head_dim there: heads x head_dim must be hidden."""
+"""Families whose head_dim transformers 4.57 does not read: heads x head_dim must equal hidden."""
 TOKENS = torch.arange(2, 42).view(2, 20)
 
 

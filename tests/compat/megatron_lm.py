@@ -1,9 +1,8 @@
-"""`write WORK`: a checkpoint of every family for Megatron-LM, and transformers' logits of its source.
-`read WORK`: Megatron-LM's own argument parser, model builder and loader read it with the flags that lie beside it,
-on a CPU at the local spec; its logits against those.
+"""`write WORK`: write a checkpoint of every family for Megatron-LM, and transformers' logits of its source.
+`read WORK`: load it by Megatron-LM's own argument parser, model builder and loader with the flags in its folder, on a
+CPU with the local spec, and compare the logits.
 
-MEGATRON_LM names Megatron-LM's source. What it takes for granted on a GPU is stood in for: CUDA by the CPU, apex's norm
-by ours.
+MEGATRON_LM is the path of Megatron-LM's source. Its GPU dependencies are replaced: CUDA by the CPU, apex's norm by ours.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parents[2]
 TOKENS = torch.arange(2, 42).view(2, 20)
 TOLERANCE = 1e-4
-"""Of the largest logit."""
+"""Tolerance relative to the largest logit."""
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
@@ -30,14 +29,14 @@ OTHER = {
     "mistral": {"sliding_window": 8},
     "qwen3_moe": {"rms_norm_eps": 1e-3},
 }
-"""Settings that Megatron-LM can express, in the place of those of the tests' folders."""
+"""Settings that Megatron-LM can express, instead of those of the tests' folders."""
 RUN = [
     "--transformer-impl", "local", "--distributed-backend", "gloo", "--use-cpu-initialization",
     "--tokenizer-type", "NullTokenizer", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-4",
     "--no-gradient-accumulation-fusion", "--no-persist-layer-norm", "--no-masked-softmax-fusion", "--no-rope-fusion",
     "--no-bias-swiglu-fusion", "--no-bias-gelu-fusion",
 ]  # fmt: skip
-"""Flags of a run, not of the model: those that a user chooses."""
+"""Flags of a run that the user chooses; they do not describe the model."""
 
 
 def write(work: Path) -> None:
@@ -85,7 +84,7 @@ def read(work: Path) -> None:
 
 
 def loaded(folder: Path) -> torch.Tensor:
-    """Logits of the model that Megatron-LM builds and loads with the folder's flags."""
+    """Return the logits of the model that Megatron-LM builds and loads with the folder's flags."""
     from megatron.training import arguments, checkpointing, global_vars
 
     sys.argv = ["pretrain_gpt.py", *RUN, *flags_of(folder)]

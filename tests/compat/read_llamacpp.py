@@ -1,6 +1,6 @@
-"""llama.cpp: its own conversion to GGUF and its own server, in xllamacpp, which is built.
+"""llama.cpp: its own conversion to GGUF and its own server, from the prebuilt package xllamacpp.
 
-LLAMA_CPP names the source folder of llama.cpp; llama-cpp-python's source archive on PyPI holds it: vendor/llama.cpp."""
+LLAMA_CPP is the path of llama.cpp's source, which llama-cpp-python's source archive on PyPI has in vendor/llama.cpp."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import numpy as np
 from reading import main
 
 WORDS = ["<unk>", "<s>", "</s>", "<|endoftext|>", *(f"w{number}" for number in range(4, 512))]
-"""Of the special tokens of Phi-3, llama.cpp changes the attributes."""
+"""Phi-3's special tokens, whose attributes llama.cpp changes."""
 
 
 def convert(folder: Path, file: Path) -> None:
-    """As `convert_hf_to_gguf.py --outtype f32`, with a vocabulary of ours: it knows those of real models alone."""
+    """Convert as `convert_hf_to_gguf.py --outtype f32`, with our vocabulary, since it knows only those of real models."""
     source = Path(os.environ["LLAMA_CPP"])
     sys.path[:0] = [str(source), str(source / "gguf-py")]
     import gguf
@@ -52,7 +52,7 @@ def read(folder: Path, tokens: list[int]) -> np.ndarray:
 
 
 def _next(server: Any, tokens: list[int]) -> list[float]:
-    """Log-probabilities of every token after these."""
+    """Return the log-probabilities of every possible next token."""
     asked = {"prompt": tokens, "n_predict": 1, "n_probs": len(WORDS), "temperature": 0.0}
     [given] = server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
     by_token = {each["id"]: each["logprob"] for each in given["top_logprobs"]}

@@ -1,5 +1,5 @@
-"""What a client makes of the exports: `read_CLIENT.py FOLDER` asks it for each, in a process of its own that is begun
-again where the client aborts. Runs in the client's environment, where this project is not installed."""
+"""Run a client on the exports: `read_CLIENT.py FOLDER` reads each one in a child process, which is restarted if the
+client aborts. Runs in the client's environment, where this project is not installed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 SECONDS = 3600
-"""For all that one process reads."""
+"""Timeout of a child process."""
 
 Read = Callable[[Path, list[int]], np.ndarray]
 """(export, tokens) -> logits or log-probabilities [positions, vocabulary] after each token, or each but the last."""
 
 
 def main(client: str, package: str, read: Read) -> None:
-    """Writes FOLDER/read/CLIENT/NAME.npy, log-probabilities, or NAME.txt, the error."""
+    """Write FOLDER/read/CLIENT/NAME.npy (log-probabilities) or NAME.txt (the error)."""
     work, worker = Path(sys.argv[1]), sys.argv[2:] == ["worker"]
     out = work / "read" / client
     if worker:
@@ -47,13 +47,13 @@ def main(client: str, package: str, read: Read) -> None:
 
 
 def _left(work: Path, out: Path) -> list[Path]:
-    """The exports that were not tried yet."""
+    """Return the exports that were not tried yet."""
     tried = {path.stem for path in (*out.glob("*.npy"), *out.glob("*.txt"))}
     return [export for export in sorted((work / "exports").iterdir()) if export.name not in tried]
 
 
 def _reason(said: list[str]) -> str:
-    """The last line that tells of an error, or the last one at all."""
+    """Return the last line with an error, or else the last line."""
     errors = [line for line in said if any(word in line for word in ("Error", "ASSERT", "error"))]
     return (errors or said)[-1].strip()[-300:]
 

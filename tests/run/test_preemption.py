@@ -93,5 +93,5 @@ def test_a_training_that_ends_at_the_signal_is_not_done_again(pool: Pool, recipe
 def test_a_search_goes_on_with_what_is_measured(pool: Pool, recipe_file: Write) -> None:
     recipe = recipe_file(**KEYS)
     assert pool.run(signalled, recipe, "search", 2) == [["Preempted", ""]]
-    assert pool.run(signalled, recipe, "search", 1) == [["Preempted", ""]]  # no other stage is done, but partial results are kept
+    assert pool.run(signalled, recipe, "search", 1) == [["Preempted", ""]]  # partial results are kept
     assert pool.run(signalled, recipe, "none", 1)[0][0] == "done"

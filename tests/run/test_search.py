@@ -365,7 +365,7 @@ def test_what_is_wrong_is_one_error_before_anything_is_written(
             {"search": SEARCH | {"multiples": {"ffn": "heads x head_dim"}}},
             "multiples.ffn is 'heads x head_dim'. Give a num",
         ),
-        ({"search": SEARCH | {"multiples": {"hidden": "heads"}}}, "Give a whole number; hidden may also be 'heads x head_dim'"),
+        ({"search": SEARCH | {"multiples": {"hidden": "heads"}}}, "number; hidden may also be 'heads x head_dim'"),
         ({"search": SEARCH | {"multiples": {"hidden": 0}}}, "search.multiples.hidden"),
         ({"search": SEARCH | {"multiples": {"hidden": "4 heads"}}}, "search.multiples.hidden"),
         ({"search": SEARCH | {"serving": {"gpu": "H10"}}}, "The GPU 'H10' is not known. Did you mean 'H100'?"),
