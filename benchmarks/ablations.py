@@ -68,7 +68,7 @@ FIGURES: Mapping[str, Sequence[str]] = {
 }
 
 Curve = list[dict[str, float]]
-"""Of each validation: `step`, `validation_loss` and, with a teacher, `validation_kl`, in nats per token."""
+"""Validations of a variant: `step`, `validation_loss` and, with a teacher, `validation_kl`, in nats per token."""
 
 
 def curve(name: str, seed: int, work: Path, topology: Topology, progress: Progress) -> Curve:

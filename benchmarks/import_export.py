@@ -2,7 +2,7 @@
 
     python benchmarks/import_export.py [FOLDER]
 
-Makes a random bf16 Llama of about 1 GB, loads it at TP1, TP2 and PP2 and writes it back. Bounds: requested bytes at most
+Makes a random bf16 Llama of about 1 GB, loads it at TP1, TP2 and PP2 and writes it back. Bounds: bytes read at most
 1.1 of the shard; peak memory at most the shard and the largest tensor. `live` counts live tensors; the other figures
 are the process's anonymous memory, which includes freed memory that the allocator keeps.
 """

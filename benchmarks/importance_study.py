@@ -2,7 +2,7 @@
 
     python benchmarks/importance_study.py examples/quickstart/recipe.yaml WORK [--set model=... --set score.samples=64]
 
-Uses the model, data, calibration and validation of a recipe. Each axis alone is pruned to the given share by importance,
+Uses a recipe's model, data, calibration and validation. Each axis alone is pruned to the given share by importance,
 by lowest index and by three random plans; then all axes at once by each of the nine statistics, which Minitron's
 Table 11 compares on a 15B model. Writes each validation loss, in nats per token.
 """

@@ -2,7 +2,7 @@
 
     python benchmarks/quickstart_seeds.py WORK [--seeds 1 2 3]
 
-Needs `make runs/corpus`. Runs the quickstart's recipe with and without correction for each seed, and writes each model's
+Needs `make runs/corpus`. Runs the quickstart's recipe with and without correction for each seed, and writes every
 validation loss. Finished runs are not repeated. Claims to check: distilled < pruned; distilled < random init at equal
 tokens, by more than the spread; and a corrected teacher gives a lower distilled loss, or by how much it does not.
 """

@@ -2,12 +2,12 @@
 
     python benchmarks/search_cost.py WORK
 
-Needs `make runs/corpus`. The quickstart's teacher, with a budget of about 60 % of its parameters. The stage measures all
+Needs `make runs/corpus`. The quickstart's teacher, with a budget of about 60 % of its parameters. The stage measures
 candidates from one loaded teacher. The comparison, for each candidate: load the teacher, prune it, write a Hugging Face
 folder, load that and measure it on the same samples, in this process; and for a few candidates, by `minitron prune` and
 `minitron evaluate --model` in processes of their own. Bounds: losses differ by at most 1e-5, time at most 0.3 of the
-separate one, live tensors at most the teacher and 1.2 of the largest candidate. A candidate's two times are measured one
-after the other; ratio of the sums, one thread.
+separate one, live tensors at most the teacher and 1.2 of the largest candidate. A candidate's two times are measured
+one after the other; ratio of the sums, one thread.
 """
 
 from __future__ import annotations

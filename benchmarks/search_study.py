@@ -2,10 +2,10 @@
 
     python benchmarks/search_study.py WORK [--seeds 1 2 3]
 
-Needs `make runs/corpus`. The quickstart's teacher, with a budget of about 60 % of its parameters. The six candidates that
-are best right after pruning are distilled for 48 steps, and also two that need no search: the candidate with the most
-parameters, and the best of those that prune only hidden and ffn, as in the papers. All candidates of a seed see the same
-tokens; seeds differ in calibration samples and order of the data.
+Needs `make runs/corpus`. The quickstart's teacher, with a budget of about 60 % of its parameters. The six best
+candidates right after pruning are distilled for 48 steps, and also two that need no search: the candidate with the most
+parameters, and the best of those that prune only hidden and ffn, as in the papers. All candidates of a seed see the
+same tokens; seeds differ in calibration samples and order of the data.
 """
 
 from __future__ import annotations

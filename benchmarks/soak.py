@@ -3,7 +3,7 @@
     make soak
 
 The quickstart's recipe with shorter budgets and a checkpoint every few steps is killed (kill -9, all its processes) at
-random moments and started again until it ends, in as many runs as twenty kills take. Requirements: the same table except
+random moments and started again until it ends, in as many runs as twenty kills take. Required: the same table except
 for times, the same weights, every checkpoint readable, and no step before the last complete checkpoint repeated.
 """
 

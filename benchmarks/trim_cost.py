@@ -2,7 +2,7 @@
 
     python benchmarks/trim_cost.py [--layers 16]
 
-A random bf16 model is pruned to three quarters of its hidden channels, neurons, query heads and layers by a random plan.
+A random bf16 model is pruned to 3/4 of its hidden channels, neurons, query heads and layers by a random plan.
 The floor: copy every tensor of the pruned model once, from memory of the same size. Aim: a ratio of 3 or less. Measured
 in pairs, with the floor before and after; median of the repeats.
 """

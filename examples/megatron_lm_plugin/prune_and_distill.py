@@ -164,7 +164,7 @@ def main() -> None:
     data, teacher = batches(args), model_provider(args)
     pretrained = train(teacher, pretrain_step, lambda: data, args.train_iters, args)
 
-    # ---------------------------------------------------------------------------------------------- this package's calls
+    # ------------------------------------------------------------------------------------------ this package's calls
     topology = Topology.running()
     student = model_provider(args)
     student.load_state_dict(teacher.state_dict())
@@ -198,7 +198,8 @@ def main() -> None:
         margin = min(min(by_layer.values()) for by_layer in plan.margins.values())
         print(f"teacher: loss {pretrained[0]:.3f} -> {pretrained[-1]:.3f} nats per byte")
         print(
-            f"pruned: {parameters(plan.shape):,} -> {parameters(plan.target):,} parameters; smallest margin {margin:.1e}"
+            f"pruned: {parameters(plan.shape):,} -> {parameters(plan.target):,} parameters; "
+            f"smallest margin {margin:.1e}"
         )
         print(f"distilled: KL {distilled[0]:.3f} -> {distilled[-1]:.3f} nats per byte", flush=True)
     dist.destroy_process_group()

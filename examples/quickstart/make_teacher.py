@@ -2,7 +2,7 @@
 
     python examples/quickstart/make_teacher.py WORK [--steps N]
 
-writes corpora, tokens and checkpoints to WORK and the teacher to `examples/quickstart/teacher`. It resumes after a kill.
+writes corpora, tokens and checkpoints to WORK and the teacher to `examples/quickstart/teacher`. It can be resumed.
 """
 
 from __future__ import annotations

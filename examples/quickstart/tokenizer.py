@@ -63,9 +63,7 @@ def main() -> None:
     tokenizer = train(args.corpus)
     save(tokenizer, args.out)
     for name in FILES:
-        print(
-            f"{name}: {bytes_per_token(tokenizer, args.corpus / f'{name}.valid.jsonl'):.2f} bytes per token on held-out text"
-        )
+        print(f"{name}: {bytes_per_token(tokenizer, args.corpus / f'{name}.valid.jsonl'):.2f} bytes per held-out token")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,10 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stand_in() -> None:
-    """Append the stand-in finder after all others, so that installed packages are found first. mcore is imported before,
-    since it checks what is installed."""
+    """Append the stand-in finder after all others, so that installed packages are found first.
+
+    mcore is imported before, since it checks what is installed.
+    """
     if importlib.util.find_spec("transformer_engine") is None:
         for name in (
             "megatron.core.models.gpt.gpt_layer_specs",

@@ -2,7 +2,7 @@
 `read WORK`: load it by Megatron-LM's own argument parser, model builder and loader with the flags in its folder, on a
 CPU with the local spec, and compare the logits.
 
-MEGATRON_LM is the path of Megatron-LM's source. Its GPU dependencies are replaced: CUDA by the CPU, apex's norm by ours.
+MEGATRON_LM: path of Megatron-LM's source. Its GPU dependencies are replaced: CUDA by the CPU, apex's norm by ours.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ WORDS = ["<unk>", "<s>", "</s>", "<|endoftext|>", *(f"w{number}" for number in r
 
 
 def convert(folder: Path, file: Path) -> None:
-    """Convert as `convert_hf_to_gguf.py --outtype f32`, with our vocabulary, since it knows only those of real models."""
+    """Convert as `convert_hf_to_gguf.py --outtype f32`, with our vocabulary; it knows only those of real models."""
     source = Path(os.environ["LLAMA_CPP"])
     sys.path[:0] = [str(source), str(source / "gguf-py")]
     import gguf
