@@ -65,7 +65,7 @@ def tied_names(config: ModelConfig) -> tuple[str, str]:
 def _untied(config: ModelConfig, weights: Weights) -> ModelConfig:
     """Untie the embeddings if the file holds two matrices that differ, as transformers 5 does."""
     embedding, head = tied_names(config)
-    if embedding in weights and head in weights and not weights.alike(embedding, head):
+    if embedding in weights and head in weights and not weights.same_values(embedding, head):
         _warn_once(
             f"{weights.folder} says tie_word_embeddings: true but holds {head}, which differs from {embedding}: "
             "both are read and stay untied, as in transformers 5."

@@ -67,7 +67,7 @@ class Weights:
         """Give a tensor another name than its file does."""
         self._slices[new] = self._slices.pop(old)
 
-    def alike(self, one: str, other: str) -> bool:
+    def same_values(self, one: str, other: str) -> bool:
         """Return whether two tensors have the same shape and values; cached for unchanged files."""
         key = (str(file_marks(self._files)), one, other)
         if key not in COMPARED:

@@ -94,7 +94,7 @@ def test_generation_keeps_within_the_window(pool: Pool, tmp_path: Path) -> None:
 
 
 def test_context_parallel_ranks_and_documents_keep_within_the_window() -> None:
-    from minitron_megatron.model.spec import _apart, _by_piece
+    from minitron_megatron.model.spec import _by_document, _by_piece
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 24, 8) for heads in (4, 2, 2))
@@ -103,7 +103,7 @@ def test_context_parallel_ranks_and_documents_keep_within_the_window() -> None:
     near = (at[:, None] >= at) & (at[:, None] - at < 5)
     naive = lambda seen: F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)  # noqa: E731
     same = documents[:, None] == documents
-    torch.testing.assert_close(_apart(5, q, k, v, documents), naive(near & same))
+    torch.testing.assert_close(_by_document(5, q, k, v, documents), naive(near & same))
     pieces = [(18, 24, 0), (0, 6, 0)]  # one rank's last and first chunk, each with the keys before its end
     local = torch.cat([q[:, :, 18:24], q[:, :, 0:6]], dim=2)
     want = naive(near)
