@@ -63,7 +63,7 @@ def forward_backward(
         return loss, tokens.int(), torch.stack([loss.detach().double(), tokens.double()])
 
     sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
-    for pair in _run(model, batches, last, forward or _whole, forward_only=not backward):
+    for pair in _run(model, batches, last, forward or run_chunk, forward_only=not backward):
         sums += pair
     return sums[0], sums[1].long()
 
@@ -84,7 +84,7 @@ def forward_only(
     def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
         if before:
             before(batch)
-        return _through(chunk, batch, _layers(chunk, without)) if without else _whole(chunk, batch, index)
+        return _through(chunk, batch, _layers(chunk, without)) if without else run_chunk(chunk, batch, index)
 
     return _collect(model, batches, _hidden, forward)
 
@@ -182,12 +182,13 @@ def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> 
     whole = chunk.decoder.layers
     chunk.decoder.layers = nn.ModuleList(layers.values())
     try:
-        return _whole(chunk, batch)
+        return run_chunk(chunk, batch)
     finally:
         chunk.decoder.layers = whole
 
 
-def _whole(chunk: Any, batch: MicroBatch, index: int = 0) -> Tensor:
+def run_chunk(chunk: Any, batch: MicroBatch, index: int = 0) -> Tensor:
+    """Run a chunk by itself, up to its last layer and the final norm that it may have."""
     return final_hidden(chunk, batch.tokens, getattr(batch, "beside", None))
 
 
