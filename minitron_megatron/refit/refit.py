@@ -25,6 +25,8 @@ from .weights import SiteFit, Weights
 
 __all__ = ["Method", "refit"]
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
 Method = Literal["outputs", "sequential"]
 """`outputs`: each layer alone, fed with the teacher's states. `sequential`: each layer is fed with the student's own
 states so far and aims at the teacher's, which makes up for earlier errors and for dropped layers."""
@@ -47,7 +49,8 @@ def refit(
     student: what `trim(teacher, plan)` gives; teacher: the model before the cut, on the same ranks. Attention's and the
     MLP's output projections are fitted to the teacher's residual stream after them, layers whose input was cut to the
     teacher's outputs. Each fit is a ridge regression towards the trimmed weights, its strength the one of `ridges` with
-    the least error on held-out samples, an eighth of all; a layer that none improves keeps its weights. The result does
+    the least error on held-out samples, an eighth of all; a layer that none improves keeps its weights. A tied output
+    layer stays the embedding, and the final norm before it is scaled, channel by channel, instead. The result does
     not depend on the parallel layout. Collective over the world. Raises PlanError for models that do not fit the plan
     and activations that are not finite, and DataError for fewer than 2 samples.
     """
@@ -123,7 +126,7 @@ class _Run:
             ours, theirs = self._layer(number, source, following, ours, theirs, stage)
             listener(Event("refit", number + 1, len(layers), "layers"))
         with fail_together():
-            if self.narrow and not self.plan.shape.tied and self.topology.pp_rank == stage:
+            if self.narrow and self.topology.pp_rank == stage:
                 self._output_layer(self._fed(ours, theirs), theirs)
 
     def _fed(self, ours: Stream, theirs: Stream) -> Stream:
@@ -239,12 +242,15 @@ class _Run:
         self.weights.fit_to_residuals(name, *moments.total(), present)
 
     def _output_layer(self, ours: Stream, theirs: Stream) -> None:
-        name = "output_layer.weight"
+        """Fit the output layer to the teacher's logits, or the final norm where the output layer is the embedding."""
         norms = [chunks[-1].decoder.final_layernorm for chunks in (self.work.teacher, self.work.student)]
         moments = Moments(self.plan.shape.hidden + self.plan.target.hidden, self.topology)
         for teachers, students, kind in zip(theirs, ours, self.work.kinds, strict=True):
             both = zip(norms, (teachers, students), strict=True)
             normed = [self.work.whole(norm(self.work.here(states))) for norm, states in both]
             moments.add(torch.cat(normed, -1), kind)
-        target, present = (self.weights.whole(whose, name) for whose in ("teacher", "student"))
-        self.weights.fit_to_outputs(name, target, *moments.total(), present)
+        if self.plan.shape.tied:
+            self.weights.fit_norm("decoder.final_layernorm.weight", EMBEDDING, *moments.total())
+            return
+        target, present = (self.weights.whole(whose, OUTPUT) for whose in ("teacher", "student"))
+        self.weights.fit_to_outputs(OUTPUT, target, *moments.total(), present)

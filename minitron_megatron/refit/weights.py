@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..layout import Shape, expert_of, kept_rows, lookup
-from ..model import NamedShard, adopt, named_shards
+from ..model import NamedShard, adopt, config_of, named_shards
 from ..parallel import Topology, all_reduce, gather_sequence
 from ..records import Plan
 from .moments import share_of, unshard
@@ -23,7 +22,7 @@ __all__ = ["SiteFit", "Weights"]
 
 @dataclass(frozen=True)
 class SiteFit:
-    """Repair of one linear layer. An error is the mean over tokens of the squared distance to the target."""
+    """Repair of a linear layer or the final norm. Errors: squared distance to the target, mean over tokens."""
 
     name: str
     """Parameter of the student."""
@@ -46,6 +45,7 @@ class Weights:
         self.plan, self.topology, self.ridges = plan, topology, ridges
         self.shards = {"student": _shards(student), "teacher": _shards(teacher)}
         self.shapes: dict[str, Shape] = {"student": plan.target, "teacher": plan.shape}
+        self.zero_centred = config_of(student[0]).zero_centered_norm
         self.fits: list[SiteFit] = []
 
     def whole(self, whose: str, name: str) -> Tensor:
@@ -94,6 +94,33 @@ class Weights:
         square = sums[:, :split, :split].diagonal(dim1=1, dim2=2)[:, rows].sum(1)
         self._fit(name, Problem(gram, cross, square), tokens, present)
 
+    def fit_norm(self, norm: str, output: str, sums: Tensor, tokens: Tensor) -> None:
+        """Scale the channels of the final norm where the output layer is the embedding. Collective over tp and dp.
+
+        sums: moments of (the teacher's normed states, the student's), whose logits are to be the teacher's.
+        """
+        target, present = self.whole("teacher", output), self.whole("student", output)
+        split, rows = target.shape[1], self._rows(len(present))
+        teachers, between, gram = sums[:, :split, :split], sums[:, :split, split:], sums[:, split:, split:]
+        want, have = target[rows].double(), present[rows].double()
+        theirs, both, ours = (self._total(one.T @ other) for one, other in ((want, want), (want, have), (have, have)))
+        cross = (both * between).sum(1) - (ours * gram).sum(1)
+        square = (theirs * teachers).flatten(1).sum(1) - 2 * (both * between).flatten(1).sum(1)
+        square += (ours * gram).flatten(1).sum(1)
+        problem = Problem(ours * gram, cross[:, None], square.clamp(min=0))
+        step = self._solved(norm, problem, tokens, lambda numbers: numbers)
+        if step is not None:
+            self._scale(norm, 1 + step[0])
+
+    def _scale(self, norm: str, factor: Tensor) -> None:
+        """Multiply what a norm gives, channel by channel."""
+        centred = int(self.zero_centred)
+        for leaf, offset in (("weight", centred), ("bias", 0)):
+            shard = self.shards["student"].get(f"{norm.rpartition('.')[0]}.{leaf}")
+            if shard is not None:
+                value = shard.tensor.detach()
+                adopt(shard, ((value.double() + offset) * factor - offset).to(value.dtype))
+
     def _rows(self, size: int) -> slice:
         """The rows that this rank solves for, of the tensor- and data-parallel ranks of its stage."""
         topology = self.topology
@@ -101,19 +128,23 @@ class Weights:
         return slice(share.start, share.stop)
 
     def _fit(self, name: str, problem: Problem, tokens: Tensor, present: Tensor) -> None:
-        finite = bool(problem.gram.isfinite().all()) and math.isfinite(float(self._total(problem.square.sum())))
-        if not finite:
+        step = self._solved(name, problem, tokens, self._total)
+        if step is not None:
+            mine = (present[self._rows(len(present))].double() + step).to(present.dtype)
+            self._place(name, self._gathered(mine, len(present)))
+
+    def _solved(self, name: str, problem: Problem, tokens: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The step for this rank's rows, or None; notes the errors. total: as of `solve`."""
+        if not bool(self._total(torch.stack([part.sum() for part in (problem.gram, problem.square)])).isfinite().all()):
             raise PlanError(
                 f"activations at {name} are not finite (NaN or infinite). Look for broken weights in the teacher, or "
                 "run the refit in float32."
             )
-        solution = solve(problem, self.ridges, self._total)
+        solution = solve(problem, self.ridges, total)
         before, after = (_per_token(errors, tokens) for errors in (solution.before, solution.after))
         pairs = list(zip(before, after, strict=True))
         self.fits.append(SiteFit(name, solution.ridge, int(tokens.sum()), pairs[0], pairs[1]))
-        if solution.step is not None:
-            mine = (present[self._rows(len(present))].double() + solution.step).to(present.dtype)
-            self._place(name, self._gathered(mine, len(present)))
+        return solution.step
 
     def _total(self, numbers: Tensor) -> Tensor:
         return all_reduce(all_reduce(numbers, self.topology.tp_group), self.topology.dp_group)
@@ -142,7 +173,7 @@ class Weights:
 
 
 def _shards(model: Sequence[Any]) -> dict[str, NamedShard]:
-    return {shard.name: shard for shard in named_shards(model) if not shard.second_home}
+    return {shard.name: shard for shard in named_shards(model)}
 
 
 def _per_token(errors: Tensor, tokens: Tensor) -> tuple[float, float]:

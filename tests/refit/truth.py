@@ -41,6 +41,8 @@ class Naive:
             if len(self.hidden) < plan.shape.hidden and not plan.shape.tied:
                 head, aim = student.lm_head, teacher.lm_head
                 self.match([head.weight], [aim.weight], self.ours()["norm", 0], self.theirs["norm", 0])
+            elif len(self.hidden) < plan.shape.hidden:
+                self.scale(self.student.norm, student.lm_head.weight, teacher.lm_head.weight)
 
     def ours(self) -> Seen:
         """What passes the student; with `outputs` each layer is fed with the teacher's states."""
@@ -101,6 +103,19 @@ class Naive:
             aim = run(y, target, their.experts.down_proj[of])[1][..., self.hidden]
             share = routing[..., expert, None]
             self.fit([second], share * active, share * (aim - out), sent)
+
+    def scale(self, norm: Any, head: Tensor, aim: Tensor) -> None:
+        """Fit a factor for each channel that enters a tied output layer: the logits of all tokens are the equations."""
+        x, y = self.ours()["norm", 0], self.theirs["norm", 0]
+        lacks, before = F.linear(y, aim) - F.linear(x, head), norm.weight.clone()
+        spread = (x[:, :, None] * head)[self.fitted | self.held].flatten(0, 1)
+        counted = (self.fitted | self.held).flatten()
+        kinds = [mask.flatten()[counted].repeat_interleave(len(head)) for mask in (self.fitted, self.held)]
+        rows = lacks[self.fitted | self.held].flatten()[:, None]
+        factor = torch.ones(1, x.shape[-1])
+        self.fitted, self.held = kinds
+        self.fit([factor], spread, rows)
+        norm.weight.copy_(before * factor[0])
 
     def match(
         self, weights: Sequence[Tensor], targets: Sequence[Tensor], x: Tensor, y: Tensor, sent: Tensor | None = None
