@@ -1,4 +1,4 @@
-"""Does a closed-form refit of the cut model survive distillation? Losses after the cut, after the refit, and on the way.
+"""Does a closed-form refit of the cut model survive distillation? Losses after cut and refit, and on the way.
 
     python benchmarks/refit_study.py examples/quickstart/recipe.yaml WORK --cut hidden=144,ffn=320 [--set model=...]
 
@@ -152,7 +152,7 @@ def trained(args: argparse.Namespace, cut: str) -> dict[str, Any]:
                 curves[arm].setdefault(f"{lr:g}", []).append(curve)
                 print(cut, seed, arm, lr, curve, flush=True)
             if arm not in best:
-                best[arm] = min(args.lr, key=lambda lr: curves[arm][f"{lr:g}"][0][str(args.steps)])  # noqa: B023
+                best[arm] = min(args.lr, key=lambda lr: curves[arm][f"{lr:g}"][0][str(args.steps)])
     return {"cut": cut, "steps": args.steps, "best_lr": best, "curves": curves, "samples": args.calibration}
 
 

@@ -23,7 +23,14 @@ from .schema import Recipe
 
 __all__ = ["Context", "Folders"]
 
-WRITES = {"corrected": "correct", "pruned": "prune", "distilled": "distill", "random": "baseline", "export": "export"}
+WRITES = {
+    "corrected": "correct",
+    "trimmed": "prune",
+    "pruned": "prune",
+    "distilled": "distill",
+    "random": "baseline",
+    "export": "export",
+}
 """Folder of a model in a run -> the stage that writes it."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,6 +63,11 @@ class Folders:
         return self.run / "pruned" / "plan.json"
 
     @property
+    def refit(self) -> Path:
+        """Errors of each layer before and after the refit."""
+        return self.run / "pruned" / "refit.json"
+
+    @property
     def search(self) -> Path:
         """The table of candidates, and what is known of each while the search is at work."""
         return self.run / "search"
@@ -74,7 +86,8 @@ class Folders:
         return self.run / "metrics.jsonl"
 
     def model(self, name: str) -> Path:
-        """The Hugging Face folder of a model of the run: `corrected`, `pruned`, `distilled`, `random`, `export`."""
+        """The Hugging Face folder of a model of the run: `corrected`, `pruned`, `distilled`, `random`, `export`; and
+        `trimmed`, the cut model before its refit, where there is one."""
         return self.run / name
 
     @property
@@ -152,7 +165,8 @@ class Context:
         Any other folder passes. Each rank reads its share of the files. Collective over the world.
         """
         stage = WRITES.get(folder.name) if folder.parent == self.recipe.out else None
-        recorded, manifest = self.done.get(stage or "", {}).get("files"), folder / MANIFEST
+        key = "trimmed_files" if folder.name == "trimmed" else "files"
+        recorded, manifest = self.done.get(stage or "", {}).get(key), folder / MANIFEST
         with fail_together():
             if stage is None or not (recorded or manifest.is_file()):
                 return
@@ -257,16 +271,17 @@ class Context:
 
         return batches
 
-    def calibration_batches(self) -> list[Batch]:
+    def calibration_batches(self, samples: int | None = None) -> list[Batch]:
         """This rank's share of the calibration samples. Collective over the world."""
-        return self._placed(calibration_batches(self.calibration(), **self._share(self.recipe.score.micro_batch)))
+        corpus = self.calibration(samples)
+        return self._placed(calibration_batches(corpus, **self._share(self.recipe.score.micro_batch)))
 
-    def calibration(self) -> Corpus:
-        """The calibration samples. Collective over the world."""
+    def calibration(self, samples: int | None = None) -> Corpus:
+        """The calibration samples, by default as many as scoring takes. Collective over the world."""
         keys = self.recipe.score
         return calibration(
             self.blend,
-            samples=keys.samples,
+            samples=samples or keys.samples,
             sequence=self.recipe.data.sequence,
             seed=self.recipe.seed,
             cache=self.folders.data / "index",

@@ -16,6 +16,7 @@ from .check import check, planned
 from .clients import client_notes, client_warnings
 from .memory import WEIGHT_BYTES, model_bytes, training_bytes
 from .phases import resolved
+from .refit_cost import refit_bytes, refit_flops, refit_host_bytes, refit_work
 from .schema import Recipe
 from .searching import light_recipe
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
@@ -51,6 +52,10 @@ class Estimate:
     """Of each stage that trains or scores; the teacher's forward passes included."""
     teacher_flops: int
     """Of the teacher's forward passes in one distillation."""
+    refit_bytes: int
+    """On the fullest rank in a refit: weights of both models, and the largest layer's normal equations; else 0."""
+    refit_host_bytes: int
+    """In host memory for each rank in a refit: the states of both models at one layer, of this rank's samples."""
     hours: float
     candidates: tuple[Candidate, ...]
     """Of a search, the largest first; the student is then the first of them, and `flops` a bound."""
@@ -64,9 +69,10 @@ class Estimate:
     def expect_to_fit(self, gib: float) -> None:
         """Raises TopologyError where a rank holds more than `gib` GiB, activations not counted."""
         expect_number("the memory of a GPU", gib, above=0)
-        if self.rank_bytes > gib * 2**30:
+        most = max(self.rank_bytes, self.refit_bytes)
+        if most > gib * 2**30:
             raise TopologyError(
-                f"a rank would hold {self.rank_bytes / 2**30:.1f} GiB before activations, and has {gib:g}. Raise "
+                f"a rank would hold {most / 2**30:.1f} GiB before activations, and has {gib:g}. Raise "
                 "parallel.tp or pp, or lighten the teacher (distill.offload_teacher, teacher_dtype, teacher_window)."
             )
 
@@ -92,19 +98,25 @@ class Estimate:
     def rows(self) -> dict[str, str]:
         """The estimate in words."""
         gib = 2**30
-        return {
+        rows = {
             "teacher": f"{self.teacher_parameters:,} parameters",
             "student": f"{self.student_parameters:,} parameters",
             "student shape": _say(self.student),
             "memory a rank": f"{self.rank_bytes / gib:.3f} GiB before activations",
             "of that, teacher states": f"{self.stash_bytes / gib:.3f} GiB",
+            "memory a rank, refit": f"{self.refit_bytes / gib:.3f} GiB + {self.refit_host_bytes / gib:.3f} of the host",
             "disk": f"{self.disk_bytes / gib:.3f} GiB",
             "KV cache a sequence": f"{self.kv_cache_bytes / gib:.3f} GiB",
             "correction": f"{self.correct_tokens:,} tokens",
             "distillation": f"{self.distill_tokens:,} tokens",
             "work": f"{self.flops:.3g} FLOPs",
             "time": f"{self.hours:.3g} hours on {self.gpus} GPUs",
-        } | {name: " ".join(said) for name, said in (("warning", self.warnings), ("note", self.notes)) if said}
+        }
+        if not self.refit_bytes:
+            del rows["memory a rank, refit"]
+        return rows | {
+            name: " ".join(said) for name, said in (("warning", self.warnings), ("note", self.notes)) if said
+        }
 
 
 def _say(shape: Shape) -> str:
@@ -150,15 +162,18 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 98
     distillation = 3 * sum(flops_per_token(student, phase.sequence) * phase.tokens for phase in phases) + taught
     found = tuple(candidates_of(recipe, teacher)) if recipe.search else ()
     light = _light_flops(recipe, teacher, found)
+    refit = refit_flops(recipe, teacher, student)
     stage_flops = {
         "correct": 3 * flops_per_token(teacher, sequence) * corrected,
         "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
         "search": _search_flops(recipe, found, light),
+        "prune": sum(refit),
         "distill": distillation,
         "baseline": distillation if recipe.random_baseline else 0,
     }
     flops = sum(stage_flops.values())
-    written = 3 if recipe.random_baseline else 2
+    work = flops - sum(refit) + refit_work(refit, parallel.pp)
+    written = 2 + recipe.random_baseline + (recipe.prune.refit != "none")
     models = parameters(student) * (weight * written + WEIGHT_BYTES[recipe.export.dtype])
     return Estimate(
         teacher=teacher,
@@ -176,7 +191,9 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 98
         flops=flops,
         stage_flops=stage_flops,
         teacher_flops=taught,
-        hours=flops / (gpus * peak_flops * mfu) / 3600,
+        refit_bytes=refit_bytes(recipe, teacher, student),
+        refit_host_bytes=refit_host_bytes(recipe, teacher, student, replicas * parallel.cp),
+        hours=work / (gpus * peak_flops * mfu) / 3600,
         candidates=found,
         light_flops=light,
         warnings=client_warnings(config, student, recipe.export.architecture),

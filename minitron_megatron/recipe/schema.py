@@ -139,6 +139,15 @@ class Prune(Keys):
     """Head-residual merge: heads that stay take along their difference to heads that go, in these projections."""
     merge_sign: Literal["printed", "reversed"] = "printed"
     """head + (head - partner) as the paper prints it, or the opposite difference."""
+    refit: Literal["none", "outputs", "sequential"] = "none"
+    """Repair the linear layers of the cut model by least squares on calibration samples, before distillation: each
+    layer on the teacher's states (`outputs`), or on the student's own states so far, aiming at the teacher's
+    (`sequential`), which makes up for dropped layers too."""
+    refit_samples: Count = 1024
+    """Calibration samples of the refit; an eighth of them is held out and chooses the ridge strength."""
+    refit_ridge: Positive | None = None
+    """Ridge strength towards the trimmed weights, relative to the mean square of a layer's inputs; left out: each layer
+    takes the one with the least error on the held-out samples."""
 
     def sizes(self) -> dict[str, int]:
         """The width axes that are cut."""
@@ -287,6 +296,13 @@ class Recipe(Keys):
             raise ValueError(
                 "A search cuts by importance, at once, without merging: leave out prune.by, iterations, merge"
             )
+        if self.search and self.prune.refit != "none":
+            raise ValueError(
+                "A search compares candidates right after their cut, without a refit: leave out prune.refit, or put "
+                "the winner's sizes into prune and leave out search"
+            )
+        if self.prune.merge != "none" and self.prune.refit != "none":
+            raise ValueError("A refit aims at the unmerged heads and would undo prune.merge: set one to none")
         states = distill.states
         if self.spec == "te" and states and (states.embedding or states.outputs or states.mlp_inputs):
             raise ValueError("Layers of spec te show no normed states: set spec to local, or map attention alone")

@@ -24,6 +24,7 @@ from .card import write_card
 from .context import DTYPES, Context
 from .fingerprint import carried_marks, config_digest, task_marks
 from .pruning import cut, decide, measure, measure_depth
+from .refitting import refitted, refitted_models, write_refit
 from .results import Measured
 from .searching import PARTS, decided, search_asks, search_shapes
 from .sizes import depth_keys, rounds, scores_wanted
@@ -114,17 +115,20 @@ def do_search(context: Context) -> Result:
 
 
 def do_prune(context: Context) -> Result:
-    """Chooses what stays and cuts the teacher to it."""
+    """Chooses what stays, cuts the teacher to it, and repairs what is left where the recipe asks for it."""
     plan = decide(context)
     model = cut(context, plan)
+    fits = refitted(context, model, plan)
     folder = context.folders.model("pruned")
     digest = context.save(model, folder)
     with fail_together():
         if context.topology.rank == 0:
             plan.save(context.folders.plan)
+    repair = write_refit(context, fits)
     return {
         "hash": digest,
         "files": context.sealed(folder),
+        **repair,
         "margins": {axis: min(by.values()) for axis, by in plan.margins.items()},
         "by": context.recipe.prune.by,
         "layers": list(plan.kept_layers),
@@ -159,10 +163,8 @@ def do_evaluate(context: Context) -> Result:
     models: dict[str, tuple[Path, str]] = {"teacher": (context.recipe.model, "")}
     if context.recipe.corrects_first:
         models["corrected teacher"] = (context.folders.corrected, "correct")
-    models |= {
-        "pruned": (context.folders.model("pruned"), "prune"),
-        "distilled": (context.folders.model("distilled"), "distill"),
-    }
+    models |= {name: (context.folders.model(folder), "prune") for name, folder in refitted_models(context).items()}
+    models["distilled"] = (context.folders.model("distilled"), "distill")
     if context.recipe.random_baseline:
         models["random init"] = (context.folders.model("random"), "baseline")
     rows = []

@@ -141,7 +141,7 @@ class _Run:
         with self.work.teacher_layer(source, self.plan.shape.layers, stage) as teacher, fail_together():
             if here:
                 ours = self._fed(ours, theirs)
-                seen = self._seen(teacher, theirs)
+                seen = self._seen(teacher, theirs, self._points)
                 self._read_layer(number, source, teacher, ours, seen)
         after = self._through(seen.get("out", theirs), range(source + 1, following), stage)
         with fail_together():
@@ -159,7 +159,13 @@ class _Run:
                     stream = self._seen(layer, stream, ("out",))["out"]
         return stream
 
-    def _seen(self, layer: Any, stream: Stream, points: Sequence[str] = ("qkv", "middle", "mlp", "out")) -> Any:
+    @property
+    def _points(self) -> tuple[str, ...]:
+        """What is kept of a teacher's layer."""
+        read = ("qkv", "mlp") if self.narrow else ("mlp",) if self.plan.shape.experts else ()
+        return ("middle", "out", *read)
+
+    def _seen(self, layer: Any, stream: Stream, points: Sequence[str]) -> dict[str, Stream]:
         """The streams at points of a teacher's layer."""
         found: dict[str, Stream] = {point: [] for point in points}
         for states, arguments in zip(stream, self.work.arguments, strict=True):
