@@ -86,7 +86,7 @@ def _clients(exported: ModelConfig, teacher: Shape) -> str:
 
 
 def _repair(context: Context) -> str:
-    """What a refit changed, where there was one."""
+    """A sentence on the refit; empty where there was none."""
     refit = context.done.get("prune", {}).get("refit")
     if not refit:
         return ""

@@ -1,4 +1,4 @@
-"""What a refit takes: FLOPs, bytes on a rank, and host memory, counted from shapes."""
+"""Cost of a refit: FLOPs, bytes on a rank, and host memory, counted from shapes."""
 
 from __future__ import annotations
 

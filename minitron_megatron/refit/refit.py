@@ -116,11 +116,13 @@ class _Run:
     def everything(self, listener: Listener) -> None:
         """Repair every layer in order, the states going from stage to stage, and then the output layer."""
         ours, theirs = self.work.begin()
+        ours = ours if self.method == "sequential" else []
         layers, stage = self.plan.kept_layers, 0
         theirs = self._through(theirs, range(layers[0]), stage)
         for number, (source, following) in enumerate(pairwise([*layers, self.plan.shape.layers])):
             target = self.topology.stage_of(number, len(layers))
-            ours = self.work.passed_on(ours, self.plan.target.hidden, stage, target)
+            if ours:
+                ours = self.work.passed_on(ours, self.plan.target.hidden, stage, target)
             theirs = self.work.passed_on(theirs, self.plan.shape.hidden, stage, target)
             stage = target
             ours, theirs = self._layer(number, source, following, ours, theirs, stage)
@@ -138,15 +140,16 @@ class _Run:
     ) -> tuple[Stream, Stream]:
         """Repair a layer; returns the states after it, the teacher's after the dropped layers too."""
         here, seen = self.topology.pp_rank == stage, dict[str, Stream]()
+        fed: Stream = []
         with self.work.teacher_layer(source, self.plan.shape.layers, stage) as teacher, fail_together():
             if here:
-                ours = self._fed(ours, theirs)
+                fed = self._fed(ours, theirs)
                 seen = self._seen(teacher, theirs, self._points)
-                self._read_layer(number, source, teacher, ours, seen)
+                self._read_layer(number, source, teacher, fed, seen)
         after = self._through(seen.get("out", theirs), range(source + 1, following), stage)
         with fail_together():
             if here:
-                self._written(number, ours, after if self.method == "sequential" else seen["out"])
+                self._written(number, fed, after if self.method == "sequential" else seen["out"])
                 if self.method == "sequential":
                     ours = [self._run(number, at, ours, "out")["out"].cpu() for at in range(len(ours))]
         return ours, after
@@ -161,7 +164,7 @@ class _Run:
 
     @property
     def _points(self) -> tuple[str, ...]:
-        """What is kept of a teacher's layer."""
+        """Points of a teacher's layer whose states are kept."""
         read = ("qkv", "mlp") if self.narrow else ("mlp",) if self.plan.shape.experts else ()
         return ("middle", "out", *read)
 
@@ -175,7 +178,7 @@ class _Run:
         return found
 
     def _run(self, number: int, batch: int, stream: Stream, *points: str) -> dict[str, Any]:
-        """What passes points of the student's layer in a micro-batch."""
+        """Tensors that pass points of the student's layer in a micro-batch."""
         layer, states = self.work.student_layers[number], self.work.here(stream[batch])
         return run_layer(layer, self.work.arguments[batch], states, points, self.student_config)
 

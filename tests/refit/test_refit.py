@@ -1,4 +1,4 @@
-"""The whole refit against the naive one, at every layout; and what it does where there is nothing to fit."""
+"""The whole refit against the naive one, at every layout; and its results where there is little or nothing to fit."""
 
 from __future__ import annotations
 

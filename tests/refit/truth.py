@@ -20,6 +20,8 @@ def ridge_by_lstsq(x: Tensor, lacks: Tensor, ridge: float) -> Tensor:
     """argmin over D of |lacks - x D'|^2 + ridge mean(diag(x'x)) |D|^2, as one least-squares problem of more rows."""
     x, lacks = x.double(), lacks.double()
     strength = (ridge * x.square().sum(0).mean()).sqrt()
+    if len(x) > 10**5:  # the logits of a vocabulary: a few unknowns, and `lstsq` takes seconds
+        return torch.linalg.solve(x.T @ x + strength**2 * torch.eye(x.shape[1], dtype=torch.float64), x.T @ lacks).T
     more = torch.cat([x, strength * torch.eye(x.shape[1], dtype=torch.float64)])
     return torch.linalg.lstsq(more, torch.cat([lacks, lacks.new_zeros(x.shape[1], lacks.shape[1])])).solution.T
 
@@ -45,7 +47,7 @@ class Naive:
                 self.scale(self.student.norm, student.lm_head.weight, teacher.lm_head.weight)
 
     def ours(self) -> Seen:
-        """What passes the student; with `outputs` each layer is fed with the teacher's states."""
+        """States that pass the student; with `outputs` each layer is fed with the teacher's."""
         feeds = [self.theirs["in", source][..., self.hidden] for source in self.plan.kept_layers]
         feeds.append(self.theirs["end", 0][..., self.hidden])
         return watch(self.student, self.tokens, feeds if self.method == "outputs" else None)
@@ -138,7 +140,7 @@ class Naive:
 
 
 def watch(model: Any, tokens: Tensor, feeds: Sequence[Tensor] | None = None) -> Seen:
-    """What passes a transformers decoder; feeds: what enters each layer and the final norm instead."""
+    """States that pass a transformers decoder; feeds: those that enter each layer and the final norm instead."""
     seen: dict[tuple[str, int], Tensor] = {}
     with ExitStack() as hooks:
 
