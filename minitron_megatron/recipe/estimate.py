@@ -16,7 +16,7 @@ from .check import check, planned
 from .clients import client_notes, client_warnings
 from .memory import WEIGHT_BYTES, model_bytes, training_bytes
 from .phases import resolved
-from .refit_cost import refit_bytes, refit_flops, refit_host_bytes, refit_work
+from .refit_cost import refit_bytes, refit_delay, refit_flops, refit_host_bytes
 from .schema import Recipe
 from .searching import light_recipe
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
@@ -162,17 +162,16 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 98
     distillation = 3 * sum(flops_per_token(student, phase.sequence) * phase.tokens for phase in phases) + taught
     found = tuple(candidates_of(recipe, teacher)) if recipe.search else ()
     light = _light_flops(recipe, teacher, found)
-    refit = refit_flops(recipe, teacher, student)
     stage_flops = {
         "correct": 3 * flops_per_token(teacher, sequence) * corrected,
         "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
-        "search": _search_flops(recipe, found, light),
-        "prune": sum(refit),
+        "search": _search_flops(recipe, teacher, found, light),
+        "prune": sum(refit_flops(recipe, teacher, student)),
         "distill": distillation,
         "baseline": distillation if recipe.random_baseline else 0,
     }
     flops = sum(stage_flops.values())
-    work = flops - sum(refit) + refit_work(refit, parallel.pp)
+    work = flops + refit_delay(recipe, teacher, [student, *_refitted(recipe, found)])
     written = 2 + recipe.random_baseline + (recipe.prune.refit != "none")
     models = parameters(student) * (weight * written + WEIGHT_BYTES[recipe.export.dtype])
     return Estimate(
@@ -231,11 +230,19 @@ def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> 
     return {each.name: (3 * flops_per_token(each.shape, sequence) + taught) * tokens for each in found}
 
 
-def _search_flops(recipe: Recipe, found: Sequence[Candidate], light: Mapping[str, int]) -> int:
-    """A pass of each candidate over the calibration samples, and the light distillation of the most expensive ones."""
+def _refitted(recipe: Recipe, found: Sequence[Candidate]) -> list[Shape]:
+    """Candidates that a search refits, once when they are measured and once before their light distillation."""
+    light = recipe.search.light if recipe.search else None
+    return [each.shape for each in (*found, *(found[: light.top] if light else ()))]
+
+
+def _search_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate], light: Mapping[str, int]) -> int:
+    """A pass of each candidate over the calibration samples, its refits, and the light distillation of the most
+    expensive ones."""
     sequence = recipe.data.sequence
     passes = sum(flops_per_token(each.shape, sequence) for each in found) * recipe.score.samples * sequence
     top = recipe.search.light.top if recipe.search and recipe.search.light else None
+    passes += sum(sum(refit_flops(recipe, teacher, shape)) for shape in _refitted(recipe, found))
     return passes + sum(sorted(light.values(), reverse=True)[:top])
 
 

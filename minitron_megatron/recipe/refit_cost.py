@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ..layout import Shape, flops_per_token
@@ -11,7 +11,7 @@ from ..refit import RIDGES
 from .memory import WEIGHT_BYTES, model_bytes
 from .schema import Recipe
 
-__all__ = ["refit_bytes", "refit_flops", "refit_host_bytes", "refit_work"]
+__all__ = ["refit_bytes", "refit_delay", "refit_flops", "refit_host_bytes"]
 
 FP64_SHARE = 67 / 989
 """FP64 matrix products over dense bf16 ones, peak of an H100 (SXM)."""
@@ -76,10 +76,11 @@ def refit_flops(recipe: Recipe, teacher: Shape, student: Shape) -> tuple[int, in
     return forward * tokens, round(exact)
 
 
-def refit_work(flops: tuple[int, int], pp: int) -> float:
-    """FLOPs in bf16 that take as long as those of `refit_flops`: fp64 is slower, and pipeline stages take turns."""
-    forward, exact = flops
-    return (forward + exact / FP64_SHARE) * pp
+def refit_delay(recipe: Recipe, teacher: Shape, students: Sequence[Shape]) -> float:
+    """FLOPs in bf16 that take as long as refits take longer than their FLOPs say: fp64 is slower, and pipeline stages
+    take turns."""
+    pairs = [refit_flops(recipe, teacher, student) for student in students]
+    return sum((forward + exact / FP64_SHARE) * recipe.parallel.pp - forward - exact for forward, exact in pairs)
 
 
 def refit_bytes(recipe: Recipe, teacher: Shape, student: Shape) -> int:

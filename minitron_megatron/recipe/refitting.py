@@ -1,19 +1,22 @@
-"""The refit of the stage `prune`: the cut model's linear layers repaired, and the record of it."""
+"""The refit of the stage `prune`, and of the candidates of a search: cut models repaired, and the record of it."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..data import Batch
+from ..events import Listener, silent
 from ..files import write_json
 from ..parallel import fail_together
 from ..records import Plan
 from ..refit import RIDGES, SiteFit, refit
 from .context import Context
+from .pruning import cut
 
-__all__ = ["refitted", "refitted_models", "write_refit"]
+__all__ = ["cut_and_refitted", "refitted", "refitted_models", "repair_of", "write_refit"]
 
 
 def refitted(context: Context, student: Sequence[Any], plan: Plan) -> list[SiteFit]:
@@ -22,23 +25,53 @@ def refitted(context: Context, student: Sequence[Any], plan: Plan) -> list[SiteF
     The model before its repair is written to `trimmed`, so that the stage `evaluate` can measure what the cut alone
     costs. The model that was cut is loaded once more, for it is what the layers aim at. Collective over the world.
     """
-    keys, folder = context.recipe.prune, context.folders.model("trimmed")
-    if keys.refit == "none":
+    folder = context.folders.model("trimmed")
+    if context.recipe.prune.refit == "none":
         with fail_together():
             if context.topology.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
         return []
     context.save(student, folder)
-    return refit(
-        student,
-        context.load_uncut(),
-        plan,
-        context.calibration_batches(keys.refit_samples),
-        context.topology,
-        method=keys.refit,
-        ridges=RIDGES if keys.refit_ridge is None else (keys.refit_ridge,),
-        listener=context.listener,
-    )
+    return _repaired(context, student, context.load_uncut(), plan, _samples(context), context.listener)
+
+
+def cut_and_refitted(context: Context, plan: Plan) -> list[Any]:
+    """The teacher, cut and repaired, with nothing written: a candidate of a search. Collective over the world."""
+    student = cut(context, plan)
+    if context.recipe.prune.refit != "none":
+        _repaired(context, student, context.load_uncut(), plan, _samples(context))
+    return student
+
+
+def repair_of(context: Context, teacher: Sequence[Any]) -> Callable[[Any, Plan], None] | None:
+    """The repair of candidates of one teacher, on samples that are drawn once; None where the recipe wants none."""
+    if context.recipe.prune.refit == "none":
+        return None
+    batches = _samples(context)
+
+    def repair(student: Any, plan: Plan) -> None:
+        _repaired(context, student, teacher, plan, batches)
+
+    return repair
+
+
+def _samples(context: Context) -> list[Batch]:
+    return context.calibration_batches(context.recipe.prune.refit_samples)
+
+
+def _repaired(
+    context: Context,
+    student: Any,
+    teacher: Any,
+    plan: Plan,
+    batches: Sequence[Batch],
+    listener: Listener = silent,
+) -> list[SiteFit]:
+    keys = context.recipe.prune
+    assert keys.refit != "none"
+    ridges = RIDGES if keys.refit_ridge is None else (keys.refit_ridge,)
+    topology = context.topology
+    return refit(student, teacher, plan, batches, topology, method=keys.refit, ridges=ridges, listener=listener)
 
 
 def write_refit(context: Context, fits: Sequence[SiteFit]) -> dict[str, Any]:

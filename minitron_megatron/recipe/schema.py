@@ -296,11 +296,6 @@ class Recipe(Keys):
             raise ValueError(
                 "A search cuts by importance, at once, without merging: leave out prune.by, iterations, merge"
             )
-        if self.search and self.prune.refit != "none":
-            raise ValueError(
-                "A search compares candidates right after their cut, without a refit: leave out prune.refit, or put "
-                "the winner's sizes into prune and leave out search"
-            )
         if self.prune.merge != "none" and self.prune.refit != "none":
             raise ValueError("A refit aims at the unmerged heads and would undo prune.merge: set one to none")
         states = distill.states

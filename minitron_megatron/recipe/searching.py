@@ -27,7 +27,8 @@ from .candidates import candidates_of
 from .context import DTYPES, Context
 from .fingerprint import digest, task_marks, untimed
 from .parts import AfterCut, Distilled, Part, curve_of, finite, number, read_part
-from .pruning import cut, load_depth, load_scores
+from .pruning import load_depth, load_scores
+from .refitting import cut_and_refitted, repair_of
 from .schema import Recipe
 from .tasks import score_of
 from .training import distil, distillation_asks
@@ -88,7 +89,8 @@ def _chosen_by(recipe: Recipe) -> Any:
 
 
 def _cut_by(recipe: Recipe) -> dict[str, Any]:
-    return recipe.prune.model_dump(include={"scope", "contiguous", "teacher"})
+    refit = set() if recipe.prune.refit == "none" else {"refit", "refit_samples", "refit_ridge"}
+    return recipe.prune.model_dump(include={"scope", "contiguous", "teacher", *refit})
 
 
 def decided(recipe: Recipe, result: Mapping[str, Any]) -> Recipe:
@@ -207,6 +209,7 @@ class _Work:
             self.plan,
             [batch.to(context.topology.device) for batch in batches],
             topology=context.topology,
+            repair=repair_of(context, model),
             score=partial(score_of, context, name=self.keys.choose) if by_task else None,
             tell=lambda name, found: self._note(self._measured_by, name, found),
             listener=context.listener,
@@ -277,7 +280,7 @@ class _Work:
             context.listener(replace(event, done=done, total=len(of) * steps))
 
         own = replace(context, place=name, listener=listen)
-        student = cut(own, self.plan(name))
+        student = cut_and_refitted(own, self.plan(name))
         try:
             distil(own, student, "light", until=until)
             if scored:

@@ -27,26 +27,32 @@ def zero_shot(
     batches: Sequence[Batch],
     *,
     topology: Topology,
+    repair: Callable[[Any, Plan], None] | None = None,
     score: Callable[[Any], float] | None = None,
     tell: Callable[[str, Found], None] = lambda name, found: None,
     listener: Listener = silent,
 ) -> dict[str, Found]:
     """What is measured of each candidate: a cut of `model`, which stays as it is.
 
-    batches: all samples, on every rank alike. Data-parallel replicas measure candidates of their own; where experts are
-    spread over them, or `score` is asked for too (collective over the world, of a candidate's chunks), all measure
-    each together. tell: called on one rank of a replica, or of all, once a candidate is measured. Besides the model,
-    one candidate is in memory, and what it has whole it shares with the model. Every rank returns the same. Collective
-    over the world. Raises PlanError where the plans are for another model.
+    batches: all samples, on every rank alike. repair: changes a candidate before it is measured. Data-parallel replicas
+    measure candidates of their own; where experts are spread over them, or `repair` or `score` is asked for too (both
+    collective over the world, of a candidate's chunks), all measure each together. tell: called on one rank of a
+    replica, or of all, once a candidate is measured. Besides the model, one candidate is in memory, and what it has
+    whole it shares with the model. Every rank returns the same. Collective over the world. Raises PlanError where the
+    plans are for another model.
     """
     with fail_together():
         check_cut(model, plan_of(names[0]), topology)
-    apart = topology.ep == 1 and score is None
+    apart = topology.ep == 1 and score is None and repair is None
     mine = names[topology.dp_rank :: topology.dp] if apart else names
     first = topology.tp_rank == topology.pp_rank == 0 and (apart or topology.dp_rank == 0)
     found: dict[str, Found] = {}
     for number, name in enumerate(mine, 1):
-        found[name] = _measured(realise(model, plan_of(name), topology), batches, topology, score)
+        plan = plan_of(name)
+        candidate = realise(model, plan, topology)
+        if repair:
+            repair(candidate, plan)
+        found[name] = _measured(candidate, batches, topology, score)
         if first:
             tell(name, found[name])
         through = min(len(names), number * topology.dp) if apart else number

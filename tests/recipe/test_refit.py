@@ -15,18 +15,19 @@ from minitron_megatron.events import Event, silent
 from minitron_megatron.files import read_json
 from minitron_megatron.layout import Shape
 from minitron_megatron.parallel import Topology
-from minitron_megatron.prune import trim
+from minitron_megatron.prune import choose, trim
 from minitron_megatron.recipe import dry_run, estimate, load_recipe, run
 from minitron_megatron.recipe.context import Context, Folders
 from minitron_megatron.recipe.refit_cost import refit_bytes, refit_flops
-from minitron_megatron.records import Plan
+from minitron_megatron.records import Plan, Scores
 from minitron_megatron.refit import refit
 from minitron_megatron.report import report_run
 from minitron_megatron.testing import Pool
+from minitron_megatron.train import LMObjective, mean_loss
 from tests.tiny import SHAPE
 
 PRUNE = {"hidden": 32, "ffn": 48, "layers": [0, 1, 3, 4], "refit": "sequential", "refit_samples": 48}
-SEARCH = {"ffn": [48], "budget": {"params": 10**9}}
+SEARCH = {"ffn": [40, 48], "budget": {"params": 90_000}, "light": None}
 Write = Callable[..., Path]
 
 
@@ -74,15 +75,35 @@ def test_a_run_distils_the_refitted_model(pool: Pool, recipe_file: Write) -> Non
     assert would_run("prune.refit_samples=32")[0] == would_run("prune.refit=none")[0] == "prune"
 
 
+def until_searched(topology: Topology, recipe: Path) -> float:
+    """Searches; the loss on the calibration samples of the narrower candidate, cut and refitted by hand."""
+    keys = load_recipe(recipe)
+    for stage in ("prepare", "score", "search"):
+        run(keys, topology, only=stage)
+    done = {name: read_json(Folders(keys.out).record(name))["result"] for name in ("prepare", "score")}
+    context = Context(keys, topology, silent, done, str)
+    batches, teacher = context.calibration_batches(), load_hf(keys.model, topology)
+    plan = choose(Scores.load(Folders(keys.out).scores), ffn=40)
+    student = trim(load_hf(keys.model, topology), plan, topology)
+    refit(student, teacher, plan, context.calibration_batches(24), topology, method="outputs")
+    return mean_loss(student, batches, LMObjective(topology), topology)[0]
+
+
+def test_a_search_compares_refitted_candidates(pool: Pool, recipe_file: Write) -> None:
+    prune = {"refit": "outputs", "refit_samples": 24}
+    recipe = recipe_file(prune=prune, search=SEARCH, correct=None, random_baseline=False)
+    want = pool.run(until_searched, recipe, dp=2)[0]
+    rows = read_json(Folders(load_recipe(recipe).out).search / "table.json")["candidates"]
+    found = {row["sizes"]["ffn"]: row["after_cut"] for row in rows}
+    assert found[40] == pytest.approx(want, abs=1e-5)
+    assert estimate(load_recipe(recipe)).stage_flops["prune"] > 0
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"prune": PRUNE | {"refit_samples": 47}}, r"prune\.refit_samples is 47, which cannot be split"),
         ({"prune": PRUNE | {"heads": 4, "merge": "q"}}, r"would undo prune\.merge"),
-        (
-            {"search": {"ffn": [48], "budget": {"params": 10**9}}, "prune": {"refit": "outputs"}},
-            r"leave out prune\.refit",
-        ),
     ],
 )
 def test_what_cannot_be_refitted_is_refused(recipe_file: Write, changes: dict[str, Any], said: str) -> None:
