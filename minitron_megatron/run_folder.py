@@ -100,6 +100,11 @@ class RunFolder:
         return self.data / "index"
 
     @property
+    def refit(self) -> Path:
+        """Errors of each layer before and after the refit."""
+        return self.path / "pruned" / "refit.json"
+
+    @property
     def scores(self) -> Path:
         """Importance scores of units."""
         return self.path / "scores" / "scores.safetensors"

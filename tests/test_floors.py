@@ -20,7 +20,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"parallel"}),
     frozenset({"records"}),
     frozenset({"model", "data", "losses"}),
-    frozenset({"score", "prune", "train", "convert"}),
+    frozenset({"score", "prune", "refit", "train", "convert"}),
     frozenset({"distill", "search", "evaluate", "serve"}),
     frozenset({"recipe", "report"}),
     frozenset({"forecast"}),

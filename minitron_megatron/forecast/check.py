@@ -75,6 +75,8 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     _check_lengths(recipe, config, phases)
     _check_independent_replicas(recipe, topology)
     _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology, topology.dp)
+    if recipe.prune.refit != "none":
+        _check_split("prune.refit_samples", recipe.prune.refit_samples, recipe.score.micro_batch, topology, topology.dp)
     _check_lora(recipe, shape)
     _check_text_is_enough(recipe, phases)
     check_evaluation(recipe)
@@ -112,6 +114,8 @@ def _sample_demands(recipe: Recipe) -> Iterator[tuple[str, int, int, list[float]
         yield f"{key}.tokens", samples, phase.sequence, list(phase.weights), recipe.data.repeat
     weights = [source.weight for source in recipe.data.sources]
     yield "score.samples", recipe.score.samples, recipe.data.sequence, weights, False
+    if recipe.prune.refit != "none":
+        yield "prune.refit_samples", recipe.prune.refit_samples, recipe.data.sequence, weights, False
 
 
 def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:

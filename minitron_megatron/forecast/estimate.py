@@ -16,6 +16,7 @@ from ..serve import client_notes, client_warnings
 from .candidates import candidates_of
 from .check import check, planned
 from .memory import WEIGHT_BYTES, model_bytes, training_bytes
+from .refit_cost import refit_bytes, refit_delay, refit_flops, refit_host_bytes
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
 __all__ = ["Estimate", "count", "estimate"]
@@ -50,6 +51,10 @@ class Estimate:
     teacher_flops: int
     """FLOPs of the teacher in one distillation: its forward passes, and its training where it is corrected
     continuously."""
+    refit_bytes: int
+    """Bytes of the fullest rank in a refit: weights of both models and the largest layer's normal equations; else 0."""
+    refit_host_bytes: int
+    """Host memory per rank in a refit: the states of both models at one layer, of this rank's samples."""
     hours: float
     candidates: tuple[Candidate, ...]
     """Candidates of a search, the largest first. `student` is then the first of them, and `flops` an upper bound."""
@@ -63,9 +68,10 @@ class Estimate:
     def expect_to_fit(self, gib: float) -> None:
         """Raise TopologyError if a rank holds more than `gib` GiB, without activations."""
         expect_number("the memory of a GPU", gib, above=0)
-        if self.rank_bytes > gib * 2**30:
+        most = max(self.rank_bytes, self.refit_bytes)
+        if most > gib * 2**30:
             raise TopologyError(
-                f"a rank needs {self.rank_bytes / 2**30:.1f} GiB before activations, but has {gib:g} GiB. Raise "
+                f"a rank needs {most / 2**30:.1f} GiB before activations, but has {gib:g} GiB. Raise "
                 "parallel.tp or pp, or save teacher memory (distill.offload_teacher, teacher_dtype, teacher_window)."
             )
 
@@ -91,19 +97,25 @@ class Estimate:
     def rows(self) -> dict[str, str]:
         """Return the estimate as label -> text."""
         gib = 2**30
-        return {
+        rows = {
             "teacher": f"{self.teacher_parameters:,} parameters",
             "student": f"{self.student_parameters:,} parameters",
             "student shape": _shape_text(self.student),
             "memory per rank": f"{self.rank_bytes / gib:.3f} GiB before activations",
             "of which teacher states": f"{self.stash_bytes / gib:.3f} GiB",
+            "memory per rank, refit": f"{self.refit_bytes / gib:.3f} GiB, host {self.refit_host_bytes / gib:.3f} GiB",
             "disk": f"{self.disk_bytes / gib:.3f} GiB",
             "KV cache per sequence": f"{self.kv_cache_bytes / gib:.3f} GiB",
             "teacher correction": f"{self.correct_tokens:,} tokens",
             "distillation": f"{self.distill_tokens:,} tokens",
             "compute": f"{self.flops:.3g} FLOPs",
             "time": f"{self.hours:.3g} hours on {self.gpus} GPUs",
-        } | {name: " ".join(each) for name, each in (("warning", self.warnings), ("note", self.notes)) if each}
+        }
+        if not self.refit_bytes:
+            del rows["memory per rank, refit"]
+        return rows | {
+            name: " ".join(each) for name, each in (("warning", self.warnings), ("note", self.notes)) if each
+        }
 
 
 def _shape_text(shape: Shape) -> str:
@@ -153,12 +165,14 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 98
     stage_flops = {
         "correct": 3 * flops_per_token(teacher, sequence) * corrected,
         "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
-        "search": _search_flops(recipe, found, light),
+        "search": _search_flops(recipe, teacher, found, light),
+        "prune": sum(refit_flops(recipe, teacher, student)),
         "distill": distillation,
         "baseline": distillation if recipe.random_baseline else 0,
     }
     flops = sum(stage_flops.values())
-    written = 3 if recipe.random_baseline else 2
+    work = flops + refit_delay(recipe, teacher, [student, *_refitted(recipe, found)])
+    written = 2 + recipe.random_baseline + (recipe.prune.refit != "none")
     models = parameters(student) * (weight * written + WEIGHT_BYTES[recipe.export.dtype])
     return Estimate(
         teacher=teacher,
@@ -176,7 +190,9 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 98
         flops=flops,
         stage_flops=stage_flops,
         teacher_flops=taught,
-        hours=flops / (gpus * peak_flops * mfu) / 3600,
+        refit_bytes=refit_bytes(recipe, teacher, student),
+        refit_host_bytes=refit_host_bytes(recipe, teacher, student, replicas * parallel.cp),
+        hours=work / (gpus * peak_flops * mfu) / 3600,
         candidates=found,
         light_flops=light,
         warnings=client_warnings(config, student, recipe.export.architecture),
@@ -215,12 +231,20 @@ def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> 
     return {each.name: (3 * flops_per_token(each.shape, sequence) + taught) * tokens for each in found}
 
 
-def _search_flops(recipe: Recipe, found: Sequence[Candidate], light: Mapping[str, int]) -> int:
-    """Return the FLOPs of a search: one pass of each candidate over the calibration samples, and light distillation
-    of the most expensive ones."""
+def _refitted(recipe: Recipe, found: Sequence[Candidate]) -> list[Shape]:
+    """Return the shapes that a search refits: each candidate when it is measured, the best again before their light
+    distillation."""
+    light = recipe.search.light if recipe.search else None
+    return [each.shape for each in (*found, *(found[: light.top] if light else ()))]
+
+
+def _search_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate], light: Mapping[str, int]) -> int:
+    """Return the FLOPs of a search: one pass of each candidate over the calibration samples, its refits, and light
+    distillation of the most expensive ones."""
     sequence = recipe.data.sequence
     passes = sum(flops_per_token(each.shape, sequence) for each in found) * recipe.score.samples * sequence
     top = recipe.search.light.top if recipe.search and recipe.search.light else None
+    passes += sum(sum(refit_flops(recipe, teacher, shape)) for shape in _refitted(recipe, found))
     return passes + sum(sorted(light.values(), reverse=True)[:top])
 
 

@@ -10,6 +10,7 @@ from .config import ACTIVATIONS, ModelConfig, Recompute, check_fits, config_of
 from .finite import check_finite
 from .initial import fill_initial
 from .kv_cache import DecodeBatch, KVCache
+from .layers import FUSED_NORM, Arguments, fused_norm, layer_arguments, layers_of, run_layer
 from .megatron_flags import FLAGS as MEGATRON_FLAGS
 from .megatron_flags import check_megatron_lm
 from .megatron_lm import save_megatron_lm
@@ -20,8 +21,10 @@ from .spec import Spec, check_spec, reads_past
 __all__ = [
     "ACTIVATIONS",
     "BRIDGE",
+    "FUSED_NORM",
     "LORA",
     "MEGATRON_FLAGS",
+    "Arguments",
     "Checkpoints",
     "DecodeBatch",
     "KVCache",
@@ -45,6 +48,9 @@ __all__ = [
     "forward_kept",
     "forward_only",
     "forward_rest",
+    "fused_norm",
+    "layer_arguments",
+    "layers_of",
     "load_checkpoint",
     "load_weights",
     "named_shards",
@@ -53,6 +59,7 @@ __all__ = [
     "owner_rank",
     "reads_past",
     "rebuild",
+    "run_layer",
     "save_megatron_lm",
     "windows",
 ]

@@ -65,7 +65,7 @@ def forward_backward(
         return loss, tokens.int(), torch.stack([loss.detach().double(), tokens.double()])
 
     sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
-    for loss_and_tokens in _run_schedule(model, batches, last, forward or _whole_chunk, forward_only=not backward):
+    for loss_and_tokens in _run_schedule(model, batches, last, forward or run_chunk, forward_only=not backward):
         sums += loss_and_tokens
     return sums[0], sums[1].long()
 
@@ -86,7 +86,7 @@ def forward_only(
     def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
         if before:
             before(batch)
-        return _through(chunk, batch, _layers(chunk, without)) if without else _whole_chunk(chunk, batch, index)
+        return _through(chunk, batch, _layers(chunk, without)) if without else run_chunk(chunk, batch, index)
 
     return _collect(model, batches, _hidden, forward)
 
@@ -187,12 +187,13 @@ def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> 
     own_layers = chunk.decoder.layers
     chunk.decoder.layers = nn.ModuleList(layers.values())
     try:
-        return _whole_chunk(chunk, batch)
+        return run_chunk(chunk, batch)
     finally:
         chunk.decoder.layers = own_layers
 
 
-def _whole_chunk(chunk: Any, batch: MicroBatch, index: int = 0) -> Tensor:
+def run_chunk(chunk: Any, batch: MicroBatch, index: int = 0) -> Tensor:
+    """Run a chunk by itself, up to its last layer and the final norm that it may have."""
     return final_hidden(chunk, batch.tokens, getattr(batch, "beside", None))
 
 

@@ -153,6 +153,15 @@ class Prune(Keys):
     """Head-residual merge: add to a kept head its difference from a removed head, in these projections."""
     merge_sign: Literal["printed", "reversed"] = "printed"
     """Sign of the merge: head + (head - partner), as printed in the paper, or head - (head - partner)."""
+    refit: Literal["none", "outputs", "sequential"] = "none"
+    """Repair the linear layers of the cut model by least squares on calibration samples, before distillation: each
+    layer on the teacher's states (`outputs`), or on the student's own states so far, aiming at the teacher's
+    (`sequential`), which makes up for dropped layers too."""
+    refit_samples: Count = 1024
+    """Calibration samples of the refit; an eighth of them is held out and chooses the ridge strength."""
+    refit_ridge: Positive | None = None
+    """Ridge strength towards the trimmed weights, relative to the mean square of a layer's inputs; left out: each layer
+    takes the one with the least error on the held-out samples."""
 
     def sizes(self) -> dict[str, int]:
         """Return the sizes of the width axes that are pruned."""
@@ -306,6 +315,8 @@ class Recipe(Keys):
             raise ValueError(
                 "A search prunes by importance, in one step, without merging: remove prune.by, iterations and merge"
             )
+        if self.prune.merge != "none" and self.prune.refit != "none":
+            raise ValueError("A refit aims at the unmerged heads and would undo prune.merge: set one to none")
         states = distill.states
         if self.spec == "te" and states and (states.embedding or states.outputs or states.mlp_inputs):
             raise ValueError(

@@ -24,6 +24,7 @@ from .importance import KEPT, kept_rows, shares
 from .listeners import lost_lines, read_metrics
 from .measured import PREDICTED, predicted_rows
 from .plots import ByLayer, DepthCurves
+from .refitted import REFITTED, Fit, refitted_rows
 from .searched import SEARCHED, SearchTable, searched_rows
 from .tables import COLUMNS, cells, tasks_of
 
@@ -71,6 +72,7 @@ def write_report(
         _section("Training", drawn["losses"]),
         _section("Search", _table(SEARCHED, searched_rows(search)) + drawn["search"] + drawn["ranks"]),
         _section("Pruning", _table(KEPT, kept_rows(plan, scores, margins)) + kept),
+        _section("Refit", _table(REFITTED, refitted_rows(_read(folder.refit, list[Fit], warnings)))),
         _section("Predicted and measured", _table(PREDICTED, predicted_rows(run))),
         _section("Stages", _stages(stages, metrics)),
         _section("Recipe", _recipe(folder.recipe)),

@@ -23,7 +23,14 @@ from ..run_folder import RunFolder
 
 __all__ = ["DTYPES", "Context"]
 
-WRITES = {"corrected": "correct", "pruned": "prune", "distilled": "distill", "random": "baseline", "export": "export"}
+WRITES = {
+    "corrected": "correct",
+    "trimmed": "prune",
+    "pruned": "prune",
+    "distilled": "distill",
+    "random": "baseline",
+    "export": "export",
+}
 """Folder of a model in a run -> the stage that writes it."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,7 +102,8 @@ class Context:
         Any other folder passes. Each rank reads its share of the files. Collective over the world.
         """
         stage = WRITES.get(folder.name) if folder.parent == self.recipe.out else None
-        recorded, manifest = self.done.get(stage or "", {}).get("files"), folder / MANIFEST
+        key = "trimmed_files" if folder.name == "trimmed" else "files"
+        recorded, manifest = self.done.get(stage or "", {}).get(key), folder / MANIFEST
         with fail_together():
             if stage is None or not (recorded or manifest.is_file()):
                 return
@@ -206,16 +214,17 @@ class Context:
 
         return batches
 
-    def calibration_batches(self) -> list[Batch]:
+    def calibration_batches(self, samples: int | None = None) -> list[Batch]:
         """Return this rank's share of the calibration samples. Collective over the world."""
-        return self._on_device(calibration_batches(self.calibration(), **self._share(self.recipe.score.micro_batch)))
+        corpus = self.calibration(samples)
+        return self._on_device(calibration_batches(corpus, **self._share(self.recipe.score.micro_batch)))
 
-    def calibration(self) -> Corpus:
-        """Return all calibration samples. Collective over the world."""
+    def calibration(self, samples: int | None = None) -> Corpus:
+        """Return all calibration samples, by default as many as scoring takes. Collective over the world."""
         keys = self.recipe.score
         return calibration(
             self.blend,
-            samples=keys.samples,
+            samples=samples or keys.samples,
             sequence=self.recipe.data.sequence,
             seed=self.recipe.seed,
             cache=self.folders.index,

@@ -66,6 +66,7 @@ def _card(context: Context, folder: Path) -> str:
         "## Training\n",
         _table(("stage", "tokens"), training),
         _table(("source", "tokens", "weight"), sources),
+        _repair(context),
         "## Evaluation\n",
         _evaluation(context),
         "## Licence\n",
@@ -82,6 +83,17 @@ def _clients(exported: ModelConfig, teacher: Shape) -> str:
     original, student = replace(exported, shape=teacher), exported.shape
     sentences = (*client_warnings(original, student, "own"), *client_notes(original, student, "own"))
     return "## Clients\n\n" + "".join(f"* {sentence}\n" for sentence in sentences) if sentences else ""
+
+
+def _repair(context: Context) -> str:
+    """Return a sentence on the refit; empty if there was none."""
+    refit = context.done.get("prune", {}).get("refit")
+    if not refit:
+        return ""
+    return (
+        f"Before distillation {refit['repaired']} of {refit['layers']} linear layers of the cut model were refitted to "
+        f"the teacher's activations by least squares ({refit['method']}), on {refit['tokens']:,} calibration tokens.\n"
+    )
 
 
 def _evaluation(context: Context) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -64,7 +64,18 @@ class Searched(TypedDict):
     distilled: int
 
 
+class Refit(TypedDict):
+    method: str
+    tokens: int
+    layers: int
+    repaired: int
+    """Layers whose weights changed."""
+
+
 class Pruned(Model):
+    trimmed_files: NotRequired[str]
+    """The same of the model before its refit."""
+    refit: NotRequired[Refit]
     margins: dict[str, float | None]
     by: str
     layers: list[int]

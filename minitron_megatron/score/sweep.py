@@ -13,13 +13,23 @@ from ..data import Batch
 from ..errors import PlanError
 from ..events import Event, Listener, silent
 from ..layout import PER_LAYER, layer_of
-from ..model import MicroBatch, ModelConfig, NamedShard, config_of, forward_only, named_shards, windows
+from ..model import (
+    FUSED_NORM,
+    MicroBatch,
+    ModelConfig,
+    NamedShard,
+    config_of,
+    forward_only,
+    fused_norm,
+    named_shards,
+    windows,
+)
 from ..parallel import Topology, all_reduce, fail_together, gather_objects
 from ..records import Scores, Statistic
 from .accumulate import Accumulator
 from .bare import bare_chunks
 from .experts import mixtures
-from .taps import FUSED_NORM, Tap, axes_of, axis_scores, channel_units, check_axes, fused_norm, head_norms, taps_of
+from .taps import Tap, axes_of, axis_scores, channel_units, check_axes, head_norms, taps_of
 
 __all__ = ["score"]
 

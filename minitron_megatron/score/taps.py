@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import PlanError, did_you_mean
 from ..layout import Shape, axis_coords, lookup
-from ..model import ModelConfig
 from ..parallel import Topology, all_reduce
 from ..records import Statistic
 
 __all__ = [
-    "FUSED_NORM",
     "TAPS",
     "Tap",
     "axes_of",
@@ -25,7 +21,6 @@ __all__ = [
     "channel_units",
     "check_axes",
     "check_statistic",
-    "fused_norm",
     "head_norms",
     "taps_of",
 ]
@@ -58,7 +53,6 @@ TAPS: Mapping[str, tuple[Tap, ...]] = {
         Tap("pre_mlp_layernorm", 0, output=True, split=True),
     ),
 }
-FUSED_NORM = "layer_norm_weight"
 PRE_ACTIVATION = (Tap("mlp.linear_fc1", 0, output=True),)
 
 
@@ -92,15 +86,6 @@ def check_axes(axes: Sequence[str], shape: Shape) -> None:
 def axes_of(shape: Shape) -> tuple[str, ...]:
     """Return the axes of a model that can be scored."""
     return tuple(axis for axis in (*TAPS, *EXPERT_AXES) if shape.axis_size(axis))
-
-
-def fused_norm(linear: nn.Module, states: Tensor, config: ModelConfig) -> Tensor:
-    """Recompute the output of a norm that Transformer Engine fuses into a linear layer, where no hook can see it."""
-    weight: Any = getattr(linear, FUSED_NORM)
-    weight = weight + int(config.zero_centered_norm)
-    if config.norm == "RMSNorm":
-        return F.rms_norm(states, weight.shape, weight, config.norm_eps)
-    return F.layer_norm(states, weight.shape, weight, linear.layer_norm_bias, config.norm_eps)  # type: ignore[arg-type]
 
 
 def channel_units(axis: str, name: str, dim: int, shape: Shape, topology: Topology) -> Tensor:

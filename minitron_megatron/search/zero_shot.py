@@ -27,6 +27,7 @@ def zero_shot(
     batches: Sequence[Batch],
     *,
     topology: Topology,
+    repair: Callable[[Any, Plan], None] | None = None,
     score: Callable[[Any], float] | None = None,
     tell: Callable[[str, Found], None] = lambda name, found: None,
     listener: Listener = silent,
@@ -34,20 +35,21 @@ def zero_shot(
     """Measure each candidate, a cut of `model`; the model itself is not changed.
 
     batches: all samples, the same on every rank. Each data-parallel replica measures its own share of the candidates,
-    unless experts are spread over replicas or `score` is given: then all ranks measure every candidate together. score:
-    function of a candidate's chunks, collective over the world. tell: called once for each measured candidate, on one
+    unless experts are spread over replicas or `repair` or `score` is given: then all ranks measure every candidate
+    together. repair: changes a candidate before it is measured; score: function of a candidate's chunks; both are
+    collective over the world. tell: called once for each measured candidate, on one
     rank of the replica (or of the world). Only one candidate is in memory besides the model; it shares uncut parameters
     with the model. Every rank returns the same. Collective over the world. Raises PlanError if the plans are for
     another model.
     """
     with fail_together():
         check_cut(model, plan_of(names[0]), topology)
-    by_replica = topology.ep == 1 and score is None
+    by_replica = topology.ep == 1 and score is None and repair is None
     own_names = names[topology.dp_rank :: topology.dp] if by_replica else names
     first = topology.tp_rank == topology.pp_rank == 0 and (by_replica or topology.dp_rank == 0)
     found: dict[str, Found] = {}
     for number, name in enumerate(own_names, 1):
-        found[name] = _measured(trimmed_view(model, plan_of(name), topology), batches, topology, score)
+        found[name] = _measured(_candidate(model, plan_of(name), topology, repair), batches, topology, score)
         if first:
             tell(name, found[name])
         done = min(len(names), number * topology.dp) if by_replica else number
@@ -55,6 +57,13 @@ def zero_shot(
         listener(Event("search", done, len(names), "candidates", {"after_cut": math.nan if loss is None else loss}))
     every = {name: part for each in gather_objects(found) for name, part in each.items()}
     return {name: every[name] for name in names}
+
+
+def _candidate(model: Any, plan: Plan, topology: Topology, repair: Callable[[Any, Plan], None] | None) -> Any:
+    candidate = trimmed_view(model, plan, topology)
+    if repair:
+        repair(candidate, plan)
+    return candidate
 
 
 def _measured(

@@ -54,6 +54,8 @@ EDITS: dict[str, Any] = {
     "prune.scope": "network",
     "prune.merge": "q",
     "prune.merge_sign": "reversed",
+    "prune.refit": "outputs",
+    "prune.refit_ridge": 0.5,
     "distill.loss.divergence": "jsd",
     "distill.loss.beta": 0.25,
     "distill.loss.top_k": 5,

@@ -15,6 +15,7 @@ from ...parallel import broadcast_object, fail_together
 from ..context import Context
 from ..fingerprint import task_marks
 from ..measure_tasks import measured_row, write_table
+from ..refitting import refitted_models
 from ..results import Measured
 from ..stage import Result, Stage
 
@@ -27,10 +28,8 @@ def do_evaluate(context: Context) -> Result:
     models: dict[str, tuple[Path, str]] = {"teacher": (context.recipe.model, "")}
     if context.recipe.corrects_first:
         models["corrected teacher"] = (context.folders.model("corrected"), "correct")
-    models |= {
-        "pruned": (context.folders.model("pruned"), "prune"),
-        "distilled": (context.folders.model("distilled"), "distill"),
-    }
+    models |= {name: (context.folders.model(folder), "prune") for name, folder in refitted_models(context).items()}
+    models["distilled"] = (context.folders.model("distilled"), "distill")
     if context.recipe.random_baseline:
         models["random init"] = (context.folders.model("random"), "baseline")
     rows = []

@@ -12,6 +12,7 @@ from ...parallel import fail_together
 from ...prune import choose, choose_layers, first_plan, merge_heads, random_plan, trim
 from ...records import Plan
 from ..context import DTYPES, Context
+from ..refitting import refitted, write_refit
 from ..stage import Result, Stage
 from .score import load_depth, load_scores, measure
 
@@ -22,14 +23,17 @@ def do_prune(context: Context) -> Result:
     """Choose the units and layers to keep, and prune the teacher to them."""
     plan = decide(context)
     model = cut(context, plan)
+    fits = refitted(context, model, plan)
     folder = context.folders.model("pruned")
     digest = context.save(model, folder)
     with fail_together():
         if context.topology.rank == 0:
             plan.save(context.folders.plan)
+    repair = write_refit(context, fits)
     return {
         "hash": digest,
         "files": context.sealed(folder),
+        **repair,
         "margins": {axis: min(by.values()) for axis, by in plan.margins.items()},
         "by": context.recipe.prune.by,
         "layers": list(plan.kept_layers),

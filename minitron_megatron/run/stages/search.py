@@ -29,6 +29,7 @@ from ..candidate_files import AfterCut, Distilled, Part, curve_of, finite, numbe
 from ..context import DTYPES, Context
 from ..fingerprint import digest, task_marks, untimed
 from ..measure_tasks import score_of
+from ..refitting import refit_candidate, repair_of
 from ..stage import Stage
 from ..training import distil, distillation_inputs
 from .prune import cut
@@ -85,7 +86,8 @@ def _task_inputs(recipe: Recipe) -> Any:
 
 
 def _pruning_keys(recipe: Recipe) -> dict[str, Any]:
-    return recipe.prune.model_dump(include={"scope", "contiguous", "teacher"})
+    refit = set() if recipe.prune.refit == "none" else {"refit", "refit_samples", "refit_ridge"}
+    return recipe.prune.model_dump(include={"scope", "contiguous", "teacher", *refit})
 
 
 def decided(recipe: Recipe, result: Mapping[str, Any]) -> Recipe:
@@ -200,6 +202,7 @@ class _CandidateSearch:
             self.plan,
             [batch.to(context.topology.device) for batch in batches],
             topology=context.topology,
+            repair=repair_of(context, model),
             score=partial(score_of, context, name=self.keys.choose) if by_task else None,
             tell=lambda name, found: self._write(self._pruning_mark, name, found),
             listener=context.listener,
@@ -276,7 +279,9 @@ class _CandidateSearch:
             context.listener(replace(event, done=done, total=len(of) * steps))
 
         candidate = replace(context, place=name, listener=listen)
-        student = cut(candidate, self.plan(name))
+        plan = self.plan(name)
+        student = cut(candidate, plan)
+        refit_candidate(candidate, student, plan)
         try:
             distil(candidate, student, "light", until=until)
             if scored:

@@ -1,0 +1,114 @@
+"""Cost of a refit: FLOPs, bytes on a rank, and host memory, counted from shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ..layout import Shape, flops_per_token
+from ..parallel import Topology
+from ..recipe import Recipe
+from ..refit import RIDGES
+from .memory import WEIGHT_BYTES, model_bytes
+
+__all__ = ["refit_bytes", "refit_delay", "refit_flops", "refit_host_bytes"]
+
+FP64_SHARE = 67 / 989
+"""FP64 matrix products over dense bf16 ones, peak of an H100 (SXM)."""
+
+
+class _Site(NamedTuple):
+    """A kind of linear layer that is refitted."""
+
+    copies: int
+    """How many a model has."""
+    inputs: int
+    outputs: int
+    targets: int
+    """Numbers of a token besides its inputs that moments are taken of."""
+    share: float = 1.0
+    """Tokens that each of them sees, of all."""
+
+    @property
+    def size(self) -> int:
+        return self.inputs + self.targets
+
+
+def _sites(teacher: Shape, student: Shape) -> Iterator[_Site]:
+    hidden, layers = student.hidden, student.layers
+    attention, gate = student.heads * student.head_dim, 2 if student.gated else 1
+    sent = teacher.experts_per_token / student.experts if student.experts else 1.0
+    mlps = [(student.ffn, layers, 1.0), (student.expert_ffn, layers * student.experts, sent)]
+    mlps = [(size, count, share) for size, count, share in [*mlps, (student.shared_ffn, layers, 1.0)] if size and count]
+    yield _Site(layers, attention, hidden, hidden)
+    for size, count, share in mlps:
+        yield _Site(count, size, hidden, hidden, share)
+    if student.hidden == teacher.hidden:
+        return
+    yield _Site(layers, hidden, attention + 2 * student.kv_groups * student.head_dim, teacher.hidden)
+    for size, count, share in mlps:
+        yield _Site(count, hidden, gate * size, teacher.hidden, share)
+    yield _Site(1, hidden, 1 if student.tied else student.padded_vocab, teacher.hidden)
+
+
+def refit_flops(recipe: Recipe, teacher: Shape, student: Shape) -> tuple[int, int]:
+    """(FLOPs of forward passes, FLOPs of fp64 moments and solves); zeros where nothing is refitted.
+
+    The teacher runs once. Of the student every layer runs to its output projection, where the residual stream was cut
+    to the MLP's input too, and to its end; `sequential` runs it once more with its new weights.
+    """
+    keys = recipe.prune
+    if keys.refit == "none":
+        return 0, 0
+    tokens, sequence = keys.refit_samples * recipe.data.sequence, recipe.data.sequence
+    one, two = (flops_per_token(student.resized(layers=layers), sequence) for layers in (1, 2))
+    width = student.ffn or student.expert_ffn * student.experts_per_token + student.shared_ffn
+    attention = two - one - 2 * (3 if student.gated else 2) * student.hidden * width
+    narrow, whole = student.hidden < teacher.hidden, 1 + (keys.refit == "sequential")
+    forward = flops_per_token(teacher, sequence) + student.layers * (
+        attention * (1 + narrow + (student.experts > 0)) + (two - one) * whole
+    )
+    ridges = 1 if keys.refit_ridge else len(RIDGES)
+    exact = 0.0
+    for site in _sites(teacher, student):
+        exact += site.copies * 2 * tokens * site.share * site.size**2
+        exact += site.copies * ridges * (site.inputs**3 / 3 + 6 * site.outputs * site.inputs**2)
+    return forward * tokens, round(exact)
+
+
+def refit_delay(recipe: Recipe, teacher: Shape, students: Sequence[Shape]) -> float:
+    """FLOPs in bf16 that take as long as refits take longer than their FLOPs say: fp64 is slower, and pipeline stages
+    take turns."""
+    pairs = [refit_flops(recipe, teacher, student) for student in students]
+    return sum((forward + exact / FP64_SHARE) * recipe.parallel.pp - forward - exact for forward, exact in pairs)
+
+
+def refit_bytes(recipe: Recipe, teacher: Shape, student: Shape) -> int:
+    """The most that a rank holds of weights and normal equations, activations not counted."""
+    if recipe.prune.refit == "none":
+        return 0
+    topology = Topology(**recipe.parallel.model_dump())
+    both = zip(
+        *(model_bytes(shape, topology, recipe.dtype) for shape in (teacher, student)),
+        strict=True,
+    )
+    return max(sum(pair) for pair in both) + max(
+        _site_bytes(site, topology.tp, student.experts if site.share < 1 else 1) for site in _sites(teacher, student)
+    )
+
+
+def _site_bytes(site: _Site, tp: int, together: int) -> int:
+    """Moments of the layers that are taken together, and a solve: the Gram matrix with its ridge and its factor."""
+    moments = 2 * 8 * site.size**2
+    gathered = moments * (1 + 1 / tp) if tp > 1 else 0
+    return round(together * moments / tp + gathered + 2 * 8 * site.inputs**2)
+
+
+def refit_host_bytes(recipe: Recipe, teacher: Shape, student: Shape, dp: int) -> int:
+    """The residual streams of a rank's samples and what is kept of the teacher's layer at work."""
+    if recipe.prune.refit == "none":
+        return 0
+    tokens = recipe.prune.refit_samples * recipe.data.sequence // dp
+    split = recipe.parallel.tp if recipe.parallel.sequence_parallel else 1
+    kept = 6 if student.hidden < teacher.hidden else 4
+    return tokens * (kept * teacher.hidden + 2 * student.hidden) * WEIGHT_BYTES[recipe.dtype] // split

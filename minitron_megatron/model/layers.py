@@ -1,0 +1,129 @@
+"""One layer at a time: the arguments that mcore calls a layer with, and the tensors that pass through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .build import chunks_of
+from .config import ModelConfig
+from .schedule import MicroBatch, run_chunk
+
+__all__ = ["FUSED_NORM", "Arguments", "fused_norm", "layer_arguments", "layers_of", "run_layer"]
+
+FUSED_NORM = "layer_norm_weight"
+"""Weight of a norm that Transformer Engine keeps inside a linear layer."""
+
+Arguments = Mapping[str, Any]
+"""Keyword arguments of a layer's forward pass: rotary embedding, attention mask and the like."""
+
+POINTS = ("qkv", "proj", "middle", "mlp", "router", "fc2", "out")
+"""Points of a layer in the order of computation: the input of the QKV projection, of the attention's output projection,
+the residual stream after attention, the MLP's normed input, the router's output, the input of (shared) fc2, and the
+layer's output."""
+
+
+class _Enough(Exception):
+    """Everything wanted of a layer has been seen; the rest need not be computed."""
+
+
+class _Arguments(nn.Module):
+    """Stand-in for a layer that stores its arguments and returns its input."""
+
+    arguments: Arguments
+
+    def forward(self, **arguments: Any) -> tuple[Tensor, None]:
+        self.arguments = arguments
+        return arguments["hidden_states"], None
+
+
+def fused_norm(linear: nn.Module, states: Tensor, config: ModelConfig) -> Tensor:
+    """Return the output of the norm that Transformer Engine keeps inside a linear layer; no hook sees it."""
+    weight: Any = getattr(linear, FUSED_NORM)
+    weight = weight + int(config.zero_centered_norm)
+    if config.norm == "RMSNorm":
+        return F.rms_norm(states, weight.shape, weight, config.norm_eps)
+    return F.layer_norm(states, weight.shape, weight, linear.layer_norm_bias, config.norm_eps)  # type: ignore[arg-type]
+
+
+def layers_of(model: Any) -> dict[int, Any]:
+    """This rank's layers by their number in the whole model, from 0."""
+    return {layer.layer_number - 1: layer for chunk in chunks_of(model) for layer in chunk.decoder.layers}
+
+
+def layer_arguments(chunk: Any, batch: MicroBatch, entering: Tensor | None = None) -> Arguments:
+    """Return the arguments that mcore calls a chunk's layers with; `hidden_states` is what enters the first one.
+
+    entering: the states from the pipeline stage before; None on the first stage, where the embedding gives them.
+    Collective over tp.
+    """
+    stand_in, whole = _Arguments(), chunk.decoder.layers
+    chunk.decoder.layers = nn.ModuleList([stand_in])
+    if entering is not None:
+        chunk.set_input_tensor(entering)
+    try:
+        run_chunk(chunk, batch)
+    finally:
+        chunk.decoder.layers = whole
+    return stand_in.arguments
+
+
+def run_layer(
+    layer: Any, arguments: Arguments, states: Tensor, points: Collection[str], config: ModelConfig
+) -> dict[str, Any]:
+    """Run a layer on other states and return what passes the `points` asked for; it stops at the last of them.
+
+    Collective over tp, and over the ranks of a mixture's experts.
+    """
+    seen: dict[str, Any] = {}
+    last = max(points, key=POINTS.index)
+    with ExitStack() as hooks:
+        for point in points:
+            if point != "out":
+                hooks.enter_context(_hooked(layer, point, seen, config, stop=point == last))
+        try:
+            out = layer(**{**arguments, "hidden_states": states})
+        except _Enough:
+            return seen
+    return seen | {"out": out[0].detach()}
+
+
+@contextmanager
+def _hooked(layer: Any, point: str, seen: dict[str, Any], config: ModelConfig, *, stop: bool) -> Iterator[None]:
+    module, output = _place(layer, point)
+
+    def see(value: Any) -> None:
+        seen[point] = value
+        if stop:
+            raise _Enough
+
+    def before(module: Any, args: tuple[Any, ...]) -> None:
+        states = args[0].detach()
+        see(fused_norm(module, states, config) if hasattr(module, FUSED_NORM) else states)
+
+    def after(module: Any, args: tuple[Any, ...], out: Any) -> None:
+        see(out)
+
+    hook: Callable[..., Any] = after if output else before
+    handle = module.register_forward_hook(hook) if output else module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _place(layer: Any, point: str) -> tuple[Any, bool]:
+    """(module, whether its output is meant and not its input)."""
+    attention, mlp = layer.self_attention, layer.mlp
+    mixture = hasattr(mlp, "router")
+    if point == "mlp":
+        return (mlp if mixture else mlp.linear_fc1), False
+    if point == "fc2":
+        return (mlp.shared_experts if mixture else mlp).linear_fc2, False
+    if point == "router":
+        return mlp.router, True
+    return {"qkv": attention.linear_qkv, "proj": attention.linear_proj, "middle": layer.pre_mlp_layernorm}[point], False

@@ -1,0 +1,70 @@
+"""Second moments of activations, complete over the ranks of every parallelism."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import Param
+from ..parallel import Topology, all_reduce, gather_sequence
+
+__all__ = ["Moments", "share_of", "unshard"]
+
+TOKENS = 4096
+"""Tokens that are added at a time: an fp64 copy of so many vectors exists."""
+
+
+def share_of(size: int, part: int, parts: int) -> range:
+    """The part of `size` rows that one of `parts` ranks takes: equal lengths but for the last ones."""
+    each = -(-size // parts)
+    return range(min(part * each, size), min((part + 1) * each, size))
+
+
+class Moments:
+    """Sums of z z' over tokens, z = (target, input), apart for calibration tokens and held-out ones: fp64.
+
+    Each tensor-parallel rank adds up its part of the rows from whole vectors, which all of them have.
+    """
+
+    def __init__(self, size: int, topology: Topology) -> None:
+        self.size, self.topology = size, topology
+        self.rows = share_of(size, topology.tp_rank, topology.tp)
+        self.sums = torch.zeros(2, len(self.rows), size, dtype=torch.float64, device=topology.device)
+        self.tokens = torch.zeros(2, dtype=torch.float64, device=topology.device)
+
+    def add(self, vectors: Tensor, kind: Tensor) -> None:
+        """vectors: [tokens, size]; kind: int8 [tokens], the place of each in the sums, or -1: it does not count."""
+        rows = slice(self.rows.start, self.rows.stop)
+        for place in (0, 1):
+            chosen = (kind == place).nonzero().flatten()
+            self.tokens[place] += len(chosen)
+            for some in chosen.split(TOKENS):
+                z = vectors[some].double()
+                self.sums[place].addmm_(z[:, rows].T, z)
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        """(the whole matrix of all tokens: fp64 [2, size, size], tokens: fp64 [2]). Collective over tp and dp."""
+        sums = all_reduce(self.sums, self.topology.dp_group)
+        tokens = all_reduce(self.tokens, self.topology.dp_group)
+        if self.topology.tp > 1:
+            each = -(-self.size // self.topology.tp)
+            padded = sums.new_zeros(each, 2, self.size)
+            padded[: len(self.rows)] = sums.transpose(0, 1)
+            sums = gather_sequence(padded, self.topology.tp_group)[: self.size].transpose(0, 1)
+        return sums, tokens
+
+
+def unshard(tensor: Tensor, axis: int, param: Param, dim: int, sizes: dict[str, int], topology: Topology) -> Tensor:
+    """Return a tensor whose `axis` holds this rank's rows of a parameter's dim, with the rows of all ranks in order.
+
+    Collective over tp where the dim is split.
+    """
+    if param.tp_dim != dim or topology.tp == 1:
+        return tensor
+    parts = gather_sequence(tensor.movedim(axis, 0), topology.tp_group)
+    order = torch.cat([param.shard_rows(dim, sizes, rank, topology.tp) for rank in range(topology.tp)])
+    if len(order) != len(parts):  # a vocabulary with somebody else's padding lies in the order of the ranks
+        return parts.movedim(0, axis)
+    whole = torch.empty_like(parts)
+    whole[order.to(parts.device)] = parts
+    return whole.movedim(0, axis)
