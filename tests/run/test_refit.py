@@ -96,7 +96,7 @@ def test_a_search_compares_refitted_candidates(pool: Pool, recipe_file: Write) -
     prune = {"refit": "outputs", "refit_samples": 24}
     recipe = recipe_file(prune=prune, search=SEARCH, correct=None, random_baseline=False)
     want = pool.run(until_searched, recipe, dp=2)[0]
-    rows = read_json(RunFolder(load_recipe(recipe).out).search / "table.json")["candidates"]
+    rows = read_json(RunFolder(load_recipe(recipe).out).search_table)["candidates"]
     found = {row["sizes"]["ffn"]: row["after_cut"] for row in rows}
     assert found[40] == pytest.approx(want, abs=1e-5)
     assert estimate(load_recipe(recipe)).stage_flops["prune"] > 0
