@@ -48,11 +48,7 @@ def zero_shot(
     first = topology.tp_rank == topology.pp_rank == 0 and (apart or topology.dp_rank == 0)
     found: dict[str, Found] = {}
     for number, name in enumerate(mine, 1):
-        plan = plan_of(name)
-        candidate = realise(model, plan, topology)
-        if repair:
-            repair(candidate, plan)
-        found[name] = _measured(candidate, batches, topology, score)
+        found[name] = _measured(_candidate(model, plan_of(name), topology, repair), batches, topology, score)
         if first:
             tell(name, found[name])
         through = min(len(names), number * topology.dp) if apart else number
@@ -60,6 +56,13 @@ def zero_shot(
         listener(Event("search", through, len(names), "candidates", {"after_cut": math.nan if loss is None else loss}))
     every = {name: part for each in gather_objects(found) for name, part in each.items()}
     return {name: every[name] for name in names}
+
+
+def _candidate(model: Any, plan: Plan, topology: Topology, repair: Callable[[Any, Plan], None] | None) -> Any:
+    candidate = realise(model, plan, topology)
+    if repair:
+        repair(candidate, plan)
+    return candidate
 
 
 def _measured(
