@@ -182,7 +182,7 @@ def main() -> None:
 
 
 def _name(args: argparse.Namespace) -> str:
-    return str(load_recipe(args.recipe, args.overrides, args.work).model.name)
+    return str(load_recipe(args.recipe, args.overrides, args.work).model)
 
 
 if __name__ == "__main__":
