@@ -49,7 +49,7 @@ def test_the_slowest_rank_is_named(run: Path) -> None:
         values = {"slowest_rank": rank, "slowest_seconds": seconds, "median_seconds": 1.0}
         metrics(Event("distill", step, 8, values=values | {"tokens": 1, "tokens_per_second": 1.0}))
     rows = {row[0]: row[2] for row in predicted_rows(run)}
-    assert rows["slowest rank of distill, by itself"] == "rank 3, in 2 of 3 measurements: 3.00 x the median time"
+    assert rows["slowest rank of distill, own work"] == "rank 3, in 2 of 3 measurements: 3.00 x the median time"
 
 
 def test_a_model_of_another_size_is_seen(run: Path) -> None:
