@@ -73,7 +73,7 @@ def test_an_override_changes_one_block_of_those_that_an_alias_shares(tmp_path: P
         (["data.sources=[]"], "data.sources"),
         (
             ["prune.layers=abc"],
-            "prune.layers is 'abc': give the number of layers to keep, or a list of the layers to keep.",
+            "prune.layers is 'abc': give the number of layers to keep, or a list of",
         ),
         (["prune.layers=0"], "prune.layers is 0: give the number"),
         (["prune.layers=[1, x]"], "prune.layers is [1, 'x']: give the number"),

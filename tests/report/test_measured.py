@@ -39,7 +39,7 @@ def test_files_memory_and_work_stand_beside_their_predictions(run: Path) -> None
     assert rows["bytes of the export"] == ("200", "200", "1.000")
     assert rows["peak bytes per rank (predicted: without activations)"] == ("5,000", "10,000", "2.000")
     assert rows["FLOPs of score"] == ("1.00e+06", "2.0 s: 5.00e+05 FLOP/s", "-")
-    assert rows["FLOPs of a step of distill"] == ("1.00e+06, 25% the teacher's", "0.5 s: 2.00e+06 FLOP/s", "-")
+    assert rows["FLOPs per step of distill"] == ("1.00e+06, 25% the teacher's", "0.5 s: 2.00e+06 FLOP/s", "-")
     assert len(rows) == 7  # no random model, no correction
 
 
