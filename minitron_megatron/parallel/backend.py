@@ -86,6 +86,35 @@ def _uncompiled() -> Iterator[None]:
         torch.compile = before
 
 
+_groups: dict[tuple[int, ...], Any] = {}
+"""Ranks -> their process group of the present layout."""
+
+
+def release_groups() -> None:
+    """Drop the process groups of a layout that has ended."""
+    _groups.clear()
+
+
+def _share_groups() -> None:
+    """Make mcore create one gloo group for each distinct set of ranks, not one for each purpose.
+
+    A layout has some twenty groups, and in a small world most have the same ranks. Each holds three threads, one of
+    which wakes a hundred times a second, and takes a rendezvous of the world to create. Every rank issues the
+    operations of a set of ranks in the same order, so that one group serves all purposes.
+    """
+    from megatron.core import parallel_state
+
+    create = parallel_state.create_group
+
+    def create_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:  # parallel_state.py:214
+        key = tuple(ranks or ())
+        if key not in _groups:
+            _groups[key] = create(ranks, *args, **kwargs)
+        return _groups[key]
+
+    parallel_state.create_group = create_group
+
+
 _installed = False
 
 
@@ -105,6 +134,8 @@ def install_cpu_backend() -> None:
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     with _uncompiled():
         from megatron.core.tensor_parallel import random as mcore_random
+
+        _share_groups()
 
     mcore_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # random.py:41
     mcore_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)  # random.py:72

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import TopologyError
-from .backend import install_cpu_backend
+from .backend import install_cpu_backend, release_groups
 from .mcore_compat import quieten
 
 __all__ = ["PlannedTopology", "Topology", "claim_device", "launched"]
@@ -97,6 +97,7 @@ class Topology:
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
+        release_groups()
         for name in [name for name, known in vars(type(self)).items() if isinstance(known, cached_property)]:
             vars(self).pop(name, None)
 

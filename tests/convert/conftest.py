@@ -94,7 +94,7 @@ def make_renamed(folder: Path, llama: Path) -> Path:
     tensors = load_file(llama / "model.safetensors")
     save_file({renamed(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
     config = json.loads((llama / "config.json").read_text())
-    config |= {"model_type": "new_name", "architectures": ["OursForCausalLM"]}
+    config |= {"model_type": "ours", "architectures": ["OursForCausalLM"]}
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_ours.OursForCausalLM"}
     (folder / "config.json").write_text(json.dumps(config))
     return folder

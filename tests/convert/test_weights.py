@@ -161,9 +161,9 @@ def test_one_file_beside_an_index_of_other_tensors_is_an_error(folder: Path, cha
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ({"weight_map": {Q: "../model.safetensors"}}, "names '../model.safetensors', which is no file of its folder"),
-        ({"weight_map": {Q: "/etc/passwd"}}, "names '/etc/passwd', which is no file of its folder"),
-        ({"weight_map": {Q: 3}}, "names 3, which is no file of its folder"),
+        ({"weight_map": {Q: "../model.safetensors"}}, "names '../model.safetensors', which is not a file"),
+        ({"weight_map": {Q: "/etc/passwd"}}, "names '/etc/passwd', which is not a file of its folder"),
+        ({"weight_map": {Q: 3}}, "names 3, which is not a file of its folder"),
         ({"weight_map": {Q: ["a"]}}, "is torn or not an index"),
         ({"weight_map": [Q]}, "is torn or not an index"),
         ({"weight_map": None}, "is torn or not an index"),

@@ -22,10 +22,13 @@ TEACHER, STUDENT = replace(SHAPE, layers=32), replace(SHAPE, layers=16)
         ({"attention": ("29:",)}, "attention has '29:', which is not a pair"),
         ({"mlp_inputs": ("-1:3",)}, "mlp_inputs has '-1:3', which is not a pair"),
         ({"outputs": (1753,)}, r"outputs has 1753, which is not a pair"),
-        ({"embedding": True, "loss": "cosin"}, r"'cosin' is not known\. Did you mean 'cosine'\? Known: cosine, mse\."),
-        ({"embedding": True, "alpha": "dynamical"}, r"alpha of the states is 'dynamical'\. It must be above 0, or dyn"),
+        ({"embedding": True, "loss": "cosin"}, r"'cosin' is unknown\. Did you mean 'cosine'\? Known: cosine, mse\."),
+        (
+            {"embedding": True, "alpha": "dynamical"},
+            r"alpha of the loss on states is 'dynamical'\. It must be above 0, or dyn",
+        ),
         ({"embedding": True, "alpha": 0.0}, r"alpha of the loss on states is 0\.0\. It must be above 0"),
-        ({}, r"no states are mapped\. Set at least one of embedding, outputs, mlp_inputs, attention\."),
+        ({}, r"no states to match are given\. Set at least one of embedding, outputs, mlp_inputs, attention\."),
     ],
 )
 def test_what_is_no_mapping_is_refused(keys: dict[str, Any], says: str) -> None:
@@ -53,7 +56,7 @@ def test_a_layer_that_is_not_there_is_named(keys: dict[str, Any], says: str) -> 
 
 def test_relations_between_tokens_want_whole_sequences() -> None:
     StatePairs(outputs=("29:13",)).check(TEACHER, STUDENT, Topology(cp=2))
-    with pytest.raises(RecipeError, match=r"attention relates all tokens of a sequence, and cp=2\. Set cp to 1"):
+    with pytest.raises(RecipeError, match=r"on each rank, but cp=2 splits them\. Set cp to 1"):
         StatePairs(outputs=("29:13",), attention=("29:13",)).check(TEACHER, STUDENT, Topology(cp=2))
 
 
@@ -74,5 +77,5 @@ def test_the_papers_mapping_lies_on_one_stage(topology: Topology) -> None:
 def test_a_pair_over_two_stages_is_told_of_a_near_one(kind: str, pair: str, topology: Topology, says: str) -> None:
     with pytest.raises(RecipeError, match=says) as caught:
         StatePairs(**{kind: (pair,)}).check(TEACHER, STUDENT, topology)
-    instead = str(caught.value).split("Map ")[1].split(",")[0]
+    instead = str(caught.value).split("Use ")[1].split(",")[0]
     StatePairs(**{kind: (instead,)}).check(TEACHER, STUDENT, topology)

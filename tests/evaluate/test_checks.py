@@ -55,8 +55,8 @@ def written(root: Path, **splits: list[dict[str, Any]]) -> Path:
         ({"triviaqa__validation": TRIVIA}, Task("triviaqa", 1), r"triviaqa/train\.jsonl is missing"),
         ({"winogrande__train": WINO[:2], "winogrande__validation": WINO[2:]}, Task("winogrande", 2), "needs 3"),
         ({"gsm8k__train": GSM[:2], "gsm8k__test": GSM[2:]}, Task("gsm8k", 3), r"holds 2 examples.*needs 3"),
-        ({"gsm8k__train": GSM, "gsm8k__test": GSM}, Task("gsm8k", 3), r"holds all questions of test\.jsonl"),
-        ({"gsm8k__train": GSM, "gsm8k__test": GSM[:3]}, Task("gsm8k", 3), r"holds all questions of test\.jsonl"),
+        ({"gsm8k__train": GSM, "gsm8k__test": GSM}, Task("gsm8k", 3), r"holds all scored questions of test\.jsonl"),
+        ({"gsm8k__train": GSM, "gsm8k__test": GSM[:3]}, Task("gsm8k", 3), r"holds all scored questions of test\.jsonl"),
         (
             {"lambada_openai__test": [{"text": "a b c"}]},
             Task("lambada_openai", 2),

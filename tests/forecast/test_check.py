@@ -122,7 +122,7 @@ def test_training_text_is_no_held_out_text(recipe_file: Write, material: Path, t
         "another source's": [{"path": tmp_path / "other.jsonl", "validation": corpus}, {"path": corpus}],
     }
     said = json.dumps(sources[kind], default=str)
-    with pytest.raises(MinitronError, match=r"a\.jsonl is training text and held-out text at once"):
+    with pytest.raises(MinitronError, match=r"a\.jsonl is both training text and held-out text"):
         dry_run(load_recipe(recipe_file(), [f"data.sources={said}"]))
 
 

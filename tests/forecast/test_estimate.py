@@ -123,7 +123,7 @@ def test_a_llama_that_transformers_refuses_is_told_of(recipe_file: Write) -> Non
     with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
         LlamaConfig(hidden_size=42, num_attention_heads=4, head_dim=8)
     [said] = estimate(load_recipe(recipe_file(prune={"hidden": 42, "heads": 4}))).warnings
-    assert "hidden size 42 with 4 heads: it wants a multiple. Choose hidden 40 or 44, or load" in said
+    assert "hidden size 42, which is not a multiple of its 4 heads. Choose hidden 40 or 44, or load" in said
     assert estimate(load_recipe(recipe_file(prune={"hidden": 40, "heads": 4}))).warnings == ()
 
 

@@ -87,8 +87,8 @@ def test_a_number_of_layers_is_a_shape(recipe_file: Write) -> None:
         ({}, {"depth": {"lengths": [1, 5]}}, RecipeError, "[1, 5], but the teacher has 5 layers. Use lengths from 1"),
         ({"layers": 3}, {"depth": {"greedy": True, "metric": "bi"}}, RecipeError, "Use metric loss or kl"),
         ({}, {"depth": {"greedy": True}}, RecipeError, "prune.layers keeps all. Set prune.layers, or greedy: false."),
-        ({"iterations": 3, "layers": 3}, {}, RecipeError, "prune.iterations is 3, but no width is cut. Set it to 1."),
-        ({"iterations": 3, "ffn": 48, "by": "first"}, {}, RecipeError, "but by: first scores nothing. Set it to 1."),
+        ({"iterations": 3, "layers": 3}, {}, RecipeError, "prune.iterations is 3, but no width is pruned. Set it"),
+        ({"iterations": 3, "ffn": 48, "by": "first"}, {}, RecipeError, "prune.by: first needs no scores. Set it to 1."),
         ({"iterations": 4, "ffn": 60}, {}, TopologyError, "axis ffn has 63 units, which cannot be split over TP=2"),
     ],
 )

@@ -71,15 +71,18 @@ def test_an_override_changes_one_block_of_those_that_an_alias_shares(tmp_path: P
         (["distill.loss.top_k=0"], "distill.loss.top_k is 0"),
         (["distill.loss.tempreature=2"], "distill.loss.tempreature is not a known key. Did you mean 'temperature'?"),
         (["data.sources=[]"], "data.sources"),
-        (["prune.layers=abc"], "prune.layers is 'abc': give how many layers to keep, or a list of those that stay."),
-        (["prune.layers=0"], "prune.layers is 0: give how many"),
-        (["prune.layers=[1, x]"], "prune.layers is [1, 'x']: give how many"),
+        (
+            ["prune.layers=abc"],
+            "prune.layers is 'abc': give the number of layers to keep, or a list of",
+        ),
+        (["prune.layers=0"], "prune.layers is 0: give the number"),
+        (["prune.layers=[1, x]"], "prune.layers is [1, 'x']: give the number"),
         (["score.depth={metrik: kl}"], "score.depth.metrik is not a known key. Did you mean 'metric'?"),
         (["data=null"], "data is null: give a block of keys"),
         (["spec=ta"], "spec is 'ta'"),
         (["spec=te", "distill.states={outputs: ['3:2']}"], "set spec to local, or give only distill"),
         (["prune.hidden"], "does not have the form a.b=value"),
-        (["out.x=1"], "there is no block of keys that holds x"),
+        (["out.x=1"], "the parent of x is a value, not a block of keys"),
         (["prune.hidden=[1"], "is not a YAML value"),
     ],
 )
@@ -137,7 +140,7 @@ def test_absurd_values_are_refused_by_name(recipe_file: Write, override: str) ->
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("model: a\nmodel: b\n", "the key 'model' stands twice"),
+        ("model: a\nmodel: b\n", "the key 'model' is given twice"),
         ("out: &a [*a]\n", "values"),
         (
             "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]),

@@ -39,7 +39,7 @@ def test_files_memory_and_work_stand_beside_their_predictions(run: Path) -> None
     assert rows["bytes of the export"] == ("200", "200", "1.000")
     assert rows["peak bytes per rank (predicted: without activations)"] == ("5,000", "10,000", "2.000")
     assert rows["FLOPs of score"] == ("1.00e+06", "2.0 s: 5.00e+05 FLOP/s", "-")
-    assert rows["FLOPs of a step of distill"] == ("1.00e+06, 25% the teacher's", "0.5 s: 2.00e+06 FLOP/s", "-")
+    assert rows["FLOPs per step of distill"] == ("1.00e+06, 25% the teacher's", "0.5 s: 2.00e+06 FLOP/s", "-")
     assert len(rows) == 7  # no random model, no correction
 
 
@@ -49,7 +49,7 @@ def test_the_slowest_rank_is_named(run: Path) -> None:
         values = {"slowest_rank": rank, "slowest_seconds": seconds, "median_seconds": 1.0}
         metrics(Event("distill", step, 8, values=values | {"tokens": 1, "tokens_per_second": 1.0}))
     rows = {row[0]: row[2] for row in predicted_rows(run)}
-    assert rows["slowest rank of distill, by itself"] == "rank 3, in 2 of 3 measurements: 3.00 x the median time"
+    assert rows["slowest rank of distill, own work"] == "rank 3, in 2 of 3 measurements: 3.00 x the median time"
 
 
 def test_a_model_of_another_size_is_seen(run: Path) -> None:

@@ -126,7 +126,12 @@ WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
         PlanError,
         ["search.hidden tries 80, but the teacher has 64"],
     ),
-    (Space({"experts": (2,)}), {"params": Limit(at_most=1e4)}, PlanError, ["search.experts", "does not have this axis"]),
+    (
+        Space({"experts": (2,)}),
+        {"params": Limit(at_most=1e4)},
+        PlanError,
+        ["search.experts", "does not have this axis"],
+    ),
     (Space({}), {"params": Limit(at_most=1e4)}, RecipeError, ["varies no axis"]),
     (Space({"ffn": (32,)}, (2.0,)), {"params": Limit(at_most=1e4)}, RecipeError, ["both ffn and expansion"]),
     (Space({"hidden": (32,)}), {"params": Limit(at_most=1e9)}, RecipeError, ["nothing needs to be cut", "less"]),

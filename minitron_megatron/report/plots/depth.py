@@ -17,7 +17,7 @@ __all__ = ["DepthCurves", "depth_curves"]
 NAMES = {
     "bi": "block importance",
     "loss": "cross-entropy\n(nats per token)",
-    "kl": "KL from the full network\n(nats per token)",
+    "kl": "KL divergence from the\nfull network (nats per token)",
 }
 
 
