@@ -102,7 +102,7 @@ def share(every: Batch, topology: Topology, micro_batch: int = 2) -> list[Batch]
     """Return a data-parallel rank's micro-batches on its device: consecutive samples, split by context parallelism."""
     each = len(every.tokens) // topology.replicas
     starts = range(topology.replica * each, (topology.replica + 1) * each, micro_batch)
-    parts = (every.tokens, every.labels, every.mask, every.beside)
+    parts = (every.tokens, every.labels, every.mask, every.attention_context)
     batches = [Batch(*(part if part is None else part[a : a + micro_batch] for part in parts)) for a in starts]
     return [batch.to(topology.device).shared(topology) for batch in batches]
 

@@ -26,13 +26,13 @@ class Batch:
     """int64 [batch, seq]: the next token of each token."""
     mask: Tensor
     """bool [batch, seq]: tokens that count in the loss."""
-    beside: Tensor | ContextShard | None = None
+    attention_context: Tensor | ContextShard | None = None
     """Attention context. With separate documents: the document number of each token in its sample, int64 [batch, seq],
     kept on the host, which launches one attention call per document. With context parallelism: the ContextShard. None:
     each sample is one document."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.labels.to(device), self.mask.to(device), self.beside)
+        return Batch(self.tokens.to(device), self.labels.to(device), self.mask.to(device), self.attention_context)
 
     def shared(self, topology: Topology) -> Batch:
         """Return this rank's part of the batch, where context-parallel ranks share sequences.
@@ -46,8 +46,8 @@ class Batch:
             raise RecipeError(
                 f"sequences of {sequence} tokens cannot be split over cp={topology.cp}. Choose a multiple of {unit}."
             )
-        assert not isinstance(self.beside, ContextShard)
-        shard = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, sequence, self.beside)
+        assert not isinstance(self.attention_context, ContextShard)
+        shard = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, sequence, self.attention_context)
         return Batch(shard.take(self.tokens), shard.take(self.labels), shard.take(self.mask), shard)
 
 

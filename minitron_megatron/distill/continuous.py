@@ -71,7 +71,7 @@ class _StateKeepingLM(LMObjective):
 
     def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
         with self.capturing():
-            return final_hidden(chunk, batch.tokens, batch.beside)
+            return final_hidden(chunk, batch.tokens, batch.attention_context)
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         self.hidden[index] = hidden.detach()

@@ -86,7 +86,7 @@ class KDObjective:
     def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
         """Run the student forward, with the losses on its states, if any."""
         with self.states.at(index) if self.states else nullcontext():
-            return final_hidden(chunk, batch.tokens, batch.beside)
+            return final_hidden(chunk, batch.tokens, batch.attention_context)
 
     def finish(self) -> dict[str, float]:
         """Return the step's metrics of the loss on states. Collective over the world."""

@@ -59,10 +59,10 @@ def _padded(part: Tensor, room: int) -> Tensor:
 
 @dataclass(frozen=True)
 class DecodeBatch:
-    """Micro-batch of the next tokens, int64 [batch, seq], after those in the KV cache `beside`. No token has a loss."""
+    """Micro-batch of the next tokens, int64 [batch, seq], after those in a KV cache. No token has a loss."""
 
     tokens: Tensor
-    beside: KVCache
+    attention_context: KVCache
 
     @property
     def mask(self) -> Tensor:

@@ -19,7 +19,7 @@ __all__ = ["MicroBatch", "States", "forward_backward", "forward_kept", "forward_
 class MicroBatch(Protocol):
     """Interface of a micro-batch, which `data.Batch` implements.
 
-    An optional attribute `beside` is passed to attention as its context: see `final_hidden`.
+    An optional attribute `attention_context` is passed to attention as its context: see `final_hidden`.
     """
 
     @property
@@ -194,7 +194,7 @@ def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> 
 
 def run_chunk(chunk: Any, batch: MicroBatch, index: int = 0) -> Tensor:
     """Run a chunk by itself, up to its last layer and the final norm that it may have."""
-    return final_hidden(chunk, batch.tokens, getattr(batch, "beside", None))
+    return final_hidden(chunk, batch.tokens, getattr(batch, "attention_context", None))
 
 
 def _hidden(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:

@@ -59,10 +59,10 @@ def _is_useful(record: logging.LogRecord) -> bool:
     return NOISY_LOGGERS[record.name].lower() not in record.getMessage().lower()
 
 
-def final_hidden(model: Any, tokens: Tensor, beside: Any = None) -> Tensor:
+def final_hidden(model: Any, tokens: Tensor, attention_context: Any = None) -> Tensor:
     """Run a GPTModel up to its final norm, without the output layer: `GPTModel.forward` has no such switch.
 
-    tokens: int64 [batch, seq]. beside: the attention context: the document number of each token, [batch, seq], beyond
+    tokens: int64 [batch, seq]. attention_context: the document number of each token, [batch, seq], beyond
     which attention does not reach; or a KVCache or a ContextShard, which give the `positions` of the tokens. It is
     passed as mcore's attention mask, and only our own core attention understands it.
     Returns [seq (over tp, with sequence parallelism), batch, hidden]; before the last pipeline stage, that stage's
@@ -73,11 +73,11 @@ def final_hidden(model: Any, tokens: Tensor, beside: Any = None) -> Tensor:
     gpt = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
     # mcore 0.16-0.19: _preprocess returns (decoder_input, rotary_pos_emb, cos, sin, sequence_len_offset, padding_mask)
     states, rotary = gpt._preprocess(input_ids=tokens, position_ids=None)[:2]
-    if hasattr(beside, "positions"):
-        positions = beside.positions(tokens)
+    if hasattr(attention_context, "positions"):
+        positions = attention_context.positions(tokens)
         most = -(-int(positions.max() + 1) // 256) * 256  # rounded up, since mcore caches angles by length
         rotary = gpt.rotary_pos_emb(most)[positions.t()].squeeze(2)
-    carried = beside.ticket if isinstance(beside, ContextShard) else beside
+    carried = attention_context.ticket if isinstance(attention_context, ContextShard) else attention_context
     return gpt.decoder(hidden_states=states, attention_mask=carried, rotary_pos_emb=rotary)
 
 

@@ -134,8 +134,8 @@ def train_in_phases(
             begin=before,
             until=until,
             save_last=len(phases) > 1 or (label == "distill" and context.recipe.distill.retain),
-            beside=co_trained,
-            beside_flops=_flops(validated, phase, trains=bool(co_trained)),
+            co_trained=co_trained,
+            co_trained_flops=_flops(validated, phase, trains=bool(co_trained)),
             validate=_validation(context, model, held_out, validated),
             listener=_shifted(context.listener, first, total),
         )

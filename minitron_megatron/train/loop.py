@@ -60,8 +60,8 @@ def train(
     begin: tuple[Path, str] | None = None,
     save_last: bool = False,
     until: int | None = None,
-    beside: Sequence[Learner] = (),
-    beside_flops: int = 0,
+    co_trained: Sequence[Learner] = (),
+    co_trained_flops: int = 0,
     validate: Callable[[], dict[str, float]] | None = None,
     listener: Listener = silent,
 ) -> dict[str, float]:
@@ -70,17 +70,16 @@ def train(
     batches_of: step (from 0) -> this rank's micro-batches. checkpoints: folder to save to every `save_every` steps and
     to resume from; `identity` names the run that they belong to. begin: (checkpoints, identity) of the previous phase,
     whose last checkpoint this phase starts from; save_last: save a checkpoint after the last step for the next phase.
-    until: step after which to save and stop, with the schedule of the whole training; returns at once if the step is
-    already reached. beside: models that the objective trains in the same steps. beside_flops: FLOPs per token that the
-    objective spends outside `model`. validate: measurements after every `validate_every` steps and at the end. Returns
-    the last step's values: `loss` (nats per token), `tokens` seen, `skipped` steps, `spikes` of the loss.
+    until: step after which to save and stop, with the schedule of the whole training. co_trained: models that the
+    objective trains in the same steps; co_trained_flops: what it spends on them, FLOPs per token. validate: measurements
+    after every `validate_every` steps and at the end. Returns the last step's values: `loss` (nats per token), `tokens`
+    seen, `skipped` steps, `spikes` of the loss.
 
-    A step whose loss or gradient is not finite changes no weight and counts as skipped. Raises TrainingError after
-    `MOST_SKIPPED` such steps in a row and if there is no result (`_Run.finish`), and Preempted after SIGTERM or SIGUSR1
-    on any rank. Skipped steps in a row and preemption save a checkpoint first.
+    A step whose loss or gradient is not finite changes no weight. Raises TrainingError after `MOST_SKIPPED` such steps
+    in a row and if there is no result (`_Run.finish`), and Preempted after a signal on any rank; saves first.
     """
-    learners = [Learner(model, training, topology), *beside]
-    run = _Run(learners, objective, training, topology, identity, label, beside_flops)
+    learners = [Learner(model, training, topology), *co_trained]
+    run = _Run(learners, objective, training, topology, identity, label, co_trained_flops)
     try:
         if checkpoints is not None:
             run.store = Checkpoints(checkpoints, topology, keep=training.keep, asynchronous=training.asynchronous)
@@ -120,7 +119,7 @@ class _Run:
     topology: Topology
     identity: str
     label: str
-    beside_flops: int
+    co_trained_flops: int
     store: Checkpoints | None = None
     step: int = 0
     tokens: int = 0
@@ -179,7 +178,7 @@ class _Run:
         second = tokens / seconds / self.topology.world
         shape = config_of(self.learners[0].chunks[0].module).shape
         sequence = batches[0].tokens.shape[1] * self.topology.cp
-        work = {"": 3 * flops_per_token(shape, sequence) * second, "teacher_": self.beside_flops * second}
+        work = {"": 3 * flops_per_token(shape, sequence) * second, "teacher_": self.co_trained_flops * second}
         rates = {"tokens_per_second": counted / seconds}
         for name, flops in work.items():
             if flops:

@@ -248,13 +248,15 @@ def test_documents_are_separate_with_an_end_token(corpora: Corpora, tmp_path: Pa
     assert rows(ended) == rows(plain)
     batches = [step_batches(each, 0, global_batch=40, micro_batch=40, dp_rank=0, dp=1)[0] for each in (ended, plain)]
     separate, joined = batches
-    assert joined.beside is None and joined.mask.all()
+    assert joined.attention_context is None and joined.mask.all()
     assert separate.mask.equal(separate.tokens != 0) and not separate.mask.all()
-    for tokens, documents in zip(separate.tokens.tolist(), separate.beside.tolist(), strict=True):
+    for tokens, documents in zip(separate.tokens.tolist(), separate.attention_context.tolist(), strict=True):
         numbers, number = [], 0
         for token in tokens:
             numbers.append(number)
             number += token == 0
         assert documents == numbers
     held_out = held_out_batches(ended, micro_batch=3, dp_rank=0, dp=1)
-    assert all(batch.beside is not None and not (batch.mask & (batch.tokens == 0)).any() for batch in held_out)
+    assert all(
+        batch.attention_context is not None and not (batch.mask & (batch.tokens == 0)).any() for batch in held_out
+    )

@@ -48,7 +48,7 @@ def distil(topology: Topology, job: Job) -> Result:
             replace(STUDENT, save_every=2),
             topology,
             checkpoints=job.checkpoints,
-            beside=[objective.learner],
+            co_trained=[objective.learner],
             listener=note(curve, job.stop_at),
         )
     except Stop:

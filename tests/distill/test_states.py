@@ -87,7 +87,7 @@ def distil(topology: Topology, job: Job) -> Result:
             replace(TRAINING, save_every=2),
             topology,
             checkpoints=job.checkpoints,
-            beside=[objective.learner] if isinstance(objective, ContinuousObjective) else [],
+            co_trained=[objective.learner] if isinstance(objective, ContinuousObjective) else [],
             listener=note(curve, job.stop_at),
         )
     except Stop:

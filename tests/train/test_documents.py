@@ -33,7 +33,7 @@ def packed(count: int = 8, seed: int = 0) -> Batch:
             documents[row, end + 1 :] += 1
     mask = every.mask.clone()
     mask[:, :-1] &= documents[:, 1:] == documents[:, :-1]
-    return replace(every, mask=mask, beside=documents)
+    return replace(every, mask=mask, attention_context=documents)
 
 
 def passes(topology: Topology, folder: Path, teacher: Path | None, recompute: Any) -> Found:
@@ -52,8 +52,8 @@ def alone(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Return (logits, labels) of each document on its own, at the positions whose loss counts."""
     out = []
     for row in range(len(batch.tokens)):
-        for number in batch.beside[row].unique():
-            of = batch.beside[row] == number
+        for number in batch.attention_context[row].unique():
+            of = batch.attention_context[row] == number
             logits = model(batch.tokens[row, of][None]).logits[0]
             counts = batch.mask[row, of]
             out.append((logits[counts], batch.labels[row, of][counts]))
@@ -126,7 +126,7 @@ def test_ranks_that_share_sequences_keep_their_documents_apart(
 
 def measured(topology: Topology, folder: Path, separate: bool) -> Tensor:
     batches = share(packed(), topology)
-    batches = batches if separate else [replace(batch, beside=None) for batch in batches]
+    batches = batches if separate else [replace(batch, attention_context=None) for batch in batches]
     return score(load_hf(folder, topology), batches, topology=topology).values["hidden"][None]
 
 
