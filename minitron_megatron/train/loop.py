@@ -71,7 +71,7 @@ def train(
     to resume from; `identity` names the run that they belong to. begin: (checkpoints, identity) of the previous phase,
     whose last checkpoint this phase starts from; save_last: save a checkpoint after the last step for the next phase.
     until: step after which to save and stop, with the schedule of the whole training. co_trained: models that the
-    objective trains in the same steps; co_trained_flops: what it spends on them, FLOPs per token. validate: measurements
+    objective trains in the same steps; co_trained_flops: their FLOPs per token. validate: measurements
     after every `validate_every` steps and at the end. Returns the last step's values: `loss` (nats per token), `tokens`
     seen, `skipped` steps, `spikes` of the loss.
 
