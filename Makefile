@@ -12,7 +12,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-gpu test-latest test-slurm slurm quickstart soak clean
+.PHONY: help install check test test-gpu test-latest test-slurm slurm quickstart schema soak clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -60,6 +60,10 @@ slurm:  # where it can be installed; the tests that need it skip and say so wher
 
 quickstart: install runs/corpus  ## prune and distil a small model on this machine
 	$(BIN)/minitron run examples/quickstart/recipe.yaml
+
+schema: install  ## write recipe/schema.json anew, after a change of the recipe's keys
+	$(BIN)/python -c 'import json; from minitron_megatron.recipe import json_schema as keys; print(json.dumps(keys(), indent=2))' \
+		> minitron_megatron/recipe/schema.json.new && mv minitron_megatron/recipe/schema.json.new minitron_megatron/recipe/schema.json
 
 soak: install runs/corpus  ## kill a run at random moments; about twenty minutes
 	$(BIN)/python benchmarks/soak.py

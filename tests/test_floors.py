@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "events"}),
-    frozenset({"files", "layout", "run_folder"}),
+    frozenset({"files", "gpus", "layout", "run_folder"}),
     frozenset({"parallel"}),
     frozenset({"records"}),
     frozenset({"model", "data", "losses"}),

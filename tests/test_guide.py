@@ -22,7 +22,7 @@ BUDGET = {"tokens": 4 * 8 * 16, "save_every": 2, "validate_every": 2}
 
 @pytest.fixture(scope="module")
 def folder(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader works: a recipe, its corpus, and the run of it."""
+    """Return the folder of a reader: a recipe, its corpus and the run of it."""
     here = tmp_path_factory.mktemp("reader")
     recipe = tiny_recipe(material) | {"out": "runs/own", "random_baseline": False, "bench": BENCH}
     recipe["correct"] = recipe["correct"] | BUDGET
@@ -53,7 +53,7 @@ def test_its_commands_run(page: str, folder: Path, material: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_its_blocks_are_parts_of_a_recipe(page: str, folder: Path) -> None:
-    """Of the recipe that the reader has, in the place of its own."""
+    """Each block of a page replaces its part of the recipe that the reader has."""
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", (GUIDE / f"{page}.md").read_text(), re.S)):
         path = folder / f"{page}-{number}.yaml"

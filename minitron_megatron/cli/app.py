@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -230,9 +229,7 @@ def watch(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.
 @app.command()
 def schema() -> None:
     """Print the recipe's JSON Schema."""
-    from ..recipe import json_schema
-
-    print(json.dumps(json_schema(), indent=2))
+    print((Path(__file__).parents[1] / "recipe" / "schema.json").read_text(encoding="utf-8"), end="")
 
 
 def _start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Any, Any]:

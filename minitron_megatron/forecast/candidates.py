@@ -16,10 +16,9 @@ from ..parallel import Topology
 from ..recipe import Count, NotNegative, Recipe
 from ..records import read_shape
 from ..search import TIMED, Candidate, Conditions, FittedSpeed, Roofline, SpeedRow, candidates
+from .memory import WEIGHT_BYTES
 
 __all__ = ["candidates_of", "check_candidates", "conditions_of", "speed_rows", "untimed_candidates"]
-
-BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 
 
 def candidates_of(recipe: Recipe, teacher: Shape) -> list[Candidate]:
@@ -41,7 +40,7 @@ def conditions_of(recipe: Recipe) -> Conditions:
     keys = recipe.search.serving
     speed: Any = Roofline.of(keys.gpu) if keys.gpu else FittedSpeed.to(speed_rows(keys.table)) if keys.table else None
     context = keys.context or recipe.data.sequence
-    return Conditions(keys.batch, context, BYTES[keys.weights], BYTES[keys.kv_cache], speed)
+    return Conditions(keys.batch, context, WEIGHT_BYTES[keys.weights], WEIGHT_BYTES[keys.kv_cache], speed)
 
 
 def speed_rows(table: Path) -> list[SpeedRow]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..convert import read_config
 from ..errors import TopologyError, expect_number
+from ..gpus import GPUS
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..parallel import Topology
 from ..recipe import Recipe, light_recipe, resolved
@@ -20,6 +21,8 @@ from .refit_cost import refit_bytes, refit_delay, refit_flops, refit_host_bytes
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
 __all__ = ["Estimate", "count", "estimate"]
+
+PEAK_FLOPS = GPUS["H100"].flops
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _shape_text(shape: Shape) -> str:
     return f"{shape.layers} layers, {width} of {shape.head_dim}"
 
 
-def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_flops: float = 989e12) -> Estimate:
+def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_flops: float = PEAK_FLOPS) -> Estimate:
     """Estimate a recipe, after the checks that `run` makes. Needs no weights and no GPU.
 
     gpus: number of processes, by default the fewest that the layout needs. mfu: model FLOPs utilisation, the share of
@@ -139,7 +142,7 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
     return count(recipe, gpus=topology.world, mfu=mfu, peak_flops=peak_flops)
 
 
-def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = 989e12) -> Estimate:
+def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PEAK_FLOPS) -> Estimate:
     """Estimate a recipe that was checked."""
     config = read_config(recipe.model)
     teacher = config.shape

@@ -11,7 +11,7 @@ from ..parallel import Topology
 
 __all__ = ["WEIGHT_BYTES", "model_bytes", "rank_parameters", "training_bytes"]
 
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 GRADIENT_BYTES = 4
 OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
 """Adam's two fp32 moments, and an fp32 master copy of bf16 weights; sharded over data-parallel ranks."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ..gpus import gpu_of_name
+
 __all__ = ["install_cpu_backend", "peak_bytes", "peak_flops"]
 
 CPU = torch.device("cpu")
@@ -52,23 +54,12 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-DENSE_BF16_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
-"""Substring of a GPU's name -> its peak by the data sheet, without sparsity. The first match counts."""
-
-
 def peak_flops() -> float | None:
     """Return the peak dense bf16 FLOPs per second of this process's GPU; None on a CPU, or for an unknown GPU."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((flops for word, flops in DENSE_BF16_FLOPS.items() if word in name), None)
+    gpu = gpu_of_name(torch.cuda.get_device_name())
+    return gpu.flops if gpu else None
 
 
 @contextmanager

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from ..errors import PlanError, did_you_mean
 from ..layout import PER_LAYER, PUBLIC_AXES, WITHIN, Shape
-from ..records import Plan, Scores
+from ..records import SAFE_MARGIN, Plan, Scores
 
-__all__ = ["SAFE_MARGIN", "SCOPES", "best_plan", "checked_sizes", "choose", "scores_of"]
-
-SAFE_MARGIN = 1e-5
-"""Below this relative margin, another order of floating-point additions could choose another unit."""
+__all__ = ["SCOPES", "best_plan", "checked_sizes", "choose", "scores_of"]
 
 SCOPES = ("layer", "network")
 

@@ -7,8 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from ..errors import PlanError
-from ..records import DepthScores
-from .choose import SAFE_MARGIN
+from ..records import SAFE_MARGIN, DepthScores
 
 __all__ = ["choose_layers"]
 

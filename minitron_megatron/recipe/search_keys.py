@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..errors import did_you_mean
+from ..gpus import GPUS
 from ..layout import PUBLIC_AXES
-from ..search import FILLED, GPUS, Limit, Space
+from ..search import FILLED, Limit, Space
 from .keys import Count, FilePath, HowToRun, Keys, NotNegative, Positive, Steps
 
 __all__ = ["CHOOSE_BY", "Budget", "Light", "Search", "Serving"]

@@ -16,7 +16,10 @@ from ..files import read_as, write_json
 from ..layout import PER_LAYER, PUBLIC_AXES, WITHIN, Keep, Shape
 from .shape import read_shape
 
-__all__ = ["Plan"]
+__all__ = ["SAFE_MARGIN", "Plan"]
+
+SAFE_MARGIN = 1e-5
+"""Below this relative margin, another order of floating-point additions could choose another unit."""
 
 Indices = Mapping[str, Mapping[int | None, tuple[int, ...]]]
 

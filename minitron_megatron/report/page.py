@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from ..errors import FileError
 from ..files import read_as, whole_file
-from ..records import Row
+from ..records import SAFE_MARGIN, Row
 from ..run_folder import RunFolder
 from . import numbers, plots
 from .importance import KEPT, kept_rows, shares
@@ -119,11 +119,11 @@ def _lost_lines(path: Path) -> list[str]:
 def _close_cuts(margins: ByLayer[float]) -> list[str]:
     """Return a warning for each cut that may differ at another parallel layout."""
     return [
-        f"The cut of {_cut(axis, layer)} has a relative margin of {margin:.1e}, below {plots.LEAST_MARGIN:g}: "
+        f"The cut of {_cut(axis, layer)} has a relative margin of {margin:.1e}, below {SAFE_MARGIN:g}: "
         "another parallel layout may keep different units."
         for axis, layers in margins.items()
         for layer, margin in layers.items()
-        if margin < plots.LEAST_MARGIN
+        if margin < SAFE_MARGIN
     ]
 
 

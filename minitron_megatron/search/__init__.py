@@ -6,14 +6,13 @@ folders, distillation (training comes as a function).
 
 from .choice import front, knee, rank_correlation, settled
 from .halving import Curve, halving, rungs
-from .latency import GPUS, Conditions, FittedSpeed, Roofline, SpeedRow
+from .latency import Conditions, FittedSpeed, Roofline, SpeedRow
 from .space import COSTS, FILLED, MORE_IS_BETTER, TIMED, Candidate, Limit, Space, candidates, costs_of
 from .zero_shot import zero_shot
 
 __all__ = [
     "COSTS",
     "FILLED",
-    "GPUS",
     "MORE_IS_BETTER",
     "TIMED",
     "Candidate",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import RecipeError, did_you_mean, expect_number
+from ..gpus import GPUS
 from ..layout import Shape, active_parameters, flops_per_token, kv_cache_bytes, parameters
 
-__all__ = ["GPUS", "Conditions", "FittedSpeed", "Roofline", "SpeedRow"]
+__all__ = ["Conditions", "FittedSpeed", "Roofline", "SpeedRow"]
 
 Speed = Callable[[Shape, "Conditions"], float]
 """(shape, conditions) -> seconds of one decoding step of the batch."""
@@ -45,16 +46,6 @@ class Conditions:
         return kv_cache_bytes(shape, self.batch, self.context, self.kv_bytes)
 
 
-GPUS: Mapping[str, tuple[float, float]] = {
-    "A100": (2.039e12, 312e12),
-    "L40S": (0.864e12, 362e12),
-    "H100": (3.35e12, 989e12),
-    "H200": (4.8e12, 989e12),
-    "B200": (8.0e12, 2250e12),
-}
-"""(memory bytes per second, dense bf16 FLOPs per second), from the data sheets of the SXM (80 GB A100) versions."""
-
-
 @dataclass(frozen=True)
 class Roofline:
     """Roofline model: a step takes the longer of its memory time and its compute time; a lower bound, no overhead."""
@@ -67,7 +58,7 @@ class Roofline:
         """Return the roofline of a GPU. Raises RecipeError for a GPU that is not in `GPUS`."""
         if gpu not in GPUS:
             raise RecipeError(f"the GPU {gpu!r} is not known.{did_you_mean(gpu, GPUS)} Known: {', '.join(GPUS)}.")
-        return cls(*GPUS[gpu])
+        return cls(GPUS[gpu].bandwidth, GPUS[gpu].flops)
 
     def __call__(self, shape: Shape, conditions: Conditions) -> float:
         work = _work(shape, conditions)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import typer
 
 from minitron_megatron.cli import app
+from tests.cli.test_commands import ENVIRONMENT
+from tests.limits import HANGS
 
 STAGE = {"--set", "--out"}
 VERBS = {
@@ -28,6 +33,33 @@ VERBS = {
     "watch": set(),
     "schema": set(),
 }
+
+
+IMPORTS = {
+    "--help": "torch megatron transformers",
+    "schema": "torch megatron transformers",
+    "show": "megatron transformers lm_eval matplotlib",
+}
+"""Command -> packages that it does not need."""
+
+
+@pytest.mark.parametrize("command", IMPORTS)
+def test_a_command_imports_only_what_it_needs(command: str, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text("{")
+    words = [command, *([str(plan)] if command == "show" else [])]
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "minitron_megatron", *words],
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        check=False,
+        env=ENVIRONMENT,
+    )
+    assert done.returncode == (2 if command == "show" else 0), done.stderr[-500:]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "minitron_megatron" in imported
+    assert not imported & {*IMPORTS[command].split()}
 
 
 def test_verbs_and_flags_are_these() -> None:

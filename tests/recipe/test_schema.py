@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from minitron_megatron import recipe as package
 from minitron_megatron.errors import RecipeError
 from minitron_megatron.losses import KDLoss
 from minitron_megatron.recipe import json_schema, load_recipe
@@ -192,6 +194,8 @@ def test_a_recipe_is_frozen(recipe_file: Write) -> None:
 
 def test_every_key_has_its_help() -> None:
     schema = json_schema()
+    kept = Path(package.__file__).with_name("schema.json")
+    assert json.loads(kept.read_text()) == schema, "the keys have changed: run `make schema`"
     blocks = [schema, *schema["$defs"].values()]
     described = {"warmup_steps", "lr", "min_lr", "weight_decay", "micro_batch", "global_batch"}
     for block in blocks:

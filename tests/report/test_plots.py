@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from minitron_megatron.records import SAFE_MARGIN
 from minitron_megatron.report import plots
 from minitron_megatron.report.plots.losses import _smooth
 
@@ -152,7 +153,7 @@ def test_margins_stand_at_their_layers_and_ties_at_the_edge(margins: Any, figure
     assert plots.margins(margins, tmp_path / "margins.png")
     (axes,) = figures[0].axes
     line, hidden, ffn, heads = axes.lines
-    assert shown(line) == [plots.LEAST_MARGIN] * 2
+    assert shown(line) == [SAFE_MARGIN] * 2
     assert hidden.get_xdata()[0] < 0
     assert list(ffn.get_xdata()) == [0, 1, 3]
     assert shown(ffn)[:2] == [1e-3, 4.2e-7] and 0 < shown(ffn)[2] < 4.2e-7

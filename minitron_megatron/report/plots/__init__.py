@@ -4,7 +4,7 @@ Knows: lines of metrics, rows of a summary, and plain mappings of scores, kept u
 they come from. A plot with nothing to show writes no file and returns None; matplotlib is imported when one is drawn.
 """
 
-from .cuts import LEAST_MARGIN, margins, shares
+from .cuts import margins, shares
 from .depth import DepthCurves, depth_curves
 from .losses import bars, loss_curves
 from .scores import ByLayer, importance
@@ -12,7 +12,6 @@ from .search import search_front, search_ranks
 from .throughput import plot_bench
 
 __all__ = [
-    "LEAST_MARGIN",
     "ByLayer",
     "DepthCurves",
     "bars",

@@ -6,16 +6,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...records import SAFE_MARGIN
 from .scores import ByLayer
 from .style import ALARM, COLOURS, legend_outside, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["LEAST_MARGIN", "margins", "shares"]
-
-LEAST_MARGIN = 1e-5
-"""Below this relative margin of a cut, another parallel layout may keep different units."""
+__all__ = ["margins", "shares"]
 
 
 def margins(of_cuts: ByLayer[float], path: Path) -> Path | None:
@@ -26,14 +24,14 @@ def margins(of_cuts: ByLayer[float], path: Path) -> Path | None:
     cuts = {axis: {layer: it for layer, it in of.items() if math.isfinite(it)} for axis, of in of_cuts.items()}
     if not any(cuts.values()):
         return None
-    edge = min(it for of in cuts.values() for it in (*of.values(), LEAST_MARGIN) if it > 0) / 10
+    edge = min(it for of in cuts.values() for it in (*of.values(), SAFE_MARGIN) if it > 0) / 10
     drawn = {axis: {layer: max(margin, edge) for layer, margin in of.items()} for axis, of in cuts.items()}
     with new_figure(path, 9.0, 3.6) as figure:
         axes = figure.subplots()
         axes.set(title="Margin of each cut", ylabel="relative margin: last kept\nvs. first pruned unit")
         axes.set_yscale("log")
-        axes.axhspan(edge / 3, LEAST_MARGIN, color=ALARM, alpha=0.06, linewidth=0)
-        axes.axhline(LEAST_MARGIN, color=ALARM, linewidth=1.2, linestyle="--", label="below: may depend on layout")
+        axes.axhspan(edge / 3, SAFE_MARGIN, color=ALARM, alpha=0.06, linewidth=0)
+        axes.axhline(SAFE_MARGIN, color=ALARM, linewidth=1.2, linestyle="--", label="below: may depend on layout")
         _by_layer(axes, drawn)
         axes.set_ylim(bottom=edge / 3)
         legend_outside(axes)

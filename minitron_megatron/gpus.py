@@ -1,0 +1,35 @@
+"""Peaks of GPUs, by their data sheets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["GPUS", "Gpu", "gpu_of_name"]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peaks of one GPU."""
+
+    flops: float
+    """Dense bf16 FLOPs per second."""
+    bandwidth: float
+    """Bytes of its memory per second."""
+
+
+GPUS: Mapping[str, Gpu] = {
+    "A100": Gpu(312e12, 2.039e12),
+    "L40S": Gpu(362e12, 0.864e12),
+    "H100 PCIe": Gpu(756e12, 2.0e12),
+    "H100": Gpu(989e12, 3.35e12),
+    "H200": Gpu(989e12, 4.8e12),
+    "B200": Gpu(2250e12, 8.0e12),
+}
+"""GPU -> its peaks: the SXM version, and of the A100 the one with 80 GB, unless the name says another."""
+
+
+def gpu_of_name(name: str) -> Gpu | None:
+    """Return the GPU whose name occurs in what its driver calls it, the longest that fits; None for an unknown one."""
+    found = max((known for known in GPUS if known in name), key=len, default=None)
+    return None if found is None else GPUS[found]
