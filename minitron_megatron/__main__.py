@@ -27,7 +27,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
     interrupted = number == signal.SIGINT
     if os.environ.get("RANK", "0") == "0":
         reason = "Interrupted." if interrupted else "Stopped by the scheduler's signal before work began."
-        print(f"{reason} Run the same command again to go on.", file=sys.stderr, flush=True)
+        print(f"{reason} Run the same command again to resume.", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED if interrupted else PREEMPTED)
 
 

@@ -54,9 +54,9 @@ def told_by(error: OSError) -> str:
     reason = error.strerror or str(error)
     if error.errno in FULL:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{reason}. Make room, and run the same command again to go on."
+        return f"{where}{reason}. Make room, and run the same command again to resume."
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"{reason}. Raise the limit (ulimit -n), and run the same command again to go on."
+        return f"{reason}. Raise the limit (ulimit -n), and run the same command again to resume."
     return f"{_file_name(error)}: {reason}. Correct the path or its permissions." if error.filename is not None else ""
 
 
@@ -74,7 +74,7 @@ def _naming(path: Path, action: str, *, only_below: Path | None = None) -> Itera
     except OSError as error:
         if only_below is not None and not str(error.filename or "").startswith(str(only_below)):
             raise
-        advice = " Make room, and run the same command again to go on." if error.errno in FULL else ""
+        advice = " Make room, and run the same command again to resume." if error.errno in FULL else ""
         raise FileError(f"{path} cannot be {action}: {error.strerror or error}.{advice}") from error
     except ValueError as error:
         if "null byte" not in str(error):

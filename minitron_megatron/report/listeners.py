@@ -206,7 +206,7 @@ class MetricsFile:
                 os.close(handle)
         except OSError as error:
             raise CheckpointError(
-                f"{self.path} cannot be written: {error}. Make room, and run the same command again to go on."
+                f"{self.path} cannot be written: {error}. Make room, and run the same command again to resume."
             ) from error
 
 

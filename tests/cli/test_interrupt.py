@@ -12,7 +12,7 @@ from tests.limits import HANGS
 
 BEGIN = """
     import os, signal, time
-    from minitron_megatron.cli.interrupt import heard, ignore, listen, raise_if_interrupted
+    from minitron_megatron.cli.interrupt import ignore, interrupted, listen, raise_if_interrupted
     from minitron_megatron.events import Event
 
     def end():

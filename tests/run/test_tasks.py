@@ -106,7 +106,7 @@ def test_layers_are_chosen_by_winogrande(recipe_file: Write, pool: Pool, files: 
         ("evaluate.tasks=[{name: lambada_openay}]", RecipeError, r"no task lambada_openay\. Did you mean"),
         ("evaluate.tasks=[{name: hellaswag}]", DataError, r"hellaswag has no \.jsonl file"),
         ("evaluate.suite=base", DataError, r"has no \.jsonl file"),
-        ("prune.ffn=40", PlanError, r"FP8 needs multiples of 16, and ffn is 40\. Prune to 32 or 48"),
+        ("prune.ffn=40", PlanError, r"FP8 needs multiples of 16, but ffn is 40\. Prune to 32 or 48"),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(
