@@ -43,15 +43,15 @@ WRONG: list[tuple[list[str], str]] = [
     (["distill.warmup_steps=12"], "distill.warmup_steps is 12, but training has only 12 steps"),
     (["correct.warmup_steps=40"], "correct.warmup_steps is 40"),
     (["correct={continuous: true, tokens: 1, warmup_steps: 12}"], "correct.warmup_steps is 12"),
-    (["distill.tokens=1e7"], "distill.tokens asks"),
-    (["correct.tokens=1e7"], "correct.tokens asks"),
-    (["score.samples=100000"], "score.samples asks"),
+    (["distill.tokens=1e7"], "distill.tokens needs"),
+    (["correct.tokens=1e7"], "correct.tokens needs"),
+    (["score.samples=100000"], "score.samples needs"),
     (["distill.tokens=1e18", "data.repeat=true"], "index alone takes"),
     (["data.sequence=65"], "a max_position_embeddings of 64"),
     (["distill.phases=[{tokens: 1e5, sequence: 128}]"], "distill.phases.0.sequence is 128"),
     (["prune.merge=qkvo"], "merge qkvo"),
-    (["prune={hidden: 32, merge: q}"], "the plan cuts none"),
-    (["prune={heads: 2, merge: q}"], "Keep half of them at least"),
+    (["prune={hidden: 32, merge: q}"], "the plan cuts no heads"),
+    (["prune={heads: 2, merge: q}"], "Keep at least half of them"),
     (["prune={hidden: 47, iterations: 40}"], "prune.iterations is 40"),
     (["correct.parameters=lora", "correct.lora_rank=49"], "correct.lora_rank is 49"),
     (["search={hidden: [32], budget: {params: 7e4}, choose: losss}", "prune={}"], "search.choose 'losss'"),
@@ -130,13 +130,16 @@ def test_counted_tokens_are_held_against_every_later_budget(recipe_file: Write) 
     sources = {"0-corpus": {"tokens": 96 * 16 + 1, "validation_tokens": 17}}
     recipe = load_recipe(recipe_file())
     check_corpus(recipe, sources)
-    for tokens, asked in ((96 * 16, "correct.tokens asks 0-corpus for 96 samples"), (15 * 16 + 1, "correct.tokens")):
+    for tokens, asked in (
+        (96 * 16, "correct.tokens needs 96 samples of 16 tokens from 0-corpus"),
+        (15 * 16 + 1, "correct.tokens"),
+    ):
         with pytest.raises(DataError, match=asked):
             check_corpus(recipe, {"0-corpus": {"tokens": tokens, "validation_tokens": 17}})
     repeating = load_recipe(recipe_file(), ["data.repeat=true"])
-    with pytest.raises(DataError, match=r"score\.samples asks 0-corpus for 16 samples"):
+    with pytest.raises(DataError, match=r"score\.samples needs 16 samples of 16 tokens from 0-corpus"):
         check_corpus(repeating, {"0-corpus": {"tokens": 15 * 16 + 1, "validation_tokens": 17}})
-    with pytest.raises(DataError, match="held-out text of 0-corpus is 16 tokens"):
+    with pytest.raises(DataError, match="held-out text of 0-corpus has 16 tokens"):
         check_corpus(recipe, {"0-corpus": {"tokens": 96 * 16 + 1, "validation_tokens": 16}})
 
 
