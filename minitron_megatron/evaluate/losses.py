@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data import Batch
-from ..model import chunks_of
+from ..model import evaluating
 from ..parallel import Topology
 from ..train import LMObjective, Objective, mean_loss
 
@@ -23,15 +23,11 @@ def validation_loss(
 
     objective: the loss to measure; default: cross-entropy.
     """
-    modes = [chunk.training for chunk in chunks_of(model)]
-    for chunk in chunks_of(model):
-        chunk.eval()
-    sums = {
-        source: mean_loss(model, batches, objective or LMObjective(topology), topology)
-        for source, batches in held_out.items()
-    }
-    for chunk, mode in zip(chunks_of(model), modes, strict=True):
-        chunk.train(mode)
+    with evaluating(model):
+        sums = {
+            source: mean_loss(model, batches, objective or LMObjective(topology), topology)
+            for source, batches in held_out.items()
+        }
     tokens = sum(count for _, count in sums.values())
     total = sum(loss * count for loss, count in sums.values()) / max(tokens, 1)
     return {source: loss for source, (loss, _) in sums.items()} | {"all": total}

@@ -4,7 +4,7 @@ pipeline schedules, saved as checkpoints.
 Knows: mcore's modules, configs and schedules, training checkpoints. Must not know: Hugging Face files, scores, losses.
 """
 
-from .build import build, chunks_of, rebuild
+from .build import build, chunks_of, evaluating, rebuild
 from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
 from .config import ACTIVATIONS, ModelConfig, Recompute, check_fits, config_of
 from .finite import check_finite
@@ -43,6 +43,7 @@ __all__ = [
     "check_spec",
     "chunks_of",
     "config_of",
+    "evaluating",
     "fill_initial",
     "forward_backward",
     "forward_kept",

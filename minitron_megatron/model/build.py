@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from .config import ModelConfig, Recompute, config_of, rotary_frequencies, trans
 from .shards import named_shards
 from .spec import Spec, block_spec
 
-__all__ = ["build", "chunks_of", "rebuild"]
+__all__ = ["build", "chunks_of", "evaluating", "rebuild"]
 
 
 def chunks_of(model: Any) -> list[Any]:
@@ -137,3 +138,20 @@ def mark_parallel(gpt: Any) -> None:
         elif param.tp_dim is not None and not hasattr(tensor, "tensor_model_parallel"):
             tensor.tensor_model_parallel, tensor.partition_dim = True, param.tp_dim
             tensor.partition_stride = param.stride(sizes)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Run the model in eval mode without gradients.
+
+    Eval mode also turns off mcore's activation recomputation, which would miscount layers that are left out.
+    """
+    was_training = [chunk.training for chunk in chunks_of(model)]
+    try:
+        for chunk in chunks_of(model):
+            chunk.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk, training in zip(chunks_of(model), was_training, strict=True):
+            chunk.train(training)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -14,7 +13,7 @@ from ..data import Batch
 from ..errors import PlanError, did_you_mean, expect_number
 from ..events import Event, Listener, silent
 from ..layout import lookup
-from ..model import chunks_of, config_of, run_layer
+from ..model import chunks_of, config_of, evaluating, run_layer
 from ..parallel import Topology, fail_together, gather_objects
 from ..records import Plan
 from .mixture import Routed, refit_experts, routed
@@ -57,7 +56,7 @@ def refit(
     students, teachers = chunks_of(student), chunks_of(teacher)
     with fail_together():
         _check(students, teachers, plan, method, ridges)
-    with _evaluating([*students, *teachers]):
+    with evaluating([*students, *teachers]):
         run = _Run(students, teachers, plan, batches, topology, method, ridges)
         run.everything(listener)
     return [fit for stage in gather_objects(run.weights.fits, topology.pp_group) for fit in stage]
@@ -76,18 +75,6 @@ def _check(students: Sequence[Any], teachers: Sequence[Any], plan: Plan, method:
                 raise PlanError(f"a refit works on a bare GPTModel, not on {type(chunk).__name__}: pass model.module.")
             if config_of(chunk).shape != shape:
                 raise PlanError(f"the {whose} is {config_of(chunk).shape}, and the plan says {shape}.")
-
-
-@contextmanager
-def _evaluating(chunks: Sequence[Any]) -> Iterator[None]:
-    before = [chunk.training for chunk in chunks]
-    for chunk in chunks:
-        chunk.eval()
-    try:
-        yield
-    finally:
-        for chunk, training in zip(chunks, before, strict=True):
-            chunk.train(training)
 
 
 class _Run:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,12 +15,22 @@ from ..errors import PlanError, did_you_mean
 from ..events import Event, Listener, silent
 from ..layout import Shape
 from ..losses import distill_loss, lm_loss
-from ..model import MicroBatch, chunks_of, config_of, forward_kept, forward_only, forward_rest, output_weight, windows
+from ..model import (
+    MicroBatch,
+    chunks_of,
+    config_of,
+    evaluating,
+    forward_kept,
+    forward_only,
+    forward_rest,
+    output_weight,
+    windows,
+)
 from ..parallel import Topology, all_reduce, sum_over_world
 from ..records import DepthScores
 from .bare import bare_chunks
 
-__all__ = ["Metric", "RunBatches", "blocks_of", "count", "evaluating", "expect_finite", "leave_out"]
+__all__ = ["Metric", "RunBatches", "blocks_of", "count", "expect_finite", "leave_out"]
 
 RunBatches = Callable[[Sequence[MicroBatch]], list[Tensor]]
 """`forward_only` of the remaining network: returns the final hidden states of this replica's micro-batches on the last
@@ -121,23 +130,6 @@ def count(batches: Sequence[Batch], topology: Topology) -> tuple[int, int]:
     counts = torch.tensor([sum(len(b.tokens) for b in batches), sum(int(b.mask.sum()) for b in batches)])
     samples, tokens = all_reduce(counts.to(topology.device), topology.dp_group).tolist()
     return samples, tokens
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Run the model in eval mode without gradients.
-
-    Eval mode also turns off mcore's activation recomputation, which would miscount layers that are left out.
-    """
-    was_training = [chunk.training for chunk in chunks_of(model)]
-    try:
-        for chunk in chunks_of(model):
-            chunk.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for chunk, training in zip(chunks_of(model), was_training, strict=True):
-            chunk.train(training)
 
 
 def _progress(listener: Listener, total: int, each: int = 1) -> Progress:

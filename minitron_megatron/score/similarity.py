@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..data import Batch
 from ..events import Event, Listener, silent
-from ..model import MicroBatch, States, config_of, forward_kept, windows
+from ..model import MicroBatch, States, config_of, evaluating, forward_kept, windows
 from ..parallel import Topology, move, sum_over_world
 from ..records import DepthScores
 from .bare import bare_chunks
-from .depth import blocks_of, count, evaluating, expect_finite
+from .depth import blocks_of, count, expect_finite
 
 __all__ = ["block_importance"]
 
