@@ -20,7 +20,12 @@ from tests.recipes import tiny_recipe
 DONE: dict[str, Any] = {"prepare": {"sources": {}, "model_hash": "a"}, "correct": {"hash": "b"}, "prune": {"hash": "c"}}
 HOW_TO_RUN = {
     *("out", "recompute", "spec", "hang_seconds", "data.repeat", "data.workers", "score.micro_batch"),
-    *("evaluate.micro_batch", "search.light.micro_batch", "search.light.independent_replicas", "distill.phases.micro_batch"),
+    *(
+        "evaluate.micro_batch",
+        "search.light.micro_batch",
+        "search.light.independent_replicas",
+        "distill.phases.micro_batch",
+    ),
     *("distill.loss.budget_mib", "distill.retain", "distill.teacher_window", "distill.offload_teacher"),
     *(
         f"{block}.{key}"
