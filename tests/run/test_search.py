@@ -166,7 +166,7 @@ def test_a_killed_search_goes_on_to_the_same_table(
 def test_the_curves_do_not_depend_on_the_layout_nor_on_who_trains(
     searched: Path, material: Path, tmp_path: Path, pool: Pool, layout: dict[str, int], apart: bool
 ) -> None:
-    recipe = scored(searched, written(material, tmp_path, light=LIGHT | {"apart": apart}))
+    recipe = scored(searched, written(material, tmp_path, light=LIGHT | {"independent_replicas": apart}))
     keys = tuple(f"parallel.{key}={value}" for key, value in layout.items() if key != "dp")
     pool.run(work, recipe, keys, "search", **layout)
     for row, expected in zip(table(recipe)["candidates"], table(searched)["candidates"], strict=True):
@@ -329,7 +329,13 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, int], type[MinitronError], str]
     ("too few layers for the stages", {"layers": [1, 4]}, {"pp": 2}, TopologyError, "candidate layers1-"),
     ("a task that is not measured", {"choose": "winogrande"}, {}, RecipeError, "tasks must be listed under evaluate"),
     ("a light batch that does not divide", {"light": LIGHT | {"global_batch": 3}}, {}, RecipeError, "search.light."),
-    ("replicas that cannot part", {"light": LIGHT | {"apart": True}}, {"dp": 2, "cp": 2}, TopologyError, "cannot work"),
+    (
+        "replicas that cannot part",
+        {"light": LIGHT | {"independent_replicas": True}},
+        {"dp": 2, "cp": 2},
+        TopologyError,
+        "cannot work",
+    ),
     ("a table of speeds that is none", {"serving": {"table": "no.json"}}, {}, RecipeError, "not a table of speeds"),
 ]
 

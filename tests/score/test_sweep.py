@@ -180,7 +180,7 @@ def test_a_nan_is_one_error_on_every_rank_that_names_its_layer(
     assert all(other == errors for other in others)
     for axis, (on_one, on_all) in zip(BREAKS.values(), errors, strict=True):
         assert on_one.startswith("layer 1 is the first with activations that are not finite (NaN or infinite), on axis")
-        assert on_all.endswith(f"on axis {axis}. Look for broken weights there, or score in float32.")
+        assert on_all.endswith(f"on axis {axis}. Check its weights for NaN or infinity, or score in float32.")
 
 
 def test_a_wrapped_model_is_refused(pool: Pool, checkpoints: dict[str, Path]) -> None:
