@@ -57,5 +57,5 @@ def test_names_dtypes_and_values(tmp_path: Path, kv_cache: bool) -> None:
 @pytest.mark.parametrize(("axis", "size"), [("hidden", 40), ("ffn", 72), ("head_dim", 12)])
 def test_dims_that_fp8_cannot_multiply_are_refused(axis: str, size: int) -> None:
     check_fp8(SHAPE)
-    with pytest.raises(PlanError, match=r"FP8 needs multiples of 16, and .* is .* Prune to "):
+    with pytest.raises(PlanError, match=r"FP8 needs multiples of 16, but .* is .* Prune to "):
         check_fp8(Shape(**{**SHAPE.__dict__, axis: size}))
