@@ -369,7 +369,7 @@ def test_what_is_wrong_is_one_error_before_anything_is_written(
         ({"search": SEARCH | {"multiples": {"fnn": 4}}}, "Did you mean 'ffn'?"),
         (
             {"search": SEARCH | {"multiples": {"ffn": "heads x head_dim"}}},
-            "multiples.ffn is 'heads x head_dim'. Give a num",
+            "multiples.ffn is 'heads x head_dim'. Give a whole number",
         ),
         ({"search": SEARCH | {"multiples": {"hidden": "heads"}}}, "number; hidden may also be 'heads x head_dim'"),
         ({"search": SEARCH | {"multiples": {"hidden": 0}}}, "search.multiples.hidden"),
