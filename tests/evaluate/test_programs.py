@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_megatron.evaluate.programs import TRIED, Isolation, candidates, isolation, passes, share_that_pass
+from minitron_megatron.evaluate.programs import PROBE, Isolation, candidates, isolation, passes, share_that_pass
 
 TESTS = "\nassert add(1, 2) == 3\nassert add(0, 0) == 0\n"
 RIGHT = {
@@ -65,7 +65,7 @@ def how(request: pytest.FixtureRequest) -> Isolation:
     """Return the strongest isolation with these namespaces; for limits alone the current user, which always works."""
     kinds = [each for each in candidates() if each.spaces == request.param]
     kinds = kinds[-1:] if request.param == "limits" else kinds
-    found = next((each for each in kinds if passes(TRIED, how=each)), None)
+    found = next((each for each in kinds if passes(PROBE, how=each)), None)
     return found or pytest.skip(f"{request.param} is not installed, or the kernel refuses it")
 
 
