@@ -11,6 +11,7 @@ import pytest
 
 from minitron_megatron.convert import load_hf
 from minitron_megatron.parallel import Topology
+from minitron_megatron.recipe import load_recipe
 from minitron_megatron.testing import Pool
 from tests.forecast.test_presets import NEMO
 from tests.forecast.test_presets import teacher as config_alone
@@ -50,6 +51,13 @@ def test_the_commands_for_ones_own_model_run(material: Path, recipe_file: Callab
             assert (tmp_path / "megatron" / "megatron-args.sh").read_text() in done.stdout
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
     assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").is_file()
+
+
+def test_the_recipe_is_one(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    (tmp_path / "recipe.yaml").write_text(block)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.prune.hidden, recipe.prune.ffn, recipe.distill.tokens) == (3072, 9216, 94_000_000_000)
 
 
 def job(topology: Topology, model_folder: Path, code: str) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def _uncompiled() -> Iterator[None]:
 
 
 _groups: dict[tuple[int, ...], Any] = {}
-"""Ranks -> their process group of the present layout."""
+"""Ranks -> their process group; the empty tuple stands for the world, whose end makes the others invalid."""
 
 
 def release_groups() -> None:
@@ -98,7 +98,11 @@ def _share_groups() -> None:
     create = parallel_state.create_group
 
     def create_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:  # parallel_state.py:214
-        key = tuple(ranks or ())
+        world = torch.distributed.group.WORLD
+        if _groups.get(()) is not world:  # a script of the user's may end its world without Topology.stop
+            _groups.clear()
+            _groups[()] = world
+        key = tuple(sorted(ranks or range(torch.distributed.get_world_size())))  # torch sorts them too
         if key not in _groups:
             _groups[key] = create(ranks, *args, **kwargs)
         return _groups[key]
