@@ -14,8 +14,8 @@ from tests.guide import ROOT, commands, run_command
 from tests.recipes import tiny_recipe
 
 GUIDE = ROOT / "docs" / "guide"
-PAGES = re.findall(r"\]\(([\w-]+)\.md\)", (GUIDE / "README.md").read_text())
-"""In reading order."""
+PAGES = list(dict.fromkeys(re.findall(r"\]\(([\w-]+)\.md\)", (GUIDE / "README.md").read_text())))
+"""In the order in which the guide first names them, each once."""
 BENCH = {"ladder": [[4, 4]], "batches": [1], "requests": 2}
 BUDGET = {"tokens": 4 * 8 * 16, "save_every": 2, "validate_every": 2}
 

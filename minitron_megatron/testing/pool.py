@@ -75,8 +75,8 @@ class Pool:
     ) -> list[Any]:
         """Run `fn(topology, *args)` on `tp * pp * dp` ranks and return their results in rank order.
 
-        Raises the first error of a rank, with the rank's traceback as its cause; TimeoutError after `timeout` seconds;
-        ChildProcessError where a worker died.
+        Raises the error that a rank met first, with the rank's traceback as its cause; TimeoutError after `timeout`
+        seconds; ChildProcessError where a worker died.
         """
         seconds = self.timeout if timeout is None else timeout
         workers = self._ready(tp * pp * dp)
@@ -110,21 +110,22 @@ class Pool:
         """Return every worker's answer, or raise the first error, after at most `GRACE_SECONDS` for the others."""
         end = time.monotonic() + seconds
         results: dict[int, Any] = {}
-        failure: BaseException | None = None
+        failures: list[tuple[float, BaseException]] = []
         while waiting := [worker for worker in workers if worker.busy]:
             ready = wait([worker.pipe for worker in waiting], max(0.0, end - time.monotonic()))
             if not ready:
                 ranks = [rank for rank, worker in enumerate(workers) if worker.busy]
-                raise failure or TimeoutError(
+                raise _first(failures) or TimeoutError(
                     f"{what}: ranks {ranks} of {len(workers)} did not answer within {seconds:g} s"
                 )
             for rank, worker in enumerate(workers):
                 if worker.pipe in ready:
                     answer = worker.receive()
                     results[rank] = answer.value
-                    if answer.error and not failure:
-                        failure, end = answer.error, min(end, time.monotonic() + GRACE_SECONDS)
-        if failure:
+                    if answer.error:
+                        failures.append((answer.raised_at, answer.error))
+                        end = min(end, time.monotonic() + GRACE_SECONDS)
+        if failure := _first(failures):
             raise failure
         return [results[rank] for rank in range(len(workers))]
 
@@ -141,8 +142,16 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Answer:
+    """Result of a rank's job, or its error and the time at which it was raised, in seconds of the machine's clock."""
+
     value: Any = None
     error: BaseException | None = None
+    raised_at: float = 0.0
+
+
+def _first(failures: Sequence[tuple[float, BaseException]]) -> BaseException | None:
+    """Return the error that was raised first: those of other ranks, such as closed connections, follow from it."""
+    return min(failures, key=lambda failure: failure[0])[1] if failures else None
 
 
 class _WorkerError(Exception):
@@ -171,7 +180,7 @@ class _Worker:
 
     def receive(self) -> _Answer:
         try:
-            value, error, trace = pickle.loads(self.pipe.recv_bytes())
+            value, error, trace, raised_at = pickle.loads(self.pipe.recv_bytes())
         except EOFError:
             self.process.join(GRACE_SECONDS)
             return _Answer(error=ChildProcessError(f"a worker died with exit code {self.process.exitcode}"))
@@ -179,7 +188,7 @@ class _Worker:
             self.busy = False
         if error is not None:
             error.__cause__ = _WorkerError(trace)
-        return _Answer(value, error)
+        return _Answer(value, error, raised_at)
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -225,15 +234,15 @@ def _answer(message: bytes) -> bytes:
     try:
         place, layout, fn, args = pickle.loads(message)
         faulthandler.dump_traceback_later(place.seconds)
-        return _packed(_in_own_world(place, layout, fn, args))
+        return _in_own_world(place, layout, fn, args)
     except BaseException as error:  # including pytest.skip and SystemExit
         return _packed_error(error, traceback.format_exc())
     finally:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _in_own_world(place: _Place, layout: Topology, fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Join the job's process group, set up its layout, run the job, and clean up."""
+def _in_own_world(place: _Place, layout: Topology, fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    """Join the job's process group, set up its layout, run the job, clean up, and return the pickled answer."""
     os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.rank), WORLD_SIZE=str(place.world))
     store = dist.TCPStore(HOST, place.port, timeout=timedelta(seconds=place.seconds))
     dist.init_process_group(
@@ -242,7 +251,9 @@ def _in_own_world(place: _Place, layout: Topology, fn: Callable[..., Any], args:
     try:
         topology = Topology.start(*astuple(layout))
         try:
-            return fn(topology, *args)
+            return _packed(fn(topology, *args))
+        except BaseException as error:  # timed before the cleaning up, which waits for other ranks
+            return _packed_error(error, traceback.format_exc())
         finally:
             topology.stop()
             _forget()
@@ -271,14 +282,15 @@ def _forget() -> None:
 
 
 def _packed(value: Any) -> bytes:
-    return pickle.dumps((value, None, ""))
+    return pickle.dumps((value, None, "", 0.0))
 
 
 def _packed_error(error: BaseException, trace: str) -> bytes:
     """Pickle an error, or a RuntimeError with its message where it cannot be pickled."""
+    now = time.monotonic()
     try:
-        packed = pickle.dumps((None, error, trace))
+        packed = pickle.dumps((None, error, trace, now))
         pickle.loads(packed)
     except Exception:
-        packed = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}"), trace))
+        packed = pickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}"), trace, now))
     return packed
