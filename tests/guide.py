@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from tests.limits import HANGS
-from tests.warm_cli import run_cli
+from tests.warm import PYTHON, warm
 
 __all__ = ["ROOT", "commands", "run_command"]
 
@@ -28,12 +26,8 @@ def run_command(line: str, folder: Path, places: Mapping[str, Path]) -> subproce
     """Run a line of a page in `folder`, with the paths that it names replaced by real ones."""
     for named, place in {"launch/": ROOT / "launch", "examples/": ROOT / "examples", **places}.items():
         line = line.replace(named, f"{place}/" if named.endswith("/") else str(place))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
-    environment["GRACE_SECONDS"] = "1"
-    words = shlex.split(line)
-    if words[0] == "minitron" and not {">", "|", "&&", ";"} & set(words):
-        return run_cli(words[1:], environment, folder)
-    line = re.sub(r"^minitron", f"{sys.executable} -m minitron_megatron", line)
+    environment = warm(os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GRACE_SECONDS": "1"})
+    line = re.sub(r"^minitron", f"{PYTHON} -m minitron_megatron", line)
     return subprocess.run(
         line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
     )

@@ -20,7 +20,7 @@ from minitron_megatron.cli import app
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.recipe import load_recipe
 from tests.limits import HANGS
-from tests.warm_cli import run_cli
+from tests.warm import PYTHON, warm
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parents[2]
@@ -29,10 +29,9 @@ ENVIRONMENT = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "P
 
 def call(*arguments: object, ranks: int = 1, **more: str) -> subprocess.CompletedProcess[str]:
     """more: additional environment variables."""
-    if ranks == 1:
-        return run_cli([str(argument) for argument in arguments], ENVIRONMENT | more)
-    command = [str(ROOT / "launch/local.sh"), str(ranks), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT | more, timeout=HANGS, check=False)
+    start = [PYTHON, "-m", "minitron_megatron"] if ranks == 1 else [ROOT / "launch/local.sh", str(ranks)]
+    command, environment = [*map(str, [*start, *arguments])], warm(ENVIRONMENT) | more
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=HANGS, check=False)
 
 
 def say(*arguments: object) -> str:

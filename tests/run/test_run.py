@@ -27,7 +27,7 @@ from tests.limits import HANGS
 
 Write = Callable[..., Path]
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.warm"])
+FORKS.set_forkserver_preload(["tests.warm.imports"])
 
 
 def work(topology: Topology, recipe: Path, overrides: tuple[str, ...] = (), only: str | None = None) -> None:

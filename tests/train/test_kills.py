@@ -19,7 +19,7 @@ from tests.limits import HANGS
 from tests.tiny import samples, share
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.warm"])
+FORKS.set_forkserver_preload(["tests.warm.imports"])
 
 TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, save_every=7, keep=1)
 MOMENTS = range(2, 40, 8)

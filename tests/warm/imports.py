@@ -1,10 +1,13 @@
-"""Imported by a fork server: its children have behind them what a process of a run does first."""
+"""What a process of a run imports first: a fork server's children have it behind them."""
 
 import gc
+
+import torch
 
 from minitron_megatron import run  # noqa: F401
 from minitron_megatron.parallel import install_cpu_backend
 
+torch.set_num_threads(1)
 install_cpu_backend()
 
 import megatron.core.dist_checkpointing  # noqa: E402
