@@ -29,6 +29,7 @@ __all__ = [
     "file_marks",
     "files_below",
     "locked",
+    "parse_json",
     "read_as",
     "read_json",
     "read_text",
@@ -178,13 +179,17 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """Return the value of a JSON file. Raises FileError where it cannot be read or is not JSON."""
-    text = read_text(path)
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Return the value of a JSON text. Raises FileError, which names `where`, if it is not JSON."""
     try:
         return json.loads(text, parse_constant=_refuse_number, parse_float=_finite_number)
     except RecursionError as error:
-        raise FileError(f"{path} is nested too deeply to be read.") from error
+        raise FileError(f"{where} is nested too deeply to be read.") from error
     except ValueError as error:  # not JSON, or a number of thousands of digits
-        raise FileError(f"{path} is torn or not JSON: {error}.") from error
+        raise FileError(f"{where} is not JSON: {str(error)[:200]}.") from error
 
 
 def _refuse_number(word: str) -> float:

@@ -38,7 +38,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_recipe(material: Path) -> dict[str, Any]:
     """Return a recipe with every stage, of a few steps each."""
-    training = {"tokens": 12 * 8 * 16, "global_batch": 8, "micro_batch": 2, "warmup_steps": 2, "lr": 5e-3}
+    training = {"tokens": 12 * 8 * 16, "global_batch": 8, "micro_batch": 4, "warmup_steps": 2, "lr": 5e-3}
     training |= {"save_every": 4, "validate_every": 6}
     return {
         "model": str(material / "model"),
@@ -46,11 +46,11 @@ def tiny_recipe(material: Path) -> dict[str, Any]:
         "dtype": "float32",
         "data": {"sequence": 16, "sources": [{"path": str(material / "corpus.jsonl"), "validation": 0.2}]},
         "correct": training,
-        "score": {"samples": 16, "micro_batch": 2},
+        "score": {"samples": 16, "micro_batch": 4},
         "prune": {"hidden": 32, "ffn": 48, "heads": 4, "layers": [0, 1, 3, 4]},
         "distill": training,
         "random_baseline": True,
-        "evaluate": {"samples": 16, "micro_batch": 2},
+        "evaluate": {"samples": 16, "micro_batch": 4},
     }
 
 

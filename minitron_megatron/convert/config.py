@@ -5,7 +5,6 @@ Each key is read as the installed transformers reads it, or known to change noth
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, did_you_mean
+from ..errors import CheckpointError, FileError, did_you_mean
+from ..files import read_json
 from ..layout import Shape
 from ..model import ModelConfig
 from .bridge import check_bridged
@@ -101,13 +101,9 @@ def _json(folder: Path, path: Path) -> Any:
             f"model {folder} is not a Hugging Face folder: {problem}. Give a folder that save_pretrained wrote."
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except RecursionError as error:
-        raise CheckpointError(f"{path} is nested too deeply to be read.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.") from error
+        return read_json(path)
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
 
 
 @dataclass

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, FileError
+from ..files import parse_json
 
 __all__ = ["LocalData", "read_rows", "split_files"]
 
@@ -41,20 +42,14 @@ def read_rows(path: Path) -> list[Row]:
 
 def _row(line: bytes, place: str) -> Row:
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_refuse)
+        row = parse_json(line.decode("utf-8"), place)
     except UnicodeDecodeError as error:
         raise DataError(f"{place} is not UTF-8. Save the file as UTF-8.") from error
-    except RecursionError as error:
-        raise DataError(f"{place} is nested too deeply to be read.") from error
-    except ValueError as error:
-        raise DataError(f"{place} is not JSON: {str(error)[:200]}.") from error
+    except FileError as error:
+        raise DataError(str(error)) from error
     if not isinstance(row, dict):
         raise DataError(f"{place} is not a JSON object with the fields of a question.")
     return row
-
-
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a JSON number")
 
 
 @dataclass(frozen=True)

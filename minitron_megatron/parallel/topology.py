@@ -70,6 +70,8 @@ class Topology:
         model_parallel_cuda_manual_seed(1)
         if self.cp > 1:
             _ = self.cp_group  # created here, since creating it is collective
+        if dist.get_backend() == "gloo":  # whose ranks connect one by one: one that ended now would fail the others
+            dist.barrier()
 
     @classmethod
     def running(cls, sequence_parallel: bool = False) -> Topology:

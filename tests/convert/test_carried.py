@@ -98,5 +98,5 @@ def test_code_that_stays_behind_is_not_named_by_the_tokenizer(tmp_path: Path) ->
     carry(source, target)
     assert json.loads((target / "tokenizer_config.json").read_text()) == {"eos_token": "</s>"}
     (source / "tokenizer_config.json").write_text("{torn")
-    with pytest.raises(FileError, match=r"tokenizer_config\.json is torn or not JSON"):
+    with pytest.raises(FileError, match=r"tokenizer_config\.json is not JSON"):
         carry(source, target)

@@ -23,6 +23,11 @@ def stream(prefix: str, split: str = "train") -> list[int]:
     return np.fromfile(f"{prefix}.{split}.bin", np.uint16).tolist()
 
 
+def pieces(tokens: list[int]) -> list[str]:
+    """Return the parts between end tokens, each with spaces around every number, so that `in` finds whole numbers."""
+    return [f" {piece.strip()} " for piece in f" {' '.join(map(str, tokens))} ".split(" 0 ") if piece.strip()]
+
+
 def rows(corpus: Corpus) -> list[tuple[int, ...]]:
     return [tuple(corpus[i][0].tolist()) for i in range(len(corpus))]
 
@@ -35,15 +40,15 @@ def test_a_sample_is_a_window_of_whole_documents_and_labels_are_the_next_tokens(
     corpora: Corpora, tmp_path: Path
 ) -> None:
     corpus = open_corpus(corpora[0], tmp_path)
-    documents = [document for document in " ".join(map(str, stream(corpora[0]))).split(" 0")]
+    documents = pieces(stream(corpora[0]))
     assert len(corpus) == 40
     for i in range(len(corpus)):
         tokens, labels, mask = corpus[i]
         assert tokens.dtype == labels.dtype == torch.int64 and mask.dtype == torch.bool and mask.all()
         assert tokens.shape == labels.shape == mask.shape == (SEQUENCE,)
         assert tokens[1:].equal(labels[:-1])
-        window = " ".join(map(str, [*tokens.tolist(), int(labels[-1])]))
-        assert all(any(piece.strip() in document for document in documents) for piece in window.split(" 0"))
+        window = pieces([*tokens.tolist(), int(labels[-1])])
+        assert all(any(piece in document for document in documents) for piece in window)
     with pytest.raises(IndexError):
         corpus[40]
 

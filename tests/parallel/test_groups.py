@@ -48,3 +48,12 @@ def renewed(topology: Topology) -> tuple[bool, bool]:
 
 def test_a_world_that_ended_without_its_layout_leaves_no_group(pool: Pool) -> None:
     assert pool.run(renewed) == [(False, True)]
+
+
+def nothing(topology: Topology) -> None:
+    """End at once."""
+
+
+def test_a_rank_that_ends_at_once_lets_the_others_start(pool: Pool) -> None:
+    for _ in range(20):
+        pool.run(nothing, tp=2, pp=2)
