@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..model import MicroBatch, chunks_of, config_of, forward_only, output_weight
+from ..model import MicroBatch, chunks_of, forward_only, output_weight, shape_of
 from ..parallel import Topology, fail_together, gather_objects, gather_sequence
 from .by_transformers import transformers_failures, transformers_model
 
@@ -27,7 +27,7 @@ def logits_of(model: Any, batch: MicroBatch, topology: Topology) -> Tensor | Non
         whole = gather_sequence(hidden[0], topology.tp_group) if topology.sequence_parallel else hidden[0]
         part = (topology.tp_rank, (whole @ output_weight(chunks_of(model)[-1]).t()).float().cpu())
     parts = sorted((each for each in gather_objects(part) if each is not None), key=lambda each: each[0])
-    vocab = config_of(chunks_of(model)[0]).shape.vocab
+    vocab = shape_of(chunks_of(model)[0]).vocab
     return (
         torch.cat([logits for _, logits in parts], dim=-1)[..., :vocab].transpose(0, 1) if topology.rank == 0 else None
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data import Batch
 from ..events import Event, Listener, silent
 from ..losses import token_likelihood
-from ..model import chunks_of, config_of, forward_only, output_weight, reads_past
+from ..model import chunks_of, field_of, forward_only, output_weight, reads_past
 from ..parallel import Topology, gather_objects, gather_sequence
 from .generate import IncrementalDecoder, Texts, padded
 
@@ -37,7 +37,7 @@ class Predictor:
         """run: replaces `forward_only` of the model."""
         self._run = run or partial(forward_only, model)
         self.model, self.topology, self.micro_batch = chunks_of(model), topology, micro_batch
-        self.config = config_of(self.model[0])
+        self.vocab, self.positions = (field_of(self.model[0], field) for field in ("vocab", "max_positions"))
         self._uses_cache = run is None and all(reads_past(chunk) for chunk in self.model)
         for chunk in self.model:
             chunk.eval()
@@ -165,7 +165,7 @@ class Predictor:
         return {number: (float(each.sum()), bool(best.all())) for (number, *_), each, best in parts}
 
     def _likelihood(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight, vocab = output_weight(self.model[-1]), self.config.shape.vocab
+        weight, vocab = output_weight(self.model[-1]), self.vocab
         return token_likelihood(hidden, weight, labels, vocab=vocab, group=self.topology.tp_group)
 
     def _likeliest(self, states: Mapping[int, Tensor]) -> dict[int, int]:
@@ -184,7 +184,7 @@ class Predictor:
             return None
         hidden = torch.stack(list(states.values()))
         logits = (hidden @ output_weight(self.model[-1]).t()).float().t()
-        whole = gather_sequence(logits, self.topology.tp_group).t()[:, : self.config.shape.vocab]
+        whole = gather_sequence(logits, self.topology.tp_group).t()[:, : self.vocab]
         if adjust is None:
             return whole
         so_far = {at: text for at, text in zip(prompts, texts, strict=True) if at is not None}

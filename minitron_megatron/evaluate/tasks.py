@@ -178,8 +178,8 @@ def run_tasks(
     lm = harness_model(
         tokenizer,
         end=end_of_document(tokenizer_folder, load_tokenizer(tokenizer_folder)),
-        context=predictor.config.max_positions,
-        vocab=predictor.config.shape.vocab,
+        context=predictor.positions,
+        vocab=predictor.vocab,
         settings=generation_settings(folder or tokenizer_folder),
         predictor=predictor,
         truncate=truncate,

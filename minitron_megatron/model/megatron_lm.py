@@ -14,8 +14,8 @@ from ..errors import CheckpointError
 from ..files import PARTIAL, whole_file
 from ..parallel import Topology, barrier, fail_together, save_sharded
 from .build import chunks_of
-from .config import config_of
 from .megatron_flags import FLAGS, arguments_script, check_megatron_lm, saved_arguments
+from .megatron_names import config_of, shape_of
 from .writing import writing
 
 __all__ = ["save_megatron_lm"]
@@ -65,7 +65,7 @@ def _layout(topology: Topology) -> dict[str, int]:
 def _at_either_spec(chunk: Any) -> dict[str, Any]:
     """Return a chunk's sharded state dict with the keys of both specs; Megatron-LM reads only those of its spec."""
     sharded = chunk.sharded_state_dict(metadata={})
-    if config_of(chunk).shape.experts:
+    if shape_of(chunk).experts:
         sharded |= {f"other.{name}": _other_key(sharded[name]) for name in list(sharded) if ALONE in name}
     return _extra_states(sharded) | sharded
 
