@@ -22,7 +22,7 @@ from .family import Family
 from .keys import DERIVED, DROPPED, FREE, LARGEST, ONLY, POSITIVE, READ, SHARE, SIZE, Kind
 from .weights import Weights, stored
 
-__all__ = ["read_config", "tied_names"]
+__all__ = ["parsed", "read_config", "tied_names"]
 
 ROPE: Mapping[str, Mapping[str, Kind]] = {
     "default": {},
@@ -85,6 +85,11 @@ def _parse(folder: Path) -> ModelConfig:
             f"{path} holds {type(hf).__name__ if hf or hf is None else 'an empty ' + type(hf).__name__}, not a model's "
             "config. Copy it again."
         )
+    return parsed(hf, path)
+
+
+def parsed(hf: Mapping[str, Any], path: Path) -> ModelConfig:
+    """Return the config that `hf` describes. path: its file, for errors. Raises CheckpointError."""
     family = family_of(hf)
     reader = _Reader(path, hf, family)
     reader.refuse_unsupported()

@@ -18,7 +18,7 @@ from ..model import ModelConfig, chunks_of, config_of, named_shards, owner_rank
 from ..parallel import Topology, fail_together, move
 from .carried import carry
 from .families import family_of
-from .flat import Architecture, exported_config, flat_config
+from .flat import Architecture, check_expressed, exported_config, flat_config, with_family
 from .weights import INDEX, SafetensorsWriter, split_files
 
 __all__ = ["full_tensors", "save_hf"]
@@ -44,7 +44,8 @@ def save_hf(
     largest size of a weights file. Memory beyond the model: one tensor.
     Raises CheckpointError on every rank if the folder cannot be written.
     """
-    folder, config = Path(folder), exported_config(config_of(chunks_of(model)[0]), architecture)
+    folder, config = Path(folder), exported_config(with_family(config_of(chunks_of(model)[0])), architecture)
+    check_expressed(config)
     dtype = dtype or next(chunks_of(model)[0].parameters()).dtype
     stream = full_tensors(model, topology, dtype)
     with fail_together():
@@ -105,7 +106,7 @@ def full_tensors(model: Any, topology: Topology, dtype: torch.dtype) -> Iterator
 
     Collective over the world: every rank must run the iterator to its end. Vocabulary padding is cut off.
     """
-    config = config_of(chunks_of(model)[0])
+    config = with_family(config_of(chunks_of(model)[0]))
     local_shards = {shard.name: shard for shard in named_shards(model) if not shard.tied_copy}
     sizes, unpadded = config.shape.sizes(), config.shape.sizes(padded=False)
     for name in config.shape.names():
