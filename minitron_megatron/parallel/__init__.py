@@ -34,11 +34,11 @@ from .mcore_compat import (
     kill_writers,
     load_optimizer,
     mark_expert,
-    mend_distributed_optimizer,
     quieten,
     save_sharded,
     undisturbed,
 )
+from .mcore_patches import mend_distributed_optimizer
 from .replicas import check_independent_replicas, independent_replicas
 from .topology import PlannedTopology, Topology, claim_device, launched
 
