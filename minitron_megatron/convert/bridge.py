@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -29,7 +29,11 @@ from ..model import (
     transformer_settings,
 )
 from .family import WHOLE, Family, Keys, Names
-from .keys import SHARE
+from .keys import SHARE, HfConfig
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 __all__ = ["bridged", "check_bridged"]
 
@@ -49,7 +53,7 @@ FREE = (
 )
 """Further provider settings that do not change what a model computes; the layer spec is compared separately."""
 
-UNSET: Mapping[str, Callable[[Any], int]] = {
+UNSET: Mapping[str, Callable[[GPTModelProvider], int]] = {
     "num_query_groups": lambda provider: provider.num_attention_heads,
     "kv_channels": lambda provider: provider.hidden_size // provider.num_attention_heads,
 }
@@ -61,11 +65,11 @@ class Known:
     """Megatron-Bridge's answer for one config."""
 
     family: Family
-    provider: Any
+    provider: GPTModelProvider
     """Its `GPTModelProvider`: mcore's `TransformerConfig` and the other settings of a GPTModel."""
 
 
-def bridged(hf: Mapping[str, Any]) -> Family | None:
+def bridged(hf: HfConfig) -> Family | None:
     """Return the family of a config according to Megatron-Bridge; None if it is not installed or has no such family.
 
     Raises CheckpointError if our models cannot compute this family.
@@ -87,7 +91,7 @@ def check_bridged(config: ModelConfig) -> None:
         raise _refusal(config.source, f"it has no plain tensor mapping for {', '.join(sorted(missing))}")
 
 
-def _setting(provider: Any, name: str) -> Any:
+def _setting(provider: GPTModelProvider, name: str) -> Any:
     value = getattr(provider, name)
     return UNSET[name](provider) if value is None and name in UNSET else value
 
@@ -121,7 +125,7 @@ def _is_free(name: str) -> bool:
     return is_execution_setting(name) or re.fullmatch(FREE, name) is not None
 
 
-def _refuse_other_code(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> None:
+def _refuse_other_code(bridge: MegatronModelBridge, provider: GPTModelProvider, hf: HfConfig) -> None:
     """Raise CheckpointError if the family has code of its own, which its settings would not show."""
     from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
     from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -141,7 +145,7 @@ def _refuse_other_code(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Non
         raise _refusal(hf, f"{type(bridge).__name__} changes weights while loading")
 
 
-def _family(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Family:
+def _family(bridge: MegatronModelBridge, provider: GPTModelProvider, hf: HfConfig) -> Family:
     return Family(
         hf["model_type"],
         hf["architectures"][0],
@@ -177,14 +181,14 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-def _activation(function: Callable[[Tensor], Tensor], hf: Mapping[str, Any]) -> str:
+def _activation(function: Callable[[Tensor], Tensor], hf: HfConfig) -> str:
     try:
         return activation_name(function)
     except ModelError as error:
         raise _refusal(hf, str(error).rstrip(".")) from error
 
 
-def _names(bridge: Any) -> Names:
+def _names(bridge: MegatronModelBridge) -> Names:
     """Return the tensor names of parameters in our layout table; the mappings also list Transformer Engine's names."""
     names: dict[str, Mapping[str, str]] = {}
     for mapping in bridge.mapping_registry():
@@ -198,7 +202,7 @@ def _names(bridge: Any) -> Names:
     return names
 
 
-def _keys(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Keys:
+def _keys(bridge: MegatronModelBridge, provider: GPTModelProvider, hf: HfConfig) -> Keys:
     mixture = bool(provider.num_moe_experts)
     keys: dict[str, tuple[str, ...]] = {}
     for key, megatron in bridge.CONFIG_MAPPING:
@@ -210,7 +214,7 @@ def _keys(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Keys:
     return keys
 
 
-def _refusal(hf: Mapping[str, Any], reason: str) -> CheckpointError:
+def _refusal(hf: HfConfig, reason: str) -> CheckpointError:
     return CheckpointError(
         f"model_type {hf['model_type']!r} is not built in, and Megatron-Bridge's version is not supported: {reason}. "
         "docs/families.md lists what can be supported."

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..model import MicroBatch, chunks_of, forward_only, output_weight, shape_of
+from ..model import MicroBatch, Model, chunks_of, forward_only, output_weight, shape_of
 from ..parallel import Topology, fail_together, gather_objects, gather_sequence
 from .by_transformers import transformers_failures, transformers_model
 
@@ -20,7 +19,7 @@ TOLERANCE = 1e-3
 
 
 @torch.no_grad()
-def logits_of(model: Any, batch: MicroBatch, topology: Topology) -> Tensor | None:
+def logits_of(model: Model, batch: MicroBatch, topology: Topology) -> Tensor | None:
     """Return logits [batch, seq, vocab] in fp32 on global rank 0, None elsewhere. Collective over the world."""
     hidden, part = forward_only(model, [batch]), None
     if topology.is_last_stage and topology.dp_rank == 0:
@@ -33,7 +32,7 @@ def logits_of(model: Any, batch: MicroBatch, topology: Topology) -> Tensor | Non
     )
 
 
-def check_folder(model: Any, folder: Path, batch: MicroBatch, topology: Topology) -> float:
+def check_folder(model: Model, folder: Path, batch: MicroBatch, topology: Topology) -> float:
     """Return the largest difference between the logits of a model in fp32 and those of transformers reading `folder`.
 
     batch: any tokens. Every rank returns the same. Collective over the world. Raises CheckpointError if transformers

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, MinitronError
 from ..events import Event, Listener, silent
 from ..files import whole_folder, write_json
 from ..layout import lookup
-from ..model import ModelConfig, chunks_of, config_of, named_shards, owner_rank
+from ..model import Model, ModelConfig, chunks_of, config_of, named_shards, owner_rank
 from ..parallel import Topology, fail_together, move
 from .carried import carry
 from .families import family_of
@@ -27,7 +27,7 @@ FILE_BYTES = 5 * 10**9
 
 
 def save_hf(
-    model: Any,
+    model: Model,
     folder: str | Path,
     topology: Topology,
     *,
@@ -101,7 +101,7 @@ def _write_tensors(
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-def full_tensors(model: Any, topology: Topology, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(model: Model, topology: Topology, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield every Hugging Face tensor of a model on global rank 0, in layer order; other ranks only take part.
 
     Collective over the world: every rank must run the iterator to its end. Vocabulary padding is cut off.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..data import Batch
 from ..events import Event, Listener, silent
 from ..losses import token_likelihood
-from ..model import chunks_of, field_of, forward_only, output_weight, reads_past
+from ..model import Model, chunks_of, field_of, forward_only, output_weight, reads_past
 from ..parallel import Topology, gather_objects, gather_sequence
 from .generate import IncrementalDecoder, Texts, padded
 
@@ -33,7 +32,9 @@ class Predictor:
     Data-parallel ranks share the inputs, longest first. Padding follows the real tokens and changes no result.
     """
 
-    def __init__(self, model: Any, topology: Topology, *, micro_batch: int = 8, run: RunBatches | None = None) -> None:
+    def __init__(
+        self, model: Model, topology: Topology, *, micro_batch: int = 8, run: RunBatches | None = None
+    ) -> None:
         """run: replaces `forward_only` of the model."""
         self._run = run or partial(forward_only, model)
         self.model, self.topology, self.micro_batch = chunks_of(model), topology, micro_batch

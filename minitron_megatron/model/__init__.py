@@ -4,8 +4,9 @@ pipeline schedules, saved as checkpoints.
 Knows: mcore's modules, configs and schedules, training checkpoints. Must not know: Hugging Face files, scores, losses.
 """
 
-from .build import build, chunks_of, evaluating, rebuild
+from .build import build, evaluating, rebuild
 from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
+from .chunk import Chunk, Model, chunks_of
 from .config import ModelConfig, Recompute, activation_name, check_fits
 from .finite import check_finite
 from .initial import fill_initial
@@ -16,8 +17,6 @@ from .megatron_flags import check_megatron_lm
 from .megatron_lm import save_megatron_lm
 from .megatron_names import (
     SHAPE_NAMES,
-    changed_settings,
-    config_of,
     field_of,
     gpt_arguments,
     is_execution_setting,
@@ -25,6 +24,7 @@ from .megatron_names import (
     shape_of,
     transformer_settings,
 )
+from .read_model import changed_settings, config_of
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
 from .shards import BRIDGE, LORA, NamedShard, assign, named_shards, output_weight, overlay, owner_rank
 from .spec import Spec, check_spec, reads_past
@@ -37,9 +37,11 @@ __all__ = [
     "SHAPE_NAMES",
     "Arguments",
     "Checkpoints",
+    "Chunk",
     "DecodeBatch",
     "KVCache",
     "MicroBatch",
+    "Model",
     "ModelConfig",
     "NamedShard",
     "Recompute",

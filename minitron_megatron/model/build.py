@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
@@ -12,24 +12,21 @@ import torch
 
 from ..layout import Shape, lookup
 from ..parallel import Topology, mark_expert
+from .chunk import Chunk, Model, chunks_of
 from .config import ModelConfig, Recompute, check_fits, pipeline_layout, rotary_frequencies
 from .megatron_names import ARGUMENTS, POSITIONS, gpt_arguments, shape_of, shape_settings, transformer_settings
 from .shards import named_shards
 from .spec import Spec, block_spec
 
 if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["build", "chunks_of", "evaluating", "rebuild"]
+__all__ = ["build", "evaluating", "rebuild"]
 
 PLACEMENT = ("pre_process", "post_process", "parallel_output", "fp16_lm_cross_entropy", "vp_stage")
 REBUILT = (*ARGUMENTS, *POSITIONS, *PLACEMENT)
 """Arguments of a GPTModel that `rebuild` copies; it has attributes of the same names."""
-
-
-def chunks_of(model: Any) -> list[Any]:
-    """Return the list of a model's chunks (more than one only with virtual pipeline stages)."""
-    return list(model) if isinstance(model, Sequence) else [model]
 
 
 def build(
@@ -39,7 +36,7 @@ def build(
     *,
     recompute: Recompute = "none",
     spec: Spec = "local",
-) -> list[Any]:
+) -> list[Chunk]:
     """Build this rank's chunks of an mcore GPTModel, with every parameter on `meta`. Not collective.
 
     spec: layer spec; with `te`, the embedding and the output layer are on the GPU at once. Raises RecipeError where
@@ -47,7 +44,7 @@ def build(
     """
     mcore = transformer_config(config, topology, dtype, recompute=recompute, spec=spec)
     stages = topology.stages(config.shape.layers)
-    chunks: list[Any] = []
+    chunks: list[Chunk] = []
     for virtual in range(topology.vp):
         at = virtual * topology.pp + topology.pp_rank
         shape = config.shape
@@ -129,10 +126,10 @@ def _expert_execution(topology: Topology) -> dict[str, Any]:
     }
 
 
-def rebuild(model: Any, shape: Shape, topology: Topology) -> list[Any]:
+def rebuild(model: Model, shape: Shape, topology: Topology) -> list[Chunk]:
     """Build chunks on `meta` like those of `model` (any GPTModel), with the sizes of `shape`. Not collective."""
     stages = topology.stages(shape.layers)
-    chunks: list[Any] = []
+    chunks: list[Chunk] = []
     for virtual, old in enumerate(chunks_of(model)):
         at = virtual * topology.pp + topology.pp_rank
         spec = copy(old.decoder.submodules)
@@ -146,7 +143,7 @@ def rebuild(model: Any, shape: Shape, topology: Topology) -> list[Any]:
     return chunks
 
 
-def _resized(mcore: Any, shape: Shape, topology: Topology) -> Any:
+def _resized(mcore: TransformerConfig, shape: Shape, topology: Topology) -> TransformerConfig:
     """Return a copy of mcore's config with the sizes of `shape`, and everything else unchanged."""
     check_fits(shape, topology)
     new = copy(mcore)
@@ -157,7 +154,7 @@ def _resized(mcore: Any, shape: Shape, topology: Topology) -> Any:
     return new
 
 
-def _gpt(mcore: Any, spec: Any, **arguments: Any) -> Any:
+def _gpt(mcore: TransformerConfig, spec: TransformerBlockSubmodules, **arguments: object) -> Chunk:
     """Build mcore's GPTModel on `meta`.
 
     The embedding group is set only afterwards: mcore would otherwise all-reduce a tied copy that has no data yet.
@@ -177,7 +174,7 @@ def _gpt(mcore: Any, spec: Any, **arguments: Any) -> Any:
     return gpt
 
 
-def mark_parallel(gpt: Any) -> None:
+def mark_parallel(gpt: Chunk) -> None:
     """Set mcore's tensor-parallel attributes on parameters that lack them.
 
     Transformer Engine sets none on `meta` (module/linear.py, `reset_parameters`). By these attributes mcore sums
@@ -194,7 +191,7 @@ def mark_parallel(gpt: Any) -> None:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Model) -> Iterator[None]:
     """Run the model in eval mode without gradients.
 
     Eval mode also turns off mcore's activation recomputation, which would miscount layers that are left out.

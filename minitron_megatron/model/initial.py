@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layout import Shape, lookup
 from ..parallel import Topology
-from .build import chunks_of
+from .chunk import Model, chunks_of
 from .megatron_names import field_of, shape_of
 from .shards import assign, named_shards
 
@@ -22,7 +21,7 @@ RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 Megatron-LM."""
 
 
-def fill_initial(model: Any, topology: Topology, seed: int) -> None:
+def fill_initial(model: Model, topology: Topology, seed: int) -> None:
     """Fill every parameter of `model` (on `meta`) with random values, the same global ones at every layout."""
     first = chunks_of(model)[0]
     shape, std, norm = shape_of(first), field_of(first, "init_std"), 1.0 - field_of(first, "zero_centered_norm")

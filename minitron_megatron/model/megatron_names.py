@@ -1,35 +1,30 @@
 """The one table of Megatron-Core's names for the fields of a model's configuration, read in both directions.
 
-`transformer_settings` and `gpt_arguments` give mcore's settings for a ModelConfig; `config_of` gives the ModelConfig of
-any GPTModel. A setting that changes what a model computes and that a ModelConfig cannot express is an error that names
-it. Megatron-LM's checkpoint arguments and the comparison with Megatron-Bridge use the same table.
+`transformer_settings` and `gpt_arguments` give mcore's settings of a ModelConfig; `from_megatron` gives fields of the
+ModelConfig back. Megatron-LM's checkpoint arguments and the comparison with Megatron-Bridge use the same table.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import cache
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..errors import ModelError
-from ..layout import Shape, layer_of, pattern_of
-from .config import ACTIVATIONS, ModelConfig, activation_name, rotary_frequencies
-from .shards import named_shards
+from ..layout import Shape
+from .chunk import Chunk
+from .config import ACTIVATIONS, ModelConfig, activation_name
 
 __all__ = [
     "FACTOR",
     "LLAMA3",
     "SHAPE_NAMES",
-    "changed_settings",
-    "config_of",
     "field_of",
+    "from_megatron",
     "gpt_arguments",
     "is_execution_setting",
+    "is_unused",
     "rotary_settings",
     "shape_of",
     "shape_settings",
@@ -113,14 +108,14 @@ EXECUTION = (
 )
 """Settings that change how a model is computed or trained, and not what it computes. All settings of mcore's
 ModelParallelConfig are such, too."""
-BALANCING, LOSSES = "moe_router_load_balancing_type", {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}
 
 
 def _to_megatron(names: Names, ours: Any) -> dict[str, Any]:
     return {name: CONVERTED.get(name, (_same, _same))[0](getattr(ours, field)) for name, field in names.items()}
 
 
-def _from_megatron(names: Names, mcore: Any) -> dict[str, Any]:
+def from_megatron(names: Names, mcore: Any) -> dict[str, Any]:
+    """Return our fields from the attributes of a TransformerConfig or a GPTModel."""
     return {field: CONVERTED.get(name, (_same, _same))[1](getattr(mcore, name)) for name, field in names.items()}
 
 
@@ -139,7 +134,7 @@ def shape_settings(shape: Shape) -> dict[str, Any]:
 
 def transformer_settings(config: ModelConfig) -> dict[str, Any]:
     """Return the settings of mcore's TransformerConfig that fix what a model computes, and its initial weights."""
-    functions = {name: value for name, value in _to_megatron(FUNCTIONS, config).items() if not _unused(name, config)}
+    functions = {name: value for name, value in _to_megatron(FUNCTIONS, config).items() if not is_unused(name, config)}
     return shape_settings(config.shape) | functions | FIXED
 
 
@@ -160,78 +155,29 @@ def rotary_settings(config: ModelConfig) -> dict[str, Any]:
 # ---- from mcore
 
 
-def field_of(model: Any, field: str) -> Any:
+def field_of(model: Chunk, field: str) -> Any:
     """Return one field of a GPTModel's Shape or ModelConfig; the model's other settings need not be supported."""
     ours = getattr(model, "minitron", None)
     if ours is not None:
         return getattr(ours, field) if hasattr(ours, field) else getattr(ours.shape, field)
     [name] = [name for name, known in ALL.items() if known == field]
-    return _from_megatron({name: field}, model if name in ARGUMENTS else model.config)[field]
+    return from_megatron({name: field}, model if name in ARGUMENTS else model.config)[field]
 
 
-def shape_of(model: Any) -> Shape:
+def shape_of(model: Chunk) -> Shape:
     """Return the shape of a GPTModel; what the model computes with it need not be supported."""
     ours = getattr(model, "minitron", None)
     if ours is not None:
         shape: Shape = ours.shape
         return shape
     mcore = model.config
-    sizes = _from_megatron(SHAPE_NAMES if mcore.num_moe_experts else SHAPE, mcore)
+    sizes = from_megatron(SHAPE_NAMES if mcore.num_moe_experts else SHAPE, mcore)
     return Shape(
         **sizes | ({"ffn": 0} if mcore.num_moe_experts else {}),
         norm_bias=mcore.normalization == "LayerNorm",
         vocab=field_of(model, "vocab"),
         tied=field_of(model, "tied"),
     )
-
-
-def config_of(model: Any) -> ModelConfig:
-    """Return the config of a GPTModel: the attribute `minitron` of models built here, else read from mcore's settings.
-
-    Raises ModelError, which names the setting, where a ModelConfig cannot express what the model computes.
-    """
-    ours: ModelConfig | None = getattr(model, "minitron", None)
-    if ours is not None:
-        return ours
-    positions = getattr(model, "position_embedding_type", None)
-    if positions != POSITIONS["position_embedding_type"]:
-        raise _inexpressible("position_embedding_type", positions, "'rope'")
-    if model.mtp_process:
-        raise _inexpressible("mtp_block_spec", "a block", None)
-    shape = shape_of(model)
-    functions = FUNCTIONS if shape.experts else {name: FUNCTIONS[name] for name in FUNCTIONS if name[:4] != "moe_"}
-    config = ModelConfig(
-        shape=shape,
-        max_positions=field_of(model, "max_positions"),
-        rotary_share=field_of(model, "rotary_share"),
-        rotary_base=field_of(model, "rotary_base"),
-        **_from_megatron(functions, model.config),
-    )
-    reference = _reference(config)
-    settings = {name: getattr(model.config, name) for name in reference}
-    for name, found, wanted in changed_settings(settings, reference, config):
-        raise _inexpressible(name, found, repr(wanted))
-    _check_parameters(model, shape)
-    return replace(config, rotary_scaling=_rotary_scaling(model.rotary_pos_emb, config))
-
-
-def changed_settings(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], config: ModelConfig
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (name, value found, value wanted) of each setting by which two models compute different things.
-
-    wanted: all settings of the model of `config`, with mcore's defaults.
-    """
-    for name, value in wanted.items():
-        if is_execution_setting(name) or name == "activation_func" or _unused(name, config):
-            continue  # `activation_name` compares activations by their values
-        if found[name] != value and not (name == BALANCING and _balances_by_loss(found[name])):
-            yield name, found[name], value
-
-
-def _balances_by_loss(kinds: str | Sequence[str]) -> bool:
-    """Return whether the load of experts is balanced by losses only, or not at all: the routing does not change."""
-    return {kinds} <= LOSSES if isinstance(kinds, str) else set(kinds) <= LOSSES
 
 
 def is_execution_setting(name: str) -> bool:
@@ -246,63 +192,6 @@ def _parallel_settings() -> frozenset[str]:
     return frozenset(field.name for field in fields(ModelParallelConfig))
 
 
-def _unused(name: str, config: ModelConfig) -> bool:
+def is_unused(name: str, config: ModelConfig) -> bool:
     """Return whether mcore does not use a setting: that of experts in a dense model, or the width of dense layers."""
     return name == "ffn_hidden_size" if config.shape.experts else name.startswith("moe_")
-
-
-def _reference(config: ModelConfig) -> dict[str, Any]:
-    """Return all settings of the TransformerConfig that has mcore's defaults beside those of `config`."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    reference = TransformerConfig(**transformer_settings(config))
-    return {field.name: getattr(reference, field.name) for field in fields(TransformerConfig)}
-
-
-def _check_parameters(model: Any, shape: Shape) -> None:
-    """Raise ModelError where layers have other parameters than the settings say: layer specs can add modules."""
-    found = {pattern_of(shard.name) for shard in named_shards(model)}
-    known = {pattern_of(name) for name in shape.names()}
-    expected = {pattern for pattern in known if layer_of(pattern.replace("*", "0")) is not None}
-    if other := sorted(found - known | (expected - found if len(model.decoder.layers) else set())):
-        raise ModelError(
-            f"the model's layer spec and its settings do not agree on {', '.join(other)}. "
-            "Build it from a spec that fits its TransformerConfig."
-        )
-
-
-def _rotary_scaling(rotary: Any, config: ModelConfig) -> dict[str, Any] | None:
-    """Return the rotary scaling whose frequencies a GPTModel uses. config: without scaling."""
-    found = rotary.inv_freq.cpu() / (rotary.seq_len_interpolation_factor or 1)
-    for scaling in (None, *_scalings(found, config)):
-        frequencies = rotary_frequencies(replace(config, rotary_scaling=scaling))
-        if frequencies.shape == found.shape and torch.allclose(frequencies, found, rtol=1e-5, atol=0):
-            return scaling
-    raise ModelError(
-        "the model's rotary frequencies (rotary_pos_emb.inv_freq) are not those of its rotary_base and rotary_percent "
-        "with rope_scaling or seq_len_interpolation_factor. Use one of these."
-    )
-
-
-def _scalings(found: Tensor, config: ModelConfig) -> Iterator[dict[str, Any]]:
-    """Yield a linear and a llama3 scaling, each with the factor by which the lowest frequency becomes the one found."""
-    plain = rotary_frequencies(config)[-1]
-    yield {"rope_type": "linear", "factor": _rounded(plain / found[-1])}
-    llama3 = {"rope_type": "llama3", **LLAMA3}
-    half = rotary_frequencies(replace(config, rotary_scaling={**llama3, "factor": 2.0}))[-1]
-    if half == plain:  # no frequency is low enough to be scaled, by any factor
-        return
-    inverse = 1 - (plain - found[-1]) / (2 * (plain - half))  # a frequency is linear in 1 / factor
-    if inverse > 0:
-        yield {**llama3, "factor": _rounded(1 / inverse)}
-
-
-def _rounded(factor: Tensor) -> float:
-    return float(f"{factor.item():.6g}")  # fp32 holds about seven digits
-
-
-def _inexpressible(name: str, found: object, wanted: str | None) -> ModelError:
-    return ModelError(
-        f"the model sets {name}={found!r}, which this package cannot express: here it would be {wanted}. "
-        "Such a model can be scored, pruned and distilled, but not exported."
-    )
