@@ -4,6 +4,7 @@ Knows: ranks, groups, devices, the placement of layers on pipeline stages, the p
 the differences between mcore's versions. Must not know: scores, plans, losses, recipes.
 """
 
+from .attention_context import AttentionContext
 from .backend import install_cpu_backend, peak_bytes, peak_flops
 from .collectives import (
     Group,
@@ -44,6 +45,7 @@ from .topology import PlannedTopology, Topology, claim_device, launched
 
 __all__ = [
     "FITS",
+    "AttentionContext",
     "ContextShard",
     "Group",
     "PlannedTopology",

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .context_shard import ContextShard
+from .attention_context import AttentionContext
 from .mcore_patches import mend_writer, writes_collected
 
 __all__ = [
@@ -56,12 +56,10 @@ def _is_useful(record: logging.LogRecord) -> bool:
     return NOISY_LOGGERS[record.name].lower() not in record.getMessage().lower()
 
 
-def final_hidden(model: Any, tokens: Tensor, attention_context: Any = None) -> Tensor:
+def final_hidden(model: Any, tokens: Tensor, attention_context: AttentionContext | None = None) -> Tensor:
     """Run a GPTModel up to its final norm, without the output layer: `GPTModel.forward` has no such switch.
 
-    tokens: int64 [batch, seq]. attention_context: the document number of each token, [batch, seq], beyond
-    which attention does not reach; or a KVCache or a ContextShard, which give the `positions` of the tokens. It is
-    passed as mcore's attention mask, and only our own core attention understands it.
+    tokens: int64 [batch, seq]. attention_context: passed as mcore's attention mask; only our core attention reads it.
     Returns [seq (over tp, with sequence parallelism), batch, hidden]; before the last pipeline stage, that stage's
     output. The model may be wrapped (DDP, Float16Module).
     """
@@ -70,12 +68,12 @@ def final_hidden(model: Any, tokens: Tensor, attention_context: Any = None) -> T
     gpt = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
     # mcore 0.16-0.19: _preprocess returns (decoder_input, rotary_pos_emb, cos, sin, sequence_len_offset, padding_mask)
     states, rotary = gpt._preprocess(input_ids=tokens, position_ids=None)[:2]
-    if hasattr(attention_context, "positions"):
-        positions = attention_context.positions(tokens)
+    positions = attention_context.positions(tokens) if attention_context else None
+    if positions is not None:
         most = -(-int(positions.max() + 1) // 256) * 256  # rounded up, since mcore caches angles by length
         rotary = gpt.rotary_pos_emb(most)[positions.t()].squeeze(2)
-    carried = attention_context.ticket if isinstance(attention_context, ContextShard) else attention_context
-    return gpt.decoder(hidden_states=states, attention_mask=carried, rotary_pos_emb=rotary)
+    mask = attention_context.as_mask() if attention_context else None
+    return gpt.decoder(hidden_states=states, attention_mask=mask, rotary_pos_emb=rotary)
 
 
 def count_padding(wrapped: Sequence[Any]) -> None:
