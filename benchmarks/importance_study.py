@@ -20,7 +20,7 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.evaluate import validation_loss
 from minitron_megatron.events import silent
 from minitron_megatron.files import read_json
-from minitron_megatron.model import config_of
+from minitron_megatron.model import shape_of
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import choose, first_plan, random_plan, trim
 from minitron_megatron.recipe import load_recipe
@@ -46,7 +46,7 @@ def main() -> None:
     context = Context(recipe, topology, silent, {"prepare": prepared}, "")
     calibration, held_out = context.calibration_batches(), context.held_out()
     teacher = load_hf(recipe.model, topology)
-    shape = config_of(teacher[0]).shape
+    shape = shape_of(teacher[0])
 
     def loss_of(plan: Plan) -> float:
         return validation_loss(trim(load_hf(recipe.model, topology), plan, topology), held_out, topology)["all"]

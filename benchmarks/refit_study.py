@@ -26,7 +26,7 @@ from minitron_megatron.distill import KDObjective
 from minitron_megatron.evaluate import validation_loss
 from minitron_megatron.events import Event, silent
 from minitron_megatron.files import read_json
-from minitron_megatron.model import config_of
+from minitron_megatron.model import shape_of
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import choose, trim
 from minitron_megatron.recipe import load_recipe
@@ -88,7 +88,7 @@ class Study:
             if event.done in points:
                 curve[str(event.done)] = self.loss(student)
 
-        objective = KDObjective(self.teacher, self.topology, vocab=config_of(student[0]).shape.vocab)
+        objective = KDObjective(self.teacher, self.topology, vocab=shape_of(student[0]).vocab)
         training = Training(steps=steps, lr=lr, min_lr=lr / 100, warmup_steps=max(1, steps // 10))
         train(student, objective, batches, training, self.topology, listener=listen)
         return curve

@@ -18,7 +18,7 @@ from torch import Tensor
 from minitron_megatron.data import Batch
 from minitron_megatron.events import Event
 from minitron_megatron.layout import Shape
-from minitron_megatron.parallel import Topology
+from minitron_megatron.parallel import AttentionContext, Topology
 
 SHAPE = Shape(layers=5, hidden=48, ffn=64, heads=8, kv_groups=2, head_dim=8, vocab=131)
 SHAPES = {
@@ -102,9 +102,13 @@ def share(every: Batch, topology: Topology, micro_batch: int = 2) -> list[Batch]
     """Return a data-parallel rank's micro-batches on its device: consecutive samples, split by context parallelism."""
     each = len(every.tokens) // topology.replicas
     starts = range(topology.replica * each, (topology.replica + 1) * each, micro_batch)
-    parts = (every.tokens, every.labels, every.mask, every.attention_context)
-    batches = [Batch(*(part if part is None else part[a : a + micro_batch] for part in parts)) for a in starts]
+    batches = [_rows(every, slice(a, a + micro_batch)) for a in starts]
     return [batch.to(topology.device).shared(topology) for batch in batches]
+
+
+def _rows(every: Batch, rows: slice) -> Batch:
+    context = every.attention_context and AttentionContext(every.attention_context.documents[rows])
+    return Batch(every.tokens[rows], every.labels[rows], every.mask[rows], context)
 
 
 def cross_entropy(model: Any, batch: Batch) -> Tensor:

@@ -12,16 +12,28 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ModelError
 from ..layout import TABLE, pattern_of
-from ..model import ACTIVATIONS, ModelConfig
+from ..model import (
+    SHAPE_NAMES,
+    ModelConfig,
+    activation_name,
+    changed_settings,
+    gpt_arguments,
+    is_execution_setting,
+    rotary_settings,
+    transformer_settings,
+)
 from .family import WHOLE, Family, Keys, Names
-from .keys import SHARE
+from .keys import SHARE, HfConfig
+
+if TYPE_CHECKING:
+    from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
+    from megatron.bridge.models.gpt_provider import GPTModelProvider
 
 __all__ = ["bridged", "check_bridged"]
 
@@ -29,33 +41,19 @@ WHOLES = ("AutoMapping", "DirectMapping", "ReplicatedMapping", "ColumnParallelMa
 ROLES = ("QKVMapping", "GatedMLPMapping")
 """Megatron-Bridge's mappings of one tensor to a whole parameter (WHOLES), and of several tensors to its parts."""
 
-SIZES = {
-    "ffn_hidden_size": "ffn",
-    "num_moe_experts": "experts",
-    "moe_router_topk": "experts_per_token",
-    "moe_ffn_hidden_size": "expert_ffn",
-}
-"""Megatron's key -> the field of `Shape`, whose key in config.json differs between families."""
+SIZES = ("ffn", "experts", "experts_per_token", "expert_ffn")
+"""Fields of `Shape` whose key in config.json differs between families."""
 
 SHARED_FFN = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
 EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layernorm_epsilon")
 
-MAPPED = (
-    "gated_linear_unit|activation_func|normalization|layernorm_zero_centered_gamma|add_qkv_bias|qk_layernorm|"
-    "moe_shared_expert_gate"
-)
-"""Provider settings that `_family` maps to our own."""
 FREE = (
-    r".*_fusion|.*_dtype|bf16|fp16|.*_dropout|.*init_method.*|.*_initialization|.*_parallel_size|recompute_.*|"
-    r"persist_layer_norm|attention_softmax_in_fp32|attention_backend|calculate_per_token_loss|cross_entropy_.*|"
-    r"cuda_graph_.*|tp_comm_.*|cp_comm_type|async_tensor_.*|scatter_embedding_.*|deallocate_pipeline_outputs|"
-    r"seq_length|make_vocab_size_divisible_by|transformer_layer_spec|moe_grouped_gemm|moe_shared_expert_overlap|"
-    r"moe_aux_loss_coeff|moe_router_load_balancing_type|moe_token_dispatcher_type|moe_flex_.*|mtp_loss_.*|"
-    r"hf_.*|generation_config|.*_token_id"
+    r"scatter_embedding_.*|seq_length|make_vocab_size_divisible_by|transformer_layer_spec|hf_.*|"
+    r"generation_config|.*_token_id"
 )
-"""Provider settings that do not change what a model computes; the layer spec is compared separately."""
+"""Further provider settings that do not change what a model computes; the layer spec is compared separately."""
 
-UNSET: Mapping[str, Callable[[Any], int]] = {
+UNSET: Mapping[str, Callable[[GPTModelProvider], int]] = {
     "num_query_groups": lambda provider: provider.num_attention_heads,
     "kv_channels": lambda provider: provider.hidden_size // provider.num_attention_heads,
 }
@@ -67,11 +65,11 @@ class Known:
     """Megatron-Bridge's answer for one config."""
 
     family: Family
-    provider: Any
+    provider: GPTModelProvider
     """Its `GPTModelProvider`: mcore's `TransformerConfig` and the other settings of a GPTModel."""
 
 
-def bridged(hf: Mapping[str, Any]) -> Family | None:
+def bridged(hf: HfConfig) -> Family | None:
     """Return the family of a config according to Megatron-Bridge; None if it is not installed or has no such family.
 
     Raises CheckpointError if our models cannot compute this family.
@@ -84,15 +82,18 @@ def check_bridged(config: ModelConfig) -> None:
     """Raise CheckpointError if Megatron-Bridge would build a different model from the same config."""
     known = _known(json.dumps(config.source, sort_keys=True))
     assert known is not None
-    expected = _expected(config)
-    for name, default in _defaults().items():
-        wanted, value = expected.get(name, default), getattr(known.provider, name)
-        if value is None and name in UNSET:
-            value = UNSET[name](known.provider)
-        if not re.fullmatch(f"{MAPPED}|{FREE}", name) and value != wanted:
-            raise _refusal(config.source, f"it sets {name}={value!r}; here it would be {wanted!r}")
+    wanted = _defaults() | transformer_settings(config) | gpt_arguments(config) | rotary_settings(config)
+    wanted = {name: value for name, value in wanted.items() if name in _defaults() and not _is_free(name)}
+    found = {name: _setting(known.provider, name) for name in wanted}
+    for name, value, here in changed_settings(found, wanted, config):
+        raise _refusal(config.source, f"it sets {name}={value!r}; here it would be {here!r}")
     if missing := {pattern_of(name) for name in config.shape.names()} - set(known.family.names):
         raise _refusal(config.source, f"it has no plain tensor mapping for {', '.join(sorted(missing))}")
+
+
+def _setting(provider: GPTModelProvider, name: str) -> Any:
+    value = getattr(provider, name)
+    return UNSET[name](provider) if value is None and name in UNSET else value
 
 
 @cache
@@ -120,7 +121,11 @@ def _known(config: str) -> Known | None:
     return Known(_family(bridge, provider, hf), provider)
 
 
-def _refuse_other_code(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> None:
+def _is_free(name: str) -> bool:
+    return is_execution_setting(name) or re.fullmatch(FREE, name) is not None
+
+
+def _refuse_other_code(bridge: MegatronModelBridge, provider: GPTModelProvider, hf: HfConfig) -> None:
     """Raise CheckpointError if the family has code of its own, which its settings would not show."""
     from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
     from megatron.bridge.models.gpt_provider import GPTModelProvider
@@ -130,7 +135,7 @@ def _refuse_other_code(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Non
         raise _refusal(hf, f"its model is not a GPTModel ({kind.__name__})")
     defaults = _defaults()
     names = {field.name for field in fields(kind)} | set(vars(provider))
-    if own := sorted(name for name in names - set(defaults) if not re.fullmatch(FREE, name)):
+    if own := sorted(name for name in names - set(defaults) if not _is_free(name)):
         raise _refusal(hf, f"it has settings of its own: {', '.join(own)}")
     if kind.provide is not GPTModelProvider.provide:
         raise _refusal(hf, f"it builds a model of its own ({kind.__name__})")
@@ -140,7 +145,7 @@ def _refuse_other_code(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Non
         raise _refusal(hf, f"{type(bridge).__name__} changes weights while loading")
 
 
-def _family(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Family:
+def _family(bridge: MegatronModelBridge, provider: GPTModelProvider, hf: HfConfig) -> Family:
     return Family(
         hf["model_type"],
         hf["architectures"][0],
@@ -176,18 +181,14 @@ def _defaults() -> dict[str, Any]:
     }
 
 
-def _activation(function: Callable[[Tensor], Tensor], hf: Mapping[str, Any]) -> str:
-    """Return the name of our activation with the same values; comparing objects fails for its squared ReLU."""
-    x = torch.linspace(-4, 4, 65)
-    for name, ours in ACTIVATIONS.items():
-        if torch.allclose(function(x), ours(x)):
-            return name
-    raise _refusal(
-        hf, f"activation_func={getattr(function, '__name__', function)} is not one of {', '.join(ACTIVATIONS)}"
-    )
+def _activation(function: Callable[[Tensor], Tensor], hf: HfConfig) -> str:
+    try:
+        return activation_name(function)
+    except ModelError as error:
+        raise _refusal(hf, str(error).rstrip(".")) from error
 
 
-def _names(bridge: Any) -> Names:
+def _names(bridge: MegatronModelBridge) -> Names:
     """Return the tensor names of parameters in our layout table; the mappings also list Transformer Engine's names."""
     names: dict[str, Mapping[str, str]] = {}
     for mapping in bridge.mapping_registry():
@@ -201,53 +202,19 @@ def _names(bridge: Any) -> Names:
     return names
 
 
-def _keys(bridge: Any, provider: Any, hf: Mapping[str, Any]) -> Keys:
+def _keys(bridge: MegatronModelBridge, provider: GPTModelProvider, hf: HfConfig) -> Keys:
     mixture = bool(provider.num_moe_experts)
     keys: dict[str, tuple[str, ...]] = {}
     for key, megatron in bridge.CONFIG_MAPPING:
-        field = SIZES.get(megatron)
-        if field and key in hf and (field != "ffn") == mixture:
+        field = SHAPE_NAMES.get(megatron, "")
+        if field in SIZES and key in hf and (field != "ffn") == mixture:
             keys[field] = (*keys.get(field, ()), key)
     if provider.moe_shared_expert_intermediate_size:
         keys["shared_ffn"] = tuple(key for key in SHARED_FFN if key in hf) or SHARED_FFN[:1]
     return keys
 
 
-def _expected(config: ModelConfig) -> dict[str, Any]:
-    """Return the provider settings of our model; all others must have mcore's defaults."""
-    shape, scaling = config.shape, config.rotary_scaling or {}
-    llama3 = scaling.get("rope_type") == "llama3"
-    expected = {
-        "num_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "num_attention_heads": shape.heads,
-        "num_query_groups": shape.kv_groups,
-        "kv_channels": shape.head_dim,
-        "vocab_size": shape.vocab,
-        "share_embeddings_and_output_weights": shape.tied,
-        "add_bias_linear": False,
-        "layernorm_epsilon": config.norm_eps,
-        "position_embedding_type": "rope",
-        "rotary_base": config.rotary_base,
-        "rotary_percent": config.rotary_share,
-        "rope_scaling": llama3,
-        "seq_len_interpolation_factor": scaling.get("factor") if not llama3 else None,
-    }
-    if llama3:
-        expected["rope_scaling_factor"] = scaling["factor"]
-    if not shape.experts:
-        return expected | {"ffn_hidden_size": shape.ffn}
-    return expected | {
-        "ffn_hidden_size": config.source.get("intermediate_size"),  # size of dense layers; this model has none
-        "num_moe_experts": shape.experts,
-        "moe_router_topk": shape.experts_per_token,
-        "moe_ffn_hidden_size": shape.expert_ffn,
-        "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
-        "moe_router_pre_softmax": config.router_pre_softmax,
-    }
-
-
-def _refusal(hf: Mapping[str, Any], reason: str) -> CheckpointError:
+def _refusal(hf: HfConfig, reason: str) -> CheckpointError:
     return CheckpointError(
         f"model_type {hf['model_type']!r} is not built in, and Megatron-Bridge's version is not supported: {reason}. "
         "docs/families.md lists what can be supported."

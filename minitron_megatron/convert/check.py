@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..model import MicroBatch, chunks_of, config_of, forward_only, output_weight
+from ..model import MicroBatch, Model, chunks_of, forward_only, output_weight, shape_of
 from ..parallel import Topology, fail_together, gather_objects, gather_sequence
 from .by_transformers import transformers_failures, transformers_model
 
@@ -20,20 +19,20 @@ TOLERANCE = 1e-3
 
 
 @torch.no_grad()
-def logits_of(model: Any, batch: MicroBatch, topology: Topology) -> Tensor | None:
+def logits_of(model: Model, batch: MicroBatch, topology: Topology) -> Tensor | None:
     """Return logits [batch, seq, vocab] in fp32 on global rank 0, None elsewhere. Collective over the world."""
     hidden, part = forward_only(model, [batch]), None
     if topology.is_last_stage and topology.dp_rank == 0:
         whole = gather_sequence(hidden[0], topology.tp_group) if topology.sequence_parallel else hidden[0]
         part = (topology.tp_rank, (whole @ output_weight(chunks_of(model)[-1]).t()).float().cpu())
     parts = sorted((each for each in gather_objects(part) if each is not None), key=lambda each: each[0])
-    vocab = config_of(chunks_of(model)[0]).shape.vocab
+    vocab = shape_of(chunks_of(model)[0]).vocab
     return (
         torch.cat([logits for _, logits in parts], dim=-1)[..., :vocab].transpose(0, 1) if topology.rank == 0 else None
     )
 
 
-def check_folder(model: Any, folder: Path, batch: MicroBatch, topology: Topology) -> float:
+def check_folder(model: Model, folder: Path, batch: MicroBatch, topology: Topology) -> float:
     """Return the largest difference between the logits of a model in fp32 and those of transformers reading `folder`.
 
     batch: any tokens. Every rank returns the same. Collective over the world. Raises CheckpointError if transformers

@@ -19,10 +19,10 @@ from ..model import ModelConfig
 from .bridge import check_bridged
 from .families import family_of
 from .family import Family
-from .keys import DERIVED, DROPPED, FREE, LARGEST, ONLY, POSITIVE, READ, SHARE, SIZE, Kind
+from .keys import DERIVED, DROPPED, FREE, LARGEST, ONLY, POSITIVE, READ, SHARE, SIZE, HfConfig, Kind
 from .weights import Weights, stored
 
-__all__ = ["read_config", "tied_names"]
+__all__ = ["parsed", "read_config", "tied_names"]
 
 ROPE: Mapping[str, Mapping[str, Kind]] = {
     "default": {},
@@ -85,6 +85,11 @@ def _parse(folder: Path) -> ModelConfig:
             f"{path} holds {type(hf).__name__ if hf or hf is None else 'an empty ' + type(hf).__name__}, not a model's "
             "config. Copy it again."
         )
+    return parsed(hf, path)
+
+
+def parsed(hf: HfConfig, path: Path) -> ModelConfig:
+    """Return the config that `hf` describes. path: its file, for errors. Raises CheckpointError."""
     family = family_of(hf)
     reader = _Reader(path, hf, family)
     reader.refuse_unsupported()
@@ -111,7 +116,7 @@ class _Reader:
     """Keys of one config, each checked when it is read."""
 
     path: Path
-    hf: Mapping[str, Any]
+    hf: HfConfig
     family: Family
     known: dict[str, Any] = field(default_factory=dict)
     """Values read so far, with defaults."""
@@ -149,7 +154,7 @@ class _Reader:
                 raise self.refusal(key, value, f"but {present[0]}: {values[0]}. Remove the wrong one.")
         return int(values[0])
 
-    def agreed(self, key: str, nested: Mapping[str, Any], kind: Kind) -> Any:
+    def agreed(self, key: str, nested: HfConfig, kind: Kind) -> Any:
         """Return a rope constant from the nested rope parameters or the top level; if both have it, they must agree."""
         if key not in nested:
             return self.read(key, kind)
@@ -249,7 +254,7 @@ def _rope(reader: _Reader) -> tuple[float, float, dict[str, Any] | None]:
     return base, share, {"rope_type": kind, **scaling} if constants else None
 
 
-def _constant(reader: _Reader, where: str, nested: Mapping[str, Any], kind: str, key: str) -> Any:
+def _constant(reader: _Reader, where: str, nested: HfConfig, kind: str, key: str) -> Any:
     if key == "original_max_position_embeddings":
         return reader.agreed(key, nested, SIZE) or reader.known["max_position_embeddings"]
     if key not in nested:
@@ -257,7 +262,7 @@ def _constant(reader: _Reader, where: str, nested: Mapping[str, Any], kind: str,
     return reader.check(f"{where}.{key}", nested[key], ROPE[kind][key])
 
 
-def _share(reader: _Reader, where: str, nested: Mapping[str, Any]) -> float:
+def _share(reader: _Reader, where: str, nested: HfConfig) -> float:
     """Return the rotated share of a head. Only families that read the key may set it; transformers versions differ."""
     key = "partial_rotary_factor"
     if key in reader.family.read:

@@ -14,11 +14,11 @@ from ..errors import CheckpointError, MinitronError
 from ..events import Event, Listener, silent
 from ..files import whole_folder, write_json
 from ..layout import lookup
-from ..model import ModelConfig, chunks_of, config_of, named_shards, owner_rank
+from ..model import Model, ModelConfig, chunks_of, config_of, named_shards, owner_rank
 from ..parallel import Topology, fail_together, move
 from .carried import carry
 from .families import family_of
-from .flat import Architecture, exported_config, flat_config
+from .flat import Architecture, check_expressed, exported_config, flat_config, with_family
 from .weights import INDEX, SafetensorsWriter, split_files
 
 __all__ = ["full_tensors", "save_hf"]
@@ -27,7 +27,7 @@ FILE_BYTES = 5 * 10**9
 
 
 def save_hf(
-    model: Any,
+    model: Model,
     folder: str | Path,
     topology: Topology,
     *,
@@ -44,7 +44,8 @@ def save_hf(
     largest size of a weights file. Memory beyond the model: one tensor.
     Raises CheckpointError on every rank if the folder cannot be written.
     """
-    folder, config = Path(folder), exported_config(config_of(chunks_of(model)[0]), architecture)
+    folder, config = Path(folder), exported_config(with_family(config_of(chunks_of(model)[0])), architecture)
+    check_expressed(config)
     dtype = dtype or next(chunks_of(model)[0].parameters()).dtype
     stream = full_tensors(model, topology, dtype)
     with fail_together():
@@ -100,12 +101,12 @@ def _write_tensors(
         write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
-def full_tensors(model: Any, topology: Topology, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def full_tensors(model: Model, topology: Topology, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield every Hugging Face tensor of a model on global rank 0, in layer order; other ranks only take part.
 
     Collective over the world: every rank must run the iterator to its end. Vocabulary padding is cut off.
     """
-    config = config_of(chunks_of(model)[0])
+    config = with_family(config_of(chunks_of(model)[0]))
     local_shards = {shard.name: shard for shard in named_shards(model) if not shard.tied_copy}
     sizes, unpadded = config.shape.sizes(), config.shape.sizes(padded=False)
     for name in config.shape.names():

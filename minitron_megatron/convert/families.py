@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import CheckpointError, did_you_mean
 from .bridge import bridged
 from .family import WHOLE, Family, Keys, Names
-from .keys import DECIMAL, FLAG, LAYER_TYPES, NATURAL, NULL, NUMBER, SHARE, SIZE, WINDOW, Kind, Only, free
+from .keys import DECIMAL, FLAG, LAYER_TYPES, NATURAL, NULL, NUMBER, SHARE, SIZE, WINDOW, HfConfig, Kind, Only, free
 
 __all__ = ["FAMILIES", "family_of"]
 
@@ -259,7 +259,7 @@ BIASED_LLAMA = replace(
 """A Llama with `attention_bias`. It computes the same as a Qwen2 if the bias of the attention output is zero."""
 
 
-def family_of(hf: Mapping[str, Any]) -> Family:
+def family_of(hf: HfConfig) -> Family:
     """Return the family of a Hugging Face config; llama for the empty config of a model built elsewhere.
 
     A family without a row here is looked up in Megatron-Bridge, if that is installed. Raises CheckpointError for a

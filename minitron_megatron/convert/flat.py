@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from ..errors import CheckpointError
+from ..layout import Shape
 from ..model import ModelConfig
-from .families import family_of
+from .config import parsed
+from .families import FAMILIES, family_of
 from .family import Family
 
-__all__ = ["Architecture", "exported_config", "flat_config"]
+__all__ = ["Architecture", "check_expressed", "exported_config", "flat_config", "with_family"]
 
 Architecture = Literal["auto", "own"]
 
@@ -32,6 +36,45 @@ def exported_config(config: ModelConfig, architecture: Architecture) -> ModelCon
     return replace(config, source={**kept, "model_type": "llama", "attention_bias": True, "mlp_bias": False})
 
 
+def with_family(config: ModelConfig) -> ModelConfig:
+    """Return a config with a source: for a model built elsewhere, the first family that expresses it.
+
+    Raises CheckpointError, which names the setting that the nearest family lacks, where no family does.
+    """
+    if config.source:
+        return config
+    mixture = bool(config.shape.experts)
+    names = [name for name, family in FAMILIES.items() if ("experts" in family.keys) == mixture]
+    sources = [{"model_type": name, "pad_token_id": None} for name in names]  # Phi-3's default is 32000
+    nearest = min((replace(config, source=source) for source in sources), key=lambda each: len(_misread(each)))
+    check_expressed(nearest)
+    return nearest
+
+
+def check_expressed(config: ModelConfig) -> None:
+    """Raise CheckpointError, which names the setting, where `config.json` would be read as another model."""
+    if problems := _misread(config):
+        family = family_of(config.source).model_type
+        raise CheckpointError(
+            f"a config.json of {family} cannot express the model: {', '.join(problems)}. "
+            "Change the setting, or write the model in a format of your own."
+        )
+
+
+def _misread(config: ModelConfig) -> list[str]:
+    """Return what the config's `config.json` would be read as otherwise; an empty list if it says the config."""
+    try:
+        read = parsed(flat_config(config, "float32"), Path("config.json"))
+    except CheckpointError as error:
+        return [str(error).rstrip(".")]
+    return [
+        f"{field.name}={getattr(ours, field.name)!r} would be read as {getattr(theirs, field.name)!r}"
+        for ours, theirs in ((config.shape, read.shape), (config, read))
+        for field in fields(ours)
+        if field.compare and field.type != Shape.__name__ and getattr(ours, field.name) != getattr(theirs, field.name)
+    ]
+
+
 def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     """Return `config.json` in the flat form that transformers 4.x and 5.x, vLLM and TensorRT-LLM read the same way.
 
@@ -44,6 +87,8 @@ def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     family = family_of(source)
     if (config.rotary_share, family.defaults.get("partial_rotary_factor", 1)) != (1, 1):
         source["partial_rotary_factor"] = config.rotary_share
+    if "norm_topk_prob" in family.read:
+        source["norm_topk_prob"] = not config.router_pre_softmax
     if "use_sliding_window" in family.read:
         source |= _window(config, family)
     return {

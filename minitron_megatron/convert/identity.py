@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..model import chunks_of
+from ..model import Model, chunks_of
 from ..parallel import Topology, broadcast_object
 from .export import full_tensors
 from .families import family_of
@@ -19,7 +18,7 @@ from .load import check_tensors, open_weights
 __all__ = ["folder_hash", "model_hash"]
 
 
-def model_hash(model: Any, topology: Topology) -> str:
+def model_hash(model: Model, topology: Topology) -> str:
     """Return SHA-256 over a model's sorted Hugging Face names, shapes and fp32 values. Collective over the world."""
     dtype = next(chunks_of(model)[0].parameters()).dtype
     lines = [_line(name, tensor) for name, tensor in full_tensors(model, topology, dtype)]

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["DEFAULTS", "DERIVED", "DROPPED", "FREE", "ONLY", "READ", "Kind", "Only", "free"]
+__all__ = ["DEFAULTS", "DERIVED", "DROPPED", "FREE", "ONLY", "READ", "HfConfig", "Kind", "Only", "free"]
 
 LARGEST, DEEPEST = 2**22, 10_000
 """Largest size of an axis and largest number of layers that a config may have."""
+
+HfConfig = Mapping[str, Any]
+"""Keys of a `config.json`, and their values."""
 
 Only = Mapping[str, tuple[Any, ...]]
 """Key -> its supported values. transformers' default of an absent key is one of them."""
@@ -98,7 +101,7 @@ READ: Mapping[str, Kind] = {
 }
 """Keys that are read in every family that has them."""
 
-DERIVED: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+DERIVED: Mapping[str, Callable[[HfConfig], Any]] = {
     "num_key_value_heads": lambda hf: hf["num_attention_heads"],
     "head_dim": lambda hf: hf["hidden_size"] // hf["num_attention_heads"],
 }

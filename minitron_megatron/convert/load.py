@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError, did_you_mean
 from ..events import Event, Listener, silent
 from ..layout import lookup, words
-from ..model import ModelConfig, Recompute, Spec, assign, build, named_shards
+from ..model import Chunk, ModelConfig, Recompute, Spec, assign, build, named_shards
 from ..parallel import Topology, fail_together
 from .config import read_config, tied_names
 from .families import family_of
@@ -42,7 +41,7 @@ def load_hf(
     recompute: Recompute = "none",
     spec: Spec = "local",
     listener: Listener = silent,
-) -> list[Any]:
+) -> list[Chunk]:
     """Load a Hugging Face folder as this rank's chunks of an mcore GPTModel, with parameters of `dtype`.
 
     recompute: activations to recompute in the backward pass. spec: `local` layers or Transformer Engine's (`te`).

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..parallel import ContextShard, Topology
+from ..parallel import AttentionContext, ContextShard, Topology
 from .corpus import Blend, Corpus
 
 __all__ = ["Batch", "calibration", "calibration_batches", "held_out_batches", "step_batches"]
@@ -26,10 +26,8 @@ class Batch:
     """int64 [batch, seq]: the next token of each token."""
     mask: Tensor
     """bool [batch, seq]: tokens that count in the loss."""
-    attention_context: Tensor | ContextShard | None = None
-    """Attention context. With separate documents: the document number of each token in its sample, int64 [batch, seq],
-    kept on the host, which launches one attention call per document. With context parallelism: the ContextShard. None:
-    each sample is one document."""
+    attention_context: AttentionContext | None = None
+    """None: each sample is one document."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(self.tokens.to(device), self.labels.to(device), self.mask.to(device), self.attention_context)
@@ -46,9 +44,9 @@ class Batch:
             raise RecipeError(
                 f"sequences of {sequence} tokens cannot be split over cp={topology.cp}. Choose a multiple of {unit}."
             )
-        assert not isinstance(self.attention_context, ContextShard)
-        shard = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, sequence, self.attention_context)
-        return Batch(shard.take(self.tokens), shard.take(self.labels), shard.take(self.mask), shard)
+        shard = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, sequence)
+        context = replace(self.attention_context or AttentionContext(), shard=shard)
+        return Batch(shard.take(self.tokens), shard.take(self.labels), shard.take(self.mask), context)
 
 
 def step_batches(
@@ -120,4 +118,4 @@ def _stack(samples: Iterable[tuple[Tensor, Tensor, Tensor]], end: int | None) ->
     if end is None:
         return Batch(tokens, labels, mask)
     ends = tokens == end
-    return Batch(tokens, labels, mask & ~ends, ends.cumsum(1) - ends.long())
+    return Batch(tokens, labels, mask & ~ends, AttentionContext(documents=ends.cumsum(1) - ends.long()))

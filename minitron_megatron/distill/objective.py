@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import Batch
 from ..errors import RecipeError
 from ..losses import KDLoss, distill_loss
-from ..model import chunks_of, config_of, forward_backward, forward_only, output_weight
+from ..model import chunks_of, forward_backward, forward_only, output_weight, shape_of
 from ..parallel import Topology, final_hidden
 from .offload import Offload
 from .pack import pack_layers
@@ -54,7 +54,7 @@ class KDObjective:
         self.teacher = chunks_of(teacher)
         self.topology, self.window = topology, window
         self.loss_of, self.states = loss or KDLoss(), states
-        self.vocab = _shared_vocabulary(config_of(self.teacher[0]).shape.vocab, vocab, shared)
+        self.vocab = _shared_vocabulary(shape_of(self.teacher[0]).vocab, vocab, shared)
         self.loss_of.check(self.vocab)
         self._hidden: list[Tensor] = []
         for chunk in self.teacher if freeze else ():

@@ -16,7 +16,7 @@ from ..data import Batch
 from ..errors import RecipeError
 from ..layout import lookup
 from ..losses import attach_loss, relation_loss, state_loss
-from ..model import chunks_of, config_of
+from ..model import chunks_of, shape_of
 from ..parallel import Topology, local_sequence, sum_over_world
 from .bridge import attach, detach
 from .pairs import ATTENTION, MLP_INPUTS, OUTPUTS, LayerPair, StatePairs, at_layer
@@ -58,7 +58,7 @@ class StateLoss:
         Raises RecipeError for a pair that is not possible.
         """
         self.teacher, self.student, self.pairs, self.topology = chunks_of(teacher), chunks_of(student), pairs, topology
-        teacher_shape, student_shape = config_of(self.teacher[0]).shape, config_of(self.student[0]).shape
+        teacher_shape, student_shape = shape_of(self.teacher[0]), shape_of(self.student[0])
         pairs.check(teacher_shape, student_shape, topology)
         self.heads = math.gcd(teacher_shape.kv_groups, student_shape.kv_groups)
         widths = student_shape.hidden, teacher_shape.hidden
@@ -203,7 +203,7 @@ class StateLoss:
 
     def _role(self, qkv: Tensor, chunks: Sequence[Any], role: str) -> Tensor:
         """Return the queries, keys or values from this rank's QKV projection: [s, b, channels]."""
-        shape = config_of(chunks[0]).shape
+        shape = shape_of(chunks[0])
         sizes = shape.sizes() | {"kv_group": shape.kv_groups // self.topology.tp}
         return qkv.index_select(-1, lookup(QKV).role_rows(0, role, sizes).to(qkv.device))
 
@@ -225,7 +225,7 @@ def _hooked(chunks: Sequence[Any], taps: Any, hook: Callable[..., Any]) -> Itera
 def _module(chunk: Any, tap: StateTap) -> Any | None:
     """Return the module whose output a tap reads; None if it is in another chunk. Raises RecipeError for a fused
     norm."""
-    shape = config_of(chunk).shape
+    shape = shape_of(chunk)
     if tap.kind == OUTPUTS and tap.layer == shape.layers - 1:
         return chunk.decoder.final_layernorm if chunk.post_process else None
     at = at_layer(tap.kind, tap.layer, shape)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..model import DecodeBatch, KVCache
-from ..parallel import Topology, gather_objects, gather_sequence
+from ..parallel import AttentionContext, Topology, gather_objects, gather_sequence
 
 __all__ = ["IncrementalDecoder", "Texts", "padded"]
 
@@ -45,7 +45,8 @@ class IncrementalDecoder:
         for cache, cache_starts in zip(self._caches, torch.tensor(starts).split(self._micro_batch), strict=True):
             cache.starts = cache_starts
         batches = [
-            DecodeBatch(part.to(self._topology.device), cache) for part, cache in zip(parts, self._caches, strict=True)
+            DecodeBatch(part.to(self._topology.device), AttentionContext(cache=cache))
+            for part, cache in zip(parts, self._caches, strict=True)
         ]
         self._read = [len(text) for text in texts]
         found = {}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ..data import Batch
-from ..model import evaluating
+from ..model import Model, evaluating
 from ..parallel import Topology
 from ..train import LMObjective, Objective, mean_loss
 
@@ -17,7 +16,7 @@ ValidationSet = Mapping[str, Sequence[Batch]]
 
 
 def validation_loss(
-    model: Any, held_out: ValidationSet, topology: Topology, objective: Objective | None = None
+    model: Model, held_out: ValidationSet, topology: Topology, objective: Objective | None = None
 ) -> dict[str, float]:
     """Return nats per token of each source, and over all tokens as `all`. Collective over the world.
 

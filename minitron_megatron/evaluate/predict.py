@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..data import Batch
 from ..events import Event, Listener, silent
 from ..losses import token_likelihood
-from ..model import chunks_of, config_of, forward_only, output_weight, reads_past
+from ..model import Model, chunks_of, field_of, forward_only, output_weight, reads_past
 from ..parallel import Topology, gather_objects, gather_sequence
 from .generate import IncrementalDecoder, Texts, padded
 
@@ -33,11 +32,13 @@ class Predictor:
     Data-parallel ranks share the inputs, longest first. Padding follows the real tokens and changes no result.
     """
 
-    def __init__(self, model: Any, topology: Topology, *, micro_batch: int = 8, run: RunBatches | None = None) -> None:
+    def __init__(
+        self, model: Model, topology: Topology, *, micro_batch: int = 8, run: RunBatches | None = None
+    ) -> None:
         """run: replaces `forward_only` of the model."""
         self._run = run or partial(forward_only, model)
         self.model, self.topology, self.micro_batch = chunks_of(model), topology, micro_batch
-        self.config = config_of(self.model[0])
+        self.vocab, self.positions = (field_of(self.model[0], field) for field in ("vocab", "max_positions"))
         self._uses_cache = run is None and all(reads_past(chunk) for chunk in self.model)
         for chunk in self.model:
             chunk.eval()
@@ -165,7 +166,7 @@ class Predictor:
         return {number: (float(each.sum()), bool(best.all())) for (number, *_), each, best in parts}
 
     def _likelihood(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        weight, vocab = output_weight(self.model[-1]), self.config.shape.vocab
+        weight, vocab = output_weight(self.model[-1]), self.vocab
         return token_likelihood(hidden, weight, labels, vocab=vocab, group=self.topology.tp_group)
 
     def _likeliest(self, states: Mapping[int, Tensor]) -> dict[int, int]:
@@ -184,7 +185,7 @@ class Predictor:
             return None
         hidden = torch.stack(list(states.values()))
         logits = (hidden @ output_weight(self.model[-1]).t()).float().t()
-        whole = gather_sequence(logits, self.topology.tp_group).t()[:, : self.config.shape.vocab]
+        whole = gather_sequence(logits, self.topology.tp_group).t()[:, : self.vocab]
         if adjust is None:
             return whole
         so_far = {at: text for at, text in zip(prompts, texts, strict=True) if at is not None}

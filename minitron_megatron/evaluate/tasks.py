@@ -16,6 +16,7 @@ from ..convert import read_config
 from ..data import end_of_document, load_tokenizer, transformers_tokenizer
 from ..errors import DataError, RecipeError, did_you_mean
 from ..events import Listener, silent
+from ..model import Model
 from ..parallel import Topology, broadcast_object
 from .decoding import generation_settings
 from .extra_tasks import EXTRA_TASKS, PROGRAMS, graded
@@ -148,7 +149,7 @@ def _check_sentences() -> None:
 
 
 def run_tasks(
-    model: Any,
+    model: Model,
     tasks: Sequence[Task],
     tokenizer: Any,
     topology: Topology,
@@ -178,8 +179,8 @@ def run_tasks(
     lm = harness_model(
         tokenizer,
         end=end_of_document(tokenizer_folder, load_tokenizer(tokenizer_folder)),
-        context=predictor.config.max_positions,
-        vocab=predictor.config.shape.vocab,
+        context=predictor.positions,
+        vocab=predictor.vocab,
         settings=generation_settings(folder or tokenizer_folder),
         predictor=predictor,
         truncate=truncate,

@@ -10,7 +10,7 @@ Grammar (a product binds tighter than a sum):  sum = product {"+" product};  pro
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -80,7 +80,23 @@ def words(dim: str) -> tuple[str, ...]:
     return tuple(WORD.findall(dim))
 
 
-def coords(dim: str, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+class Coordinates(Mapping[str, Tensor]):
+    """Read-only mapping: word -> coordinate of each row. A look-up returns a copy: all callers share what is held."""
+
+    def __init__(self, held: Mapping[str, Tensor]) -> None:
+        self._held = held
+
+    def __getitem__(self, word: str) -> Tensor:
+        return self._held[word].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def coords(dim: str, sizes: Mapping[str, int]) -> Coordinates:
     """Return, for every word of `dim`, the coordinate of each row on it: int64 [rows], -1 for a row without that word.
 
     Axes take their length from `sizes`; roles have length one. No other code unfolds a fused layout.
@@ -89,8 +105,8 @@ def coords(dim: str, sizes: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 @cache
-def _coords(dim: str, sizes: tuple[tuple[str, int], ...]) -> dict[str, Tensor]:
-    return _unfold(parse(dim), dict(sizes))
+def _coords(dim: str, sizes: tuple[tuple[str, int], ...]) -> Coordinates:
+    return Coordinates(_unfold(parse(dim), dict(sizes)))
 
 
 def _unfold(node: _Node, sizes: Mapping[str, int]) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ def axis_coords(axis: str, dim: str, sizes: Mapping[str, int], expert: int | Non
 
     expert: index of the expert that the parameter belongs to, if any.
     """
-    at = coords(dim, sizes)
+    at: Mapping[str, Tensor] = coords(dim, sizes)
     *outer, last = PUBLIC_AXES[axis]
     if last not in at:
         return None

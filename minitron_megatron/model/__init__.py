@@ -4,9 +4,10 @@ pipeline schedules, saved as checkpoints.
 Knows: mcore's modules, configs and schedules, training checkpoints. Must not know: Hugging Face files, scores, losses.
 """
 
-from .build import build, chunks_of, evaluating, rebuild
+from .build import build, evaluating, rebuild
 from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
-from .config import ACTIVATIONS, ModelConfig, Recompute, check_fits, config_of
+from .chunk import Chunk, Model, chunks_of
+from .config import ModelConfig, Recompute, activation_name, check_fits
 from .finite import check_finite
 from .initial import fill_initial
 from .kv_cache import DecodeBatch, KVCache
@@ -14,29 +15,43 @@ from .layers import FUSED_NORM, Arguments, fused_norm, layer_arguments, layers_o
 from .megatron_flags import FLAGS as MEGATRON_FLAGS
 from .megatron_flags import check_megatron_lm
 from .megatron_lm import save_megatron_lm
+from .megatron_names import (
+    SHAPE_NAMES,
+    field_of,
+    gpt_arguments,
+    is_execution_setting,
+    rotary_settings,
+    shape_of,
+    transformer_settings,
+)
+from .read_model import changed_settings, config_of
 from .schedule import MicroBatch, States, forward_backward, forward_kept, forward_only, forward_rest, windows
 from .shards import BRIDGE, LORA, NamedShard, assign, named_shards, output_weight, overlay, owner_rank
 from .spec import Spec, check_spec, reads_past
 
 __all__ = [
-    "ACTIVATIONS",
     "BRIDGE",
     "FUSED_NORM",
     "LORA",
     "MEGATRON_FLAGS",
+    "SHAPE_NAMES",
     "Arguments",
     "Checkpoints",
+    "Chunk",
     "DecodeBatch",
     "KVCache",
     "MicroBatch",
+    "Model",
     "ModelConfig",
     "NamedShard",
     "Recompute",
     "Spec",
     "States",
     "Trainee",
+    "activation_name",
     "assign",
     "build",
+    "changed_settings",
     "check_finite",
     "check_fits",
     "check_megatron_lm",
@@ -44,12 +59,15 @@ __all__ = [
     "chunks_of",
     "config_of",
     "evaluating",
+    "field_of",
     "fill_initial",
     "forward_backward",
     "forward_kept",
     "forward_only",
     "forward_rest",
     "fused_norm",
+    "gpt_arguments",
+    "is_execution_setting",
     "layer_arguments",
     "layers_of",
     "load_checkpoint",
@@ -60,7 +78,10 @@ __all__ = [
     "owner_rank",
     "reads_past",
     "rebuild",
+    "rotary_settings",
     "run_layer",
     "save_megatron_lm",
+    "shape_of",
+    "transformer_settings",
     "windows",
 ]

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from ..layout import lookup
+from ..layout import Shape, lookup
 from ..parallel import Topology, mark_expert
-from .config import ModelConfig, Recompute, config_of, rotary_frequencies, transformer_config
+from .chunk import Chunk, Model, chunks_of
+from .config import ModelConfig, Recompute, check_fits, pipeline_layout, rotary_frequencies
+from .megatron_names import ARGUMENTS, POSITIONS, gpt_arguments, shape_of, shape_settings, transformer_settings
 from .shards import named_shards
 from .spec import Spec, block_spec
 
-__all__ = ["build", "chunks_of", "evaluating", "rebuild"]
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
+__all__ = ["build", "evaluating", "rebuild"]
 
-def chunks_of(model: Any) -> list[Any]:
-    """Return the list of a model's chunks (more than one only with virtual pipeline stages)."""
-    return list(model) if isinstance(model, Sequence) else [model]
+PLACEMENT = ("pre_process", "post_process", "parallel_output", "fp16_lm_cross_entropy", "vp_stage")
+REBUILT = (*ARGUMENTS, *POSITIONS, *PLACEMENT)
+"""Arguments of a GPTModel that `rebuild` copies; it has attributes of the same names."""
 
 
 def build(
@@ -30,7 +36,7 @@ def build(
     *,
     recompute: Recompute = "none",
     spec: Spec = "local",
-) -> list[Any]:
+) -> list[Chunk]:
     """Build this rank's chunks of an mcore GPTModel, with every parameter on `meta`. Not collective.
 
     spec: layer spec; with `te`, the embedding and the output layer are on the GPU at once. Raises RecipeError where
@@ -38,7 +44,7 @@ def build(
     """
     mcore = transformer_config(config, topology, dtype, recompute=recompute, spec=spec)
     stages = topology.stages(config.shape.layers)
-    chunks: list[Any] = []
+    chunks: list[Chunk] = []
     for virtual in range(topology.vp):
         at = virtual * topology.pp + topology.pp_rank
         shape = config.shape
@@ -46,13 +52,9 @@ def build(
         chunk = _gpt(
             mcore,
             block,
-            vocab_size=config.shape.padded_vocab,
-            max_sequence_length=config.max_positions,
+            **gpt_arguments(config) | {"vocab_size": shape.padded_vocab},
             pre_process=at == 0,
             post_process=at == len(stages) - 1,
-            share_embeddings_and_output_weights=config.shape.tied,
-            position_embedding_type="rope",
-            rotary_percent=config.rotary_share,
             vp_stage=virtual if topology.vp > 1 else None,
         )
         chunk.rotary_pos_emb.inv_freq = rotary_frequencies(config).to(topology.device)
@@ -61,50 +63,98 @@ def build(
     return chunks
 
 
-def rebuild(model: Any, config: ModelConfig, topology: Topology) -> list[Any]:
-    """Build chunks on `meta` like those of `model` (any GPTModel), with the sizes of `config`. Not collective."""
-    stages = topology.stages(config.shape.layers)
-    chunks: list[Any] = []
+def transformer_config(
+    config: ModelConfig, topology: Topology, dtype: torch.dtype, *, recompute: Recompute, spec: Spec
+) -> TransformerConfig:
+    """Return mcore's config for this model at this layout, with parameters of `dtype`.
+
+    Raises TopologyError where the shape does not fit the layout.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    shape = config.shape
+    check_fits(shape, topology)
+    return TransformerConfig(
+        **transformer_settings(config),
+        **(_expert_execution(topology) if shape.experts else {}),
+        **_recomputed(recompute, shape),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=topology.tp,
+        pipeline_model_parallel_size=topology.pp,
+        virtual_pipeline_model_parallel_size=topology.vp if topology.vp > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(shape.layers, topology),
+        sequence_parallel=topology.sequence_parallel,
+        # interleaved over two stages, both neighbours are the same rank, and batched sends arrive in the wrong order
+        overlap_p2p_comm=topology.vp > 1,
+        batch_p2p_comm=topology.vp == 1,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=spec == "local",  # passes no device, so that torch.device("meta") applies
+        init_model_with_meta_device=spec == "te",  # TE's modules pass a device; only this key selects `meta`
+        perform_initialization=True,  # costs nothing on `meta`; sets the tensor-parallel attributes of parameters
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _recomputed(recompute: Recompute, shape: Shape) -> dict[str, Any]:
+    """Return mcore's recomputation keys.
+
+    mcore's own `selective` recomputes the core attention, for which flash attention stores little anyway; ours
+    recomputes the MLP or MoE.
+    """
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if shape.experts else "mlp"]}
+    return {}
+
+
+def _expert_execution(topology: Topology) -> dict[str, Any]:
+    """Return how mcore distributes experts: no auxiliary loss, no token dropping."""
+    return {
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall" if topology.device.type == "cuda" else "allgather",  # CUDA streams
+        "expert_model_parallel_size": topology.ep,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def rebuild(model: Model, shape: Shape, topology: Topology) -> list[Chunk]:
+    """Build chunks on `meta` like those of `model` (any GPTModel), with the sizes of `shape`. Not collective."""
+    stages = topology.stages(shape.layers)
+    chunks: list[Chunk] = []
     for virtual, old in enumerate(chunks_of(model)):
         at = virtual * topology.pp + topology.pp_rank
         spec = copy(old.decoder.submodules)
         spec.layer_specs = [spec.layer_specs[0]] * len(stages[at])
-        chunk = _gpt(
-            _resized(old.config, config, topology),
-            spec,
-            vocab_size=old.vocab_size,
-            max_sequence_length=old.max_sequence_length,
-            pre_process=old.pre_process,
-            post_process=old.post_process,
-            share_embeddings_and_output_weights=old.share_embeddings_and_output_weights,
-            position_embedding_type=old.position_embedding_type,
-            rotary_percent=old.rotary_percent,
-            vp_stage=old.vp_stage,
-        )
+        arguments = {name: getattr(old, name) for name in REBUILT}
+        chunk = _gpt(_resized(old.config, shape, topology), spec, rope_scaling=old.rotary_scaling, **arguments)
         chunk.rotary_pos_emb = old.rotary_pos_emb
         if getattr(old, "minitron", None) is not None:
-            chunk.minitron = config
+            chunk.minitron = replace(old.minitron, shape=shape)
         chunks.append(chunk)
     return chunks
 
 
-def _resized(mcore: Any, config: ModelConfig, topology: Topology) -> Any:
-    """Return a copy of mcore's config with the sizes of `config`, and everything else unchanged."""
-    from .config import check_fits, pipeline_layout
-
-    check_fits(config.shape, topology)
-    new, shape = copy(mcore), config.shape
-    new.num_layers, new.hidden_size, new.ffn_hidden_size = shape.layers, shape.hidden, shape.ffn or shape.expert_ffn
-    new.num_attention_heads, new.num_query_groups = shape.heads, shape.kv_groups
-    if shape.experts:
-        new.num_moe_experts, new.moe_ffn_hidden_size = shape.experts, shape.expert_ffn
-        new.moe_shared_expert_intermediate_size = shape.shared_ffn or None
+def _resized(mcore: TransformerConfig, shape: Shape, topology: Topology) -> TransformerConfig:
+    """Return a copy of mcore's config with the sizes of `shape`, and everything else unchanged."""
+    check_fits(shape, topology)
+    new = copy(mcore)
+    for name, value in shape_settings(shape).items():
+        setattr(new, name, value)
     new.pipeline_model_parallel_layout = pipeline_layout(shape.layers, topology)
     new.__post_init__()
     return new
 
 
-def _gpt(mcore: Any, spec: Any, **arguments: Any) -> Any:
+def _gpt(mcore: TransformerConfig, spec: TransformerBlockSubmodules, **arguments: object) -> Chunk:
     """Build mcore's GPTModel on `meta`.
 
     The embedding group is set only afterwards: mcore would otherwise all-reduce a tied copy that has no data yet.
@@ -124,13 +174,13 @@ def _gpt(mcore: Any, spec: Any, **arguments: Any) -> Any:
     return gpt
 
 
-def mark_parallel(gpt: Any) -> None:
+def mark_parallel(gpt: Chunk) -> None:
     """Set mcore's tensor-parallel attributes on parameters that lack them.
 
     Transformer Engine sets none on `meta` (module/linear.py, `reset_parameters`). By these attributes mcore sums
     gradients over tp and computes the gradient norm.
     """
-    sizes = config_of(gpt).shape.sizes()
+    sizes = shape_of(gpt).sizes()
     for shard in named_shards(gpt):
         param, tensor = lookup(shard.name), cast(Any, shard.tensor)
         if "norm" in shard.name and not hasattr(tensor, "sequence_parallel"):
@@ -141,7 +191,7 @@ def mark_parallel(gpt: Any) -> None:
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Model) -> Iterator[None]:
     """Run the model in eval mode without gradients.
 
     Eval mode also turns off mcore's activation recomputation, which would miscount layers that are left out.

@@ -30,7 +30,7 @@ from ..parallel import (
     save_sharded,
     undisturbed,
 )
-from .build import chunks_of
+from .chunk import Model, WrappedChunk, chunks_of
 from .metadata import check_format
 from .shards import assign, named_shards
 from .writing import reading, writing
@@ -57,8 +57,7 @@ class State(TypedDict):
 class Trainee:
     """Model in training, as a checkpoint holds it."""
 
-    chunks: Sequence[Any]
-    """Chunks, each wrapped in mcore's DDP."""
+    chunks: Sequence[WrappedChunk]
     optimizer: Any
     name: str = ""
     """Subfolder of the checkpoint, to tell several models apart."""
@@ -234,7 +233,7 @@ def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "")
     return state
 
 
-def load_weights(path: Path, model: Any, topology: Topology, identity: str = "") -> None:
+def load_weights(path: Path, model: Model, topology: Topology, identity: str = "") -> None:
     """Load the weights of a plain model, on `meta` or not, from a checkpoint of any layout.
 
     Collective. Raises CheckpointError as `load_checkpoint` does.

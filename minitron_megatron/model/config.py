@@ -1,11 +1,11 @@
-"""Model configuration beyond the shape, and its translation to and from Megatron-Core's TransformerConfig."""
+"""Model configuration beyond the shape."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,8 @@ from torch import Tensor
 from ..errors import ModelError, TopologyError
 from ..layout import Shape
 from ..parallel import Topology
-from .spec import Spec
 
-if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-__all__ = ["ModelConfig", "Recompute", "check_fits", "config_of", "rotary_frequencies", "transformer_config"]
+__all__ = ["ACTIVATIONS", "ModelConfig", "Recompute", "activation_name", "check_fits", "rotary_frequencies"]
 
 Recompute = Literal["none", "selective", "full"]
 """Activation recomputation in the backward pass: none, each layer's MLP or MoE, or each whole layer."""
@@ -31,6 +27,16 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu2": squared_relu}
+
+
+def activation_name(function: Callable[[Tensor], Tensor]) -> str:
+    """Return the name of the activation with the same values; there are several squared ReLUs. Raises ModelError."""
+    x = torch.linspace(-4, 4, 65)
+    for name, ours in ACTIVATIONS.items():
+        if torch.allclose(function(x), ours(x)):
+            return name
+    shown = getattr(function, "__name__", repr(function))
+    raise ModelError(f"activation_func={shown} is not one of {', '.join(ACTIVATIONS)}.")
 
 
 @dataclass(frozen=True)
@@ -113,97 +119,6 @@ def _check_experts(shape: Shape, topology: Topology) -> None:
         raise TopologyError("experts at tp of 2 or more need sequence parallelism. Set sequence_parallel to true.")
 
 
-def transformer_config(
-    config: ModelConfig,
-    topology: Topology,
-    dtype: torch.dtype = torch.float32,
-    *,
-    recompute: Recompute = "none",
-    spec: Spec = "local",
-) -> TransformerConfig:
-    """Return mcore's config for this model at this layout, with parameters of `dtype`.
-
-    Raises TopologyError where the shape does not fit the layout.
-    """
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    shape = config.shape
-    check_fits(shape, topology)
-    return TransformerConfig(
-        num_layers=shape.layers,
-        hidden_size=shape.hidden,
-        ffn_hidden_size=shape.ffn or shape.expert_ffn,
-        num_attention_heads=shape.heads,
-        num_query_groups=shape.kv_groups,
-        kv_channels=shape.head_dim,
-        gated_linear_unit=shape.gated,
-        activation_func=ACTIVATIONS[config.activation],
-        normalization=config.norm,
-        layernorm_epsilon=config.norm_eps,
-        layernorm_zero_centered_gamma=config.zero_centered_norm,
-        add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
-        **_mixture(config, topology),
-        window_size=(config.window - 1, 0) if config.window else None,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        pipeline_dtype=dtype,
-        tensor_model_parallel_size=topology.tp,
-        pipeline_model_parallel_size=topology.pp,
-        virtual_pipeline_model_parallel_size=topology.vp if topology.vp > 1 else None,
-        pipeline_model_parallel_layout=pipeline_layout(shape.layers, topology),
-        sequence_parallel=topology.sequence_parallel,
-        # interleaved over two stages, both neighbours are the same rank, and batched sends arrive in the wrong order
-        overlap_p2p_comm=topology.vp > 1,
-        batch_p2p_comm=topology.vp == 1,
-        calculate_per_token_loss=True,
-        use_cpu_initialization=spec == "local",  # passes no device, so that torch.device("meta") applies
-        init_model_with_meta_device=spec == "te",  # TE's modules pass a device; only this key selects `meta`
-        perform_initialization=True,  # costs nothing on `meta`; sets the tensor-parallel attributes of parameters
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        **_recomputed(recompute, shape),
-    )
-
-
-def _recomputed(recompute: Recompute, shape: Shape) -> dict[str, Any]:
-    """Return mcore's recomputation keys.
-
-    mcore's own `selective` recomputes the core attention, for which flash attention stores little anyway; ours
-    recomputes the MLP or MoE.
-    """
-    if recompute == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    if recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": ["moe" if shape.experts else "mlp"]}
-    return {}
-
-
-def _mixture(config: ModelConfig, topology: Topology) -> dict[str, Any]:
-    """Return mcore's MoE keys: no auxiliary loss, no token dropping."""
-    shape = config.shape
-    if not shape.experts:
-        return {}
-    return {
-        "num_moe_experts": shape.experts,
-        "moe_router_topk": shape.experts_per_token,
-        "moe_ffn_hidden_size": shape.expert_ffn,
-        "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
-        "moe_shared_expert_gate": shape.shared_gate,
-        "moe_router_pre_softmax": config.router_pre_softmax,
-        "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall" if topology.device.type == "cuda" else "allgather",  # CUDA streams
-        "expert_model_parallel_size": topology.ep,
-        "expert_tensor_parallel_size": 1,
-    }
-
-
 def pipeline_layout(layers: int, topology: Topology) -> list[list[str]] | None:
     """Return mcore's explicit layer placement, with which any number of layers fits any number of stages; None for one
     stage."""
@@ -232,49 +147,3 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
         share = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - share) * frequencies / scaling["factor"] + share * frequencies
     return frequencies
-
-
-def config_of(model: Any) -> ModelConfig:
-    """Return the config of an mcore GPTModel: the attribute `minitron` of models built here, else derived from mcore's
-    config."""
-    ours = getattr(model, "minitron", None)
-    if ours is not None:
-        return ours
-    mcore = model.config
-    shape = Shape(
-        layers=mcore.num_layers,
-        hidden=mcore.hidden_size,
-        ffn=0 if mcore.num_moe_experts else mcore.ffn_hidden_size,
-        heads=mcore.num_attention_heads,
-        kv_groups=mcore.num_query_groups or mcore.num_attention_heads,
-        head_dim=mcore.kv_channels,
-        vocab=model.vocab_size,
-        tied=model.share_embeddings_and_output_weights,
-        gated=mcore.gated_linear_unit,
-        norm_bias=mcore.normalization == "LayerNorm",
-        qkv_bias=mcore.add_qkv_bias,
-        qk_norm=mcore.qk_layernorm,
-        **_experts(mcore),
-    )
-    return ModelConfig(
-        shape=shape,
-        norm=mcore.normalization,
-        norm_eps=mcore.layernorm_epsilon,
-        zero_centered_norm=mcore.layernorm_zero_centered_gamma,
-        rotary_share=getattr(model, "rotary_percent", 1.0),
-        rotary_base=getattr(model, "rotary_base", 10000.0),
-        max_positions=model.max_sequence_length,
-    )
-
-
-def _experts(mcore: Any) -> dict[str, Any]:
-    """Return the expert fields of a shape."""
-    if not mcore.num_moe_experts:
-        return {}
-    return {
-        "experts": mcore.num_moe_experts,
-        "experts_per_token": mcore.moe_router_topk,
-        "expert_ffn": mcore.moe_ffn_hidden_size,
-        "shared_ffn": mcore.moe_shared_expert_intermediate_size or 0,
-        "shared_gate": mcore.moe_shared_expert_gate,
-    }

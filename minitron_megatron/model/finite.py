@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from ..errors import CheckpointError, MinitronError
 from ..parallel import fail_together
-from .build import chunks_of
+from .chunk import Model, chunks_of
 
 __all__ = ["check_finite"]
 
 
-def check_finite(model: Any, what: str, advice: str = "", error: type[MinitronError] = CheckpointError) -> None:
+def check_finite(model: Model, what: str, advice: str = "", error: type[MinitronError] = CheckpointError) -> None:
     """Raise `error` where a weight of `model` is not finite; it names `what`, the first such parameter, and `advice`.
 
     Reads each weight once and holds no copy of it. Collective over the world.

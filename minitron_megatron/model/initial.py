@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layout import lookup
+from ..layout import Shape, lookup
 from ..parallel import Topology
-from .build import chunks_of
-from .config import ModelConfig, config_of
+from .chunk import Model, chunks_of
+from .megatron_names import field_of, shape_of
 from .shards import assign, named_shards
 
 __all__ = ["fill_initial"]
@@ -22,23 +21,24 @@ RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 Megatron-LM."""
 
 
-def fill_initial(model: Any, topology: Topology, seed: int) -> None:
+def fill_initial(model: Model, topology: Topology, seed: int) -> None:
     """Fill every parameter of `model` (on `meta`) with random values, the same global ones at every layout."""
-    config = config_of(chunks_of(model)[0])
+    first = chunks_of(model)[0]
+    shape, std, norm = shape_of(first), field_of(first, "init_std"), 1.0 - field_of(first, "zero_centered_norm")
     for shard in named_shards(model):
-        full = _draw(shard.name, config, seed)
-        param, sizes = lookup(shard.name), config.shape.sizes()
+        full = _draw(shard.name, shape, seed, std, norm)
+        param, sizes = lookup(shard.name), shape.sizes()
         for dim in range(full.dim()):
             full = full.index_select(dim, param.shard_rows(dim, sizes, topology.tp_rank, topology.tp))
         assign(shard, full.to(topology.device, shard.tensor.dtype))
 
 
-def _draw(name: str, config: ModelConfig, seed: int) -> Tensor:
-    """Return the unsharded fp32 tensor of a parameter: identity for norms, zero for biases and vocabulary padding."""
-    param, shape, std = lookup(name), config.shape, config.init_std
+def _draw(name: str, shape: Shape, seed: int, std: float, norm: float) -> Tensor:
+    """Return the unsharded fp32 tensor of a parameter: `norm` for norms, zero for biases and vocabulary padding."""
+    param = lookup(name)
     size = param.shape(shape.sizes(padded=False))
     if "norm" in name or name.endswith("bias"):
-        return torch.full(size, float(name.endswith("weight") and not config.zero_centered_norm))
+        return torch.full(size, norm if name.endswith("weight") else 0.0)
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7]))
     if name.endswith(RESIDUAL):
         std /= math.sqrt(2 * shape.layers)

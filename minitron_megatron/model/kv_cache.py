@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..parallel import AttentionContext
+
 __all__ = ["DecodeBatch", "KVCache"]
 
 
@@ -62,7 +64,7 @@ class DecodeBatch:
     """Micro-batch of the next tokens, int64 [batch, seq], after those in a KV cache. No token has a loss."""
 
     tokens: Tensor
-    attention_context: KVCache
+    attention_context: AttentionContext
 
     @property
     def mask(self) -> Tensor:

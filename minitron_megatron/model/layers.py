@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .build import chunks_of
-from .config import ModelConfig
+from .chunk import Chunk, Model, chunks_of
+from .megatron_names import field_of
 from .schedule import MicroBatch, run_chunk
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 __all__ = ["FUSED_NORM", "Arguments", "fused_norm", "layer_arguments", "layers_of", "run_layer"]
 
@@ -41,21 +44,21 @@ class _Arguments(nn.Module):
         return arguments["hidden_states"], None
 
 
-def fused_norm(linear: nn.Module, states: Tensor, config: ModelConfig) -> Tensor:
+def fused_norm(linear: Any, states: Tensor) -> Tensor:
     """Return the output of the norm that Transformer Engine keeps inside a linear layer; no hook sees it."""
-    weight: Any = getattr(linear, FUSED_NORM)
-    weight = weight + int(config.zero_centered_norm)
-    if config.norm == "RMSNorm":
-        return F.rms_norm(states, weight.shape, weight, config.norm_eps)
-    return F.layer_norm(states, weight.shape, weight, linear.layer_norm_bias, config.norm_eps)  # type: ignore[arg-type]
+    weight = getattr(linear, FUSED_NORM) + int(field_of(linear, "zero_centered_norm"))
+    eps = field_of(linear, "norm_eps")
+    if field_of(linear, "norm") == "RMSNorm":
+        return F.rms_norm(states, weight.shape, weight, eps)
+    return F.layer_norm(states, weight.shape, weight, linear.layer_norm_bias, eps)
 
 
-def layers_of(model: Any) -> dict[int, Any]:
+def layers_of(model: Model) -> dict[int, TransformerLayer]:
     """This rank's layers by their number in the whole model, from 0."""
     return {layer.layer_number - 1: layer for chunk in chunks_of(model) for layer in chunk.decoder.layers}
 
 
-def layer_arguments(chunk: Any, batch: MicroBatch, entering: Tensor | None = None) -> Arguments:
+def layer_arguments(chunk: Chunk, batch: MicroBatch, entering: Tensor | None = None) -> Arguments:
     """Return the arguments that mcore calls a chunk's layers with; `hidden_states` is what enters the first one.
 
     entering: the states from the pipeline stage before; None on the first stage, where the embedding gives them.
@@ -72,9 +75,7 @@ def layer_arguments(chunk: Any, batch: MicroBatch, entering: Tensor | None = Non
     return stand_in.arguments
 
 
-def run_layer(
-    layer: Any, arguments: Arguments, states: Tensor, points: Collection[str], config: ModelConfig
-) -> dict[str, Any]:
+def run_layer(layer: TransformerLayer, arguments: Arguments, states: Tensor, points: Collection[str]) -> dict[str, Any]:
     """Run a layer on other states and return what passes the `points` asked for; it stops at the last of them.
 
     Collective over tp, and over the ranks of a mixture's experts.
@@ -84,7 +85,7 @@ def run_layer(
     with ExitStack() as hooks:
         for point in points:
             if point != "out":
-                hooks.enter_context(_hooked(layer, point, seen, config, stop=point == last))
+                hooks.enter_context(_hooked(layer, point, seen, stop=point == last))
         try:
             out = layer(**{**arguments, "hidden_states": states})
         except _Enough:
@@ -93,7 +94,7 @@ def run_layer(
 
 
 @contextmanager
-def _hooked(layer: Any, point: str, seen: dict[str, Any], config: ModelConfig, *, stop: bool) -> Iterator[None]:
+def _hooked(layer: TransformerLayer, point: str, seen: dict[str, Any], *, stop: bool) -> Iterator[None]:
     module, output = _place(layer, point)
 
     def see(value: Any) -> None:
@@ -101,11 +102,11 @@ def _hooked(layer: Any, point: str, seen: dict[str, Any], config: ModelConfig, *
         if stop:
             raise _Enough
 
-    def before(module: Any, args: tuple[Any, ...]) -> None:
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         states = args[0].detach()
-        see(fused_norm(module, states, config) if hasattr(module, FUSED_NORM) else states)
+        see(fused_norm(module, states) if hasattr(module, FUSED_NORM) else states)
 
-    def after(module: Any, args: tuple[Any, ...], out: Any) -> None:
+    def after(module: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
         see(out)
 
     hook: Callable[..., Any] = after if output else before
@@ -116,7 +117,7 @@ def _hooked(layer: Any, point: str, seen: dict[str, Any], config: ModelConfig, *
         handle.remove()
 
 
-def _place(layer: Any, point: str) -> tuple[Any, bool]:
+def _place(layer: TransformerLayer, point: str) -> tuple[nn.Module, bool]:
     """(module, whether its output is meant and not its input)."""
     attention, mlp = layer.self_attention, layer.mlp
     mixture = hasattr(mlp, "router")

@@ -15,18 +15,26 @@ import torch
 
 from ..errors import CheckpointError
 from .config import ModelConfig
+from .megatron_names import FACTOR, LLAMA3, gpt_arguments, rotary_settings, transformer_settings
 
 __all__ = ["FLAGS", "arguments_script", "check_megatron_lm", "megatron_lm_flags", "saved_arguments"]
 
 FLAGS = "megatron-args.sh"
 """Bash file in the checkpoint's folder that sets the flags as an array."""
 
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Constants that mcore's rotary embedding hard-codes (`RotaryEmbedding._apply_scaling`)."""
-FACTOR = 8.0
-"""Scaling factor with which `pretrain_gpt.py` builds every model: it does not pass `--rope-scaling-factor` on."""
 ACTIVATIONS = {(True, "silu"), (False, "relu2")}
 """Pairs (gated, activation) that flags can express: `--swiglu` and `--squared-relu`."""
+
+RENAMED = {
+    "gated_linear_unit": "swiglu",
+    "num_moe_experts": "num_experts",
+    "max_sequence_length": "max_position_embeddings",
+}
+"""mcore's name of a setting -> Megatron-LM's name of the argument, where they differ."""
+NO_ARGUMENT = ("activation_func", "init_method_std", "share_embeddings_and_output_weights", "window_size")
+"""Settings that a checkpoint's arguments do not have under any name, or only in another form."""
+ROUTING = {"moe_layer_freq": 1, "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False}
+"""Arguments of every model with experts."""
 
 
 def check_megatron_lm(config: ModelConfig) -> None:
@@ -104,58 +112,28 @@ def saved_arguments(config: ModelConfig, layout: Mapping[str, int], tokenizer: P
 
     layout: sizes of the model-parallel groups that write the checkpoint.
     """
-    shape, scaling = config.shape, dict(config.rotary_scaling or {})
-    found = {
-        "num_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "ffn_hidden_size": shape.ffn or shape.expert_ffn,
+    shape, rotary = config.shape, rotary_settings(config)
+    settings = transformer_settings(config) | gpt_arguments(config)
+    found = {RENAMED.get(name, name): value for name, value in settings.items() if name not in NO_ARGUMENT}
+    return {
+        **found,
         "seq_length": config.max_positions,
-        "max_position_embeddings": config.max_positions,
-        "num_attention_heads": shape.heads,
         "group_query_attention": shape.kv_groups != shape.heads,
-        "num_query_groups": shape.kv_groups,
-        "kv_channels": shape.head_dim,
-        "position_embedding_type": "rope",
         "add_position_embedding": False,
         "use_rotary_position_embeddings": True,
-        "rotary_base": config.rotary_base,
-        "rotary_percent": config.rotary_share,
         "rotary_interleaved": False,
-        "use_rope_scaling": bool(scaling),
-        "rope_scaling_factor": scaling.get("factor", FACTOR),
-        "add_bias_linear": False,
-        "add_qkv_bias": shape.qkv_bias,
-        "qk_layernorm": shape.qk_norm,
-        "swiglu": shape.gated,
+        "use_rope_scaling": rotary["rope_scaling"],
+        "rope_scaling_factor": rotary.get("rope_scaling_factor", FACTOR),
         "squared_relu": config.activation == "relu2",
         "untie_embeddings_and_output_weights": not shape.tied,
-        "normalization": config.norm,
         "norm_epsilon": config.norm_eps,
-        "layernorm_epsilon": config.norm_eps,
         "apply_layernorm_1p": config.zero_centered_norm,
-        "layernorm_zero_centered_gamma": config.zero_centered_norm,
         "apply_query_key_layer_scaling": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "vocab_size": shape.vocab,
         "padded_vocab_size": shape.padded_vocab,
         "tokenizer_type": "HuggingFaceTokenizer",
         "tokenizer_model": str(tokenizer) if tokenizer else None,
         **layout,
-    }
-    return found | (_mixture_arguments(config) if shape.experts else {})
-
-
-def _mixture_arguments(config: ModelConfig) -> dict[str, Any]:
-    shape = config.shape
-    return {
-        "num_experts": shape.experts,
-        "moe_layer_freq": 1,
-        "moe_router_topk": shape.experts_per_token,
-        "moe_ffn_hidden_size": shape.expert_ffn,
-        "moe_shared_expert_intermediate_size": shape.shared_ffn or None,
-        "moe_shared_expert_gate": shape.shared_gate,
-        "moe_router_pre_softmax": config.router_pre_softmax,
-        "moe_router_score_function": "softmax",
-        "moe_router_enable_expert_bias": False,
+        **(ROUTING if shape.experts else {}),
     }

@@ -8,15 +8,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError
 from ..files import PARTIAL, whole_file
 from ..parallel import Topology, barrier, fail_together, save_sharded
-from .build import chunks_of
-from .config import config_of
+from .chunk import Chunk, Model, chunks_of
 from .megatron_flags import FLAGS, arguments_script, check_megatron_lm, saved_arguments
+from .megatron_names import shape_of
+from .read_model import config_of
 from .writing import writing
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 __all__ = ["save_megatron_lm"]
 
@@ -31,7 +35,7 @@ TE_NORMS = ("q_layernorm.weight", "k_layernorm.weight", ALONE + "weight", "final
 EXTRA = "_extra_state"
 
 
-def save_megatron_lm(model: Any, folder: str | Path, topology: Topology, *, tokenizer: Path | None = None) -> None:
+def save_megatron_lm(model: Model, folder: str | Path, topology: Topology, *, tokenizer: Path | None = None) -> None:
     """Write weights and model arguments in mcore's distributed format (`torch_dist`). Collective over the world.
 
     The checkpoint loads at any layout, with mcore's local and Transformer Engine specs. `megatron-args.sh` in the same
@@ -62,15 +66,15 @@ def _layout(topology: Topology) -> dict[str, int]:
     }
 
 
-def _at_either_spec(chunk: Any) -> dict[str, Any]:
+def _at_either_spec(chunk: Chunk) -> dict[str, Any]:
     """Return a chunk's sharded state dict with the keys of both specs; Megatron-LM reads only those of its spec."""
     sharded = chunk.sharded_state_dict(metadata={})
-    if config_of(chunk).shape.experts:
+    if shape_of(chunk).experts:
         sharded |= {f"other.{name}": _other_key(sharded[name]) for name in list(sharded) if ALONE in name}
     return _extra_states(sharded) | sharded
 
 
-def _other_key(norm: Any) -> Any:
+def _other_key(norm: ShardedTensor) -> ShardedTensor:
     """Return the norm before an MoE under the other spec's key."""
     old_and_new = (FUSED, ALONE) if FUSED in norm.key else (ALONE, FUSED)
     return replace(norm, key=norm.key.replace(*old_and_new))

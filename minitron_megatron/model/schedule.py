@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import TopologyError
 from ..parallel import final_hidden
-from .build import chunks_of
+from .chunk import Chunk, Model, chunks_of
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 __all__ = ["MicroBatch", "States", "forward_backward", "forward_kept", "forward_only", "forward_rest", "windows"]
 
@@ -33,21 +36,21 @@ class MicroBatch(Protocol):
         ...
 
 
-LossOf = Callable[[Any, Tensor, Any, int], Tensor]
+LossOf = Callable[[Chunk, Tensor, Any, int], Tensor]
 """(chunk, hidden, batch, index of the micro-batch) -> summed loss."""
 
 States = Mapping[int, Tensor]
 """Layer -> its input hidden states: [seq (over tp with sequence parallelism), batch, hidden]. The output of a chunk's
 last layer has the next number as its key."""
 
-Forward = Callable[[Any, Any, int], Tensor]
+Forward = Callable[[Chunk, Any, int], Tensor]
 """(chunk, batch, index of the micro-batch) -> the chunk's output."""
 
 Indexed = Iterator[tuple[int, MicroBatch]]
 
 
 def forward_backward(
-    model: Any,
+    model: Model,
     batches: Sequence[MicroBatch],
     loss_of: LossOf,
     *,
@@ -60,7 +63,7 @@ def forward_backward(
     pipeline stage. forward: replaces a chunk's forward pass. Collective over the model's ranks.
     """
 
-    def last(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def last(chunk: Chunk, batch: MicroBatch, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss, tokens = loss_of(chunk, hidden, batch, index), batch.mask.sum()
         return loss, tokens.int(), torch.stack([loss.detach().double(), tokens.double()])
 
@@ -71,7 +74,7 @@ def forward_backward(
 
 
 def forward_only(
-    model: Any,
+    model: Model,
     batches: Sequence[MicroBatch],
     *,
     before: Callable[[MicroBatch], None] | None = None,
@@ -83,7 +86,7 @@ def forward_only(
     Collective over the model's ranks.
     """
 
-    def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
+    def forward(chunk: Chunk, batch: MicroBatch, index: int) -> Tensor:
         if before:
             before(batch)
         return _through(chunk, batch, _layers(chunk, without)) if without else run_chunk(chunk, batch, index)
@@ -92,7 +95,7 @@ def forward_only(
 
 
 def forward_kept(
-    model: Any, batches: Sequence[MicroBatch], *, without: Collection[int] = ()
+    model: Model, batches: Sequence[MicroBatch], *, without: Collection[int] = ()
 ) -> tuple[list[Tensor], list[States]]:
     """Run `forward_only`, and also return for each micro-batch the input states of this rank's layers, except skipped
     ones.
@@ -101,7 +104,7 @@ def forward_kept(
     """
     kept: list[dict[int, Tensor]] = [{} for _ in batches]
 
-    def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
+    def forward(chunk: Chunk, batch: MicroBatch, index: int) -> Tensor:
         layers = _layers(chunk, without)
         keep = partial(_keep, kept[index])
         handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers.values()]
@@ -115,7 +118,7 @@ def forward_kept(
 
 
 def forward_rest(
-    model: Any,
+    model: Model,
     batches: Sequence[MicroBatch],
     kept: Sequence[States],
     blocks: Sequence[Collection[int]],
@@ -130,14 +133,14 @@ def forward_rest(
     A value is one number; before the last pipeline stage it is zero. Collective over the model's ranks.
     """
 
-    def forward(chunk: Any, batch: MicroBatch, index: int) -> Tensor:
+    def forward(chunk: Chunk, batch: MicroBatch, index: int) -> Tensor:
         block, first = blocks[index // len(batches)], min(blocks[index // len(batches)])
         rest = {at: layer for at, layer in _layers(chunk, (*without, *block)).items() if at > first}
         if first in _layers(chunk):
             rest = {first: _KeptStates(kept[index % len(batches)][first])} | rest
         return _through(chunk, batch, rest)
 
-    def last(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+    def last(chunk: Chunk, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
         return value_of(chunk, hidden, batch, index % len(batches))
 
     values = _collect(model, [*batches] * len(blocks), last, forward)
@@ -169,20 +172,24 @@ class _KeptStates(nn.Module):
 
 
 def _keep(
-    states: dict[int, Tensor], layer: Any, args: Any, inputs: Mapping[str, Any], outputs: tuple[Any, ...]
+    states: dict[int, Tensor],
+    layer: TransformerLayer,
+    args: object,
+    inputs: Mapping[str, Any],
+    outputs: tuple[Any, ...],
 ) -> None:
     """Store a layer's input and output states (a forward hook)."""
     at = layer.layer_number - 1
     states[at], states[at + 1] = inputs["hidden_states"].detach(), outputs[0].detach()
 
 
-def _layers(chunk: Any, without: Collection[int] = ()) -> dict[int, Any]:
+def _layers(chunk: Chunk, without: Collection[int] = ()) -> dict[int, TransformerLayer]:
     """Return the layers of a chunk by their number in the whole model, from 0, except for `without`."""
     numbered = {layer.layer_number - 1: layer for layer in chunk.decoder.layers}
     return {at: layer for at, layer in numbered.items() if at not in without}
 
 
-def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> Tensor:
+def _through(chunk: Chunk, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> Tensor:
     """Return a chunk's output, computed with `layers` in place of its own."""
     own_layers = chunk.decoder.layers
     chunk.decoder.layers = nn.ModuleList(layers.values())
@@ -192,28 +199,30 @@ def _through(chunk: Any, batch: MicroBatch, layers: Mapping[int, nn.Module]) -> 
         chunk.decoder.layers = own_layers
 
 
-def run_chunk(chunk: Any, batch: MicroBatch, index: int = 0) -> Tensor:
+def run_chunk(chunk: Chunk, batch: MicroBatch, index: int = 0) -> Tensor:
     """Run a chunk by itself, up to its last layer and the final norm that it may have."""
     return final_hidden(chunk, batch.tokens, getattr(batch, "attention_context", None))
 
 
-def _hidden(chunk: Any, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+def _hidden(chunk: Chunk, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
     return hidden
 
 
-def _collect(model: Any, batches: Sequence[MicroBatch], last: Callable[..., Tensor], forward: Forward) -> list[Tensor]:
+def _collect(
+    model: Model, batches: Sequence[MicroBatch], last: Callable[..., Tensor], forward: Forward
+) -> list[Tensor]:
     """Return `last` of each micro-batch's final hidden states, without gradients."""
     with torch.no_grad():
         return _run_schedule(model, batches, last, forward, forward_only=True, collect_non_loss_data=True)
 
 
 def _run_schedule(
-    model: Any, batches: Sequence[MicroBatch], last: Callable[..., Any], forward: Forward, **options: Any
+    model: Model, batches: Sequence[MicroBatch], last: Callable[..., Any], forward: Forward, **options: Any
 ) -> list[Any]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_attr_wrapped_model
 
-    def step(iterator: Indexed, chunk: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def step(iterator: Indexed, chunk: Chunk) -> tuple[Tensor, Callable[..., Any]]:
         index, batch = next(iterator)
         gpt = get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
         return forward(gpt, batch, index), partial(last, gpt, batch, index)
@@ -233,7 +242,7 @@ def _run_schedule(
     )
 
 
-def _check_interleaving(chunks: Sequence[Any], micro_batches: int) -> None:
+def _check_interleaving(chunks: Sequence[Chunk], micro_batches: int) -> None:
     """Raise TopologyError where mcore would raise an error that does not name the settings to change."""
     pp, group = chunks[0].config.pipeline_model_parallel_size, chunks[0].config.microbatch_group_size_per_vp_stage
     if len(chunks) > 1 and (micro_batches < group or 0 < micro_batches % group < pp):

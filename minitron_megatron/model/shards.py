@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..layout import Shape, expert_of, layer_of
 from ..parallel import Topology
+from .chunk import Chunk, Model, chunks_of
 
 __all__ = ["BRIDGE", "LORA", "NamedShard", "assign", "named_shards", "output_weight", "overlay", "owner_rank"]
 
@@ -40,10 +41,9 @@ class NamedShard:
         return getattr(self.module, self.leaf)
 
 
-def named_shards(model: nn.Module | Sequence[nn.Module]) -> Iterator[NamedShard]:
+def named_shards(model: Model) -> Iterator[NamedShard]:
     """Yield this rank's shards of an mcore GPTModel, or of its chunks, in the order of the modules."""
-    for chunk in model if isinstance(model, Sequence) else [model]:
-        gpt: Any = chunk
+    for gpt in chunks_of(model):
         tied = gpt.share_embeddings_and_output_weights
         for local, _ in gpt.named_parameters():
             path, _, leaf = local.rpartition(".")
@@ -54,7 +54,7 @@ def named_shards(model: nn.Module | Sequence[nn.Module]) -> Iterator[NamedShard]
             yield NamedShard(name, gpt.get_submodule(path), leaf, tied_copy)
 
 
-def _global(local: str, gpt: Any) -> str:
+def _global(local: str, gpt: Chunk) -> str:
     found = re.match(r"decoder\.layers\.(\d+)\.", local)
     if not found:
         return local
@@ -73,7 +73,7 @@ def _canonical(name: str) -> str:
     return re.sub(r"^mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$", r"mlp.experts.local_experts.\3.\1.\2", name)
 
 
-def output_weight(chunk: Any) -> Tensor:
+def output_weight(chunk: Chunk) -> Tensor:
     """Return the output weight of the last stage, which may be the tied embedding: [held vocabulary rows, hidden]."""
     return (
         chunk.shared_embedding_or_output_weight()
@@ -118,16 +118,18 @@ def assign(shard: NamedShard, tensor: Tensor) -> None:
     setattr(shard.module, shard.leaf, new)
 
 
-def overlay(module: Any, weight_of: Callable[[Tensor], Tensor]) -> list[Any]:
+def overlay(module: nn.Module, weight_of: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
     """Make a module compute with `weight_of(its weight)` in each forward pass; return the hook handles, to undo it.
 
     An instance attribute takes precedence over a parameter of the same name.
     """
 
-    def set_weight(module: Any, inputs: Any) -> None:
-        module.__dict__["weight"] = weight_of(module._parameters["weight"])
+    def set_weight(module: nn.Module, inputs: object) -> None:
+        weight = module._parameters["weight"]
+        assert weight is not None
+        module.__dict__["weight"] = weight_of(weight)
 
-    def restore_weight(module: Any, inputs: Any, output: Any) -> None:
+    def restore_weight(module: nn.Module, inputs: object, output: object) -> None:
         del module.__dict__["weight"]
 
     return [module.register_forward_pre_hook(set_weight), module.register_forward_hook(restore_weight)]

@@ -5,15 +5,20 @@ fused into linear layers. Both use our core attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RecipeError
-from ..parallel import ContextShard
-from .kv_cache import KVCache
+from ..parallel import AttentionContext
+from .chunk import Chunk
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 __all__ = ["CoreAttention", "Norm", "Spec", "block_spec", "check_spec", "reads_past"]
 
@@ -25,7 +30,7 @@ class Norm(nn.Module):
     """RMSNorm or LayerNorm over the last dim; unlike mcore's torch norm it supports sequence parallelism, and weights
     stored as gamma - 1."""
 
-    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
         self.centred = int(config.layernorm_zero_centered_gamma)
@@ -49,37 +54,32 @@ class CoreAttention(nn.Module):
     A token attends to itself and to the tokens before it, limited by mcore's `window_size` where that is set.
     """
 
-    def __init__(self, config: Any, **_: Any) -> None:
+    def __init__(self, config: TransformerConfig, **_: object) -> None:
         super().__init__()
         self.window: int | None = config.window_size[0] + 1 if config.window_size else None
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | KVCache | None, **_: Any
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: object) -> Tensor:
         """Return [s, b, heads * head_dim]. query: [s, b, heads, head_dim]; key, value: [s, b, kv_groups, head_dim].
 
-        attention_mask: not a mask, but the attention context, one of four: None, each sample is one document; the
-        document number of each token, [b, s] on the host, with one attention call per document, so that nothing between
-        documents is computed; a KVCache with the earlier tokens; the ticket of a ContextShard, int64 [], with which the
-        keys and values of the other ranks are gathered.
+        attention_mask: the AttentionContext that `final_hidden` passes.
         """
-        shard = None
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 0:
-            shard = ContextShard.of(attention_mask)
-        if shard:
-            key, value = shard.whole(torch.cat([key, value], -1)).chunk(2, -1)
+        context = AttentionContext.of(attention_mask)
+        if context.shard:  # gather the keys and values of the other ranks
+            key, value = context.shard.whole(torch.cat([key, value], -1)).chunk(2, -1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if attention_mask is None:
-            out = _causal(self.window, q, k, v)
-        elif isinstance(attention_mask, KVCache):
-            k, v, mask = attention_mask.extend(self, k, v, self.window)
-            out = _causal(self.window, q, k, v) if mask is None else _attend(q, k, v, mask)
-        elif shard:
-            out = _context_parallel(self.window, q, k, v, shard)
-        else:
-            samples = zip(*(x.split(1) for x in (q, k, v)), attention_mask, strict=True)
-            out = torch.cat([_by_document(self.window, *sample) for sample in samples])
+        out = self._attended(q, k, v, context)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        if context.cache:
+            k, v, mask = context.cache.extend(self, k, v, self.window)
+            return _causal(self.window, q, k, v) if mask is None else _attend(q, k, v, mask)
+        if context.shard:
+            return _context_parallel(self.window, q, k, v, context.pieces)
+        if context.documents is None:
+            return _causal(self.window, q, k, v)
+        samples = zip(*(x.split(1) for x in (q, k, v)), context.documents, strict=True)
+        return torch.cat([_by_document(self.window, *sample) for sample in samples])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -110,9 +110,11 @@ def _by_document(window: int | None, q: Tensor, k: Tensor, v: Tensor, documents:
     return torch.cat([_causal(window, *part) for part in parts], dim=2)
 
 
-def _context_parallel(window: int | None, q: Tensor, k: Tensor, v: Tensor, shard: ContextShard) -> Tensor:
+def _context_parallel(
+    window: int | None, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Sequence[tuple[int, int, int]]]
+) -> Tensor:
     """Return causal attention of this rank's queries to the whole sequence: [batch, heads, part, head_dim]."""
-    samples = zip(*(x.chunk(len(shard.pieces)) for x in (q, k, v)), shard.pieces, strict=True)
+    samples = zip(*(x.chunk(len(pieces)) for x in (q, k, v)), pieces, strict=True)
     return torch.cat([_by_piece(window, *sample) for sample in samples])
 
 
@@ -124,14 +126,14 @@ def _by_piece(window: int | None, q: Tensor, k: Tensor, v: Tensor, pieces: Seque
     )
 
 
-def reads_past(chunk: Any) -> bool:
+def reads_past(chunk: Chunk) -> bool:
     """Return whether a GPTModel uses our core attention, which alone supports `KVCache`."""
     return all(isinstance(layer.self_attention.core_attention, CoreAttention) for layer in chunk.decoder.layers)
 
 
 def block_spec(
     normalization: str, layers: int, *, qk_norm: bool = False, experts: int = 0, spec: Spec = "local"
-) -> Any:
+) -> TransformerBlockSubmodules:
     """Return mcore's TransformerBlockSubmodules for a stage of `layers` layers.
 
     Raises RecipeError where `spec` is `te` and Transformer Engine cannot be imported.
@@ -159,7 +161,7 @@ def _has_te() -> bool:
     return bool(HAVE_TE)
 
 
-def _local_layer(normalization: str, qk_norm: bool, experts: int) -> tuple[Any, Any]:
+def _local_layer(normalization: str, qk_norm: bool, experts: int) -> tuple[ModuleSpec, type[nn.Module]]:
     """Return (layer spec, final norm)."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -171,7 +173,7 @@ def _local_layer(normalization: str, qk_norm: bool, experts: int) -> tuple[Any, 
     return layer, Norm
 
 
-def _te_layer(qk_norm: bool, experts: int) -> tuple[Any, Any]:
+def _te_layer(qk_norm: bool, experts: int) -> tuple[ModuleSpec, type[nn.Module]]:
     """Return (layer spec, final norm). Each expert is a separate module, so that it can be scored."""
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec

@@ -4,6 +4,7 @@ Knows: ranks, groups, devices, the placement of layers on pipeline stages, the p
 the differences between mcore's versions. Must not know: scores, plans, losses, recipes.
 """
 
+from .attention_context import AttentionContext
 from .backend import install_cpu_backend, peak_bytes, peak_flops
 from .collectives import (
     Group,
@@ -34,16 +35,17 @@ from .mcore_compat import (
     kill_writers,
     load_optimizer,
     mark_expert,
-    mend_distributed_optimizer,
     quieten,
     save_sharded,
     undisturbed,
 )
+from .mcore_patches import mend_distributed_optimizer
 from .replicas import check_independent_replicas, independent_replicas
 from .topology import PlannedTopology, Topology, claim_device, launched
 
 __all__ = [
     "FITS",
+    "AttentionContext",
     "ContextShard",
     "Group",
     "PlannedTopology",

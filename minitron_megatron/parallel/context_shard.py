@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import count, pairwise
+from itertools import pairwise
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from .collectives import Group, gather_sequence, scatter_sequence
 
-__all__ = ["ContextShard"]
+__all__ = ["ContextShard", "Piece"]
 
 Piece = tuple[int, int, int]
 """Positions (first query, end of the queries, first key that they attend to)."""
-
-_NUMBERS = count()
-_SHARDS: WeakValueDictionary[int, ContextShard] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -35,23 +30,6 @@ class ContextShard:
     size: int
     group: Group
     sequence: int
-    documents: Tensor | None = None
-    """Document number of each token: int64 [batch, sequence] on the host. Attention stays within a document."""
-
-    @cached_property
-    def ticket(self) -> Tensor:
-        """Number, int64 [], by which `of` finds this object while it lives.
-
-        mcore passes it to attention in place of the object, because its activation recomputation passes tensors only.
-        """
-        number = next(_NUMBERS)
-        _SHARDS[number] = self
-        return torch.tensor(number)
-
-    @staticmethod
-    def of(ticket: Tensor) -> ContextShard:
-        """Return the shard with this ticket."""
-        return _SHARDS[int(ticket)]
 
     @property
     def chunk(self) -> int:
@@ -77,15 +55,15 @@ class ContextShard:
         gathered: Tensor = _Whole.apply(part, self)
         return gathered
 
-    @cached_property
-    def pieces(self) -> list[list[Piece]]:
-        """Pieces of this rank's part in order, for each sample; one list for all samples where there are no documents.
+    def pieces(self, documents: Tensor | None) -> list[list[Piece]]:
+        """Return the pieces of this rank's part in order, for each sample; one list for all without documents.
 
-        A piece is a chunk, or the part of a chunk that belongs to one document.
+        documents: document number of each token, int64 [batch, sequence]. A piece is a chunk, or the part of a chunk
+        that belongs to one document.
         """
-        if self.documents is None:
+        if documents is None:
             return [list(self._cut([0]))]
-        return [list(self._cut([0, *(each.diff().nonzero().flatten() + 1).tolist()])) for each in self.documents]
+        return [list(self._cut([0, *(each.diff().nonzero().flatten() + 1).tolist()])) for each in documents]
 
     def _cut(self, begins: Sequence[int]) -> Iterator[Piece]:
         """Yield the pieces of this rank's chunks. begins: first positions of the documents."""

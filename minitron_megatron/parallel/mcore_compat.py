@@ -1,16 +1,13 @@
-"""All code that depends on megatron-core's version or works around one of its bugs."""
+"""All code that depends on megatron-core's version or works around one of its bugs, without patching it."""
 
 from __future__ import annotations
 
 import inspect
 import logging
 import os
-import pickle
-import queue
 import signal
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .context_shard import ContextShard
+from .attention_context import AttentionContext
+from .mcore_patches import mend_writer, writes_collected
 
 __all__ = [
     "FITS",
@@ -30,14 +28,13 @@ __all__ = [
     "kill_writers",
     "load_optimizer",
     "mark_expert",
-    "mend_distributed_optimizer",
     "quieten",
     "save_sharded",
     "undisturbed",
 ]
 
 FITS = ("0.16.1", "0.19.2")
-"""Versions that this file and `backend.py` support: the default (Python 3.11) and the one of `make test-latest`."""
+"""Versions that this file and the patches support: the default (Python 3.11) and the one of `make test-latest`."""
 
 NOISY_LOGGERS = {
     "megatron.core.models.gpt.gpt_model": "deprecated",  # GPTModel, in favour of HybridModel
@@ -59,12 +56,10 @@ def _is_useful(record: logging.LogRecord) -> bool:
     return NOISY_LOGGERS[record.name].lower() not in record.getMessage().lower()
 
 
-def final_hidden(model: Any, tokens: Tensor, attention_context: Any = None) -> Tensor:
+def final_hidden(model: Any, tokens: Tensor, attention_context: AttentionContext | None = None) -> Tensor:
     """Run a GPTModel up to its final norm, without the output layer: `GPTModel.forward` has no such switch.
 
-    tokens: int64 [batch, seq]. attention_context: the document number of each token, [batch, seq], beyond
-    which attention does not reach; or a KVCache or a ContextShard, which give the `positions` of the tokens. It is
-    passed as mcore's attention mask, and only our own core attention understands it.
+    tokens: int64 [batch, seq]. attention_context: passed as mcore's attention mask; only our core attention reads it.
     Returns [seq (over tp, with sequence parallelism), batch, hidden]; before the last pipeline stage, that stage's
     output. The model may be wrapped (DDP, Float16Module).
     """
@@ -73,30 +68,12 @@ def final_hidden(model: Any, tokens: Tensor, attention_context: Any = None) -> T
     gpt = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
     # mcore 0.16-0.19: _preprocess returns (decoder_input, rotary_pos_emb, cos, sin, sequence_len_offset, padding_mask)
     states, rotary = gpt._preprocess(input_ids=tokens, position_ids=None)[:2]
-    if hasattr(attention_context, "positions"):
-        positions = attention_context.positions(tokens)
+    positions = attention_context.positions(tokens) if attention_context else None
+    if positions is not None:
         most = -(-int(positions.max() + 1) // 256) * 256  # rounded up, since mcore caches angles by length
         rotary = gpt.rotary_pos_emb(most)[positions.t()].squeeze(2)
-    carried = attention_context.ticket if isinstance(attention_context, ContextShard) else attention_context
-    return gpt.decoder(hidden_states=states, attention_mask=carried, rotary_pos_emb=rotary)
-
-
-def mend_distributed_optimizer() -> None:
-    """Fix checkpoint loading of mcore 0.16's DistributedOptimizer with torch's Adam (without TE or apex).
-
-    Loading raises KeyError("step"), since only `param` and the moments are saved (optimizer/distrib_optimizer.py,
-    `_set_main_param_and_optimizer_states`).
-    """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    def copy_states(self: Any, model_param: Any, tensors: dict[str, Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        main = self.optimizer.param_groups[group]["params"][order]
-        for name, state in {"param": main, **self.optimizer.state[main]}.items():
-            if name in tensors:
-                state.copy_(tensors[name])
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = copy_states
+    mask = attention_context.as_mask() if attention_context else None
+    return gpt.decoder(hidden_states=states, attention_mask=mask, rotary_pos_emb=rotary)
 
 
 def count_padding(wrapped: Sequence[Any]) -> None:
@@ -141,41 +118,6 @@ def mark_expert(parameter: Any) -> None:
     parameter.allreduce = False
 
 
-class _Results:
-    """Results queue from the checkpoint writer processes to the training process, backed by an anonymous file."""
-
-    def __init__(self) -> None:
-        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the request that holds it)
-
-    def put(self, results: Any) -> None:
-        pickle.dump(results, self.file)
-        self.file.flush()
-
-    def get_nowait(self) -> Any:
-        self.file.seek(0)
-        try:
-            return pickle.load(self.file)
-        except EOFError:
-            raise queue.Empty from None
-
-
-@contextmanager
-def _writes_collected() -> Iterator[None]:
-    """Make mcore's next checkpoint collect its writers' results in a file of this process, inside the block.
-
-    Otherwise mcore spawns a manager process for them (dist_checkpointing/strategies/filesystem_async.py,
-    `_results_queue`), which takes seconds to start and outlives a killed run.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    before = filesystem_async._results_queue
-    filesystem_async._results_queue = _Results()
-    try:
-        yield
-    finally:
-        filesystem_async._results_queue = before
-
-
 def save_sharded(state: Mapping[str, Any], folder: str | Path, *, later: bool = False) -> Any:
     """Write a sharded state dict as mcore's distributed checkpoint into an existing, empty folder. Collective.
 
@@ -183,7 +125,7 @@ def save_sharded(state: Mapping[str, Any], folder: str | Path, *, later: bool = 
     """
     from megatron.core import dist_checkpointing
 
-    with _writes_collected():
+    with writes_collected():
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
             return _save_with_common_file(dict(state), Path(folder), later)
         return dist_checkpointing.save(dict(state), str(folder), async_sharded_save=later)
@@ -201,7 +143,7 @@ def _save_with_common_file(state: dict[str, Any], folder: Path, later: bool) -> 
     from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-    _mend_writer()
+    mend_writer()
     sharded, common = save_preprocess(state)
     if dist.get_rank() == 0:
         torch.save(common, folder / COMMON_STATE_FNAME)
@@ -215,27 +157,6 @@ def _save_with_common_file(state: dict[str, Any], folder: Path, later: bool) -> 
     request = strategy.async_save(sharded, folder, "mcore")
     request.add_finalize_fn(write_format)
     return request if later else request.execute_sync()
-
-
-def _mend_writer() -> None:
-    """Make mcore 0.19's checkpoint writer raise the error that stopped it.
-
-    mcore returns the exception and later asserts that there is none (dist_checkpointing/strategies/filesystem_async.py,
-    `check_local_output`), so that only its type would be reported.
-    """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    original = FileSystemWriterAsync.write_preloaded_data
-    if original.__module__ == __name__:
-        return
-
-    def write(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if kwargs["results_queue"] is None and isinstance(result[1], Exception):
-            raise result[1]
-        return result
-
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(write)
 
 
 def undisturbed(request: Any) -> Any:

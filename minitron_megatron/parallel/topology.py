@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import TopologyError
-from .backend import install_cpu_backend, release_groups
+from .backend import install_cpu_backend
 from .mcore_compat import quieten
+from .mcore_patches import release_groups
 
 __all__ = ["PlannedTopology", "Topology", "claim_device", "launched"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..layout import PUBLIC_AXES, Param, Shape, expert_of, kept_rows, layer_of, lookup
-from ..model import NamedShard, assign, check_fits, chunks_of, config_of, named_shards, owner_rank, rebuild
+from ..model import NamedShard, assign, check_fits, chunks_of, named_shards, owner_rank, rebuild, shape_of
 from ..parallel import Topology, all_to_all, fail_together, move
 from ..records import Plan
 
@@ -53,7 +53,7 @@ def check_cut(model: Any, plan: Plan, topology: Topology) -> None:
 def _cut(model: Any, plan: Plan, topology: Topology, *, free: bool) -> list[Any]:
     """Build the cut model. free: release each old shard once it is cut."""
     old_chunks, target = chunks_of(model), plan.target
-    new_chunks = rebuild(old_chunks, config_of(old_chunks[0]).resized(**_sizes(target)), topology)
+    new_chunks = rebuild(old_chunks, shape_of(old_chunks[0]).resized(**_sizes(target)), topology)
     old = {(shard.name, shard.tied_copy): shard for shard in named_shards(old_chunks)}
     new = {(shard.name, shard.tied_copy): shard for shard in named_shards(new_chunks)}
     stay = {_source_name(name, plan) for name in target.names()}
@@ -76,7 +76,7 @@ def _check(chunks: Sequence[Any], plan: Plan) -> None:
             raise PlanError(
                 f"trim needs a bare GPTModel, but this is a {type(chunk).__name__}. Unwrap it: model.module."
             )
-        shape = config_of(chunk).shape
+        shape = shape_of(chunk)
         if shape != plan.shape:
             raise PlanError(f"the plan cuts {plan.shape}, but the model is {shape}. Score this model and choose again.")
 

@@ -13,7 +13,7 @@ from ..data import Batch
 from ..errors import PlanError, did_you_mean, expect_number
 from ..events import Event, Listener, silent
 from ..layout import lookup
-from ..model import chunks_of, config_of, evaluating, run_layer
+from ..model import chunks_of, evaluating, run_layer, shape_of
 from ..parallel import Topology, fail_together, gather_objects
 from ..records import Plan
 from .mixture import Routed, refit_experts, routed
@@ -73,8 +73,8 @@ def _check(students: Sequence[Any], teachers: Sequence[Any], plan: Plan, method:
         for chunk in chunks:
             if not hasattr(chunk, "decoder"):
                 raise PlanError(f"a refit works on a bare GPTModel, not on {type(chunk).__name__}: pass model.module.")
-            if config_of(chunk).shape != shape:
-                raise PlanError(f"the {whose} is {config_of(chunk).shape}, and the plan says {shape}.")
+            if shape_of(chunk) != shape:
+                raise PlanError(f"the {whose} is {shape_of(chunk)}, and the plan says {shape}.")
 
 
 class _Run:
@@ -94,7 +94,6 @@ class _Run:
         self.weights = Weights(students, teachers, plan, topology, ridges)
         with fail_together():
             self.work = Work(students, teachers, batches, topology)
-        self.student_config, self.teacher_config = config_of(students[0]), config_of(teachers[0])
         hidden = plan.keep_at(None).get("hidden", torch.arange(plan.shape.hidden))
         self.channels = hidden.to(topology.device)
         self.narrow = len(hidden) < plan.shape.hidden
@@ -159,7 +158,7 @@ class _Run:
         """The streams at points of a teacher's layer."""
         found: dict[str, Stream] = {point: [] for point in points}
         for states, arguments in zip(stream, self.work.arguments, strict=True):
-            seen = run_layer(layer, arguments, self.work.here(states), points, self.teacher_config)
+            seen = run_layer(layer, arguments, self.work.here(states), points)
             for point in points:
                 found[point].append(self.work.kept(seen[point]))
         return found
@@ -167,7 +166,7 @@ class _Run:
     def _run(self, number: int, batch: int, stream: Stream, *points: str) -> dict[str, Any]:
         """Tensors that pass points of the student's layer in a micro-batch."""
         layer, states = self.work.student_layers[number], self.work.here(stream[batch])
-        return run_layer(layer, self.work.arguments[batch], states, points, self.student_config)
+        return run_layer(layer, self.work.arguments[batch], states, points)
 
     def _read_layer(self, number: int, source: int, teacher: Any, ours: Stream, seen: dict[str, Stream]) -> None:
         """Repair all of a layer but its last projection; the teacher's is on this stage."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..layout import Shape, expert_of, kept_rows, lookup
-from ..model import NamedShard, assign, config_of, named_shards
+from ..model import NamedShard, assign, field_of, named_shards
 from ..parallel import Topology, all_reduce, gather_sequence
 from ..records import Plan
 from .moments import share_of, unshard
@@ -45,7 +45,7 @@ class Weights:
         self.plan, self.topology, self.ridges = plan, topology, ridges
         self.shards = {"student": _shards(student), "teacher": _shards(teacher)}
         self.shapes: dict[str, Shape] = {"student": plan.target, "teacher": plan.shape}
-        self.zero_centred = config_of(student[0]).zero_centered_norm
+        self.zero_centred = field_of(student[0], "zero_centered_norm")
         self.fits: list[SiteFit] = []
 
     def whole(self, whose: str, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from ..evaluate import RunBatches, Task, ValidationSet, lower_is_better, run_tas
 from ..files import whole_file, write_json
 from ..forecast import WINOGRANDE, settings_folder
 from ..layout import parameters
-from ..model import chunks_of, config_of
+from ..model import chunks_of, shape_of
 from .context import Context
 
 __all__ = ["measured_row", "score_of", "winogrande", "write_table"]
@@ -23,7 +23,7 @@ def measured_row(context: Context, name: str, folder: Path, held_out: Validation
     losses = validation_loss(model, held_out, context.topology)
     return {
         "model": name,
-        "parameters": parameters(config_of(chunks_of(model)[0]).shape),
+        "parameters": parameters(shape_of(chunks_of(model)[0])),
         "loss_nats_per_token": losses["all"],
         "perplexity": math.exp(min(losses["all"], 700.0)),
         "loss_by_source": {source: loss for source, loss in losses.items() if source != "all"},

@@ -12,7 +12,7 @@ from ..evaluate import validation_loss
 from ..events import Event
 from ..files import file_marks
 from ..layout import flops_per_token
-from ..model import config_of
+from ..model import shape_of
 from ..recipe import Recipe, ResolvedPhase, TrainingKeys, prefixes, resolved
 from ..train import Learner, Lora, Objective, Training, train, train_norms_only
 from .context import Context
@@ -37,7 +37,7 @@ def distil(context: Context, student: list[Any], label: str, *, until: int | Non
     keys, correct, topology = context.recipe.distill, context.recipe.correct, context.topology
     continuous = correct is not None and correct.continuous
     teacher, loss = context.load_teacher(trains=continuous), keys.loss.loss()
-    vocab = config_of(student[0]).shape.vocab
+    vocab = shape_of(student[0]).vocab
     states = _states(context, teacher, student)
     if not continuous:
         objective = KDObjective(
@@ -164,7 +164,7 @@ def _flops(teacher: KDObjective | None, phase: ResolvedPhase, *, trains: bool) -
     """Return the teacher's FLOPs per token: its forward pass, and its backward pass if it trains."""
     if teacher is None:
         return 0
-    return (3 if trains else 1) * flops_per_token(config_of(teacher.teacher[0]).shape, phase.sequence)
+    return (3 if trains else 1) * flops_per_token(shape_of(teacher.teacher[0]), phase.sequence)
 
 
 def _validation(context: Context, model: list[Any], held_out: Any, teacher: KDObjective | None) -> Measure:

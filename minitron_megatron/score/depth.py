@@ -18,12 +18,12 @@ from ..losses import distill_loss, lm_loss
 from ..model import (
     MicroBatch,
     chunks_of,
-    config_of,
     evaluating,
     forward_kept,
     forward_only,
     forward_rest,
     output_weight,
+    shape_of,
     windows,
 )
 from ..parallel import Topology, all_reduce, sum_over_world
@@ -74,7 +74,7 @@ def leave_out(
     function, each network runs as a whole. Every rank returns the same. Collective over the world. Raises PlanError for
     an unknown metric, a wrapped model, a length that removes or leaves no layer, and a value that is not finite.
     """
-    shape = config_of(bare_chunks(model)[0]).shape
+    shape = shape_of(bare_chunks(model)[0])
     blocks = blocks_of(shape, {*lengths, 1} if greedy else lengths)
     _check_counts(shape, [greedy] if greedy else [])
     samples, tokens = count(batches, topology)
@@ -199,7 +199,7 @@ def _loss(topology: Topology, chunk: Any, hidden: Tensor, batch: Batch, index: i
         output_weight(chunk).detach(),
         batch.labels,
         batch.mask,
-        vocab=config_of(chunk).shape.vocab,
+        vocab=shape_of(chunk).vocab,
         group=topology.tp_group,
         sequence_parallel=topology.sequence_parallel,
     )
@@ -214,7 +214,7 @@ def _kl(topology: Topology, whole: Sequence[Tensor], chunk: Any, hidden: Tensor,
         whole[index],
         weight,
         batch.mask,
-        vocab=config_of(chunk).shape.vocab,
+        vocab=shape_of(chunk).vocab,
         group=topology.tp_group,
         sequence_parallel=topology.sequence_parallel,
     )

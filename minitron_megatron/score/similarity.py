@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import Batch
 from ..events import Event, Listener, silent
-from ..model import MicroBatch, States, config_of, evaluating, forward_kept, windows
+from ..model import MicroBatch, States, evaluating, forward_kept, shape_of, windows
 from ..parallel import Topology, move, sum_over_world
 from ..records import DepthScores
 from .bare import bare_chunks
@@ -40,7 +40,7 @@ def block_importance(
     layer, a wrapped model, and states that are not finite.
     Sources: Minitron section 2.2, after ShortGPT; blocks of several layers after Gromov et al.
     """
-    shape = config_of(bare_chunks(model)[0]).shape
+    shape = shape_of(bare_chunks(model)[0])
     blocks = blocks_of(shape, lengths)
     samples, tokens = count(batches, topology)
     sums = torch.zeros(len(blocks), dtype=torch.float64, device=topology.device)

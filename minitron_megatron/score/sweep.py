@@ -12,16 +12,15 @@ from torch import Tensor
 from ..data import Batch
 from ..errors import PlanError
 from ..events import Event, Listener, silent
-from ..layout import PER_LAYER, layer_of
+from ..layout import PER_LAYER, Shape, layer_of
 from ..model import (
     FUSED_NORM,
     MicroBatch,
-    ModelConfig,
     NamedShard,
-    config_of,
     forward_only,
     fused_norm,
     named_shards,
+    shape_of,
     windows,
 )
 from ..parallel import Topology, all_reduce, fail_together, gather_objects
@@ -56,11 +55,9 @@ class _Site:
 class _Sweep:
     """Hooks of one sweep and the sums that they collect."""
 
-    def __init__(
-        self, model: Any, axes: Sequence[str], statistic: Statistic, config: ModelConfig, topology: Topology
-    ) -> None:
+    def __init__(self, model: Any, axes: Sequence[str], statistic: Statistic, shape: Shape, topology: Topology) -> None:
         self.mask: Tensor | None = None
-        self.config, self.shape, self.topology, self.statistic = config, config.shape, topology, statistic
+        self.shape, self.topology, self.statistic = shape, topology, statistic
         self.sites: list[_Site] = []
         self.handles = []
         taps = [(axis, tap) for axis in axes for tap in taps_of(axis, statistic, self.shape)]
@@ -84,7 +81,7 @@ class _Sweep:
             sums.add(head_norms(a, channels) if norms else a, self.current_mask())
 
         if shard.leaf == FUSED_NORM:
-            return module.register_forward_pre_hook(lambda _, args: record(fused_norm(module, args[0], self.config)))
+            return module.register_forward_pre_hook(lambda _, args: record(fused_norm(module, args[0])))
         if tap.output:
             return module.register_forward_hook(lambda _, args, out: record(out))
         return module.register_forward_pre_hook(lambda _, args: record(args[0]))
@@ -140,11 +137,10 @@ def score(
     unknown axis, a wrapped model, a statistic that the MLP does not have, and on every rank for activations that are
     not finite.
     """
-    statistic, config = statistic or Statistic(), config_of(bare_chunks(model)[0])
-    shape = config.shape
+    statistic, shape = statistic or Statistic(), shape_of(bare_chunks(model)[0])
     axes = axes_of(shape) if axes is None else axes
     check_axes(axes, shape)
-    sweep = _Sweep(model, axes, statistic, config, topology)
+    sweep = _Sweep(model, axes, statistic, shape, topology)
     try:
         done, total = 0, sum(len(batch.tokens) for batch in batches)
         for window in windows(batches, topology.pp):

@@ -19,7 +19,7 @@ from ..errors import CheckpointError, FileError, Preempted, TrainingError
 from ..events import Event, Listener, silent
 from ..files import check_as
 from ..layout import flops_per_token
-from ..model import Checkpoints, check_finite, config_of, load_checkpoint
+from ..model import Checkpoints, check_finite, load_checkpoint, shape_of
 from ..parallel import Topology, peak_flops
 from .learner import Learner
 from .objective import Objective
@@ -176,7 +176,7 @@ class _Run:
         """
         tokens = sum(batch.tokens.numel() for batch in batches) * self.topology.dp
         second = tokens / seconds / self.topology.world
-        shape = config_of(self.learners[0].chunks[0].module).shape
+        shape = shape_of(self.learners[0].chunks[0].module)
         sequence = batches[0].tokens.shape[1] * self.topology.cp
         work = {"": 3 * flops_per_token(shape, sequence) * second, "teacher_": self.co_trained_flops * second}
         rates = {"tokens_per_second": counted / seconds}

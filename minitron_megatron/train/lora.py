@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import Shape, expert_of, layer_of, lookup
-from ..model import LORA, NamedShard, chunks_of, config_of, named_shards, overlay
+from ..model import LORA, NamedShard, chunks_of, named_shards, overlay, shape_of
 from ..parallel import Topology, sum_gradient
 from .frozen import freeze_but
 
@@ -36,7 +36,7 @@ class Lora:
         self._handles = []
         for chunk in self.chunks:
             shards = [shard for shard in named_shards(chunk) if _is_corrected(shard.name)]
-            corrections = [_Correction(shard, config_of(chunk).shape, topology, rank, seed) for shard in shards]
+            corrections = [_Correction(shard, shape_of(chunk), topology, rank, seed) for shard in shards]
             setattr(chunk, LORA, _Corrections(corrections))
             for shard, correction in zip(shards, corrections, strict=True):
                 self._handles += overlay(shard.module, correction)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data import Batch
 from ..losses import lm_loss
-from ..model import config_of, output_weight
+from ..model import output_weight, shape_of
 from ..parallel import Topology
 
 __all__ = ["LMObjective", "Objective"]
@@ -51,7 +51,7 @@ class LMObjective:
             output_weight(chunk),
             batch.labels,
             batch.mask,
-            vocab=config_of(chunk).shape.vocab,
+            vocab=shape_of(chunk).vocab,
             group=self.topology.tp_group,
             sequence_parallel=self.topology.sequence_parallel,
         )

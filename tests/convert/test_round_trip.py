@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron_megatron.convert import load, load_hf, model_hash, save_hf
-from minitron_megatron.model import config_of, forward_only, named_shards, output_weight
+from minitron_megatron.model import forward_only, named_shards, output_weight, shape_of
 from minitron_megatron.parallel import Topology, gather_sequence
 from minitron_megatron.testing import Pool
 
@@ -158,7 +158,7 @@ def bytes_read_and_held(topology: Topology, folder: Path) -> tuple[int, int]:
     finally:
         load.Weights = original
     held = sum(shard.tensor.numel() * shard.tensor.element_size() for shard in named_shards(model))
-    assert config_of(model[0]).shape.vocab == 509
+    assert shape_of(model[0]).vocab == 509
     return sum(weights.bytes_read for weights in opened), held
 
 

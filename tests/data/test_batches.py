@@ -255,7 +255,7 @@ def test_documents_are_separate_with_an_end_token(corpora: Corpora, tmp_path: Pa
     separate, joined = batches
     assert joined.attention_context is None and joined.mask.all()
     assert separate.mask.equal(separate.tokens != 0) and not separate.mask.all()
-    for tokens, documents in zip(separate.tokens.tolist(), separate.attention_context.tolist(), strict=True):
+    for tokens, documents in zip(separate.tokens.tolist(), separate.attention_context.documents.tolist(), strict=True):
         numbers, number = [], 0
         for token in tokens:
             numbers.append(number)

@@ -36,6 +36,14 @@ def as_rows(dim: str, sizes: dict[str, int]) -> list[dict[str, int]]:
     return [dict(zip(at, row, strict=True)) for row in zip(*(column.tolist() for column in at.values()), strict=True)]
 
 
+def test_no_caller_changes_the_coordinates_of_another() -> None:
+    at = coords("(gate + up) ffn", SIZES)
+    at["ffn"][:] = 7
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        at["ffn"] = at["gate"]  # type: ignore[index]
+    test_gated_fc1_holds_all_of_gate_then_all_of_up()
+
+
 def test_qkv_is_interleaved_by_group() -> None:
     assert as_rows("kv_group (q + k + v) head_dim", SIZES) == qkv_rows()
 

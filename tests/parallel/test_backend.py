@@ -48,7 +48,7 @@ LAYOUTS = {
 
 
 def test_it_says_which_megatron_it_fits() -> None:
-    assert version("megatron-core") in FITS, "read parallel/backend.py and versions.py against the new version"
+    assert version("megatron-core") in FITS, "read parallel/*_patches.py and mcore_compat.py against the new version"
 
 
 def test_a_deprecation_is_kept_back_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minitron_megatron.errors import RecipeError, TopologyError
 from minitron_megatron.model.spec import CoreAttention
-from minitron_megatron.parallel import ContextShard, Topology, independent_replicas
+from minitron_megatron.parallel import AttentionContext, ContextShard, Topology, independent_replicas
 from minitron_megatron.parallel.context_shard import by_rank, in_order
 from minitron_megatron.testing import Pool
 from tests.tiny import SEQUENCE, samples, share
@@ -20,8 +20,8 @@ from tests.tiny import SEQUENCE, samples, share
 LENGTH, BATCH = 24, 2
 
 
-def shard(rank: int, size: int, documents: Tensor | None = None, group: Any = None) -> ContextShard:
-    return ContextShard(rank, size, group, LENGTH, documents)
+def shard(rank: int, size: int, group: Any = None) -> ContextShard:
+    return ContextShard(rank, size, group, LENGTH)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -36,17 +36,18 @@ def test_parts_have_equal_length_and_work_and_make_up_the_whole(size: int) -> No
 
 def test_pieces_are_chunks_cut_by_documents() -> None:
     documents = (torch.arange(LENGTH) >= torch.tensor([[5], [18]])).long()
-    assert shard(0, 2).pieces == [[(0, 6, 0), (18, 24, 0)]]
-    assert shard(0, 2, documents).pieces == [[(0, 5, 0), (5, 6, 5), (18, 24, 5)], [(0, 6, 0), (18, 24, 18)]]
-    assert shard(1, 2, documents).pieces[1] == [(6, 12, 0), (12, 18, 0)]
+    assert shard(0, 2).pieces(None) == [[(0, 6, 0), (18, 24, 0)]]
+    assert shard(0, 2).pieces(documents) == [[(0, 5, 0), (5, 6, 5), (18, 24, 5)], [(0, 6, 0), (18, 24, 18)]]
+    assert shard(1, 2).pieces(documents)[1] == [(6, 12, 0), (12, 18, 0)]
 
 
 def attend(topology: Topology, separate: bool) -> tuple[Tensor, ...]:
     """Return this rank's output and its part of the three gradients: each [part, batch, heads, head_dim]."""
     query, key, value, documents = inputs()
-    own = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, LENGTH, documents if separate else None)
+    own = shard(topology.cp_rank, topology.cp, topology.cp_group)
+    context = AttentionContext(documents if separate else None, shard=own)
     parts = [own.take(x.transpose(0, 1)).transpose(0, 1).requires_grad_() for x in (query, key, value)]
-    out = CoreAttention(SimpleNamespace(window_size=None))(*parts, own.ticket)
+    out = CoreAttention(SimpleNamespace(window_size=None))(*parts, context.as_mask())
     (out * weights(own.take(torch.arange(LENGTH)[None])[0])).sum().backward()
     return (out.detach().view(*parts[0].shape), *(part.grad for part in parts if part.grad is not None))
 

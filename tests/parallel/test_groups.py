@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minitron_megatron.parallel import Topology, backend
+from minitron_megatron.parallel import Topology, mcore_patches
 from minitron_megatron.testing import Pool
 
 
@@ -42,7 +42,7 @@ def renewed(topology: Topology) -> tuple[bool, bool]:
 
     first = parallel_state.create_group([0])
     same = parallel_state.create_group([0]) is not first
-    backend._groups[()] = "the world of another start"
+    mcore_patches._groups[()] = "the world of another start"
     return same, parallel_state.create_group([0]) is not first
 
 

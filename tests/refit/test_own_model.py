@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minitron_megatron.layout import Shape
-from minitron_megatron.model import config_of, named_shards
+from minitron_megatron.model import named_shards, shape_of
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import random_plan, trim
 from minitron_megatron.refit import SiteFit, refit
@@ -29,7 +29,7 @@ def twins(topology: Topology) -> list[list[SiteFit]]:
                     weights.setdefault(shard.name, 0.5 + torch.rand(shard.tensor.shape))
                 weights.setdefault(shard.name, 0.15 * torch.randn(shard.tensor.shape))
                 shard.tensor.data.copy_(weights[shard.name])
-        shape: Shape = config_of(models[0]).shape
+        shape: Shape = shape_of(models[0])
         plan = random_plan(shape, 1, hidden=32, ffn=40, heads=4)
         student = trim(models[0], plan, topology)
         found.append(refit(student, models[1], plan, share(samples(24), topology, 8), topology))

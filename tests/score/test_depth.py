@@ -17,7 +17,7 @@ from minitron_megatron.data import Batch
 from minitron_megatron.errors import PlanError
 from minitron_megatron.events import Event
 from minitron_megatron.losses import lm_loss
-from minitron_megatron.model import config_of, forward_only, named_shards, output_weight
+from minitron_megatron.model import forward_only, named_shards, output_weight, shape_of
 from minitron_megatron.parallel import Topology, sum_over_world
 from minitron_megatron.records import DepthScores
 from minitron_megatron.score import RunBatches, block_importance, leave_out
@@ -138,7 +138,7 @@ def by_function(topology: Topology, folder: Path) -> tuple[DepthScores, DepthSco
                 output_weight(model[-1]),
                 batch.labels,
                 batch.mask,
-                vocab=config_of(model[-1]).shape.vocab,
+                vocab=shape_of(model[-1]).vocab,
                 group=topology.tp_group,
                 sequence_parallel=topology.sequence_parallel,
             )

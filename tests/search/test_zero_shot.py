@@ -13,7 +13,7 @@ from minitron_megatron.convert import load_hf, save_hf
 from minitron_megatron.data import Batch
 from minitron_megatron.errors import PlanError
 from minitron_megatron.layout import Shape, parameters
-from minitron_megatron.model import config_of, named_shards
+from minitron_megatron.model import named_shards, shape_of
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import random_plan, trim
 from minitron_megatron.records import Plan
@@ -47,7 +47,7 @@ def measured(topology: Topology, folder: Path, names: list[str]) -> tuple[dict[s
     """Return (losses, whether the teacher is unchanged, candidates reported on this rank)."""
     model, reported = load_hf(folder, topology), []
     before = {(shard.name, shard.tied_copy): shard.tensor.detach().clone() for shard in named_shards(model)}
-    shape = config_of(model[0]).shape
+    shape = shape_of(model[0])
     found = zero_shot(
         model,
         names,
@@ -63,7 +63,7 @@ def measured(topology: Topology, folder: Path, names: list[str]) -> tuple[dict[s
 def cut_and_written(topology: Topology, folder: Path, out: Path) -> None:
     for name in SIZES:
         model = load_hf(folder, topology)
-        save_hf(trim(model, plan_of(config_of(model[0]).shape, name), topology), out / name, topology)
+        save_hf(trim(model, plan_of(shape_of(model[0]), name), topology), out / name, topology)
 
 
 @pytest.fixture(scope="module")

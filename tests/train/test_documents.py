@@ -14,7 +14,7 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.data import Batch
 from minitron_megatron.distill import KDObjective
 from minitron_megatron.model import forward_backward, named_shards
-from minitron_megatron.parallel import Topology
+from minitron_megatron.parallel import AttentionContext, Topology
 from minitron_megatron.score import score
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import LMObjective, Training, train
@@ -33,7 +33,7 @@ def packed(count: int = 8, seed: int = 0) -> Batch:
             documents[row, end + 1 :] += 1
     mask = every.mask.clone()
     mask[:, :-1] &= documents[:, 1:] == documents[:, :-1]
-    return replace(every, mask=mask, attention_context=documents)
+    return replace(every, mask=mask, attention_context=AttentionContext(documents))
 
 
 def passes(topology: Topology, folder: Path, teacher: Path | None, recompute: Any) -> Found:
@@ -52,8 +52,8 @@ def alone(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
     """Return (logits, labels) of each document on its own, at the positions whose loss counts."""
     out = []
     for row in range(len(batch.tokens)):
-        for number in batch.attention_context[row].unique():
-            of = batch.attention_context[row] == number
+        for number in batch.attention_context.documents[row].unique():
+            of = batch.attention_context.documents[row] == number
             logits = model(batch.tokens[row, of][None]).logits[0]
             counts = batch.mask[row, of]
             out.append((logits[counts], batch.labels[row, of][counts]))

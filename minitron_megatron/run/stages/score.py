@@ -11,7 +11,7 @@ from ...errors import CheckpointError
 from ...evaluate import RunBatches
 from ...files import checksum
 from ...forecast import depth_sweep, measures_depth, scores_wanted, statistic_of
-from ...model import config_of
+from ...model import shape_of
 from ...parallel import broadcast_object
 from ...recipe import Recipe
 from ...records import DepthScores, Scores
@@ -56,7 +56,7 @@ def measure(context: Context, model: Any, batches: Sequence[Batch], model_hash: 
 def measure_depth(context: Context, model: Any, batches: Sequence[Batch]) -> DepthScores | None:
     """Return the importance of layers, if `score.depth`, `prune.layers` or a search needs it. Collective over the
     world."""
-    sweep = depth_sweep(context.recipe, config_of(model[0]).shape)
+    sweep = depth_sweep(context.recipe, shape_of(model[0]))
     if sweep is None:
         return None
     options: dict[str, Any] = {"topology": context.topology, "lengths": sweep.lengths, "listener": context.listener}

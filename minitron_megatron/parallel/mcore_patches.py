@@ -1,0 +1,146 @@
+"""All process-wide patches of megatron-core, for the versions in `mcore_compat.FITS`.
+
+Each names the line of mcore that needs it; `tests/parallel/test_patches.py` shows what fails without it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .patch import patch, patched
+
+__all__ = [
+    "mend_distributed_optimizer",
+    "mend_writer",
+    "patch_mcore_for_cpu",
+    "release_groups",
+    "writes_collected",
+]
+
+
+# ---- on the CPU
+
+
+def patch_mcore_for_cpu() -> None:
+    """Install the patches without which mcore needs CUDA, or many process groups."""
+    from megatron.core.tensor_parallel import random as mcore_random
+    from megatron.core.transformer.moe import moe_utils
+
+    _share_groups()
+    # tensor_parallel/random.py:41 and 72
+    patch(mcore_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    patch(mcore_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+    if not hasattr(moe_utils, "te_general_gemm"):  # moe/moe_utils.py uses it, but defines it only where TE is installed
+        patch(moe_utils, "te_general_gemm", None)
+
+
+_groups: dict[tuple[int, ...], Any] = {}
+"""Ranks -> their process group; the empty tuple stands for the world, whose end makes the others invalid."""
+
+
+def release_groups() -> None:
+    """Drop the process groups of a layout that has ended."""
+    _groups.clear()
+
+
+def _share_groups() -> None:
+    """Make mcore create one gloo group for each distinct set of ranks, not one for each purpose.
+
+    A layout has some twenty groups, and in a small world most have the same ranks. Each holds three threads, one of
+    which wakes a hundred times a second, and takes a rendezvous of the world to create. Every rank issues the
+    operations of a set of ranks in the same order, so that one group serves all purposes.
+    """
+    from megatron.core import parallel_state
+
+    create = parallel_state.create_group
+
+    def create_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:  # parallel_state.py:214
+        world = torch.distributed.group.WORLD
+        if _groups.get(()) is not world:  # a script of the user's may end its world without Topology.stop
+            _groups.clear()
+            _groups[()] = world
+        key = tuple(sorted(ranks or range(torch.distributed.get_world_size())))  # torch sorts them too
+        if key not in _groups:
+            _groups[key] = create(ranks, *args, **kwargs)
+        return _groups[key]
+
+    patch(parallel_state, "create_group", create_group)
+
+
+# ---- checkpoints
+
+
+def mend_distributed_optimizer() -> None:
+    """Fix checkpoint loading of mcore 0.16's DistributedOptimizer with torch's Adam (without TE or apex).
+
+    Loading raises KeyError("step"), since only `param` and the moments are saved (optimizer/distrib_optimizer.py,
+    `_set_main_param_and_optimizer_states`).
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    def copy_states(self: Any, model_param: Any, tensors: dict[str, Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        for name, state in {"param": main, **self.optimizer.state[main]}.items():
+            if name in tensors:
+                state.copy_(tensors[name])
+
+    patch(DistributedOptimizer, "_set_main_param_and_optimizer_states", copy_states)
+
+
+class _Results:
+    """Results queue from the checkpoint writer processes to the training process, backed by an anonymous file."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the request that holds it)
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self.file)
+        self.file.flush()
+
+    def get_nowait(self) -> Any:
+        self.file.seek(0)
+        try:
+            return pickle.load(self.file)
+        except EOFError:
+            raise queue.Empty from None
+
+
+@contextmanager
+def writes_collected() -> Iterator[None]:
+    """Make mcore's next checkpoint collect its writers' results in a file of this process, inside the block.
+
+    Otherwise mcore spawns a manager process for them (dist_checkpointing/strategies/filesystem_async.py,
+    `_results_queue`), which takes seconds to start and outlives a killed run.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    with patched(filesystem_async, "_results_queue", _Results()):
+        yield
+
+
+def mend_writer() -> None:
+    """Make mcore 0.19's checkpoint writer raise the error that stopped it.
+
+    mcore returns the exception and later asserts that there is none (dist_checkpointing/strategies/filesystem_async.py,
+    `check_local_output`), so that only its type would be reported.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    original = FileSystemWriterAsync.write_preloaded_data
+
+    def write(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if kwargs["results_queue"] is None and isinstance(result[1], Exception):
+            raise result[1]
+        return result
+
+    patch(FileSystemWriterAsync, "write_preloaded_data", staticmethod(write))
