@@ -57,7 +57,9 @@ def main() -> None:
             }
             return {f"loss_{name}": loss for name, loss in losses.items()}
 
-        training = Training(args.steps, lr=2e-3, min_lr=2e-5, warmup_steps=100, save_every=250, validate_every=250)
+        training = Training(
+            steps=args.steps, lr=2e-3, min_lr=2e-5, warmup_steps=100, save_every=250, validate_every=250
+        )
         train(
             model,
             objective,

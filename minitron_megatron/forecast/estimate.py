@@ -254,7 +254,7 @@ def _search_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate], li
 def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stash: int) -> int:
     """Return the peak memory of the fullest rank, in distillation or teacher correction."""
     keys, dtype = recipe.parallel, recipe.dtype
-    topology = Topology(**keys.model_dump())
+    topology = Topology.of(keys)
     trained: list[float] = training_bytes(teacher, topology, dtype, world)
     if recipe.correct and recipe.correct.parameters != "all":  # gradients are small; lora holds the weights twice
         weights = {"norms": 1, "lora": 2}[recipe.correct.parameters]

@@ -40,12 +40,13 @@ from .mcore_compat import (
     undisturbed,
 )
 from .replicas import check_independent_replicas, independent_replicas
-from .topology import PlannedTopology, Topology, claim_device, launched
+from .topology import Parallel, PlannedTopology, Topology, claim_device, launched
 
 __all__ = [
     "FITS",
     "ContextShard",
     "Group",
+    "Parallel",
     "PlannedTopology",
     "Topology",
     "all_reduce",

@@ -36,7 +36,7 @@ def distil(context: Context, student: list[Any], label: str, *, until: int | Non
     """
     keys, correct, topology = context.recipe.distill, context.recipe.correct, context.topology
     continuous = correct is not None and correct.continuous
-    teacher, loss = context.load_teacher(trains=continuous), keys.loss.loss()
+    teacher, loss = context.load_teacher(trains=continuous), keys.loss
     vocab = config_of(student[0]).shape.vocab
     states = _states(context, teacher, student)
     if not continuous:
@@ -56,8 +56,7 @@ def distil(context: Context, student: list[Any], label: str, *, until: int | Non
 
     def taught(phase: ResolvedPhase) -> ContinuousObjective:
         """Return a phase's objective; the teacher's schedule is as long as the phase."""
-        settings = _training(ResolvedPhase(correct.model_copy(update=_budget(phase)), phase.sequence, ()), 0)
-        learner = Learner(teacher, settings, topology, "teacher")
+        learner = Learner(teacher, Training.of(correct, phase.steps, seed=0), topology, "teacher")
         return ContinuousObjective(learner, topology, vocab=vocab, loss=loss, states=states)
 
     with correcting(context, teacher), _released(states):
@@ -82,7 +81,7 @@ def correcting(context: Context, teacher: list[Any]) -> Iterator[None]:
 
 def _states(context: Context, teacher: list[Any], student: list[Any]) -> StateLoss | None:
     keys, seed = context.recipe.distill.states, context.recipe.seed
-    return StateLoss(teacher, student, keys.pairs(), context.topology, seed=seed) if keys else None
+    return StateLoss(teacher, student, keys, context.topology, seed=seed) if keys else None
 
 
 @contextmanager
@@ -93,10 +92,6 @@ def _released(states: StateLoss | None) -> Iterator[None]:
     finally:
         if states:
             states.release()
-
-
-def _budget(phase: ResolvedPhase) -> dict[str, int]:
-    return {"tokens": phase.keys.tokens, "global_batch": phase.keys.global_batch}
 
 
 def train_in_phases(
@@ -126,7 +121,7 @@ def train_in_phases(
             model,
             current,
             context.training_batches(phase, context.recipe.seed + number),
-            _training(phase, context.recipe.seed),
+            Training.of(phase.keys, phase.steps, context.recipe.seed),
             context.topology,
             label=label,
             checkpoints=at[0],
@@ -141,23 +136,6 @@ def train_in_phases(
         )
         tokens, before, first = int(values["tokens"]), at, first + phase.steps
     return tokens
-
-
-def _training(phase: ResolvedPhase, seed: int) -> Training:
-    keys = phase.keys
-    return Training(
-        steps=phase.steps,
-        lr=keys.lr,
-        min_lr=keys.min_lr,
-        warmup_steps=keys.warmup_steps,
-        weight_decay=keys.weight_decay,
-        clip=keys.clip,
-        save_every=keys.save_every,
-        keep=keys.keep_checkpoints,
-        asynchronous=keys.save_async,
-        validate_every=keys.validate_every,
-        seed=seed,
-    )
 
 
 def _flops(teacher: KDObjective | None, phase: ResolvedPhase, *, trains: bool) -> int:

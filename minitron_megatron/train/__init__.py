@@ -10,7 +10,7 @@ from .loop import MOST_SKIPPED, train
 from .lora import Lora
 from .objective import LMObjective, Objective
 from .signals import local_signals
-from .training import Training
+from .training import Training, TrainingSettings
 
 __all__ = [
     "MOST_SKIPPED",
@@ -19,6 +19,7 @@ __all__ = [
     "Lora",
     "Objective",
     "Training",
+    "TrainingSettings",
     "local_signals",
     "mean_loss",
     "train",

@@ -82,10 +82,10 @@ def train(
     run = _Run(learners, objective, training, topology, identity, label, co_trained_flops)
     try:
         if checkpoints is not None:
-            run.store = Checkpoints(checkpoints, topology, keep=training.keep, asynchronous=training.asynchronous)
+            keep, late = training.keep_checkpoints, training.save_async
+            run.store = Checkpoints(checkpoints, topology, keep=keep, asynchronous=late)
         run.resume(begin)
-        values = {"tokens": float(run.tokens)}
-        end = training.steps if until is None else min(until, training.steps)
+        values, end = {"tokens": float(run.tokens)}, min(until or training.steps, training.steps)
         save_last = save_last or end < training.steps
         with any_rank_signalled(topology) as preempted:
             for done in range(run.step + 1, end + 1):

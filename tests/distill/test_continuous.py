@@ -45,7 +45,7 @@ def distil(topology: Topology, job: Job) -> Result:
             student,
             objective,
             lambda step: share(samples(BATCH, seed=step), topology, 2),
-            replace(STUDENT, save_every=2),
+            STUDENT.replaced(save_every=2, save_async=False),
             topology,
             checkpoints=job.checkpoints,
             co_trained=[objective.learner],

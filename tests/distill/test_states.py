@@ -84,7 +84,7 @@ def distil(topology: Topology, job: Job) -> Result:
             student,
             objective,
             lambda step: share(samples(BATCH, seed=step), topology, job.micro_batch),
-            replace(TRAINING, save_every=2),
+            TRAINING.replaced(save_every=2, save_async=False),
             topology,
             checkpoints=job.checkpoints,
             co_trained=[objective.learner] if isinstance(objective, ContinuousObjective) else [],
@@ -145,7 +145,7 @@ class Taught(nn.Module):
         with torch.no_grad():
             of_teacher, theirs = observed(self.teacher_[0], batch)
         of_student, ours = observed(self.student, batch)
-        logits = naive(replace(loss, ce_weight=0.0), of_student[batch.mask], of_teacher[batch.mask]) / tokens
+        logits = naive(loss.replaced(ce_weight=0.0), of_student[batch.mask], of_teacher[batch.mask]) / tokens
         parts = [self.pair(kind, theirs[kind, t], ours[kind, s], batch.mask) for kind, t, s in mapped(job.pairs)]
         states = torch.stack(parts).mean() / tokens
         if job.pairs.dynamic and not self.seen:

@@ -161,10 +161,10 @@ def test_of_equal_logits_the_lower_entry_comes_first_at_every_tp(pool: Pool, tp:
     [
         ({"divergence": "reverse_k"}, r"divergence 'reverse_k' is not known\. Did you mean 'reverse_kl'\? Known: "),
         ({"divergence": "mse", "beta": 0.5}, r"divergence 'mse' has no beta\. Leave beta out\."),
-        ({"divergence": "jsd", "beta": 1.0}, r"beta is 1\.0\. It must lie between 0 and 1"),
-        ({"temperature": 0.0}, r"temperature of the loss is 0\.0"),
-        ({"top_k": 0}, "top_k of the loss is 0"),
-        ({"ce_weight": -1.0}, r"ce_weight is -1\.0"),
+        ({"divergence": "jsd", "beta": 1.0}, r"beta is 1\.0: should be less than 1"),
+        ({"temperature": 0.0}, r"temperature is 0\.0: should be greater than 0"),
+        ({"top_k": 0}, "top_k is 0: should be greater than 0"),
+        ({"ce_weight": -1.0}, r"ce_weight is -1\.0: should be greater than or equal to 0"),
     ],
 )
 def test_a_loss_that_cannot_be_is_refused(keys: dict[str, Any], said: str) -> None:

@@ -12,9 +12,9 @@ from typing import Any, get_args
 import pytest
 
 from minitron_megatron.recipe import Recipe
-from minitron_megatron.recipe.keys import Keys
 from minitron_megatron.run import STAGES
 from minitron_megatron.run.fingerprint import fingerprint
+from minitron_megatron.settings import Settings
 from tests.recipes import tiny_recipe
 
 DONE: dict[str, Any] = {"prepare": {"sources": {}, "model_hash": "a"}, "correct": {"hash": "b"}, "prune": {"hash": "c"}}
@@ -119,9 +119,9 @@ EDITS: dict[str, Any] = {
 """Other values for keys that cannot simply be doubled or negated."""
 
 
-def leaves(block: type[Keys], place: str = "") -> Iterator[str]:
+def leaves(block: type[Settings], place: str = "") -> Iterator[str]:
     for name, field in block.model_fields.items():
-        inner = [each for each in kinds(field.annotation) if isinstance(each, type) and issubclass(each, Keys)]
+        inner = [each for each in kinds(field.annotation) if isinstance(each, type) and issubclass(each, Settings)]
         yield from leaves(inner[0], f"{place}{name}.") if inner else [f"{place}{name}"]
 
 

@@ -10,7 +10,7 @@ from ...data import Batch
 from ...errors import CheckpointError
 from ...evaluate import RunBatches
 from ...files import checksum
-from ...forecast import depth_sweep, measures_depth, scores_wanted, statistic_of
+from ...forecast import depth_sweep, measures_depth, scores_wanted
 from ...model import config_of
 from ...parallel import broadcast_object
 from ...recipe import Recipe
@@ -47,7 +47,7 @@ def measure(context: Context, model: Any, batches: Sequence[Batch], model_hash: 
         model,
         batches,
         topology=context.topology,
-        statistic=statistic_of(context.recipe),
+        statistic=context.recipe.score.statistic,
         model_hash=model_hash,
         listener=context.listener,
     )

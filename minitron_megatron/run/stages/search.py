@@ -93,8 +93,8 @@ def _pruning_keys(recipe: Recipe) -> dict[str, Any]:
 def decided(recipe: Recipe, result: Mapping[str, Any]) -> Recipe:
     """Return the recipe with the winner's sizes in `prune` and without the search."""
     layers = None if result["layers"] is None else tuple(result["layers"])
-    prune = recipe.prune.model_copy(update={**result["sizes"], "layers": layers})
-    return recipe.model_copy(update={"prune": prune, "search": None})
+    prune = recipe.prune.replaced(**result["sizes"], layers=layers)
+    return recipe.replaced(prune=prune, search=None)
 
 
 class _WaitError(Exception):
