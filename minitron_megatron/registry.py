@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Generic, TypeVar, cast
 
@@ -13,7 +13,7 @@ __all__ = ["Registry"]
 T = TypeVar("T")
 
 
-class Registry(MutableMapping[str, T | str], Generic[T]):
+class Registry(Mapping[str, T], Generic[T]):
     """Name -> thing, or `module:attribute`, which is imported when it is first asked for."""
 
     def __init__(self, kind: str, things: Mapping[str, T | str]) -> None:

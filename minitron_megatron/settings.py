@@ -8,7 +8,7 @@ result.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args, get_origin
 
@@ -31,6 +31,7 @@ from .errors import RecipeError, did_you_mean
 
 __all__ = [
     "MOST",
+    "AddedLater",
     "AfterValidator",
     "BeforeValidator",
     "Count",
@@ -102,6 +103,14 @@ HowToRun = Annotated[T, _HowToRun()]
 fingerprint of the stages that read it."""
 
 
+class _AddedLater:
+    """Mark of a field that older runs do not have."""
+
+
+AddedLater = Annotated[T, _AddedLater()]
+"""A field that no fingerprint holds at its default, so that finished runs from before it was added stay done."""
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 class _Meta(ModelMetaclass):
     """Construction from Python: arguments by position as in a dataclass, and errors in the user's terms."""
@@ -125,15 +134,16 @@ class Settings(BaseModel, metaclass=_Meta):
         """Return a copy with other values, validated again."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
-    @classmethod
-    def is_how_to_run(cls, name: str) -> bool:
-        """Whether a field has no effect on results."""
-        return any(isinstance(mark, _HowToRun) for mark in cls.model_fields[name].metadata)
-
     def deciding(self) -> dict[str, Any]:
         """Return the fields that affect results, at any depth, as JSON."""
-        plain, names = self.model_dump(mode="json"), type(self).model_fields
-        return {name: _deciding(getattr(self, name), plain[name]) for name in names if not self.is_how_to_run(name)}
+        plain = self.model_dump(mode="json")
+        return {name: _deciding(getattr(self, name), plain[name]) for name in self._deciding_names()}
+
+    def _deciding_names(self) -> Iterator[str]:
+        for name, field in type(self).model_fields.items():
+            marks = {type(mark) for mark in field.metadata}
+            if _HowToRun not in marks and not (_AddedLater in marks and getattr(self, name) == field.default):
+                yield name
 
     @field_validator("*", mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from ..errors import RecipeError
 from ..losses import KDLoss, distill_loss
 from ..model import chunks_of, config_of, forward_backward, forward_only, output_weight
 from ..parallel import Topology, final_hidden
+from ..train import Objective
 from .offload import Offload
 from .pack import pack_layers
 from .states import StateLoss
@@ -22,7 +23,7 @@ from .states import StateLoss
 __all__ = ["KDObjective"]
 
 
-class KDObjective:
+class KDObjective(Objective):
     """Knowledge distillation from a frozen teacher.
 
     The teacher runs first, over a window of a step's micro-batches. Its final hidden states are kept on the last
@@ -119,8 +120,8 @@ class KDObjective:
 
     def plain(self) -> KDObjective:
         """Return forward KL from the same, current teacher, without a loss on states: the validation metric."""
-        objective = object.__new__(KDObjective)
-        objective.__dict__ |= self.__dict__ | {"loss_of": KDLoss(), "states": None, "_hidden": []}
+        objective = KDObjective(self.teacher, self.topology, vocab=self.vocab, shared=self.vocab, freeze=False)
+        objective._offload = self._offload
         return objective
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
+from ..score import DEPTH_METRICS, DepthMetric, leave_out
 from ..settings import Count, Field, NotNegative, Settings, Steps, Text
 
 __all__ = ["SUITES", "Task"]
@@ -52,3 +53,5 @@ SUITES: Mapping[str, tuple[Task, ...]] = {
 }
 """The tasks of both papers. For XL-Sum they state three shots in one place and none in another, and use a fifth of it.
 Left out: MT-Bench, which another model judges, and BFCL, which needs a service."""
+
+DEPTH_METRICS["winogrande"] = DepthMetric(leave_out, task=Task("winogrande", 5, "acc"))  # the second paper's

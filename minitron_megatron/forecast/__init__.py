@@ -5,7 +5,7 @@ Knows: recipes, shapes, the layout table. Must not know: weights, processes, run
 
 from .candidates import candidates_of, untimed_candidates
 from .check import check, check_corpus, planned
-from .check_tasks import WINOGRANDE, check_evaluation, settings_folder
+from .check_tasks import check_evaluation, settings_folder
 from .estimate import Estimate, count, estimate
 from .memory import WEIGHT_BYTES
 from .sizes import depth_sweep, measures_depth, rounds, scores_wanted
@@ -13,7 +13,6 @@ from .slurm import slurm_commands
 
 __all__ = [
     "WEIGHT_BYTES",
-    "WINOGRANDE",
     "Estimate",
     "candidates_of",
     "check",

@@ -12,6 +12,7 @@ from ..gpus import GPUS
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..parallel import Topology
 from ..recipe import Recipe, light_recipe, resolved
+from ..score import DEPTH_METRICS
 from ..search import Candidate
 from ..serve import client_notes, client_warnings
 from .candidates import candidates_of
@@ -212,7 +213,8 @@ def _score_flops(recipe: Recipe, teacher: Shape) -> int:
     if sweep is not None:
         there = teacher.layers
         blocks = [(first, length) for length in sweep.lengths for first in range(there - length + 1)]
-        behind = [there] if sweep.metric == "bi" else [there, *(there - first - length for first, length in blocks)]
+        left_out = [] if DEPTH_METRICS[sweep.metric].one_pass else blocks
+        behind = [there, *(there - first - length for first, length in left_out)]
         behind += [left for gone in range(1, sweep.greedy) for left in (there - gone, *range(there - gone))]
         first, layer = _flops_of_layers(teacher, sequence)
         total += sum(first + left * layer for left in behind)

@@ -12,7 +12,7 @@ from ..parallel import Topology
 from ..prune import check_merge, checked_sizes
 from ..recipe import Depth, Recipe
 from ..records import Plan
-from ..score import check_statistic
+from ..score import DEPTH_METRICS, check_statistic
 from .candidates import candidates_of, check_candidates
 
 __all__ = [
@@ -140,8 +140,10 @@ def _check_depth(recipe: Recipe, teacher: Shape) -> None:
             f"score.depth.lengths is {list(keys.lengths)}, but the teacher has {teacher.layers} layers. "
             f"Use lengths from 1 to {teacher.layers - 1}."
         )
-    if keys.greedy and keys.metric == "bi":
-        raise RecipeError("score.depth.greedy does not work with metric bi. Use metric loss or kl, or greedy: false.")
+    if keys.greedy and DEPTH_METRICS[keys.metric].one_pass:
+        raise RecipeError(
+            f"score.depth.greedy does not work with metric {keys.metric}. Use metric loss or kl, or greedy: false."
+        )
     if keys.greedy and min([student_shape(recipe, teacher).layers, *_depths(recipe)]) == teacher.layers:
         raise RecipeError(
             "score.depth.greedy removes as many layers as prune.layers does, but prune.layers keeps all. "

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from ..errors import RecipeError
 from ..settings import explain, shown
 from .key_names import nearest_key
+from .plugins import import_plugins
 from .schema import Recipe, json_schema
 from .yaml_tree import read_yaml
 
@@ -20,7 +21,10 @@ MOST_BYTES = 10 * 2**20
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = None) -> Recipe:
-    """Read a YAML recipe; `overrides` are `a.b=value` with YAML values. Raises RecipeError in the user's terms."""
+    """Read a YAML recipe; `overrides` are `a.b=value` with YAML values. Raises RecipeError in the user's terms.
+
+    Imports the recipe's plugins first, which may add the names that it uses.
+    """
     try:
         if path.is_file() and path.stat().st_size > MOST_BYTES:
             raise RecipeError(f"recipe {path} is larger than {MOST_BYTES >> 20} MiB. Pass a recipe file.")
@@ -38,9 +42,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = No
     if out is not None:
         raw["out"] = str(out)
     try:
+        if isinstance(plugins := raw.get("plugins"), list):
+            import_plugins(plugins, path.parent)
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"recipe {path}: {explain(error, _nearest)}") from error
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error}") from error
 
 
 def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:

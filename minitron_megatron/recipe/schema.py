@@ -9,8 +9,21 @@ from ..layout import PUBLIC_AXES
 from ..model import Recompute, Spec
 from ..parallel import Parallel
 from ..records import Statistic
+from ..score import DEPTH_METRICS
 from ..serve import LADDER
-from ..settings import Count, Field, FilePath, HowToRun, Positive, Seed, Settings, Text, model_validator
+from ..settings import (
+    AddedLater,
+    AfterValidator,
+    Count,
+    Field,
+    FilePath,
+    HowToRun,
+    Positive,
+    Seed,
+    Settings,
+    Text,
+    model_validator,
+)
 from .keys import DType, HeldOut, Layers
 from .search_keys import Search
 from .training_keys import Correct, Distill
@@ -56,7 +69,7 @@ class Data(Settings):
 class Depth(Settings):
     """Importance of layers, measured by leaving out blocks of consecutive layers."""
 
-    metric: Literal["loss", "kl", "bi", "winogrande"] = "loss"
+    metric: Annotated[str, AfterValidator(DEPTH_METRICS.known), Field(examples=[*DEPTH_METRICS])] = "loss"
     """Measure of a network without the block: `loss`, its cross-entropy, or `kl`, its KL divergence from the full
     network, both in nats per token; `bi`, block importance: 1 - mean cosine similarity of the block's input and output;
     `winogrande`, its 5-shot Winogrande accuracy (as in the second paper; uses `evaluate.task_files` and `limit`)."""
@@ -216,6 +229,10 @@ class Recipe(Settings):
     out: HowToRun[FilePath]
     """Run folder."""
     data: Data
+    plugins: AddedLater[tuple[Text, ...]] = ()
+    """Your own Python modules, imported before the recipe is read, from its folder or from `sys.path`. They run as
+    code, with your permissions, on every rank, and add divergences, statistics, depth metrics, objectives, model
+    families and stages (CONTRIBUTING.md), which other keys then take by name."""
     seed: Seed = 1
     """Seed of data order, initialisation and random choices."""
     dtype: DType = "bfloat16"
@@ -275,6 +292,8 @@ class Recipe(Settings):
                 "distill.states.attention"
             )
         if self.correct and self.correct.continuous:
+            if self.correct.objective != "cross_entropy":
+                raise ValueError("correct.continuous trains the teacher by cross-entropy: remove correct.objective")
             for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
                 if getattr(distill, key):
                     raise ValueError(f"correct.continuous trains the teacher, so distill.{key} cannot apply: remove it")

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from ..distill import StatePairs
 from ..losses import KDLoss
-from ..settings import Count, FilePath, HowToRun, NotNegative, Positive, Settings, Steps
-from ..train import TrainingSettings
+from ..settings import (
+    AddedLater,
+    AfterValidator,
+    Count,
+    Field,
+    FilePath,
+    HowToRun,
+    NotNegative,
+    Positive,
+    Settings,
+    Steps,
+)
+from ..train import OBJECTIVES, TrainingSettings
 
 __all__ = ["Correct", "Distill", "TrainingKeys"]
 
@@ -37,6 +48,10 @@ class Correct(TrainingKeys):
     3e-4)."""
     warmup_steps: Steps = 120
     """Steps of linear warm-up."""
+    objective: AddedLater[Annotated[str, AfterValidator(OBJECTIVES.known), Field(examples=[*OBJECTIVES])]] = (
+        "cross_entropy"
+    )
+    """Loss that is minimised: `cross_entropy`, or the name of a plugin's objective."""
     parameters: Literal["all", "norms", "lora"] = "all"
     """Parameters that are trained: `all`; `norms` alone, which takes little more memory than the weights; or `lora`,
     low-rank adapters of the layers' matrices, merged at the end, which take about twice the memory of the weights."""

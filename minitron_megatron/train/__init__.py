@@ -8,12 +8,13 @@ from .frozen import train_norms_only
 from .learner import Learner
 from .loop import MOST_SKIPPED, train
 from .lora import Lora
-from .objective import LMObjective, Objective
+from .objective import OBJECTIVES, LMObjective, Objective
 from .signals import local_signals
 from .training import Training, TrainingSettings
 
 __all__ = [
     "MOST_SKIPPED",
+    "OBJECTIVES",
     "LMObjective",
     "Learner",
     "Lora",

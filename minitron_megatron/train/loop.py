@@ -154,9 +154,7 @@ class _Run:
             if self.spikes.see(loss):
                 self._warn(f"step {done} of {self.label} has a loss of {loss:.4g}, far above that of the steps before.")
         values = {"loss": loss, "lr": self.learners[0].lr, "grad_norm": norm, "tokens": self.tokens}
-        values |= {"skipped": self.skipped, "spikes": self.spikes.count}
-        if hasattr(self.objective, "finish"):
-            values |= self.objective.finish()
+        values |= {"skipped": self.skipped, "spikes": self.spikes.count} | self.objective.finish()
         if self.store:
             self.store.poll()
         values |= self._rates(batches, counted, time.perf_counter() - began) | self.monitor.look(done)

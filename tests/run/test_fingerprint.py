@@ -15,6 +15,7 @@ from minitron_megatron.recipe import Recipe
 from minitron_megatron.run import STAGES
 from minitron_megatron.run.fingerprint import fingerprint
 from minitron_megatron.settings import Settings
+from minitron_megatron.train import OBJECTIVES, LMObjective
 from tests.recipes import tiny_recipe
 
 DONE: dict[str, Any] = {"prepare": {"sources": {}, "model_hash": "a"}, "correct": {"hash": "b"}, "prune": {"hash": "c"}}
@@ -34,7 +35,10 @@ HOW_TO_RUN = {
     ),
 }
 BLOCKS = ("parallel.", "bench.", "log.")
+OBJECTIVES["perplexity"] = LMObjective
 EDITS: dict[str, Any] = {
+    "plugins": ["json"],
+    "correct.objective": "perplexity",
     "dtype": "bfloat16",
     "recompute": "full",
     "spec": "te",

@@ -14,6 +14,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ...convert import read_config
 from ...data import calibration_batches
 from ...errors import RecipeError, TrainingError, did_you_mean
@@ -36,6 +38,16 @@ from .prune import cut
 from .score import load_depth, load_scores
 
 __all__ = ["SEARCH", "search_share"]
+
+
+class Searched(TypedDict):
+    winner: str
+    by: str
+    loss: float | None
+    sizes: dict[str, int]
+    layers: list[int] | None
+    candidates: int
+    distilled: int
 
 
 def search_shapes(context: Context) -> dict[str, Any]:
@@ -373,6 +385,7 @@ def _minimised(cost: str, value: float) -> float:
 SEARCH = Stage(
     "search",
     search_shapes,
+    result=Searched,
     makes=lambda run: run.search_table,
     reads=("search",),
     after=("prepare", "correct", "score"),
