@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import Batch
 from ..errors import RecipeError
+from ..layout import flops_per_token
 from ..losses import KDLoss, distill_loss
 from ..model import chunks_of, config_of, forward_backward, forward_only, output_weight
 from ..parallel import Topology, final_hidden
@@ -88,6 +89,9 @@ class KDObjective(Objective):
         """Run the student forward, with the losses on its states, if any."""
         with self.states.at(index) if self.states else nullcontext():
             return final_hidden(chunk, batch.tokens, batch.attention_context)
+
+    def further_flops(self, sequence: int) -> int:
+        return flops_per_token(config_of(self.teacher[0]).shape, sequence)
 
     def finish(self) -> dict[str, float]:
         """Return the step's metrics of the loss on states. Collective over the world."""

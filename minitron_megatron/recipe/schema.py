@@ -144,6 +144,12 @@ class Prune(Settings):
     """Ridge strength towards the trimmed weights, relative to the mean square of a layer's inputs; left out: each layer
     takes the one with the least error on the held-out samples."""
 
+    @model_validator(mode="after")
+    def _merges_or_refits(self) -> Prune:
+        if self.merge != "none" and self.refit != "none":
+            raise ValueError("A refit aims at the unmerged heads and would undo prune.merge: set one to none")
+        return self
+
     def sizes(self) -> dict[str, int]:
         """Return the sizes of the width axes that are pruned."""
         return {axis: size for axis in PUBLIC_AXES if (size := getattr(self, axis)) is not None}
@@ -273,35 +279,39 @@ class Recipe(Settings):
         return self.correct is not None and not self.correct.continuous
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Recipe:
-        distill = self.distill
-        if self.search is None and "prune" not in self.model_fields_set:
-            raise ValueError("prune is missing: give the sizes to keep in `prune`, or a `search` for them")
-        if self.search and (self.prune.sizes() or self.prune.layers is not None):
+    def _sizes_come_from_one_block(self) -> Recipe:
+        prune = self.prune
+        if self.search is None:
+            if "prune" not in self.model_fields_set:
+                raise ValueError("prune is missing: give the sizes to keep in `prune`, or a `search` for them")
+            return self
+        if prune.sizes() or prune.layers is not None:
             raise ValueError("Both `search` and `prune` give the sizes: remove the sizes in `prune`, or `search`")
-        if self.search and (self.prune.by != "importance" or self.prune.iterations > 1 or self.prune.merge != "none"):
+        if prune.by != "importance" or prune.iterations > 1 or prune.merge != "none":
             raise ValueError(
                 "A search prunes by importance, in one step, without merging: remove prune.by, iterations and merge"
             )
-        if self.prune.merge != "none" and self.prune.refit != "none":
-            raise ValueError("A refit aims at the unmerged heads and would undo prune.merge: set one to none")
-        states = distill.states
+        return self
+
+    @model_validator(mode="after")
+    def _states_can_be_read(self) -> Recipe:
+        states = self.distill.states
         if self.spec == "te" and states and (states.embedding or states.outputs or states.mlp_inputs):
             raise ValueError(
                 "Spec te fuses the norms, so that states after a norm cannot be read: set spec to local, or give only "
                 "distill.states.attention"
             )
-        if self.correct and self.correct.continuous:
-            if self.correct.objective != "cross_entropy":
-                raise ValueError("correct.continuous trains the teacher by cross-entropy: remove correct.objective")
-            for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
-                if getattr(distill, key):
-                    raise ValueError(f"correct.continuous trains the teacher, so distill.{key} cannot apply: remove it")
-        if distill.teacher_window and states and states.alpha == "dynamic":
-            raise ValueError(
-                "distill.states.alpha: dynamic needs the teacher's states of a whole step: set alpha to a number, or "
-                "remove distill.teacher_window"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_teacher_can_train(self) -> Recipe:
+        if self.correct is None or not self.correct.continuous:
+            return self
+        if self.correct.objective != "cross_entropy":
+            raise ValueError("correct.continuous trains the teacher by cross-entropy: remove correct.objective")
+        for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
+            if getattr(self.distill, key):
+                raise ValueError(f"correct.continuous trains the teacher, so distill.{key} cannot apply: remove it")
         return self
 
 

@@ -17,6 +17,7 @@ from ..settings import (
     Positive,
     Settings,
     Steps,
+    model_validator,
 )
 from ..train import OBJECTIVES, TrainingSettings
 
@@ -108,3 +109,12 @@ class Distill(TrainingKeys):
     offload_teacher: HowToRun[bool] = False
     """Keep the teacher in host memory while the student trains: saves device memory, and copies the teacher to the
     device in each step."""
+
+    @model_validator(mode="after")
+    def _sees_whole_steps(self) -> Distill:
+        if self.teacher_window and self.states and self.states.alpha == "dynamic":
+            raise ValueError(
+                "states.alpha: dynamic needs the teacher's states of a whole step: set alpha to a number, or remove "
+                "teacher_window"
+            )
+        return self

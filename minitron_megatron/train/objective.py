@@ -37,6 +37,10 @@ class Objective(ABC):
         hidden: [seq (over tp with sequence parallelism), batch, hidden]; chunk: the model chunk that computed it.
         """
 
+    def further_flops(self, sequence: int) -> int:
+        """Return FLOPs per token, in samples of `sequence` tokens, of other models that the objective runs."""
+        return 0
+
     def finish(self) -> dict[str, float]:
         """Return measurements of the step besides the loss; called on every rank after it."""
         return {}

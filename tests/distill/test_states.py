@@ -19,7 +19,7 @@ from minitron_megatron.losses import KDLoss
 from minitron_megatron.model import Recompute
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import Learner, Training, train
+from minitron_megatron.train import Learner, Saving, Training, train
 from tests.losses.cases import assert_close, naive
 from tests.tiny import (
     CONTEXT,
@@ -86,7 +86,7 @@ def distil(topology: Topology, job: Job) -> Result:
             lambda step: share(samples(BATCH, seed=step), topology, job.micro_batch),
             TRAINING.replaced(save_every=2, save_async=False),
             topology,
-            checkpoints=job.checkpoints,
+            saving=Saving(job.checkpoints),
             co_trained=[objective.learner] if isinstance(objective, ContinuousObjective) else [],
             listener=note(curve, job.stop_at),
         )

@@ -14,7 +14,7 @@ import pytest
 
 from minitron_megatron.convert import load_hf, model_hash
 from minitron_megatron.parallel import Topology
-from minitron_megatron.train import LMObjective, Training, train
+from minitron_megatron.train import LMObjective, Saving, Training, train
 from tests.limits import HANGS
 from tests.tiny import samples, share
 
@@ -54,7 +54,7 @@ def work(folder: Path, checkpoints: Path, log: Path, asynchronous: bool, kill_at
         lambda step: share(samples(8, seed=step), topology, 4),
         TRAINING.replaced(save_async=asynchronous),
         topology,
-        checkpoints=checkpoints,
+        saving=Saving(checkpoints),
         listener=lambda event: note(event.done, event.values["loss"], event.values["grad_norm"]),
     )
     note("weights", model_hash(model, topology))

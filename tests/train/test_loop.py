@@ -21,7 +21,7 @@ from minitron_megatron.errors import CheckpointError
 from minitron_megatron.events import Event
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import LMObjective, Training, mean_loss, train
+from minitron_megatron.train import LMObjective, Saving, Training, mean_loss, train
 from tests.tiny import CONTEXT, LAYOUTS, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
 TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, clip=1.0, save_async=False)
@@ -66,10 +66,7 @@ def run(topology: Topology, job: Job) -> Result:
             job.training,
             topology,
             label="correct",
-            checkpoints=job.checkpoints,
-            identity=job.identity,
-            begin=job.begin,
-            save_last=job.save_last,
+            saving=Saving(job.checkpoints, job.identity, job.begin, job.save_last),
             listener=listen,
         )
     if job.out:

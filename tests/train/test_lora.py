@@ -17,7 +17,7 @@ from minitron_megatron.data import Batch
 from minitron_megatron.layout import lookup
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import LMObjective, Lora, Training, mean_loss, train
+from minitron_megatron.train import LMObjective, Lora, Saving, Training, mean_loss, train
 from minitron_megatron.train.lora import SCALE, initial_down
 from tests.tiny import LAYOUTS, SHAPES, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
@@ -56,7 +56,7 @@ def correct(topology: Topology, job: Job) -> Result:
             lambda step: share(samples(BATCH, seed=step), topology),
             TRAINING,
             topology,
-            checkpoints=job.checkpoints,
+            saving=Saving(job.checkpoints),
             listener=note(curve, job.stop_at),
         )
     if job.stop_at:

@@ -18,7 +18,7 @@ from minitron_megatron.events import Event
 from minitron_megatron.model import named_shards
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import MOST_SKIPPED, LMObjective, Training, train
+from minitron_megatron.train import MOST_SKIPPED, LMObjective, Saving, Training, train
 from tests.tiny import LAYOUTS, samples, share
 
 TRAINING = Training(steps=8, lr=1e-3, warmup_steps=2, save_async=False)
@@ -80,7 +80,7 @@ def run(topology: Topology, job: Job, start: int = 0) -> tuple[Said, str]:
             job.training,
             topology,
             label="distill",
-            checkpoints=job.checkpoints,
+            saving=Saving(job.checkpoints),
             validate=None if job.validation is None else lambda: {"validation_loss": job.validation},
             listener=listen,
         )
