@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data import Batch
 from ..errors import RecipeError
 from ..layout import flops_per_token
-from ..losses import KDLoss, distill_loss
+from ..losses import KDLoss, Output, Vocabulary, distill_loss
 from ..model import chunks_of, config_of, forward_backward, forward_only, output_weight
 from ..parallel import Topology, final_hidden
 from ..train import Objective
@@ -100,18 +100,15 @@ class KDObjective(Objective):
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         weight = self.loss_of.ce_weight
         of_labels = hidden.new_zeros((), dtype=torch.float32) if self.states and weight else None
+        topology = self.topology
         total = distill_loss(
-            hidden,
-            output_weight(chunk),
-            self._hidden[index],
-            self._output_weight(),
+            Output(hidden, output_weight(chunk)),
+            Output(self._hidden[index], self._output_weight()),
             batch.mask,
-            vocab=self.vocab,
-            group=self.topology.tp_group,
+            Vocabulary(self.vocab, topology.tp_group, topology.sequence_parallel),
             loss=self.loss_of,
             labels=batch.labels,
             of_labels=of_labels,
-            sequence_parallel=self.topology.sequence_parallel,
         )
         if self.states:
             divergence = total.detach() if of_labels is None else total.detach() - weight * of_labels

@@ -15,7 +15,7 @@ from ..data import Batch
 from ..errors import PlanError, did_you_mean
 from ..events import Event, Listener, silent
 from ..layout import Shape
-from ..losses import distill_loss, lm_loss
+from ..losses import Output, Vocabulary, distill_loss, lm_loss
 from ..model import (
     MicroBatch,
     chunks_of,
@@ -211,30 +211,19 @@ def _by_token(
 
 
 def _loss(topology: Topology, whole: Sequence[Tensor], chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
-    return lm_loss(
-        hidden,
-        output_weight(chunk).detach(),
-        batch.labels,
-        batch.mask,
-        vocab=config_of(chunk).shape.vocab,
-        group=topology.tp_group,
-        sequence_parallel=topology.sequence_parallel,
-    )
+    model = Output(hidden, output_weight(chunk).detach())
+    return lm_loss(model, batch.labels, batch.mask, _vocabulary(topology, chunk))
 
 
 def _kl(topology: Topology, whole: Sequence[Tensor], chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
     """Return the summed KL from the whole network. whole: its final hidden states."""
     weight = output_weight(chunk).detach()
-    return distill_loss(
-        hidden,
-        weight,
-        whole[index],
-        weight,
-        batch.mask,
-        vocab=config_of(chunk).shape.vocab,
-        group=topology.tp_group,
-        sequence_parallel=topology.sequence_parallel,
-    )
+    models = Output(hidden, weight), Output(whole[index], weight)
+    return distill_loss(*models, batch.mask, _vocabulary(topology, chunk))
+
+
+def _vocabulary(topology: Topology, chunk: Any) -> Vocabulary:
+    return Vocabulary(config_of(chunk).shape.vocab, topology.tp_group, topology.sequence_parallel)
 
 
 LOSSES = {"loss": TokenMetric("loss", _loss), "kl": TokenMetric("kl", _kl, compares=True)}

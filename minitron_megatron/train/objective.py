@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..data import Batch
-from ..losses import lm_loss
+from ..losses import Output, Vocabulary, lm_loss
 from ..model import config_of, output_weight
 from ..parallel import Topology, final_hidden
 from ..registry import Registry
@@ -53,15 +53,9 @@ class LMObjective(Objective):
         self.topology = topology
 
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
-        return lm_loss(
-            hidden,
-            output_weight(chunk),
-            batch.labels,
-            batch.mask,
-            vocab=config_of(chunk).shape.vocab,
-            group=self.topology.tp_group,
-            sequence_parallel=self.topology.sequence_parallel,
-        )
+        topology = self.topology
+        vocabulary = Vocabulary(config_of(chunk).shape.vocab, topology.tp_group, topology.sequence_parallel)
+        return lm_loss(Output(hidden, output_weight(chunk)), batch.labels, batch.mask, vocabulary)
 
 
 OBJECTIVES: Registry[Callable[[Topology], Objective]] = Registry("objective", {"cross_entropy": LMObjective})
