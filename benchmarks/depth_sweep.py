@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minitron_megatron.data import Batch
 from minitron_megatron.layout import Shape
-from minitron_megatron.losses import lm_loss
+from minitron_megatron.losses import Output, Vocabulary, lm_loss
 from minitron_megatron.model import ModelConfig, build, fill_initial, forward_only, output_weight
 from minitron_megatron.parallel import Topology
 from minitron_megatron.score import leave_out
@@ -67,7 +67,7 @@ def main() -> None:
 
         def output() -> None:
             for _ in range(PASSES // 2):
-                lm_loss(hidden, weight, batch.labels, batch.mask, vocab=SHAPE.vocab, group=topology.tp_group)
+                lm_loss(Output(hidden, weight), batch.labels, batch.mask, Vocabulary(SHAPE.vocab, topology.tp_group))
 
         layers, outputs = seconds(whole), seconds(output)
         swept = seconds(lambda: leave_out(model, [batch], topology=topology, lengths=LENGTHS))

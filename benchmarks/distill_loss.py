@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from record import record
 from torch import Tensor
 
-from minitron_megatron.losses import distill_loss
+from minitron_megatron.losses import Output, Vocabulary, distill_loss
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import LivePeak, Pool
 
@@ -48,11 +48,10 @@ def inputs(tokens: int, held: int) -> Inputs:
 
 def fused(topology: Topology, tokens: int, vocab: int, of: Inputs) -> None:
     distill_loss(
-        *of,
+        Output(*of[:2]),
+        Output(*of[2:]),
         torch.ones(1, tokens, dtype=torch.bool),
-        vocab=vocab,
-        group=topology.tp_group,
-        sequence_parallel=topology.sequence_parallel,
+        Vocabulary(vocab, topology.tp_group, topology.sequence_parallel),
     ).backward()
 
 

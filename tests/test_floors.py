@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "events"}),
-    frozenset({"files", "gpus", "layout", "run_folder"}),
+    frozenset({"files", "gpus", "layout", "registry", "run_folder", "settings"}),
     frozenset({"parallel"}),
     frozenset({"records"}),
     frozenset({"model", "data", "losses"}),
@@ -38,7 +38,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers without a tokenizer.json
     "safetensors": frozenset({"records", "convert", "serve"}),
     "tokenizers": frozenset({"data"}),
-    "pydantic": frozenset({"files", "recipe"}),  # files: JSON is validated against types
+    "pydantic": frozenset({"files", "recipe", "settings"}),  # files: JSON is validated against types
     "yaml": frozenset({"recipe", "run"}),
     "typer": frozenset({"cli"}),
     "rich": frozenset({"cli", "report"}),

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from minitron_megatron.data import Batch
 from minitron_megatron.layout import parameters
-from minitron_megatron.losses import distill_loss, lm_loss
+from minitron_megatron.losses import Output, Vocabulary, distill_loss, lm_loss
 from minitron_megatron.model import forward_only, output_weight
 from minitron_megatron.parallel import Topology, final_hidden, install_cpu_backend
 from minitron_megatron.prune import choose, trim
@@ -128,8 +128,8 @@ def pretrain_step(iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, 
     gpt = model.module
 
     def loss_func(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        group = parallel_state.get_tensor_model_parallel_group()
-        loss = lm_loss(hidden, output_weight(gpt), batch.labels, batch.mask, vocab=VOCAB, group=group)
+        vocabulary = Vocabulary(VOCAB, parallel_state.get_tensor_model_parallel_group())
+        loss = lm_loss(Output(hidden, output_weight(gpt)), batch.labels, batch.mask, vocabulary)
         return loss, batch.mask.sum().int(), {"loss": loss.detach() / batch.mask.sum()}
 
     return final_hidden(gpt, batch.tokens), loss_func
@@ -188,8 +188,8 @@ def main() -> None:
         return final_hidden(model.module, batch.tokens), partial(loss_func, model.module, batch, taught)
 
     def loss_func(gpt: Any, batch: Batch, taught: torch.Tensor, hidden: torch.Tensor) -> tuple[Any, ...]:
-        student_out, teacher_out, group = output_weight(gpt), output_weight(teacher), topology.tp_group
-        kl = distill_loss(hidden, student_out, taught, teacher_out, batch.mask, vocab=VOCAB, group=group)
+        models = Output(hidden, output_weight(gpt)), Output(taught, output_weight(teacher))
+        kl = distill_loss(*models, batch.mask, Vocabulary(VOCAB, topology.tp_group))
         return kl, batch.mask.sum().int(), {"loss": kl.detach() / batch.mask.sum()}
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from minitron_megatron.layout import Shape
 from minitron_megatron.model import ModelConfig, build, fill_initial
 from minitron_megatron.parallel import Topology
 from minitron_megatron.report import MetricsFile, Progress, fan_out
-from minitron_megatron.train import LMObjective, Training, mean_loss, train
+from minitron_megatron.train import LMObjective, Saving, Training, mean_loss, train
 
 TEACHER = Path(__file__).parent / "teacher"
 SHAPE = Shape(layers=8, hidden=192, ffn=480, heads=8, kv_groups=4, head_dim=32, vocab=1536, tied=True)
@@ -57,7 +57,9 @@ def main() -> None:
             }
             return {f"loss_{name}": loss for name, loss in losses.items()}
 
-        training = Training(args.steps, lr=2e-3, min_lr=2e-5, warmup_steps=100, save_every=250, validate_every=250)
+        training = Training(
+            steps=args.steps, lr=2e-3, min_lr=2e-5, warmup_steps=100, save_every=250, validate_every=250
+        )
         train(
             model,
             objective,
@@ -65,8 +67,7 @@ def main() -> None:
             training,
             topology,
             label="teacher",
-            checkpoints=args.work / "checkpoints",
-            identity=f"teacher {args.steps}",
+            saving=Saving(args.work / "checkpoints", f"teacher {args.steps}"),
             validate=validate,
             listener=fan_out(progress, MetricsFile(args.work / "metrics.jsonl")),
         )

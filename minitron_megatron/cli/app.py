@@ -238,7 +238,7 @@ def _start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[A
     from ..recipe import load_recipe
 
     recipe = load_recipe(path, overrides or (), out)
-    topology = Topology.start(**recipe.parallel.model_dump())
+    topology = Topology.start(recipe.parallel)
     restore_gc()
     return recipe, topology
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import CheckpointError, did_you_mean
+from ..registry import Registry
 from .bridge import bridged
 from .family import WHOLE, Family, Keys, Names
 from .keys import DECIMAL, FLAG, LAYER_TYPES, NATURAL, NULL, NUMBER, SHARE, SIZE, WINDOW, HfConfig, Kind, Only, free
@@ -121,7 +122,7 @@ ROUTER = free("router losses act only in training with transformers", DECIMAL, "
 ROUTER |= free("router losses act only in training with transformers", FLAG, "output_router_logits")
 DENSE = free("width of dense layers; this model has none", SIZE, "intermediate_size")
 
-FAMILIES: Mapping[str, Family] = {
+BUILT_IN: Mapping[str, Family] = {
     family.model_type: family
     for family in (
         Family(
@@ -248,6 +249,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
     )
 }
+FAMILIES: Registry[Family] = Registry("model family", BUILT_IN)
 
 BIASED_LLAMA = replace(
     FAMILIES["llama"],

@@ -53,6 +53,9 @@ class ContinuousObjective(KDObjective):
         self._hidden = cross_entropy.hidden
         self._measure(batches)
 
+    def further_flops(self, sequence: int) -> int:
+        return 3 * super().further_flops(sequence)  # the backward pass counts as two forwards
+
     def _output_weight(self) -> Tensor:
         assert self._output is not None
         return self._output

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..data import Batch
 from ..errors import RecipeError
-from ..losses import KDLoss, distill_loss
+from ..layout import flops_per_token
+from ..losses import KDLoss, Output, Vocabulary, distill_loss
 from ..model import chunks_of, forward_backward, forward_only, output_weight, shape_of
 from ..parallel import Topology, final_hidden
+from ..train import Objective
 from .offload import Offload
 from .pack import pack_layers
 from .states import StateLoss
@@ -22,7 +24,7 @@ from .states import StateLoss
 __all__ = ["KDObjective"]
 
 
-class KDObjective:
+class KDObjective(Objective):
     """Knowledge distillation from a frozen teacher.
 
     The teacher runs first, over a window of a step's micro-batches. Its final hidden states are kept on the last
@@ -88,6 +90,9 @@ class KDObjective:
         with self.states.at(index) if self.states else nullcontext():
             return final_hidden(chunk, batch.tokens, batch.attention_context)
 
+    def further_flops(self, sequence: int) -> int:
+        return flops_per_token(shape_of(self.teacher[0]), sequence)
+
     def finish(self) -> dict[str, float]:
         """Return the step's metrics of the loss on states. Collective over the world."""
         return self.states.finish() if self.states else {}
@@ -95,18 +100,15 @@ class KDObjective:
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         weight = self.loss_of.ce_weight
         of_labels = hidden.new_zeros((), dtype=torch.float32) if self.states and weight else None
+        topology = self.topology
         total = distill_loss(
-            hidden,
-            output_weight(chunk),
-            self._hidden[index],
-            self._output_weight(),
+            Output(hidden, output_weight(chunk)),
+            Output(self._hidden[index], self._output_weight()),
             batch.mask,
-            vocab=self.vocab,
-            group=self.topology.tp_group,
+            Vocabulary(self.vocab, topology.tp_group, topology.sequence_parallel),
             loss=self.loss_of,
             labels=batch.labels,
             of_labels=of_labels,
-            sequence_parallel=self.topology.sequence_parallel,
         )
         if self.states:
             divergence = total.detach() if of_labels is None else total.detach() - weight * of_labels
@@ -119,8 +121,8 @@ class KDObjective:
 
     def plain(self) -> KDObjective:
         """Return forward KL from the same, current teacher, without a loss on states: the validation metric."""
-        objective = object.__new__(KDObjective)
-        objective.__dict__ |= self.__dict__ | {"loss_of": KDLoss(), "states": None, "_hidden": []}
+        objective = KDObjective(self.teacher, self.topology, vocab=self.vocab, shared=self.vocab, freeze=False)
+        objective._offload = self._offload
         return objective
 
 

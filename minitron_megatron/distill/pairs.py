@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import product
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError
 from ..layout import Shape
 from ..losses import STATE_LOSSES
 from ..parallel import Topology
+from ..settings import AfterValidator, BeforeValidator, Field, Positive, Settings, model_validator
 
 __all__ = ["ATTENTION", "MLP_INPUTS", "OUTPUTS", "LayerPair", "StatePairs"]
 
 OUTPUTS, MLP_INPUTS, ATTENTION = "outputs", "mlp_inputs", "attention"
 
-DYNAMIC = "dynamic"
+DYNAMIC: Literal["dynamic"] = "dynamic"
 
 
 class LayerPair(NamedTuple):
@@ -40,37 +40,44 @@ def at_layer(kind: str, layer: int, shape: Shape) -> int:
     return min(layer + 1, shape.layers - 1) if kind == OUTPUTS else layer
 
 
-@dataclass(frozen=True)
-class StatePairs:
-    """Hidden states to match, their loss, and its weight relative to the divergence of the logits.
+def _alpha(value: object) -> object:
+    """Check the weight of the loss on states, with one message (pydantic gives one per alternative)."""
+    if value != DYNAMIC and not (isinstance(value, int | float) and 0 < value < math.inf):
+        raise ValueError(f"Give a number above 0, or {DYNAMIC}")
+    return value
 
-    Layers are written `teacher:student`, each numbered from 0 in its own model. Raises RecipeError for invalid values.
+
+Layers = tuple[Annotated[str, BeforeValidator(str)], ...]
+"""Pairs `teacher:student`."""
+
+
+class StatePairs(Settings):
+    """Distillation of hidden states. Layers are written as `"teacher:student"`, in quotes, each numbered from 0 in its
+    own model. If the hidden sizes differ, a trained linear map projects the student's states to the teacher's size.
     """
 
     embedding: bool = False
-    """L_emb: match the embedding, after the first norm."""
-    outputs: tuple[str, ...] = ()
-    """L_o: match layer outputs, after the norm that follows."""
-    mlp_inputs: tuple[str, ...] = ()
-    """L_i: match MLP inputs, after the norm before the MLP."""
-    attention: tuple[str, ...] = ()
-    """L_att: match relations between tokens: query-query, key-key and value-value similarities (MiniLMv2)."""
-    loss: str = "cosine"
-    """A name in STATE_LOSSES, used for all kinds but `attention`."""
-    alpha: float | str = DYNAMIC
-    """Weight of the mean loss over the pairs; `dynamic`: see `StateLoss`."""
+    """Match the embedding, after the first norm."""
+    outputs: Layers = ()
+    """Match layer outputs, after the norm that follows. The papers, for a student with far fewer layers: the third to
+    last layer of each model, together with the embedding."""
+    mlp_inputs: Layers = ()
+    """Match MLP inputs, after the norm before the MLP. The papers found no gain."""
+    attention: Layers = ()
+    """Match attention relations, as in MiniLMv2: query-query, key-key and value-value similarities between tokens. The
+    papers found no gain."""
+    loss: Annotated[str, AfterValidator(STATE_LOSSES.known), Field(examples=[*STATE_LOSSES])] = "cosine"
+    """Loss between states: cosine or mse. Not used for `attention`."""
+    alpha: Annotated[Positive | Literal["dynamic"], BeforeValidator(_alpha)] = DYNAMIC
+    """Weight of the loss on states. `dynamic` updates it in each step so that the loss on states is as large as the
+    loss on logits."""
 
-    def __post_init__(self) -> None:
-        if self.loss not in STATE_LOSSES:
-            known = ", ".join(STATE_LOSSES)
-            raise RecipeError(
-                f"the loss on states {self.loss!r} is unknown.{did_you_mean(self.loss, STATE_LOSSES)} Known: {known}."
-            )
-        if self.alpha != DYNAMIC and (isinstance(self.alpha, str | bool) or not 0 < self.alpha < math.inf):
-            raise RecipeError(f"alpha of the loss on states is {self.alpha!r}. It must be above 0, or {DYNAMIC}.")
+    @model_validator(mode="after")
+    def _matches_something(self) -> StatePairs:
         if not self.pairs:
-            kinds = ", ".join(field.name for field in fields(self)[:4])
+            kinds = ", ".join(["embedding", OUTPUTS, MLP_INPUTS, ATTENTION])
             raise RecipeError(f"no states to match are given. Set at least one of {kinds}.")
+        return self
 
     @property
     def dynamic(self) -> bool:

@@ -5,7 +5,7 @@ Knows: models, held-out batches, the harness. Must not know: how a model was mad
 
 from .extra_tasks import PROGRAMS
 from .losses import ValidationSet, validation_loss
-from .predict import Predictor, RunBatches
+from .predict import Predictor, RunBatches, Sampling
 from .suites import SUITES, Task
 from .tasks import check_tasks, lower_is_better, run_tasks, scores_of
 
@@ -14,6 +14,7 @@ __all__ = [
     "SUITES",
     "Predictor",
     "RunBatches",
+    "Sampling",
     "Task",
     "ValidationSet",
     "check_tasks",

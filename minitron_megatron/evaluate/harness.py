@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import DataError
 from ..events import Listener, silent
 from .decoding import Decoding, decoding, stopper
-from .predict import Predictor
+from .predict import Predictor, Sampling
 
 __all__ = ["harness_model"]
 
@@ -207,10 +207,7 @@ class _HarnessMethods:
             most,
             stop=stopper(self.tokenizer, ends, rules.ends),
             adjust=rules.adjust,
-            temperature=rules.temperature,
-            top_k=rules.top_k,
-            top_p=rules.top_p,
-            seed=self.seed,
+            sampling=Sampling(rules.temperature, rules.top_k, rules.top_p, self.seed),
             listener=self.listener,
         )
         return [_until(self.tokenizer.decode(tokens, skip_special_tokens=True), ends) for tokens in made]

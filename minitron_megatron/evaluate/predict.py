@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from ..model import Model, chunks_of, field_of, forward_only, output_weight, rea
 from ..parallel import Topology, gather_objects, gather_sequence
 from .generate import IncrementalDecoder, Texts, padded
 
-__all__ = ["Predictor", "RunBatches"]
+__all__ = ["Predictor", "RunBatches", "Sampling"]
 
 Tokens = tuple[int, ...]
 Likelihood = tuple[float, bool]
@@ -24,6 +25,34 @@ RunBatches = Callable[[Sequence[Batch]], list[Tensor]]
 """Micro-batches -> their final hidden states, on the last pipeline stage."""
 Adjust = Callable[[Sequence[int], int, Tensor], Tensor]
 """(tokens so far, number of new ones, logits [vocab]) -> logits."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Choice of the next token from logits. Samples depend only on the seed and the prompt's number."""
+
+    temperature: float = 0.0
+    """0 is greedy decoding."""
+    top_k: int = 0
+    """Sample among so many likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Nucleus sampling: sample among the likeliest tokens that together have this probability."""
+    seed: int = 0
+
+    def choose(self, prompts: Iterable[int], logits: Tensor, step: int) -> dict[int, int]:
+        """Return prompt -> token, from a row of logits each: [prompts, vocab]."""
+        if self.temperature == 0:
+            return dict(zip(prompts, logits.argmax(-1).tolist(), strict=True))
+        probabilities, tokens = (logits / self.temperature).softmax(-1).sort(descending=True)
+        if self.top_k:
+            probabilities[:, self.top_k :] = 0
+            probabilities /= probabilities.sum(-1, keepdim=True)
+        probabilities[probabilities.cumsum(-1) - probabilities >= self.top_p] = 0
+        chosen = {}
+        for at, row, row_tokens in zip(prompts, probabilities, tokens, strict=True):
+            generator = torch.Generator(logits.device).manual_seed(hash((self.seed, step, at)) % 2**63)
+            chosen[at] = int(row_tokens[torch.multinomial(row, 1, generator=generator)])
+        return chosen
 
 
 class Predictor:
@@ -73,17 +102,13 @@ class Predictor:
         *,
         stop: Callable[[Sequence[int]], bool] = lambda made: False,
         adjust: Adjust | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
+        sampling: Sampling | None = None,
         listener: Listener = silent,
     ) -> list[list[int]]:
         """Generate at most `most` tokens after each prompt, until `stop(tokens made so far)`.
 
-        temperature 0: greedy. adjust: changes the logits first. top_k: sample among the `top_k` likeliest; 0: all.
-        top_p: nucleus sampling. Samples depend only on the seed and the prompt's number. With our own attention a KV
-        cache makes each token one step; other attention, or a custom `run`, reads the whole text again for each token.
+        adjust: changes the logits first. sampling: None is greedy decoding. With our own attention a KV cache makes
+        each token one step; other attention, or a custom `run`, reads the whole text again for each token.
         """
         made: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda at: (-len(prompts[at]), at))
@@ -94,13 +119,7 @@ class Predictor:
             read, unfinished = self._reader(texts, most), {at for at in local if at is not None}
             for step in range(most):
                 states = {at: hidden for column, hidden in read(texts).items() if (at := local[column]) in unfinished}
-                logits = self._logits(states, texts, local, step, adjust) if adjust or temperature else None
-                if logits is None or not states:
-                    chosen = self._likeliest(states)
-                elif temperature == 0:
-                    chosen = dict(zip(states, logits.argmax(-1).tolist(), strict=True))
-                else:
-                    chosen = _sampled(states, logits / temperature, top_k, top_p, (seed, step))
+                chosen = self._chosen(states, texts, local, step, adjust, sampling or Sampling())
                 everyone = {at: token for part in gather_objects(chosen) for at, token in part.items()}
                 for at, token in everyone.items():
                     made[at].append(token)
@@ -112,6 +131,21 @@ class Predictor:
                         text.append(made[at][-1])
             listener(Event("generate", done, len(rounds), "batches"))
         return made
+
+    def _chosen(
+        self,
+        states: Mapping[int, Tensor],
+        texts: Texts,
+        prompts: Sequence[int | None],
+        new: int,
+        adjust: Adjust | None,
+        sampling: Sampling,
+    ) -> dict[int, int]:
+        """Return prompt -> its next token. new: tokens made so far."""
+        logits = self._logits(states, texts, prompts, new, adjust) if adjust or sampling.temperature else None
+        if logits is None or not states:
+            return self._likeliest(states)
+        return sampling.choose(states, logits, new)
 
     def _reader(self, texts: Texts, most: int) -> Callable[[Texts], Mapping[int, Tensor]]:
         """Return a function (growing texts) -> final state [h] of each text's last token; last pipeline stage only."""
@@ -196,19 +230,3 @@ class Predictor:
         for part in gather_objects(dict(local)):
             every |= part
         return [every[number] for number in range(count)]
-
-
-def _sampled(
-    states: Mapping[int, Tensor], logits: Tensor, top_k: int, top_p: float, seed: tuple[int, int]
-) -> dict[int, int]:
-    """Return prompt -> a token sampled from its row of logits, seeded by `seed` and the prompt's number."""
-    probabilities, tokens = logits.softmax(-1).sort(descending=True)
-    if top_k:
-        probabilities[:, top_k:] = 0
-        probabilities /= probabilities.sum(-1, keepdim=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
-    chosen = {}
-    for at, row, row_tokens in zip(states, probabilities, tokens, strict=True):
-        generator = torch.Generator(logits.device).manual_seed(hash((*seed, at)) % 2**63)
-        chosen[at] = int(row_tokens[torch.multinomial(row, 1, generator=generator)])
-    return chosen

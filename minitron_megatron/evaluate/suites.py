@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Annotated
+
+from ..score import DEPTH_METRICS, DepthMetric, leave_out
+from ..settings import Count, Field, NotNegative, Settings, Steps, Text
 
 __all__ = ["SUITES", "Task"]
 
 
-@dataclass(frozen=True)
-class Task:
-    """One task of the harness, or of `extra_tasks.py`."""
+class Task(Settings):
+    """One task of lm-evaluation-harness, or of `extra_tasks.py`."""
 
-    name: str
-    shots: int | None = None
-    """Solved examples before each question; None: the task's default."""
+    name: Text
+    """Name in the harness. A group or a tag stands for all of its tasks."""
+    shots: Steps | None = None
+    """Few-shot examples. Default: the task's own number."""
     metric: str | tuple[str, ...] | None = None
-    """Metric shown in tables, or several whose mean is shown; None: the task's first."""
-    answers: int = 1
-    """Answers sampled for each question of a generative task."""
-    temperature: float | None = None
-    """Sampling temperature; None: the task's default, which is greedy in these suites."""
-    top_p: float = 1.0
+    """Metric shown in tables, or a list of metrics whose mean is shown. Default: the task's first."""
+    answers: Count = 1
+    """Answers sampled per question, in generation tasks."""
+    temperature: NotNegative | None = None
+    """Sampling temperature; 0 is greedy decoding. Default: the task's own."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling: sample from the most likely tokens that together have this probability."""
 
 
 IFEVAL = ("prompt_level_strict_acc", "inst_level_strict_acc", "prompt_level_loose_acc", "inst_level_loose_acc")
@@ -49,3 +53,5 @@ SUITES: Mapping[str, tuple[Task, ...]] = {
 }
 """The tasks of both papers. For XL-Sum they state three shots in one place and none in another, and use a fifth of it.
 Left out: MT-Bench, which another model judges, and BFCL, which needs a service."""
+
+DEPTH_METRICS["winogrande"] = DepthMetric(leave_out, task=Task("winogrande", 5, "acc"))  # the second paper's

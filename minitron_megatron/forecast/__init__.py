@@ -5,15 +5,14 @@ Knows: recipes, shapes, the layout table. Must not know: weights, processes, run
 
 from .candidates import candidates_of, untimed_candidates
 from .check import check, check_corpus, planned
-from .check_tasks import WINOGRANDE, check_evaluation, settings_folder
+from .check_tasks import check_evaluation, settings_folder
 from .estimate import Estimate, count, estimate
 from .memory import WEIGHT_BYTES
-from .sizes import depth_sweep, measures_depth, rounds, scores_wanted, statistic_of
+from .sizes import depth_sweep, measures_depth, rounds, scores_wanted
 from .slurm import slurm_commands
 
 __all__ = [
     "WEIGHT_BYTES",
-    "WINOGRANDE",
     "Estimate",
     "candidates_of",
     "check",
@@ -28,6 +27,5 @@ __all__ = [
     "scores_wanted",
     "settings_folder",
     "slurm_commands",
-    "statistic_of",
     "untimed_candidates",
 ]

@@ -13,9 +13,10 @@ from ..files import check_as, read_as
 from ..layout import Shape
 from ..model import check_fits
 from ..parallel import Topology
-from ..recipe import Count, NotNegative, Recipe
+from ..recipe import Recipe
 from ..records import read_shape
 from ..search import TIMED, Candidate, Conditions, FittedSpeed, Roofline, SpeedRow, candidates
+from ..settings import Count, NotNegative
 from .memory import WEIGHT_BYTES
 
 __all__ = ["candidates_of", "check_candidates", "conditions_of", "speed_rows", "untimed_candidates"]

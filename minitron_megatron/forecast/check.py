@@ -62,7 +62,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     check_pruning(recipe, shape, topology)
     if recipe.export.quantize == "fp8":
         check_fp8(student_shape(recipe, shape))
-    recipe.distill.loss.loss().check(shape.vocab)
+    recipe.distill.loss.check(shape.vocab)
     _check_search(recipe)
     if not counts_only:
         _check_start(recipe, shape)
@@ -125,9 +125,7 @@ def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:
     for number, phase in enumerate(resolved(recipe.distill, recipe.data)):
         yield f"distill.phases.{number - 1}" if number else "distill", phase
         if recipe.correct and recipe.correct.continuous:
-            keys = recipe.correct.model_copy(
-                update={"tokens": phase.keys.tokens, "global_batch": phase.keys.global_batch}
-            )
+            keys = recipe.correct.replaced(tokens=phase.keys.tokens, global_batch=phase.keys.global_batch)
             yield "correct", ResolvedPhase(keys, phase.sequence, phase.weights)
     if recipe.search and recipe.search.light:
         yield "search.light", resolved(light_recipe(recipe).distill, recipe.data)[0]

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from ..evaluate import Task, check_tasks
 from ..recipe import Recipe
+from ..score import DEPTH_METRICS
 
-__all__ = ["WINOGRANDE", "check_evaluation", "settings_folder"]
-
-WINOGRANDE = Task("winogrande", 5, "acc")
-"""The task by which the second paper chooses layers."""
+__all__ = ["check_evaluation", "settings_folder"]
 
 
 def check_evaluation(recipe: Recipe, folder: Path | None = None) -> None:
@@ -18,9 +16,9 @@ def check_evaluation(recipe: Recipe, folder: Path | None = None) -> None:
 
     folder: the model that runs them; None: the recipe's model.
     """
-    keys, depth = recipe.evaluate, recipe.score.depth
+    keys, depth = recipe.evaluate, recipe.score.depth and DEPTH_METRICS[recipe.score.depth.metric].task
     tokenizer = recipe.model if any(recipe.model.glob("tokenizer*")) else None  # an estimate needs none
-    for tasks in (keys.wanted(), [WINOGRANDE] if depth and depth.metric == "winogrande" else []):
+    for tasks in (keys.wanted(), [depth] if isinstance(depth, Task) else []):
         if tasks:
             check_tasks(
                 tasks,

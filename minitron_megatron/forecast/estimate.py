@@ -12,6 +12,7 @@ from ..gpus import GPUS
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..parallel import Topology
 from ..recipe import Recipe, light_recipe, resolved
+from ..score import DEPTH_METRICS
 from ..search import Candidate
 from ..serve import client_notes, client_warnings
 from .candidates import candidates_of
@@ -145,34 +146,13 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
 def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PEAK_FLOPS) -> Estimate:
     """Estimate a recipe that was checked."""
     config = read_config(recipe.model)
-    teacher = config.shape
-    student = student_shape(recipe, teacher)
-    parallel = recipe.parallel
+    teacher, student = config.shape, student_shape(recipe, config.shape)
+    parallel, weight = recipe.parallel, WEIGHT_BYTES[recipe.dtype]
     replicas = max(1, gpus // (parallel.tp * parallel.pp * parallel.cp))
-    sequence, weight = recipe.data.sequence, WEIGHT_BYTES[recipe.dtype]
-    phases = resolved(recipe.distill, recipe.data)
-    split = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
-    window = recipe.distill.teacher_window
-    ahead = max(
-        min(phase.keys.global_batch // replicas, (window or phase.keys.global_batch) * phase.keys.micro_batch)
-        * phase.sequence
-        for phase in phases
-    )
-    stash = ahead * teacher.hidden * WEIGHT_BYTES[recipe.frozen_teacher_dtype] // split
-    corrected = resolved(recipe.correct, recipe.data)[0].tokens if recipe.correct and recipe.corrects_first else 0
-    passes = 3 if recipe.correct and recipe.correct.continuous else 1
-    taught = passes * sum(flops_per_token(teacher, phase.sequence) * phase.tokens for phase in phases)
-    distillation = 3 * sum(flops_per_token(student, phase.sequence) * phase.tokens for phase in phases) + taught
+    stash = _stash_bytes(recipe, teacher, replicas)
     found = tuple(candidates_of(recipe, teacher)) if recipe.search else ()
     light = _light_flops(recipe, teacher, found)
-    stage_flops = {
-        "correct": 3 * flops_per_token(teacher, sequence) * corrected,
-        "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
-        "search": _search_flops(recipe, teacher, found, light),
-        "prune": sum(refit_flops(recipe, teacher, student)),
-        "distill": distillation,
-        "baseline": distillation if recipe.random_baseline else 0,
-    }
+    stage_flops = _stage_flops(recipe, teacher, student, found, light)
     flops = sum(stage_flops.values())
     work = flops + refit_delay(recipe, teacher, [student, *_refitted(recipe, found)])
     written = 2 + recipe.random_baseline + (recipe.prune.refit != "none")
@@ -186,13 +166,13 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
         rank_bytes=_rank_bytes(recipe, teacher, student, gpus, stash),
         stash_bytes=stash,
         disk_bytes=models + (parameters(teacher) * weight if recipe.corrects_first else 0),
-        kv_cache_bytes=kv_cache_bytes(student, 1, sequence),
-        correct_tokens=corrected,
-        distill_tokens=sum(phase.tokens for phase in phases),
+        kv_cache_bytes=kv_cache_bytes(student, 1, recipe.data.sequence),
+        correct_tokens=_corrected_tokens(recipe),
+        distill_tokens=sum(phase.tokens for phase in resolved(recipe.distill, recipe.data)),
         export_bytes=parameters(student) * WEIGHT_BYTES[recipe.export.dtype],
         flops=flops,
         stage_flops=stage_flops,
-        teacher_flops=taught,
+        teacher_flops=_teacher_flops(recipe, teacher),
         refit_bytes=refit_bytes(recipe, teacher, student),
         refit_host_bytes=refit_host_bytes(recipe, teacher, student, replicas * parallel.cp),
         hours=work / (gpus * peak_flops * mfu) / 3600,
@@ -201,6 +181,50 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
         warnings=client_warnings(config, student, recipe.export.architecture),
         notes=client_notes(config, student, recipe.export.architecture),
     )
+
+
+def _corrected_tokens(recipe: Recipe) -> int:
+    """Return the tokens on which the teacher is corrected before anything else."""
+    return resolved(recipe.correct, recipe.data)[0].tokens if recipe.correct and recipe.corrects_first else 0
+
+
+def _stash_bytes(recipe: Recipe, teacher: Shape, replicas: int) -> int:
+    """Return the bytes of the teacher's final hidden states that wait for the student, in the largest phase."""
+    parallel, window = recipe.parallel, recipe.distill.teacher_window
+    ahead = max(
+        min(phase.keys.global_batch // replicas, (window or phase.keys.global_batch) * phase.keys.micro_batch)
+        * phase.sequence
+        for phase in resolved(recipe.distill, recipe.data)
+    )
+    split = parallel.cp * (parallel.tp if parallel.sequence_parallel else 1)
+    return ahead * teacher.hidden * WEIGHT_BYTES[recipe.frozen_teacher_dtype] // split
+
+
+def _teacher_flops(recipe: Recipe, teacher: Shape) -> int:
+    """Return the teacher's FLOPs in one distillation; a continuously corrected one trains there."""
+    passes = 3 if recipe.correct and recipe.correct.continuous else 1
+    return passes * _phase_flops(recipe, teacher)
+
+
+def _phase_flops(recipe: Recipe, shape: Shape) -> int:
+    """Return the FLOPs of one pass of a model over the tokens of all phases of distillation."""
+    return sum(flops_per_token(shape, phase.sequence) * phase.tokens for phase in resolved(recipe.distill, recipe.data))
+
+
+def _stage_flops(
+    recipe: Recipe, teacher: Shape, student: Shape, found: Sequence[Candidate], light: Mapping[str, int]
+) -> dict[str, int]:
+    """Return the FLOPs of each stage that trains or scores. found, light: a search's candidates and their training."""
+    sequence = recipe.data.sequence
+    distillation = 3 * _phase_flops(recipe, student) + _teacher_flops(recipe, teacher)
+    return {
+        "correct": 3 * flops_per_token(teacher, sequence) * _corrected_tokens(recipe),
+        "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
+        "search": _search_flops(recipe, teacher, found, light),
+        "prune": sum(refit_flops(recipe, teacher, student)),
+        "distill": distillation,
+        "baseline": distillation if recipe.random_baseline else 0,
+    }
 
 
 def _score_flops(recipe: Recipe, teacher: Shape) -> int:
@@ -212,7 +236,8 @@ def _score_flops(recipe: Recipe, teacher: Shape) -> int:
     if sweep is not None:
         there = teacher.layers
         blocks = [(first, length) for length in sweep.lengths for first in range(there - length + 1)]
-        behind = [there] if sweep.metric == "bi" else [there, *(there - first - length for first, length in blocks)]
+        left_out = [] if DEPTH_METRICS[sweep.metric].one_pass else blocks
+        behind = [there, *(there - first - length for first, length in left_out)]
         behind += [left for gone in range(1, sweep.greedy) for left in (there - gone, *range(there - gone))]
         first, layer = _flops_of_layers(teacher, sequence)
         total += sum(first + left * layer for left in behind)
@@ -254,7 +279,7 @@ def _search_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate], li
 def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stash: int) -> int:
     """Return the peak memory of the fullest rank, in distillation or teacher correction."""
     keys, dtype = recipe.parallel, recipe.dtype
-    topology = Topology(**keys.model_dump())
+    topology = Topology.of(keys)
     trained: list[float] = training_bytes(teacher, topology, dtype, world)
     if recipe.correct and recipe.correct.parameters != "all":  # gradients are small; lora holds the weights twice
         weights = {"norms": 1, "lora": 2}[recipe.correct.parameters]

@@ -87,7 +87,7 @@ def refit_bytes(recipe: Recipe, teacher: Shape, student: Shape) -> int:
     """The most that a rank holds of weights and normal equations, activations not counted."""
     if recipe.prune.refit == "none":
         return 0
-    topology = Topology(**recipe.parallel.model_dump())
+    topology = Topology.of(recipe.parallel)
     both = zip(
         *(model_bytes(shape, topology, recipe.dtype) for shape in (teacher, student)),
         strict=True,

@@ -11,8 +11,8 @@ from ..model import check_fits
 from ..parallel import Topology
 from ..prune import check_merge, checked_sizes
 from ..recipe import Depth, Recipe
-from ..records import Plan, Statistic
-from ..score import check_statistic
+from ..records import Plan
+from ..score import DEPTH_METRICS, check_statistic
 from .candidates import candidates_of, check_candidates
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "round_shapes",
     "rounds",
     "scores_wanted",
-    "statistic_of",
     "student_shape",
 ]
 
@@ -114,11 +113,6 @@ def _depths(recipe: Recipe) -> set[int]:
     return {recipe.prune.layers} if isinstance(recipe.prune.layers, int) else set()
 
 
-def statistic_of(recipe: Recipe) -> Statistic:
-    """Return the aggregation of activations that the recipe sets."""
-    return Statistic(**recipe.score.statistic.model_dump())
-
-
 def check_pruning(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
     """Raise RecipeError, PlanError or TopologyError if the teacher cannot be scored, pruned or distilled as the recipe
     says. Not collective."""
@@ -126,7 +120,7 @@ def check_pruning(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
         check_candidates(recipe, teacher, topology)
     check_fits(student_shape(recipe, teacher), topology)
     if scores_wanted(recipe):
-        check_statistic(statistic_of(recipe), teacher)
+        check_statistic(recipe.score.statistic, teacher)
     if recipe.prune.merge != "none" and recipe.prune.by != "importance":
         raise RecipeError(f"prune.merge needs scores, but prune.by: {recipe.prune.by} has none. Set merge to none.")
     if recipe.prune.merge != "none":
@@ -134,7 +128,7 @@ def check_pruning(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
     _check_depth(recipe, teacher)
     _check_rounds(recipe, teacher, topology)
     if recipe.distill.states:
-        recipe.distill.states.pairs().check(teacher, student_shape(recipe, teacher), topology)
+        recipe.distill.states.check(teacher, student_shape(recipe, teacher), topology)
 
 
 def _check_depth(recipe: Recipe, teacher: Shape) -> None:
@@ -146,8 +140,10 @@ def _check_depth(recipe: Recipe, teacher: Shape) -> None:
             f"score.depth.lengths is {list(keys.lengths)}, but the teacher has {teacher.layers} layers. "
             f"Use lengths from 1 to {teacher.layers - 1}."
         )
-    if keys.greedy and keys.metric == "bi":
-        raise RecipeError("score.depth.greedy does not work with metric bi. Use metric loss or kl, or greedy: false.")
+    if keys.greedy and DEPTH_METRICS[keys.metric].one_pass:
+        raise RecipeError(
+            f"score.depth.greedy does not work with metric {keys.metric}. Use metric loss or kl, or greedy: false."
+        )
     if keys.greedy and min([student_shape(recipe, teacher).layers, *_depths(recipe)]) == teacher.layers:
         raise RecipeError(
             "score.depth.greedy removes as many layers as prune.layers does, but prune.layers keeps all. "

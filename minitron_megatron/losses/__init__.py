@@ -11,7 +11,7 @@ from .divergences import DIVERGENCES, Divergence
 from .fused import chunk_tokens, distill_loss, lm_loss
 from .likelihood import token_likelihood
 from .states import STATE_LOSSES, attach_loss, relation_loss, state_loss
-from .vocab import Entries
+from .vocab import Entries, Output, Vocabulary
 
 __all__ = [
     "DIVERGENCES",
@@ -19,6 +19,8 @@ __all__ = [
     "Divergence",
     "Entries",
     "KDLoss",
+    "Output",
+    "Vocabulary",
     "attach_loss",
     "chunk_tokens",
     "distill_loss",

@@ -5,44 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Annotated
 
 from torch import Tensor
 
-from ..errors import RecipeError, expect_number
-from .divergences import Divergence, divergence_named
+from ..errors import RecipeError
+from ..settings import AfterValidator, Count, Field, HowToRun, NotNegative, Positive, Settings, model_validator
+from .divergences import DIVERGENCES, Divergence, divergence_named
 from .shortlist import LIVE_KEYS, over_shortlist
 from .vocab import CrossEntropy, Vocabulary
 
 __all__ = ["Distillation", "KDLoss"]
 
 
-@dataclass(frozen=True)
-class KDLoss:
-    """Settings of the distillation loss: a divergence from the teacher, plus weighted cross-entropy.
+class KDLoss(Settings):
+    """Loss between the teacher's and the student's logits. The defaults are the papers' best."""
 
-    Raises RecipeError for invalid settings.
-    """
+    divergence: Annotated[str, AfterValidator(DIVERGENCES.known), Field(examples=[*DIVERGENCES])] = "forward_kl"
+    """Divergence between teacher and student: forward_kl, reverse_kl, jsd, mse or cosine."""
+    beta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Weight of the teacher in the mixture of jsd, by default 0.5. Only for jsd."""
+    temperature: Positive = 1.0
+    """Softmax temperature: divides both models' logits; the loss is not rescaled. It has no effect on cosine."""
+    top_k: Count | None = None
+    """Use only the teacher's top-k vocabulary entries of each token; both softmaxes are renormalised over them."""
+    ce_weight: NotNegative = 0.0
+    """Weight of the next-token cross-entropy (at temperature 1); the divergence has weight 1."""
+    budget_mib: HowToRun[Count | None] = None
+    """Memory for chunks of logits, in MiB; more memory means larger chunks. Default: an eighth of the full logits, at
+    most 512 MiB."""
 
-    divergence: str = "forward_kl"
-    """Key of DIVERGENCES."""
-    beta: float | None = None
-    """Teacher's share of jsd's mixture; None: 0.5."""
-    temperature: float = 1.0
-    """Divisor of both models' logits in the divergence; the loss is not rescaled."""
-    top_k: int | None = None
-    """Number of the teacher's likeliest entries of each token that both softmaxes are over; None: all entries."""
-    ce_weight: float = 0.0
-    """Weight of the cross-entropy with the next token (at temperature 1); the divergence has weight 1."""
-    budget_bytes: int | None = None
-    """Memory budget for the logits alive at once; None: the default of `chunk_tokens`."""
-
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _has_its_constants(self) -> KDLoss:
         _ = self.measure
-        expect_number("temperature of the loss", self.temperature, above=0)
-        expect_number("ce_weight", self.ce_weight, at_least=0)
-        for name, count in (("top_k", self.top_k), ("budget", self.budget_bytes)):
-            if count is not None:
-                expect_number(f"{name} of the loss", count, above=0, whole=True)
+        return self
 
     def check(self, vocab: int) -> None:
         """Raise RecipeError where a vocabulary of `vocab` entries is smaller than `top_k`."""
@@ -52,6 +48,10 @@ class KDLoss:
     @cached_property
     def measure(self) -> Divergence:
         return divergence_named(self.divergence, **({} if self.beta is None else {"beta": self.beta}))
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return None if self.budget_mib is None else self.budget_mib * 2**20
 
     @property
     def live(self) -> int:

@@ -11,50 +11,35 @@ p is the student's softmax, q the teacher's. Values are in nats, except for MSE 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from importlib import import_module
+from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError
+from ..registry import Registry
 from .vocab import Entries
 
 __all__ = ["DIVERGENCES", "JSD", "MSE", "Cosine", "Divergence", "ForwardKL", "ReverseKL", "divergence_named"]
-
-DIVERGENCES: dict[str, str] = {
-    name: f"{__name__}:{kind}"
-    for name, kind in {
-        "forward_kl": "ForwardKL",
-        "reverse_kl": "ReverseKL",
-        "jsd": "JSD",
-        "mse": "MSE",
-        "cosine": "Cosine",
-    }.items()
-}
-"""Name -> `module:class`, imported on first use. Add a line to add a divergence."""
 
 
 class Divergence(Protocol):
     """Interface of a divergence (a plugin point): a dataclass whose fields are its constants."""
 
     live: ClassVar[int]
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]: ...
 
 
 def divergence_named(name: str, **constants: float) -> Divergence:
     """Return the divergence of that name. Raises RecipeError for an unknown name or an unknown constant."""
-    if name not in DIVERGENCES:
-        known = ", ".join(DIVERGENCES)
-        raise RecipeError(f"divergence {name!r} is not known.{did_you_mean(name, DIVERGENCES)} Known: {known}.")
-    module, kind = DIVERGENCES[name].split(":")
-    found: Any = getattr(import_module(module), kind)
+    kind = DIVERGENCES[name]
     for constant in constants:
-        if constant not in {field.name for field in fields(found)}:
+        if constant not in kind.__dataclass_fields__:
             raise RecipeError(f"divergence {name!r} has no {constant}. Leave {constant} out.")
-    return found(**constants)
+    return kind(**constants)
 
 
 @dataclass(frozen=True)
@@ -151,3 +136,7 @@ class Cosine:
 
 TINY = 1e-16
 """Lower bound of squared norms: all-zero logits have no direction."""
+
+DIVERGENCES: Registry[type[Divergence]] = Registry(
+    "divergence", {"forward_kl": ForwardKL, "reverse_kl": ReverseKL, "jsd": JSD, "mse": MSE, "cosine": Cosine}
+)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..parallel import Group, all_reduce, gather_sequence, scatter_sequence
+from ..parallel import all_reduce, gather_sequence, scatter_sequence
 from .distillation import Distillation, KDLoss
-from .vocab import CrossEntropy, Vocabulary
+from .vocab import CrossEntropy, Output, Vocabulary
 
 __all__ = ["chunk_tokens", "distill_loss", "lm_loss"]
 
@@ -39,75 +39,58 @@ def chunk_tokens(tokens: int, held: int, live: int, budget_bytes: int | None = N
     return max(LEAST_TOKENS, budget // (live * row))
 
 
-def lm_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    mask: Tensor,
-    *,
-    vocab: int,
-    group: Group,
-    sequence_parallel: bool = False,
-    chunk: int | None = None,
-) -> Tensor:
+def lm_loss(model: Output, labels: Tensor, mask: Tensor, vocabulary: Vocabulary, *, chunk: int | None = None) -> Tensor:
     """Return the cross-entropy in nats, summed over the tokens whose mask is true: fp32 scalar, equal on every rank.
 
-    hidden: [s, b, h], with sequence parallelism this rank's part of s. weight: [held rows, h], this rank's rows of the
-    output layer, with the vocabulary's padding at the end. labels, mask: [b, s]. vocab: entries without padding.
-    Collective over `group`, which splits the vocabulary.
+    labels, mask: [b, s]. chunk: tokens whose logits exist at a time. Collective over the vocabulary's group.
     """
-    tokens = _tokens(mask)
-    vocabulary = Vocabulary(vocab, group)
-    of_chunk = CrossEntropy(vocabulary, _flat(labels)[tokens], weight.shape[0])
-    chunk = chunk or chunk_tokens(len(tokens), weight.shape[0], LIVE_OF_CROSS_ENTROPY)
-    return _fused(hidden, weight, tokens, of_chunk, vocabulary, sequence_parallel, chunk)
+    tokens, held = _tokens(mask), model.weight.shape[0]
+    of_chunk = CrossEntropy(vocabulary, _flat(labels)[tokens], held)
+    chunk = chunk or chunk_tokens(len(tokens), held, LIVE_OF_CROSS_ENTROPY)
+    return _fused(*model, tokens, of_chunk, vocabulary, chunk)
 
 
 def distill_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    student: Output,
+    teacher: Output,
     mask: Tensor,
+    vocabulary: Vocabulary,
     *,
-    vocab: int,
-    group: Group,
     loss: KDLoss = FORWARD_KL,
     labels: Tensor | None = None,
     of_labels: Tensor | None = None,
-    sequence_parallel: bool = False,
     chunk: int | None = None,
 ) -> Tensor:
     """Return the distillation loss, summed over the tokens whose mask is true: fp32 scalar, equal on every rank.
 
-    Arguments as for `lm_loss`; the teacher's hidden states and output weight get no gradient, and may have another
-    width and another padding. labels: required where `loss` includes cross-entropy. of_labels: zero tensor that
-    receives the summed, unweighted cross-entropy. Collective over `group`. Raises RecipeError where a model has fewer
-    than `vocab` output rows, where `top_k` exceeds `vocab`, or where labels are missing.
+    Arguments as for `lm_loss`; the teacher gets no gradient, and may have another width and another padding. labels:
+    required where `loss` includes cross-entropy. of_labels: zero tensor that receives the summed, unweighted
+    cross-entropy. Collective over the vocabulary's group. Raises RecipeError where a model has fewer output rows than
+    the vocabulary has entries, where `top_k` exceeds these, or where labels are missing.
     """
-    tokens, held = _tokens(mask), weight.shape[0]
-    vocabulary = Vocabulary(vocab, group)
-    vocabulary.check(weight, "student")
-    vocabulary.check(teacher_weight, "teacher")
-    loss.check(vocab)
-    with torch.no_grad():
-        states = _states(teacher_hidden, group, sequence_parallel)
-        output = vocabulary.aligned(teacher_weight.detach(), held)
-
-    def teacher(rows: slice) -> Tensor:
-        return (states[tokens[rows]] @ output.t()).float()
-
+    tokens, held = _tokens(mask), student.weight.shape[0]
+    vocabulary.check(student.weight, "student")
+    vocabulary.check(teacher.weight, "teacher")
+    loss.check(vocabulary.size)
     cross_entropy = None
     if loss.ce_weight:
         if labels is None:
             raise RecipeError(f"ce_weight is {loss.ce_weight}, but the loss was given no labels. Pass labels.")
         cross_entropy = CrossEntropy(vocabulary, _flat(labels)[tokens], held)
-    of_chunk = Distillation(loss, vocabulary, teacher, held, cross_entropy, of_labels)
+    teacher_logits = _teacher_logits(teacher, tokens, vocabulary, held)
+    of_chunk = Distillation(loss, vocabulary, teacher_logits, held, cross_entropy, of_labels)
     chunk = chunk or chunk_tokens(len(tokens), held, loss.live, loss.budget_bytes)
-    total = _fused(hidden, weight, tokens, of_chunk, vocabulary, sequence_parallel, chunk)
+    total = _fused(*student, tokens, of_chunk, vocabulary, chunk)
     if of_labels is not None:
-        all_reduce(of_labels, group)
+        all_reduce(of_labels, vocabulary.group)
     return total
+
+
+@torch.no_grad()
+def _teacher_logits(teacher: Output, tokens: Tensor, vocabulary: Vocabulary, held: int) -> Callable[[slice], Tensor]:
+    """Return a function: rows of `tokens` -> the teacher's fp32 logits [c, v], split as the student's vocabulary is."""
+    states, output = _states(teacher.hidden, vocabulary), vocabulary.aligned(teacher.weight.detach(), held)
+    return lambda rows: (states[tokens[rows]] @ output.t()).float()
 
 
 def _flat(values: Tensor) -> Tensor:
@@ -120,9 +103,9 @@ def _tokens(mask: Tensor) -> Tensor:
     return _flat(mask).nonzero().flatten()
 
 
-def _states(hidden: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
+def _states(hidden: Tensor, vocabulary: Vocabulary) -> Tensor:
     """Flatten [s, b, h] to [n, h]; with sequence parallelism, gather the sequence over the ranks first."""
-    full = gather_sequence(hidden, group) if sequence_parallel else hidden
+    full = gather_sequence(hidden, vocabulary.group) if vocabulary.sequence_parallel else hidden
     return full.reshape(-1, full.shape[-1])
 
 
@@ -142,11 +125,10 @@ class _Fused(torch.autograd.Function):
         tokens: Tensor,
         of_chunk: OfChunk,
         vocabulary: Vocabulary,
-        sequence_parallel: bool,
         chunk: int,
     ) -> Tensor:
         """Return the summed loss; where gradients are needed, compute them in the same sweep and save them."""
-        states = _states(hidden, vocabulary.group, sequence_parallel)
+        states = _states(hidden, vocabulary)
         wants_grad = any(ctx.needs_input_grad[:2])
         d_states = torch.zeros_like(states) if wants_grad else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_grad else None
@@ -154,7 +136,7 @@ class _Fused(torch.autograd.Function):
         all_reduce(total, vocabulary.group)
         if d_states is not None and d_weight is not None:
             d_hidden = d_states.view(-1, *hidden.shape[1:])
-            if sequence_parallel:
+            if vocabulary.sequence_parallel:
                 d_hidden = scatter_sequence(d_hidden, vocabulary.group)
             else:
                 all_reduce(d_hidden, vocabulary.group)
@@ -165,7 +147,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the saved gradients, in place: they are used only once."""
         d_hidden, d_weight = (saved.mul_(upstream[0]) for saved in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
 def _sweep(

@@ -7,13 +7,15 @@ Values are fp32 scalars. A state loss is called with the student's and the teach
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from ..registry import Registry
 
 __all__ = ["STATE_LOSSES", "attach_loss", "relation_loss", "state_loss"]
 
@@ -29,7 +31,9 @@ def _mse(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean(-1).sum()
 
 
-STATE_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"cosine": _cosine, "mse": _mse}
+STATE_LOSSES: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry(
+    "the loss on states", {"cosine": _cosine, "mse": _mse}
+)
 """Name -> loss summed over tokens."""
 
 

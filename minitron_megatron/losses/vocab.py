@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import RecipeError
 from ..parallel import Group, all_reduce, all_to_all, group_rank, group_size
 
-__all__ = ["CrossEntropy", "Entries", "Vocabulary"]
+__all__ = ["CrossEntropy", "Entries", "Output", "Vocabulary"]
 
 
 class Entries(Protocol):
@@ -32,12 +32,23 @@ class Entries(Protocol):
         ...
 
 
+class Output(NamedTuple):
+    """Factors of a model's logits, which never exist as a whole."""
+
+    hidden: Tensor
+    """Final hidden states: [s, b, h], with sequence parallelism this rank's part of s."""
+    weight: Tensor
+    """This rank's rows of the output layer, with the vocabulary's padding at the end: [held rows, h]."""
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Vocabulary of `size` real entries, split evenly over `group`, with padding at the end."""
 
     size: int
     group: Group
+    sequence_parallel: bool = False
+    """Whether each rank of `group` holds only its part of the sequence of hidden states."""
 
     @property
     def ranks(self) -> int:

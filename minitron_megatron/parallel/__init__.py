@@ -41,13 +41,14 @@ from .mcore_compat import (
 )
 from .mcore_patches import mend_distributed_optimizer
 from .replicas import check_independent_replicas, independent_replicas
-from .topology import PlannedTopology, Topology, claim_device, launched
+from .topology import Parallel, PlannedTopology, Topology, claim_device, launched
 
 __all__ = [
     "FITS",
     "AttentionContext",
     "ContextShard",
     "Group",
+    "Parallel",
     "PlannedTopology",
     "Topology",
     "all_reduce",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from uuid import uuid4
 
 import torch.distributed as dist
@@ -49,7 +48,7 @@ def independent_replicas(topology: Topology) -> Iterator[Topology]:
     within, replica = topology.tp * topology.pp, topology.dp_rank
     place = topology.tp_rank + topology.tp * topology.pp_rank
     store, meeting = dist.distributed_c10d._get_default_store(), broadcast_object(uuid4().hex)
-    own, failure = replace(topology), None
+    own, failure = Topology.of(topology), None
     _move(topology, own, dist.PrefixStore(f"{meeting}/{replica}", store), place, within)
     try:
         yield own

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -13,15 +12,33 @@ import torch
 import torch.distributed as dist
 
 from ..errors import TopologyError
+from ..settings import Count, Settings
 from .backend import install_cpu_backend
 from .mcore_compat import quieten
 from .mcore_patches import release_groups
 
-__all__ = ["PlannedTopology", "Topology", "claim_device", "launched"]
+__all__ = ["Parallel", "PlannedTopology", "Topology", "claim_device", "launched"]
 
 
-@dataclass(frozen=True)
-class Topology:
+class Parallel(Settings):
+    """Parallel layout. The remaining ranks are data-parallel. Results do not depend on the layout."""
+
+    tp: Count = 1
+    """Tensor-parallel size."""
+    pp: Count = 1
+    """Pipeline-parallel size (number of pipeline stages)."""
+    vp: Count = 1
+    """Virtual pipeline stages per rank; above 1 the schedule is interleaved."""
+    ep: Count = 1
+    """Expert-parallel size, taken from all ranks of a pipeline stage. Each rank holds whole experts; tp does not split
+    an expert."""
+    sequence_parallel: bool = False
+    """Split the activations of the norms over the tensor-parallel ranks."""
+    cp: Count = 1
+    """Context-parallel size: this many ranks share each training sequence. For long sequences."""
+
+
+class Topology(Parallel):
     """Sizes and ranks of tensor (tp), pipeline (pp), virtual pipeline (vp), data (dp), expert (ep) and context (cp)
     parallelism.
 
@@ -32,24 +49,20 @@ class Topology:
     The groups are mcore's own: `lay_out` creates them and `stop` destroys them.
     """
 
-    tp: int = 1
-    pp: int = 1
-    vp: int = 1
-    ep: int = 1
-    sequence_parallel: bool = False
-    cp: int = 1
+    @classmethod
+    def of(cls, layout: Parallel) -> Topology:
+        """Return the layout before its processes start: sizes without ranks."""
+        return cls(**{name: getattr(layout, name) for name in Parallel.model_fields})
 
     @classmethod
-    def start(
-        cls, tp: int = 1, pp: int = 1, vp: int = 1, ep: int = 1, sequence_parallel: bool = False, cp: int = 1
-    ) -> Topology:
+    def start(cls, layout: Parallel | None = None) -> Topology:
         """Join the processes that torchrun started (or only this one) and create the groups. Collective over the world.
 
         Raises TopologyError where the number of processes does not fit the layout.
         """
         quieten()
         install_cpu_backend()
-        topology = cls(tp, pp, vp, ep, sequence_parallel, cp)
+        topology = cls.of(layout or Parallel())
         topology.check(dist.get_world_size() if dist.is_initialized() else _launched_world())
         if not dist.is_initialized():
             _join()
@@ -106,9 +119,6 @@ class Topology:
 
     def check(self, world: int) -> None:
         """Raise TopologyError where this layout does not fit `world` processes."""
-        for name in ("tp", "pp", "vp", "ep", "cp"):
-            if getattr(self, name) < 1:
-                raise TopologyError(f"{name} is {getattr(self, name)}. It must be 1 or more.")
         if world % (self.tp * self.pp):
             raise TopologyError(
                 f"tp={self.tp} x pp={self.pp} needs a multiple of {self.tp * self.pp} processes, not {world}. "
@@ -279,11 +289,10 @@ def claim_device() -> str:
     return "cpu:gloo,cuda:nccl"
 
 
-@dataclass(frozen=True)
 class PlannedTopology(Topology):
     """Layout of processes that are not running: its sizes are known, its ranks and groups are not."""
 
-    processes: int = 1
+    processes: Count = 1
 
     @property
     def world(self) -> int:

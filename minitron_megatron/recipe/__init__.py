@@ -3,7 +3,6 @@
 Knows: the keys and their defaults, YAML. Must not know: how a run is carried out, or what it costs.
 """
 
-from .keys import Count, NotNegative
 from .load import load_recipe
 from .phases import ResolvedPhase, light_recipe, prefixes, resolved
 from .schema import Depth, Recipe, Source, json_schema
@@ -14,9 +13,7 @@ from .yaml_tree import read_yaml
 
 __all__ = [
     "CHOOSE_BY",
-    "Count",
     "Depth",
-    "NotNegative",
     "Recipe",
     "ResolvedPhase",
     "Source",

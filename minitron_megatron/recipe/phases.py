@@ -37,15 +37,15 @@ def resolved(keys: TrainingKeys, data: Data) -> list[ResolvedPhase]:
     for phase in keys.phases if isinstance(keys, Distill) else ():
         last, given = found[-1], phase.model_dump(exclude_none=True)
         sequence, weights = given.pop("sequence", last.sequence), given.pop("weights", last.weights)
-        found.append(ResolvedPhase(last.keys.model_copy(update=given), sequence, weights))
+        found.append(ResolvedPhase(last.keys.replaced(**given), sequence, weights))
     return found
 
 
 def prefixes(recipe: Recipe) -> list[Recipe]:
     """Return one recipe for each phase: the recipe cut off after that phase."""
     phases = recipe.distill.phases
-    cut = [recipe.distill.model_copy(update={"phases": phases[:number]}) for number in range(len(phases) + 1)]
-    return [recipe.model_copy(update={"distill": distill}) for distill in cut]
+    cut = [recipe.distill.replaced(phases=phases[:number]) for number in range(len(phases) + 1)]
+    return [recipe.replaced(distill=distill) for distill in cut]
 
 
 def light_recipe(recipe: Recipe) -> Recipe:
@@ -54,5 +54,5 @@ def light_recipe(recipe: Recipe) -> Recipe:
     keys = recipe.search.light
     given = keys.model_dump(exclude_none=True, exclude={"top", "halvings", "measure_every", "independent_replicas"})
     given |= {"validate_every": keys.measure_every, "save_every": keys.measure_every, "save_async": False}
-    distill = recipe.distill.model_copy(update={**given, "phases": (), "start": None, "retain": False})
-    return recipe.model_copy(update={"distill": distill})
+    distill = recipe.distill.replaced(**given, phases=(), start=None, retain=False)
+    return recipe.replaced(distill=distill)

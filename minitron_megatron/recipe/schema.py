@@ -4,38 +4,34 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
-
 from ..evaluate import PROGRAMS, SUITES, Task
 from ..layout import PUBLIC_AXES
 from ..model import Recompute, Spec
+from ..parallel import Parallel
+from ..records import Statistic
+from ..score import DEPTH_METRICS
 from ..serve import LADDER
-from .keys import Count, DType, FilePath, HeldOut, HowToRun, Keys, Layers, Positive, Seed, Steps, Text
+from ..settings import (
+    AddedLater,
+    AfterValidator,
+    Count,
+    Field,
+    FilePath,
+    HowToRun,
+    Positive,
+    Seed,
+    Settings,
+    Text,
+    model_validator,
+)
+from .keys import DType, HeldOut, Layers
 from .search_keys import Search
 from .training_keys import Correct, Distill
 
 __all__ = ["Data", "Depth", "Recipe", "Source", "json_schema"]
 
 
-class Parallel(Keys):
-    """Parallel layout. The remaining ranks are data-parallel. Results do not depend on the layout."""
-
-    tp: Count = 1
-    """Tensor-parallel size."""
-    pp: Count = 1
-    """Pipeline-parallel size (number of pipeline stages)."""
-    vp: Count = 1
-    """Virtual pipeline stages per rank; above 1 the schedule is interleaved."""
-    ep: Count = 1
-    """Expert-parallel size, taken from all ranks of a pipeline stage. Each rank holds whole experts; tp does not split
-    an expert."""
-    sequence_parallel: bool = False
-    """Split the activations of the norms over the tensor-parallel ranks."""
-    cp: Count = 1
-    """Context-parallel size: this many ranks share each training sequence. For long sequences."""
-
-
-class Source(Keys):
+class Source(Settings):
     """One source of the data blend."""
 
     path: FilePath
@@ -46,7 +42,7 @@ class Source(Keys):
     """Path of held-out files, or the share of documents to hold out (between 0 and 1)."""
 
 
-class Data(Keys):
+class Data(Settings):
     """Training corpus of distillation, teacher correction and calibration."""
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
@@ -70,25 +66,10 @@ class Data(Keys):
     """Processes used for tokenization."""
 
 
-class StatisticKeys(Keys):
-    """How activations are aggregated into an importance score."""
-
-    batch: Literal["l2", "mean", "var"] = "l2"
-    """Aggregation over samples."""
-    sequence: Literal["l2", "mean", "var"] = "mean"
-    """Aggregation over the positions of a sample, done first; `mean` is the mean of absolute values."""
-    neurons: Literal["post", "pre"] = "post"
-    """Point at which MLP neurons are measured: `post`, after the activation and the gate; `pre`, before the activation
-    (not possible for a gated MLP)."""
-    heads: Literal["norm_last", "norm_first"] = "norm_last"
-    """When the L2 norm over a head's channels is taken: `norm_last`, after aggregation; `norm_first`, at each
-    position."""
-
-
-class Depth(Keys):
+class Depth(Settings):
     """Importance of layers, measured by leaving out blocks of consecutive layers."""
 
-    metric: Literal["loss", "kl", "bi", "winogrande"] = "loss"
+    metric: Annotated[str, AfterValidator(DEPTH_METRICS.known), Field(examples=[*DEPTH_METRICS])] = "loss"
     """Measure of a network without the block: `loss`, its cross-entropy, or `kl`, its KL divergence from the full
     network, both in nats per token; `bi`, block importance: 1 - mean cosine similarity of the block's input and output;
     `winogrande`, its 5-shot Winogrande accuracy (as in the second paper; uses `evaluate.task_files` and `limit`)."""
@@ -99,14 +80,14 @@ class Depth(Keys):
     removes."""
 
 
-class Score(Keys):
+class Score(Settings):
     """Importance scores from forward passes over calibration samples."""
 
     samples: Count = 1024
     """Number of calibration samples."""
     micro_batch: HowToRun[Count] = 1
     """Samples per forward pass of one data-parallel rank."""
-    statistic: StatisticKeys = StatisticKeys()
+    statistic: Statistic = Statistic()
     dtype: DType = "float32"
     """Dtype of the forward passes."""
     depth: Depth | None = None
@@ -114,7 +95,7 @@ class Score(Keys):
     set."""
 
 
-class Prune(Keys):
+class Prune(Settings):
     """Sizes of the student. An omitted axis keeps the teacher's size."""
 
     hidden: Count | None = None
@@ -163,29 +144,18 @@ class Prune(Keys):
     """Ridge strength towards the trimmed weights, relative to the mean square of a layer's inputs; left out: each layer
     takes the one with the least error on the held-out samples."""
 
+    @model_validator(mode="after")
+    def _merges_or_refits(self) -> Prune:
+        if self.merge != "none" and self.refit != "none":
+            raise ValueError("A refit aims at the unmerged heads and would undo prune.merge: set one to none")
+        return self
+
     def sizes(self) -> dict[str, int]:
         """Return the sizes of the width axes that are pruned."""
         return {axis: size for axis in PUBLIC_AXES if (size := getattr(self, axis)) is not None}
 
 
-class TaskKeys(Keys):
-    """One task of lm-evaluation-harness."""
-
-    name: Text
-    """Name in the harness. A group or a tag stands for all of its tasks."""
-    shots: Steps | None = None
-    """Few-shot examples. Default: the task's own number."""
-    metric: str | None = None
-    """Metric shown in tables. Default: the task's first."""
-    answers: Count = 1
-    """Answers sampled per question, in generation tasks."""
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    """Sampling temperature; 0 is greedy decoding. Default: the task's own."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling: sample from the most likely tokens that together have this probability."""
-
-
-class Evaluate(Keys):
+class Evaluate(Settings):
     """Evaluation: loss on held-out text, and tasks of lm-evaluation-harness."""
 
     samples: Count = 256
@@ -194,7 +164,7 @@ class Evaluate(Keys):
     """Samples per forward pass of one data-parallel rank."""
     suite: Literal["base", "instruct"] | None = None
     """The papers' tasks, with their few-shot examples, metrics and sampling. HumanEval and MBPP need `run_code`."""
-    tasks: tuple[TaskKeys, ...] = ()
+    tasks: tuple[Task, ...] = ()
     """Tasks in addition to the suite."""
     task_files: FilePath | None = None
     """Folder with `<task>/<split>.jsonl` files, in the fields that the task reads. Default: the harness downloads
@@ -212,10 +182,10 @@ class Evaluate(Keys):
     def wanted(self) -> list[Task]:
         """Return the tasks of the suite and of `tasks`."""
         suite = [each for each in SUITES.get(self.suite or "", ()) if self.run_code or each.name not in PROGRAMS]
-        return [*suite, *(Task(**task.model_dump()) for task in self.tasks)]
+        return [*suite, *self.tasks]
 
 
-class Export(Keys):
+class Export(Settings):
     """The final Hugging Face folder."""
 
     dtype: DType = "bfloat16"
@@ -232,7 +202,7 @@ class Export(Keys):
     """Quantise the KV cache to FP8 too."""
 
 
-class Bench(Keys):
+class Bench(Settings):
     """Serving throughput of teacher and student: `minitron bench`."""
 
     ladder: tuple[tuple[Count, Count], ...] = LADDER
@@ -245,7 +215,7 @@ class Bench(Keys):
     """GPUs per served model (tensor parallel)."""
 
 
-class Log(Keys):
+class Log(Settings):
     """Loggers in addition to `metrics.jsonl`, which always receives all metrics."""
 
     wandb: Literal["online", "offline"] | None = None
@@ -257,13 +227,18 @@ class Log(Keys):
     """Write TensorBoard event files to `RUN/tensorboard`."""
 
 
-class Recipe(Keys):
+class Recipe(Settings):
     """A run that turns a pretrained checkpoint into a smaller one. Paths are relative to the working directory."""
 
     model: FilePath
     """Hugging Face folder of the teacher."""
     out: HowToRun[FilePath]
     """Run folder."""
+    data: Data
+    plugins: AddedLater[tuple[Text, ...]] = ()
+    """Your own Python modules, imported before the recipe is read, from its folder or from `sys.path`. They run as
+    code, with your permissions, on every rank, and add divergences, statistics, depth metrics, objectives, model
+    families and stages (CONTRIBUTING.md), which other keys then take by name."""
     seed: Seed = 1
     """Seed of data order, initialisation and random choices."""
     dtype: DType = "bfloat16"
@@ -275,7 +250,6 @@ class Recipe(Keys):
     """Layer spec: `local`, Megatron's own layers with this package's norms; `te`, Transformer Engine's layers, with
     norms fused into the linear layers (needs CUDA). Both compute the same function."""
     parallel: HowToRun[Parallel] = Parallel()
-    data: Data
     correct: Correct | None = None
     """Teacher correction. If omitted, the teacher is used unchanged."""
     score: Score = Score()
@@ -305,33 +279,39 @@ class Recipe(Keys):
         return self.correct is not None and not self.correct.continuous
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Recipe:
-        distill = self.distill
-        if self.search is None and "prune" not in self.model_fields_set:
-            raise ValueError("prune is missing: give the sizes to keep in `prune`, or a `search` for them")
-        if self.search and (self.prune.sizes() or self.prune.layers is not None):
+    def _sizes_come_from_one_block(self) -> Recipe:
+        prune = self.prune
+        if self.search is None:
+            if "prune" not in self.model_fields_set:
+                raise ValueError("prune is missing: give the sizes to keep in `prune`, or a `search` for them")
+            return self
+        if prune.sizes() or prune.layers is not None:
             raise ValueError("Both `search` and `prune` give the sizes: remove the sizes in `prune`, or `search`")
-        if self.search and (self.prune.by != "importance" or self.prune.iterations > 1 or self.prune.merge != "none"):
+        if prune.by != "importance" or prune.iterations > 1 or prune.merge != "none":
             raise ValueError(
                 "A search prunes by importance, in one step, without merging: remove prune.by, iterations and merge"
             )
-        if self.prune.merge != "none" and self.prune.refit != "none":
-            raise ValueError("A refit aims at the unmerged heads and would undo prune.merge: set one to none")
-        states = distill.states
+        return self
+
+    @model_validator(mode="after")
+    def _states_can_be_read(self) -> Recipe:
+        states = self.distill.states
         if self.spec == "te" and states and (states.embedding or states.outputs or states.mlp_inputs):
             raise ValueError(
                 "Spec te fuses the norms, so that states after a norm cannot be read: set spec to local, or give only "
                 "distill.states.attention"
             )
-        if self.correct and self.correct.continuous:
-            for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
-                if getattr(distill, key):
-                    raise ValueError(f"correct.continuous trains the teacher, so distill.{key} cannot apply: remove it")
-        if distill.teacher_window and states and states.alpha == "dynamic":
-            raise ValueError(
-                "distill.states.alpha: dynamic needs the teacher's states of a whole step: set alpha to a number, or "
-                "remove distill.teacher_window"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_teacher_can_train(self) -> Recipe:
+        if self.correct is None or not self.correct.continuous:
+            return self
+        if self.correct.objective != "cross_entropy":
+            raise ValueError("correct.continuous trains the teacher by cross-entropy: remove correct.objective")
+        for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
+            if getattr(self.distill, key):
+                raise ValueError(f"correct.continuous trains the teacher, so distill.{key} cannot apply: remove it")
         return self
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
-
 from ..errors import did_you_mean
-from ..gpus import GPUS
 from ..layout import PUBLIC_AXES
-from ..search import FILLED, Limit, Space
-from .keys import Count, FilePath, HowToRun, Keys, NotNegative, Positive, Steps
+from ..search import FILLED, Limit, Serving, Space
+from ..settings import (
+    BeforeValidator,
+    Count,
+    Field,
+    HowToRun,
+    NotNegative,
+    Positive,
+    Settings,
+    Steps,
+    model_validator,
+)
 
 __all__ = ["CHOOSE_BY", "Budget", "Light", "Search", "Serving"]
 
@@ -21,7 +28,7 @@ MOST_SIZES = 10_000
 """Most sizes of one axis."""
 
 
-def _sizes(value: Any) -> Any:
+def _sizes(value: object) -> object:
     """Expand `{from: 16, to: 32, step: 4}` into a tuple, both ends included; wrap a single number in a tuple."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return (value,)
@@ -36,7 +43,7 @@ def _sizes(value: Any) -> Any:
     return tuple(range(value["from"], value["to"] + 1, value["step"]))
 
 
-def _window(value: Any) -> Any:
+def _window(value: Any) -> tuple[float | None, ...]:
     """Turn a maximum, or a pair [minimum, maximum], into (minimum, maximum)."""
     if isinstance(value, list | tuple):
         if len(value) != 2:
@@ -45,12 +52,12 @@ def _window(value: Any) -> Any:
     return (None, float(value))
 
 
-def _floor(value: Any) -> Any:
+def _floor(value: Any) -> tuple[float | None, ...]:
     """Turn a minimum, or a pair [minimum, maximum], into (minimum, maximum)."""
     return _window(value) if isinstance(value, list | tuple) else (float(value), None)
 
 
-def _multiples(value: Any) -> Any:
+def _multiples(value: object) -> object:
     """Refuse unknown axes and text with one message (pydantic gives one per alternative)."""
     if not isinstance(value, dict):
         return value
@@ -68,7 +75,7 @@ Window = Annotated[tuple[float | None, float | None], BeforeValidator(_window)]
 AtLeast = Annotated[tuple[float | None, float | None], BeforeValidator(_floor)]
 
 
-class Budget(Keys):
+class Budget(Settings):
     """Limits on a candidate: a maximum, or [minimum, maximum]. A candidate must meet all that are given."""
 
     params: Window | None = None
@@ -88,33 +95,7 @@ class Budget(Keys):
         return {key: Limit(*window) for key in type(self).model_fields if (window := getattr(self, key)) is not None}
 
 
-class Serving(Keys):
-    """Serving conditions, for the budgets that depend on them."""
-
-    batch: Count = 1
-    """Sequences decoded at a time."""
-    context: Count | None = None
-    """Tokens per sequence in the KV cache. Default: `data.sequence`."""
-    weights: Literal["float32", "bfloat16", "float8"] = "bfloat16"
-    """Dtype of the weights."""
-    kv_cache: Literal["float32", "bfloat16", "float8"] = "bfloat16"
-    """Dtype of the KV cache."""
-    gpu: str | None = None
-    """Predict speed from this GPU's data sheet (roofline): the larger of bytes over bandwidth and FLOPs over peak,
-    without overhead."""
-    table: FilePath | None = None
-    """Predict speed from a fit to measurements: a `bench/table.json` of `minitron bench --backend torch`."""
-
-    @model_validator(mode="after")
-    def _one_speed(self) -> Serving:
-        if self.gpu and self.table:
-            raise ValueError("Speed comes from gpu or from table, not from both: remove one")
-        if self.gpu not in (None, *GPUS):
-            raise ValueError(f"The GPU {self.gpu!r} is not known.{did_you_mean(str(self.gpu), GPUS)}")
-        return self
-
-
-class Light(Keys):
+class Light(Settings):
     """Short distillation of candidates, since their ranking right after pruning changes with training."""
 
     top: Count | None = 10
@@ -141,10 +122,12 @@ class Light(Keys):
     """Steps of linear warm-up. Default: as in `distill`."""
 
 
-class Search(Keys):
+class Search(Settings):
     """Search over shapes within a budget. Each axis takes a size, a list of sizes, or {from: 16, to: 32, step: 4}. The
     winner is pruned and distilled as if `prune` gave its sizes."""
 
+    budget: Budget
+    """Limits on the student."""
     layers: Sizes | None = None
     """Numbers of layers to keep; `score.depth` and `prune.contiguous` choose which."""
     hidden: Sizes | None = None
@@ -166,8 +149,6 @@ class Search(Keys):
     multiples: Multiples = Field(default_factory=dict)
     """Axis -> number of which its sizes must be multiples; other sizes are skipped. `hidden: heads x head_dim` keeps
     only shapes whose hidden size equals heads x head_dim, as some inference engines need (docs/guide/serving.md)."""
-    budget: Budget
-    """Limits on the student."""
     serving: Serving = Serving()
     light: Light | None = Light()
     """Short distillation of the best candidates. null: rank candidates by their loss right after pruning."""

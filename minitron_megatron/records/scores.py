@@ -12,45 +12,13 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from ..errors import CheckpointError, FileError, RecipeError, did_you_mean
+from ..errors import CheckpointError, FileError
 from ..files import check_as, whole_file
 from ..layout import PER_LAYER, PUBLIC_AXES, Shape
 from .shape import read_shape
+from .statistic import Statistic
 
-__all__ = ["Scores", "Statistic"]
-
-REDUCTIONS = ("l2", "mean", "var")
-NEURONS = ("post", "pre")
-HEADS = ("norm_last", "norm_first")
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """Reduction of activations to scores: first over the positions of a sample, then over samples. Source: Minitron
-    section 2.2.
-
-    `mean` averages absolute values over positions, and plain values over samples; `l2` is the root of the summed
-    squares; `var` is the population variance. The defaults are the papers' choice.
-    """
-
-    batch: str = "l2"
-    sequence: str = "mean"
-    neurons: str = "post"
-    """Activation that scores a neuron: its output (`post`: after the activation function and the gate), or its input
-    (`pre`: the output of the first linear layer, as printed in the paper; refused for a gated MLP, which has two)."""
-    heads: str = "norm_last"
-    """When the channels of a head are reduced to their L2 norm: after each channel has its score (`norm_last`, as in
-    ModelOpt), or at each position before any other reduction (`norm_first`, as printed in the paper)."""
-
-    def __post_init__(self) -> None:
-        known = {"batch": REDUCTIONS, "sequence": REDUCTIONS, "neurons": NEURONS, "heads": HEADS}
-        for place, values in known.items():
-            value = getattr(self, place)
-            if value not in values:
-                raise RecipeError(
-                    f"statistic {place} {value!r} is not known.{did_you_mean(value, values)} "
-                    f"Use one of {', '.join(values)}."
-                )
+__all__ = ["Scores"]
 
 
 class About(TypedDict):
@@ -86,7 +54,7 @@ class Scores:
         tensors = {_key(axis, layer): value for axis, layers in self.values.items() for layer, value in layers.items()}
         about = {
             "shape": asdict(self.shape),
-            "statistic": asdict(self.statistic),
+            "statistic": self.statistic.model_dump(),
             "samples": self.samples,
             "tokens": self.tokens,
             "model_hash": self.model_hash,

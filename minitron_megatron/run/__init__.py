@@ -4,13 +4,17 @@ Knows: recipes, forecasts, the run folder. Must not know: terminals, plots, comm
 """
 
 from .bench import bench
+from .context import Context
 from .engine import Step, dry_run, run, search_task
 from .evaluation import check_export, evaluate_folder
 from .handover import hand_over
+from .stage import Stage
 from .stages import STAGES
 
 __all__ = [
     "STAGES",
+    "Context",
+    "Stage",
     "Step",
     "bench",
     "check_export",

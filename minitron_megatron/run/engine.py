@@ -23,8 +23,7 @@ from ..run_folder import RunFolder
 from .context import Context
 from .fingerprint import fingerprint
 from .preemption import PreemptionListener, raise_when_preempted
-from .results import RESULTS, Record
-from .stage import Stage
+from .stage import Record, Stage
 from .stages import STAGES
 from .stages.search import search_share
 from .versions import versions
@@ -186,7 +185,7 @@ class _Walk:
             record: dict[str, Any] = dict(read_as(path, Record))
             if record["fingerprint"] != self.mark(stage):
                 return None
-            check_as(record["result"], RESULTS[stage.name], f"{path}: result")
+            check_as(record["result"], stage.result, f"{path}: result")
         except FileError as error:
             raise CheckpointError(f"{error} Remove it to run the stage {stage.name} again.") from error
         return record

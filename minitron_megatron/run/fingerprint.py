@@ -23,10 +23,11 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the fingerprint of a stage: recipe keys that it reads, files behind them and results that it uses."""
     keys = recipe.deciding()
+    read = ["plugins", *stage.reads] if recipe.plugins else stage.reads
     return digest(
         {
             "stage": stage.name,
-            "keys": {name: keys[name] for name in stage.reads},
+            "keys": {name: keys[name] for name in read},
             "asks": stage.extra_inputs(recipe),  # the key enters the hash: another name would rerun finished stages
             "files": _input_marks(recipe) if "data" in stage.reads else [],
             "results": untimed({name: done[name] for name in stage.after if name in done}),

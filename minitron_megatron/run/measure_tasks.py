@@ -9,12 +9,13 @@ from typing import Any
 from ..data import transformers_tokenizer
 from ..evaluate import RunBatches, Task, ValidationSet, lower_is_better, run_tasks, scores_of, validation_loss
 from ..files import whole_file, write_json
-from ..forecast import WINOGRANDE, settings_folder
+from ..forecast import settings_folder
 from ..layout import parameters
 from ..model import chunks_of, shape_of
+from ..score import Metric
 from .context import Context
 
-__all__ = ["measured_row", "score_of", "winogrande", "write_table"]
+__all__ = ["depth_metric", "measured_row", "score_of", "write_table"]
 
 
 def measured_row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> dict[str, Any]:
@@ -49,12 +50,17 @@ def score_of(context: Context, model: Any, name: str) -> float:
     return scores_of(found, [task])[name] * (-1 if lower_is_better(found, task) else 1)
 
 
-def winogrande(context: Context, model: Any, run: RunBatches) -> float:
-    """Return the Winogrande accuracy of the network that `run` executes, such as a model without some layers.
+def depth_metric(context: Context, model: Any, task: Task) -> Metric:
+    """Return the function that measures a network, such as a model without some layers, by its score at a task.
 
     Collective over the world.
     """
-    return scores_of(_harness_results(context, model, [WINOGRANDE], run), [WINOGRANDE])[WINOGRANDE.name]
+
+    def metric(run: RunBatches) -> float:
+        return scores_of(_harness_results(context, model, [task], run), [task])[task.name]
+
+    metric.__name__ = task.name
+    return metric
 
 
 def _harness_results(

@@ -7,14 +7,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ..recipe import Recipe
 from ..run_folder import RunFolder
 from .context import Context
 
-__all__ = ["Result", "Stage"]
+__all__ = ["Model", "Record", "Result", "Stage", "Trained"]
 
 Result = dict[str, Any]
 """Result of a stage, as JSON. Stages that use it run again when it changes."""
+
+
+class Record(TypedDict):
+    """Record of a finished stage."""
+
+    fingerprint: str
+    result: dict[str, Any]
+    seconds: float
+    peak_bytes: int
+
+
+class Model(TypedDict):
+    """Result of a stage that writes a model."""
+
+    hash: str
+    files: str
+    """Checksum of the list of the model files' checksums."""
+
+
+class Trained(Model):
+    """Result of a stage that trains a model."""
+
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -26,6 +51,8 @@ class Stage:
     """Function that runs the stage."""
     makes: Callable[[RunFolder], Path]
     """Path that exists if the stage's output does."""
+    result: Any
+    """Type of the result. A record is validated against it when it is read."""
     reads: tuple[str, ...]
     """Top-level recipe keys that the stage reads. It runs again when one changes."""
     after: tuple[str, ...] = ()

@@ -8,13 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from ..distill import ContinuousObjective, KDObjective, StateLoss
-from ..evaluate import validation_loss
+from ..evaluate import ValidationSet, validation_loss
 from ..events import Event
 from ..files import file_marks
-from ..layout import flops_per_token
 from ..model import shape_of
 from ..recipe import Recipe, ResolvedPhase, TrainingKeys, prefixes, resolved
-from ..train import Learner, Lora, Objective, Training, train, train_norms_only
+from ..train import Learner, Lora, Objective, Saving, Training, train, train_norms_only
 from .context import Context
 
 __all__ = ["correcting", "distil", "distillation_inputs", "train_in_phases"]
@@ -36,7 +35,7 @@ def distil(context: Context, student: list[Any], label: str, *, until: int | Non
     """
     keys, correct, topology = context.recipe.distill, context.recipe.correct, context.topology
     continuous = correct is not None and correct.continuous
-    teacher, loss = context.load_teacher(trains=continuous), keys.loss.loss()
+    teacher, loss = context.load_teacher(trains=continuous), keys.loss
     vocab = shape_of(student[0]).vocab
     states = _states(context, teacher, student)
     if not continuous:
@@ -51,13 +50,12 @@ def distil(context: Context, student: list[Any], label: str, *, until: int | Non
             pack=keys.teacher_dtype == "float8",
         )
         with _released(states):
-            return train_in_phases(context, student, objective, keys, label, teacher=objective, until=until)
+            return train_in_phases(context, student, objective, keys, label, until=until)
     assert correct is not None
 
     def taught(phase: ResolvedPhase) -> ContinuousObjective:
         """Return a phase's objective; the teacher's schedule is as long as the phase."""
-        settings = _training(ResolvedPhase(correct.model_copy(update=_budget(phase)), phase.sequence, ()), 0)
-        learner = Learner(teacher, settings, topology, "teacher")
+        learner = Learner(teacher, Training.of(correct, phase.steps, seed=0), topology, "teacher")
         return ContinuousObjective(learner, topology, vocab=vocab, loss=loss, states=states)
 
     with correcting(context, teacher), _released(states):
@@ -82,7 +80,7 @@ def correcting(context: Context, teacher: list[Any]) -> Iterator[None]:
 
 def _states(context: Context, teacher: list[Any], student: list[Any]) -> StateLoss | None:
     keys, seed = context.recipe.distill.states, context.recipe.seed
-    return StateLoss(teacher, student, keys.pairs(), context.topology, seed=seed) if keys else None
+    return StateLoss(teacher, student, keys, context.topology, seed=seed) if keys else None
 
 
 @contextmanager
@@ -95,10 +93,6 @@ def _released(states: StateLoss | None) -> Iterator[None]:
             states.release()
 
 
-def _budget(phase: ResolvedPhase) -> dict[str, int]:
-    return {"tokens": phase.keys.tokens, "global_batch": phase.keys.global_batch}
-
-
 def train_in_phases(
     context: Context,
     model: list[Any],
@@ -106,19 +100,17 @@ def train_in_phases(
     keys: TrainingKeys,
     label: str,
     *,
-    teacher: KDObjective | None = None,
     until: int | None = None,
 ) -> int:
     """Train in place, with checkpoints and validation; return the tokens seen.
 
-    objective: one for all phases, or a function phase -> objective. teacher: objective whose divergence validation
-    measures.
+    objective: one for all phases, or a function phase -> objective. Validation measures the divergence from its
+    teacher, if it has one.
     """
     phases, held_out, tokens, before = resolved(keys, context.recipe.data), context.held_out(), 0, None
-    total, first = sum(phase.steps for phase in phases), 0
+    total, first, retain = sum(phase.steps for phase in phases), 0, label == "distill" and context.recipe.distill.retain
     for number, phase in enumerate(phases):
         current = objective(phase) if callable(objective) else objective
-        validated = current if isinstance(current, ContinuousObjective) else teacher
         co_trained = [current.learner] if isinstance(current, ContinuousObjective) else []
         recipe = prefixes(context.recipe)[number]
         at = (context.checkpoints(recipe), context.mark_of(recipe))
@@ -126,56 +118,28 @@ def train_in_phases(
             model,
             current,
             context.training_batches(phase, context.recipe.seed + number),
-            _training(phase, context.recipe.seed),
+            Training.of(phase.keys, phase.steps, context.recipe.seed),
             context.topology,
             label=label,
-            checkpoints=at[0],
-            identity=at[1],
-            begin=before,
+            saving=Saving(*at, before, save_last=len(phases) > 1 or retain),
             until=until,
-            save_last=len(phases) > 1 or (label == "distill" and context.recipe.distill.retain),
             co_trained=co_trained,
-            co_trained_flops=_flops(validated, phase, trains=bool(co_trained)),
-            validate=_validation(context, model, held_out, validated),
+            validate=_validation(context, model, held_out, current),
             listener=_shifted(context.listener, first, total),
         )
         tokens, before, first = int(values["tokens"]), at, first + phase.steps
     return tokens
 
 
-def _training(phase: ResolvedPhase, seed: int) -> Training:
-    keys = phase.keys
-    return Training(
-        steps=phase.steps,
-        lr=keys.lr,
-        min_lr=keys.min_lr,
-        warmup_steps=keys.warmup_steps,
-        weight_decay=keys.weight_decay,
-        clip=keys.clip,
-        save_every=keys.save_every,
-        keep=keys.keep_checkpoints,
-        asynchronous=keys.save_async,
-        validate_every=keys.validate_every,
-        seed=seed,
-    )
-
-
-def _flops(teacher: KDObjective | None, phase: ResolvedPhase, *, trains: bool) -> int:
-    """Return the teacher's FLOPs per token: its forward pass, and its backward pass if it trains."""
-    if teacher is None:
-        return 0
-    return (3 if trains else 1) * flops_per_token(shape_of(teacher.teacher[0]), phase.sequence)
-
-
-def _validation(context: Context, model: list[Any], held_out: Any, teacher: KDObjective | None) -> Measure:
+def _validation(context: Context, model: list[Any], held_out: ValidationSet, objective: Objective) -> Measure:
     """Return a function that measures cross-entropy on each source, and the divergence from the teacher, if any."""
 
     def measure() -> dict[str, float]:
         losses = validation_loss(model, held_out, context.topology)
         found = {"validation_loss": losses["all"]}
         found |= {f"validation_loss/{source}": loss for source, loss in losses.items() if source != "all"}
-        if teacher is not None:
-            found["validation_kl"] = validation_loss(model, held_out, context.topology, teacher.plain())["all"]
+        if isinstance(objective, KDObjective):
+            found["validation_kl"] = validation_loss(model, held_out, context.topology, objective.plain())["all"]
         return found
 
     return measure

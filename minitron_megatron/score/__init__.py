@@ -4,9 +4,20 @@ Knows: activations, taps, statistics, and the losses that measure a network with
 pruning plans, recipes.
 """
 
-from .depth import Metric, RunBatches, leave_out
+from .depth import Metric, RunBatches, TokenMetric, leave_out
+from .metrics import DEPTH_METRICS, DepthMetric
 from .similarity import block_importance
 from .sweep import score
 from .taps import check_statistic
 
-__all__ = ["Metric", "RunBatches", "block_importance", "check_statistic", "leave_out", "score"]
+__all__ = [
+    "DEPTH_METRICS",
+    "DepthMetric",
+    "Metric",
+    "RunBatches",
+    "TokenMetric",
+    "block_importance",
+    "check_statistic",
+    "leave_out",
+    "score",
+]

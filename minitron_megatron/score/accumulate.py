@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..parallel import Group, all_reduce, local_sequence
-from ..records import Statistic
+from ..records import REDUCTIONS, Statistic
 
-__all__ = ["Accumulator", "over_positions"]
-
-
-def over_positions(how: str, activations: Tensor, length: Tensor, total: Callable[..., Tensor]) -> Tensor:
-    """Reduce activations over positions; return [samples, units].
-
-    length: positions of each sample, [samples, 1]. total: function that sums numbers over positions, in a given dtype.
-    """
-    if how == "mean":
-        return total(activations.abs()) / length
-    squares = total(activations.square(), torch.float64)
-    if how == "l2":
-        return squares.sqrt()
-    mean = total(activations, torch.float64) / length
-    return (squares / length - mean.square()).clamp(min=0)
+__all__ = ["Accumulator"]
 
 
 class Accumulator:
@@ -47,7 +31,7 @@ class Accumulator:
             a = a * (
                 counted if self.sequence_group is None else local_sequence(counted, self.sequence_group)
             ).unsqueeze(-1)
-        per_sample = over_positions(self.statistic.sequence, a, length, self._total)
+        per_sample = REDUCTIONS[self.statistic.sequence].over_positions(a, length, self._total)
         self.add_samples(per_sample.double(), mask.any(dim=1).double())
 
     def _total(self, numbers: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -68,7 +52,4 @@ class Accumulator:
         """Reduce over the samples of all ranks of `data_group`; return fp64 [units]. Collective over that group."""
         assert self.sums is not None, "no activation was added to this tap"
         total, squares, samples = self.sums if data_group is None else all_reduce(self.sums.clone(), data_group)
-        if self.statistic.batch == "l2":
-            return squares.sqrt()
-        mean = total / samples
-        return mean if self.statistic.batch == "mean" else (squares / samples - mean.square()).clamp(min=0)
+        return REDUCTIONS[self.statistic.batch].over_samples(total, squares, samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..data import Batch
 from ..errors import PlanError, did_you_mean
 from ..events import Event, Listener, silent
 from ..layout import Shape
-from ..losses import distill_loss, lm_loss
+from ..losses import Output, Vocabulary, distill_loss, lm_loss
 from ..model import (
     MicroBatch,
     chunks_of,
@@ -30,7 +31,7 @@ from ..parallel import Topology, all_reduce, sum_over_world
 from ..records import DepthScores
 from .bare import bare_chunks
 
-__all__ = ["Metric", "RunBatches", "blocks_of", "count", "expect_finite", "leave_out"]
+__all__ = ["LOSSES", "Metric", "RunBatches", "TokenMetric", "blocks_of", "count", "expect_finite", "leave_out"]
 
 RunBatches = Callable[[Sequence[MicroBatch]], list[Tensor]]
 """`forward_only` of the remaining network: returns the final hidden states of this replica's micro-batches on the last
@@ -48,7 +49,19 @@ yet, the metric of the whole network comes first."""
 Progress = Callable[[int], None]
 """Reports how many more forward passes (networks x micro-batches) are done."""
 
-LOSSES = ("loss", "kl")
+ValueOf = Callable[[Topology, Sequence[Tensor], Any, Tensor, Batch, int], Tensor]
+"""(topology, final hidden states of the whole network, chunk, hidden, batch, index) -> value, summed over the tokens
+that count."""
+
+
+@dataclass(frozen=True)
+class TokenMetric:
+    """Mean over tokens of a value of the final hidden states; lower is better."""
+
+    name: str
+    value: ValueOf
+    compares: bool = False
+    """Whether the value needs the states of the whole network, also where layers are already removed."""
 
 
 def leave_out(
@@ -57,19 +70,19 @@ def leave_out(
     *,
     topology: Topology,
     lengths: Sequence[int] = (1,),
-    metric: str | Metric = "loss",
+    metric: str | TokenMetric | Metric = "loss",
     greedy: int = 0,
     model_hash: str = "",
     listener: Listener = silent,
 ) -> DepthScores:
     """Measure the network without each block of `lengths` layers, on this data-parallel rank's batches.
 
-    metric: `loss` (cross-entropy) or `kl` (KL(whole network || remaining network)), in nats per token; or a function
-    that brings its own data. greedy: how many layers to remove one by one in addition, each time the layer whose
-    removal hurts least (ties: the first); single layers are then measured too. Sources: Minitron section 2.2; second
-    paper, figures 8 and 9.
+    metric: `loss` (cross-entropy) or `kl` (KL(whole network || remaining network)), in nats per token; another
+    TokenMetric; or a function that brings its own data. greedy: how many layers to remove one by one in addition, each
+    time the layer whose removal hurts least (ties: the first); single layers are then measured too. Sources: Minitron
+    section 2.2; second paper, figures 8 and 9.
 
-    With `loss` and `kl`, no layer before a block runs again: one pass of the network over a window of micro-batches
+    With a TokenMetric, no layer before a block runs again: one pass of the network over a window of micro-batches
     keeps the states that enter each layer, (layers of the rank + 1) x window x seq x batch x hidden numbers. With a
     function, each network runs as a whole. Every rank returns the same. Collective over the world. Raises PlanError for
     an unknown metric, a wrapped model, a length that removes or leaves no layer, and a value that is not finite.
@@ -79,9 +92,10 @@ def leave_out(
     _check_counts(shape, [greedy] if greedy else [])
     samples, tokens = count(batches, topology)
     networks = 1 + len(blocks) + sum(shape.layers - gone for gone in range(1, greedy))
-    if isinstance(metric, str):
+    metric = _token_metric(metric) if isinstance(metric, str) else metric
+    if by_token := isinstance(metric, TokenMetric):
         progress = _progress(listener, networks * len(batches) * topology.dp, topology.dp)
-        measure = _by_loss(model, batches, metric, tokens, topology, progress)
+        measure = _by_token(model, batches, metric, tokens, topology, progress)
     else:
         measure = _by_function(model, metric, _progress(listener, networks))
     with evaluating(model):
@@ -89,9 +103,9 @@ def leave_out(
         found = dict(zip(blocks, values, strict=True))
         expect_finite(found, baseline)
         singles = {first: value for (first, length), value in found.items() if length == 1}
-        order = _one_by_one(measure, singles, greedy, min if isinstance(metric, str) else max)
-    name = metric if isinstance(metric, str) else getattr(metric, "__name__", "metric")
-    return DepthScores(shape, name, isinstance(metric, str), baseline, found, order, samples, tokens, model_hash)
+        order = _one_by_one(measure, singles, greedy, min if by_token else max)
+    name = metric.name if isinstance(metric, TokenMetric) else getattr(metric, "__name__", "metric")
+    return DepthScores(shape, name, by_token, baseline, found, order, samples, tokens, model_hash)
 
 
 def blocks_of(shape: Shape, lengths: Sequence[int] | set[int]) -> list[tuple[int, int]]:
@@ -168,20 +182,23 @@ def _by_function(model: Any, metric: Metric, progress: Progress) -> Measure:
     return measure
 
 
-def _by_loss(
-    model: Any, batches: Sequence[Batch], metric: str, tokens: int, topology: Topology, progress: Progress
-) -> Measure:
-    if metric not in LOSSES:
+def _token_metric(name: str) -> TokenMetric:
+    if name not in LOSSES:
         raise PlanError(
-            f"metric {metric!r} is not known.{did_you_mean(metric, LOSSES)} Use {' or '.join(LOSSES)}, or a function."
+            f"metric {name!r} is not known.{did_you_mean(name, LOSSES)} Use {' or '.join(LOSSES)}, or a function."
         )
+    return LOSSES[name]
 
+
+def _by_token(
+    model: Any, batches: Sequence[Batch], metric: TokenMetric, tokens: int, topology: Topology, progress: Progress
+) -> Measure:
     def measure(removed: Layers, blocks: Sequence[Layers]) -> list[float]:
         sums = torch.zeros(1 + len(blocks), dtype=torch.float64, device=topology.device)
         for window in windows(batches, topology.pp):
             hidden, kept = forward_kept(model, window, without=removed)
-            whole = forward_only(model, window) if removed and metric == "kl" else hidden
-            value_of = partial(_kl, topology, whole) if metric == "kl" else partial(_loss, topology)
+            whole = forward_only(model, window) if removed and metric.compares else hidden
+            value_of = partial(metric.value, topology, whole)
             if not removed:
                 chunk = chunks_of(model)[-1]
                 sums[0] += sum(value_of(chunk, h, b, i) for i, (h, b) in enumerate(zip(hidden, window, strict=False)))
@@ -193,28 +210,20 @@ def _by_loss(
     return measure
 
 
-def _loss(topology: Topology, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
-    return lm_loss(
-        hidden,
-        output_weight(chunk).detach(),
-        batch.labels,
-        batch.mask,
-        vocab=shape_of(chunk).vocab,
-        group=topology.tp_group,
-        sequence_parallel=topology.sequence_parallel,
-    )
+def _loss(topology: Topology, whole: Sequence[Tensor], chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
+    model = Output(hidden, output_weight(chunk).detach())
+    return lm_loss(model, batch.labels, batch.mask, _vocabulary(topology, chunk))
 
 
 def _kl(topology: Topology, whole: Sequence[Tensor], chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
     """Return the summed KL from the whole network. whole: its final hidden states."""
     weight = output_weight(chunk).detach()
-    return distill_loss(
-        hidden,
-        weight,
-        whole[index],
-        weight,
-        batch.mask,
-        vocab=shape_of(chunk).vocab,
-        group=topology.tp_group,
-        sequence_parallel=topology.sequence_parallel,
-    )
+    models = Output(hidden, weight), Output(whole[index], weight)
+    return distill_loss(*models, batch.mask, _vocabulary(topology, chunk))
+
+
+def _vocabulary(topology: Topology, chunk: Any) -> Vocabulary:
+    return Vocabulary(shape_of(chunk).vocab, topology.tp_group, topology.sequence_parallel)
+
+
+LOSSES = {"loss": TokenMetric("loss", _loss), "kl": TokenMetric("kl", _kl, compares=True)}

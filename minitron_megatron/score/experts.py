@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import PlanError
 from ..model import chunks_of
 from ..parallel import Topology, all_reduce, gather_objects, gather_sequence, local_sequence
-from ..records import Statistic
-from .accumulate import Accumulator, over_positions
+from ..records import REDUCTIONS, Statistic
+from .accumulate import Accumulator
 from .taps import EXPERT_AXES
 
 __all__ = ["Mixture", "mixtures"]
@@ -92,7 +92,8 @@ class Mixture:
             table = torch.zeros(len(lengths), numbers.shape[1], dtype=torch.float64, device=numbers.device)
             return all_reduce(table.index_add_(0, sample, numbers.double()), self.topology.edp_group)
 
-        per_sample = over_positions(self.statistic.sequence, activations, lengths.clamp(min=1).unsqueeze(1), total)
+        length = lengths.clamp(min=1).unsqueeze(1)
+        per_sample = REDUCTIONS[self.statistic.sequence].over_positions(activations, length, total)
         sums.add_samples(per_sample.double(), (lengths > 0).double())
 
     def results(self) -> Iterator[tuple[str, Tensor]]:

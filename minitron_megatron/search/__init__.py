@@ -6,7 +6,7 @@ folders, distillation (training comes as a function).
 
 from .choice import front, knee, rank_correlation, settled
 from .halving import Curve, halving, rungs
-from .latency import Conditions, FittedSpeed, Roofline, SpeedRow
+from .latency import Conditions, FittedSpeed, Roofline, Serving, SpeedRow
 from .space import COSTS, FILLED, MORE_IS_BETTER, TIMED, Candidate, Limit, Space, candidates, costs_of
 from .zero_shot import zero_shot
 
@@ -21,6 +21,7 @@ __all__ = [
     "FittedSpeed",
     "Limit",
     "Roofline",
+    "Serving",
     "Space",
     "SpeedRow",
     "candidates",

@@ -4,22 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from ..errors import RecipeError, did_you_mean, expect_number
+from ..errors import RecipeError, did_you_mean
 from ..gpus import GPUS
 from ..layout import Shape, active_parameters, flops_per_token, kv_cache_bytes, parameters
+from ..settings import Count, FilePath, Settings, model_validator
 
-__all__ = ["Conditions", "FittedSpeed", "Roofline", "SpeedRow"]
+__all__ = ["Conditions", "FittedSpeed", "Roofline", "Serving", "SpeedRow"]
 
 Speed = Callable[[Shape, "Conditions"], float]
 """(shape, conditions) -> seconds of one decoding step of the batch."""
 
 
+Number = Literal["float32", "bfloat16", "float8"]
+
+
+class Serving(Settings):
+    """Serving conditions, for the budgets that depend on them."""
+
+    batch: Count = 1
+    """Sequences decoded at a time."""
+    context: Count | None = None
+    """Tokens per sequence in the KV cache. Default: `data.sequence`."""
+    weights: Number = "bfloat16"
+    """Dtype of the weights."""
+    kv_cache: Number = "bfloat16"
+    """Dtype of the KV cache."""
+    gpu: str | None = None
+    """Predict speed from this GPU's data sheet (roofline): the larger of bytes over bandwidth and FLOPs over peak,
+    without overhead."""
+    table: FilePath | None = None
+    """Predict speed from a fit to measurements: a `bench/table.json` of `minitron bench --backend torch`."""
+
+    @model_validator(mode="after")
+    def _one_speed(self) -> Serving:
+        if self.gpu and self.table:
+            raise ValueError("Speed comes from gpu or from table, not from both: remove one")
+        if self.gpu:
+            Roofline.of(self.gpu)
+        return self
+
+
 @dataclass(frozen=True)
 class Conditions:
-    """Serving conditions on which some costs depend."""
+    """Serving conditions as numbers, from which costs are counted."""
 
     batch: int = 1
     """Sequences decoded at once."""
@@ -30,12 +61,6 @@ class Conditions:
     kv_bytes: int = 2
     """Bytes of one number in the KV cache."""
     speed: Speed | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "context"):
-            expect_number(name, getattr(self, name), above=0, whole=True)
-        for name in ("weight_bytes", "kv_bytes"):
-            expect_number(name, getattr(self, name), above=0)
 
     def weights(self, shape: Shape) -> float:
         """Return the bytes of all weights."""

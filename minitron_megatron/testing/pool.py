@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -25,7 +25,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from ..parallel import Topology, claim_device, install_cpu_backend
+from ..parallel import Parallel, Topology, claim_device, install_cpu_backend
 
 __all__ = ["Pool"]
 
@@ -83,7 +83,7 @@ class Pool:
         meeting = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         for rank, worker in enumerate(workers):
             place = _Place(rank, len(workers), meeting.port, seconds)
-            worker.send((place, Topology(tp, pp, vp, ep, sequence_parallel, cp), fn, args))
+            worker.send((place, Parallel(tp, pp, vp, ep, sequence_parallel, cp), fn, args))
         try:
             return self._collect(workers, seconds, getattr(fn, "__name__", str(fn)))
         except BaseException:
@@ -241,7 +241,7 @@ def _answer(message: bytes) -> bytes:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _in_own_world(place: _Place, layout: Topology, fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+def _in_own_world(place: _Place, layout: Parallel, fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
     """Join the job's process group, set up its layout, run the job, clean up, and return the pickled answer."""
     os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.rank), WORLD_SIZE=str(place.world))
     store = dist.TCPStore(HOST, place.port, timeout=timedelta(seconds=place.seconds))
@@ -249,7 +249,7 @@ def _in_own_world(place: _Place, layout: Topology, fn: Callable[..., Any], args:
         claim_device(), store=store, rank=place.rank, world_size=place.world, timeout=timedelta(seconds=place.seconds)
     )
     try:
-        topology = Topology.start(*astuple(layout))
+        topology = Topology.start(layout)
         try:
             return _packed(fn(topology, *args))
         except BaseException as error:  # timed before the cleaning up, which waits for other ranks

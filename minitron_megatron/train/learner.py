@@ -55,13 +55,13 @@ class Learner:
 
     def _passes(self, batches: Sequence[Batch], objective: Objective) -> tuple[float, int]:
         """Run forward and backward over the step's micro-batches; return the global (summed loss, counted tokens)."""
-        forward, size = getattr(objective, "forward", None), getattr(objective, "window", None) or len(batches)
+        size = objective.window or len(batches)
         windows = [batches[at : at + size] for at in range(0, len(batches), size)]
         self._finalize.expect(len(windows))
         losses, counts = [], []
         for window in windows:
             objective.prepare(window)
-            loss, counted = forward_backward(self.chunks, window, objective.loss, forward=forward)
+            loss, counted = forward_backward(self.chunks, window, objective.loss, forward=objective.forward)
             losses.append(loss)
             counts.append(counted)
         return global_sums(torch.stack(losses).sum(), torch.stack(counts).sum(), self.topology)

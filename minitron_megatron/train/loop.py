@@ -28,7 +28,7 @@ from .spikes import Spikes
 from .straggler import StragglerMonitor
 from .training import Training
 
-__all__ = ["MOST_SKIPPED", "train"]
+__all__ = ["MOST_SKIPPED", "Saving", "train"]
 
 MOST_SKIPPED = 10
 """Consecutive non-finite steps after which training stops."""
@@ -47,6 +47,20 @@ class Saved(TypedDict):
     schedulers: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Saving:
+    """Checkpoints of a training: where to save every `save_every` steps and to resume from."""
+
+    folder: Path | None = None
+    """None: save nothing."""
+    identity: str = ""
+    """Name of the run that the checkpoints belong to; a training resumes only from its own."""
+    begin: tuple[Path, str] | None = None
+    """(folder, identity) of the previous phase, whose last checkpoint this phase starts from."""
+    save_last: bool = False
+    """Whether to save after the last step, for the next phase."""
+
+
 def train(
     model: Any,
     objective: Objective,
@@ -55,54 +69,35 @@ def train(
     topology: Topology,
     *,
     label: str = "train",
-    checkpoints: Path | None = None,
-    identity: str = "",
-    begin: tuple[Path, str] | None = None,
-    save_last: bool = False,
+    saving: Saving | None = None,
     until: int | None = None,
     co_trained: Sequence[Learner] = (),
-    co_trained_flops: int = 0,
     validate: Callable[[], dict[str, float]] | None = None,
     listener: Listener = silent,
 ) -> dict[str, float]:
     """Train the chunks of `model` in place for `training.steps` steps. Collective over the world.
 
-    batches_of: step (from 0) -> this rank's micro-batches. checkpoints: folder to save to every `save_every` steps and
-    to resume from; `identity` names the run that they belong to. begin: (checkpoints, identity) of the previous phase,
-    whose last checkpoint this phase starts from; save_last: save a checkpoint after the last step for the next phase.
-    until: step after which to save and stop, with the schedule of the whole training. co_trained: models that the
-    objective trains in the same steps; co_trained_flops: their FLOPs per token. validate: measurements
-    after every `validate_every` steps and at the end. Returns the last step's values: `loss` (nats per token), `tokens`
-    seen, `skipped` steps, `spikes` of the loss.
+    batches_of: step (from 0) -> this rank's micro-batches. saving: None saves nothing. until: step after which to save
+    and stop, with the schedule of the whole training. co_trained: models that the objective trains in the same steps.
+    validate: measurements after every `validate_every` steps and at the end. Returns the last step's values: `loss`
+    (nats per token), `tokens` seen, `skipped` steps, `spikes` of the loss.
 
     A step whose loss or gradient is not finite changes no weight. Raises TrainingError after `MOST_SKIPPED` such steps
     in a row and if there is no result (`_Run.finish`), and Preempted after a signal on any rank; saves first.
     """
     learners = [Learner(model, training, topology), *co_trained]
-    run = _Run(learners, objective, training, topology, identity, label, co_trained_flops)
+    run = _Run(learners, objective, training, topology, label, saving or Saving())
     try:
-        if checkpoints is not None:
-            run.store = Checkpoints(checkpoints, topology, keep=training.keep, asynchronous=training.asynchronous)
-        run.resume(begin)
+        run.resume()
         values = {"tokens": float(run.tokens)}
         end = training.steps if until is None else min(until, training.steps)
-        save_last = save_last or end < training.steps
         with any_rank_signalled(topology) as preempted:
-            for done in range(run.step + 1, end + 1):
-                with run.monitor.alone():
-                    batches = batches_of(done - 1)
-                values = run.advance(done, batches)
-                last = done == end
-                if validate and (last or done % training.validate_every == 0):
+            for step in range(run.step + 1, end + 1):
+                values = run.advance(step, batches_of)
+                if validate and (step == end or step % training.validate_every == 0):
                     values |= validate()
-                listener(Event(label, done, training.steps, "steps", values))
-                stop = preempted()  # also at the last step: the stage still has to write its model
-                if stop or run.diverged or (save_last if last else done % training.save_every == 0):
-                    run.save(values.get(SCORE), wait=last or stop or run.diverged)
-                if run.diverged:
-                    raise run.diverged_error()
-                if stop:
-                    raise Preempted
+                listener(Event(label, step, training.steps, "steps", values))
+                run.settle(values.get(SCORE), end, stop=preempted())  # also at the end: the stage still has to write
         run.finish(values)
         return values
     finally:
@@ -117,9 +112,8 @@ class _Run:
     objective: Objective
     training: Training
     topology: Topology
-    identity: str
     label: str
-    co_trained_flops: int
+    saving: Saving
     store: Checkpoints | None = None
     step: int = 0
     tokens: int = 0
@@ -134,14 +128,24 @@ class _Run:
     def diverged(self) -> bool:
         return self.skipped_in_a_row == MOST_SKIPPED
 
-    def diverged_error(self) -> TrainingError:
-        return TrainingError(
-            f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step {self.step}. "
-            "Check the data of these steps, or lower the learning rate (`lr`)."
-        )
+    def settle(self, score: float | None, end: int, *, stop: bool) -> None:
+        """Save after a step where that is due; then raise TrainingError if it diverged, or Preempted to `stop`."""
+        last = self.step == end
+        save_last = self.saving.save_last or end < self.training.steps
+        if stop or self.diverged or (save_last if last else self.step % self.training.save_every == 0):
+            self.save(score, wait=last or stop or self.diverged)
+        if self.diverged:
+            raise TrainingError(
+                f"the loss or its gradient was not finite in {MOST_SKIPPED} steps in a row, up to step {self.step}. "
+                "Check the data of these steps, or lower the learning rate (`lr`)."
+            )
+        if stop:
+            raise Preempted
 
-    def advance(self, done: int, batches: Sequence[Batch]) -> dict[str, float]:
+    def advance(self, done: int, batches_of: Callable[[int], Sequence[Batch]]) -> dict[str, float]:
         """Run one step; return its measurements."""
+        with self.monitor.alone():
+            batches = batches_of(done - 1)
         began = time.perf_counter()
         torch.manual_seed(self.training.seed + done)
         loss, counted, norm = self.learners[0].step(batches, self.objective)
@@ -154,9 +158,7 @@ class _Run:
             if self.spikes.see(loss):
                 self._warn(f"step {done} of {self.label} has a loss of {loss:.4g}, far above that of the steps before.")
         values = {"loss": loss, "lr": self.learners[0].lr, "grad_norm": norm, "tokens": self.tokens}
-        values |= {"skipped": self.skipped, "spikes": self.spikes.count}
-        if hasattr(self.objective, "finish"):
-            values |= self.objective.finish()
+        values |= {"skipped": self.skipped, "spikes": self.spikes.count} | self.objective.finish()
         if self.store:
             self.store.poll()
         values |= self._rates(batches, counted, time.perf_counter() - began) | self.monitor.look(done)
@@ -178,13 +180,13 @@ class _Run:
         second = tokens / seconds / self.topology.world
         shape = shape_of(self.learners[0].chunks[0].module)
         sequence = batches[0].tokens.shape[1] * self.topology.cp
-        work = {"": 3 * flops_per_token(shape, sequence) * second, "teacher_": self.co_trained_flops * second}
+        work = {"": 3 * flops_per_token(shape, sequence), "teacher_": self.objective.further_flops(sequence)}
         rates = {"tokens_per_second": counted / seconds}
         for name, flops in work.items():
             if flops:
-                rates[f"{name}tflops"] = flops / 1e12
+                rates[f"{name}tflops"] = flops * second / 1e12
             if flops and (peak := peak_flops()):
-                rates[f"{name}mfu"] = flops / peak
+                rates[f"{name}mfu"] = flops * second / peak
         return rates
 
     def finish(self, values: Mapping[str, float]) -> None:
@@ -216,7 +218,7 @@ class _Run:
             return
         self._expect_finite()
         state = {
-            "identity": self.identity,
+            "identity": self.saving.identity,
             "tokens": self.tokens,
             "skipped": self.skipped,
             "spikes": [self.spikes.losses, self.spikes.count],
@@ -224,9 +226,13 @@ class _Run:
         }
         self.store.save(self.step, [learner.trainee for learner in self.learners], state, score=score, wait=wait)
 
-    def resume(self, begin: tuple[Path, str] | None) -> None:
+    def resume(self) -> None:
         """Resume from the newest readable checkpoint, else from the end of the previous phase, if any."""
-        state = self._newest(self.store, self.identity) if self.store else None
+        training, begin = self.training, self.saving.begin
+        if self.saving.folder is not None:
+            keep, asynchronous = training.keep_checkpoints, training.save_async
+            self.store = Checkpoints(self.saving.folder, self.topology, keep=keep, asynchronous=asynchronous)
+        state = self._newest(self.store, self.saving.identity) if self.store else None
         if state:
             self._resume_schedules(state["schedulers"])
             self.step, self.spikes = state["step"], Spikes(*state["spikes"])

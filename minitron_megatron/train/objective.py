@@ -2,56 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ..data import Batch
-from ..losses import lm_loss
+from ..losses import Output, Vocabulary, lm_loss
 from ..model import output_weight, shape_of
-from ..parallel import Topology
+from ..parallel import Topology, final_hidden
+from ..registry import Registry
 
-__all__ = ["LMObjective", "Objective"]
+__all__ = ["OBJECTIVES", "LMObjective", "Objective"]
 
 
-class Objective(Protocol):
-    """A loss over final hidden states. Plugin point: any class with these methods can be trained.
+class Objective(ABC):
+    """A loss over final hidden states (a plugin point). `prepare`, `forward` and `finish` may be collective."""
 
-    An objective may also have:
-    `window`: the number of micro-batches that one `prepare` covers (default: all of a step);
-    `forward(chunk, batch, index) -> hidden`: replaces a chunk's forward pass over micro-batch `index` in training;
-    `finish() -> values`: called on every rank after a step; returns measurements besides the loss.
-    Both methods may be collective over the ranks that call them.
-    """
+    window: int | None = None
+    """Micro-batches that one `prepare` covers; None: all of a step."""
 
-    def prepare(self, batches: Sequence[Batch]) -> None:
-        """Prepare for a window of micro-batches, numbered from 0; called on every rank. May be collective."""
+    def prepare(self, batches: Sequence[Batch]) -> None:  # noqa: B027 (most objectives need no preparation)
+        """Prepare for a window of micro-batches, numbered from 0; called on every rank."""
 
+    def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
+        """Return the hidden states of a chunk over micro-batch `index`, in training."""
+        return final_hidden(chunk, batch.tokens, batch.attention_context)
+
+    @abstractmethod
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         """Return the loss in nats, summed over micro-batch `index`'s counted tokens: scalar. Last pipeline stage only.
 
         hidden: [seq (over tp with sequence parallelism), batch, hidden]; chunk: the model chunk that computed it.
         """
-        ...
+
+    def further_flops(self, sequence: int) -> int:
+        """Return FLOPs per token, in samples of `sequence` tokens, of other models that the objective runs."""
+        return 0
+
+    def finish(self) -> dict[str, float]:
+        """Return measurements of the step besides the loss; called on every rank after it."""
+        return {}
 
 
-class LMObjective:
+class LMObjective(Objective):
     """Next-token cross-entropy."""
 
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
 
-    def prepare(self, batches: Sequence[Batch]) -> None:
-        """Do nothing: the batch holds all that the loss needs."""
-
     def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
-        return lm_loss(
-            hidden,
-            output_weight(chunk),
-            batch.labels,
-            batch.mask,
-            vocab=shape_of(chunk).vocab,
-            group=self.topology.tp_group,
-            sequence_parallel=self.topology.sequence_parallel,
-        )
+        topology = self.topology
+        vocabulary = Vocabulary(shape_of(chunk).vocab, topology.tp_group, topology.sequence_parallel)
+        return lm_loss(Output(hidden, output_weight(chunk)), batch.labels, batch.mask, vocabulary)
+
+
+OBJECTIVES: Registry[Callable[[Topology], Objective]] = Registry("objective", {"cross_entropy": LMObjective})
+"""Objectives of a training without a teacher."""

@@ -1,49 +1,55 @@
-"""Settings of a training: steps, optimizer, schedule, checkpoints."""
+"""Settings of a training: optimizer, schedule, checkpoints, steps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
-from ..errors import expect_number
+from ..settings import Count, Field, HowToRun, NotNegative, Positive, Seed, Settings, Steps, model_validator
 
-__all__ = ["Training"]
+__all__ = ["Training", "TrainingSettings"]
 
 
-@dataclass(frozen=True)
-class Training:
-    """Settings of a training. The optimizer's defaults are NeMo's for these models; the papers give none."""
+class TrainingSettings(Settings):
+    """Settings that a user gives, whatever the length of the training. The defaults are the papers'."""
 
-    steps: int
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Peak learning rate."""
-    min_lr: float = 1e-5
+    min_lr: NotNegative = 1e-5
     """Learning rate at the end of the cosine."""
-    warmup_steps: int = 40
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-5
-    clip: float = 1.0
-    """Largest global norm of a step's gradient."""
-    save_every: int = 100
-    """Steps between checkpoints."""
-    keep: int = 2
-    """Number of newest checkpoints to keep, besides the best."""
-    asynchronous: bool = False
+    warmup_steps: Steps = 40
+    """Steps of linear warm-up."""
+    weight_decay: NotNegative = 0.1
+    """Weight decay of AdamW."""
+    clip: Positive = 1.0
+    """Gradient clipping: maximum global norm."""
+    save_every: HowToRun[Count] = 100
+    """Steps between checkpoints. Only a checkpoint at a validated step can become the best one."""
+    keep_checkpoints: HowToRun[Count] = 2
+    """Newest checkpoints to keep while the stage runs, in addition to the one with the lowest validation loss."""
+    save_async: HowToRun[bool] = True
     """Continue training while a checkpoint is written."""
-    validate_every: int = 100
+    validate_every: HowToRun[Count] = 100
     """Steps between validations."""
-    seed: int = 0
+
+
+class Training(TrainingSettings):
+    """A training of so many steps. The papers give no constants of Adam: these are NeMo's for these models."""
+
+    steps: Count = Field(kw_only=True)
+    beta1: Annotated[float, Field(ge=0, le=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, le=1)] = 0.95
+    eps: Positive = 1e-5
+    seed: Seed = 0
     """Seed of the objective's random draws; each step is seeded with this plus its number."""
 
-    def __post_init__(self) -> None:
-        for name in ("steps", "save_every", "keep", "validate_every"):
-            expect_number(name, getattr(self, name), above=0, whole=True)
-        expect_number("warmup_steps", self.warmup_steps, at_least=0, whole=True)
-        expect_number("seed", self.seed, at_least=0, at_most=2**32 - 1, whole=True)
-        for name in ("lr", "clip", "eps"):
-            expect_number(name, getattr(self, name), above=0)
-        expect_number("min_lr", self.min_lr, at_least=0, at_most=self.lr)
-        expect_number("weight_decay", self.weight_decay, at_least=0)
-        for name in ("beta1", "beta2"):
-            expect_number(name, getattr(self, name), at_least=0, at_most=1)
+    @model_validator(mode="after")
+    def _decays(self) -> Training:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr:g}, above lr, {self.lr:g}. Set it to {self.lr:g} or less")
+        return self
+
+    @classmethod
+    def of(cls, settings: TrainingSettings, steps: int, seed: int) -> Training:
+        """Return a training of `steps` steps."""
+        shared = {name: getattr(settings, name) for name in TrainingSettings.model_fields}
+        return cls(**shared, steps=steps, seed=seed)

@@ -90,13 +90,14 @@ def hidden_row(work: Path, kind: str, topology: Any) -> str:
     from tests.convert.conftest import make_folder
 
     source = make_folder(work / "source" / kind, kind)
-    row = FAMILIES.pop(kind.split("-")[0])  # type: ignore[attr-defined]
+    row = FAMILIES[kind.split("-")[0]]
+    del FAMILIES[row.model_type]
     try:
         return alike(source, topology, source)
     except CheckpointError as error:
         return f"refused: {error}"
     finally:
-        FAMILIES[row.model_type] = row  # type: ignore[index]
+        FAMILIES[row.model_type] = row
 
 
 def of_the_house(work: Path, topology: Any) -> str:

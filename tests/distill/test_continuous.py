@@ -14,7 +14,7 @@ from minitron_megatron.distill import ContinuousObjective
 from minitron_megatron.losses import KDLoss
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import Learner, Training, mean_loss, train
+from minitron_megatron.train import Learner, Saving, Training, mean_loss, train
 from tests.losses.cases import naive
 from tests.tiny import LAYOUTS, SHAPE, NaiveOptimizer, Stop, cross_entropy, note, samples, share, transformer
 
@@ -45,9 +45,9 @@ def distil(topology: Topology, job: Job) -> Result:
             student,
             objective,
             lambda step: share(samples(BATCH, seed=step), topology, 2),
-            replace(STUDENT, save_every=2),
+            STUDENT.replaced(save_every=2, save_async=False),
             topology,
-            checkpoints=job.checkpoints,
+            saving=Saving(job.checkpoints),
             co_trained=[objective.learner],
             listener=note(curve, job.stop_at),
         )

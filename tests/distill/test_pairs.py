@@ -21,13 +21,13 @@ TEACHER, STUDENT = replace(SHAPE, layers=32), replace(SHAPE, layers=16)
         ({"outputs": ("29-13",)}, r"outputs has '29-13', which is not a pair of layers\. Write teacher:student"),
         ({"attention": ("29:",)}, "attention has '29:', which is not a pair"),
         ({"mlp_inputs": ("-1:3",)}, "mlp_inputs has '-1:3', which is not a pair"),
-        ({"outputs": (1753,)}, r"outputs has 1753, which is not a pair"),
-        ({"embedding": True, "loss": "cosin"}, r"'cosin' is unknown\. Did you mean 'cosine'\? Known: cosine, mse\."),
+        ({"outputs": (1753,)}, r"outputs has '1753', which is not a pair"),
+        ({"embedding": True, "loss": "cosin"}, r"'cosin' is not known\. Did you mean 'cosine'\? Known: cosine, mse\."),
         (
             {"embedding": True, "alpha": "dynamical"},
-            r"alpha of the loss on states is 'dynamical'\. It must be above 0, or dyn",
+            r"alpha is 'dynamical': give a number above 0, or dyn",
         ),
-        ({"embedding": True, "alpha": 0.0}, r"alpha of the loss on states is 0\.0\. It must be above 0"),
+        ({"embedding": True, "alpha": 0.0}, r"alpha is 0\.0: give a number above 0"),
         ({}, r"no states to match are given\. Set at least one of embedding, outputs, mlp_inputs, attention\."),
     ],
 )

@@ -19,7 +19,7 @@ from minitron_megatron.losses import KDLoss
 from minitron_megatron.model import Recompute
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import Learner, Training, train
+from minitron_megatron.train import Learner, Saving, Training, train
 from tests.losses.cases import assert_close, naive
 from tests.tiny import (
     CONTEXT,
@@ -84,9 +84,9 @@ def distil(topology: Topology, job: Job) -> Result:
             student,
             objective,
             lambda step: share(samples(BATCH, seed=step), topology, job.micro_batch),
-            replace(TRAINING, save_every=2),
+            TRAINING.replaced(save_every=2, save_async=False),
             topology,
-            checkpoints=job.checkpoints,
+            saving=Saving(job.checkpoints),
             co_trained=[objective.learner] if isinstance(objective, ContinuousObjective) else [],
             listener=note(curve, job.stop_at),
         )
@@ -145,7 +145,7 @@ class Taught(nn.Module):
         with torch.no_grad():
             of_teacher, theirs = observed(self.teacher_[0], batch)
         of_student, ours = observed(self.student, batch)
-        logits = naive(replace(loss, ce_weight=0.0), of_student[batch.mask], of_teacher[batch.mask]) / tokens
+        logits = naive(loss.replaced(ce_weight=0.0), of_student[batch.mask], of_teacher[batch.mask]) / tokens
         parts = [self.pair(kind, theirs[kind, t], ours[kind, s], batch.mask) for kind, t, s in mapped(job.pairs)]
         states = torch.stack(parts).mean() / tokens
         if job.pairs.dynamic and not self.seen:

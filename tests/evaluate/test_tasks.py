@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from minitron_megatron.convert import load_hf
 from minitron_megatron.data import transformers_tokenizer
 from minitron_megatron.errors import DataError, RecipeError
-from minitron_megatron.evaluate import Predictor, Task, check_tasks, run_tasks, scores_of
+from minitron_megatron.evaluate import Predictor, Sampling, Task, check_tasks, run_tasks, scores_of
 from minitron_megatron.evaluate.messages import quiet
 from minitron_megatron.evaluate.registry import loader
 from minitron_megatron.evaluate.tasks import _configured
@@ -193,7 +193,7 @@ def sampled(topology: Topology, model: Path, temperature: float, top_p: float, k
     predictor = Predictor(loaded, topology, micro_batch=2, run=None if kept else partial(forward_only, loaded))
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14] * 9, [15] * 4, [16], [17] * 7]
     stop = lambda made: len(made) == 6 or made[-1] % 9 == 0  # noqa: E731
-    return predictor.continuations(prompts, 12, stop=stop, temperature=temperature, top_p=top_p, seed=4)
+    return predictor.continuations(prompts, 12, stop=stop, sampling=Sampling(temperature, top_p=top_p, seed=4))
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "pp2-vp2", "dp2"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minitron_megatron.convert import load_hf
 from minitron_megatron.distill import KDObjective
-from minitron_megatron.losses import DIVERGENCES, KDLoss, distill_loss
+from minitron_megatron.losses import DIVERGENCES, KDLoss, Output, Vocabulary, distill_loss
 from minitron_megatron.model import Spec, forward_only
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import choose, trim
@@ -156,13 +156,10 @@ def loss_peak(topology: Topology, kd: KDLoss) -> float:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         distill_loss(
-            hidden,
-            weight,
-            teacher_hidden,
-            teacher_weight,
+            Output(hidden, weight),
+            Output(teacher_hidden, teacher_weight),
             mask,
-            vocab=vocab,
-            group=topology.tp_group,
+            Vocabulary(vocab, topology.tp_group),
             loss=kd,
             labels=labels,
         ).backward()
@@ -188,13 +185,10 @@ def fused_on_gpu(topology: Topology, case: Case) -> tuple[Tensor, Tensor, Tensor
     parts = {name: tensor.to(topology.device) for name, tensor in vars(data).items()}
     hidden, weight = parts["hidden"].requires_grad_(), parts["weight"].requires_grad_()
     loss = distill_loss(
-        hidden,
-        weight,
-        parts["teacher_hidden"],
-        parts["teacher_weight"],
+        Output(hidden, weight),
+        Output(parts["teacher_hidden"], parts["teacher_weight"]),
         parts["mask"],
-        vocab=case.vocab,
-        group=topology.tp_group,
+        Vocabulary(case.vocab, topology.tp_group),
         loss=case.loss or KDLoss(),
         labels=parts["labels"],
         chunk=case.chunk,

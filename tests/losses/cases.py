@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minitron_megatron.losses import KDLoss, distill_loss, lm_loss
+from minitron_megatron.losses import KDLoss, Output, Vocabulary, distill_loss, lm_loss
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 
@@ -130,18 +130,15 @@ def fused(topology: Topology, case: Case) -> tuple[Tensor, Tensor, Tensor, Tenso
     place = rank if topology.sequence_parallel else 0
     hidden = cut(data.hidden, place, over_sequence).requires_grad_()
     weight = cut(data.weight, rank, tp).requires_grad_()
-    options: dict[str, Any] = {
-        "vocab": case.vocab,
-        "group": topology.tp_group,
-        "sequence_parallel": topology.sequence_parallel,
-        "chunk": case.chunk,
-    }
+    vocabulary = Vocabulary(case.vocab, topology.tp_group, topology.sequence_parallel)
+    options: dict[str, Any] = {"chunk": case.chunk}
 
     def loss() -> Tensor:
         if case.loss is None:
-            return lm_loss(hidden, weight, data.labels, data.mask, **options)
-        teacher = cut(data.teacher_hidden, place, over_sequence), cut(data.teacher_weight, rank, tp)
-        return distill_loss(hidden, weight, *teacher, data.mask, loss=case.loss, labels=data.labels, **options)
+            return lm_loss(Output(hidden, weight), data.labels, data.mask, vocabulary, **options)
+        teacher = Output(cut(data.teacher_hidden, place, over_sequence), cut(data.teacher_weight, rank, tp))
+        models = Output(hidden, weight), teacher
+        return distill_loss(*models, data.mask, vocabulary, loss=case.loss, labels=data.labels, **options)
 
     value = loss()
     (value * case.upstream).backward()

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from minitron_megatron.errors import RecipeError
-from minitron_megatron.losses import DIVERGENCES, Entries, KDLoss, chunk_tokens, distill_loss
+from minitron_megatron.losses import (
+    DIVERGENCES,
+    Entries,
+    KDLoss,
+    Output,
+    Vocabulary,
+    chunk_tokens,
+    distill_loss,
+)
 from minitron_megatron.losses.divergences import divergence_named
 from minitron_megatron.losses.shortlist import Shortlist, likeliest
-from minitron_megatron.losses.vocab import Vocabulary
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool, tolerance
 from tests.losses.cases import Case, assert_close, assert_fused_equals_truth, each_layout, fused, make_data, naive
@@ -108,13 +115,10 @@ def tied(topology: Topology, divergence: str) -> tuple[Tensor, Tensor]:
     rows = torch.randint(0, 50, (12, 3), generator=torch.Generator().manual_seed(0))
     weight = (data.weight / 3).requires_grad_()
     distill_loss(
-        weight[rows],
-        weight,
-        data.teacher_hidden,
-        data.teacher_weight,
+        Output(weight[rows], weight),
+        Output(data.teacher_hidden, data.teacher_weight),
         data.mask,
-        vocab=50,
-        group=topology.tp_group,
+        Vocabulary(50, topology.tp_group),
         loss=KDLoss(divergence),
     ).backward()
     assert weight.grad is not None
@@ -161,10 +165,10 @@ def test_of_equal_logits_the_lower_entry_comes_first_at_every_tp(pool: Pool, tp:
     [
         ({"divergence": "reverse_k"}, r"divergence 'reverse_k' is not known\. Did you mean 'reverse_kl'\? Known: "),
         ({"divergence": "mse", "beta": 0.5}, r"divergence 'mse' has no beta\. Leave beta out\."),
-        ({"divergence": "jsd", "beta": 1.0}, r"beta is 1\.0\. It must lie between 0 and 1"),
-        ({"temperature": 0.0}, r"temperature of the loss is 0\.0"),
-        ({"top_k": 0}, "top_k of the loss is 0"),
-        ({"ce_weight": -1.0}, r"ce_weight is -1\.0"),
+        ({"divergence": "jsd", "beta": 1.0}, r"beta is 1\.0: should be less than 1"),
+        ({"temperature": 0.0}, r"temperature is 0\.0: should be greater than 0"),
+        ({"top_k": 0}, "top_k is 0: should be greater than 0"),
+        ({"ce_weight": -1.0}, r"ce_weight is -1\.0: should be greater than or equal to 0"),
     ],
 )
 def test_a_loss_that_cannot_be_is_refused(keys: dict[str, Any], said: str) -> None:
@@ -175,13 +179,10 @@ def test_a_loss_that_cannot_be_is_refused(keys: dict[str, Any], said: str) -> No
 def without_labels(topology: Topology) -> None:
     data = make_data(Case())
     distill_loss(
-        data.hidden,
-        data.weight,
-        data.teacher_hidden,
-        data.teacher_weight,
+        Output(data.hidden, data.weight),
+        Output(data.teacher_hidden, data.teacher_weight),
         data.mask,
-        vocab=50,
-        group=topology.tp_group,
+        Vocabulary(50, topology.tp_group),
         loss=KDLoss(ce_weight=1.0),
     )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron_megatron.losses import KDLoss, distill_loss, lm_loss
+from minitron_megatron.losses import KDLoss, Output, Vocabulary, distill_loss, lm_loss
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool, tolerance
 from tests.losses.cases import Case, assert_fused_equals_truth, each_layout, fused, make_data
@@ -67,7 +67,9 @@ def test_no_counted_token_is_a_loss_of_zero(pool: Pool, loss: str, layout: dict[
 def against_itself(topology: Topology) -> tuple[Tensor, Tensor]:
     data = make_data(Case())
     hidden, weight = data.hidden.requires_grad_(), data.weight.requires_grad_()
-    loss = distill_loss(hidden, weight, data.hidden, data.weight, data.mask, vocab=50, group=topology.tp_group)
+    loss = distill_loss(
+        Output(hidden, weight), Output(data.hidden, data.weight), data.mask, Vocabulary(50, topology.tp_group)
+    )
     loss.backward()
     assert hidden.grad is not None
     return loss.detach(), hidden.grad
@@ -81,7 +83,7 @@ def test_a_model_does_not_differ_from_itself(pool: Pool) -> None:
 def twice(topology: Topology) -> None:
     data = make_data(Case())
     hidden = data.hidden.requires_grad_()
-    loss = lm_loss(hidden, data.weight, data.labels, data.mask, vocab=50, group=topology.tp_group)
+    loss = lm_loss(Output(hidden, data.weight), data.labels, data.mask, Vocabulary(50, topology.tp_group))
     (loss * 2).backward(retain_graph=True)
     loss.backward()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_megatron.losses import DIVERGENCES, KDLoss, distill_loss, lm_loss
+from minitron_megatron.losses import DIVERGENCES, KDLoss, Output, Vocabulary, distill_loss, lm_loss
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import LivePeak, Pool
 from tests.losses.cases import each_layout
@@ -32,17 +32,16 @@ def extra_peak(topology: Topology, loss: str, chunk: int | None = None, dtype: t
     hidden.requires_grad_()
     weight.requires_grad_()
     labels, mask = torch.randint(0, VOCAB, (1, TOKENS)), torch.ones(1, TOKENS, dtype=torch.bool)
-    options: dict[str, Any] = {"vocab": VOCAB, "group": topology.tp_group, "chunk": chunk}
-    options["sequence_parallel"] = topology.sequence_parallel
+    vocabulary = Vocabulary(VOCAB, topology.tp_group, topology.sequence_parallel)
+    student, teacher = Output(hidden, weight), Output(teacher_hidden, teacher_weight)
     with LivePeak() as meter:
         if loss == "unfused":
             logits = hidden.flatten(0, 1) @ weight.t()
             torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum").backward()
         elif (kd := LOSSES[loss]) is None:
-            lm_loss(hidden, weight, labels, mask, **options).backward()
+            lm_loss(student, labels, mask, vocabulary, chunk=chunk).backward()
         else:
-            teacher = teacher_hidden, teacher_weight
-            distill_loss(hidden, weight, *teacher, mask, loss=kd, labels=labels, **options).backward()
+            distill_loss(student, teacher, mask, vocabulary, loss=kd, labels=labels, chunk=chunk).backward()
     assert hidden.grad is not None and weight.grad is not None
     return (meter.extra - hidden.grad.nbytes - weight.grad.nbytes) / (4 * TOKENS * held)
 

@@ -35,7 +35,7 @@ def some_scores(seed: int = 0) -> Scores:
 
 @pytest.mark.parametrize("place", ["batch", "sequence"])
 def test_an_unknown_statistic_names_the_nearest(place: str) -> None:
-    with pytest.raises(RecipeError, match=r"'meen' is not known\. Did you mean 'mean'\? Use one of l2, mean, var"):
+    with pytest.raises(RecipeError, match=r"'meen' is not known\. Did you mean 'mean'\? Known: l2, mean, var"):
         Statistic(**{place: "meen"})
 
 
@@ -46,8 +46,8 @@ def test_the_papers_choice_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ({"neurons": "past"}, r"neurons 'past' is not known\. Did you mean 'post'\? Use one of post, pre"),
-        ({"heads": "norm"}, r"heads 'norm' is not known\. .* Use one of norm_last, norm_first"),
+        ({"neurons": "past"}, r"neurons is 'past': should be 'post' or 'pre'\. Did you mean 'post'\?"),
+        ({"heads": "norm"}, r"heads is 'norm': should be 'norm_last' or 'norm_first'\. Did you mean 'norm_"),
     ],
 )
 def test_an_unknown_place_or_order_names_the_nearest(place: dict[str, str], said: str) -> None:
@@ -84,7 +84,7 @@ def test_the_same_scores_are_the_same_bytes(tmp_path: Path) -> None:
 
 
 def metadata(**changes: object) -> dict[str, str]:
-    about = {"shape": asdict(SHAPE), "statistic": asdict(Statistic()), "samples": 1, "tokens": 1, "model_hash": ""}
+    about = {"shape": asdict(SHAPE), "statistic": Statistic().model_dump(), "samples": 1, "tokens": 1, "model_hash": ""}
     about |= changes
     return {"scores": json.dumps({key: value for key, value in about.items() if value is not None})}
 

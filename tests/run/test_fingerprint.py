@@ -12,9 +12,10 @@ from typing import Any, get_args
 import pytest
 
 from minitron_megatron.recipe import Recipe
-from minitron_megatron.recipe.keys import Keys
 from minitron_megatron.run import STAGES
 from minitron_megatron.run.fingerprint import fingerprint
+from minitron_megatron.settings import Settings
+from minitron_megatron.train import OBJECTIVES, LMObjective
 from tests.recipes import tiny_recipe
 
 DONE: dict[str, Any] = {"prepare": {"sources": {}, "model_hash": "a"}, "correct": {"hash": "b"}, "prune": {"hash": "c"}}
@@ -34,7 +35,10 @@ HOW_TO_RUN = {
     ),
 }
 BLOCKS = ("parallel.", "bench.", "log.")
+OBJECTIVES["perplexity"] = LMObjective
 EDITS: dict[str, Any] = {
+    "plugins": ["json"],
+    "correct.objective": "perplexity",
     "dtype": "bfloat16",
     "recompute": "full",
     "spec": "te",
@@ -119,9 +123,9 @@ EDITS: dict[str, Any] = {
 """Other values for keys that cannot simply be doubled or negated."""
 
 
-def leaves(block: type[Keys], place: str = "") -> Iterator[str]:
+def leaves(block: type[Settings], place: str = "") -> Iterator[str]:
     for name, field in block.model_fields.items():
-        inner = [each for each in kinds(field.annotation) if isinstance(each, type) and issubclass(each, Keys)]
+        inner = [each for each in kinds(field.annotation) if isinstance(each, type) and issubclass(each, Settings)]
         yield from leaves(inner[0], f"{place}{name}.") if inner else [f"{place}{name}"]
 
 

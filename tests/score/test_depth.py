@@ -16,7 +16,7 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.data import Batch
 from minitron_megatron.errors import PlanError
 from minitron_megatron.events import Event
-from minitron_megatron.losses import lm_loss
+from minitron_megatron.losses import Output, Vocabulary, lm_loss
 from minitron_megatron.model import forward_only, named_shards, output_weight, shape_of
 from minitron_megatron.parallel import Topology, sum_over_world
 from minitron_megatron.records import DepthScores
@@ -133,15 +133,9 @@ def by_function(topology: Topology, folder: Path) -> tuple[DepthScores, DepthSco
     def minus_loss(run: RunBatches) -> float:
         pair = torch.zeros(2, dtype=torch.float64)
         for hidden, batch in zip(run(batches), batches, strict=topology.is_last_stage):
-            loss = lm_loss(
-                hidden,
-                output_weight(model[-1]),
-                batch.labels,
-                batch.mask,
-                vocab=shape_of(model[-1]).vocab,
-                group=topology.tp_group,
-                sequence_parallel=topology.sequence_parallel,
-            )
+            vocab = shape_of(model[-1]).vocab
+            vocabulary = Vocabulary(vocab, topology.tp_group, topology.sequence_parallel)
+            loss = lm_loss(Output(hidden, output_weight(model[-1])), batch.labels, batch.mask, vocabulary)
             pair += torch.stack([-loss.double(), batch.mask.sum().double()])
         total, tokens = sum_over_world(pair).tolist()
         return total / tokens

@@ -14,14 +14,14 @@ import pytest
 
 from minitron_megatron.convert import load_hf, model_hash
 from minitron_megatron.parallel import Topology
-from minitron_megatron.train import LMObjective, Training, train
+from minitron_megatron.train import LMObjective, Saving, Training, train
 from tests.limits import HANGS
 from tests.tiny import samples, share
 
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.warm.imports"])
 
-TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, save_every=7, keep=1)
+TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, save_every=7, keep_checkpoints=1, save_async=False)
 MOMENTS = range(2, 40, 8)
 
 
@@ -52,9 +52,9 @@ def work(folder: Path, checkpoints: Path, log: Path, asynchronous: bool, kill_at
         model,
         LMObjective(topology),
         lambda step: share(samples(8, seed=step), topology, 4),
-        TRAINING if not asynchronous else Training(**{**TRAINING.__dict__, "asynchronous": True}),
+        TRAINING.replaced(save_async=asynchronous),
         topology,
-        checkpoints=checkpoints,
+        saving=Saving(checkpoints),
         listener=lambda event: note(event.done, event.values["loss"], event.values["grad_norm"]),
     )
     note("weights", model_hash(model, topology))

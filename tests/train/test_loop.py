@@ -21,10 +21,10 @@ from minitron_megatron.errors import CheckpointError
 from minitron_megatron.events import Event
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import LMObjective, Training, mean_loss, train
+from minitron_megatron.train import LMObjective, Saving, Training, mean_loss, train
 from tests.tiny import CONTEXT, LAYOUTS, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
-TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, clip=1.0)
+TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, clip=1.0, save_async=False)
 BATCH = 8
 
 Curve = list[dict[str, float]]
@@ -66,10 +66,7 @@ def run(topology: Topology, job: Job) -> Result:
             job.training,
             topology,
             label="correct",
-            checkpoints=job.checkpoints,
-            identity=job.identity,
-            begin=job.begin,
-            save_last=job.save_last,
+            saving=Saving(job.checkpoints, job.identity, job.begin, job.save_last),
             listener=listen,
         )
     if job.out:
@@ -163,7 +160,7 @@ def twice(topology: Topology, job: Job) -> Curve:
 
 def test_a_trained_model_trains_again(pool: Pool, checkpoints: dict[str, Path]) -> None:
     """The first run leaves nothing on the model except its weights."""
-    training = replace(TRAINING, steps=4, warmup_steps=2)
+    training = TRAINING.replaced(steps=4, warmup_steps=2)
     model = transformer(checkpoints["untied"])
     truth = [
         values
@@ -178,7 +175,7 @@ def test_a_trained_model_trains_again(pool: Pool, checkpoints: dict[str, Path]) 
 
 # ---- stopped and resumed
 
-TWELVE = replace(TRAINING, steps=12, save_every=3)
+TWELVE = TRAINING.replaced(steps=12, save_every=3)
 
 
 def broken(topology: Topology, job: Job, checkpoints: Path) -> tuple[Result, Result, Result, list[str]]:
@@ -218,7 +215,7 @@ def timeless(curve: Curve) -> Curve:
 def test_a_run_resumes_at_another_layout(
     pool: Pool, checkpoints: dict[str, Path], truth: dict, saved_at: str, layouts: list[str], tmp_path: Path
 ) -> None:
-    job = Job(checkpoints["tied"], replace(TRAINING, save_every=3), checkpoints=tmp_path / "saved", stop_at=4)
+    job = Job(checkpoints["tied"], TRAINING.replaced(save_every=3), checkpoints=tmp_path / "saved", stop_at=4)
     pool.run(run, job, **LAYOUTS[saved_at])
     for layout in layouts:
         shutil.copytree(tmp_path / "saved", tmp_path / layout)
@@ -238,7 +235,7 @@ def test_a_run_resumes_at_another_layout(
 def test_another_runs_checkpoint_is_refused(
     pool: Pool, checkpoints: dict[str, Path], name: str, identity: str, message: str, tmp_path: Path
 ) -> None:
-    job = Job(checkpoints["untied"], replace(TRAINING, save_every=1), checkpoints=tmp_path / "run", stop_at=2)
+    job = Job(checkpoints["untied"], TRAINING.replaced(save_every=1), checkpoints=tmp_path / "run", stop_at=2)
     pool.run(run, job)
     with pytest.raises(CheckpointError, match=rf"step_00000001 {message}.* There is no older checkpoint: remove .*run"):
         pool.run(run, replace(job, folder=checkpoints[name], identity=identity))
@@ -297,10 +294,10 @@ def in_phases(topology: Topology, jobs: Sequence[Job]) -> list[Result]:
 
 def test_a_phase_goes_on_where_the_one_before_ended(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """A phase starts with the previous weights, moments and token count; finished phases are not repeated."""
-    flat = Training(steps=10, lr=1e-3, min_lr=1e-3, warmup_steps=0, save_every=4)
+    flat = Training(steps=10, lr=1e-3, min_lr=1e-3, warmup_steps=0, save_every=4, save_async=False)
     curve, weights = pool.run(run, Job(checkpoints["untied"], flat), tp=2)[0]
     jobs = [
-        Job(checkpoints["untied"], replace(flat, steps=5), checkpoints=tmp_path / name, identity=name, first=first)
+        Job(checkpoints["untied"], flat.replaced(steps=5), checkpoints=tmp_path / name, identity=name, first=first)
         for name, first in (("a", 0), ("b", 5))
     ]
     for first, second in pool.run(in_phases, jobs, tp=2):
@@ -339,7 +336,7 @@ def validated(topology: Topology, job: Job) -> tuple[Curve, str, list[int], dict
 def test_validation_is_called_on_time_and_changes_nothing(
     pool: Pool, checkpoints: dict[str, Path], layout: str, tmp_path: Path
 ) -> None:
-    job = Job(checkpoints["untied"], replace(TRAINING, steps=10, validate_every=4), out=tmp_path)
+    job = Job(checkpoints["untied"], TRAINING.replaced(steps=10, validate_every=4), out=tmp_path)
     plain = pool.run(run, job, **LAYOUTS[layout])[0]
     for curve, weights, called, last in pool.run(validated, job, **LAYOUTS[layout]):
         assert called == [4, 8, 10]

@@ -17,11 +17,11 @@ from minitron_megatron.data import Batch
 from minitron_megatron.layout import lookup
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import LMObjective, Lora, Training, mean_loss, train
+from minitron_megatron.train import LMObjective, Lora, Saving, Training, mean_loss, train
 from minitron_megatron.train.lora import SCALE, initial_down
 from tests.tiny import LAYOUTS, SHAPES, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
-TRAINING = Training(steps=6, lr=1e-2, min_lr=1e-3, warmup_steps=2, save_every=1, keep=9)
+TRAINING = Training(steps=6, lr=1e-2, min_lr=1e-3, warmup_steps=2, save_every=1, keep_checkpoints=9, save_async=False)
 RANK, SEED, BATCH = 3, 5, 8
 FUSED = {
     "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -56,7 +56,7 @@ def correct(topology: Topology, job: Job) -> Result:
             lambda step: share(samples(BATCH, seed=step), topology),
             TRAINING,
             topology,
-            checkpoints=job.checkpoints,
+            saving=Saving(job.checkpoints),
             listener=note(curve, job.stop_at),
         )
     if job.stop_at:

@@ -15,7 +15,7 @@ from tests.tiny import cross_entropy, naive_training, samples
 
 from .test_loop import BATCH, Job, column, run
 
-TRAINING = Training(steps=6, lr=1e-3, min_lr=1e-4, warmup_steps=2, save_every=3)
+TRAINING = Training(steps=6, lr=1e-3, min_lr=1e-4, warmup_steps=2, save_every=3, save_async=False)
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
     "dp2": {"dp": 2},

@@ -18,10 +18,10 @@ from minitron_megatron.events import Event
 from minitron_megatron.model import named_shards
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
-from minitron_megatron.train import MOST_SKIPPED, LMObjective, Training, train
+from minitron_megatron.train import MOST_SKIPPED, LMObjective, Saving, Training, train
 from tests.tiny import LAYOUTS, samples, share
 
-TRAINING = Training(steps=8, lr=1e-3, warmup_steps=2)
+TRAINING = Training(steps=8, lr=1e-3, warmup_steps=2, save_async=False)
 Said = list[tuple[int, float, str]]
 """(step, skipped steps, hash of the weights after the step)."""
 
@@ -80,7 +80,7 @@ def run(topology: Topology, job: Job, start: int = 0) -> tuple[Said, str]:
             job.training,
             topology,
             label="distill",
-            checkpoints=job.checkpoints,
+            saving=Saving(job.checkpoints),
             validate=None if job.validation is None else lambda: {"validation_loss": job.validation},
             listener=listen,
         )
@@ -100,7 +100,7 @@ def test_a_broken_step_changes_nothing_and_is_counted(pool: Pool, checkpoints: d
 
 
 def test_many_in_a_row_stop_with_a_saved_state(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    training = replace(TRAINING, steps=MOST_SKIPPED + 5)
+    training = TRAINING.replaced(steps=MOST_SKIPPED + 5)
     job = Job(checkpoints["untied"], frozenset(range(3, 100)), checkpoints=tmp_path, training=training)
     for steps_seen, error in pool.run(run, job, tp=2):
         assert error == (
@@ -150,7 +150,7 @@ def test_an_end_without_a_result_is_an_error(pool: Pool, checkpoints: dict[str, 
 
 
 def test_weights_that_are_not_finite_are_never_saved(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    training = replace(TRAINING, save_every=2, keep=1)
+    training = TRAINING.replaced(save_every=2, keep_checkpoints=1)
     job = Job(checkpoints["untied"], checkpoints=tmp_path, training=training, poisoned=5)
     for steps_seen, error in pool.run(run, job, pp=2):
         assert error.startswith("TrainingError") and "after step 6, has weights that are not finite" in error

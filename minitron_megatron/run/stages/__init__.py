@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from ...registry import Registry
 from ..stage import Stage
 from .baseline import BASELINE
 from .correct import CORRECT
@@ -17,7 +16,8 @@ from .search import SEARCH
 
 __all__ = ["STAGES"]
 
-STAGES: Mapping[str, Stage] = {
-    stage.name: stage for stage in (PREPARE, CORRECT, SCORE, SEARCH, PRUNE, DISTILL, BASELINE, EVALUATE, EXPORT)
-}
-"""Stages by name, in the order in which they run."""
+STAGES: Registry[Stage] = Registry(
+    "stage",
+    {stage.name: stage for stage in (PREPARE, CORRECT, SCORE, SEARCH, PRUNE, DISTILL, BASELINE, EVALUATE, EXPORT)},
+)
+"""Stages by name, in the order in which they run; a plugin's come last."""

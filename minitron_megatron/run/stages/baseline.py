@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...convert import read_config
 from ...model import build, fill_initial
 from ..context import Context
-from ..stage import Result, Stage
+from ..stage import Result, Stage, Trained
 from ..training import distil, distillation_inputs
 
 __all__ = ["BASELINE"]
@@ -25,6 +25,7 @@ def do_baseline(context: Context) -> Result:
 BASELINE = Stage(
     "baseline",
     do_baseline,
+    result=Trained,
     makes=lambda run: run.model("random"),
     reads=("distill", "dtype"),
     after=("prepare", "correct", "prune"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..context import Context
-from ..stage import Result, Stage
+from ..stage import Result, Stage, Trained
 from ..training import distil, distillation_inputs
 
 __all__ = ["DISTILL"]
@@ -19,6 +19,7 @@ def do_distill(context: Context) -> Result:
 DISTILL = Stage(
     "distill",
     do_distill,
+    result=Trained,
     makes=lambda run: run.model("distilled"),
     reads=("distill", "dtype"),
     after=("prepare", "correct", "prune"),

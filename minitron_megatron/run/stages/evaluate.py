@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ...errors import TrainingError
 from ...evaluate import ValidationSet
 from ...events import Event
@@ -16,10 +18,24 @@ from ..context import Context
 from ..fingerprint import task_marks
 from ..measure_tasks import measured_row, write_table
 from ..refitting import refitted_models
-from ..results import Measured
 from ..stage import Result, Stage
 
 __all__ = ["EVALUATE"]
+
+
+class Evaluated(TypedDict):
+    loss: dict[str, float | None]
+
+
+class Measured(TypedDict):
+    """A model's row of the summary, saved while the other models are measured."""
+
+    model: str
+    parameters: int
+    loss_nats_per_token: float
+    perplexity: float
+    loss_by_source: dict[str, float | None]
+    tasks: dict[str, float | None]
 
 
 def do_evaluate(context: Context) -> Result:
@@ -66,6 +82,7 @@ def _row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> 
 EVALUATE = Stage(
     "evaluate",
     do_evaluate,
+    result=Evaluated,
     makes=lambda run: run.summary,
     reads=("evaluate", "dtype"),
     after=("prepare", "correct", "prune", "distill", "baseline"),

@@ -9,9 +9,13 @@ from ...serve import quantize_fp8
 from ..context import DTYPES, Context
 from ..fingerprint import carried_marks
 from ..model_card import write_card
-from ..stage import Result, Stage
+from ..stage import Model, Result, Stage
 
 __all__ = ["EXPORT"]
+
+
+class Exported(Model):
+    dtype: str
 
 
 def do_export(context: Context) -> Result:
@@ -40,6 +44,7 @@ def _quantize(context: Context, folder: Path) -> None:
 EXPORT = Stage(
     "export",
     do_export,
+    result=Exported,
     makes=lambda run: run.model("export"),
     reads=("export",),
     after=("prepare", "distill", "evaluate"),

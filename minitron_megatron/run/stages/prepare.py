@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import TypedDict
+
 from ...convert import folder_hash, read_config
 from ...data import check_tokenizer, prepare
 from ...parallel import broadcast_object, fail_together
@@ -10,6 +12,23 @@ from ..fingerprint import config_digest
 from ..stage import Result, Stage
 
 __all__ = ["PREPARE"]
+
+
+class Source(TypedDict):
+    tokens: int
+    validation_tokens: int
+    end: int
+    content: str
+    weight: float
+
+
+class Prepared(TypedDict):
+    model_hash: str
+    sources: dict[str, Source]
+    sequence: int
+    seed: int
+    cross_documents: bool
+    config: str
 
 
 def do_prepare(context: Context) -> Result:
@@ -48,4 +67,4 @@ def _prepare_sources(context: Context, vocab: int) -> Result:
     return sources
 
 
-PREPARE = Stage("prepare", do_prepare, makes=lambda run: run.data, reads=("model", "data", "seed"))
+PREPARE = Stage("prepare", do_prepare, result=Prepared, makes=lambda run: run.data, reads=("model", "data", "seed"))

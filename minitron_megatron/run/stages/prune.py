@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from ...convert import read_config
 from ...forecast import rounds
@@ -13,10 +15,28 @@ from ...prune import choose, choose_layers, first_plan, merge_heads, random_plan
 from ...records import Plan
 from ..context import DTYPES, Context
 from ..refitting import refitted, write_refit
-from ..stage import Result, Stage
+from ..stage import Model, Result, Stage
 from .score import load_depth, load_scores, measure
 
 __all__ = ["PRUNE", "composed", "cut"]
+
+
+class Refit(TypedDict):
+    method: str
+    tokens: int
+    layers: int
+    repaired: int
+    """Layers whose weights changed."""
+
+
+class Pruned(Model):
+    trimmed_files: NotRequired[str]
+    """The same of the model before its refit."""
+    refit: NotRequired[Refit]
+    margins: dict[str, float | None]
+    by: str
+    layers: list[int]
+    rounds: list[dict[str, int]]
 
 
 def do_prune(context: Context) -> Result:
@@ -112,6 +132,7 @@ def _kept_layers(context: Context, layers: int) -> tuple[int, ...] | None:
 PRUNE = Stage(
     "prune",
     do_prune,
+    result=Pruned,
     makes=lambda run: run.model("pruned"),
     reads=("prune", "dtype"),
     after=("prepare", "correct", "score"),

@@ -6,22 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ...data import Batch
 from ...errors import CheckpointError
-from ...evaluate import RunBatches
+from ...evaluate import Task
 from ...files import checksum
-from ...forecast import depth_sweep, measures_depth, scores_wanted, statistic_of
+from ...forecast import depth_sweep, measures_depth, scores_wanted
 from ...model import shape_of
 from ...parallel import broadcast_object
 from ...recipe import Recipe
 from ...records import DepthScores, Scores
-from ...score import block_importance, leave_out, score
+from ...score import DEPTH_METRICS, score
 from ..context import DTYPES, Context
 from ..fingerprint import task_marks
-from ..measure_tasks import winogrande
+from ..measure_tasks import depth_metric
 from ..stage import Result, Stage
 
 __all__ = ["SCORE", "load_depth", "load_scores", "measure"]
+
+
+class Scored(TypedDict):
+    samples: int
+    tokens: int
+    statistic: dict[str, str]
+    depth: str | None
+    files: dict[str, str]
 
 
 def do_score(context: Context) -> Result:
@@ -47,7 +57,7 @@ def measure(context: Context, model: Any, batches: Sequence[Batch], model_hash: 
         model,
         batches,
         topology=context.topology,
-        statistic=statistic_of(context.recipe),
+        statistic=context.recipe.score.statistic,
         model_hash=model_hash,
         listener=context.listener,
     )
@@ -61,23 +71,19 @@ def measure_depth(context: Context, model: Any, batches: Sequence[Batch]) -> Dep
         return None
     options: dict[str, Any] = {"topology": context.topology, "lengths": sweep.lengths, "listener": context.listener}
     options["model_hash"] = context.prune_source_hash
-    if sweep.metric == "bi":
-        return block_importance(model, batches, **options)
-    metric: Any = sweep.metric
-    if metric == "winogrande":
-
-        def metric(run: RunBatches) -> float:
-            return winogrande(context, model, run)
-
-        metric.__name__ = "winogrande"
-    return leave_out(model, batches, metric=metric, greedy=sweep.greedy, **options)
+    metric = DEPTH_METRICS[sweep.metric]
+    if not metric.one_pass:
+        options["greedy"] = sweep.greedy
+    if isinstance(metric.task, Task):
+        options["metric"] = depth_metric(context, model, metric.task)
+    return metric.sweep(model, batches, **options)
 
 
 def depth_keys(recipe: Recipe) -> list[Any] | None:
     """Return the inputs of the measurement of layers other than the keys `score`; None: layers are not measured."""
     if not measures_depth(recipe):
         return None
-    by_task = recipe.score.depth is not None and recipe.score.depth.metric == "winogrande"
+    by_task = recipe.score.depth is not None and DEPTH_METRICS[recipe.score.depth.metric].task is not None
     task = [recipe.evaluate.limit, recipe.evaluate.truncate, task_marks(recipe)] if by_task else None
     layers = recipe.search.layers if recipe.search else recipe.prune.layers
     return [layers, recipe.prune.contiguous, task]
@@ -118,6 +124,7 @@ def _expect_teacher(context: Context, model_hash: str, path: Path) -> None:
 SCORE = Stage(
     "score",
     do_score,
+    result=Scored,
     makes=lambda run: run.scores.parent,
     reads=("score",),
     after=("prepare", "correct"),

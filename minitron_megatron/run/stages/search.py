@@ -14,6 +14,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from ...convert import read_config
 from ...data import calibration_batches
 from ...errors import RecipeError, TrainingError, did_you_mean
@@ -36,6 +38,16 @@ from .prune import cut
 from .score import load_depth, load_scores
 
 __all__ = ["SEARCH", "search_share"]
+
+
+class Searched(TypedDict):
+    winner: str
+    by: str
+    loss: float | None
+    sizes: dict[str, int]
+    layers: list[int] | None
+    candidates: int
+    distilled: int
 
 
 def search_shapes(context: Context) -> dict[str, Any]:
@@ -93,8 +105,8 @@ def _pruning_keys(recipe: Recipe) -> dict[str, Any]:
 def decided(recipe: Recipe, result: Mapping[str, Any]) -> Recipe:
     """Return the recipe with the winner's sizes in `prune` and without the search."""
     layers = None if result["layers"] is None else tuple(result["layers"])
-    prune = recipe.prune.model_copy(update={**result["sizes"], "layers": layers})
-    return recipe.model_copy(update={"prune": prune, "search": None})
+    prune = recipe.prune.replaced(**result["sizes"], layers=layers)
+    return recipe.replaced(prune=prune, search=None)
 
 
 class _WaitError(Exception):
@@ -373,6 +385,7 @@ def _minimised(cost: str, value: float) -> float:
 SEARCH = Stage(
     "search",
     search_shapes,
+    result=Searched,
     makes=lambda run: run.search_table,
     reads=("search",),
     after=("prepare", "correct", "score"),
