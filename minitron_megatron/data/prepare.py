@@ -12,9 +12,11 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..events import Event, Listener, silent
+from .document import Document, Fields
 from .encode import EncodeError, Encoder, encode_all
-from .readers import Document, documents
-from .sources import left_out, names, text_files
+from .hub import hub_files
+from .readers import documents
+from .sources import HUB, left_out, names, text_files
 from .token_files import SPLITS, TokenFileWriter, content_of, pair_writers, token_dtype
 from .tokenizer import end_of_document, load_tokenizer, vocabulary
 
@@ -22,6 +24,8 @@ __all__ = ["Prepared", "PreparedSplit", "prepare"]
 
 BATCH_CHARS = 1 << 20
 """Characters of text sent to a worker process at a time."""
+MOST_LEFT = 20
+"""Maximum number of files that a warning lists for one reason."""
 
 Assigned = tuple[str, Document]
 """Pair (name of the split, document)."""
@@ -62,8 +66,10 @@ def prepare(
     vocab: int | None = None,
     listener: Listener = silent,
 ) -> Prepared:
-    """Tokenize `.jsonl` files (an object with key `text_key` per line), `.txt` files (documents separated by
-    `separator`), or folders of them.
+    """Tokenize the text of `sources`: files, folders, globs, and data sets of the Hub (`hf://owner/name:split`).
+
+    `text_key` is the key or column of the text in `.jsonl`, `.json`, `.parquet` and `.arrow` files; `separator` parts
+    the documents of `.txt` files.
 
     Writes `<out_prefix>.train.bin/.idx` and `<out_prefix>.valid.bin/.idx`. `validation` is the fraction of documents
     to hold out, drawn by `seed` (0: no validation split), or the sources to hold out. `tokenizer` is a Hugging Face
@@ -82,7 +88,7 @@ def prepare(
     files = _files(sources)
     total = sum(file.stat().st_size for file in chain(files, held_out))
 
-    read = partial(_read, text_key=text_key, separator=separator)
+    read = partial(_read, fields=Fields(text_key, separator))
     drawn = (("valid" if _draw(seed, i) < share else "train", document) for i, document in enumerate(read(files)))
     named = (("valid", document) for document in read(held_out))
     with pair_writers(out_prefix, SPLITS if share or held_out else ("train",), encoder.dtype) as writers:
@@ -109,15 +115,19 @@ def _held_out(validation: float | Sequence[str | Path]) -> tuple[float, list[Pat
 
 
 def _files(sources: Sequence[str | Path]) -> list[Path]:
-    if left := left_out(sources):
-        warnings.warn(f"Left out of the sources, as they hold no data: {names(map(str, left))}.", stacklevel=3)
-    return text_files(sources)
+    """Return the files to read, and warn of those that are not."""
+    online = [str(source) for source in sources if str(source).startswith(HUB)]
+    here = [source for source in sources if str(source) not in online]
+    if left := left_out(here):
+        told = "; ".join(f"{names(map(str, files), MOST_LEFT)} ({reason})" for reason, files in left.items())
+        warnings.warn(f"Left out of the sources: {told}.", stacklevel=3)
+    return [*text_files(here), *(file for source in online for file in hub_files(source))]
 
 
-def _read(files: Iterable[Path], text_key: str, separator: str) -> Iterator[Document]:
+def _read(files: Iterable[Path], fields: Fields) -> Iterator[Document]:
     halves, first = 0, ""
     for file in files:
-        for document in documents(file, text_key, separator):
+        for document in documents(file, fields):
             if document.replaced:
                 halves, first = halves + document.replaced, first or document.place
             yield document

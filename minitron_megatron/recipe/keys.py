@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from ..data import HUB
+
 __all__ = [
     "Count",
     "DType",
@@ -18,6 +20,7 @@ __all__ = [
     "NotNegative",
     "Positive",
     "Seed",
+    "Sources",
     "Steps",
     "Text",
     "Written",
@@ -65,12 +68,23 @@ def _path(value: Any) -> Any:
     return value
 
 
+def _sources(value: Any) -> Any:
+    """Check a place of text or a list of places, with one message (pydantic gives one per alternative)."""
+    if isinstance(value, list | tuple) and value:
+        return tuple(map(_source, value))
+    return _source(value)
+
+
+def _source(value: Any) -> str:
+    return str(value) if str(_path(value)).startswith(HUB) else str(Path(value))
+
+
 def _held_out(value: Any) -> Any:
     """Check held-out files or a share of the documents, with one message (pydantic gives one per alternative)."""
     try:
         share = float(value)
     except (TypeError, ValueError):
-        return _path(value)
+        return _source(value)
     if not 0 < share < 1:
         raise ValueError("Give a path of held-out files, or the share of documents to hold out, between 0 and 1")
     return share
@@ -79,7 +93,8 @@ def _held_out(value: Any) -> Any:
 Text = Annotated[str, Field(min_length=1)]
 Written = Annotated[str, BeforeValidator(str)]
 FilePath = Annotated[Path, BeforeValidator(_path)]
-HeldOut = Annotated[Path | float, BeforeValidator(_held_out)]
+Sources = Annotated[str | tuple[str, ...], BeforeValidator(_sources)]
+HeldOut = Annotated[str | float, BeforeValidator(_held_out)]
 Count = Annotated[int, BeforeValidator(_whole), Field(gt=0, le=MOST)]
 Steps = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=MOST)]
 Seed = Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**32)]

@@ -162,7 +162,12 @@ def edited(recipe: dict[str, Any], key: str, material: Path) -> dict[str, Any]:
         node[last] = EDITS[key]
     elif key.startswith("search.budget."):
         node[last] = 7.0
-    elif isinstance(value, Path) or key in ("evaluate.task_files", "distill.start", "search.serving.table"):
+    elif isinstance(value, Path) or key in (
+        "data.sources.path",
+        "evaluate.task_files",
+        "distill.start",
+        "search.serving.table",
+    ):
         source = material / ("corpus.jsonl" if key.startswith(("data", "search")) else "model")
         node[last] = str(material / f"other-{source.name}")
     else:

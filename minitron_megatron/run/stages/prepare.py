@@ -28,10 +28,10 @@ def do_prepare(context: Context) -> Result:
 def _prepare_sources(context: Context, vocab: int) -> Result:
     data, sources = context.recipe.data, {}
     for number, source in enumerate(data.sources):
-        name = f"{number}-{source.path.stem}"
-        held_out = source.validation if isinstance(source.validation, float) else [source.validation]
+        name = f"{number}-{source.name}"
+        held_out = source.held_out_paths or source.validation
         prepared = prepare(
-            [source.path],
+            source.paths,
             context.recipe.model,
             context.folders.data / name,
             validation=held_out,
