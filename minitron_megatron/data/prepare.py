@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, tee
 from pathlib import Path
@@ -15,12 +14,14 @@ from ..events import Event, Listener, silent
 from .document import Document, Fields
 from .encode import EncodeError, Encoder, encode_all
 from .hub import hub_files
+from .in_place import use_pair
 from .readers import documents
-from .sources import HUB, left_out, names, text_files
-from .token_files import SPLITS, TokenFileWriter, content_of, pair_writers, token_dtype
+from .sources import HUB, left_out, names, pair_prefix, text_files
+from .token_files import SPLITS, Prepared, PreparedSplit, content_of
+from .token_writer import TokenFileWriter, pair_writers, token_dtype
 from .tokenizer import end_of_document, load_tokenizer, vocabulary
 
-__all__ = ["Prepared", "PreparedSplit", "prepare"]
+__all__ = ["prepare"]
 
 BATCH_CHARS = 1 << 20
 """Characters of text sent to a worker process at a time."""
@@ -29,28 +30,6 @@ MOST_LEFT = 20
 
 Assigned = tuple[str, Document]
 """Pair (name of the split, document)."""
-
-
-@dataclass(frozen=True)
-class PreparedSplit:
-    """Pair of files `<prefix>.bin` and `<prefix>.idx`."""
-
-    prefix: Path
-    documents: int
-    tokens: int
-    """Number of tokens, with the end-of-document tokens."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Result of `prepare`."""
-
-    train: PreparedSplit
-    valid: PreparedSplit | None
-    end: int
-    """End-of-document token."""
-    content: str
-    """SHA-256 over the token ids and document lengths of both splits; it does not depend on their paths."""
 
 
 def prepare(
@@ -68,6 +47,8 @@ def prepare(
 ) -> Prepared:
     """Tokenize the text of `sources`: files, folders, globs, and data sets of the Hub (`hf://owner/name:split`).
 
+    A source that names a tokenized `.bin/.idx` pair is used in place (`use_pair`), and must be the only one.
+
     `text_key` is the key or column of the text in `.jsonl`, `.json`, `.parquet` and `.arrow` files; `separator` parts
     the documents of `.txt` files.
 
@@ -80,12 +61,20 @@ def prepare(
     Raises DataError where a source or the tokenizer cannot be read, where a document has a token that the model does
     not have, or where a split would be empty; FileError where files cannot be written at `out_prefix`.
     """
+    share = float(validation) if isinstance(validation, float | int) else 0.0
+    if not 0 <= share < 1:
+        raise DataError(
+            f"validation={validation} is not a fraction of the documents. Give 0, a number below 1, or files."
+        )
+    held_out_sources = [] if isinstance(validation, float | int) else validation
+    if any(map(pair_prefix, (*sources, *held_out_sources))):
+        keys = {"share": share, "seed": seed, "vocab": vocab, "listener": listener}
+        return use_pair(sources, held_out_sources, tokenizer, out_prefix, **keys)
     if not separator:
         raise DataError("An empty separator cannot separate documents. Set data.separator to the text between them.")
     reader = load_tokenizer(tokenizer)
     encoder = Encoder(reader, end_of_document(tokenizer, reader), token_dtype(vocabulary(reader)))
-    share, held_out = _held_out(validation)
-    files = _files(sources)
+    files, held_out = _files(sources), _files(held_out_sources)
     total = sum(file.stat().st_size for file in chain(files, held_out))
 
     read = partial(_read, fields=Fields(text_key, separator))
@@ -101,17 +90,6 @@ def prepare(
     content = content_of(writer.content for writer in writers.values())
     splits = {name: PreparedSplit(Path(f"{out_prefix}.{name}"), w.documents, w.tokens) for name, w in writers.items()}
     return Prepared(splits["train"], splits.get("valid"), encoder.end, content)
-
-
-def _held_out(validation: float | Sequence[str | Path]) -> tuple[float, list[Path]]:
-    """Return the fraction of documents to hold out, and the files to hold out whole; one of the two is empty."""
-    if not isinstance(validation, (int, float)):
-        return 0.0, _files(validation)
-    if not 0 <= validation < 1:
-        raise DataError(
-            f"validation={validation} is not a fraction of the documents. Give 0, a number below 1, or files."
-        )
-    return validation, []
 
 
 def _files(sources: Sequence[str | Path]) -> list[Path]:

@@ -234,6 +234,6 @@ def test_sound_text_gives_the_bytes_that_it_always_gave(tokenizer: Path, tmp_pat
 
 
 def test_the_token_dtype_follows_the_vocabulary() -> None:
-    from minitron_megatron.data.token_files import token_dtype
+    from minitron_megatron.data.token_writer import token_dtype
 
     assert [np.dtype(token_dtype(vocab)) for vocab in (1536, 128256)] == [np.uint16, np.int32]
