@@ -1,4 +1,4 @@
-"""Validation of megatron-core's `.idx` files; megatron-core's own reader trusts them."""
+"""megatron-core's `.idx` files: writing, and validation, since megatron-core's own reader trusts them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["count_tokens", "read_index", "token_type"]
+__all__ = ["count_tokens", "read_index", "token_type", "write_index"]
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, dtype code of the tokens, number of sequences, number of document boundaries (documents + 1)."""
-TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+TYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 """megatron-core's code of an integer type -> the type; 6 and 7 are floats."""
 PIECE = 1 << 20
 """Sequences checked at a time."""
@@ -67,6 +67,16 @@ def read_index(idx: Path) -> Index:
     with idx.open("rb") as stream:
         *_, sequences, _ = HEADER.unpack(stream.read(HEADER.size))
     return _mapped(idx, sequences)
+
+
+def write_index(idx: Path, lengths: NDArray[np.int32], kind: np.dtype) -> None:
+    """Write the index of documents of these lengths, each one sequence. kind: type of the tokens."""
+    [code] = (code for code, known in TYPES.items() if kind == known)
+    sizes = lengths.astype(np.int64)
+    with idx.open("wb") as stream:
+        stream.write(HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        for part in (lengths, (np.cumsum(sizes) - sizes) * kind.itemsize, np.arange(len(lengths) + 1)):
+            part.tofile(stream)
 
 
 def token_type(idx: Path) -> type[np.integer]:

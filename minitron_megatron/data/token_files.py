@@ -66,6 +66,8 @@ class Prepared:
     """End-of-document token."""
     content: str
     """SHA-256 over the token ids and document lengths of both splits; it does not depend on their paths."""
+    read: float = 1.0
+    """Share of the bytes of the sources that was read; below 1 where the tokens that were wanted are enough."""
 
 
 @dataclass(frozen=True)
