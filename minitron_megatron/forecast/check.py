@@ -24,7 +24,7 @@ from ..serve import check_fp8
 from .check_tasks import check_evaluation
 from .sizes import check_pruning, student_shape
 
-__all__ = ["check", "check_corpus", "planned"]
+__all__ = ["check", "check_corpus", "needed_tokens", "planned"]
 
 INDEX_BYTES = 30
 """Host memory per sample of a phase: its source, its position, and megatron-core's document and sample indices."""
@@ -105,6 +105,17 @@ def check_corpus(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]]) -> No
                     f"{key} needs {count:,} samples of {length:,} tokens from {name}, but it has only {held:,} "
                     f"({there:,} tokens). Lower {key} or the weight of this source, or set data.repeat to true."
                 )
+
+
+def needed_tokens(recipe: Recipe) -> list[dict[str, int]] | None:
+    """Return the tokens of each source's splits that all stages together draw; None where all text is tokenized."""
+    if recipe.data.tokenize == "all":
+        return None
+    needed = [1] * len(recipe.data.sources)
+    for _, samples, length, weights, _ in _sample_demands(recipe):
+        for number, count in enumerate(samples_by_source(weights, samples)):
+            needed[number] += count * length
+    return [{"train": tokens, "valid": recipe.evaluate.samples * recipe.data.sequence + 1} for tokens in needed]
 
 
 def _sample_demands(recipe: Recipe) -> Iterator[tuple[str, int, int, list[float], bool]]:

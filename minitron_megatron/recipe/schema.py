@@ -84,6 +84,9 @@ class Data(Keys):
     If false, they are an error."""
     separator: Text = "<|endoftext|>"
     """Text that separates the documents of a .txt file."""
+    tokenize: Literal["all", "needed"] = "all"
+    """How much of each source is tokenized: `all`, or as much from its beginning as is `needed` by the budgets and for
+    `evaluate.samples` of held-out text. A larger budget goes on from there."""
     workers: HowToRun[Annotated[Count, Field(le=1024)]] = 1
     """Processes used for tokenization."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,16 +23,10 @@ from minitron_megatron.data.document import Fields
 from minitron_megatron.data.hub import hub_files
 from minitron_megatron.data.readers import documents
 from minitron_megatron.errors import DataError
+from tests.formats import cache_of_the_hub, zst
 
 TEXTS = [f"w{1 + i} " * (1 + i % 7) + ("\n\u00e9 \U0001f600 w2\u2028w3" if i % 3 else "") for i in range(300)]
 TEXTS[17], TEXTS[40] = "", " \n"  # blank: left out in every format
-
-
-def zst(content: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as stream:
-        stream.write(content)
-    return sink.getvalue().to_pybytes()
 
 
 def records(texts: list[str]) -> list[dict[str, Any]]:
@@ -185,7 +181,22 @@ def test_a_data_set_that_cannot_be_had_is_one_message(monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "load_dataset", fail)
     hub_files.cache_clear()
     with pytest.raises(DataError, match=r"hf://owner/name cannot be had: Couldn't reach .*offline\)\. Correct"):
-        prepare(["hf://owner/name"], "nowhere", "out") if False else hub_files("hf://owner/name")
+        hub_files("hf://owner/name")
+
+
+def test_without_a_network_the_cache_serves(tmp_path: Path) -> None:
+    """In another process, since `datasets` reads its environment at import."""
+    environment = os.environ | cache_of_the_hub(tmp_path / "cache", ["w1", "w2"])
+    script = (
+        "from minitron_megatron.data.hub import hub_files\n"
+        "from minitron_megatron.data.readers import documents, Fields\n"
+        "print([each.text for file in hub_files('hf://owner/name:train') for each in documents(file, Fields())])\n"
+        "try: hub_files('hf://owner/other')\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert first == "['w1', 'w2']" and second.startswith("DataError hf://owner/other cannot be had: ")
 
 
 WHOLE = [f"w{1 + i} w2 w{i * i * 7919 % 3000}" for i in range(2999)]

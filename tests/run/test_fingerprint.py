@@ -40,6 +40,7 @@ EDITS: dict[str, Any] = {
     "spec": "te",
     "data.text_key": "body",
     "data.separator": "---",
+    "data.tokenize": "needed",
     "data.sources.validation": 0.5,
     "correct.parameters": "norms",
     "score.dtype": "bfloat16",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 from ...convert import folder_hash, read_config
 from ...data import check_tokenizer, prepare
+from ...forecast import needed_tokens
 from ...parallel import broadcast_object, fail_together
 from ..context import Context
 from ..fingerprint import config_digest
@@ -27,7 +30,8 @@ def do_prepare(context: Context) -> Result:
 
 def _prepare_sources(context: Context, vocab: int) -> Result:
     data, sources = context.recipe.data, {}
-    for number, source in enumerate(data.sources):
+    needed = needed_tokens(context.recipe) or [None] * len(data.sources)
+    for number, (source, enough) in enumerate(zip(data.sources, needed, strict=True)):
         name = f"{number}-{source.name}"
         held_out = source.held_out_paths or source.validation
         prepared = prepare(
@@ -40,12 +44,23 @@ def _prepare_sources(context: Context, vocab: int) -> Result:
             separator=data.separator,
             seed=context.recipe.seed,
             vocab=vocab,
+            enough=enough,
             listener=context.listener,
         )
+        if prepared.read < 1:
+            warnings.warn(
+                f"{name}: {prepared.read:.2%} of the text is tokenized, enough for the budgets.", stacklevel=3
+            )
         validation_tokens = prepared.valid.tokens if prepared.valid else 0
         tokens = {"tokens": prepared.train.tokens, "validation_tokens": validation_tokens}
         sources[name] = {**tokens, "end": prepared.end, "content": prepared.content, "weight": source.weight}
     return sources
 
 
-PREPARE = Stage("prepare", do_prepare, makes=lambda run: run.data, reads=("model", "data", "seed"))
+PREPARE = Stage(
+    "prepare",
+    do_prepare,
+    makes=lambda run: run.data,
+    reads=("model", "data", "seed"),
+    extra_inputs=needed_tokens,
+)
