@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from .errors import FileError
 
 __all__ = [
+    "FULL",
     "MANIFEST",
     "PARTIAL",
     "check_as",
@@ -46,6 +47,7 @@ MANIFEST = "checksums.json"
 """Name of the file that lists the SHA-256 of every file of its folder."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a file system that has no room."""
 
 T = TypeVar("T")
 

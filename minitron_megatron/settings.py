@@ -117,6 +117,8 @@ class _Meta(ModelMetaclass):
 
     def __call__(cls, *values: object, **named: object) -> Any:
         fields = cast(type[BaseModel], cls).model_fields
+        if len(values) > len(fields):
+            raise TypeError(f"{cls.__name__} has {len(fields)} fields, and {len(values)} values were given")
         try:
             return super().__call__(**dict(zip(fields, values, strict=False)), **named)
         except ValidationError as error:

@@ -38,6 +38,8 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers without a tokenizer.json
     "safetensors": frozenset({"records", "convert", "serve"}),
     "tokenizers": frozenset({"data"}),
+    "pyarrow": frozenset({"data"}),
+    "datasets": frozenset({"data", "evaluate"}),
     "pydantic": frozenset({"files", "recipe", "settings"}),  # files: JSON is validated against types
     "yaml": frozenset({"recipe", "run"}),
     "typer": frozenset({"cli"}),
@@ -53,7 +55,10 @@ OUTSIDE: dict[str, frozenset[str]] = {
 """Third-party module -> the rooms that may import it. The longest matching name applies; a module without a row may be
 imported anywhere."""
 
-LAZY = ("megatron", "transformers", "matplotlib", "wandb", "tensorboard", "lm_eval", "modelopt", "nltk", "rouge_score")
+LAZY = (
+    *("megatron", "transformers", "matplotlib", "wandb", "tensorboard", "lm_eval", "modelopt", "nltk", "rouge_score"),
+    *("pyarrow", "datasets"),
+)
 """Slow imports: allowed only inside the function that needs them."""
 
 FORBIDDEN = ("transformer_engine", "apex", "triton", "tensorrt_llm")

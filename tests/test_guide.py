@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 
 from minitron_megatron.forecast import estimate
 from minitron_megatron.recipe import load_recipe
+from tests.formats import cache_of_the_hub, every_format
 from tests.guide import ROOT, commands, run_command
 from tests.recipes import tiny_recipe
 
@@ -29,6 +31,7 @@ def folder(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe["distill"] = recipe["distill"] | BUDGET | {"retain": True}
     (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (here / "corpus.jsonl").symlink_to(material / "corpus.jsonl")
+    every_format(here, texts(material))
     done = run_command("minitron run recipe.yaml", here, {})
     assert done.returncode == 0, done.stderr
     return here
@@ -41,8 +44,16 @@ def test_every_page_is_in_the_order_and_every_link_leads_somewhere() -> None:
             assert (GUIDE / link).exists(), (page.name, link)
 
 
+def texts(material: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (material / "corpus.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_its_commands_run(page: str, folder: Path, material: Path) -> None:
+def test_its_commands_run(
+    page: str, folder: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cache_of_the_hub(tmp_path / "hub", texts(material)).items():
+        monkeypatch.setenv(name, value)
     places = {"path/to/llama": material / "model", "> recipe.yaml": "> started.yaml", "runs/quickstart": "runs/own"}
     lines = [line for line in commands(GUIDE / f"{page}.md") if not line.startswith("make")]
     assert bool(lines) == (page != "footguns")

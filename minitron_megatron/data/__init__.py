@@ -6,9 +6,9 @@ models, losses, recipes. Every rank reads its own batches; no tokens are broadca
 
 from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches
 from .corpus import Corpus, samples_by_source
-from .prepare import Prepared, PreparedSplit, prepare
-from .sources import text_files
-from .token_files import check_content
+from .prepare import prepare
+from .sources import HUB, input_files, most_bytes, places, text_files
+from .token_files import Prepared, PreparedSplit, check_content
 from .tokenizer import (
     check_tokenizer,
     corpus_marks,
@@ -19,6 +19,7 @@ from .tokenizer import (
 )
 
 __all__ = [
+    "HUB",
     "Batch",
     "Corpus",
     "Prepared",
@@ -30,7 +31,10 @@ __all__ = [
     "corpus_marks",
     "end_of_document",
     "held_out_batches",
+    "input_files",
     "load_tokenizer",
+    "most_bytes",
+    "places",
     "prepare",
     "samples_by_source",
     "settings_without_chat",

@@ -134,7 +134,6 @@ def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: in
         create_attention_mask=False,
     )
     tokens = GPTDataset.build_low_level_dataset(str(pair.prefix), config)
-    every = np.arange(len(tokens), dtype=np.int32)
-    return GPTDataset(
-        tokens, pair.content, every, samples, Split[split], config
-    )  # named by content, since a corpus may move
+    chosen = np.arange(len(tokens), dtype=np.int32) if pair.sequences is None else pair.sequences
+    # named by content, since a corpus may move
+    return GPTDataset(tokens, pair.content, chosen, samples, Split[split], config)

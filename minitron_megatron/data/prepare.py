@@ -3,50 +3,57 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, tee
 from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
 
 from ..errors import DataError
 from ..events import Event, Listener, silent
+from ..files import file_marks
+from .document import Document, Fields
 from .encode import EncodeError, Encoder, encode_all
-from .readers import Document, documents
-from .sources import left_out, names, text_files
-from .token_files import SPLITS, TokenFileWriter, content_of, pair_writers, token_dtype
-from .tokenizer import end_of_document, load_tokenizer, vocabulary
+from .hub import hub_files
+from .in_place import use_pair
+from .readers import documents
+from .sources import HUB, left_out, names, pair_prefix, text_files
+from .token_files import SPLITS, Prepared, PreparedSplit, content_of
+from .token_writer import PairWriters, TokenFileWriter, pair_writers, token_dtype
+from .tokenizer import corpus_marks, end_of_document, load_tokenizer, vocabulary
 
-__all__ = ["Prepared", "PreparedSplit", "prepare"]
+__all__ = ["prepare"]
 
 BATCH_CHARS = 1 << 20
 """Characters of text sent to a worker process at a time."""
-
-Assigned = tuple[str, Document]
-"""Pair (name of the split, document)."""
-
-
-@dataclass(frozen=True)
-class PreparedSplit:
-    """Pair of files `<prefix>.bin` and `<prefix>.idx`."""
-
-    prefix: Path
-    documents: int
-    tokens: int
-    """Number of tokens, with the end-of-document tokens."""
+MOST_LEFT = 20
+"""Maximum number of files that a warning lists for one reason."""
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Result of `prepare`."""
+class Position(NamedTuple):
+    """Place in the list of files, right after a document."""
 
-    train: PreparedSplit
-    valid: PreparedSplit | None
-    end: int
-    """End-of-document token."""
-    content: str
-    """SHA-256 over the token ids and document lengths of both splits; it does not depend on their paths."""
+    file: int = 0
+    """Index of the file."""
+    inside: int = 0
+    """Number of documents of the file that come before."""
+    number: int = 0
+    """Number of all documents that come before."""
+    source_bytes: int = 0
+    replaced: int = 0
+    """Number of unpaired surrogates that were replaced."""
+    first: str = ""
+    """Place of the first of them."""
+
+
+class Item(NamedTuple):
+    split: str
+    document: Document
+    after: Position
 
 
 def prepare(
@@ -60,69 +67,131 @@ def prepare(
     separator: str = "<|endoftext|>",
     seed: int = 0,
     vocab: int | None = None,
+    enough: Mapping[str, int] | None = None,
     listener: Listener = silent,
 ) -> Prepared:
-    """Tokenize `.jsonl` files (an object with key `text_key` per line), `.txt` files (documents separated by
-    `separator`), or folders of them.
+    """Tokenize the text of `sources`: files, folders, globs, and data sets of the Hub (`hf://owner/name:split`).
+
+    A source that names a tokenized `.bin/.idx` pair is used in place (`use_pair`), and must be the only one.
+
+    `text_key` is the key or column of the text in `.jsonl`, `.json`, `.parquet` and `.arrow` files; `separator` parts
+    the documents of `.txt` files.
 
     Writes `<out_prefix>.train.bin/.idx` and `<out_prefix>.valid.bin/.idx`. `validation` is the fraction of documents
     to hold out, drawn by `seed` (0: no validation split), or the sources to hold out. `tokenizer` is a Hugging Face
     folder; each document ends with its end-of-sequence token and gets no other special token. `vocab` is the number of
-    entries of the model's embedding. Not collective: call it in one process.
+    entries of the model's embedding. `enough` are the tokens of the splits `train` and `valid` after which to stop; a
+    later call with more goes on from there. So does one after a kill. Not collective: call it in one process.
 
     Warns of files in folders that are skipped as they hold no data, and of unpaired surrogates, which become U+FFFD.
     Raises DataError where a source or the tokenizer cannot be read, where a document has a token that the model does
     not have, or where a split would be empty; FileError where files cannot be written at `out_prefix`.
     """
+    share, held_out_sources = _held_out(validation)
+    if any(map(pair_prefix, (*sources, *held_out_sources))):
+        return use_pair(
+            sources, held_out_sources, tokenizer, out_prefix, share=share, seed=seed, vocab=vocab, listener=listener
+        )
     if not separator:
         raise DataError("An empty separator cannot separate documents. Set data.separator to the text between them.")
     reader = load_tokenizer(tokenizer)
     encoder = Encoder(reader, end_of_document(tokenizer, reader), token_dtype(vocabulary(reader)))
-    share, held_out = _held_out(validation)
-    files = _files(sources)
-    total = sum(file.stat().st_size for file in chain(files, held_out))
+    held_out = _files(held_out_sources)
+    job = _Job(held_out, _files(sources), Fields(text_key, separator), share, seed, vocab)
+    splits = SPLITS if share or held_out else SPLITS[:1]
+    limits = {split: enough[split] for split in splits if enough and not (held_out and split == "valid")}
+    with pair_writers(out_prefix, splits, encoder.dtype, job.key(tokenizer)) as work:
+        if _is_enough(work.writers, limits):
+            work.restart(splits, encoder.dtype)  # a smaller budget gives what it would have given at once
+        end = _tokenize(work, job, encoder, workers, limits, listener)
+        _refuse_empty(work.writers, validation)
+        if stopped := _is_enough(work.writers, limits):
+            work.save(end, every=0)
+        work.finish(goes_on=stopped)
+    if end.replaced:
+        warnings.warn(f"{end.replaced} unpaired surrogates became U+FFFD, the first in {end.first}.", stacklevel=2)
+    content = content_of(writer.content for writer in work.writers.values())
+    made = {
+        name: PreparedSplit(Path(f"{out_prefix}.{name}"), w.documents, w.tokens) for name, w in work.writers.items()
+    }
+    read = min(1.0, end.source_bytes / job.bytes) if stopped else 1.0
+    return Prepared(made["train"], made.get("valid"), encoder.end, content, read)
 
-    read = partial(_read, text_key=text_key, separator=separator)
-    drawn = (("valid" if _draw(seed, i) < share else "train", document) for i, document in enumerate(read(files)))
-    named = (("valid", document) for document in read(held_out))
-    with pair_writers(out_prefix, SPLITS if share or held_out else ("train",), encoder.dtype) as writers:
-        done = 0
-        for size in _write(writers, _batches(chain(drawn, named)), encoder, workers, vocab):
-            done = min(done + size, total)
-            listener(Event("prepare", done, total, "bytes", _counts(writers)))
-        listener(Event("prepare", total, total, "bytes", _counts(writers)))
-        _refuse_empty(writers, validation)
-    content = content_of(writer.content for writer in writers.values())
-    splits = {name: PreparedSplit(Path(f"{out_prefix}.{name}"), w.documents, w.tokens) for name, w in writers.items()}
-    return Prepared(splits["train"], splits.get("valid"), encoder.end, content)
+
+@dataclass(frozen=True)
+class _Job:
+    """All that decides which documents there are, and their splits."""
+
+    held_out: list[Path]
+    files: list[Path]
+    fields: Fields
+    share: float
+    seed: int
+    vocab: int | None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in (*self.held_out, *self.files))
+
+    def key(self, tokenizer: str | Path) -> str:
+        """Return a checksum of all that the tokens depend on."""
+        marks = [file_marks(self.held_out), file_marks(self.files), corpus_marks(tokenizer), tokenizers.__version__]
+        keys = [*self.fields, self.share, self.seed, self.vocab]
+        return hashlib.sha256(json.dumps([*marks, *keys]).encode()).hexdigest()
+
+    def items(self, position: Position) -> Iterator[Item]:
+        """Yield the documents after a position: held-out files, then the others."""
+        for document, after in _read([*self.held_out, *self.files], self.fields, position):
+            held = after.file < len(self.held_out) or _draw(self.seed, after.number - 1) < self.share
+            yield Item("valid" if held else "train", document, after)
 
 
-def _held_out(validation: float | Sequence[str | Path]) -> tuple[float, list[Path]]:
-    """Return the fraction of documents to hold out, and the files to hold out whole; one of the two is empty."""
-    if not isinstance(validation, (int, float)):
-        return 0.0, _files(validation)
+def _tokenize(
+    work: PairWriters, job: _Job, encoder: Encoder, workers: int, limits: Mapping[str, int], listener: Listener
+) -> Position:
+    """Write the documents that are not written yet, until the limits are reached; return the position after them."""
+    position, total = Position(*work.position), job.bytes
+    batches = _batches(job.items(position))
+    for position in _write(work.writers, batches, encoder, workers, job.vocab, limits):
+        work.save(position)
+        listener(Event("prepare", min(position.source_bytes, total), total, "bytes", _counts(work.writers)))
+    listener(Event("prepare", total, total, "bytes", _counts(work.writers)))
+    return position
+
+
+def _held_out(validation: float | Sequence[str | Path]) -> tuple[float, Sequence[str | Path]]:
+    """Return the fraction of documents to hold out, and the sources to hold out whole; one of the two is empty."""
+    if not isinstance(validation, float | int):
+        return 0.0, validation
     if not 0 <= validation < 1:
         raise DataError(
             f"validation={validation} is not a fraction of the documents. Give 0, a number below 1, or files."
         )
-    return validation, []
+    return float(validation), []
 
 
 def _files(sources: Sequence[str | Path]) -> list[Path]:
-    if left := left_out(sources):
-        warnings.warn(f"Left out of the sources, as they hold no data: {names(map(str, left))}.", stacklevel=3)
-    return text_files(sources)
+    """Return the files to read, and warn of those that are not."""
+    online = [str(source) for source in sources if str(source).startswith(HUB)]
+    here = [source for source in sources if str(source) not in online]
+    if left := left_out(here):
+        told = "; ".join(f"{names(map(str, files), MOST_LEFT)} ({reason})" for reason, files in left.items())
+        warnings.warn(f"Left out of the sources: {told}.", stacklevel=3)
+    return [*text_files(here), *(file for source in online for file in hub_files(source))]
 
 
-def _read(files: Iterable[Path], text_key: str, separator: str) -> Iterator[Document]:
-    halves, first = 0, ""
-    for file in files:
-        for document in documents(file, text_key, separator):
-            if document.replaced:
-                halves, first = halves + document.replaced, first or document.place
-            yield document
-    if halves:
-        warnings.warn(f"{halves} unpaired surrogates became U+FFFD, the first in {first}.", stacklevel=2)
+def _read(files: Sequence[Path], fields: Fields, position: Position) -> Iterator[tuple[Document, Position]]:
+    """Yield the documents that follow a position, each with the position after it."""
+    at = position
+    for number, file in enumerate(files[at.file :], at.file):
+        if number > at.file:
+            at = at._replace(file=number, inside=0)
+        for document in itertools.islice(documents(file, fields), at.inside, None):
+            first = at.first or (document.place if document.replaced else "")
+            sums = at.number + 1, at.source_bytes + document.source_bytes, at.replaced + document.replaced
+            at = Position(number, at.inside + 1, *sums, first)
+            yield document, at
 
 
 def _draw(seed: int, index: int) -> float:
@@ -131,12 +200,12 @@ def _draw(seed: int, index: int) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def _batches(items: Iterable[Assigned]) -> Iterator[list[Assigned]]:
-    batch: list[Assigned] = []
+def _batches(items: Iterable[Item]) -> Iterator[list[Item]]:
+    batch: list[Item] = []
     chars = 0
     for item in items:
         batch.append(item)
-        chars += len(item[1].text)
+        chars += len(item.document.text)
         if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
@@ -144,28 +213,37 @@ def _batches(items: Iterable[Assigned]) -> Iterator[list[Assigned]]:
         yield batch
 
 
+def _is_enough(writers: Mapping[str, TokenFileWriter], limits: Mapping[str, int]) -> bool:
+    """Return whether each limited split holds its tokens. limits: empty where all tokens are wanted."""
+    return bool(limits) and all(writers[split].tokens >= limit for split, limit in limits.items())
+
+
 def _write(
     writers: Mapping[str, TokenFileWriter],
-    batches: Iterator[list[Assigned]],
+    batches: Iterator[list[Item]],
     encoder: Encoder,
     workers: int,
     vocab: int | None,
-) -> Iterator[int]:
-    """Encode and write batch by batch; yield the source bytes of each batch."""
-    batches, ahead = tee(batches)
-    texts = ([document.text for _, document in batch] for batch in ahead)
+    limits: Mapping[str, int],
+) -> Iterator[Position]:
+    """Encode and write batch by batch, until the limits are reached; yield the position after each batch."""
+    batches, ahead = itertools.tee(batches)
+    texts = ([item.document.text for item in batch] for batch in ahead)
     may_exceed = vocab is not None and vocabulary(encoder.tokenizer) > vocab
     try:
         for encoded in encode_all(texts, encoder, workers):
             batch = next(batches)
-            for (split, document), ids in zip(batch, encoded, strict=True):
+            for item, ids in zip(batch, encoded, strict=True):
                 if may_exceed and ids.max() >= vocab:
-                    raise _unknown(document, int(ids[ids >= vocab][0]), encoder, vocab)
-                writers[split].add(ids)
-            yield sum(document.source_bytes for _, document in batch)
+                    raise _unknown(item.document, int(ids[ids >= vocab][0]), encoder, vocab)
+                writers[item.split].add(ids)
+                if _is_enough(writers, limits):
+                    yield item.after
+                    return
+            yield batch[-1].after
     except EncodeError as error:
         number, reason = error.args
-        place = next(batches)[number][1].place
+        place = next(batches)[number].document.place
         raise DataError(
             f"{place} cannot be tokenized: {reason}. Correct the text, or the model's tokenizer."
         ) from error

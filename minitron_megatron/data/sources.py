@@ -1,20 +1,27 @@
-"""Text files that the sources of a corpus name, and the other files in their folders."""
+"""Files that the sources of a corpus name, and the other files in their folders."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from glob import glob, has_magic
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import files_below
-from .readers import READERS, reader_of
+from ..files import files_below, read_json
+from .readers import FORMATS, is_compact, reader_of
 
-__all__ = ["left_out", "names", "text_files"]
+__all__ = ["HUB", "input_files", "left_out", "most_bytes", "names", "pair_prefix", "places", "text_files"]
+
+HUB = "hf://"
+"""Beginning of a source that is a data set of the Hugging Face Hub."""
 
 ADVICE = {
-    "decompress it": (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z"),
-    "write its rows as .jsonl": (".parquet", ".arrow", ".feather", ".csv", ".tsv", ".json"),
+    "a tokenized corpus; make it a source of its own, without the suffix": (".bin", ".idx"),
+    "write its rows as .jsonl or .parquet": (".feather", ".csv", ".tsv"),
     "rename it to .jsonl": (".ndjson", ".jsonlines", ".jl"),
+    "decompress it": (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lz4", ".zip", ".tar", ".tgz", ".7z"),
 }
 """Advice -> the suffixes of data in other formats to which it applies."""
 UNKNOWN = "rename it to .txt or .jsonl if it is such"
@@ -25,34 +32,110 @@ NO_DATA_SUFFIXES = (
 )
 NO_DATA_NAMES = ("readme", "license", "licence", "notice", "copying", "authors", "citation", "changelog", "makefile")
 """Prefixes of file names. Files with these names or suffixes accompany corpora and hold no text of them."""
+STATE, SPLITS = "state.json", "dataset_dict.json"
+METADATA = ("dataset_info.json", "dataset_infos.json")
+"""Files that `datasets` writes beside its data."""
 
 MOST_NAMES = 4
-"""Maximum number of files that a message lists."""
+"""Maximum number of files that an error lists."""
+
+Files = list[Path]
+LeftOut = dict[str, list[Path]]
+"""Reason -> the files that are not read for it."""
 
 
-def text_files(sources: Sequence[str | Path]) -> list[Path]:
+def text_files(sources: Sequence[str | Path]) -> Files:
     """Return the files to read, in the order of `sources`; those of a folder (recursively, through links) by name.
 
-    Raises DataError where a source holds nothing to read, or a folder holds files that may be data in another format.
+    A source is a file, a folder or a glob. Raises DataError where one holds nothing to read, where a folder holds files
+    that may be data in another format, or where a file is named twice.
     """
-    return [file for source in sources for file in _split(Path(source))[0]]
+    files = [file for source in sources for file in _find(source)[0]]
+    if len(set(files)) < len(files):
+        twice = next(file for number, file in enumerate(files) if file in files[:number])
+        raise DataError(f"{twice} is named twice by {names(map(str, sources))}. Name it once.")
+    return files
 
 
-def left_out(sources: Sequence[str | Path]) -> list[Path]:
-    """Return the files in folders of `sources` that are certainly not data, and are skipped."""
-    return [file for source in sources for file in _split(Path(source))[1]]
+def left_out(sources: Sequence[str | Path]) -> LeftOut:
+    """Return the files in folders and globs of `sources` that are certainly not data, by the reason."""
+    found: LeftOut = defaultdict(list)
+    for source in sources:
+        for reason, files in _find(source)[1].items():
+            found[reason] += files
+    return found
 
 
-def _split(source: Path) -> tuple[list[Path], list[Path]]:
+def pair_prefix(source: str | Path) -> Path | None:
+    """Return the prefix of the `.bin/.idx` pair that a source names, with or without a suffix; None for other sources.
+
+    Raises DataError where one file of the pair is missing.
+    """
+    name = str(source)
+    prefix = next((name.removesuffix(suffix) for suffix in (".bin", ".idx") if name.endswith(suffix)), name)
+    there = {kind: Path(f"{prefix}.{kind}") for kind in ("bin", "idx")}
+    if prefix == name and (Path(name).exists() or not there["idx"].is_file()):
+        return None
+    for file in there.values():
+        if not file.is_file():
+            raise DataError(f"{name} is no tokenized corpus: there is no {file}. Name the prefix of a .bin/.idx pair.")
+    return Path(prefix)
+
+
+def input_files(sources: Sequence[str | Path]) -> Files:
+    """Return the files on this machine that hold the tokens of `sources`, without asking the Hub for others."""
+    here = [source for source in sources if not str(source).startswith(HUB)]
+    pairs = [Path(f"{prefix}.bin") for prefix in map(pair_prefix, here) if prefix]
+    return pairs + text_files([source for source in here if not pair_prefix(source)])
+
+
+def places(sources: Sequence[str | Path]) -> Files:
+    """Return the files and folders of this machine that `sources` name; those that do not exist too."""
+    found: Files = []
+    for source in sources:
+        if prefix := pair_prefix(source):
+            found += [Path(f"{prefix}.idx"), Path(f"{prefix}.bin")]
+        elif not str(source).startswith(HUB):
+            found += _matches(source) or [Path(source)]
+    return found
+
+
+def most_bytes(sources: Sequence[str | Path]) -> float:
+    """Return an upper limit of the bytes of text, and thereby of the tokens, of `sources`.
+
+    Infinity where it is unknown: for compressed and columnar files, and for data sets of the Hub.
+    """
+    if any(str(source).startswith(HUB) for source in sources):
+        return math.inf
+    files = input_files(sources)
+    packed = any(reader_of(file) and is_compact(file) and file.stat().st_size for file in files)
+    return math.inf if packed else sum(file.stat().st_size for file in files)
+
+
+def _find(source: str | Path) -> tuple[Files, LeftOut]:
+    path = Path(source)
     try:
-        if not source.exists():
-            raise DataError(f"There is no file or folder {source}. Correct its path.")
-        return _in_folder(source) if source.is_dir() else (_file(source), [])
-    except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror or error}. Correct its path.") from error
+        if path.is_dir():
+            return _sorted_out(files_below(path), path, f"The folder {path}")
+        if path.exists():
+            return _file(path), {}
+        if found := _matches(source):
+            below = [file for each in found for file in (files_below(each) if each.is_dir() else [each])]
+            return _sorted_out(list(dict.fromkeys(below)), Path(), f"The pattern {source}")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{source} cannot be read: {getattr(error, 'strerror', 0) or error}. Correct its path."
+        ) from error
+    raise DataError(f"There is no file or folder {source}. Correct its path.")
 
 
-def _file(source: Path) -> list[Path]:
+def _matches(source: str | Path) -> Files:
+    """Return the paths that match a glob, by name; empty for a path that exists."""
+    magic = has_magic(str(source)) and not Path(source).exists()
+    return sorted(map(Path, glob(str(source), recursive=True))) if magic else []
+
+
+def _file(source: Path) -> Files:
     if not source.is_file():
         raise DataError(f"{source} is neither a regular file nor a folder. Write its text to a file.")
     if reader_of(source) is None:
@@ -60,36 +143,80 @@ def _file(source: Path) -> list[Path]:
     return [source]
 
 
-def _in_folder(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return a folder's files to read, and its files that hold no data.
+def _sorted_out(files: Files, folder: Path, where: str) -> tuple[Files, LeftOut]:
+    """Return the files to read, and those that hold no data.
 
-    Raises DataError where there are other files, or none to read.
+    where: the source, for messages. Raises DataError where there are other files, or none to read.
     """
-    read: list[Path] = []
-    left: list[Path] = []
-    unread: list[Path] = []
-    for file in files_below(folder):
-        kind = unread if not file.is_file() else read if reader_of(file) else left if _no_data(file) else unread
-        kind.append(file)
-    named = names(f"{file.relative_to(folder)} ({_advice(file)})" for file in unread)
+    read: Files = []
+    unread: Files = []
+    left: LeftOut = defaultdict(list)
+    saved = _saved_data_sets(files)
+    for file in files:
+        if reason := _not_data(file, folder, saved):
+            left[reason].append(file)
+        else:
+            (read if file.is_file() and reader_of(file) else unread).append(file)
+    named = names(f"{_below(file, folder)} ({_advice(file)})" for file in unread)
     if not read:
         held = f"; it holds {named}" if unread else ""
-        raise DataError(f"The folder {folder} holds no {_formats('or')} files{held}. Name one that does.")
+        raise DataError(f"{where} holds no {_formats('or')} files{held}. Name one that does.")
     if unread:
         raise DataError(
-            f"The folder {folder} holds files that would be left out: {named}. "
-            f"Make each of them {_formats('or')}, or move it away."
+            f"{where} holds files that would be left out: {named}. Make each of them {_formats('or')}, or move it away."
         )
     return read, left
 
 
-def _no_data(file: Path) -> bool:
-    """Return whether a file is certainly not part of a corpus."""
-    name = file.name.lower()
-    if any(name.endswith(suffixes) for suffixes in ADVICE.values()):
-        return False
-    hidden = name.startswith(".") and not file.suffix
-    return hidden or name.endswith(NO_DATA_SUFFIXES) or name.startswith(NO_DATA_NAMES) or not file.stat().st_size
+def _not_data(file: Path, folder: Path, saved: dict[Path, set[str]]) -> str:
+    """Return why a file is certainly not part of a corpus; empty where it may be.
+
+    saved: folder of each saved data set -> names of its data files.
+    """
+    name, listed = file.name.lower(), saved.get(file.parent)
+    if ".git" in _below(file, folder).parts[:-1]:
+        return "version control"
+    if name in METADATA or name == SPLITS or (name == STATE and listed is not None):
+        return "metadata of a data set"
+    if name.endswith(".arrow") and listed is not None and file.name not in listed:
+        return f"not listed in {STATE}"
+    if not file.is_file() or reader_of(file) or any(name.endswith(suffixes) for suffixes in ADVICE.values()):
+        return ""
+    if (name.startswith(".") and not file.suffix) or name.endswith(NO_DATA_SUFFIXES) or name.startswith(NO_DATA_NAMES):
+        return "no data by its name"
+    return "" if file.stat().st_size else "empty"
+
+
+def _saved_data_sets(files: Files) -> dict[Path, set[str]]:
+    """Return the folders among `files` that `datasets` saved, each with the names of its data files.
+
+    Raises DataError where one is incomplete, is a selection of rows, or has several splits.
+    """
+    saved: dict[Path, set[str]] = {}
+    there = set(files)
+    for file in files:
+        if file.name not in (STATE, SPLITS):
+            continue
+        match read_json(file):
+            case {"splits": [str(), str(), *_] as splits} if file.name == SPLITS:
+                raise DataError(
+                    f"{file.parent} holds the splits {', '.join(map(str, splits))}. "
+                    f"Name the folder of one of them, such as {file.parent / str(splits[0])}."
+                )
+            case {"_indices_data_files": [*_]} if file.name == STATE:
+                raise DataError(
+                    f"{file.parent} is a selection of rows. Save it again after flatten_indices() of datasets."
+                )
+            case {"_data_files": [*listed]} if file.name == STATE:
+                saved[file.parent] = {str(each.get("filename")) for each in listed if isinstance(each, dict)}
+                for name in sorted(saved[file.parent]):
+                    if file.parent / name not in there:
+                        raise DataError(f"{file} lists {name}, which is not there. Copy the folder again.")
+    return saved
+
+
+def _below(file: Path, folder: Path) -> Path:
+    return file.relative_to(folder) if file.is_relative_to(folder) else file
 
 
 def _advice(file: Path) -> str:
@@ -98,12 +225,11 @@ def _advice(file: Path) -> str:
     return next((advice for advice, ends in ADVICE.items() if file.name.lower().endswith(ends)), UNKNOWN)
 
 
-def names(files: Iterable[str]) -> str:
-    """Return the first few of `files`, separated by commas, and the number of the others."""
+def names(files: Iterable[str], most: int = MOST_NAMES) -> str:
+    """Return the first `most` of `files`, separated by commas, and the number of the others."""
     listed = list(files)
-    more = f" and {len(listed) - MOST_NAMES} more" if len(listed) > MOST_NAMES else ""
-    return ", ".join(listed[:MOST_NAMES]) + more
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
 def _formats(word: str) -> str:
-    return f" {word} ".join(READERS)
+    return f" {word} ".join(FORMATS)

@@ -1,36 +1,40 @@
-"""`.bin/.idx` pairs in megatron-core's format: writing them atomically, finding and checking them.
+"""`.bin/.idx` pairs in megatron-core's format: finding and checking them.
 
 A `.json` file beside a pair holds the checksums of both files; the `.bin` file has one per block. Pairs written by
-other programs have no `.json`.
+other programs have no `.json`. A `.json` without a pair beside it names a pair elsewhere that is used in place, and the
+documents of it that belong to the split.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import DTypeLike, NDArray
+import numpy as np
+from numpy.typing import NDArray
 
-from ..errors import DataError, FileError
-from ..files import checksum, read_json, told_by, whole_file
-from .idx import count_tokens
+from ..errors import DataError
+from ..files import checksum, read_json
+from .idx import count_tokens, read_index
 
 __all__ = [
+    "BLOCK",
+    "KINDS",
     "SPLITS",
-    "TokenFileWriter",
+    "Prepared",
+    "PreparedSplit",
+    "Share",
     "TokenFiles",
     "check_blocks",
     "check_content",
     "content_of",
+    "find_pair",
     "find_token_files",
-    "pair_writers",
-    "token_dtype",
+    "split_file",
 ]
 
 SPLITS = ("train", "valid")
@@ -42,133 +46,105 @@ BLOCKS_CHECKED = 64
 """Maximum number of blocks checked whenever a corpus is opened: a gigabyte, which takes about a second."""
 
 
-def token_dtype(vocab: int) -> DTypeLike:
-    """Return megatron-core's dtype for token ids: uint16 where every id fits, else int32."""
-    from megatron.core.datasets.indexed_dataset import DType
+@dataclass(frozen=True)
+class PreparedSplit:
+    """Pair of files `<prefix>.bin` and `<prefix>.idx`, or a part of its documents."""
 
-    return DType.optimal_dtype(vocab)
-
-
-@dataclass
-class Blocks:
-    """SHA-256 of every `BLOCK` bytes of a stream."""
-
-    done: list[str] = field(default_factory=list)
-    _hash: Any = field(default_factory=hashlib.sha256)
-    _held: int = 0
-
-    def add(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            part, rest = rest[: BLOCK - self._held], rest[BLOCK - self._held :]
-            self._hash.update(part)
-            self._held += len(part)
-            if self._held == BLOCK:
-                self._close()
-
-    def end(self) -> list[str]:
-        if self._held:
-            self._close()
-        return self.done
-
-    def _close(self) -> None:
-        self.done.append(self._hash.hexdigest())
-        self._hash, self._held = hashlib.sha256(), 0
+    prefix: Path
+    documents: int
+    tokens: int
+    """Number of tokens, with the end-of-document tokens."""
 
 
-class TokenFileWriter:
-    """Writer of documents to a pair, with counts and checksums."""
+@dataclass(frozen=True)
+class Prepared:
+    """Result of `prepare`."""
 
-    def __init__(self, bin_file: Path, dtype: DTypeLike) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        self._builder = IndexedDatasetBuilder(str(bin_file), dtype)
-        self._hash = hashlib.sha256()
-        self._blocks = Blocks()
-        self.documents = 0
-        self.tokens = 0
-
-    def add(self, ids: NDArray) -> None:
-        self._builder.add_document(ids, [len(ids)])
-        data = ids.tobytes()
-        self._hash.update(len(ids).to_bytes(8, "little") + data)
-        self._blocks.add(data)
-        self.documents += 1
-        self.tokens += len(ids)
-
-    def close(self, idx_file: Path) -> dict[str, Any]:
-        """Write the index, and return the pair's checksums."""
-        self._builder.finalize(str(idx_file))
-        return {"content": self.content, "idx": checksum(idx_file), "block": BLOCK, "bin": self._blocks.end()}
-
-    @property
-    def content(self) -> str:
-        """SHA-256 over the token ids and the document lengths."""
-        return self._hash.hexdigest()
+    train: PreparedSplit
+    valid: PreparedSplit | None
+    end: int
+    """End-of-document token."""
+    content: str
+    """SHA-256 over the token ids and document lengths of both splits; it does not depend on their paths."""
+    read: float = 1.0
+    """Share of the bytes of the sources that was read; below 1 where the tokens that were wanted are enough."""
 
 
-@contextmanager
-def pair_writers(
-    out_prefix: str | Path, splits: Sequence[str], dtype: DTypeLike
-) -> Iterator[dict[str, TokenFileWriter]]:
-    """Yield a writer for each of `splits`; on success their pairs replace all earlier ones at `<out_prefix>.<split>`.
+@dataclass(frozen=True)
+class Share:
+    """Random part of the documents of a pair."""
 
-    Raises FileError where they cannot be written.
-    """
-    try:
-        with ExitStack() as stack:  # exits in reverse order: an .idx appears only after all .bin files and checksums
-            files = {
-                (split, kind): stack.enter_context(whole_file(_file(out_prefix, split, kind)))
-                for kind in KINDS
-                for split in splits
-            }
-            writers = {split: TokenFileWriter(files[split, "bin"], dtype) for split in splits}
-            yield writers
-            for split, writer in writers.items():
-                sums = writer.close(files[split, "idx"])
-                files[split, "json"].write_text(json.dumps(sums) + "\n", encoding="utf-8")
-            for split in SPLITS:
-                for kind in KINDS:
-                    _file(out_prefix, split, kind).unlink(missing_ok=True)
-    except OSError as error:
-        raise FileError(told_by(error) or f"The corpus {out_prefix} cannot be written: {error}.") from error
+    share: float
+    """Fraction of the documents that is held out."""
+    seed: int
+    held_out: bool
+    """Whether the part is what is held out, or the rest."""
+
+    def sequences(self, idx: Path) -> tuple[NDArray[np.int32], int, int]:
+        """Return the sequences of the part, and the numbers of its tokens and documents."""
+        lengths, _, ends = read_index(idx)
+        chosen = (_draws(len(ends) - 1, self.seed) < self.share) == self.held_out
+        sequences = np.flatnonzero(np.repeat(chosen, np.diff(ends))).astype(np.int32)
+        return sequences, int(lengths[sequences].sum(dtype=np.int64)), int(chosen.sum())
+
+
+def _draws(count: int, seed: int) -> NDArray[np.float64]:
+    """Return a pseudo-random number in [0, 1) for each of `count` documents, by its index and the seed (SplitMix64)."""
+    state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    state += np.uint64(int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "big"))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+    return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53
 
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """Pair that was found complete."""
+    """Pair that was found complete, or the part of it that belongs to a split."""
 
     prefix: Path
     tokens: int
     content: str
-    """SHA-256 of the `.idx` file, which holds the document lengths in order."""
+    """SHA-256 of the `.idx` file, which holds the document lengths in order, and of the choice of documents."""
+    sequences: NDArray[np.int32] | None = field(default=None, compare=False)
+    """Sequences of the index that belong to the split; None: all."""
+    checksums: dict[str, Any] = field(default_factory=dict)
+    """Content of the `.json` file; empty without one."""
 
 
 def find_token_files(prefix: str | Path, split: str) -> TokenFiles:
-    """Return the pair of a split.
+    """Return the pair of a split, or its part of a pair that is used in place.
 
     Raises DataError where a file is missing, where the two do not match, or where the `.idx` file has changed.
     """
-    idx, data = (_file(prefix, split, kind) for kind in ("idx", "bin"))
-    again = f"Prepare the corpus {prefix} again."
+    here = split_file(prefix, split, "json").with_suffix("")
+    sums = _checksums(here)
+    found = find_pair(_place(here, sums), f"Prepare the corpus {prefix} again.")
+    if sums and sums["idx"] != found.content:
+        raise DataError(f"{found.prefix}.idx has changed since it was written. Prepare the corpus {prefix} again.")
+    if not sums.get("part"):
+        return replace(found, checksums=sums)
+    share = Share(**sums["part"])
+    sequences, tokens, _ = share.sequences(Path(f"{found.prefix}.idx"))
+    return TokenFiles(found.prefix, tokens, content_of([found.content, repr(share)]), sequences, sums)
+
+
+def find_pair(prefix: Path, again: str) -> TokenFiles:
+    """Return the pair `<prefix>.bin/.idx`. again: what to do if it is incomplete, for the message of the DataError."""
+    idx, data = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     try:
         for file in (idx, data):
             if not file.is_file():
-                raise DataError(f"There is no {file}. Prepare the corpus {prefix}, or correct its prefix.")
+                raise DataError(f"There is no {file}. {again.removesuffix(' again.')}, or correct its prefix.")
         if not data.stat().st_size:
             raise DataError(f"{data} is empty. {again}")
         tokens, size = count_tokens(idx)
         if tokens * size != data.stat().st_size:
             raise ValueError(f"it counts {tokens:,} tokens of {size} bytes")
-        found = TokenFiles(idx.with_suffix(""), tokens, checksum(idx))
+        return TokenFiles(prefix, tokens, checksum(idx))
     except ValueError as error:
         raise DataError(f"{idx} is no index of {data}: {error}. {again}") from error
     except OSError as error:
         raise DataError(f"{error.filename or idx} cannot be read: {error.strerror or error}. {again}") from error
-    sums = _checksums(found.prefix)
-    if sums and sums["idx"] != found.content:
-        raise DataError(f"{idx} has changed since it was written. {again}")
-    return found
 
 
 def check_blocks(pair: TokenFiles) -> None:
@@ -177,7 +153,7 @@ def check_blocks(pair: TokenFiles) -> None:
     Checks the first, the last and random other blocks, up to `BLOCKS_CHECKED`: all blocks of a corpus of up to a
     gigabyte.
     """
-    if not (sums := _checksums(pair.prefix)):
+    if not (sums := pair.checksums):
         return
     data, block, known = Path(f"{pair.prefix}.bin"), sums["block"], sums["bin"]
     chosen = {0, len(known) - 1, *random.SystemRandom().sample(range(len(known)), min(len(known), BLOCKS_CHECKED - 2))}
@@ -191,7 +167,7 @@ def check_blocks(pair: TokenFiles) -> None:
 
 def check_content(prefix: str | Path, content: str) -> None:
     """Raise DataError where the pairs at `prefix` are not those for which `prepare` returned `content`."""
-    known = [_checksums(Path(f"{prefix}.{split}")) for split in SPLITS if _file(prefix, split, "json").exists()]
+    known = [_checksums(Path(f"{prefix}.{split}")) for split in SPLITS if split_file(prefix, split, "json").exists()]
     if known and content_of(sums["content"] for sums in known) != content:
         raise DataError(f"{prefix} is not the corpus that this run prepared. Prepare it again.")
 
@@ -202,17 +178,31 @@ def content_of(splits: Iterable[str]) -> str:
 
 
 def _checksums(prefix: Path) -> dict[str, Any]:
-    """Return the checksums beside a pair; empty where there is no such file. Raises DataError where it is damaged."""
-    file, data = Path(f"{prefix}.json"), Path(f"{prefix}.bin")
+    """Return the `.json` at a prefix; empty where there is no such file. Raises DataError where it is damaged."""
+    file = Path(f"{prefix}.json")
     if not file.exists():
         return {}
-    sums = read_json(file)
+    sums, data = read_json(file), Path(f"{prefix}.bin")
     match sums:
         case {"content": str(), "idx": str(), "block": int(block), "bin": [*known]} if 0 < block <= BLOCK:
-            if data.is_file() and len(known) == -(-data.stat().st_size // block):
+            data = Path(f"{_place(prefix, sums)}.bin")
+            if data.is_file() and len(known) == -(-data.stat().st_size // block) and _is_part(sums.get("part")):
                 return sums
     raise DataError(f"{file} holds no checksums of {data}. Prepare the corpus again.")
 
 
-def _file(prefix: str | Path, split: str, kind: str) -> Path:
+def _place(prefix: Path, sums: dict[str, Any]) -> Path:
+    """Return the prefix of the pair that a split uses in place, else its own."""
+    return Path(sums["pair"]) if isinstance(sums.get("pair"), str) else prefix
+
+
+def _is_part(part: Any) -> bool:
+    match part:
+        case None | {"share": float(), "seed": int(), "held_out": bool()}:
+            return part is None or len(part) == 3
+    return False
+
+
+def split_file(prefix: str | Path, split: str, kind: str) -> Path:
+    """Return the path of a file of a split's pair."""
     return Path(f"{prefix}.{split}.{kind}")

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 
 from ..errors import DataError, MinitronError
 from ..files import checksum, read_json
+from .document import HALF_SURROGATE
 from .encode import foreign
-from .readers import HALF_SURROGATE
 
 __all__ = [
     "check_tokenizer",

@@ -4,7 +4,7 @@ Knows: recipes, shapes, the layout table. Must not know: weights, processes, run
 """
 
 from .candidates import candidates_of, untimed_candidates
-from .check import check, check_corpus, planned
+from .check import check, check_corpus, needed_tokens, planned
 from .check_tasks import check_evaluation, settings_folder
 from .estimate import Estimate, count, estimate
 from .memory import WEIGHT_BYTES
@@ -22,6 +22,7 @@ __all__ = [
     "depth_sweep",
     "estimate",
     "measures_depth",
+    "needed_tokens",
     "planned",
     "rounds",
     "scores_wanted",

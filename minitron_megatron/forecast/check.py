@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,17 @@ from typing import Any
 import psutil
 
 from ..convert import check_weights, read_config
-from ..data import check_tokenizer, samples_by_source, text_files
+from ..data import check_tokenizer, input_files, most_bytes, places, samples_by_source
 from ..errors import DataError, RecipeError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
-from ..recipe import CHOOSE_BY, Recipe, ResolvedPhase, Source, light_recipe, resolved
+from ..recipe import CHOOSE_BY, Recipe, ResolvedPhase, light_recipe, resolved
 from ..serve import check_fp8
 from .check_tasks import check_evaluation
 from .sizes import check_pruning, student_shape
 
-__all__ = ["check", "check_corpus", "planned"]
+__all__ = ["check", "check_corpus", "needed_tokens", "planned"]
 
 INDEX_BYTES = 30
 """Host memory per sample of a phase: its source, its position, and megatron-core's document and sample indices."""
@@ -107,6 +107,17 @@ def check_corpus(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]]) -> No
                 )
 
 
+def needed_tokens(recipe: Recipe) -> list[dict[str, int]] | None:
+    """Return the tokens of each source's splits that all stages together draw; None where all text is tokenized."""
+    if recipe.data.tokenize == "all":
+        return None
+    needed = [1] * len(recipe.data.sources)
+    for _, samples, length, weights, _ in _sample_demands(recipe):
+        for number, count in enumerate(samples_by_source(weights, samples)):
+            needed[number] += count * length
+    return [{"train": tokens, "valid": recipe.evaluate.samples * recipe.data.sequence + 1} for tokens in needed]
+
+
 def _sample_demands(recipe: Recipe) -> Iterator[tuple[str, int, int, list[float], bool]]:
     """Yield (key, samples, tokens per sample, weights, whether text may repeat) of each user of the training text."""
     for key, phase in _training(recipe):
@@ -135,7 +146,8 @@ def _check_paths(recipe: Recipe) -> None:
     """Check that the run folder is separate from the run's inputs, so that their files cannot be confused."""
     out = recipe.out.resolve()
     read = [("model", recipe.model), ("distill.start", recipe.distill.start)]
-    read += [("data.sources", path) for source in recipe.data.sources for path in _paths(source)]
+    read += [("data.sources", path) for source in recipe.data.sources for path in places(source.paths)]
+    read += [("data.sources", path) for source in recipe.data.sources for path in places(source.held_out_paths)]
     for key, path in read:
         if path is None:
             continue
@@ -146,28 +158,22 @@ def _check_paths(recipe: Recipe) -> None:
             raise RecipeError(f"{path} ({key}) is inside the run folder {recipe.out}. Move one of them.")
 
 
-def _paths(source: Source) -> list[Path]:
-    return [source.path, *([source.validation] if isinstance(source.validation, Path) else [])]
-
-
 def _check_held_out(recipe: Recipe) -> None:
     """Check that no held-out file is also training text."""
-    trained = {file.resolve() for source in recipe.data.sources for file in _text(source.path)}
+    trained = {file.resolve() for source in recipe.data.sources for file in _text(source.paths)}
     for source in recipe.data.sources:
-        if isinstance(source.validation, Path):
-            both = trained & {file.resolve() for file in _text(source.validation)}
-            if both:
-                raise RecipeError(
-                    f"{min(both)} is both training text and held-out text. Give other files in "
-                    "data.sources[].validation, or a share of the documents."
-                )
+        both = trained & {file.resolve() for file in _text(source.held_out_paths)}
+        if both:
+            raise RecipeError(
+                f"{min(both)} is both training text and held-out text. Give other files in "
+                "data.sources[].validation, or a share of the documents."
+            )
 
 
-def _text(path: Path) -> list[Path]:
-    files = text_files([path])
-    if not any(file.stat().st_size for file in files):
-        raise DataError(f"data source {path} is empty. Check data.sources.")
-    return files
+def _text(places: Sequence[str]) -> list[Path]:
+    if not most_bytes(places) and places:
+        raise DataError(f"data source {', '.join(places)} is empty. Check data.sources.")
+    return input_files(places)
 
 
 def _check_schedule(key: str, phase: ResolvedPhase) -> None:
@@ -278,13 +284,12 @@ def _check_lora(recipe: Recipe, teacher: Shape) -> None:
 
 def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPhase]]) -> None:
     """Refuse a source that is too small even at one byte per token, before anything is tokenized."""
-    most = [sum(file.stat().st_size for file in text_files([source.path])) for source in recipe.data.sources]
+    most = [most_bytes(source.paths) for source in recipe.data.sources]
     for source, size in zip(recipe.data.sources, most, strict=True):
-        held = source.validation
-        text = size if isinstance(held, float) else sum(file.stat().st_size for file in text_files([held]))
+        text = most_bytes(source.held_out_paths) if source.held_out_paths else size
         if text <= recipe.data.sequence:
             raise DataError(
-                f"the held-out text of {source.path} has {text:,} bytes, less than one sample of "
+                f"the held-out text of {source.name} has {text:,} bytes, less than one sample of "
                 f"{recipe.data.sequence:,} tokens. Hold out more, or set a shorter data.sequence."
             )
     for key, samples, length, weights, repeat in _sample_demands(recipe):
@@ -292,6 +297,6 @@ def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPh
             needed = int(length * (1 if repeat else samples * weight / sum(weights)))
             if size < needed:
                 raise DataError(
-                    f"{key} needs {needed:,} tokens from {source.path}, but it has only {size:,} bytes. Lower {key} or "
+                    f"{key} needs {needed:,} tokens from {source.name}, but it has only {size:,} bytes. Lower {key} or "
                     "the weight of this source, or set data.repeat to true."
                 )

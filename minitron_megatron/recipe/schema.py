@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..evaluate import PROGRAMS, SUITES, Task
@@ -24,7 +26,7 @@ from ..settings import (
     Text,
     model_validator,
 )
-from .keys import DType, HeldOut, Layers
+from .keys import DType, HeldOut, Layers, Sources
 from .search_keys import Search
 from .training_keys import Correct, Distill
 
@@ -34,12 +36,28 @@ __all__ = ["Data", "Depth", "Recipe", "Source", "json_schema"]
 class Source(Settings):
     """One source of the data blend."""
 
-    path: FilePath
-    """A .jsonl or .txt file, or a folder of such files."""
+    path: Sources
+    """File, folder, glob, or a list of them: .jsonl, .json, .txt (also .gz, .zst), .parquet, .arrow; or the prefix of a
+    tokenized .bin/.idx pair, used in place; or hf://owner/name[:split], a data set of the Hugging Face Hub."""
     weight: Positive = 1.0
     """Share of the samples, relative to the other sources."""
     validation: HeldOut = 0.01
     """Path of held-out files, or the share of documents to hold out (between 0 and 1)."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All places of this source's text."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def held_out_paths(self) -> tuple[str, ...]:
+        """Places of held-out text, if a share of the documents is not held out instead."""
+        return (self.validation,) if isinstance(self.validation, str) else ()
+
+    @property
+    def name(self) -> str:
+        """Name of the source for people and in files: that of its first file or folder."""
+        return re.sub("[*?:]+", "_", Path(self.paths[0]).stem)
 
 
 class Data(Settings):
@@ -50,7 +68,7 @@ class Data(Settings):
     sequence: Count = 8192
     """Tokens per sample."""
     text_key: Text = "text"
-    """Field of a .jsonl line that holds the text."""
+    """Key of a JSON object, or column of a table, that holds the text."""
     repeat: HowToRun[bool] = False
     """Repeat a source, shuffled differently each time, if a budget needs more samples than it has. If false, too few
     samples are an error."""
@@ -62,6 +80,9 @@ class Data(Settings):
     If false, they are an error."""
     separator: Text = "<|endoftext|>"
     """Text that separates the documents of a .txt file."""
+    tokenize: AddedLater[Literal["all", "needed"]] = "all"
+    """How much of each source is tokenized: `all`, or as much from its beginning as is `needed` by the budgets and for
+    `evaluate.samples` of held-out text. A larger budget goes on from there."""
     workers: HowToRun[Annotated[Count, Field(le=1024)]] = 1
     """Processes used for tokenization."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..convert import carried_files, read_config
-from ..data import corpus_marks, settings_without_chat
+from ..data import corpus_marks, places, settings_without_chat
 from ..files import checksum, file_marks
 from ..recipe import Recipe
 from .stage import Stage
@@ -70,6 +70,6 @@ def _input_marks(recipe: Recipe) -> list[Any]:
     """Return marks of the teacher's weights, config and tokenization, and of every source. Other files of the teacher's
     folder do not count: a chat template does not affect the tokens of a corpus."""
     paths = [path for pattern in WEIGHTS for path in sorted(recipe.model.glob(pattern))]
-    paths += [source.path for source in recipe.data.sources]
-    paths += [source.validation for source in recipe.data.sources if isinstance(source.validation, Path)]
+    paths += [path for source in recipe.data.sources for path in places(source.paths)]
+    paths += [path for source in recipe.data.sources for path in places(source.held_out_paths)]
     return [file_marks(paths), config_digest(recipe.model), corpus_marks(recipe.model)]

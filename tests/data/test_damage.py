@@ -131,7 +131,7 @@ def test_a_large_corpus_is_read_in_part(
     tokenizer: Path, lines: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first, the last and random other blocks are checked: damage anywhere is found eventually."""
-    monkeypatch.setattr("minitron_megatron.data.token_files.BLOCK", 100)
+    monkeypatch.setattr("minitron_megatron.data.token_writer.BLOCK", 100)
     monkeypatch.setattr("minitron_megatron.data.token_files.BLOCKS_CHECKED", 8)
     source = lines("a.jsonl", *(json.dumps({"text": f"w{1 + i} " * 50}) for i in range(20)))
     prepare([source], tokenizer, tmp_path / "low", validation=0)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from minitron_megatron.data import Corpus, check_tokenizer, prepare, text_files
 from minitron_megatron.data.cache import _check_array
+from minitron_megatron.data.document import Fields
 from minitron_megatron.data.readers import documents
 from minitron_megatron.data.token_files import find_token_files
 from minitron_megatron.errors import MinitronError
@@ -81,7 +82,7 @@ line = st.one_of(
 def test_text(content: bytes, name: str, key: str) -> None:
     with tempfile.TemporaryDirectory() as folder, only_ours():
         (Path(folder) / name).write_bytes(content)
-        for document in documents(Path(folder) / name, key, "<|endoftext|>"):
+        for document in documents(Path(folder) / name, Fields(key)):
             document.text.encode()  # must be valid UTF-8 for tokenizers
 
 

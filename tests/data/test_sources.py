@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from minitron_megatron.data import prepare, text_files
+from minitron_megatron.data.document import Fields
 from minitron_megatron.data.readers import documents
 from minitron_megatron.errors import DataError, FileError
 from minitron_megatron.files import file_marks
@@ -37,7 +38,7 @@ def names(folder: Path) -> list[str]:
 
 
 def texts(file: Path, text_key: str = "text", separator: str = SEPARATOR) -> list[str]:
-    return [document.text for document in documents(file, text_key, separator)]
+    return [document.text for document in documents(file, Fields(text_key, separator))]
 
 
 def test_links_are_followed_and_no_folder_is_read_twice(tree: Callable[..., Path], tmp_path: Path) -> None:
@@ -71,13 +72,13 @@ def test_suffixes_are_read_in_any_case_and_folders_may_have_one(tree: Callable[.
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("2.jsonl.gz", "decompress it"),
-        ("2.jsonl.zst", "decompress it"),
+        ("2.jsonl.bz2", "decompress it"),
+        ("2.csv.gz", "decompress it"),
         ("deep/2.txt.XZ", "decompress it"),
-        ("2.parquet", "write its rows as .jsonl"),
-        ("2.CSV", "write its rows as .jsonl"),
-        ("2.json", "write its rows as .jsonl"),
-        ("readme.json", "write its rows as .jsonl"),
+        ("2.parquet.zst", "decompress it"),
+        ("2.CSV", "write its rows as .jsonl or .parquet"),
+        ("readme.tsv", "write its rows as .jsonl or .parquet"),
+        ("2.idx", "a tokenized corpus; make it a source of its own, without the suffix"),
         ("2.ndjson", "rename it to .jsonl"),
         ("2.jsonl.bak", "rename it to .txt or .jsonl if it is such"),
         ("part-00002", "rename it to .txt or .jsonl if it is such"),
@@ -87,10 +88,10 @@ def test_a_folder_is_never_read_in_part(name: str, advice: str, tree: Callable[.
     folder = tree("1.jsonl", name)
     with pytest.raises(DataError, match=rf"would be left out: {name} \({advice}\)"):
         text_files([folder])
-    with pytest.raises(DataError, match=rf"neither \.jsonl nor \.txt: {advice}"):
+    with pytest.raises(DataError, match=rf"neither \.jsonl nor .* nor \.arrow: {advice}|no tokenized corpus"):
         text_files([folder / name])
     (folder / "1.jsonl").unlink()
-    with pytest.raises(DataError, match=rf"holds no \.jsonl or \.txt files; it holds {name}"):
+    with pytest.raises(DataError, match=rf"holds no \.jsonl or .* files; it holds {name}"):
         text_files([folder])
 
 
@@ -112,8 +113,8 @@ def test_anything_but_a_regular_file_is_refused(tree: Callable[..., Path]) -> No
 
 
 def test_many_files_left_out_are_not_all_named(tree: Callable[..., Path]) -> None:
-    folder = tree("1.jsonl", *(f"{i:03}.gz" for i in range(300)))
-    with pytest.raises(DataError, match=r"003.gz \(decompress it\) and 296 more") as caught:
+    folder = tree("1.jsonl", *(f"{i:03}.xz" for i in range(300)))
+    with pytest.raises(DataError, match=r"003.xz \(decompress it\) and 296 more") as caught:
         text_files([folder])
     assert len(str(caught.value)) < 500
 
@@ -123,7 +124,9 @@ def test_files_that_hold_no_data_are_named_in_one_line(
 ) -> None:
     folder = tree("1.jsonl", "README.md", "LICENSE", "make.py", ".gitattributes")
     tree("_SUCCESS", content="")
-    with pytest.warns(UserWarning, match=r"Left out .*\.gitattributes, .*LICENSE, .*README.md, .*_SUCCESS and 1 more"):
+    with pytest.warns(
+        UserWarning, match=r"\.gitattributes, .*LICENSE, .*README.md, .*\(no data by its name\); .*_SUCCESS \(empty\)\."
+    ):
         prepare([folder], tokenizer, tmp_path / "a", validation=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -164,7 +167,7 @@ def test_a_text_file_means_one_thing(
     (tmp_path / "a.txt").write_bytes(content)
     for chunk in (1 << 20, 5):
         monkeypatch.setattr("minitron_megatron.data.readers.CHUNK_CHARS", chunk)
-        found = list(documents(tmp_path / "a.txt", "text", SEPARATOR))
+        found = list(documents(tmp_path / "a.txt", Fields("text", SEPARATOR)))
         assert [(each.text, each.place) for each in found] == [(t, f"{tmp_path}/a.txt:{n}") for t, n in expected]
 
 
@@ -193,7 +196,8 @@ def test_keys_are_of_the_outermost_object(tmp_path: Path) -> None:
 
 
 def test_enormous_lines_and_documents_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minitron_megatron.data.readers.MOST_CHARS", 50)
+    for module in ("document", "json_text", "readers"):
+        monkeypatch.setattr(f"minitron_megatron.data.{module}.MOST_CHARS", 50)
     monkeypatch.setattr("minitron_megatron.data.readers.CHUNK_CHARS", 20)
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + json.dumps({"text": "b" * 60}))
     (tmp_path / "a.txt").write_text(f"a\n{SEPARATOR}\n" + "b" * 100)

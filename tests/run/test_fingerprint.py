@@ -44,6 +44,7 @@ EDITS: dict[str, Any] = {
     "spec": "te",
     "data.text_key": "body",
     "data.separator": "---",
+    "data.tokenize": "needed",
     "data.sources.validation": 0.5,
     "correct.parameters": "norms",
     "score.dtype": "bfloat16",
@@ -166,7 +167,12 @@ def edited(recipe: dict[str, Any], key: str, material: Path) -> dict[str, Any]:
         node[last] = EDITS[key]
     elif key.startswith("search.budget."):
         node[last] = 7.0
-    elif isinstance(value, Path) or key in ("evaluate.task_files", "distill.start", "search.serving.table"):
+    elif isinstance(value, Path) or key in (
+        "data.sources.path",
+        "evaluate.task_files",
+        "distill.start",
+        "search.serving.table",
+    ):
         source = material / ("corpus.jsonl" if key.startswith(("data", "search")) else "model")
         node[last] = str(material / f"other-{source.name}")
     else:

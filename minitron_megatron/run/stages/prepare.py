@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 from typing_extensions import TypedDict
 
 from ...convert import folder_hash, read_config
 from ...data import check_tokenizer, prepare
+from ...forecast import needed_tokens
 from ...parallel import broadcast_object, fail_together
 from ..context import Context
 from ..fingerprint import config_digest
@@ -46,11 +50,12 @@ def do_prepare(context: Context) -> Result:
 
 def _prepare_sources(context: Context, vocab: int) -> Result:
     data, sources = context.recipe.data, {}
-    for number, source in enumerate(data.sources):
-        name = f"{number}-{source.path.stem}"
-        held_out = source.validation if isinstance(source.validation, float) else [source.validation]
+    needed: Sequence[dict[str, int] | None] = needed_tokens(context.recipe) or [None] * len(data.sources)
+    for number, (source, enough) in enumerate(zip(data.sources, needed, strict=True)):
+        name = f"{number}-{source.name}"
+        held_out = source.held_out_paths or source.validation
         prepared = prepare(
-            [source.path],
+            source.paths,
             context.recipe.model,
             context.folders.data / name,
             validation=held_out,
@@ -59,12 +64,24 @@ def _prepare_sources(context: Context, vocab: int) -> Result:
             separator=data.separator,
             seed=context.recipe.seed,
             vocab=vocab,
+            enough=enough,
             listener=context.listener,
         )
+        if prepared.read < 1:
+            warnings.warn(
+                f"{name}: {prepared.read:.2%} of the text is tokenized, enough for the budgets.", stacklevel=3
+            )
         validation_tokens = prepared.valid.tokens if prepared.valid else 0
         tokens = {"tokens": prepared.train.tokens, "validation_tokens": validation_tokens}
         sources[name] = {**tokens, "end": prepared.end, "content": prepared.content, "weight": source.weight}
     return sources
 
 
-PREPARE = Stage("prepare", do_prepare, result=Prepared, makes=lambda run: run.data, reads=("model", "data", "seed"))
+PREPARE = Stage(
+    "prepare",
+    do_prepare,
+    result=Prepared,
+    makes=lambda run: run.data,
+    reads=("model", "data", "seed"),
+    extra_inputs=needed_tokens,
+)

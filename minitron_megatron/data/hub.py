@@ -1,0 +1,40 @@
+"""Data sets of the Hugging Face Hub: downloaded by `datasets`, or taken from its cache, as Arrow files."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from ..errors import DataError
+from .sources import HUB
+
+__all__ = ["hub_files"]
+
+NAME = re.compile(rf"{HUB}([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")
+
+
+@cache
+def hub_files(source: str) -> tuple[Path, ...]:
+    """Return the Arrow files of `hf://owner/name[/configuration][:split]`; the split is `train` if none is named.
+
+    No code of a data set runs. Raises DataError where it is neither in the cache of `datasets` nor reachable.
+    """
+    if not (parts := NAME.fullmatch(source)):
+        raise DataError(f"{source} is no data set of the Hub. Write {HUB}owner/name, {HUB}owner/name:split.")
+    name, configuration, split = parts.groups()
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise DataError(
+            f"{source} can only be read with the package datasets: {error}. "
+            "Install it (pip install 'minitron-megatron[data]')."
+        ) from error
+    try:
+        rows = load_dataset(name, configuration, split=split or "train")
+        return tuple(Path(file["filename"]) for file in rows.cache_files)
+    except Exception as error:  # datasets, huggingface_hub, fsspec and httpx raise what they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DataError(
+            f"{source} cannot be had: {reason}. Correct its name or split, or download it where there is a network."
+        ) from error

@@ -1,0 +1,148 @@
+"""Readers of JSON lines and of JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from ..errors import DataError
+from .document import HALF_SURROGATE, MOST_CHARS, Document, Fields, document_of, not_utf8, too_long
+
+__all__ = ["json_lines", "json_records"]
+
+CHUNK_CHARS = 1 << 16
+NEAR_END = 16
+"""A JSON error within this many characters of the buffer's end may only mean that a number or word goes on."""
+BLANK = " \t\r\n"
+DECODER = json.JSONDecoder(parse_int=float)  # Python refuses to parse an int of 5,000 digits
+
+
+def json_lines(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Document]:
+    """Yield one document per line: the text under the key `text_key` of a JSON object."""
+    for number, line in enumerate(iter(partial(stream.readline, MOST_CHARS + 1), b""), 1):
+        place = f"{file}:{number}"
+        if len(line) > MOST_CHARS:
+            raise too_long(place)
+        if line.isspace():
+            continue
+        try:
+            content = line.decode("utf-8-sig")  # any line may have a byte order mark: files are concatenated
+        except UnicodeDecodeError as error:
+            raise not_utf8(place, line, error) from error
+        if content.strip():
+            try:
+                value = DECODER.decode(content)
+            except RecursionError as error:
+                raise _too_deep(place) from error
+            except ValueError as error:
+                raise _not_json(place, error) from error
+            yield _document(value, content, fields.text_key, len(line), place)
+
+
+def json_records(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Document]:
+    """Yield one document per object of a .json file: a list of objects, or objects one after the other.
+
+    Objects may span several lines. Reads a part of the file at a time.
+    """
+    # pyarrow's and gzip's streams have the methods of files, which is all that TextIOWrapper needs
+    text = _Text(TextIOWrapper(stream, encoding="utf-8-sig", newline=""), file)
+    in_list, number = text.next() == "[", 0
+    if in_list:
+        text.at += 1
+    while (following := text.next()) and not (in_list and following == "]"):
+        if in_list and number:
+            if following != ",":
+                raise DataError(f"{text.place} has neither a comma nor the end of the list. Correct the file.")
+            text.at += 1
+            text.next()
+        number += 1
+        place = f"{text.place} (record {number})"
+        value, content = text.value(place)
+        yield _document(value, content, fields.text_key, len(content), place)
+    if in_list and not following:
+        raise DataError(f"{text.place} ends within a list. Copy the file again.")
+    text.at += 1
+    if in_list and text.next():
+        raise DataError(f"{text.place} goes on after the end of the list. Correct the file.")
+
+
+class _Text:
+    """Text of a file, of which only the part around the current position is in memory."""
+
+    def __init__(self, stream: TextIO, file: Path) -> None:
+        self._stream, self._file = stream, file
+        self._buffer, self._counted, self._line = "", 0, 1
+        self.at = 0
+        """Current position in the buffer."""
+
+    @property
+    def place(self) -> str:
+        """File and line of the current position."""
+        self._line += self._buffer.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return f"{self._file}:{self._line}"
+
+    def next(self) -> str:
+        """Skip blanks, and return the character that follows; empty at the end."""
+        while self.at < len(self._buffer) or self._fill():
+            if (character := self._buffer[self.at]) not in BLANK:
+                return character
+            self.at += 1
+        return ""
+
+    def value(self, place: str) -> tuple[Any, str]:
+        """Return the JSON value that begins here, and its text."""
+        while len(self._buffer) - self.at <= MOST_CHARS:
+            try:
+                value, end = DECODER.raw_decode(self._buffer, self.at)
+            except RecursionError as error:
+                raise _too_deep(place) from error
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated") or error.pos >= len(self._buffer) - NEAR_END
+                if not cut or not self._fill():
+                    raise _not_json(place, error.msg) from error
+            else:
+                content, self.at = self._buffer[self.at : end], end
+                return value, content
+        raise too_long(place)
+
+    def _fill(self) -> bool:
+        """Read at least as much again as is left in the buffer; return whether there was more."""
+        _ = self.place  # counts the lines that leave the buffer
+        left = self._buffer[self.at :]
+        more = self._stream.read(max(CHUNK_CHARS, len(left)))
+        self._buffer, self._counted, self.at = left + more, 0, 0
+        return bool(more)
+
+
+def _document(value: Any, content: str, key: str, size: int, place: str) -> Document:
+    """content: text of the value."""
+    try:
+        repeated = content.count(f'"{key}"') > 1 and isinstance(value, dict) and _is_repeated(content, key)
+    except RecursionError as error:
+        raise _too_deep(place) from error
+    if repeated:
+        raise DataError(f"{place} has the key {key!r} twice. Keep one of them.")
+    document = document_of(value, key, size, place)
+    if "\\u" not in content:
+        return document
+    text, halves = HALF_SURROGATE.subn("\ufffd", document.text)
+    return document._replace(text=text, replaced=halves)
+
+
+def _is_repeated(content: str, key: str) -> bool:
+    """Return whether the outermost object has the key more than once; Python's reader would silently take the last."""
+    pairs = json.JSONDecoder(parse_int=float, object_pairs_hook=list).decode(content)
+    return [name for name, _ in pairs].count(key) > 1
+
+
+def _too_deep(place: str) -> DataError:
+    return DataError(f"{place} is nested too deeply to be read. Correct it, or remove it.")
+
+
+def _not_json(place: str, reason: object) -> DataError:
+    return DataError(f"{place} is not valid JSON: {reason}. Correct it, or remove it.")
