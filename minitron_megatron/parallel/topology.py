@@ -55,14 +55,15 @@ class Topology(Parallel):
         return cls(**{name: getattr(layout, name) for name in Parallel.model_fields})
 
     @classmethod
-    def start(cls, layout: Parallel | None = None) -> Topology:
+    def start(cls, layout: Parallel | None = None, **sizes: Any) -> Topology:
         """Join the processes that torchrun started (or only this one) and create the groups. Collective over the world.
 
-        Raises TopologyError where the number of processes does not fit the layout.
+        sizes: fields of the layout, such as `tp=2`, in place of a `Parallel`. Raises TopologyError where the number of
+        processes does not fit the layout.
         """
         quieten()
         install_cpu_backend()
-        topology = cls.of(layout or Parallel())
+        topology = cls.of(layout.replaced(**sizes) if layout else Parallel(**sizes))
         topology.check(dist.get_world_size() if dist.is_initialized() else _launched_world())
         if not dist.is_initialized():
             _join()
