@@ -228,8 +228,8 @@ def test_one_stage_needs_those_before_it(recipe_file: Write, pool: Pool) -> None
 
 
 HOW_TO_RUN = [
-    *("data.workers=2", "data.repeat=true", "score.micro_batch=4", "evaluate.micro_batch=1", "recompute=full"),
-    *("hang_seconds=600", "log.project=other", "bench.requests=64", "distill.micro_batch=4", "distill.save_every=1"),
+    *("data.workers=2", "data.repeat=true", "score.micro_batch=2", "evaluate.micro_batch=1", "recompute=full"),
+    *("hang_seconds=600", "log.project=other", "bench.requests=64", "distill.micro_batch=2", "distill.save_every=1"),
     *("distill.keep_checkpoints=1", "distill.save_async=false", "distill.validate_every=1", "distill.teacher_window=1"),
     *("distill.offload_teacher=true", "distill.loss.budget_mib=1"),
 ]
