@@ -30,8 +30,8 @@ def do_prepare(context: Context) -> Result:
 
 def _prepare_sources(context: Context, vocab: int) -> Result:
     data, sources = context.recipe.data, {}
-    needed = needed_tokens(context.recipe) or [None] * len(data.sources)
-    for number, (source, enough) in enumerate(zip(data.sources, needed, strict=True)):
+    needed = needed_tokens(context.recipe)
+    for number, source in enumerate(data.sources):
         name = f"{number}-{source.name}"
         held_out = source.held_out_paths or source.validation
         prepared = prepare(
@@ -44,7 +44,7 @@ def _prepare_sources(context: Context, vocab: int) -> Result:
             separator=data.separator,
             seed=context.recipe.seed,
             vocab=vocab,
-            enough=enough,
+            enough=needed[number] if needed else None,
             listener=context.listener,
         )
         if prepared.read < 1:
@@ -63,4 +63,5 @@ PREPARE = Stage(
     makes=lambda run: run.data,
     reads=("model", "data", "seed"),
     extra_inputs=needed_tokens,
+    keeps=lambda run, mark: run.unfinished_corpus,
 )
