@@ -95,6 +95,11 @@ class RunFolder:
         return self.path / "data"
 
     @property
+    def unfinished_corpus(self) -> Path:
+        """Folder of a corpus whose tokenizing was interrupted; a path that does not exist if there is none."""
+        return next(self.data.glob("*.partial"), self.data / "none.partial")
+
+    @property
     def index(self) -> Path:
         """megatron-core's sample indices of the corpora."""
         return self.data / "index"

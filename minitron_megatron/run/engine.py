@@ -200,7 +200,7 @@ class _Walk:
         """Return (`run` or `resume`, reason) of a stage that is not done."""
         mark = self.mark(stage)
         if stage.keeps is not None and stage.keeps(self._folder, mark).is_dir():
-            return "resume", "with the existing measurements"
+            return "resume", "from what it saved"
         if (self._folder.checkpoints / mark[:16]).is_dir():
             return "resume", "from a checkpoint"
         return "run", "its inputs changed" if self._folder.record(stage.name).is_file() else "not done yet"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 from typing_extensions import TypedDict
 
@@ -50,8 +49,8 @@ def do_prepare(context: Context) -> Result:
 
 def _prepare_sources(context: Context, vocab: int) -> Result:
     data, sources = context.recipe.data, {}
-    needed: Sequence[dict[str, int] | None] = needed_tokens(context.recipe) or [None] * len(data.sources)
-    for number, (source, enough) in enumerate(zip(data.sources, needed, strict=True)):
+    needed = needed_tokens(context.recipe)
+    for number, source in enumerate(data.sources):
         name = f"{number}-{source.name}"
         held_out = source.held_out_paths or source.validation
         prepared = prepare(
@@ -64,7 +63,7 @@ def _prepare_sources(context: Context, vocab: int) -> Result:
             separator=data.separator,
             seed=context.recipe.seed,
             vocab=vocab,
-            enough=enough,
+            enough=needed[number] if needed else None,
             listener=context.listener,
         )
         if prepared.read < 1:
@@ -84,4 +83,5 @@ PREPARE = Stage(
     makes=lambda run: run.data,
     reads=("model", "data", "seed"),
     extra_inputs=needed_tokens,
+    keeps=lambda run, mark: run.unfinished_corpus,
 )
