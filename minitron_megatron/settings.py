@@ -136,7 +136,7 @@ class Settings(BaseModel, metaclass=_Meta):
         """Return a copy with other values, validated again."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
-    def deciding(self) -> dict[str, Any]:
+    def deciding(self) -> dict[str, object]:
         """Return the fields that affect results, at any depth, as JSON."""
         plain = self.model_dump(mode="json")
         return {name: _deciding(getattr(self, name), plain[name]) for name in self._deciding_names()}
@@ -160,7 +160,7 @@ class Settings(BaseModel, metaclass=_Meta):
         return value
 
 
-def _deciding(value: object, plain: Any) -> Any:
+def _deciding(value: object, plain: Any) -> object:
     """Return the part of one value that affects results. plain: the value as JSON."""
     if isinstance(value, Settings):
         return value.deciding()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -13,13 +13,17 @@ from ..run_folder import RunFolder
 from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
 
+if TYPE_CHECKING:
+    from ..parallel import Topology
+    from ..recipe import Recipe
+
 __all__ = ["app"]
 
 
 class _Commands(typer.core.TyperGroup):
     """Command group that turns Ctrl-C into `Interrupted`, which typer does not catch."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def invoke(self, ctx: Any) -> object:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -232,7 +236,7 @@ def schema() -> None:
     print((Path(__file__).parents[1] / "recipe" / "schema.json").read_text(encoding="utf-8"), end="")
 
 
-def _start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Any, Any]:
+def _start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Topology]:
     """Load a recipe and set up the topology of the launched processes. Collective over them."""
     from ..parallel import Topology
     from ..recipe import load_recipe
@@ -243,7 +247,7 @@ def _start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[A
     return recipe, topology
 
 
-def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | None = None) -> tuple[Any, Any]:
+def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | None = None) -> tuple[Recipe, Topology]:
     """Run a recipe's stages on the launched processes, then write the report on rank 0.
 
     Returns the recipe and the topology.
@@ -267,7 +271,9 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
     return recipe, topology
 
 
-def _hand_over(path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Any) -> None:
+def _hand_over(
+    path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Format
+) -> None:
     from ..model import MEGATRON_FLAGS
     from ..report import Progress, fan_out
     from ..run import hand_over
@@ -298,7 +304,7 @@ def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, 
     print_summary([*read_summary(RunFolder(recipe.out).summary), row])
 
 
-def _check_export(recipe: Any, topology: Any) -> None:
+def _check_export(recipe: Recipe, topology: Topology) -> None:
     from ..run import check_export
 
     difference = check_export(recipe, topology)

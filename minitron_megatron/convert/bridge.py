@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -91,7 +91,7 @@ def check_bridged(config: ModelConfig) -> None:
         raise _refusal(config.source, f"it has no plain tensor mapping for {', '.join(sorted(missing))}")
 
 
-def _setting(provider: GPTModelProvider, name: str) -> Any:
+def _setting(provider: GPTModelProvider, name: str) -> object:
     value = getattr(provider, name)
     return UNSET[name](provider) if value is None and name in UNSET else value
 
@@ -172,7 +172,7 @@ def _family(bridge: MegatronModelBridge, provider: GPTModelProvider, hf: HfConfi
 
 
 @cache
-def _defaults() -> dict[str, Any]:
+def _defaults() -> dict[str, object]:
     from megatron.bridge.models.gpt_provider import GPTModelProvider
 
     return {

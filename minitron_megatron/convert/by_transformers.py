@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..errors import CheckpointError, MinitronError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["transformers_failures", "transformers_model"]
 
@@ -17,7 +20,7 @@ LONGEST = 300
 """Longest cause that a message quotes, in characters: some errors print a whole list of names."""
 
 
-def transformers_model(folder: Path, dtype: torch.dtype | str = "auto", *, random: bool = False) -> Any:
+def transformers_model(folder: Path, dtype: torch.dtype | str = "auto", *, random: bool = False) -> PreTrainedModel:
     """Return the folder's model in transformers, ready to run on the CPU without dropout.
 
     dtype: dtype of the weights; `auto`: the folder's. random: build it with random weights, from config.json alone.
@@ -51,7 +54,7 @@ def transformers_failures(verb: str, folder: Path) -> Iterator[None]:
         raise CheckpointError(f"transformers cannot {verb} {folder}: {cause.rstrip('.')}.") from error
 
 
-def _check_experts(model: Any) -> None:
+def _check_experts(model: PreTrainedModel) -> None:
     """Run experts one by one if transformers' grouped matmul refuses their width (rows of 16-byte multiples)."""
     try:
         model(torch.zeros(1, 1, dtype=torch.int64))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import CheckpointError, FileError, did_you_mean
 from ..files import read_json
@@ -99,7 +99,7 @@ def parsed(hf: HfConfig, path: Path) -> ModelConfig:
     return config
 
 
-def _json(folder: Path, path: Path) -> Any:
+def _json(folder: Path, path: Path) -> object:
     if not path.is_file():
         problem = "it has no config.json" if folder.is_dir() else "there is no such folder"
         raise CheckpointError(
@@ -109,6 +109,9 @@ def _json(folder: Path, path: Path) -> Any:
         return read_json(path)
     except FileError as error:
         raise CheckpointError(str(error)) from error
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -121,12 +124,12 @@ class _Reader:
     known: dict[str, Any] = field(default_factory=dict)
     """Values read so far, with defaults."""
 
-    def refusal(self, key: str, value: Any, why: str) -> CheckpointError:
+    def refusal(self, key: str, value: object, why: str) -> CheckpointError:
         shown = repr(value)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
         return CheckpointError(f"{self.path} says {key}: {shown}, {why}")
 
-    def check(self, key: str, value: Any, kind: Kind) -> Any:
+    def check(self, key: str, value: T, kind: Kind) -> T:
         if not kind.holds(value):
             raise self.refusal(key, value, f"which is not {kind.words}.")
         return value
@@ -224,14 +227,14 @@ def _model_config(reader: _Reader) -> ModelConfig:
     )
 
 
-def _rope(reader: _Reader) -> tuple[float, float, dict[str, Any] | None]:
+def _rope(reader: _Reader) -> tuple[float, float, HfConfig | None]:
     """Return (rotary base, rotated share of a head, constants of the scaling)."""
     known = reader.known
     forms = {key: known[key] for key in ("rope_parameters", "rope_scaling") if known[key]}
     if len(forms) == 2 and forms["rope_parameters"] != forms["rope_scaling"]:
         raise reader.refusal("rope_scaling", known["rope_scaling"], "but rope_parameters differ. Remove one.")
     where = next(iter(forms), "rope_parameters")
-    nested: dict[str, Any] = forms.get(where, {})
+    nested: HfConfig = forms.get(where, {})
     kind = nested.get("rope_type", nested.get("type", "default"))
     if nested.get("type", kind) != kind:
         raise reader.refusal(f"{where}.type", nested["type"], f"but rope_type: {kind!r}. Remove the wrong one.")
@@ -254,7 +257,7 @@ def _rope(reader: _Reader) -> tuple[float, float, dict[str, Any] | None]:
     return base, share, {"rope_type": kind, **scaling} if constants else None
 
 
-def _constant(reader: _Reader, where: str, nested: HfConfig, kind: str, key: str) -> Any:
+def _constant(reader: _Reader, where: str, nested: HfConfig, kind: str, key: str) -> float:
     if key == "original_max_position_embeddings":
         return reader.agreed(key, nested, SIZE) or reader.known["max_position_embeddings"]
     if key not in nested:
@@ -328,7 +331,7 @@ def _refuse_experts(reader: _Reader, sizes: Mapping[str, int], renormalises: boo
         )  # fmt: skip
 
 
-def _without_dropped(reader: _Reader) -> dict[str, Any]:
+def _without_dropped(reader: _Reader) -> HfConfig:
     """Return the config without the keys that hold only for its own folder; warn about them once.
 
     `auto_map` is kept for families without a row in `families.py`: Megatron-Bridge identifies them by it.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ def save_hf(
         _drain(stream)
 
 
-def _drain(stream: Iterator[Any]) -> None:
+def _drain(stream: Iterator[object]) -> None:
     for _ in stream:
         pass
 

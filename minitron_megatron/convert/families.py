@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from ..errors import CheckpointError, did_you_mean
 from ..registry import Registry
@@ -109,13 +108,13 @@ LAYER_WINDOWS: Mapping[str, Kind] = {
     "layer_types": LAYER_TYPES,
 }
 ROTATED: Mapping[str, Kind] = {"partial_rotary_factor": SHARE}
-QWEN_DEFAULTS: Mapping[str, Any] = {
+QWEN_DEFAULTS: Mapping[str, object] = {
     "max_position_embeddings": 32768,
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-MISTRAL_DEFAULTS: Mapping[str, Any] = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
+MISTRAL_DEFAULTS: Mapping[str, object] = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
 QWEN_MOE: Mapping[str, Kind] = {"norm_topk_prob": FLAG}
 QWEN_MOE_ONLY: Only = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
 ROUTER = free("router losses act only in training with transformers", DECIMAL, "router_aux_loss_coef")

@@ -41,7 +41,7 @@ class Family:
     """Keys of sizes that not all families have, or that have other names elsewhere."""
     read: Mapping[str, Kind] = field(default_factory=dict)
     """Further keys that are read, besides the common ones (`READ`) and the sizes."""
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
     """Defaults of absent keys that differ from `DEFAULTS` and `DERIVED`; `...`: the key is required."""
     nullable: tuple[str, ...] = ()
     """Keys of `DERIVED` that may be null, which then means the derived default."""

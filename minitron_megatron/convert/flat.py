@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import CheckpointError
 from ..layout import Shape
@@ -75,7 +75,7 @@ def _misread(config: ModelConfig) -> list[str]:
     ]
 
 
-def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def flat_config(config: ModelConfig, dtype: str) -> dict[str, object]:
     """Return `config.json` in the flat form that transformers 4.x and 5.x, vLLM and TensorRT-LLM read the same way.
 
     transformers 4.57 reads a config of transformers 5 (`rope_parameters`) with a wrong rotary base, without an error.
@@ -112,11 +112,11 @@ def flat_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _window(config: ModelConfig, family: Family) -> dict[str, Any]:
+def _window(config: ModelConfig, family: Family) -> dict[str, object]:
     """Return the window keys of a family that allows windows per layer; here all layers have one or none has."""
     if config.window is None:
         return {"use_sliding_window": False}
-    keys: dict[str, Any] = {"use_sliding_window": True, "sliding_window": config.window}
+    keys: dict[str, object] = {"use_sliding_window": True, "sliding_window": config.window}
     if "layer_types" in family.read:
         keys |= {"max_window_layers": 0, "layer_types": ["sliding_attention"] * config.shape.layers}
     return keys

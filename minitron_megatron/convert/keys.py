@@ -10,17 +10,15 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from ..model import HfConfig
 
 __all__ = ["DEFAULTS", "DERIVED", "DROPPED", "FREE", "ONLY", "READ", "HfConfig", "Kind", "Only", "free"]
 
 LARGEST, DEEPEST = 2**22, 10_000
 """Largest size of an axis and largest number of layers that a config may have."""
 
-HfConfig = Mapping[str, Any]
-"""Keys of a `config.json`, and their values."""
-
-Only = Mapping[str, tuple[Any, ...]]
+Only = Mapping[str, tuple[object, ...]]
 """Key -> its supported values. transformers' default of an absent key is one of them."""
 
 
@@ -30,7 +28,7 @@ class Kind:
 
     words: str
     """Description of the allowed values, in words that complete "is not ..."."""
-    holds: Callable[[Any], bool]
+    holds: Callable[[object], bool]
 
     def __or__(self, other: Kind) -> Kind:
         return Kind(f"{self.words} or {other.words}", lambda value: self.holds(value) or other.holds(value))
@@ -44,7 +42,7 @@ def _whole(least: int, most: int) -> Kind:
 
 
 def _number(words: str, holds: Callable[[float], bool]) -> Kind:
-    def fits(value: Any) -> bool:
+    def fits(value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > sys.float_info.max:
             return False  # a Python integer may exceed the range of floats
         return math.isfinite(value) and holds(value)
@@ -101,13 +99,13 @@ READ: Mapping[str, Kind] = {
 }
 """Keys that are read in every family that has them."""
 
-DERIVED: Mapping[str, Callable[[HfConfig], Any]] = {
+DERIVED: Mapping[str, Callable[[HfConfig], object]] = {
     "num_key_value_heads": lambda hf: hf["num_attention_heads"],
     "head_dim": lambda hf: hf["hidden_size"] // hf["num_attention_heads"],
 }
 """Defaults computed from other keys, for an absent key, and for null where the family allows null."""
 
-DEFAULTS: Mapping[str, Any] = {
+DEFAULTS: Mapping[str, object] = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, FileError
 from ..files import file_marks, read_json
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 __all__ = ["SafetensorsWriter", "Weights", "stored"]
 
@@ -23,6 +26,18 @@ FLOATS = {"F64": torch.float64} | {name: dtype for dtype, name in SAFETENSORS_NA
 SCALES = ("_scale", "_scale_inv")
 BLOCK = 2**24
 """Elements compared at once."""
+
+
+class Slice(Protocol):
+    """Tensor of a safetensors file; indexing reads the part that is asked for."""
+
+    def get_shape(self) -> list[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+    def __getitem__(self, place: slice | tuple[slice, ...]) -> Tensor: ...
+
+
 COMPARED: dict[tuple[str, str, str], bool] = {}
 """Cache: (marks of the files, two tensor names) -> whether the tensors are equal."""
 
@@ -116,9 +131,9 @@ def _indexed(folder: Path) -> list[Path]:
     return [folder / file for file in files]
 
 
-def _slices(files: Sequence[Path]) -> dict[str, Any]:
+def _slices(files: Sequence[Path]) -> dict[str, Slice]:
     """Return name -> lazy slice of every tensor in `files`."""
-    found: dict[str, Any] = {}
+    found: dict[str, Slice] = {}
     owner: dict[str, Path] = {}
     for file in files:
         opened = _open(file)
@@ -145,7 +160,7 @@ def _same_tensors(folder: str, marks: str) -> bool:
     return single.keys() == several.keys() and all(_equal(single[name], several[name]) for name in single)
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: Slice, other: Slice) -> bool:
     shape = one.get_shape()
     if shape != other.get_shape():
         return False
@@ -157,7 +172,7 @@ def _equal(one: Any, other: Any) -> bool:
     )
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> safe_open:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -175,7 +190,7 @@ class SafetensorsWriter:
     def __init__(self, path: Path, entries: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> None:
         self._waiting = list(entries)
         self._dtype = dtype
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, shape in entries:
             size = torch.Size(shape).numel() * dtype.itemsize

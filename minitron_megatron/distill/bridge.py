@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..model import BRIDGE
+from ..model import BRIDGE, Chunk
 from ..parallel import Topology
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 __all__ = ["Bridge", "attach", "detach"]
 
@@ -39,7 +42,7 @@ class Bridge(nn.Module):
         """[..., student's hidden] -> [..., teacher's hidden]."""
         return states if self.linear is None else self.linear(states)
 
-    def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", *_: object, **__: object) -> ShardedStateDict:
         """Return mcore's sharded state: one tensor per parameter in the checkpoint, replicated on ranks and chunks."""
         from megatron.core.utils import make_sharded_tensor_for_checkpoint
 
@@ -50,7 +53,7 @@ class Bridge(nn.Module):
         }
 
 
-def attach(student: Sequence[Any], widths: tuple[int, int] | None, topology: Topology, seed: int) -> list[Bridge]:
+def attach(student: Sequence[Chunk], widths: tuple[int, int] | None, topology: Topology, seed: int) -> list[Bridge]:
     """Give each chunk of the student a bridge, with the same weights on every rank. Not collective.
 
     Call it before the optimizer is built. widths: (student's, teacher's) hidden size; None: no linear map.
@@ -65,7 +68,7 @@ def attach(student: Sequence[Any], widths: tuple[int, int] | None, topology: Top
     return bridges
 
 
-def detach(student: Sequence[Any]) -> None:
+def detach(student: Sequence[Chunk]) -> None:
     """Remove the bridges from the student's chunks."""
     for chunk in student:
         if hasattr(chunk, BRIDGE):

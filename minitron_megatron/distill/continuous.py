@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data import Batch
 from ..losses import KDLoss
-from ..model import output_weight
+from ..model import Chunk, output_weight
 from ..parallel import Topology, final_hidden
 from ..train import Learner, LMObjective
 from .objective import KDObjective
@@ -72,10 +72,10 @@ class _StateKeepingLM(LMObjective):
         self.capturing = capturing
         self.hidden: list[Any] = [None] * micro_batches
 
-    def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
+    def forward(self, chunk: Chunk, batch: Batch, index: int) -> Tensor:
         with self.capturing():
             return final_hidden(chunk, batch.tokens, batch.attention_context)
 
-    def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
+    def loss(self, chunk: Chunk, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         self.hidden[index] = hidden.detach()
         return super().loss(chunk, hidden, batch, index)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from ..data import Batch
 from ..errors import RecipeError
 from ..layout import flops_per_token
 from ..losses import KDLoss, Output, Vocabulary, distill_loss
-from ..model import chunks_of, forward_backward, forward_only, output_weight, shape_of
+from ..model import Chunk, Model, chunks_of, forward_backward, forward_only, output_weight, shape_of
 from ..parallel import Topology, final_hidden
 from ..train import Objective
 from .offload import Offload
@@ -33,7 +32,7 @@ class KDObjective(Objective):
 
     def __init__(
         self,
-        teacher: Any,
+        teacher: Model,
         topology: Topology,
         *,
         vocab: int,
@@ -85,7 +84,7 @@ class KDObjective(Objective):
             with torch.no_grad(), self.states.measuring():
                 forward_backward(self.states.student, batches, self.loss, backward=False, forward=self.forward)
 
-    def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
+    def forward(self, chunk: Chunk, batch: Batch, index: int) -> Tensor:
         """Run the student forward, with the losses on its states, if any."""
         with self.states.at(index) if self.states else nullcontext():
             return final_hidden(chunk, batch.tokens, batch.attention_context)
@@ -97,7 +96,7 @@ class KDObjective(Objective):
         """Return the step's metrics of the loss on states. Collective over the world."""
         return self.states.finish() if self.states else {}
 
-    def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
+    def loss(self, chunk: Chunk, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         weight = self.loss_of.ce_weight
         of_labels = hidden.new_zeros((), dtype=torch.float32) if self.states and weight else None
         topology = self.topology

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..model import output_weight
+from ..model import Chunk, output_weight
 from ..parallel import Topology
 
 __all__ = ["Offload"]
@@ -21,7 +20,7 @@ class Offload:
     The output layer stays on the device, because the loss reads it. On a CPU nothing moves.
     """
 
-    def __init__(self, chunks: Sequence[Any], topology: Topology) -> None:
+    def __init__(self, chunks: Sequence[Chunk], topology: Topology) -> None:
         self.device = topology.device
         stays = {id(output_weight(chunks[-1]))} if topology.is_last_stage else set()
         every = [weight for chunk in chunks for weight in chunk.parameters()]

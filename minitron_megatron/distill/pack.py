@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layout import layer_of, lookup
-from ..model import named_shards, overlay
+from ..model import Chunk, named_shards, overlay
 from ..parallel import Topology, all_reduce
 
 __all__ = ["is_packed", "pack_layers"]
@@ -24,7 +23,7 @@ def is_packed(name: str) -> bool:
     return layer_of(name) is not None and "linear_" in name and name.endswith(".weight")
 
 
-def pack_layers(chunks: Sequence[Any], topology: Topology) -> None:
+def pack_layers(chunks: Sequence[Chunk], topology: Topology) -> None:
     """Round the linear layers' weights of a frozen model to float8 (e4m3), one byte per weight, in place.
 
     Each output channel has a scale, computed over the whole matrix, so that the model is the same at every tp.

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..data import Batch
 from ..errors import RecipeError
 from ..layout import lookup
 from ..losses import attach_loss, relation_loss, state_loss
-from ..model import chunks_of, shape_of
+from ..model import Chunk, Model, chunks_of, shape_of
 from ..parallel import Topology, local_sequence, sum_over_world
 from .bridge import attach, detach
 from .pairs import ATTENTION, MLP_INPUTS, OUTPUTS, LayerPair, StatePairs, at_layer
@@ -25,6 +26,9 @@ __all__ = ["StateLoss"]
 
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 RELATIONS = ("q", "k", "v")
+
+ModuleOutput = Tensor | tuple[Tensor, Tensor | None]
+"""Output of a module; mcore's linear layers return (output, bias)."""
 
 
 class StateTap(NamedTuple):
@@ -51,7 +55,7 @@ class StateLoss:
     The student's losses enter the backward pass at its states, so that only the pipeline stage of the states sees them.
     """
 
-    def __init__(self, teacher: Any, student: Any, pairs: StatePairs, topology: Topology, *, seed: int = 0) -> None:
+    def __init__(self, teacher: Model, student: Model, pairs: StatePairs, topology: Topology, *, seed: int = 0) -> None:
         """teacher, student: chunks of plain models, the student not yet wrapped for training. seed: of the linear map
         between hidden sizes, which `release` removes.
 
@@ -72,8 +76,10 @@ class StateLoss:
             StateTap(pair.kind, pair.student): deque() for pair in pairs.pairs
         }
         self._sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
-        hooks = [(self.teacher, self._captured, self._capture), (self.student, self._to_recompute, self._compare)]
-        self._handles = [each for chunks, taps, hook in hooks for each in _hooked(chunks, taps, hook)]
+        self._handles = [
+            *_hooked(self.teacher, self._captured, self._capture),
+            *_hooked(self.student, self._to_recompute, self._compare),
+        ]
 
     @property
     def alpha(self) -> float:
@@ -153,12 +159,12 @@ class StateLoss:
         scale = self.student[0].config.grad_scale_func
         return weight if scale is None else scale(weight)
 
-    def _capture(self, tap: StateTap, module: Any, inputs: Any, output: Any) -> None:
+    def _capture(self, tap: StateTap, module: nn.Module, inputs: object, output: ModuleOutput) -> None:
         """Forward hook on the teacher: store its states."""
         if self._is_capturing:
             self._captured[tap].append(_states(output).detach())
 
-    def _compare(self, tap: StateTap, module: Any, inputs: Any, output: Any) -> Any:
+    def _compare(self, tap: StateTap, module: nn.Module, inputs: object, output: ModuleOutput) -> ModuleOutput | None:
         """Forward hook on the student: attach the losses of the pairs to its states.
 
         A recomputed layer runs twice: in the forward pass without gradients, then with gradients during the backward
@@ -201,19 +207,21 @@ class StateLoss:
             total = total + relation_loss(*roles, counts, local_heads)
         return total / (self.heads * len(RELATIONS))
 
-    def _role(self, qkv: Tensor, chunks: Sequence[Any], role: str) -> Tensor:
+    def _role(self, qkv: Tensor, chunks: Sequence[Chunk], role: str) -> Tensor:
         """Return the queries, keys or values from this rank's QKV projection: [s, b, channels]."""
         shape = shape_of(chunks[0])
         sizes = shape.sizes() | {"kv_group": shape.kv_groups // self.topology.tp}
         return qkv.index_select(-1, lookup(QKV).role_rows(0, role, sizes).to(qkv.device))
 
 
-def _states(output: Any) -> Tensor:
+def _states(output: ModuleOutput) -> Tensor:
     """Return the states in a module's output; mcore's linear layers return (output, bias)."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def _hooked(chunks: Sequence[Any], taps: Any, hook: Callable[..., Any]) -> Iterator[Any]:
+def _hooked(
+    chunks: Sequence[Chunk], taps: Iterable[StateTap], hook: Callable[..., object]
+) -> Iterator[RemovableHandle]:
     """Register `hook` on this rank's modules of the taps; yields the handles."""
     for chunk in chunks:
         for tap in taps:
@@ -222,7 +230,7 @@ def _hooked(chunks: Sequence[Any], taps: Any, hook: Callable[..., Any]) -> Itera
                 yield module.register_forward_hook(partial(hook, tap))
 
 
-def _module(chunk: Any, tap: StateTap) -> Any | None:
+def _module(chunk: Chunk, tap: StateTap) -> nn.Module | None:
     """Return the module whose output a tap reads; None if it is in another chunk. Raises RecipeError for a fused
     norm."""
     shape = shape_of(chunk)

@@ -7,11 +7,12 @@ from .extra_tasks import PROGRAMS
 from .losses import ValidationSet, validation_loss
 from .predict import Predictor, RunBatches, Sampling
 from .suites import SUITES, Task
-from .tasks import check_tasks, lower_is_better, run_tasks, scores_of
+from .tasks import HarnessResults, check_tasks, lower_is_better, run_tasks, scores_of
 
 __all__ = [
     "PROGRAMS",
     "SUITES",
+    "HarnessResults",
     "Predictor",
     "RunBatches",
     "Sampling",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from torch import Tensor
 from ..errors import DataError
 from ..files import read_json
 
-__all__ = ["Decoding", "decoding", "generation_settings", "stopper"]
+__all__ = ["Decoding", "TransformersTokenizer", "decoding", "generation_settings", "stopper"]
 
 TOP_K = 50
 """transformers' default for sampling."""
 
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED: Mapping[str, tuple[float, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": (),
     "constraints": (),
@@ -43,7 +43,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 """Setting of `generate` that is not supported -> its harmless values besides null."""
 
-UNSUPPORTED_SAMPLING: Mapping[str, tuple[Any, ...]] = {
+UNSUPPORTED_SAMPLING: Mapping[str, tuple[float, ...]] = {
     "epsilon_cutoff": (0,),
     "eta_cutoff": (0,),
     "min_p": (0,),
@@ -58,6 +58,20 @@ SUPPORTED = {
 """Supported settings of a task; generation_config.json may have all except the last two."""
 HARMLESS = {"use_cache", "pad_token_id", "bos_token_id", "early_stopping", "length_penalty"}
 """Further settings of a task; without beams and padding they change nothing."""
+
+
+class TransformersTokenizer(Protocol):
+    """Interface of transformers' tokenizers, as far as evaluation uses it."""
+
+    name_or_path: str
+    bos_token: str | None
+    bos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, token_ids: int | Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, str]], **options: bool) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ def _repeats(tokens: Sequence[int], size: int) -> list[int]:
     return [tokens[at + size - 1] for at in range(len(tokens) - size + 1) if tuple(tokens[at : at + size - 1]) == last]
 
 
-def generation_settings(folder: Path) -> dict[str, Any]:
+def generation_settings(folder: Path) -> dict[str, object]:
     """Return a folder's generation settings as transformers does: from generation_config.json, else config.json."""
     for name in ("generation_config.json", "config.json"):
         if (path := folder / name).is_file():
@@ -117,7 +131,7 @@ def generation_settings(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def decoding(settings: Mapping[str, Any], options: Mapping[str, Any], source: str) -> Decoding:
+def decoding(settings: Mapping[str, object], options: Mapping[str, Any], source: str) -> Decoding:
     """Return the decoding rules from a folder's settings and a task's options, as normalised by the harness.
 
     source: the folder, for messages. Raises DataError for settings that are not supported.
@@ -176,7 +190,9 @@ class _SettingsReader:
         return found
 
 
-def stopper(tokenizer: Any, strings: Sequence[str], ends: frozenset[int]) -> Callable[[Sequence[int]], bool]:
+def stopper(
+    tokenizer: TransformersTokenizer, strings: Sequence[str], ends: frozenset[int]
+) -> Callable[[Sequence[int]], bool]:
     """Return a function (tokens of the answer so far) -> whether the answer is complete.
 
     It decides as transformers and the harness do. The harness looks for a stop string only in the last tokens: the

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from .programs import share_that_pass
+from .registry import HarnessConfig
 
 __all__ = ["EXTRA_TASKS", "PROGRAMS", "graded"]
 
-Doc = Mapping[str, Any]
+Doc = Mapping[str, str]
+"""Fields of a question."""
 
 
 def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
@@ -20,7 +21,7 @@ def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
     return float(scorer.score(references[0], predictions[0].strip())["rougeL"].fmeasure)
 
 
-EXTRA_TASKS: Mapping[str, Mapping[str, Any]] = {
+EXTRA_TASKS: Mapping[str, HarnessConfig] = {
     "xlsum_english": {
         "task": "xlsum_english",
         "dataset_path": "csebuetnlp/xlsum",
@@ -52,7 +53,7 @@ PROGRAMS: Mapping[str, Callable[[Doc, str], str]] = {
 """Task whose answers are programs -> function (question, answer) -> program to run."""
 
 
-def graded(name: str, config: dict[str, Any], run: bool) -> dict[str, Any]:
+def graded(name: str, config: HarnessConfig, run: bool) -> HarnessConfig:
     """Return a task of PROGRAMS with our own grading; the harness would download its own.
 
     run: run the programs; if false, none runs and every answer counts as failed.
@@ -64,7 +65,7 @@ def graded(name: str, config: dict[str, Any], run: bool) -> dict[str, Any]:
     def pass_at_1(references: Sequence[str], predictions: Sequence[Sequence[str]]) -> float:
         return share_that_pass(predictions[0], references[0]) if run else 0.0
 
-    config = {key: value for key, value in config.items() if key != "fewshot_config"} | {"num_fewshot": 0}
+    others = {key: value for key, value in config.items() if key != "fewshot_config"}
     metric = {"metric": pass_at_1, "aggregation": "mean", "higher_is_better": True}
     filters = [{"name": "program", "filter": [{"function": "custom", "filter_fn": build}]}]
-    return config | {"metric_list": [metric], "filter_list": filters, "unsafe_code": True}
+    return others | {"num_fewshot": 0, "metric_list": [metric], "filter_list": filters, "unsafe_code": True}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ class IncrementalDecoder:
 
     def __init__(
         self,
-        run: Callable[[Sequence[Any]], list[Tensor]],
+        run: Callable[[Sequence[DecodeBatch]], list[Tensor]],
         topology: Topology,
         texts: Texts,
         most: int,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import DataError
 from ..events import Listener, silent
-from .decoding import Decoding, decoding, stopper
+from .decoding import Decoding, TransformersTokenizer, decoding, stopper
 from .predict import Predictor, Sampling
 
-__all__ = ["harness_model"]
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+__all__ = ["HarnessMethods", "harness_model"]
 
 log = logging.getLogger("lm_eval")
 """The harness's logger; its warnings reach the user."""
@@ -23,17 +26,17 @@ ContextAndAnswer = tuple[list[int], list[int]]
 
 
 def harness_model(
-    tokenizer: Any,
+    tokenizer: TransformersTokenizer,
     *,
     end: int,
     context: int,
     vocab: int,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     predictor: Predictor | None = None,
     truncate: bool = False,
     seed: int = 0,
     listener: Listener = silent,
-) -> Any:
+) -> HarnessMethods:
     """Return an `lm_eval` model with the same results as the harness's Hugging Face model. Collective like `predictor`.
 
     tokenizer: of transformers. end: id that ends a document. context, vocab: the model's numbers of positions and of
@@ -42,7 +45,7 @@ def harness_model(
     """
     from lm_eval.api.model import TemplateLM
 
-    made: Any = type("MegatronLM", (_HarnessMethods, TemplateLM), {})()
+    made = type("MegatronLM", (HarnessMethods, TemplateLM), {})()
     made.tokenizer, made.eot_token_id, made.context, made.vocab, made.settings = (
         tokenizer,
         end,
@@ -54,15 +57,15 @@ def harness_model(
     return made
 
 
-class _HarnessMethods:
+class HarnessMethods:
     """Methods that the harness calls on a model. Every rank runs the harness with the same requests."""
 
     predictor: Predictor
-    tokenizer: Any
+    tokenizer: TransformersTokenizer
     eot_token_id: int = 0
     context: int
     vocab: int
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     truncate: bool
     seed: int
     listener: Listener
@@ -76,7 +79,7 @@ class _HarnessMethods:
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         from jinja2.exceptions import TemplateError
 
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
@@ -93,7 +96,7 @@ class _HarnessMethods:
                 "Leave out evaluate.chat or this task."
             ) from error
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         if (
             add_special_tokens is None
             and isinstance(string, str)
@@ -114,11 +117,11 @@ class _HarnessMethods:
             )
         return tokens
 
-    def check_settings(self, kwargs: Any) -> None:
+    def check_settings(self, kwargs: Mapping[str, object]) -> None:
         """Raise DataError if a task's `generation_kwargs` are not supported or leave no room for a prompt."""
         _cut([0], self.context - self._rules(kwargs)[2], True)
 
-    def checked(self, requests: Sequence[Any]) -> None:
+    def checked(self, requests: Sequence[Instance]) -> None:
         """Raise DataError if the model cannot run these requests."""
         for request in requests:
             if request.request_type == "loglikelihood":
@@ -126,13 +129,15 @@ class _HarnessMethods:
             elif request.request_type == "generate_until":
                 self._prompts([request.args[0]], self._rules(request.args[1])[2])
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._loglikelihood_tokens([(None, *pair) for pair in self._pairs(requests)])
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
+    ) -> list[tuple[float, bool]]:
         return self.predictor.likelihoods([(before, after) for _, before, after in requests], listener=self.listener)
 
-    def _pairs(self, requests: Sequence[Any]) -> list[ContextAndAnswer]:
+    def _pairs(self, requests: Sequence[Instance]) -> list[ContextAndAnswer]:
         """Return the tokens of each (context, continuation), split as in `TemplateLM`."""
         pairs = []
         for context, continuation in (request.args[:2] for request in requests):
@@ -153,7 +158,7 @@ class _HarnessMethods:
             pairs.append(self._fitted(before, after))
         return pairs
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         windows: list[ContextAndAnswer] = []
@@ -168,7 +173,7 @@ class _HarnessMethods:
             totals[owner] += found
         return totals
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         by_settings: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             by_settings.setdefault(repr(sorted(request.args[1].items())), []).append(number)
@@ -179,7 +184,7 @@ class _HarnessMethods:
                 answers[number] = text
         return answers
 
-    def _rules(self, kwargs: Any) -> tuple[Decoding, list[str], int]:
+    def _rules(self, kwargs: Mapping[str, object]) -> tuple[Decoding, list[str], int]:
         """Return (decoding rules, stop strings, largest number of tokens of an answer)."""
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
@@ -197,7 +202,7 @@ class _HarnessMethods:
             raise DataError("a prompt has no tokens, so nothing can be generated after it. Leave out its question.")
         return [_cut(tokens, self.context - most, self.truncate) for tokens in found]
 
-    def _generated(self, texts: Sequence[str], kwargs: Any) -> list[str]:
+    def _generated(self, texts: Sequence[str], kwargs: Mapping[str, object]) -> list[str]:
         rules, ends, most = self._rules(kwargs)
         prompts = self._prompts(texts, most)
         if rules.most is not None:

@@ -6,14 +6,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import DataError, FileError
 from ..files import parse_json
 
-__all__ = ["LocalData", "read_rows", "split_files"]
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-Row = dict[str, Any]
+__all__ = ["LocalData", "Row", "read_rows", "split_files"]
+
+Row = dict[str, object]
 
 
 def split_files(task: str, files: Path) -> dict[str, Path]:
@@ -60,11 +63,11 @@ class LocalData:
     most: int | None = None
     """Number of first rows to read of each file; None: all."""
 
-    def __call__(self, **_: Any) -> dict[str, Any]:
+    def __call__(self, **_: object) -> dict[str, Dataset]:
         return {split: _dataset(Path(file), read_rows(Path(file))[: self.most]) for split, file in self.files.items()}
 
 
-def _dataset(path: Path, rows: Sequence[Row]) -> Any:
+def _dataset(path: Path, rows: Sequence[Row]) -> Dataset:
     from datasets import Dataset
 
     names = list(dict.fromkeys(name for row in rows for name in row))

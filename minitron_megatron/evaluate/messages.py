@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from ..errors import DataError, MinitronError, Preempted
 from . import harness
 from .local import LocalData
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import TaskConfig
 
 __all__ = ["named_errors", "quiet", "warn"]
 
@@ -84,7 +88,7 @@ def named_errors(task: str = "") -> Iterator[None]:
         raise DataError(_data_error(task, frames, error)) from error
 
 
-def _data_error(task: str, frames: list[Any], error: Exception) -> str:
+def _data_error(task: str, frames: list[FrameType], error: Exception) -> str:
     from lm_eval.api.task import Task
 
     cause = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200].rstrip('.')}"
@@ -99,7 +103,7 @@ def _data_error(task: str, frames: list[Any], error: Exception) -> str:
     )
 
 
-def _place(config: Any, doc: Any) -> str:
+def _place(config: TaskConfig, doc: object) -> str:
     """Return the file and number of a question in a task's local files; empty if it is not found."""
     data = config.custom_dataset
     if not isinstance(doc, dict) or not isinstance(data, LocalData):

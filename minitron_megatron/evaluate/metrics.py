@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ..errors import RecipeError, did_you_mean
 from .extra_tasks import EXTRA_TASKS, PROGRAMS
+from .registry import HarnessConfig
 
 __all__ = ["check_metric", "first_metric", "metric_key", "metric_value"]
 
@@ -14,7 +14,7 @@ Metric = str | tuple[str, ...] | None
 """`name` or `name,filter`; a tuple: the mean of several metrics; None: the task's first metric."""
 
 
-def check_metric(task: str, config: Mapping[str, Any], metric: Metric) -> None:
+def check_metric(task: str, config: HarnessConfig, metric: Metric) -> None:
     """Raise RecipeError if a task's configuration shows that it has no such metric."""
     _refuse_downloads(task, config)
     known, open_ended = _metrics(config)
@@ -30,7 +30,7 @@ def check_metric(task: str, config: Mapping[str, Any], metric: Metric) -> None:
             )
 
 
-def _refuse_downloads(task: str, config: Mapping[str, Any]) -> None:
+def _refuse_downloads(task: str, config: HarnessConfig) -> None:
     """Raise RecipeError for a metric that is not part of the harness: it would download and run code for it."""
     from lm_eval.api.registry import METRIC_REGISTRY
 
@@ -43,19 +43,19 @@ def _refuse_downloads(task: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def first_metric(config: Mapping[str, Any]) -> str | None:
+def first_metric(config: HarnessConfig) -> str | None:
     """Return the name of a task's first metric; None if the configuration names none."""
     return next(iter(_metrics(config)[0]), None)
 
 
-def metric_value(task: str, found: Mapping[str, Any], metric: Metric) -> float:
+def metric_value(task: str, found: Mapping[str, float | str], metric: Metric) -> float:
     """Return the value of a metric in a task's results, or the mean of several."""
     if isinstance(metric, tuple):
         return sum(metric_value(task, found, each) for each in metric) / len(metric)
     return float(found[metric_key(task, found, metric)])
 
 
-def metric_key(task: str, found: Mapping[str, Any], metric: str | None) -> str:
+def metric_key(task: str, found: Mapping[str, float | str], metric: str | None) -> str:
     """Return the key `metric,filter` of a metric in the harness's results; without a filter name, the first filter.
 
     Raises RecipeError if the results have no such metric.
@@ -67,7 +67,7 @@ def metric_key(task: str, found: Mapping[str, Any], metric: str | None) -> str:
     return fitting[0]
 
 
-def _metrics(config: Mapping[str, Any]) -> tuple[list[str], bool]:
+def _metrics(config: HarnessConfig) -> tuple[list[str], bool]:
     """Return (metric names, whether others are possible): a metric function may return several under other names."""
     from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY
 

@@ -65,7 +65,7 @@ class Predictor:
         self, model: Model, topology: Topology, *, micro_batch: int = 8, run: RunBatches | None = None
     ) -> None:
         """run: replaces `forward_only` of the model."""
-        self._run = run or partial(forward_only, model)
+        self._run: RunBatches = run or partial(forward_only, model)
         self.model, self.topology, self.micro_batch = chunks_of(model), topology, micro_batch
         self.vocab, self.positions = (field_of(self.model[0], field) for field in ("vocab", "max_positions"))
         self._uses_cache = run is None and all(reads_past(chunk) for chunk in self.model)
@@ -150,7 +150,7 @@ class Predictor:
     def _reader(self, texts: Texts, most: int) -> Callable[[Texts], Mapping[int, Tensor]]:
         """Return a function (growing texts) -> final state [h] of each text's last token; last pipeline stage only."""
         if self._uses_cache:
-            return IncrementalDecoder(self._run, self.topology, texts, most, self.micro_batch)
+            return IncrementalDecoder(partial(forward_only, self.model), self.topology, texts, most, self.micro_batch)
 
         def read_all(texts: Texts) -> dict[int, Tensor]:
             found = self._last_states(range(len(texts)), [(tuple(text), 1) for text in texts])

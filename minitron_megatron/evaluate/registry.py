@@ -10,17 +10,24 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["every_name", "loader", "registered"]
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry
+
+__all__ = ["HarnessConfig", "every_name", "loader", "registered"]
 
 os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")  # read when the harness is imported
+
+HarnessConfig = Mapping[str, Any]
+"""Configuration of a task or group in the harness: the keys of its YAML file, with the functions that they name."""
 
 NO_CONFIGURATIONS = (".py", ".pyc", ".md", ".jsonl", ".json", ".txt", ".ipynb", ".sh", ".csv", ".tsv", ".pdf", ".png")
 
 
 @cache
-def loader() -> Any:
+def loader() -> TaskManager:
     """Return a TaskManager that builds tasks from configurations and indexes none by name."""
     from lm_eval.tasks import TaskManager
 
@@ -28,7 +35,7 @@ def loader() -> Any:
 
 
 @cache
-def registered(name: str) -> Any:
+def registered(name: str) -> Entry | None:
     """Return the harness's entry of a task, a group or a tag; None if there is none."""
     return _single(name) or _index().get(name)
 
@@ -39,10 +46,10 @@ def every_name() -> list[str]:
 
 
 @cache
-def _index() -> Mapping[str, Any]:
+def _index() -> Mapping[str, Entry]:
     from lm_eval.tasks import TaskManager
 
-    index: Mapping[str, Any] = TaskManager().task_index
+    index: Mapping[str, Entry] = TaskManager().task_index
     return index
 
 
@@ -59,7 +66,7 @@ def _texts() -> Mapping[str, bytes]:
     return texts
 
 
-def _single(name: str) -> Any:
+def _single(name: str) -> Entry | None:
     """Return the entry of a task that one file defines and whose name no tag or group has; None: use the index."""
     from lm_eval.tasks._index import Entry, Kind
     from lm_eval.tasks._yaml_loader import load_yaml

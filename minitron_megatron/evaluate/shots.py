@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import DataError, RecipeError
-from .local import LocalData, read_rows, split_files
+from .local import LocalData, Row, read_rows, split_files
+from .registry import HarnessConfig
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task as HarnessTask
 
 __all__ = ["SPLITS", "check_rows", "check_shots", "check_texts", "with_files"]
 
@@ -18,12 +22,12 @@ LOOKED_AT = 100
 """Number of questions with missing fields that are checked before a task runs."""
 
 
-def check_shots(task: str, config: Mapping[str, Any]) -> None:
+def check_shots(task: str, config: HarnessConfig) -> None:
     """Raise RecipeError if examples would come from the scored split, or if there are too few."""
     _splits(task, config)
 
 
-def _splits(task: str, config: Mapping[str, Any]) -> tuple[str, str | None]:
+def _splits(task: str, config: HarnessConfig) -> tuple[str, str | None]:
     """Return (scored split, split of the examples or None). Raises RecipeError as `check_shots`.
 
     The rules are the harness's: `fewshot_split`, else listed examples, else training, validation, test. Only if a task
@@ -50,12 +54,12 @@ def _splits(task: str, config: Mapping[str, Any]) -> tuple[str, str | None]:
     return scored, source
 
 
-def _named(config: Mapping[str, Any]) -> str | None:
+def _named(config: HarnessConfig) -> str | None:
     how = config.get("fewshot_config") or {}
     return how.get("split", config.get("fewshot_split"))
 
 
-def with_files(task: str, config: Mapping[str, Any], files: Path) -> dict[str, Any]:
+def with_files(task: str, config: HarnessConfig, files: Path) -> HarnessConfig:
     """Return the configuration with local files instead of downloads. Raises DataError if a file is missing."""
     scored, source = _splits(task, config)
     found = split_files(task, files)
@@ -66,14 +70,14 @@ def with_files(task: str, config: Mapping[str, Any], files: Path) -> dict[str, A
                 f"Add it{', or set shots to 0' if split == source else ''}; the folder has {', '.join(found)}."
             )
     wanted = {split: str(found[split]) for split in (scored, source) if split is not None}
-    gone: dict[str, Any] = {key: None for key in SPLITS if config.get(key) not in wanted}
+    gone: dict[str, object] = {key: None for key in SPLITS if config.get(key) not in wanted}
     if (config.get("fewshot_config") or {}).get("split") not in {None, *wanted}:
         gone["fewshot_config"] = {key: value for key, value in config["fewshot_config"].items() if key != "split"}
     data = {"custom_dataset": LocalData(wanted), "dataset_path": "json", "dataset_name": None, "dataset_kwargs": None}
     return {**config, **gone, **data}
 
 
-def check_rows(task: str, config: Mapping[str, Any], files: Path) -> None:
+def check_rows(task: str, config: HarnessConfig, files: Path) -> None:
     """Raise DataError if local files hold too few examples, or all scored questions among the examples."""
     scored, source = _splits(task, config)
     found = split_files(task, files)
@@ -94,11 +98,11 @@ def check_rows(task: str, config: Mapping[str, Any], files: Path) -> None:
         )
 
 
-def _texts(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+def _texts(rows: Sequence[Row]) -> set[str]:
     return {json.dumps(row, sort_keys=True) for row in rows}
 
 
-def check_texts(task: str, built: Any, data: LocalData) -> None:
+def check_texts(task: str, built: HarnessTask, data: LocalData) -> None:
     """Raise DataError if a field that a prompt or an answer needs is missing or null in a question.
 
     built: the harness's task. Only questions that lack a field of the file's first question are checked.
@@ -119,7 +123,7 @@ def check_texts(task: str, built: Any, data: LocalData) -> None:
                 )
 
 
-def _lacks(built: Any, row: Mapping[str, Any]) -> bool:
+def _lacks(built: HarnessTask, row: Row) -> bool:
     """Return whether a question's texts cannot be built, or contain "None" although no field does."""
     try:
         texts = [built.doc_to_text(row), built.doc_to_target(row)]

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from ..convert import read_config
 from ..data import end_of_document, load_tokenizer, transformers_tokenizer
@@ -18,23 +19,37 @@ from ..errors import DataError, RecipeError, did_you_mean
 from ..events import Listener, silent
 from ..model import Model
 from ..parallel import Topology, broadcast_object
-from .decoding import generation_settings
+from .decoding import TransformersTokenizer, generation_settings
 from .extra_tasks import EXTRA_TASKS, PROGRAMS, graded
-from .harness import harness_model
+from .harness import HarnessMethods, harness_model
 from .messages import named_errors, quiet, warn
 from .metrics import check_metric, first_metric, metric_key, metric_value
 from .predict import Predictor, RunBatches
 from .programs import isolation
-from .registry import every_name, loader, registered
+from .registry import HarnessConfig, every_name, loader, registered
 from .shots import check_rows, check_shots, check_texts, with_files
 from .suites import Task
 
-__all__ = ["check_tasks", "lower_is_better", "run_tasks", "scores_of"]
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task as HarnessTask
+
+__all__ = ["HarnessResults", "check_tasks", "lower_is_better", "run_tasks", "scores_of"]
 
 GROUP_KEYS = {"group", "group_alias", "task", "task_alias", "tag", "aggregate_metric_list", "metadata"}
 """Keys that describe a group itself; all other keys of its configuration apply to its tasks."""
 SAMPLED = 16
 """Number of questions and examples that are checked before a task runs."""
+
+HarnessResults = TypedDict(
+    "HarnessResults",
+    {
+        "results": Mapping[str, Mapping[str, float | str]],
+        "n-samples": Mapping[str, Mapping[str, int]],
+        "higher_is_better": Mapping[str, Mapping[str, bool]],
+        "programs": NotRequired[str],
+    },
+)
+"""The harness's results: the keys that are read, and how programs were isolated. The harness adds more keys."""
 
 
 def check_tasks(
@@ -72,7 +87,7 @@ def check_tasks(
             )
 
 
-def _checked(task: Task, leaf: str, keys: Mapping[str, Any], files: Path | None, run_code: bool) -> dict[str, Any]:
+def _checked(task: Task, leaf: str, keys: HarnessConfig, files: Path | None, run_code: bool) -> HarnessConfig:
     """Return the configuration of one task after checking that it can run."""
     if leaf in PROGRAMS and not run_code:
         raise RecipeError(
@@ -90,7 +105,7 @@ def _checked(task: Task, leaf: str, keys: Mapping[str, Any], files: Path | None,
     return config
 
 
-def _checking_model(folder: Path, model: Path, chat: bool, truncate: bool) -> Any:
+def _checking_model(folder: Path, model: Path, chat: bool, truncate: bool) -> HarnessMethods:
     """Return a harness model without weights. Raises RecipeError for a missing or broken chat template."""
     config = read_config(model)
     lm = harness_model(
@@ -114,7 +129,7 @@ def _checking_model(folder: Path, model: Path, chat: bool, truncate: bool) -> An
     return lm
 
 
-def _check_prompts(leaf: str, config: Mapping[str, Any], files: Path | None, lm: Any, chat: bool) -> None:
+def _check_prompts(leaf: str, config: HarnessConfig, files: Path | None, lm: HarnessMethods | None, chat: bool) -> None:
     """Raise DataError if a model cannot take a task's settings, or, with local files, its first prompt."""
     if lm is not None and config.get("output_type", "generate_until") == "generate_until" and "class" not in config:
         lm.check_settings(config.get("generation_kwargs") or {})
@@ -130,7 +145,7 @@ def _check_prompts(leaf: str, config: Mapping[str, Any], files: Path | None, lm:
     lm.checked(built.instances)
 
 
-def _chat_options(lm: Any, chat: bool) -> dict[str, Any]:
+def _chat_options(lm: HarnessMethods, chat: bool) -> dict[str, object]:
     template = {"chat_template": lm.apply_chat_template, "tokenizer_name": lm.tokenizer_name} if chat else {}
     return {"apply_chat_template": chat, "fewshot_as_multiturn": True, **template}
 
@@ -151,7 +166,7 @@ def _check_sentences() -> None:
 def run_tasks(
     model: Model,
     tasks: Sequence[Task],
-    tokenizer: Any,
+    tokenizer: TransformersTokenizer,
     topology: Topology,
     *,
     files: Path | None = None,
@@ -163,7 +178,7 @@ def run_tasks(
     micro_batch: int = 8,
     run: RunBatches | None = None,
     listener: Listener = silent,
-) -> dict[str, Any]:
+) -> HarnessResults:
     """Run tasks and return the harness's results, samples included, on every rank. Collective over the world.
 
     files: folder with `<task>/<split>.jsonl`, with the same fields as the harness's data, instead of downloads. folder:
@@ -207,11 +222,11 @@ def run_tasks(
     return broadcast_object(json.loads(json.dumps(found, default=str)) if first else None)
 
 
-def _built(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _built(configs: Sequence[HarnessConfig]) -> dict[str, HarnessTask]:
     """Return task name -> the harness's task, with data loaded and examples seeded as `simple_evaluate` does."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
-    built: dict[str, Any] = {}
+    built: dict[str, HarnessTask] = {}
     for config in configs:
         with named_errors(str(config["task"])):
             built |= loader().load([config])["tasks"]
@@ -237,7 +252,7 @@ def _seeded() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def scores_of(results: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, float]:
+def scores_of(results: HarnessResults, tasks: Sequence[Task]) -> dict[str, float]:
     """Return task -> its number for tables; for a group the mean over all its questions."""
     scores = {}
     for task in tasks:
@@ -248,7 +263,7 @@ def scores_of(results: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, fl
     return scores
 
 
-def lower_is_better(results: Mapping[str, Any], task: Task) -> bool:
+def lower_is_better(results: HarnessResults, task: Task) -> bool:
     """Return whether a lower number is better for a task, as for a perplexity."""
     leaf = next(iter(_leaves(task.name)))
     metric = task.metric[0] if isinstance(task.metric, tuple) else task.metric
@@ -256,7 +271,7 @@ def lower_is_better(results: Mapping[str, Any], task: Task) -> bool:
     return results["higher_is_better"][leaf].get(key.split(",")[0]) is False
 
 
-def _leaves(name: str) -> dict[str, dict[str, Any]]:
+def _leaves(name: str) -> dict[str, HarnessConfig]:
     """Return the tasks of a task, group or tag -> keys set by its groups. Raises RecipeError for an unknown name."""
     if name in EXTRA_TASKS:
         return {name: {}}
@@ -268,9 +283,9 @@ def _leaves(name: str) -> dict[str, dict[str, Any]]:
     return _members(name, entry.cfg) if entry.kind.name == "GROUP" else {name: {}}
 
 
-def _members(group: str, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _members(group: str, config: HarnessConfig) -> dict[str, HarnessConfig]:
     """Return the tasks of a group's configuration, in the form of `_leaves`."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, HarnessConfig] = {}
     shared = {key: value for key, value in config.items() if key not in GROUP_KEYS}
     for part in config["task"]:
         keys = {} if isinstance(part, str) else {key: part[key] for key in part if key not in GROUP_KEYS}
@@ -290,13 +305,13 @@ def _configured(
     task: Task,
     name: str,
     files: Path | None,
-    keys: Mapping[str, Any] | None = None,
+    keys: HarnessConfig | None = None,
     *,
     run_code: bool = False,
-) -> dict[str, Any]:
+) -> HarnessConfig:
     """Return the harness's configuration of a task, with its groups' keys and our shots, sampling and data."""
-    config = _own(task, name, run_code) if name in EXTRA_TASKS or name in PROGRAMS else _registered(name, True)
-    config = {**config, **(keys or {})}
+    own = _own(task, name, run_code) if name in EXTRA_TASKS or name in PROGRAMS else _registered(name, True)
+    config = {**own, **(keys or {})}
     config.pop("tag", None)
     config["dataset_kwargs"] = {**(config.get("dataset_kwargs") or {}), "trust_remote_code": False}
     if task.shots is not None:
@@ -313,7 +328,7 @@ def _configured(
     return with_files(name, config, files) if files is not None else config
 
 
-def _own(task: Task, name: str, run_code: bool) -> dict[str, Any]:
+def _own(task: Task, name: str, run_code: bool) -> HarnessConfig:
     if name in EXTRA_TASKS:
         return dict(EXTRA_TASKS[name])
     if task.shots:
@@ -323,12 +338,14 @@ def _own(task: Task, name: str, run_code: bool) -> dict[str, Any]:
     return graded(name, _registered(name, False), run_code)
 
 
-def _registered(name: str, functions: bool) -> dict[str, Any]:
+def _registered(name: str, functions: bool) -> HarnessConfig:
     """Return a task's configuration. functions: import the functions it names; some need packages or a download."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    entry = registered(name)
+    assert entry is not None
     try:
-        return load_yaml(registered(name).yaml_path, resolve_func=functions)
+        return load_yaml(entry.yaml_path, resolve_func=functions)
     except ImportError as error:
         raise RecipeError(
             f"task {name} needs a package that is not installed: {error}. Install lm-eval with its extra for it, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -39,9 +38,13 @@ def conditions_of(recipe: Recipe) -> Conditions:
     """Return the student's serving conditions. Raises RecipeError if the table of speeds cannot be read."""
     assert recipe.search is not None
     keys = recipe.search.serving
-    speed: Any = Roofline.of(keys.gpu) if keys.gpu else FittedSpeed.to(speed_rows(keys.table)) if keys.table else None
-    context = keys.context or recipe.data.sequence
-    return Conditions(keys.batch, context, WEIGHT_BYTES[keys.weights], WEIGHT_BYTES[keys.kv_cache], speed)
+    return Conditions(
+        keys.batch,
+        keys.context or recipe.data.sequence,
+        WEIGHT_BYTES[keys.weights],
+        WEIGHT_BYTES[keys.kv_cache],
+        Roofline.of(keys.gpu) if keys.gpu else FittedSpeed.to(speed_rows(keys.table)) if keys.table else None,
+    )
 
 
 def speed_rows(table: Path) -> list[SpeedRow]:
@@ -77,9 +80,9 @@ def _speed_row(shape: Shape, weight_bytes: int, workload: _Workload, ms: float) 
 class _Speeds(TypedDict):
     """Contents of a `bench/table.json`."""
 
-    shapes: dict[str, dict[str, Any]]
+    shapes: dict[str, dict[str, object]]
     weight_bytes: dict[str, Count]
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, object]]
 
 
 class _Workload(TypedDict):

@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import psutil
+from typing_extensions import TypedDict
 
 from ..convert import check_weights, read_config
 from ..data import check_tokenizer, input_files, most_bytes, places, samples_by_source
@@ -82,7 +82,14 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     check_evaluation(recipe)
 
 
-def check_corpus(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]]) -> None:
+class SourceTokens(TypedDict):
+    """Tokens of a prepared source."""
+
+    tokens: int
+    validation_tokens: int
+
+
+def check_corpus(recipe: Recipe, sources: Mapping[str, SourceTokens]) -> None:
     """Raise DataError if a prepared source has too few tokens for a stage that draws from it.
 
     sources: the result of `prepare` for each source, in the recipe's order.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from ..convert import read_config
 from ..errors import TopologyError, expect_number
@@ -24,6 +25,14 @@ from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 __all__ = ["Estimate", "count", "estimate"]
 
 PEAK_FLOPS = GPUS["H100"].flops
+
+
+class CandidateRow(TypedDict):
+    """Costs of a candidate, and the hours of its light distillation."""
+
+    name: str
+    costs: dict[str, float]
+    hours: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class Estimate:
                 "parallel.tp or pp, or save teacher memory (distill.offload_teacher, teacher_dtype, teacher_window)."
             )
 
-    def predictions(self) -> dict[str, Any]:
+    def predictions(self) -> dict[str, object]:
         """Return the predictions that a report compares with measurements: parameters, bytes, and FLOPs by stage."""
         smaller = dict.fromkeys(("pruned", "distilled", "random", "export"), self.student_parameters)
         return {
@@ -90,7 +99,7 @@ class Estimate:
             "teacher_flops": self.teacher_flops,
         }
 
-    def candidate_rows(self) -> list[dict[str, Any]]:
+    def candidate_rows(self) -> list[CandidateRow]:
         """Return a row per candidate: name, costs, and hours of its light distillation."""
         rate = self.hours / self.flops if self.flops else 0.0
         return [

@@ -5,9 +5,9 @@ Knows: mcore's modules, configs and schedules, training checkpoints. Must not kn
 """
 
 from .build import build, evaluating, rebuild
-from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
-from .chunk import Chunk, Model, chunks_of
-from .config import ModelConfig, Recompute, activation_name, check_fits
+from .checkpoint import Checkpoints, CheckpointState, Trainee, load_checkpoint, load_weights
+from .chunk import Chunk, Model, WrappedChunk, chunks_of
+from .config import HfConfig, ModelConfig, Recompute, activation_name, check_fits
 from .finite import check_finite
 from .initial import fill_initial
 from .kv_cache import DecodeBatch, KVCache
@@ -36,9 +36,11 @@ __all__ = [
     "MEGATRON_FLAGS",
     "SHAPE_NAMES",
     "Arguments",
+    "CheckpointState",
     "Checkpoints",
     "Chunk",
     "DecodeBatch",
+    "HfConfig",
     "KVCache",
     "MicroBatch",
     "Model",
@@ -48,6 +50,7 @@ __all__ = [
     "Spec",
     "States",
     "Trainee",
+    "WrappedChunk",
     "activation_name",
     "assign",
     "build",

@@ -103,7 +103,7 @@ def transformer_config(
     )
 
 
-def _recomputed(recompute: Recompute, shape: Shape) -> dict[str, Any]:
+def _recomputed(recompute: Recompute, shape: Shape) -> dict[str, object]:
     """Return mcore's recomputation keys.
 
     mcore's own `selective` recomputes the core attention, for which flash attention stores little anyway; ours
@@ -116,7 +116,7 @@ def _recomputed(recompute: Recompute, shape: Shape) -> dict[str, Any]:
     return {}
 
 
-def _expert_execution(topology: Topology) -> dict[str, Any]:
+def _expert_execution(topology: Topology) -> dict[str, object]:
     """Return how mcore distributes experts: no auxiliary loss, no token dropping."""
     return {
         "moe_router_load_balancing_type": "none",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import TYPE_CHECKING, Any, NotRequired, ParamSpec
 from uuid import uuid4
 
 import torch
@@ -35,7 +35,12 @@ from .metadata import check_format
 from .shards import assign, named_shards
 from .writing import reading, writing
 
-__all__ = ["Checkpoints", "Trainee", "load_checkpoint", "load_weights"]
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+    from megatron.core.optimizer import MegatronOptimizer
+
+__all__ = ["CheckpointState", "Checkpoints", "Trainee", "load_checkpoint", "load_weights"]
 
 RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Only optimizer format of mcore 0.16 that loads at another tp, pp or dp."""
@@ -43,6 +48,12 @@ RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 STATE = "state.json"
 SUMS = "sums"
 """Suffix of the file with the checksums of one rank's files, until rank 0 merges them."""
+
+P = ParamSpec("P")
+
+
+CheckpointState = dict[str, Any]
+"""Content of a checkpoint's `state.json`: the keys of `State`, and those that the caller gave."""
 
 
 class State(TypedDict):
@@ -58,7 +69,7 @@ class Trainee:
     """Model in training, as a checkpoint holds it."""
 
     chunks: Sequence[WrappedChunk]
-    optimizer: Any
+    optimizer: MegatronOptimizer
     name: str = ""
     """Subfolder of the checkpoint, to tell several models apart."""
 
@@ -71,7 +82,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, topology: Topology, *, keep: int = 2, asynchronous: bool = False) -> None:
         self.folder, self.topology, self.keep = folder, topology, keep
-        self._queue: Any = None
+        self._queue: AsyncCallsQueue | None = None
         if asynchronous:
             from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -81,7 +92,7 @@ class Checkpoints:
         self,
         step: int,
         trainees: Sequence[Trainee],
-        state: Mapping[str, Any],
+        state: Mapping[str, object],
         *,
         score: float | None = None,
         wait: bool = False,
@@ -152,7 +163,7 @@ class Checkpoints:
                 shutil.rmtree(left, ignore_errors=True)
         return self.folder / f"step_{step:08}.{ticket}{PARTIAL}"
 
-    def _finish(self, fresh: Path, step: int, state: Mapping[str, Any]) -> None:
+    def _finish(self, fresh: Path, step: int, state: Mapping[str, object]) -> None:
         barrier()
         with fail_together(), self._writing():
             if self.topology.rank == 0:
@@ -169,7 +180,7 @@ class Checkpoints:
         return writing(f"a checkpoint in {self.folder}", "Earlier ones are complete; make room and run again.")
 
 
-def _write_and_sum(write: Any, folder: Path, rank: int, *args: Any, **options: Any) -> None:
+def _write_and_sum(write: Callable[P, object], folder: Path, rank: int, *args: P.args, **options: P.kwargs) -> None:
     """Run mcore's writer of one rank, in its own process, then compute the checksums of its files."""
     write(*args, **options)
     with suppress(FileError, OSError):  # mcore reports failed writes
@@ -192,7 +203,7 @@ def _write_manifest(folder: Path) -> None:
     write_checksums(folder / MANIFEST, others, known)
 
 
-def _bytes(sharded: Mapping[str, Any]) -> int:
+def _bytes(sharded: ShardedStateDict) -> int:
     """Return the bytes of a sharded state dict that this rank writes."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
@@ -212,7 +223,7 @@ def _expect_room(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"no space left for a checkpoint: it needs {needed:,} bytes, and {free:,} are free")
 
 
-def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "") -> dict[str, Any]:
+def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "") -> CheckpointState:
     """Load weights and optimizers from a checkpoint of any layout and return its state. Collective.
 
     Raises CheckpointError, before anything is loaded, where a file has changed since it was written, where the
@@ -253,7 +264,7 @@ def load_weights(path: Path, model: Model, topology: Topology, identity: str = "
             chunk.load_state_dict(loaded[_key(number)], strict=False)  # without mcore's empty objects
 
 
-def _verified(path: Path, identity: str, names: Sequence[str]) -> dict[str, Any]:
+def _verified(path: Path, identity: str, names: Sequence[str]) -> CheckpointState:
     """Return a checkpoint's state after verifying its run `identity` and the checksums of all its files.
 
     Each rank reads its share of the files. Collective over the world.
@@ -263,7 +274,7 @@ def _verified(path: Path, identity: str, names: Sequence[str]) -> dict[str, Any]
             for name in names:
                 check_format(path / name)
             verify_checksums(path / MANIFEST, share=place_in_world())
-            state: dict[str, Any] = read_json(path / STATE)
+            state: CheckpointState = read_json(path / STATE)
             check_as(state, State, str(path / STATE))
         except FileError as error:
             raise CheckpointError(f"checkpoint {path} is not whole: {error}") from error
@@ -294,10 +305,10 @@ def _key(number: int) -> str:
     return f"model{number}"
 
 
-def _sharded(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
+def _sharded(trainee: Trainee, *, is_loading: bool) -> ShardedStateDict:
     """Return mcore's sharded state dict of a model's chunks and its optimizer, without objects."""
     metadata = dict(RESHARDABLE)  # a copy, since mcore adds this layout's groups to it
-    state: dict[str, Any] = {
+    state: ShardedStateDict = {
         _key(number): _tensors(chunk.module.sharded_state_dict(metadata=metadata))
         for number, chunk in enumerate(trainee.chunks)
     }
@@ -306,7 +317,7 @@ def _sharded(trainee: Trainee, *, is_loading: bool) -> dict[str, Any]:
     return state
 
 
-def _tensors(sharded: Mapping[str, Any]) -> dict[str, Any]:
+def _tensors(sharded: ShardedStateDict) -> ShardedStateDict:
     """Drop mcore's `_extra_state` objects: they are empty here, and torch unpickles objects without any check."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

@@ -15,7 +15,10 @@ from ..errors import ModelError, TopologyError
 from ..layout import Shape
 from ..parallel import Topology
 
-__all__ = ["ACTIVATIONS", "ModelConfig", "Recompute", "activation_name", "check_fits", "rotary_frequencies"]
+__all__ = ["ACTIVATIONS", "HfConfig", "ModelConfig", "Recompute", "activation_name", "check_fits", "rotary_frequencies"]
+
+HfConfig = Mapping[str, Any]
+"""Keys of a Hugging Face `config.json`, or of a block in it, and their values."""
 
 Recompute = Literal["none", "selective", "full"]
 """Activation recomputation in the backward pass: none, each layer's MLP or MoE, or each whole layer."""
@@ -56,13 +59,13 @@ class ModelConfig:
     rotary_base: float = 10000.0
     rotary_share: float = 1.0
     """Fraction of each head's channels that are rotated."""
-    rotary_scaling: Mapping[str, Any] | None = None
+    rotary_scaling: HfConfig | None = None
     """Hugging Face's `rope_scaling`: `rope_type` (`linear` or `llama3`) and its factors; None: no scaling."""
     max_positions: int = 2048
     window: int | None = None
     """Sliding window: number of tokens that a token attends to, including itself; None: all tokens before it."""
     init_std: float = 0.02
-    source: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    source: HfConfig = field(default_factory=dict, compare=False)
     """Hugging Face config from which this was read; the export starts from it."""
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from .megatron_names import field_of
 from .schedule import MicroBatch, run_chunk
 
 if TYPE_CHECKING:
+    from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
 __all__ = ["FUSED_NORM", "Arguments", "fused_norm", "layer_arguments", "layers_of", "run_layer"]
@@ -23,6 +24,9 @@ FUSED_NORM = "layer_norm_weight"
 
 Arguments = Mapping[str, Any]
 """Keyword arguments of a layer's forward pass: rotary embedding, attention mask and the like."""
+
+Seen = dict[str, Any]
+"""Point of a layer -> the tensor that passes it; the router gives a tuple of them."""
 
 POINTS = ("qkv", "proj", "middle", "mlp", "router", "fc2", "out")
 """Points of a layer in the order of computation: the input of the QKV projection, of the attention's output projection,
@@ -44,7 +48,7 @@ class _Arguments(nn.Module):
         return arguments["hidden_states"], None
 
 
-def fused_norm(linear: Any, states: Tensor) -> Tensor:
+def fused_norm(linear: TELayerNormColumnParallelLinear, states: Tensor) -> Tensor:
     """Return the output of the norm that Transformer Engine keeps inside a linear layer; no hook sees it."""
     weight = getattr(linear, FUSED_NORM) + int(field_of(linear, "zero_centered_norm"))
     eps = field_of(linear, "norm_eps")
@@ -75,12 +79,12 @@ def layer_arguments(chunk: Chunk, batch: MicroBatch, entering: Tensor | None = N
     return stand_in.arguments
 
 
-def run_layer(layer: TransformerLayer, arguments: Arguments, states: Tensor, points: Collection[str]) -> dict[str, Any]:
+def run_layer(layer: TransformerLayer, arguments: Arguments, states: Tensor, points: Collection[str]) -> Seen:
     """Run a layer on other states and return what passes the `points` asked for; it stops at the last of them.
 
     Collective over tp, and over the ranks of a mixture's experts.
     """
-    seen: dict[str, Any] = {}
+    seen: Seen = {}
     last = max(points, key=POINTS.index)
     with ExitStack() as hooks:
         for point in points:
@@ -94,10 +98,10 @@ def run_layer(layer: TransformerLayer, arguments: Arguments, states: Tensor, poi
 
 
 @contextmanager
-def _hooked(layer: TransformerLayer, point: str, seen: dict[str, Any], *, stop: bool) -> Iterator[None]:
+def _hooked(layer: TransformerLayer, point: str, seen: Seen, *, stop: bool) -> Iterator[None]:
     module, output = _place(layer, point)
 
-    def see(value: Any) -> None:
+    def see(value: object) -> None:
         seen[point] = value
         if stop:
             raise _Enough
@@ -106,10 +110,10 @@ def _hooked(layer: TransformerLayer, point: str, seen: dict[str, Any], *, stop: 
         states = args[0].detach()
         see(fused_norm(module, states) if hasattr(module, FUSED_NORM) else states)
 
-    def after(module: nn.Module, args: tuple[Tensor, ...], out: Any) -> None:
+    def after(module: nn.Module, args: tuple[Tensor, ...], out: object) -> None:
         see(out)
 
-    hook: Callable[..., Any] = after if output else before
+    hook: Callable[..., object] = after if output else before
     handle = module.register_forward_hook(hook) if output else module.register_forward_pre_hook(hook)
     try:
         yield

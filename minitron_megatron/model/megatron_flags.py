@@ -9,7 +9,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -107,7 +106,7 @@ def arguments_script(config: ModelConfig, dtype: torch.dtype, tokenizer: Path | 
     return "\n".join([*lines, "MEGATRON_ARGS=(", *(f"    {flag}" for flag in [load, *flags]), ")", ""])
 
 
-def saved_arguments(config: ModelConfig, layout: Mapping[str, int], tokenizer: Path | None) -> dict[str, Any]:
+def saved_arguments(config: ModelConfig, layout: Mapping[str, int], tokenizer: Path | None) -> dict[str, object]:
     """Return the checkpoint's `args` that Megatron-LM reads (training/checkpointing.py, `load_args_from_checkpoint`).
 
     layout: sizes of the model-parallel groups that write the checkpoint.

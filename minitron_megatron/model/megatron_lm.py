@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
 from ..files import PARTIAL, whole_file
@@ -20,7 +20,7 @@ from .read_model import config_of
 from .writing import writing
 
 if TYPE_CHECKING:
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 
 __all__ = ["save_megatron_lm"]
 
@@ -66,7 +66,7 @@ def _layout(topology: Topology) -> dict[str, int]:
     }
 
 
-def _at_either_spec(chunk: Chunk) -> dict[str, Any]:
+def _at_either_spec(chunk: Chunk) -> ShardedStateDict:
     """Return a chunk's sharded state dict with the keys of both specs; Megatron-LM reads only those of its spec."""
     sharded = chunk.sharded_state_dict(metadata={})
     if shape_of(chunk).experts:
@@ -80,7 +80,7 @@ def _other_key(norm: ShardedTensor) -> ShardedTensor:
     return replace(norm, key=norm.key.replace(*old_and_new))
 
 
-def _extra_states(sharded: Mapping[str, Any]) -> dict[str, Any]:
+def _extra_states(sharded: ShardedStateDict) -> ShardedStateDict:
     """Return an empty `_extra_state` for each norm of `TE_NORMS`, in the form in which mcore writes them."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 

@@ -78,7 +78,9 @@ FIXED = {"add_bias_linear": False}
 POSITIONS = {"position_embedding_type": "rope"}
 """The only supported value of settings that have another default in mcore."""
 
-CONVERTED: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+Conversion = Callable[[Any], object]
+
+CONVERTED: Mapping[str, tuple[Conversion, Conversion]] = {
     "activation_func": (ACTIVATIONS.__getitem__, activation_name),
     "window_size": (
         lambda tokens: (tokens - 1, 0) if tokens else None,  # mcore does not count the token itself
@@ -110,41 +112,41 @@ EXECUTION = (
 ModelParallelConfig are such, too."""
 
 
-def _to_megatron(names: Names, ours: Any) -> dict[str, Any]:
+def _to_megatron(names: Names, ours: object) -> dict[str, object]:
     return {name: CONVERTED.get(name, (_same, _same))[0](getattr(ours, field)) for name, field in names.items()}
 
 
-def from_megatron(names: Names, mcore: Any) -> dict[str, Any]:
+def from_megatron(names: Names, mcore: object) -> dict[str, Any]:
     """Return our fields from the attributes of a TransformerConfig or a GPTModel."""
     return {field: CONVERTED.get(name, (_same, _same))[1](getattr(mcore, name)) for name, field in names.items()}
 
 
-def _same(value: Any) -> Any:
+def _same(value: object) -> object:
     return value
 
 
 # ---- to mcore
 
 
-def shape_settings(shape: Shape) -> dict[str, Any]:
+def shape_settings(shape: Shape) -> dict[str, object]:
     """Return the settings of mcore's TransformerConfig that fix the shapes of parameters."""
     sizes = _to_megatron(SHAPE_NAMES if shape.experts else SHAPE, shape)
     return sizes | {"ffn_hidden_size": shape.ffn or shape.expert_ffn}
 
 
-def transformer_settings(config: ModelConfig) -> dict[str, Any]:
+def transformer_settings(config: ModelConfig) -> dict[str, object]:
     """Return the settings of mcore's TransformerConfig that fix what a model computes, and its initial weights."""
     functions = {name: value for name, value in _to_megatron(FUNCTIONS, config).items() if not is_unused(name, config)}
     return shape_settings(config.shape) | functions | FIXED
 
 
-def gpt_arguments(config: ModelConfig) -> dict[str, Any]:
+def gpt_arguments(config: ModelConfig) -> dict[str, object]:
     """Return the arguments of mcore's GPTModel, without its rotary scaling: see `rotary_settings`."""
     ours = {**vars(config.shape), **vars(config)}
     return {name: ours[field] for name, field in ARGUMENTS.items()} | POSITIONS
 
 
-def rotary_settings(config: ModelConfig) -> dict[str, Any]:
+def rotary_settings(config: ModelConfig) -> dict[str, object]:
     """Return the arguments of mcore's GPTModel for rotary scaling. mcore hard-codes the constants LLAMA3."""
     scaling = config.rotary_scaling or {}
     if scaling.get("rope_type") == "llama3":

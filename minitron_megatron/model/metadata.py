@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from typing_extensions import TypedDict
@@ -62,7 +62,7 @@ ALLOWED = {  # not BytesStorageMetadata: torch unpickles the objects that it ref
 class _MetadataUnpickler(pickle.Unpickler):
     """Unpickler that allows only the plain classes of torch's checkpoint index."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         is_dtype = module == "torch" and name in (
             "float32",
             "float16",

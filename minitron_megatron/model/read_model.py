@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ModelError
 from ..layout import Shape, layer_of, pattern_of
 from .chunk import Chunk
-from .config import ModelConfig, rotary_frequencies
+from .config import HfConfig, ModelConfig, rotary_frequencies
 from .megatron_names import (
     FUNCTIONS,
     LLAMA3,
@@ -67,8 +67,8 @@ def config_of(model: Chunk) -> ModelConfig:
 
 
 def changed_settings(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], config: ModelConfig
-) -> Iterator[tuple[str, Any, Any]]:
+    found: Mapping[str, Any], wanted: Mapping[str, object], config: ModelConfig
+) -> Iterator[tuple[str, object, object]]:
     """Yield (name, value found, value wanted) of each setting by which two models compute different things.
 
     wanted: all settings of the model of `config`, with mcore's defaults.
@@ -85,7 +85,7 @@ def _balances_by_loss(kinds: str | Sequence[str]) -> bool:
     return {kinds} <= LOSSES if isinstance(kinds, str) else set(kinds) <= LOSSES
 
 
-def _reference(config: ModelConfig) -> dict[str, Any]:
+def _reference(config: ModelConfig) -> dict[str, object]:
     """Return all settings of the TransformerConfig that has mcore's defaults beside those of `config`."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -105,7 +105,7 @@ def _check_parameters(model: Chunk, shape: Shape) -> None:
         )
 
 
-def _rotary_scaling(rotary: RotaryEmbedding, config: ModelConfig) -> dict[str, Any] | None:
+def _rotary_scaling(rotary: RotaryEmbedding, config: ModelConfig) -> HfConfig | None:
     """Return the rotary scaling whose frequencies a GPTModel uses. config: without scaling."""
     found = rotary.inv_freq.cpu() / (rotary.seq_len_interpolation_factor or 1)
     for scaling in (None, *_scalings(found, config)):
@@ -118,7 +118,7 @@ def _rotary_scaling(rotary: RotaryEmbedding, config: ModelConfig) -> dict[str, A
     )
 
 
-def _scalings(found: Tensor, config: ModelConfig) -> Iterator[dict[str, Any]]:
+def _scalings(found: Tensor, config: ModelConfig) -> Iterator[HfConfig]:
     """Yield a linear and a llama3 scaling, each with the factor by which the lowest frequency becomes the one found."""
     plain = rotary_frequencies(config)[-1]
     yield {"rope_type": "linear", "factor": _rounded(plain / found[-1])}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,26 +36,29 @@ class MicroBatch(Protocol):
         ...
 
 
-LossOf = Callable[[Chunk, Tensor, Any, int], Tensor]
+Item = TypeVar("Item")
+BatchT = TypeVar("BatchT", bound=MicroBatch)
+
+LossOf = Callable[[Chunk, Tensor, BatchT, int], Tensor]
 """(chunk, hidden, batch, index of the micro-batch) -> summed loss."""
 
 States = Mapping[int, Tensor]
 """Layer -> its input hidden states: [seq (over tp with sequence parallelism), batch, hidden]. The output of a chunk's
 last layer has the next number as its key."""
 
-Forward = Callable[[Chunk, Any, int], Tensor]
+Forward = Callable[[Chunk, BatchT, int], Tensor]
 """(chunk, batch, index of the micro-batch) -> the chunk's output."""
 
-Indexed = Iterator[tuple[int, MicroBatch]]
+Indexed = Iterator[tuple[int, BatchT]]
 
 
 def forward_backward(
     model: Model,
-    batches: Sequence[MicroBatch],
-    loss_of: LossOf,
+    batches: Sequence[BatchT],
+    loss_of: LossOf[BatchT],
     *,
     backward: bool = True,
-    forward: Forward | None = None,
+    forward: Forward[BatchT] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the micro-batches of a step; gradients accumulate in the model's buffers, divided by the global token count.
 
@@ -63,7 +66,7 @@ def forward_backward(
     pipeline stage. forward: replaces a chunk's forward pass. Collective over the model's ranks.
     """
 
-    def last(chunk: Chunk, batch: MicroBatch, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def last(chunk: Chunk, batch: BatchT, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss, tokens = loss_of(chunk, hidden, batch, index), batch.mask.sum()
         return loss, tokens.int(), torch.stack([loss.detach().double(), tokens.double()])
 
@@ -119,10 +122,10 @@ def forward_kept(
 
 def forward_rest(
     model: Model,
-    batches: Sequence[MicroBatch],
+    batches: Sequence[BatchT],
     kept: Sequence[States],
     blocks: Sequence[Collection[int]],
-    value_of: LossOf,
+    value_of: LossOf[BatchT],
     *,
     without: Collection[int] = (),
 ) -> Tensor:
@@ -133,14 +136,14 @@ def forward_rest(
     A value is one number; before the last pipeline stage it is zero. Collective over the model's ranks.
     """
 
-    def forward(chunk: Chunk, batch: MicroBatch, index: int) -> Tensor:
+    def forward(chunk: Chunk, batch: BatchT, index: int) -> Tensor:
         block, first = blocks[index // len(batches)], min(blocks[index // len(batches)])
         rest = {at: layer for at, layer in _layers(chunk, (*without, *block)).items() if at > first}
         if first in _layers(chunk):
             rest = {first: _KeptStates(kept[index % len(batches)][first])} | rest
         return _through(chunk, batch, rest)
 
-    def last(chunk: Chunk, batch: MicroBatch, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
+    def last(chunk: Chunk, batch: BatchT, index: int, hidden: Tensor, non_loss_data: bool = True) -> Tensor:
         return value_of(chunk, hidden, batch, index % len(batches))
 
     values = _collect(model, [*batches] * len(blocks), last, forward)
@@ -149,7 +152,7 @@ def forward_rest(
     return torch.stack(values).view(len(blocks), len(batches))
 
 
-def windows(batches: Sequence[Any], pp: int, rounds: int = 4) -> list[Sequence[Any]]:
+def windows(batches: Sequence[Item], pp: int, rounds: int = 4) -> list[Sequence[Item]]:
     """Cut micro-batches into windows of about `rounds * pp`: enough to fill the pipeline, few enough to keep the
     results.
 
@@ -167,7 +170,7 @@ class _KeptStates(nn.Module):
         super().__init__()
         self.states = states
 
-    def forward(self, **_: Any) -> tuple[Tensor, None]:
+    def forward(self, **_: object) -> tuple[Tensor, None]:
         return self.states.detach(), None  # a new tensor object: mcore may free the data of an output after sending it
 
 
@@ -175,8 +178,8 @@ def _keep(
     states: dict[int, Tensor],
     layer: TransformerLayer,
     args: object,
-    inputs: Mapping[str, Any],
-    outputs: tuple[Any, ...],
+    inputs: Mapping[str, Tensor],
+    outputs: tuple[Tensor, ...],
 ) -> None:
     """Store a layer's input and output states (a forward hook)."""
     at = layer.layer_number - 1
@@ -209,7 +212,7 @@ def _hidden(chunk: Chunk, batch: MicroBatch, index: int, hidden: Tensor, non_los
 
 
 def _collect(
-    model: Model, batches: Sequence[MicroBatch], last: Callable[..., Tensor], forward: Forward
+    model: Model, batches: Sequence[BatchT], last: Callable[..., Tensor], forward: Forward[BatchT]
 ) -> list[Tensor]:
     """Return `last` of each micro-batch's final hidden states, without gradients."""
     with torch.no_grad():
@@ -217,12 +220,12 @@ def _collect(
 
 
 def _run_schedule(
-    model: Model, batches: Sequence[MicroBatch], last: Callable[..., Any], forward: Forward, **options: Any
-) -> list[Any]:
+    model: Model, batches: Sequence[BatchT], last: Callable[..., object], forward: Forward[BatchT], **options: object
+) -> list[Tensor]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_attr_wrapped_model
 
-    def step(iterator: Indexed, chunk: Chunk) -> tuple[Tensor, Callable[..., Any]]:
+    def step(iterator: Indexed[BatchT], chunk: Chunk) -> tuple[Tensor, Callable[..., object]]:
         index, batch = next(iterator)
         gpt = get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
         return forward(gpt, batch, index), partial(last, gpt, batch, index)

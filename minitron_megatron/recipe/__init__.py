@@ -6,7 +6,7 @@ Knows: the keys and their defaults, YAML. Must not know: how a run is carried ou
 from .load import load_recipe
 from .phases import ResolvedPhase, light_recipe, prefixes, resolved
 from .schema import Depth, Recipe, Source, json_schema
-from .search_keys import CHOOSE_BY
+from .search_keys import CHOOSE_BY, Search
 from .starter import starter_recipe
 from .training_keys import TrainingKeys
 from .yaml_tree import read_yaml
@@ -16,6 +16,7 @@ __all__ = [
     "Depth",
     "Recipe",
     "ResolvedPhase",
+    "Search",
     "Source",
     "TrainingKeys",
     "json_schema",

@@ -9,6 +9,9 @@ from ..errors import did_you_mean
 
 __all__ = ["nearest_key"]
 
+Schema = Mapping[str, Any]
+"""JSON Schema, or a part of it."""
+
 OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
     "lr": ("learning_rate", "max_lr", "peak_lr", "lr_max", "base_lr"),
     "min_lr": ("minimum_learning_rate", "lr_min", "final_lr", "end_lr", "min_learning_rate"),
@@ -59,7 +62,7 @@ OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
 """Key -> names that other tools use for it."""
 
 
-def nearest_key(loc: Sequence[int | str], schema: Mapping[str, Any]) -> str:
+def nearest_key(loc: Sequence[int | str], schema: Schema) -> str:
     """Return ` Did you mean 'x'?` for the unknown key at `loc` in a recipe, or the empty string."""
     *place, last = loc
     word = str(last)
@@ -73,16 +76,16 @@ def nearest_key(loc: Sequence[int | str], schema: Mapping[str, Any]) -> str:
     return f" Did you mean {' or '.join(map(repr, elsewhere[:3]))}?" if elsewhere else ""
 
 
-def _block(place: Sequence[int | str], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+def _block(place: Sequence[int | str], schema: Schema) -> Schema:
     """Return the schema of the block at a place in the tree; empty if there is no block."""
-    at: Mapping[str, Any] = schema
+    at: Schema = schema
     for part in place:
         inner = at.get("items", {}) if isinstance(part, int) else at.get("properties", {}).get(part, {})
         at = _resolved(inner, schema)
     return at
 
 
-def _resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
+def _resolved(node: Schema, schema: Schema) -> Schema:
     """Follow `$ref`s and the non-null side of an optional block."""
     for choice in node.get("anyOf", ()):
         if "$ref" in choice:
@@ -92,7 +95,7 @@ def _resolved(node: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str
     return node
 
 
-def _paths(block: Mapping[str, Any], schema: Mapping[str, Any], before: str = "") -> Iterator[str]:
+def _paths(block: Schema, schema: Schema, before: str = "") -> Iterator[str]:
     """Yield every key's path, outermost first; lists of blocks are left out."""
     inner = {name: _resolved(node, schema) for name, node in block.get("properties", {}).items()}
     yield from (f"{before}{name}" for name in inner)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -13,7 +12,7 @@ from ..settings import explain, shown
 from .key_names import nearest_key
 from .plugins import import_plugins
 from .schema import Recipe, json_schema
-from .yaml_tree import read_yaml
+from .yaml_tree import Tree, read_yaml
 
 __all__ = ["load_recipe"]
 
@@ -51,7 +50,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = No
         raise RecipeError(f"recipe {path}: {error}") from error
 
 
-def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
+def _override(raw: dict[str, Tree], text: str) -> dict[str, Tree]:
     """Return `raw` with one `a.b=value` override applied."""
     key, equals, written = text.partition("=")
     if not equals or not all(key.split(".")):
@@ -63,7 +62,7 @@ def _override(raw: dict[str, Any], text: str) -> dict[str, Any]:
     return _replaced(raw, key.split("."), value, text)
 
 
-def _replaced(node: Any, path: Sequence[str], value: Any, text: str) -> dict[str, Any]:
+def _replaced(node: Tree, path: Sequence[str], value: Tree, text: str) -> dict[str, Tree]:
     """Return a copy of `node` with the value at `path` replaced."""
     first, *rest = path
     if node is not None and not isinstance(node, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from ..evaluate import PROGRAMS, SUITES, Task
 from ..layout import PUBLIC_AXES
@@ -336,6 +336,6 @@ class Recipe(Settings):
         return self
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema() -> dict[str, object]:
     """Return the recipe's JSON Schema, with the help of every key."""
     return Recipe.model_json_schema()

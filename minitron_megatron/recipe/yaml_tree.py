@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Hashable
-from typing import Any
 
 import yaml
 
 from ..errors import RecipeError
 
-__all__ = ["read_yaml"]
+__all__ = ["Tree", "read_yaml"]
+
+Tree = None | bool | int | float | str | list["Tree"] | dict[str, "Tree"]
+"""Value of a YAML text."""
 
 MOST_NODES, DEEPEST = 100_000, 64
 """Limits of a tree with every alias expanded. The largest recipe has about a hundred nodes."""
@@ -20,7 +22,7 @@ MOST_NODES, DEEPEST = 100_000, 64
 class _Loader(yaml.SafeLoader):
     """YAML loader with YAML 1.2's numbers, no dates, and an error for a duplicate key."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -49,7 +51,7 @@ for tag, pattern in NUMBERS.items():
     _Loader.add_implicit_resolver(tag, re.compile(rf"(?:{pattern})$"), list("-+.0123456789"))
 
 
-def read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Tree:
     """Return a YAML text as dicts with text keys, lists and scalars; no two places share an object.
 
     Raises RecipeError for text that is not YAML, a key given twice, a number that is infinite, NaN or thousands of
@@ -70,7 +72,7 @@ class _Copier:
     def __init__(self) -> None:
         self._nodes = 0
 
-    def copy(self, node: Any, place: tuple[str, ...]) -> Any:
+    def copy(self, node: object, place: tuple[str, ...]) -> Tree:
         self._nodes += 1
         if self._nodes > MOST_NODES or len(place) > DEEPEST:
             raise RecipeError(

@@ -7,9 +7,8 @@ axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
-from typing import Any
 
 from . import numbers
 from .plots import ByLayer
@@ -86,7 +85,7 @@ def shares(plan: ByLayer[Sequence[int]], scores: ByLayer[Sequence[float]]) -> di
     return found
 
 
-def _span(values: Any, write: Callable[[Any], str]) -> str:
+def _span(values: Iterable[float], write: Callable[[float], str]) -> str:
     written = [write(value) for value in sorted(values)]
     if not written:
         return numbers.ABSENT

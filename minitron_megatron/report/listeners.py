@@ -210,7 +210,11 @@ class MetricsFile:
             ) from error
 
 
-def parse_line(text: bytes) -> dict[str, Any] | None:
+MetricsLine = dict[str, Any]
+"""Line of `metrics.jsonl`: `stage`, `done`, `total`, `unit`, and the measured values by name."""
+
+
+def parse_line(text: bytes) -> MetricsLine | None:
     """Return a line of a metrics file; None if it is truncated or is not a line of metrics."""
     try:
         line = json.loads(text, parse_constant=lambda _: None)
@@ -230,7 +234,7 @@ def lost_lines(path: Path) -> int:
     return sum(bool(text.strip()) and parse_line(text) is None for text in whole)
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def _lines(path: Path) -> Iterator[MetricsLine]:
     """Yield the valid lines of a metrics file."""
     if not path.exists():
         return
@@ -239,12 +243,12 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[MetricsLine]:
     """Return the current lines of `metrics.jsonl`, oldest first; empty if there is no file.
 
     If a stage resumed or restarted at a step, its earlier lines from that step on are dropped.
     """
-    kept: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    kept: dict[str, list[tuple[int, MetricsLine]]] = defaultdict(list)
     for position, line in enumerate(_lines(path)):
         earlier = kept[line["stage"]]
         while earlier and earlier[-1][1]["done"] >= line["done"]:

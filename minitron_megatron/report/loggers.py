@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from typing_extensions import TypedDict
 
@@ -34,7 +34,7 @@ def _finite(event: Event) -> dict[str, float]:
 @contextmanager
 def logged(
     folder: Path,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     *,
     wandb: WandbMode | None = None,
     project: str = "minitron",
@@ -64,7 +64,7 @@ def logged(
 
 
 @contextmanager
-def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, Any]) -> Iterator[Listener]:
+def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, object]) -> Iterator[Listener]:
     """Log to the wandb run whose id is stored in `folder`; each stage has its own step axis."""
     import wandb
 
@@ -104,11 +104,11 @@ def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, Any
 
 
 @contextmanager
-def _tensorboard(folder: Path, config: Mapping[str, Any]) -> Iterator[Listener]:
+def _tensorboard(folder: Path, config: Mapping[str, object]) -> Iterator[Listener]:
     """Log to TensorBoard; each start of a run adds an event file."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder))
     writer.add_text("recipe", f"```\n{json.dumps(config, indent=2)}\n```")
 
     def listen(event: Event) -> None:

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from ..errors import CheckpointError
 from ..files import read_json
 from ..run_folder import RunFolder
 from . import numbers
-from .listeners import read_metrics
+from .listeners import MetricsLine, read_metrics
 
 __all__ = ["PREDICTED", "predicted_rows"]
 
@@ -21,6 +22,24 @@ PREDICTED = ("", "predicted", "measured", "measured / predicted")
 DISTIL = ("distill", "baseline")
 TRAIN = ("correct", *DISTIL)
 Row = tuple[str, ...]
+
+
+class Predicted(TypedDict):
+    """Contents of a run's `predicted.json`: elements, bytes and FLOPs."""
+
+    model: str
+    parameters: dict[str, int]
+    export_bytes: int
+    rank_bytes: int
+    flops: dict[str, float]
+    teacher_flops: float
+
+
+class StageCost(TypedDict, total=False):
+    """Fields of a stage's record that are compared."""
+
+    seconds: float
+    peak_bytes: int
 
 
 def predicted_rows(run: Path) -> list[Row]:
@@ -31,15 +50,15 @@ def predicted_rows(run: Path) -> list[Row]:
     """
     try:
         folder = RunFolder(run)
-        predicted = read_json(folder.predicted)
-        stages = {path.stem: read_json(path) for path in folder.record_paths()}
+        predicted: Predicted = read_json(folder.predicted)
+        stages: dict[str, StageCost] = {path.stem: read_json(path) for path in folder.record_paths()}
         metrics = read_metrics(folder.metrics)
         return _sizes(folder, predicted, stages) + _work(predicted, stages, metrics) + _slowest(metrics)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return []
 
 
-def _sizes(run: RunFolder, predicted: Mapping[str, Any], stages: Mapping[str, Any]) -> list[Row]:
+def _sizes(run: RunFolder, predicted: Predicted, stages: Mapping[str, StageCost]) -> list[Row]:
     """Return rows on the parameters of each model, the bytes of the export, and memory."""
     rows: list[Row] = []
     for model, parameters in predicted["parameters"].items():
@@ -59,7 +78,7 @@ def _row(name: str, predicted: int, measured: int) -> Row:
     return name, numbers.count(predicted), numbers.count(measured), ratio
 
 
-def _work(predicted: Mapping[str, Any], stages: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _work(predicted: Predicted, stages: Mapping[str, StageCost], metrics: Sequence[MetricsLine]) -> list[Row]:
     """Return rows on the FLOPs of a training step, or of a whole other stage, with its time and the speed reached."""
     rows: list[Row] = []
     for stage, flops in predicted["flops"].items():
@@ -77,7 +96,7 @@ def _work(predicted: Mapping[str, Any], stages: Mapping[str, Any], metrics: Sequ
     return rows
 
 
-def _slowest(metrics: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _slowest(metrics: Sequence[MetricsLine]) -> list[Row]:
     """Return a row per training stage on its straggler: the rank that was slowest most often, if ranks were timed."""
     rows: list[Row] = []
     for stage in TRAIN:

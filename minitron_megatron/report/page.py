@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from statistics import median
 from string import Template
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from typing_extensions import TypedDict
 
@@ -21,7 +21,7 @@ from ..records import SAFE_MARGIN, Row
 from ..run_folder import RunFolder
 from . import numbers, plots
 from .importance import KEPT, kept_rows, shares
-from .listeners import lost_lines, read_metrics
+from .listeners import MetricsLine, lost_lines, read_metrics
 from .measured import PREDICTED, predicted_rows
 from .plots import ByLayer, DepthCurves
 from .refitted import REFITTED, Fit, refitted_rows
@@ -131,7 +131,7 @@ def _cut(axis: str, layer: int | None) -> str:
     return axis if layer is None else f"{axis} in layer {layer}"
 
 
-def _lost_losses(metrics: Iterable[Mapping[str, Any]]) -> list[str]:
+def _lost_losses(metrics: Iterable[MetricsLine]) -> list[str]:
     """Return a warning for each stage whose loss was not finite (null in `metrics.jsonl`)."""
     lost: dict[str, list[int]] = {}
     for line in metrics:
@@ -192,12 +192,12 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if body else ""
 
 
-def _summary(rows: Sequence[Mapping[str, Any]]) -> str:
+def _summary(rows: Sequence[Row]) -> str:
     tasks = tasks_of(rows)
     return _table([*(title for title, _ in COLUMNS.values()), *tasks], (cells(row, tasks) for row in rows))
 
 
-def _stages(stages: Mapping[str, StageFile], metrics: Sequence[Mapping[str, Any]]) -> str:
+def _stages(stages: Mapping[str, StageFile], metrics: Sequence[MetricsLine]) -> str:
     """Return a table with one row per stage, in the order in which they ended: time, work, tokens and speed."""
     times = [(name, stage.get("seconds")) for name, stage in stages.items()]
     rows = [(name, numbers.duration(seconds), *_work(name, metrics)) for name, seconds in times]
@@ -206,7 +206,7 @@ def _stages(stages: Mapping[str, StageFile], metrics: Sequence[Mapping[str, Any]
     return _table(("stage", "time", "work", "tokens", "tokens/s (median)"), rows)
 
 
-def _work(stage: str, metrics: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+def _work(stage: str, metrics: Sequence[MetricsLine]) -> tuple[str, str, str]:
     """Return a stage's work (such as `200 steps`), tokens and median speed, as text."""
     lines = [line for line in metrics if line["stage"] == stage]
     if not lines:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Group
@@ -132,10 +131,10 @@ def _plan(path: Path) -> Group:
     return Group(pairs_table("plan", layers | target), cuts)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> dict[str, object]:
     keys: Sequence[str] = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
     keys = (*keys, "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "torch_dtype")
-    config = read_as(path, dict[str, Any])
+    config = read_as(path, dict[str, object])
     return {key: config[key] for key in keys if key in config}
 
 
@@ -143,7 +142,7 @@ class StageRecord(TypedDict):
     """Fields of a stage's record that are shown."""
 
     seconds: float
-    result: dict[str, Any]
+    result: dict[str, object]
 
 
 def _stage(path: Path) -> str:

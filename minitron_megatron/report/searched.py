@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NotRequired
+from collections.abc import Sequence
+from typing import NotRequired
 
 from typing_extensions import TypedDict
 
 from . import numbers
 
-__all__ = ["ESTIMATED", "SEARCHED", "SearchTable", "estimated_rows", "searched_rows"]
+__all__ = [
+    "ESTIMATED",
+    "SEARCHED",
+    "EstimatedCandidate",
+    "SearchTable",
+    "SearchedCandidate",
+    "estimated_rows",
+    "searched_rows",
+]
 
 Row = tuple[str, ...]
 
@@ -31,6 +39,14 @@ class SearchedCandidate(TypedDict):
     sizes: NotRequired[dict[str, int]]
     layers: NotRequired[list[int] | None]
     score: NotRequired[float | None]
+
+
+class EstimatedCandidate(TypedDict):
+    """Row of `Estimate.candidate_rows`."""
+
+    name: str
+    costs: dict[str, float]
+    hours: float
 
 
 class SearchTable(TypedDict):
@@ -60,10 +76,10 @@ def searched_rows(table: SearchTable | None) -> list[Row]:
     return shown + ([(f"and {more} more", "", "", "", "")] if more else [])
 
 
-def estimated_rows(candidates: Sequence[Mapping[str, Any]]) -> list[Row]:
+def estimated_rows(candidates: Sequence[EstimatedCandidate]) -> list[Row]:
     """Return rows with the columns `ESTIMATED` from `Estimate.candidate_rows`."""
 
-    def row(each: Mapping[str, Any]) -> Row:
+    def row(each: EstimatedCandidate) -> Row:
         costs = each["costs"]
         return (
             each["name"],

@@ -11,9 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from . import numbers
-from .searched import ESTIMATED, estimated_rows
+from .plots import BenchRow
+from .searched import ESTIMATED, EstimatedCandidate, estimated_rows
 
 __all__ = ["COLUMNS", "bench_table", "candidates_table", "cells", "print_summary", "summary_table", "tasks_of"]
+
+SummaryRow = Mapping[str, Any]
+"""Row of `summary.json`, or of a model that was measured apart from the run."""
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "model": ("model", str),
@@ -26,19 +30,19 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 """Key of a row -> (column title, formatter)."""
 
 
-def tasks_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def tasks_of(rows: Iterable[SummaryRow]) -> list[str]:
     """Return the tasks that any row has a score for, in their order."""
     return list(dict.fromkeys(name for row in rows for name in row.get("tasks") or ()))
 
 
-def cells(row: Mapping[str, Any], tasks: Sequence[str] = ()) -> list[str]:
+def cells(row: SummaryRow, tasks: Sequence[str] = ()) -> list[str]:
     """Return the row's values as text, in the order of `COLUMNS` and then of `tasks`; a dash if absent."""
     plain = [numbers.ABSENT if row.get(key) is None else write(row[key]) for key, (_, write) in COLUMNS.items()]
     scores = row.get("tasks") or {}
     return plain + [numbers.ABSENT if scores.get(name) is None else f"{scores[name]:.4g}" for name in tasks]
 
 
-def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def summary_table(rows: Sequence[SummaryRow]) -> Table:
     """Return the rows of `summary.json` as a table for the terminal."""
     table = Table(title="Models on the validation set", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for title, write in COLUMNS.values():
@@ -52,12 +56,12 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def print_summary(rows: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+def print_summary(rows: Sequence[SummaryRow], console: Console | None = None) -> None:
     """Print the summary table."""
     (console or Console()).print(summary_table(rows))
 
 
-def candidates_table(candidates: Sequence[Mapping[str, Any]]) -> Table:
+def candidates_table(candidates: Sequence[EstimatedCandidate]) -> Table:
     """Return a table of a search's candidates and their costs."""
     table = Table(title=f"{len(candidates)} candidates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, title in enumerate(ESTIMATED):
@@ -75,7 +79,7 @@ RATIOS = {
 }
 
 
-def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def bench_table(rows: Sequence[BenchRow]) -> Table:
     """Return the rows of `bench/table.json`: tokens per second of each model, and ratios to the teacher."""
     names = [name for name in ("teacher", "student", "student fp8") if any(name in row for row in rows)]
     table = Table(title="Tokens per second", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -66,7 +66,7 @@ def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = s
     return rows
 
 
-def _model_facts(models: Mapping[str, Path]) -> dict[str, Any]:
+def _model_facts(models: Mapping[str, Path]) -> dict[str, object]:
     """Return the shapes and weight dtypes that a search needs to fit speeds to the rows."""
     configs = {name: read_config(path) for name, path in models.items()}
     return {
@@ -160,7 +160,7 @@ def _compare_batches(rows: list[Row]) -> None:
             last |= {key.replace("ratio", "ratio_batches"): value for key, value in found.items() if value}
 
 
-def _ratio(student: Mapping[str, Any] | None, teacher: Mapping[str, Any] | None) -> float | None:
+def _ratio(student: Row | None, teacher: Row | None) -> float | None:
     """Return the ratio of tokens per second; None if either is unknown."""
     if not student or not teacher or not student["tokens_per_second"] or not teacher["tokens_per_second"]:
         return None

@@ -34,7 +34,7 @@ class Distilled(TypedDict):
     score: NotRequired[float | None]
 
 
-def read_part(path: Path, kind: Any) -> Part:
+def read_part(path: Path, kind: type) -> Part:
     part: Part = dict(read_as(path, kind))
     if not all(step.isdecimal() for step in part.get("curve", {})):
         raise FileError(f"{path} has a curve whose steps are not numbers. Remove it to measure the candidate again.")

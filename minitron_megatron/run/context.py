@@ -16,12 +16,12 @@ from ..errors import CheckpointError, FileError
 from ..evaluate import ValidationSet
 from ..events import Listener
 from ..files import MANIFEST, checksum, verify_checksums, write_checksums
-from ..model import check_finite
+from ..model import Chunk, check_finite
 from ..parallel import Topology, broadcast_object, fail_together, place_in_world
 from ..recipe import Recipe, ResolvedPhase
 from ..run_folder import RunFolder
 
-__all__ = ["DTYPES", "Context"]
+__all__ = ["DTYPES", "Context", "Result"]
 
 WRITES = {
     "corrected": "correct",
@@ -33,6 +33,9 @@ WRITES = {
 }
 """Folder of a model in a run -> the stage that writes it."""
 
+Result = dict[str, Any]
+"""Result of a stage, as JSON. Stages that use it run again when it changes."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,7 +46,7 @@ class Context:
     recipe: Recipe
     topology: Topology
     listener: Listener
-    done: Mapping[str, Mapping[str, Any]]
+    done: Mapping[str, Result]
     """Stage -> result, of the stages before this one."""
     mark_of: Callable[[Recipe], str]
     """Recipe -> fingerprint of the running stage with that recipe."""
@@ -79,7 +82,7 @@ class Context:
         corrected = folder == self.folders.model("corrected")
         return str(self.done["correct"]["hash"] if corrected else self.done["prepare"]["model_hash"])
 
-    def load(self, folder: Path, dtype: torch.dtype | None = None, *, trains: bool = False) -> list[Any]:
+    def load(self, folder: Path, dtype: torch.dtype | None = None, *, trains: bool = False) -> list[Chunk]:
         """Load a model of the run, by default in the training dtype. Collective over the world.
 
         Raises CheckpointError if its files differ from those that the run wrote, or a weight is not finite.
@@ -114,28 +117,28 @@ class Context:
             except FileError as error:
                 raise CheckpointError(f"{error} Remove {folder}, and run `minitron {stage}` again.") from error
 
-    def load_teacher(self, *, trains: bool = False) -> list[Any]:
+    def load_teacher(self, *, trains: bool = False) -> list[Chunk]:
         """Load the teacher. Raises CheckpointError if it is not the model that the run recorded."""
         return self._verified(self.teacher, DTYPES[self.recipe.frozen_teacher_dtype], trains=trains)
 
-    def load_prune_source(self, dtype: torch.dtype | None = None) -> list[Any]:
+    def load_prune_source(self, dtype: torch.dtype | None = None) -> list[Chunk]:
         """Load the model to prune, verified as in `load_teacher`."""
         return self._verified(self.prune_source, dtype or self.dtype)
 
-    def _verified(self, folder: Path, dtype: torch.dtype, *, trains: bool = False) -> list[Any]:
+    def _verified(self, folder: Path, dtype: torch.dtype, *, trains: bool = False) -> list[Chunk]:
         model = self.load(folder, dtype, trains=trains)
         if self._hash(model, folder, dtype) != self._expected(folder):
             raise CheckpointError(f"the weights in {folder} changed since the run began. Start a new run with --out.")
         return model
 
-    def _hash(self, model: list[Any], folder: Path, dtype: torch.dtype) -> str:
+    def _hash(self, model: list[Chunk], folder: Path, dtype: torch.dtype) -> str:
         """Return the hash of the loaded weights, or of the files if loading rounded them. Collective over the world."""
         stored = read_config(folder).source
         exact = dtype == torch.float32 or DTYPES.get(stored.get("torch_dtype") or stored.get("dtype", "")) == dtype
         return model_hash(model, self.topology) if exact else folder_hash(folder)
 
     def save(
-        self, model: Any, folder: Path, dtype: torch.dtype | None = None, architecture: Architecture = "own"
+        self, model: list[Chunk], folder: Path, dtype: torch.dtype | None = None, architecture: Architecture = "own"
     ) -> str:
         """Write a model with the teacher's tokenizer and return its hash. Collective over the world.
 
@@ -167,7 +170,7 @@ class Context:
         return str(broadcast_object(digest))
 
     def save_sealed(
-        self, model: Any, folder: Path, dtype: torch.dtype | None = None, architecture: Architecture = "own"
+        self, model: list[Chunk], folder: Path, dtype: torch.dtype | None = None, architecture: Architecture = "own"
     ) -> dict[str, str]:
         """Write a model and its files' checksums; return its hash and the checksum of that list. Collective."""
         return {"hash": self.save(model, folder, dtype, architecture), "files": self.sealed(folder)}

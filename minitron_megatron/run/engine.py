@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import yaml
 
@@ -23,14 +22,15 @@ from ..run_folder import RunFolder
 from .context import Context
 from .fingerprint import fingerprint
 from .preemption import PreemptionListener, raise_when_preempted
-from .stage import Record, Stage
+from .stage import Record, Result, Stage
 from .stages import STAGES
 from .stages.search import search_share
 from .versions import versions
 
 __all__ = ["Results", "Step", "dry_run", "results", "run", "search_task", "wanted"]
 
-Results = dict[str, dict[str, Any]]
+Results = dict[str, Result]
+"""Stage -> its result, and its duration as `seconds`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _run_stages(
     _predict(recipe, topology)
     walk = _Walk(recipe)
     for stage in walk.stages:
-        record = broadcast_object(walk.recorded(stage))
+        record: Record | None = broadcast_object(walk.recorded(stage))
         if record is None:
             if only not in (None, stage.name):
                 raise RecipeError(
@@ -176,13 +176,13 @@ class _Walk:
         """Return the stage's fingerprint. The stages before it must be done."""
         return fingerprint(stage, self.recipe, self.done)
 
-    def recorded(self, stage: Stage) -> dict[str, Any] | None:
+    def recorded(self, stage: Stage) -> Record | None:
         """Return a stage's record if its fingerprint matches and its output exists; otherwise None."""
         path = self._folder.record(stage.name)
         if not path.is_file() or not stage.makes(self._folder).exists():
             return None
         try:
-            record: dict[str, Any] = dict(read_as(path, Record))
+            record = read_as(path, Record)
             if record["fingerprint"] != self.mark(stage):
                 return None
             check_as(record["result"], stage.result, f"{path}: result")
@@ -190,7 +190,7 @@ class _Walk:
             raise CheckpointError(f"{error} Remove it to run the stage {stage.name} again.") from error
         return record
 
-    def finish(self, stage: Stage, record: Mapping[str, Any]) -> None:
+    def finish(self, stage: Stage, record: Record) -> None:
         """Add a finished stage's result."""
         self.done[stage.name] = record["result"] | {"seconds": record["seconds"]}
         if stage.decides:
@@ -206,14 +206,14 @@ class _Walk:
         return "run", "its inputs changed" if self._folder.record(stage.name).is_file() else "not done yet"
 
 
-def _run_stage(stage: Stage, mark: str, context: Context, before: int) -> dict[str, Any]:
+def _run_stage(stage: Stage, mark: str, context: Context, before: int) -> Record:
     """Run a stage, write its record and return it. `peak_bytes`: peak memory of the fullest rank, minus `before`."""
     began = time.perf_counter()
     result = stage.does(context)
     barrier()
     seconds = round(time.perf_counter() - began, 3)
     peak = max(gather_objects(peak_bytes() - before))
-    record = {"fingerprint": mark, "result": result, "seconds": seconds, "peak_bytes": peak}
+    record: Record = {"fingerprint": mark, "result": result, "seconds": seconds, "peak_bytes": peak}
     if context.topology.rank == 0:
         write_json(context.folders.record(stage.name), record)
         if not (stage.name == "distill" and context.recipe.distill.retain):

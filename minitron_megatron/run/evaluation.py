@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from ..parallel import Topology, fail_together
 from ..recipe import Recipe
 from .context import DTYPES, Context
 from .engine import results
-from .measure_tasks import measured_row
+from .measure_tasks import Measured, measured_row
 
 __all__ = ["check_export", "evaluate_folder"]
 
@@ -25,7 +24,7 @@ CHECKED_TOKENS = 256
 """Tokens whose logits are compared. Few suffice, since every layer and vocabulary entry takes part in each."""
 
 
-def evaluate_folder(recipe: Recipe, topology: Topology, folder: Path, *, listener: Listener = silent) -> dict[str, Any]:
+def evaluate_folder(recipe: Recipe, topology: Topology, folder: Path, *, listener: Listener = silent) -> Measured:
     """Return the summary row of a Hugging Face folder that has the tokenizer of the recipe's model.
 
     The harness's own results are written to `evaluation/<folder's name>.json`. Raises RecipeError if the text is not

@@ -7,20 +7,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ..convert import carried_files, read_config
 from ..data import corpus_marks, places, settings_without_chat
 from ..files import checksum, file_marks
 from ..recipe import Recipe
-from .stage import Stage
+from .stage import Result, Stage
 
 __all__ = ["carried_marks", "config_digest", "digest", "fingerprint", "task_marks", "untimed"]
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
-def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, Any]]) -> str:
+def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Result]) -> str:
     """Return the fingerprint of a stage: recipe keys that it reads, files behind them and results that it uses."""
     keys = recipe.deciding()
     read = ["plugins", *stage.reads] if recipe.plugins else stage.reads
@@ -35,12 +34,12 @@ def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Mapping[str, An
     )
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """Return the SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def untimed(done: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def untimed(done: Mapping[str, Result]) -> dict[str, Result]:
     """Return the stages' results without their durations."""
     return {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in done.items()}
 
@@ -56,7 +55,7 @@ def carried_marks(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): checksum(path) for path in carried_files(folder)}
 
 
-def task_marks(recipe: Recipe) -> list[Any]:
+def task_marks(recipe: Recipe) -> list[object]:
     """Return marks of the files that tasks read: the teacher's tokenizer and generation settings, its chat template
     only if `evaluate.chat` applies it, and the questions."""
     files, marks = recipe.evaluate.task_files, carried_marks(recipe.model)
@@ -66,7 +65,7 @@ def task_marks(recipe: Recipe) -> list[Any]:
     return [marks, file_marks([files] if files else [])]
 
 
-def _input_marks(recipe: Recipe) -> list[Any]:
+def _input_marks(recipe: Recipe) -> list[object]:
     """Return marks of the teacher's weights, config and tokenization, and of every source. Other files of the teacher's
     folder do not count: a chat template does not affect the tokens of a corpus."""
     paths = [path for pattern in WEIGHTS for path in sorted(recipe.model.glob(pattern))]

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from typing_extensions import TypedDict
 
 from ..data import transformers_tokenizer
-from ..evaluate import RunBatches, Task, ValidationSet, lower_is_better, run_tasks, scores_of, validation_loss
+from ..evaluate import (
+    HarnessResults,
+    RunBatches,
+    Task,
+    ValidationSet,
+    lower_is_better,
+    run_tasks,
+    scores_of,
+    validation_loss,
+)
 from ..files import whole_file, write_json
 from ..forecast import settings_folder
 from ..layout import parameters
-from ..model import chunks_of, shape_of
+from ..model import Chunk, chunks_of, shape_of
+from ..records import Row
 from ..score import Metric
 from .context import Context
 
-__all__ = ["depth_metric", "measured_row", "score_of", "write_table"]
+__all__ = ["Measured", "depth_metric", "measured_row", "score_of", "write_table"]
 
 
-def measured_row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> dict[str, Any]:
+class Measured(TypedDict):
+    """A model's row of the summary, before the stage `evaluate` adds what the model cost."""
+
+    model: str
+    parameters: int
+    loss_nats_per_token: float
+    perplexity: float
+    loss_by_source: dict[str, float | None]
+    tasks: dict[str, float | None]
+
+
+def measured_row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> Measured:
     """Return a model's row of the summary: loss on the held-out text and task scores. Collective."""
     model = context.load(folder)
     losses = validation_loss(model, held_out, context.topology)
@@ -28,11 +51,11 @@ def measured_row(context: Context, name: str, folder: Path, held_out: Validation
         "loss_nats_per_token": losses["all"],
         "perplexity": math.exp(min(losses["all"], 700.0)),
         "loss_by_source": {source: loss for source, loss in losses.items() if source != "all"},
-        "tasks": _evaluate_tasks(context, model, name.replace(" ", "_"), folder),
+        "tasks": {**_evaluate_tasks(context, model, name.replace(" ", "_"), folder)},
     }
 
 
-def _evaluate_tasks(context: Context, model: Any, name: str, folder: Path) -> dict[str, float]:
+def _evaluate_tasks(context: Context, model: list[Chunk], name: str, folder: Path) -> dict[str, float]:
     """Return task -> score, and write the harness's own results to `evaluation/<name>.json`. Collective."""
     tasks = context.recipe.evaluate.wanted()
     if not tasks:
@@ -43,14 +66,14 @@ def _evaluate_tasks(context: Context, model: Any, name: str, folder: Path) -> di
     return scores_of(found, tasks)
 
 
-def score_of(context: Context, model: Any, name: str) -> float:
+def score_of(context: Context, model: list[Chunk], name: str) -> float:
     """Return a model's score at one of the recipe's tasks, negated if lower is better. Collective."""
     task = next(task for task in context.recipe.evaluate.wanted() if task.name == name)
     found = _harness_results(context, model, [task])
     return scores_of(found, [task])[name] * (-1 if lower_is_better(found, task) else 1)
 
 
-def depth_metric(context: Context, model: Any, task: Task) -> Metric:
+def depth_metric(context: Context, model: list[Chunk], task: Task) -> Metric:
     """Return the function that measures a network, such as a model without some layers, by its score at a task.
 
     Collective over the world.
@@ -64,8 +87,8 @@ def depth_metric(context: Context, model: Any, task: Task) -> Metric:
 
 
 def _harness_results(
-    context: Context, model: Any, tasks: list[Task], run: RunBatches | None = None, folder: Path | None = None
-) -> dict[str, Any]:
+    context: Context, model: list[Chunk], tasks: list[Task], run: RunBatches | None = None, folder: Path | None = None
+) -> HarnessResults:
     keys = context.recipe.evaluate
     return run_tasks(
         model,
@@ -84,7 +107,7 @@ def _harness_results(
     )
 
 
-def write_table(rows: list[dict[str, Any]], path: Path) -> None:
+def write_table(rows: Sequence[Row], path: Path) -> None:
     """Write the task scores as a Markdown table, one row per model; nothing if there are no tasks."""
     names = list(rows[0]["tasks"]) if rows else []
     if not names:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -113,7 +112,7 @@ def _evaluation(context: Context) -> str:
     return _table(titles, cells)
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     return yaml.dump(value, Dumper=_OneLine, sort_keys=False, width=float("inf"))
 
 
@@ -133,7 +132,7 @@ def _formatted(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _table(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     text = [[f"{cell:,}" if isinstance(cell, int) else _inline(str(cell)) for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in text) if len(lines) > 2 else ""

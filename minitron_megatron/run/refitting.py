@@ -5,20 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from ..data import Batch
 from ..events import Listener, silent
 from ..files import write_json
+from ..model import Chunk
 from ..parallel import fail_together
 from ..records import Plan
 from ..refit import RIDGES, SiteFit, refit
-from .context import Context
+from .context import Context, Result
 
 __all__ = ["refit_candidate", "refitted", "refitted_models", "repair_of", "write_refit"]
 
 
-def refitted(context: Context, student: Sequence[Any], plan: Plan) -> list[SiteFit]:
+def refitted(context: Context, student: list[Chunk], plan: Plan) -> list[SiteFit]:
     """Repair the cut model in place, as the recipe says; returns nothing where it says none.
 
     The model before its repair is written to `trimmed`, so that the stage `evaluate` can measure what the cut alone
@@ -34,19 +34,19 @@ def refitted(context: Context, student: Sequence[Any], plan: Plan) -> list[SiteF
     return _repaired(context, student, context.load_prune_source(), plan, _samples(context), context.listener)
 
 
-def refit_candidate(context: Context, student: Sequence[Any], plan: Plan) -> None:
+def refit_candidate(context: Context, student: list[Chunk], plan: Plan) -> None:
     """Repair a candidate of a search in place, if the recipe refits; nothing is written. Collective over the world."""
     if context.recipe.prune.refit != "none":
         _repaired(context, student, context.load_prune_source(), plan, _samples(context))
 
 
-def repair_of(context: Context, teacher: Sequence[Any]) -> Callable[[Any, Plan], None] | None:
+def repair_of(context: Context, teacher: list[Chunk]) -> Callable[[list[Chunk], Plan], None] | None:
     """The repair of candidates of one teacher, on samples that are drawn once; None where the recipe wants none."""
     if context.recipe.prune.refit == "none":
         return None
     batches = _samples(context)
 
-    def repair(student: Any, plan: Plan) -> None:
+    def repair(student: list[Chunk], plan: Plan) -> None:
         _repaired(context, student, teacher, plan, batches)
 
     return repair
@@ -58,8 +58,8 @@ def _samples(context: Context) -> list[Batch]:
 
 def _repaired(
     context: Context,
-    student: Any,
-    teacher: Any,
+    student: list[Chunk],
+    teacher: list[Chunk],
     plan: Plan,
     batches: Sequence[Batch],
     listener: Listener = silent,
@@ -71,7 +71,7 @@ def _repaired(
     return refit(student, teacher, plan, batches, topology, method=keys.refit, ridges=ridges, listener=listener)
 
 
-def write_refit(context: Context, fits: Sequence[SiteFit]) -> dict[str, Any]:
+def write_refit(context: Context, fits: Sequence[SiteFit]) -> Result:
     """Write the errors of each layer on the first rank, before the folder `pruned` is sealed; returns what the stage
     leaves of them."""
     if not fits:

@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import TypedDict
 
 from ..recipe import Recipe
 from ..run_folder import RunFolder
-from .context import Context
+from .context import Context, Result
 
 __all__ = ["Model", "Record", "Result", "Stage", "Trained"]
-
-Result = dict[str, Any]
-"""Result of a stage, as JSON. Stages that use it run again when it changes."""
 
 
 class Record(TypedDict):
     """Record of a finished stage."""
 
     fingerprint: str
-    result: dict[str, Any]
+    result: Result
     seconds: float
     peak_bytes: int
 
@@ -51,7 +47,7 @@ class Stage:
     """Function that runs the stage."""
     makes: Callable[[RunFolder], Path]
     """Path that exists if the stage's output does."""
-    result: Any
+    result: type
     """Type of the result. A record is validated against it when it is read."""
     reads: tuple[str, ...]
     """Top-level recipe keys that the stage reads. It runs again when one changes."""
@@ -59,7 +55,7 @@ class Stage:
     """Earlier stages whose results the stage uses. It runs again when one changes."""
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     """Whether a recipe has this stage."""
-    extra_inputs: Callable[[Recipe], Any] = lambda recipe: None
+    extra_inputs: Callable[[Recipe], object] = lambda recipe: None
     """Further inputs, as JSON: single keys of other blocks, checksums of files. They enter the fingerprint."""
     decides: Callable[[Recipe, Result], Recipe] | None = None
     """(recipe, result) -> recipe for the later stages. They see the stage's result only through it."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from ..distill import ContinuousObjective, KDObjective, StateLoss
 from ..evaluate import ValidationSet, validation_loss
 from ..events import Event
 from ..files import file_marks
-from ..model import shape_of
+from ..model import Chunk, shape_of
 from ..recipe import Recipe, ResolvedPhase, TrainingKeys, prefixes, resolved
 from ..train import Learner, Lora, Objective, Saving, Training, train, train_norms_only
 from .context import Context
@@ -21,14 +20,14 @@ __all__ = ["correcting", "distil", "distillation_inputs", "train_in_phases"]
 Measure = Callable[[], dict[str, float]]
 
 
-def distillation_inputs(recipe: Recipe) -> Any:
+def distillation_inputs(recipe: Recipe) -> list[object]:
     """Return the further inputs of distillation: all of `correct` if it is continuous, and the files of
     `distill.start`. Held-out text is not one of them, since validation changes no weight."""
     correct = recipe.correct.deciding() if recipe.correct and recipe.correct.continuous else None
     return [correct, file_marks([recipe.distill.start] if recipe.distill.start else [])]
 
 
-def distil(context: Context, student: list[Any], label: str, *, until: int | None = None) -> int:
+def distil(context: Context, student: list[Chunk], label: str, *, until: int | None = None) -> int:
     """Distil the run's teacher into a student, in place; return the tokens seen.
 
     until: step to stop after; another call resumes from it.
@@ -63,7 +62,7 @@ def distil(context: Context, student: list[Any], label: str, *, until: int | Non
 
 
 @contextmanager
-def correcting(context: Context, teacher: list[Any]) -> Iterator[None]:
+def correcting(context: Context, teacher: list[Chunk]) -> Iterator[None]:
     """Make the parameters in `correct.parameters` trainable inside the context; afterwards the teacher is a plain model
     with LoRA merged."""
     correct = context.recipe.correct
@@ -78,7 +77,7 @@ def correcting(context: Context, teacher: list[Any]) -> Iterator[None]:
         lora.merge()
 
 
-def _states(context: Context, teacher: list[Any], student: list[Any]) -> StateLoss | None:
+def _states(context: Context, teacher: list[Chunk], student: list[Chunk]) -> StateLoss | None:
     keys, seed = context.recipe.distill.states, context.recipe.seed
     return StateLoss(teacher, student, keys, context.topology, seed=seed) if keys else None
 
@@ -95,7 +94,7 @@ def _released(states: StateLoss | None) -> Iterator[None]:
 
 def train_in_phases(
     context: Context,
-    model: list[Any],
+    model: list[Chunk],
     objective: Objective | Callable[[ResolvedPhase], ContinuousObjective],
     keys: TrainingKeys,
     label: str,
@@ -131,7 +130,7 @@ def train_in_phases(
     return tokens
 
 
-def _validation(context: Context, model: list[Any], held_out: ValidationSet, objective: Objective) -> Measure:
+def _validation(context: Context, model: list[Chunk], held_out: ValidationSet, objective: Objective) -> Measure:
     """Return a function that measures cross-entropy on each source, and the divergence from the teacher, if any."""
 
     def measure() -> dict[str, float]:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..convert import transformers_failures, transformers_model
 from .throughput import Measured, Workload
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
 __all__ = ["measure_locally"]
+
+
+ForwardPass = Callable[..., "CausalLMOutputWithPast"]
+"""Forward pass of a model, compiled or not."""
 
 
 @torch.inference_mode()
@@ -36,12 +45,12 @@ def measure_locally(folders: list[Path], workload: Workload, *, repeats: int = 3
     return [_measured(seconds, workload) for seconds in times]
 
 
-def _step(model: Any) -> Any:
+def _step(model: PreTrainedModel) -> ForwardPass:
     cuda = next(model.parameters()).device.type == "cuda"
     return torch.compile(model.forward, mode="reduce-overhead", fullgraph=True) if cuda else model.forward
 
 
-def _serve(model: Any, step: Any, workload: Workload) -> tuple[float, float]:
+def _serve(model: PreTrainedModel, step: ForwardPass, workload: Workload) -> tuple[float, float]:
     """Serve one batch of requests; return the seconds of (prefill, decoding)."""
     from transformers import StaticCache
 

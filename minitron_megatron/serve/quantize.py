@@ -10,11 +10,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..convert import carry, read_config, transformers_model
 from ..errors import CheckpointError, PlanError
@@ -71,11 +70,11 @@ def _quantize(source: Path, folder: Path, samples: Sequence[Tensor], kv_cache: b
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = transformers_model(source).to(device)
-    config: Any = mtq.FP8_DEFAULT_CFG
+    config = mtq.FP8_DEFAULT_CFG
     if kv_cache:
         config = update_quant_cfg_with_kv_cache_quant(config, mtq.FP8_KV_CFG["quant_cfg"])
 
-    def calibrate(network: Any) -> None:
+    def calibrate(network: nn.Module) -> None:
         for tokens in samples:
             network(tokens.to(device))
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -103,11 +102,11 @@ def parse_report(path: Path) -> Measured:
     )
 
 
-def _block(raw: Any, name: str) -> Mapping[str, Any]:
+def _block(raw: object, name: str) -> Mapping[str, object]:
     found = raw.get(name) if isinstance(raw, dict) else None
     return found if isinstance(found, dict) else {}
 
 
-def _number(block: Mapping[str, Any], *names: str) -> float | None:
-    values: Sequence[Any] = [block[name] for name in names if name in block]
+def _number(block: Mapping[str, object], *names: str) -> float | None:
+    values = [block[name] for name in names if name in block]
     return next((float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None)

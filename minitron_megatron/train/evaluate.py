@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data import Batch
-from ..model import forward_backward, windows
+from ..model import Model, forward_backward, windows
 from ..parallel import Group, Topology, all_reduce, sum_over_world
 from .objective import Objective
 
@@ -17,7 +16,7 @@ __all__ = ["global_sums", "mean_loss"]
 
 
 def mean_loss(
-    model: Any, batches: Sequence[Batch], objective: Objective, topology: Topology, group: Group | None = None
+    model: Model, batches: Sequence[Batch], objective: Objective, topology: Topology, group: Group | None = None
 ) -> tuple[float, int]:
     """Return (nats per token, counted tokens) over the batches of all ranks of `group` (default: the world).
 

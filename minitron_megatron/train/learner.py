@@ -5,16 +5,22 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..data import Batch
-from ..model import Trainee, chunks_of, forward_backward
+from ..model import Chunk, Model, Trainee, WrappedChunk, chunks_of, forward_backward
 from ..parallel import Topology, count_padding, mend_distributed_optimizer, sum_over_world
 from .evaluate import global_sums
 from .objective import Objective
 from .training import Training
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 __all__ = ["Learner"]
 
@@ -25,7 +31,7 @@ class Learner:
     Call `release` at the end; otherwise gradients and optimizer outlive the model.
     """
 
-    def __init__(self, model: Any, training: Training, topology: Topology, name: str = "") -> None:
+    def __init__(self, model: Model, training: Training, topology: Topology, name: str = "") -> None:
         """name: distinguishes the models of one run. Collective over the world."""
         self.topology = topology
         self._finalize = _Finalize()
@@ -92,10 +98,13 @@ class _Finalize:
     A step of several windows reduces and divides once, after its last window.
     """
 
+    left: int
+    tokens: int | Tensor
+
     def expect(self, windows: int) -> None:
         self.left, self.tokens = windows, 0
 
-    def __call__(self, model: Any, num_tokens: Any, **options: Any) -> None:
+    def __call__(self, model: Sequence[WrappedChunk], num_tokens: Tensor, **options: object) -> None:
         from megatron.core.distributed import finalize_model_grads
 
         self.left, self.tokens = self.left - 1, self.tokens + num_tokens
@@ -103,7 +112,9 @@ class _Finalize:
             finalize_model_grads(model, self.tokens, **options)
 
 
-def _wrapped(chunks: Sequence[Any], training: Training, finalize: _Finalize) -> tuple[list[Any], Any]:
+def _wrapped(
+    chunks: Sequence[Chunk], training: Training, finalize: _Finalize
+) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -134,7 +145,7 @@ def _wrapped(chunks: Sequence[Any], training: Training, finalize: _Finalize) -> 
     return wrapped, optimizer
 
 
-def _schedule(optimizer: Any, training: Training) -> Any:
+def _schedule(optimizer: MegatronOptimizer, training: Training) -> OptimizerParamScheduler:
     """Return mcore's scheduler: linear warm-up, then cosine decay."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 

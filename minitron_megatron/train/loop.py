@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 from typing_extensions import TypedDict
@@ -19,7 +18,7 @@ from ..errors import CheckpointError, FileError, Preempted, TrainingError
 from ..events import Event, Listener, silent
 from ..files import check_as
 from ..layout import flops_per_token
-from ..model import Checkpoints, check_finite, load_checkpoint, shape_of
+from ..model import Checkpoints, CheckpointState, Model, check_finite, load_checkpoint, shape_of
 from ..parallel import Topology, peak_flops
 from .learner import Learner
 from .objective import Objective
@@ -44,7 +43,7 @@ class Saved(TypedDict):
     tokens: int
     skipped: int
     spikes: tuple[list[float], int]
-    schedulers: list[dict[str, Any]]
+    schedulers: list[dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Saving:
 
 
 def train(
-    model: Any,
+    model: Model,
     objective: Objective,
     batches_of: Callable[[int], Sequence[Batch]],
     training: Training,
@@ -245,7 +244,7 @@ class _Run:
         if state:
             self.tokens, self.skipped = state["tokens"], state["skipped"]
 
-    def _resume_schedules(self, schedules: Sequence[dict[str, Any]]) -> None:
+    def _resume_schedules(self, schedules: Sequence[dict[str, object]]) -> None:
         try:
             for learner, schedule in zip(self.learners, schedules, strict=True):
                 learner.scheduler.load_state_dict(schedule)
@@ -256,7 +255,7 @@ class _Run:
                 "Remove it to resume from the one before."
             ) from error
 
-    def _newest(self, store: Checkpoints, identity: str) -> dict[str, Any] | None:
+    def _newest(self, store: Checkpoints, identity: str) -> CheckpointState | None:
         """Load the newest readable checkpoint and return its state; None if there is no checkpoint.
 
         Raises CheckpointError if there are checkpoints but none can be read.

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layout import Shape, expert_of, layer_of, lookup
-from ..model import LORA, NamedShard, chunks_of, named_shards, overlay, shape_of
+from ..model import LORA, Model, NamedShard, chunks_of, named_shards, overlay, shape_of
 from ..parallel import Topology, sum_gradient
 from .frozen import freeze_but
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 __all__ = ["Lora", "initial_down"]
 
@@ -29,7 +32,7 @@ class Lora:
     same at every layout.
     """
 
-    def __init__(self, model: Any, topology: Topology, *, rank: int = 16, seed: int = 0) -> None:
+    def __init__(self, model: Model, topology: Topology, *, rank: int = 16, seed: int = 0) -> None:
         """rank: columns of `up`. seed: of the initial `down`; `up` starts as zero. Not collective."""
         self.chunks = chunks_of(model)
         freeze_but(self.chunks, lambda name: False)
@@ -102,7 +105,7 @@ class _Corrections(nn.Module):
         super().__init__()
         self.each: Any = nn.ModuleList(corrections)
 
-    def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
+    def sharded_state_dict(self, prefix: str = "", *_: object, **__: object) -> ShardedStateDict:
         """Return mcore's sharded state, keyed by global layer number; `up` has one run of rows per fused part."""
         from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 

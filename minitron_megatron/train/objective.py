@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from ..data import Batch
 from ..losses import Output, Vocabulary, lm_loss
-from ..model import output_weight, shape_of
+from ..model import Chunk, output_weight, shape_of
 from ..parallel import Topology, final_hidden
 from ..registry import Registry
 
@@ -26,12 +25,12 @@ class Objective(ABC):
     def prepare(self, batches: Sequence[Batch]) -> None:  # noqa: B027 (most objectives need no preparation)
         """Prepare for a window of micro-batches, numbered from 0; called on every rank."""
 
-    def forward(self, chunk: Any, batch: Batch, index: int) -> Tensor:
+    def forward(self, chunk: Chunk, batch: Batch, index: int) -> Tensor:
         """Return the hidden states of a chunk over micro-batch `index`, in training."""
         return final_hidden(chunk, batch.tokens, batch.attention_context)
 
     @abstractmethod
-    def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
+    def loss(self, chunk: Chunk, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         """Return the loss in nats, summed over micro-batch `index`'s counted tokens: scalar. Last pipeline stage only.
 
         hidden: [seq (over tp with sequence parallelism), batch, hidden]; chunk: the model chunk that computed it.
@@ -52,7 +51,7 @@ class LMObjective(Objective):
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
 
-    def loss(self, chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
+    def loss(self, chunk: Chunk, hidden: Tensor, batch: Batch, index: int) -> Tensor:
         topology = self.topology
         vocabulary = Vocabulary(shape_of(chunk).vocab, topology.tp_group, topology.sequence_parallel)
         return lm_loss(Output(hidden, output_weight(chunk)), batch.labels, batch.mask, vocabulary)

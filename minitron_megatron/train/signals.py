@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -26,7 +25,7 @@ def local_signals() -> Iterator[Sequence[int]]:
     """
     received: list[int] = []  # not a threading.Event: its lock could deadlock when one handler interrupts another
 
-    def record(number: int, *_: Any) -> None:
+    def record(number: int, *_: object) -> None:
         received.append(number)
 
     if threading.current_thread() is not threading.main_thread():

@@ -9,9 +9,10 @@ from .depth import DepthCurves, depth_curves
 from .losses import bars, loss_curves
 from .scores import ByLayer, importance
 from .search import search_front, search_ranks
-from .throughput import plot_bench
+from .throughput import BenchRow, plot_bench
 
 __all__ = [
+    "BenchRow",
     "ByLayer",
     "DepthCurves",
     "bars",

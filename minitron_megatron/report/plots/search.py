@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from .. import numbers
+from ..searched import SearchedCandidate, SearchTable
 from .style import COLOURS, GREY, PALE, legend_outside, new_figure
 
 if TYPE_CHECKING:
@@ -24,18 +26,17 @@ COSTS = {
 }
 MOST_NAMED = len(COLOURS)
 
-Row = Mapping[str, Any]
 
-
-def search_front(table: Mapping[str, Any] | None, path: Path) -> Path | None:
+def search_front(table: SearchTable | None, path: Path) -> Path | None:
     """Plot loss against the first budgeted cost, right after pruning and, if any was distilled, after distillation.
 
     Each candidate is a point; Pareto-optimal ones are joined by a line; the winner is a star.
     """
-    rows = [row for row in (table or {}).get("candidates", ()) if row["after_cut"] is not None]
+    rows = [row for row in (table["candidates"] if table else ()) if row["after_cut"] is not None]
     if not table or not rows:
         return None
     cost, trained = table["costs"][0], [row for row in rows if _reached(row, rows)]
+    panels: list[tuple[str, list[SearchedCandidate], Literal["after_cut", "loss"]]]
     panels = [("Right after pruning", rows, "after_cut"), ("After light distillation", trained, "loss")]
     panels = panels if trained else panels[:1]
     with new_figure(path, 9.0, 3.6) as figure:
@@ -53,20 +54,22 @@ def search_front(table: Mapping[str, Any] | None, path: Path) -> Path | None:
     return path
 
 
-def _points(rows: Sequence[Row], cost: str, key: str) -> tuple[list[float], list[float]]:
+def _points(
+    rows: Sequence[SearchedCandidate], cost: str, key: Literal["after_cut", "loss"]
+) -> tuple[list[float], list[float | None]]:
     return [row["costs"][cost] for row in rows], [row[key] for row in rows]
 
 
-def _reached(row: Row, rows: Sequence[Row]) -> bool:
+def _reached(row: SearchedCandidate, rows: Sequence[SearchedCandidate]) -> bool:
     """Whether a candidate was distilled to the last step that any candidate reached."""
     last = max((int(step) for each in rows for step in each["curve"]), default=None)
     return last is not None and str(last) in row["curve"]
 
 
-def search_ranks(table: Mapping[str, Any] | None, path: Path) -> Path | None:
+def search_ranks(table: SearchTable | None, path: Path) -> Path | None:
     """Plot ranks by held-out loss against steps of light distillation, and their correlation with the last ranking
     (figure 9 of Minitron's first paper)."""
-    rows = [row for row in (table or {}).get("candidates", ()) if row["curve"]]
+    rows = [row for row in (table["candidates"] if table else ()) if row["curve"]]
     rows = [row for row in rows if _reached(row, rows)]
     if not table or len(rows) < 2 or len(rows[0]["curve"]) < 2:
         return None
@@ -86,12 +89,13 @@ def search_ranks(table: Mapping[str, Any] | None, path: Path) -> Path | None:
     return path
 
 
-def _loss(row: Row, step: int) -> float:
+def _loss(row: SearchedCandidate, step: int) -> float:
     loss = row["curve"][str(step)]
     return float("inf") if loss is None else loss
 
 
-def _agreement(axes: Axes, settled: Sequence[tuple[int, float]]) -> None:
-    axes.plot([step for step, _ in settled], [value for _, value in settled], "o-", markersize=3.5, color=COLOURS[0])
+def _agreement(axes: Axes, settled: Sequence[tuple[int, float | None]]) -> None:
+    values = [math.nan if value is None else value for _, value in settled]
+    axes.plot([step for step, _ in settled], values, "o-", markersize=3.5, color=COLOURS[0])
     axes.set(ylabel="correlation\nwith the last", xlabel="steps")
     axes.set_ylim(top=1.08)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...files import whole_file
 from .. import numbers
@@ -30,11 +30,13 @@ __all__ = [
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, in the order of use."""
+Colour = str | tuple[float, float, float, float]
+"""Name of a colour, or its red, green, blue and opacity."""
 GREY = "#8A8A8A"
 PALE = "#C9CDD2"
 ALARM = "#C0392B"
 
-_STYLE: Any = {
+_STYLE: dict[str, object] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": "#222222",
@@ -92,7 +94,7 @@ def legend_outside(axes: Axes) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0)
 
 
-def layer_colours(layers: Sequence[int | None]) -> dict[int | None, Any]:
+def layer_colours(layers: Sequence[int | None]) -> dict[int | None, Colour]:
     """Return one colour per layer, from dark (first) to light (last); a single layer gets the first of `COLOURS`."""
     from matplotlib import colormaps
 

@@ -11,13 +11,16 @@ from .style import COLOURS, legend_outside, new_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_bench"]
+__all__ = ["BenchRow", "plot_bench"]
+
+BenchRow = Mapping[str, Any]
+"""Row of `bench/table.json`: `inputs`, `outputs`, `batch`, the ratios, and each model's measurements by its name."""
 
 PAPER = {"depth-pruned 4B (2.7x)": 2.7, "width-pruned 4B (1.8x)": 1.8, "FP8 over BF16 (1.4x)": 1.4}
 """Ratios of the paper: Llama-3.1-Minitron-4B over Llama 3.1 8B, TensorRT-LLM on one H100 ([B] section 4)."""
 
 
-def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+def plot_bench(rows: Sequence[BenchRow], path: Path) -> Path | None:
     """Plot the ratio of tokens per second, student over teacher, one bar per (input, output) size.
 
     There is a panel for each batch size, and one for the student's largest batch over the teacher's smallest, as the
@@ -35,7 +38,7 @@ def plot_bench(rows: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     return path
 
 
-def _panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
+def _panels(rows: Sequence[BenchRow]) -> list[tuple[str, str, list[BenchRow]]]:
     """Return (title, suffix of the ratio keys, rows that have such a ratio) of each panel."""
     batches = sorted({row["batch"] for row in rows})
     wanted = [(f"Both at batch {batch}", "", [row for row in rows if row["batch"] == batch]) for batch in batches]
@@ -48,7 +51,7 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapp
     ]
 
 
-def _bars(axes: Axes, rows: Sequence[Mapping[str, Any]], ending: str) -> None:
+def _bars(axes: Axes, rows: Sequence[BenchRow], ending: str) -> None:
     for number, (leaf, label) in enumerate((("", "student"), ("_fp8", "student, FP8"))):
         bars = [(at, row[key]) for at, row in enumerate(rows) if (key := f"ratio{ending}{leaf}") in row]
         if bars:

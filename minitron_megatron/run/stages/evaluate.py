@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -14,9 +13,10 @@ from ...evaluate import ValidationSet
 from ...events import Event
 from ...files import read_as, write_json
 from ...parallel import broadcast_object, fail_together
+from ...records import Row
 from ..context import Context
 from ..fingerprint import task_marks
-from ..measure_tasks import measured_row, write_table
+from ..measure_tasks import Measured, measured_row, write_table
 from ..refitting import refitted_models
 from ..stage import Result, Stage
 
@@ -25,17 +25,6 @@ __all__ = ["EVALUATE"]
 
 class Evaluated(TypedDict):
     loss: dict[str, float | None]
-
-
-class Measured(TypedDict):
-    """A model's row of the summary, saved while the other models are measured."""
-
-    model: str
-    parameters: int
-    loss_nats_per_token: float
-    perplexity: float
-    loss_by_source: dict[str, float | None]
-    tasks: dict[str, float | None]
 
 
 def do_evaluate(context: Context) -> Result:
@@ -48,13 +37,13 @@ def do_evaluate(context: Context) -> Result:
     models["distilled"] = (context.folders.model("distilled"), "distill")
     if context.recipe.random_baseline:
         models["random init"] = (context.folders.model("random"), "baseline")
-    rows = []
+    rows: list[Row] = []
     for number, (name, (folder, stage)) in enumerate(models.items(), 1):
         row = _row(context, name, folder, held_out)
         loss = {f"loss/{name}": row["loss_nats_per_token"]}
         context.listener(Event("evaluate", number, len(models), "models", loss))
         done = context.done.get(stage, {})
-        rows.append(row | {"tokens": done.get("tokens", 0), "seconds": done.get("seconds", 0.0)})
+        rows.append({**row, "tokens": done.get("tokens", 0), "seconds": done.get("seconds", 0.0)})
     if context.topology.rank == 0:
         write_json(context.folders.summary, rows)
         write_table(rows, context.folders.evaluation / "table.md")
@@ -62,13 +51,14 @@ def do_evaluate(context: Context) -> Result:
     return {"loss": {row["model"]: row["loss_nats_per_token"] for row in rows}}
 
 
-def _row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> dict[str, Any]:
+def _row(context: Context, name: str, folder: Path, held_out: ValidationSet) -> Measured:
     """Return a model's row of the summary; a row that an interrupted run has measured is reused."""
     path = context.folders.evaluation_parts / context.mark_of(context.recipe)[:16] / f"{name.replace(' ', '_')}.json"
     with fail_together():
-        kept = read_as(path, Measured) if path.is_file() and context.topology.rank == 0 else None
-    if kept := broadcast_object(kept):
-        return dict(kept)
+        mine = read_as(path, Measured) if path.is_file() and context.topology.rank == 0 else None
+    kept: Measured | None = broadcast_object(mine)
+    if kept:
+        return kept
     row = measured_row(context, name, folder, held_out)
     if not math.isfinite(row["loss_nats_per_token"]):
         raise TrainingError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NotRequired
+from typing import NotRequired
 
 from typing_extensions import TypedDict
 
 from ...convert import read_config
 from ...forecast import rounds
 from ...layout import PER_LAYER
+from ...model import Chunk
 from ...parallel import fail_together
 from ...prune import choose, choose_layers, first_plan, merge_heads, random_plan, trim
 from ...records import Plan
@@ -91,7 +92,7 @@ def _further(context: Context, plan: Plan, others: Sequence[dict[str, int]]) -> 
     return plan
 
 
-def cut(context: Context, plan: Plan) -> list[Any]:
+def cut(context: Context, plan: Plan) -> list[Chunk]:
     """Load the teacher and prune it by the plan. Collective over the world."""
     keys, model = context.recipe.prune, context.load_prune_source()
     if keys.merge != "none":

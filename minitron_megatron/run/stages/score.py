@@ -13,7 +13,7 @@ from ...errors import CheckpointError
 from ...evaluate import Task
 from ...files import checksum
 from ...forecast import depth_sweep, measures_depth, scores_wanted
-from ...model import shape_of
+from ...model import Chunk, shape_of
 from ...parallel import broadcast_object
 from ...recipe import Recipe
 from ...records import DepthScores, Scores
@@ -51,7 +51,7 @@ def do_score(context: Context) -> Result:
     return result | {"depth": depth.metric if depth else None, "files": broadcast_object(files)}
 
 
-def measure(context: Context, model: Any, batches: Sequence[Batch], model_hash: str = "") -> Scores:
+def measure(context: Context, model: list[Chunk], batches: Sequence[Batch], model_hash: str = "") -> Scores:
     """Return the importance of every unit of every width axis. Collective over the world."""
     return score(
         model,
@@ -63,7 +63,7 @@ def measure(context: Context, model: Any, batches: Sequence[Batch], model_hash: 
     )
 
 
-def measure_depth(context: Context, model: Any, batches: Sequence[Batch]) -> DepthScores | None:
+def measure_depth(context: Context, model: list[Chunk], batches: Sequence[Batch]) -> DepthScores | None:
     """Return the importance of layers, if `score.depth`, `prune.layers` or a search needs it. Collective over the
     world."""
     sweep = depth_sweep(context.recipe, shape_of(model[0]))
@@ -79,7 +79,7 @@ def measure_depth(context: Context, model: Any, batches: Sequence[Batch]) -> Dep
     return metric.sweep(model, batches, **options)
 
 
-def depth_keys(recipe: Recipe) -> list[Any] | None:
+def depth_keys(recipe: Recipe) -> list[object] | None:
     """Return the inputs of the measurement of layers other than the keys `score`; None: layers are not measured."""
     if not measures_depth(recipe):
         return None

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -24,7 +23,7 @@ from ...files import checksum, write_json
 from ...forecast import candidates_of
 from ...parallel import broadcast_object, fail_together, gather_objects, independent_replicas, place_in_world
 from ...prune import choose, choose_layers
-from ...recipe import CHOOSE_BY, Recipe, light_recipe
+from ...recipe import CHOOSE_BY, Recipe, Search, light_recipe
 from ...records import DepthScores, Plan, Scores
 from ...search import MORE_IS_BETTER, Candidate, Curve, front, halving, knee, rungs, settled, zero_shot
 from ..candidate_files import AfterCut, Distilled, Part, curve_of, finite, number, read_part
@@ -32,7 +31,7 @@ from ..context import DTYPES, Context
 from ..fingerprint import digest, task_marks, untimed
 from ..measure_tasks import score_of
 from ..refitting import refit_candidate, repair_of
-from ..stage import Stage
+from ..stage import Result, Stage
 from ..training import distil, distillation_inputs
 from .prune import cut
 from .score import load_depth, load_scores
@@ -50,7 +49,7 @@ class Searched(TypedDict):
     distilled: int
 
 
-def search_shapes(context: Context) -> dict[str, Any]:
+def search_shapes(context: Context) -> Result:
     """Measure every candidate, choose one, write the table and return the stage's result. Collective over the world."""
     work = _CandidateSearch(context)
     losses = work.after_cut()
@@ -75,34 +74,34 @@ def search_share(context: Context, task: int, tasks: int) -> str:
     return "Every candidate is measured. Run `minitron search` to choose one."
 
 
-def search_inputs(recipe: Recipe) -> Any:
+def search_inputs(recipe: Recipe) -> list[object] | None:
     """Return the search's inputs other than its own keys: how candidates are pruned, chosen and trained."""
     if recipe.search is None:
         return None
     table = recipe.search.serving.table
-    inputs = [_pruning_keys(recipe), checksum(table) if table else None, _task_inputs(recipe)]
+    inputs: list[object] = [_pruning_keys(recipe), checksum(table) if table else None, _task_inputs(recipe)]
     return inputs if recipe.search.light is None else [*inputs, _light_inputs(recipe)]
 
 
-def _light_inputs(recipe: Recipe) -> Any:
+def _light_inputs(recipe: Recipe) -> list[object]:
     """Return the inputs of a candidate's light distillation, including the held-out text of its curve."""
     light = light_recipe(recipe)
     return [light.distill.deciding(), light.dtype, distillation_inputs(light), recipe.evaluate.samples]
 
 
-def _task_inputs(recipe: Recipe) -> Any:
+def _task_inputs(recipe: Recipe) -> list[object] | None:
     """Return the inputs of a candidate's task score; None if no task chooses."""
     assert recipe.search is not None
     keys = recipe.search
     return None if keys.choose in CHOOSE_BY else [keys.choose, recipe.evaluate.deciding(), task_marks(recipe)]
 
 
-def _pruning_keys(recipe: Recipe) -> dict[str, Any]:
+def _pruning_keys(recipe: Recipe) -> dict[str, object]:
     refit = set() if recipe.prune.refit == "none" else {"refit", "refit_samples", "refit_ridge"}
     return recipe.prune.model_dump(include={"scope", "contiguous", "teacher", *refit})
 
 
-def decided(recipe: Recipe, result: Mapping[str, Any]) -> Recipe:
+def decided(recipe: Recipe, result: Result) -> Recipe:
     """Return the recipe with the winner's sizes in `prune` and without the search."""
     layers = None if result["layers"] is None else tuple(result["layers"])
     prune = recipe.prune.replaced(**result["sizes"], layers=layers)
@@ -126,7 +125,7 @@ class _CandidateSearch:
         return self.context.recipe
 
     @property
-    def keys(self) -> Any:
+    def keys(self) -> Search:
         assert self.recipe.search is not None
         return self.recipe.search
 
@@ -173,7 +172,7 @@ class _CandidateSearch:
     def _parts(self, mark: str) -> Path:
         return self.context.folders.search_parts / mark[:16]
 
-    def _known(self, mark: str, names: Sequence[str], kind: Any) -> dict[str, Part]:
+    def _known(self, mark: str, names: Sequence[str], kind: type) -> dict[str, Part]:
         """Read the candidates' existing measurements on rank 0 and return them on every rank.
 
         Collective over the world. Raises FileError for an invalid file.
@@ -263,8 +262,8 @@ class _CandidateSearch:
         return parts
 
     def _train_share(self, names: Sequence[str], until: int, steps: int) -> dict[str, Part]:
-        share, topology = names[self.task :: self.tasks], self.context.topology
-        if not self.keys.light.independent_replicas or topology.dp == 1:
+        share, topology, light = names[self.task :: self.tasks], self.context.topology, self.keys.light
+        if light is None or not light.independent_replicas or topology.dp == 1:
             return {name: self._train(self.training, name, until, steps, share) for name in share}
         replica_share = share[topology.dp_rank :: topology.dp]
         with independent_replicas(topology) as alone:
@@ -304,7 +303,7 @@ class _CandidateSearch:
             self._write(self._training_mark, name, part)
         return part
 
-    def conclude(self, losses: Mapping[str, Part], trained: Mapping[str, Part]) -> dict[str, Any]:
+    def conclude(self, losses: Mapping[str, Part], trained: Mapping[str, Part]) -> Result:
         """Choose the winner, write the table and return the stage's result."""
         rows = [self._row(each, losses[name], trained.get(name, {})) for name, each in self.candidates.items()]
         last = max((step for part in trained.values() for step in curve_of(part)), default=None)
@@ -339,7 +338,7 @@ class _CandidateSearch:
     def _by(self) -> str:
         return "hand" if self.keys.winner else str(self.keys.choose)
 
-    def _row(self, candidate: Candidate, measured: Part, trained: Part) -> dict[str, Any]:
+    def _row(self, candidate: Candidate, measured: Part, trained: Part) -> Part:
         curve = trained.get("curve", {})
         return {
             "name": candidate.name,
@@ -352,7 +351,7 @@ class _CandidateSearch:
             "score": trained.get("score", measured.get("score")),
         }
 
-    def _winner(self, running: Mapping[str, Mapping[str, Any]], points: Mapping[str, tuple[float, ...]]) -> str:
+    def _winner(self, running: Mapping[str, Part], points: Mapping[str, tuple[float, ...]]) -> str:
         keys = self.keys
         if keys.winner:
             if keys.winner not in self.candidates:
@@ -373,7 +372,7 @@ class _CandidateSearch:
         return max(scores, key=lambda name: scores[name])
 
 
-def _last(row: Mapping[str, Any]) -> int:
+def _last(row: Part) -> int:
     return max((int(step) for step in row["curve"]), default=0)
 
 
