@@ -187,19 +187,23 @@ def read_json(path: Path) -> Any:
 def parse_json(text: str, where: str) -> Any:
     """Return the value of a JSON text. Raises FileError, which names `where`, if it is not JSON."""
     try:
-        return json.loads(text, parse_constant=_refuse_number, parse_float=_finite_number)
+        value = json.loads(text)
+        for problem in _not_finite(value):
+            raise ValueError(f"{problem}, and JSON's numbers are finite")
+        return value
     except RecursionError as error:
         raise FileError(f"{where} is nested too deeply to be read.") from error
     except ValueError as error:  # not JSON, or a number of thousands of digits
         raise FileError(f"{where} is not JSON: {str(error)[:200]}.") from error
 
 
-def _refuse_number(word: str) -> float:
-    raise ValueError(f"it holds {word[:20]}, and JSON's numbers are finite")
-
-
-def _finite_number(digits: str) -> float:
-    return number if math.isfinite(number := float(digits)) else _refuse_number(digits)
+def _not_finite(value: object, place: str = "") -> Iterator[str]:
+    """Yield the place and value of every NaN and infinity, which Python reads beyond JSON's own numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{place or 'it'} is {value}"
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(inner, f"{place}.{key}" if place else str(key))
 
 
 def read_as(path: Path, kind: type[T]) -> T:

@@ -148,7 +148,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "torn": (b'{"question": "a"', r"line 1 is not JSON"),
     "list": (b"[1]", r"line 1 is not a JSON object"),
     "null": (b"null", r"line 1 is not a JSON object"),
-    "nan": (b'{"question": NaN, "answer": "x"}', r"line 1 is not JSON: it holds NaN"),
+    "nan": (b'{"question": NaN, "answer": "x"}', r"line 1 is not JSON: question is nan"),
     "deep": (b'{"question": ' + b"[" * 100_000, r"line 1 is nested too deeply"),
     "digits": (b'{"question": ' + b"1" * 5000 + b"}", r"line 1 is not JSON"),
     "big": (b'{"question": "a", "answer": 99999999999999999999999}', r"question 1: the field answer is 9999"),

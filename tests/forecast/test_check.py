@@ -85,9 +85,9 @@ def test_a_run_is_checked_by_the_same_function_before_anything_is_written(recipe
 
 def test_more_processes_split_batches_further(recipe_file: Write) -> None:
     recipe = load_recipe(recipe_file())
-    check(recipe, planned(recipe, 4))
-    with pytest.raises(MinitronError, match=r"global_batch is 8, .* on 8 data-parallel ranks"):
-        estimate(recipe, gpus=8)
+    check(recipe, planned(recipe, 2))
+    with pytest.raises(MinitronError, match=r"global_batch is 8, .* on 4 data-parallel ranks"):
+        estimate(recipe, gpus=4)
     with pytest.raises(MinitronError, match="needs a multiple of 2 processes, not 3"):
         estimate(load_recipe(recipe_file(), ["parallel.tp=2", "prune.ffn=32"]), gpus=3)
 

@@ -167,7 +167,7 @@ def test_what_makes_the_teacher_lighter_is_counted(recipe_file: Write) -> None:
 
 @pytest.mark.parametrize(("parameters", "weights"), [("norms", 1), ("lora", 2)])
 def test_a_correction_of_less_than_everything_takes_less(recipe_file: Write, parameters: str, weights: int) -> None:
-    keys = ["prune.layers=[0]", "distill.global_batch=2", f"correct.parameters={parameters}"]
+    keys = ["prune.layers=[0]", "distill.global_batch=2", "distill.micro_batch=2", f"correct.parameters={parameters}"]
     found = estimate(load_recipe(recipe_file(), keys))
     padded = model_bytes(found.teacher, Topology(), "float32")[0]
     smaller = padded + training_bytes(found.student, Topology(), "float32", 1)[0] + found.stash_bytes
