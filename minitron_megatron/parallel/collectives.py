@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 Group = dist.ProcessGroup
+
+T = TypeVar("T")
 
 
 def group_rank(group: Group) -> int:
@@ -132,16 +134,16 @@ def move(
     return received
 
 
-def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
+def gather_objects(value: T, group: Group | None = None) -> list[T]:
     """Return the `value` of every rank, in rank order, on every rank of `group` (default: the world)."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
-    out: list[Any] = [None] * dist.get_world_size(group)
+    out = [value] * dist.get_world_size(group)
     dist.all_gather_object(out, value, group=group)
     return out
 
 
-def broadcast_object(value: Any, source: int = 0, group: Group | None = None) -> Any:
+def broadcast_object(value: object, source: int = 0, group: Group | None = None) -> Any:
     """Return the `value` of group rank `source` on every rank of `group` (default: the world)."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -73,14 +73,20 @@ class ContextShard:
                 yield a, b, max(begin for begin in begins if begin <= a)
 
 
+class _Context(Protocol):
+    """Autograd's context, from the forward to the backward pass."""
+
+    shard: ContextShard
+
+
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, shard: ContextShard) -> Tensor:
+    def forward(ctx: _Context, part: Tensor, shard: ContextShard) -> Tensor:
         ctx.shard = shard
         return in_order(gather_sequence(part, shard.group), shard.size)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return scatter_sequence(by_rank(gradient, ctx.shard.size), ctx.shard.group), None
 
 
