@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
@@ -18,6 +18,9 @@ from ..errors import DataError
 from ..parallel import broadcast_object, fail_together
 from .cache import write_once
 from .token_files import TokenFiles, check_blocks, find_token_files
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.gpt_dataset import GPTDataset
 
 __all__ = ["Corpus", "samples_by_source"]
 
@@ -67,7 +70,7 @@ class Corpus:
         key = json.dumps([megatron, split, sequence, seed, counts, [pair.content for pair in pairs]])
         folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
-        def index(folder: Path) -> list[Any]:
+        def index(folder: Path) -> list[GPTDataset]:
             return [_dataset(p, count, split, sequence, seed, folder) for p, count in zip(pairs, counts, strict=True)]
 
         write_once(folder, index, first_rank=first_rank)
@@ -117,7 +120,7 @@ def _check_size(pair: TokenFiles, sequence: int, count: int) -> None:
         )
 
 
-def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: int, folder: Path) -> Any:
+def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: int, folder: Path) -> GPTDataset:
     """Return mcore's GPTDataset with its index in `folder`; by mcore's rule, only rank 0 writes a missing index."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
