@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..model import chunks_of
+from ..model import Model, chunks_of
 from ..parallel import Topology, all_reduce, gather_objects, gather_sequence, local_sequence
 from ..records import REDUCTIONS, Statistic
 from .accumulate import Accumulator
 from .taps import EXPERT_AXES
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 __all__ = ["Mixture", "mixtures"]
 
@@ -28,7 +31,7 @@ class Mixture:
 
     def __init__(
         self,
-        layer: Any,
+        layer: TransformerLayer,
         statistic: Statistic,
         axes: tuple[str, ...],
         topology: Topology,
@@ -50,7 +53,7 @@ class Mixture:
         for expert, module in enumerate(experts):
             self.handles.append(module.linear_fc2.register_forward_hook(self._expert_hook(expert)))
 
-    def _route(self, router: Any, args: Any, out: tuple[Tensor, Tensor]) -> None:
+    def _route(self, router: object, args: object, out: tuple[Tensor, Tensor]) -> None:
         """Record the sample of each token that the local experts are about to get.
 
         mcore orders these tokens by rank of the expert-parallel group, then by position among the rank's tokens.
@@ -70,7 +73,7 @@ class Mixture:
         self.sent = sent[:, self.first : self.first + len(self.neurons)]
 
     def _expert_hook(self, expert: int) -> Callable[..., None]:
-        def hook(linear: Any, args: tuple[Tensor, ...], out: tuple[Tensor, Any]) -> None:
+        def hook(linear: object, args: tuple[Tensor, ...], out: tuple[Tensor, object]) -> None:
             sample = self.sample[self.sent[:, expert]]
             counts = sample >= 0
             if "experts" in self.axes:
@@ -88,7 +91,7 @@ class Mixture:
         """
         lengths = self.lengths
 
-        def total(numbers: Tensor, dtype: Any = None) -> Tensor:
+        def total(numbers: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             table = torch.zeros(len(lengths), numbers.shape[1], dtype=torch.float64, device=numbers.device)
             return all_reduce(table.index_add_(0, sample, numbers.double()), self.topology.edp_group)
 
@@ -109,7 +112,7 @@ class Mixture:
 
 
 def mixtures(
-    model: Any, statistic: Statistic, axes: Sequence[str], topology: Topology, mask: Callable[[], Tensor]
+    model: Model, statistic: Statistic, axes: Sequence[str], topology: Topology, mask: Callable[[], Tensor]
 ) -> list[Mixture]:
     """Hook every MoE layer of this rank for the expert axes among `axes`; without such axes, hook nothing."""
     wanted = tuple(axis for axis in axes if axis in EXPERT_AXES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..data import Batch
 from ..events import Event, Listener, silent
-from ..model import MicroBatch, States, evaluating, forward_kept, shape_of, windows
+from ..model import MicroBatch, Model, States, evaluating, forward_kept, shape_of, windows
 from ..parallel import Topology, move, sum_over_world
 from ..records import DepthScores
 from .bare import bare_chunks
@@ -24,7 +23,7 @@ Block = tuple[int, int]
 
 
 def block_importance(
-    model: Any,
+    model: Model,
     batches: Sequence[Batch],
     *,
     topology: Topology,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..data import Batch
 from ..errors import PlanError
@@ -16,6 +16,7 @@ from ..layout import PER_LAYER, Shape, layer_of
 from ..model import (
     FUSED_NORM,
     MicroBatch,
+    Model,
     NamedShard,
     forward_only,
     fused_norm,
@@ -55,7 +56,9 @@ class _Site:
 class _Sweep:
     """Hooks of one sweep and the sums that they collect."""
 
-    def __init__(self, model: Any, axes: Sequence[str], statistic: Statistic, shape: Shape, topology: Topology) -> None:
+    def __init__(
+        self, model: Model, axes: Sequence[str], statistic: Statistic, shape: Shape, topology: Topology
+    ) -> None:
         self.mask: Tensor | None = None
         self.shape, self.topology, self.statistic = shape, topology, statistic
         self.sites: list[_Site] = []
@@ -68,7 +71,7 @@ class _Sweep:
         self.mixtures = mixtures(model, statistic, axes, topology, self.current_mask)
         self.handles += [handle for mixture in self.mixtures for handle in mixture.handles]
 
-    def _hook(self, shard: NamedShard, axis: str, tap: Tap) -> Any:
+    def _hook(self, shard: NamedShard, axis: str, tap: Tap) -> RemovableHandle:
         module, name = shard.module, shard.name
         channels = channel_units(axis, name, tap.dim, self.shape, self.topology)
         norms = axis == "heads" and self.statistic.heads == "norm_first"
@@ -76,7 +79,7 @@ class _Sweep:
         sums = Accumulator(self.statistic, self.topology.tp_group if shared else None)
         self.sites.append(_Site(axis, name, tap.dim, channels.unique() if norms else channels, sums))
 
-        def record(activations: Any) -> None:
+        def record(activations: Tensor | tuple[Tensor, ...]) -> None:
             a = activations[0] if isinstance(activations, tuple) else activations  # mcore's linears: (output, bias)
             sums.add(head_norms(a, channels) if norms else a, self.current_mask())
 
@@ -121,7 +124,7 @@ class _Sweep:
 
 
 def score(
-    model: Any,
+    model: Model,
     batches: Sequence[Batch],
     axes: Sequence[str] | None = None,
     *,
