@@ -7,7 +7,7 @@ therefore a few chunks of logits, never one [n, v] tensor, and no logits are com
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -109,17 +109,28 @@ def _states(hidden: Tensor, vocabulary: Vocabulary) -> Tensor:
     return full.reshape(-1, full.shape[-1])
 
 
-def _fused(hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _fused(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, of_chunk: OfChunk, vocabulary: Vocabulary, chunk: int
+) -> Tensor:
     """Apply `_Fused`, with detached inputs under `no_grad`, since `needs_input_grad` does not reflect it."""
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    return _Fused.apply(hidden, weight, *rest)
+    return _Fused.apply(hidden, weight, tokens, of_chunk, vocabulary, chunk)
+
+
+class _Context(Protocol):
+    """Autograd's context, from the forward to the backward pass."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         hidden: Tensor,
         weight: Tensor,
         tokens: Tensor,
@@ -144,7 +155,7 @@ class _Fused(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the saved gradients, in place: they are used only once."""
         d_hidden, d_weight = (saved.mul_(upstream[0]) for saved in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None, None

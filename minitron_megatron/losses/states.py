@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -88,13 +88,21 @@ def attach_loss(states: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
     return _AttachLoss.apply(states, loss, weight)
 
 
+class _Context(Protocol):
+    """Autograd's context, from the forward to the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: _Context, states: Tensor, loss: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
         return states.view_as(states)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: _Context, *upstream: Tensor) -> tuple[Tensor, Tensor, None]:
         (weight,) = ctx.saved_tensors
         return upstream[0], weight, None
