@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .attention_context import AttentionContext
@@ -63,12 +64,14 @@ def _is_useful(record: logging.LogRecord) -> bool:
     return NOISY_LOGGERS[record.name].lower() not in record.getMessage().lower()
 
 
-def final_hidden(model: object, tokens: Tensor, attention_context: AttentionContext | None = None) -> Tensor:
+def final_hidden(
+    model: object, tokens: Int64[Tensor, "batch seq"], attention_context: AttentionContext | None = None
+) -> Float[Tensor, "local_seq batch hidden"]:
     """Run a GPTModel up to its final norm, without the output layer: `GPTModel.forward` has no such switch.
 
-    tokens: int64 [batch, seq]. attention_context: passed as mcore's attention mask; only our core attention reads it.
-    Returns [seq (over tp, with sequence parallelism), batch, hidden]; before the last pipeline stage, that stage's
-    output. The model may be wrapped (DDP, Float16Module).
+    attention_context: passed as mcore's attention mask; only our core attention reads it.
+    With sequence parallelism, the states are those of this rank's part of the sequence; before the last pipeline stage,
+    they are that stage's output. The model may be wrapped (DDP, Float16Module).
     """
     from megatron.core.utils import get_attr_wrapped_model
 
