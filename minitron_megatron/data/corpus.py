@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,6 +27,9 @@ __all__ = ["Corpus", "samples_by_source"]
 
 Blend = Sequence[tuple[str | Path, float]]
 """Pairs (prefix of a prepared corpus, weight); the weights need not add up to 1."""
+
+Sample = tuple[Int64[Tensor, "seq"], Int64[Tensor, "seq"], Bool[Tensor, "seq"]]
+"""Tokens, labels (the next token of each), and whether a token counts in the loss."""
 
 STAND_IN = SimpleNamespace(vocab_size=None, eod=None, unique_identifiers={})
 """Placeholder for the tokenizer that mcore's configuration requires: nothing here tokenizes, pads or masks with it."""
@@ -79,8 +83,7 @@ class Corpus:
     def __len__(self) -> int:
         return len(self._choice)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tokens and labels, int64 [seq], and the mask of tokens that count in the loss, bool [seq]."""
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is out of range: there are {len(self)}")
         sample = self._datasets[self._choice[index]][int(self._place[index])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from ..errors import PlanError
@@ -156,7 +157,7 @@ def _trimmed(shard: NamedShard, plan: Plan, topology: Topology) -> Tensor:
     return new
 
 
-def _held(param: Param, sizes: Mapping[str, int], topology: Topology) -> list[Tensor]:
+def _held(param: Param, sizes: Mapping[str, int], topology: Topology) -> list[Int64[Tensor, "_local_rows"]]:
     """Return, for every dim, the unsharded rows that this rank holds."""
     return [param.shard_rows(dim, sizes, topology.tp_rank, topology.tp) for dim in range(len(param.dims))]
 
@@ -165,7 +166,9 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes per element -> integer dtype of that width."""
 
 
-def _take(part: Tensor, dim: int, index: Tensor, into: Tensor | None = None) -> Tensor:
+def _take(
+    part: Shaped[Tensor, "..."], dim: int, index: Int64[Tensor, "kept"], into: Shaped[Tensor, "..."] | None = None
+) -> Shaped[Tensor, "..."]:
     """Copy rows of a dim by their positions, to new memory or `into` a tensor of their shape.
 
     Along the last dim the elements are gathered as integers of the same width: several times as fast on a CPU as
@@ -182,7 +185,9 @@ def _take(part: Tensor, dim: int, index: Tensor, into: Tensor | None = None) -> 
     return into
 
 
-def _cut_dim(part: Tensor, dim: int, param: Param, kept: Tensor, plan: Plan, topology: Topology, into: Tensor) -> None:
+def _cut_dim(
+    part: Tensor, dim: int, param: Param, kept: Int64[Tensor, "kept_rows"], plan: Plan, topology: Topology, into: Tensor
+) -> None:
     """Keep rows of a dim; if tp splits the dim, send each row to its new rank, in order. kept: unsharded rows.
 
     Collective over tp unless no row changes its rank, on which all ranks agree.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from ..data import Batch
@@ -34,7 +35,10 @@ from .bare import bare_chunks
 
 __all__ = ["LOSSES", "Metric", "RunBatches", "TokenMetric", "blocks_of", "count", "expect_finite", "leave_out"]
 
-RunBatches = Callable[[Sequence[MicroBatch]], list[Tensor]]
+States = Float[Tensor, "local_seq batch hidden"]
+"""Final hidden states of a micro-batch."""
+
+RunBatches = Callable[[Sequence[MicroBatch]], list[States]]
 """`forward_only` of the remaining network: returns the final hidden states of this replica's micro-batches on the last
 pipeline stage, and an empty list on earlier stages. Collective over the model's ranks."""
 
@@ -50,7 +54,7 @@ yet, the metric of the whole network comes first."""
 Progress = Callable[[int], None]
 """Reports how many more forward passes (networks x micro-batches) are done."""
 
-ValueOf = Callable[[Topology, Sequence[Tensor], Chunk, Tensor, Batch, int], Tensor]
+ValueOf = Callable[[Topology, Sequence[States], Chunk, States, Batch, int], Float[Tensor, ""]]
 """(topology, final hidden states of the whole network, chunk, hidden, batch, index) -> value, summed over the tokens
 that count."""
 
@@ -215,13 +219,15 @@ def _by_token(
 
 
 def _loss(
-    topology: Topology, whole: Sequence[Tensor], chunk: Chunk, hidden: Tensor, batch: Batch, index: int
-) -> Tensor:
+    topology: Topology, whole: Sequence[States], chunk: Chunk, hidden: States, batch: Batch, index: int
+) -> Float32[Tensor, ""]:
     model = Output(hidden, output_weight(chunk).detach())
     return lm_loss(model, batch.labels, batch.mask, _vocabulary(topology, chunk))
 
 
-def _kl(topology: Topology, whole: Sequence[Tensor], chunk: Chunk, hidden: Tensor, batch: Batch, index: int) -> Tensor:
+def _kl(
+    topology: Topology, whole: Sequence[States], chunk: Chunk, hidden: States, batch: Batch, index: int
+) -> Float32[Tensor, ""]:
     """Return the summed KL from the whole network. whole: its final hidden states."""
     weight = output_weight(chunk).detach()
     models = Output(hidden, weight), Output(whole[index], weight)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from ..errors import PlanError
@@ -35,9 +36,9 @@ class Mixture:
         statistic: Statistic,
         axes: tuple[str, ...],
         topology: Topology,
-        mask: Callable[[], Tensor],
+        mask: Callable[[], Bool[Tensor, "batch seq"]],
     ) -> None:
-        """mask: returns the positions of the current micro-batch that count, bool [batch, seq]."""
+        """mask: returns the positions of the current micro-batch that count."""
         self.layer: int = layer.layer_number - 1
         self.topology, self.statistic, self.axes, self.mask = topology, statistic, axes, mask
         if not hasattr(layer.mlp.experts, "local_experts"):
@@ -84,11 +85,10 @@ class Mixture:
 
         return hook
 
-    def _add_neurons(self, sums: Accumulator, activations: Tensor, sample: Tensor) -> None:
-        """Add one expert's tokens to `sums`. activations: [tokens, neurons]; sample: int64 [tokens].
-
-        Collective over the ranks with the same experts.
-        """
+    def _add_neurons(
+        self, sums: Accumulator, activations: Float[Tensor, "tokens neurons"], sample: Int64[Tensor, "tokens"]
+    ) -> None:
+        """Add one expert's tokens to `sums`. Collective over the ranks with the same experts."""
         lengths = self.lengths
 
         def total(numbers: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -99,8 +99,8 @@ class Mixture:
         per_sample = REDUCTIONS[self.statistic.sequence].over_positions(activations, length, total)
         sums.add_samples(per_sample.double(), (lengths > 0).double())
 
-    def results(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (axis, scores of all experts' units: fp64 [units]). Collective over the ranks that hold the experts."""
+    def results(self) -> Iterator[tuple[str, Float64[Tensor, "units"]]]:
+        """Yield (axis, scores of all experts' units). Collective over the ranks that hold the experts."""
         if "experts" in self.axes:
             sums, tokens = all_reduce(self.norms.clone(), self.topology.edp_group)
             yield "experts", self._gather_experts(sums / tokens.clamp(min=1))
@@ -112,7 +112,11 @@ class Mixture:
 
 
 def mixtures(
-    model: Model, statistic: Statistic, axes: Sequence[str], topology: Topology, mask: Callable[[], Tensor]
+    model: Model,
+    statistic: Statistic,
+    axes: Sequence[str],
+    topology: Topology,
+    mask: Callable[[], Bool[Tensor, "batch seq"]],
 ) -> list[Mixture]:
     """Hook every MoE layer of this rank for the expert axes among `axes`; without such axes, hook nothing."""
     wanted = tuple(axis for axis in axes if axis in EXPERT_AXES)

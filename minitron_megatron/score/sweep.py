@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -33,8 +34,8 @@ from .taps import Tap, axes_of, axis_scores, channel_units, check_axes, head_nor
 
 __all__ = ["score"]
 
-Values = dict[str, dict[int | None, Tensor]]
-"""Axis -> layer -> scores: fp64 [units]. The layer is None for an axis that all layers share."""
+Values = dict[str, dict[int | None, Float64[Tensor, "_units"]]]
+"""Axis -> layer -> scores of the units. The layer is None for an axis that all layers share."""
 
 Broken = list[tuple[int, str]]
 """(layer, axis) of each tap with a NaN or an infinity, in the order of the modules."""
@@ -48,8 +49,8 @@ class _Site:
     name: str
     """The parameter whose layout maps channels to units."""
     dim: int
-    units: Tensor
-    """Unit of each accumulated number: int64 [local units]."""
+    units: Int64[Tensor, "local_units"]
+    """Unit of each accumulated number."""
     sums: Accumulator
 
 
@@ -59,7 +60,7 @@ class _Sweep:
     def __init__(
         self, model: Model, axes: Sequence[str], statistic: Statistic, shape: Shape, topology: Topology
     ) -> None:
-        self.mask: Tensor | None = None
+        self.mask: Bool[Tensor, "batch seq"] | None = None
         self.shape, self.topology, self.statistic = shape, topology, statistic
         self.sites: list[_Site] = []
         self.handles = []
@@ -93,8 +94,8 @@ class _Sweep:
         """Give the hooks the mask of the next micro-batch."""
         self.mask = batch.mask
 
-    def current_mask(self) -> Tensor:
-        """Return the positions of the current micro-batch that count: bool [batch, seq]."""
+    def current_mask(self) -> Bool[Tensor, "batch seq"]:
+        """Return the positions of the current micro-batch that count."""
         assert self.mask is not None
         return self.mask
 
