@@ -17,9 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import FileError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "FULL",
@@ -155,14 +158,14 @@ def _exchange(one: Path, other: Path) -> bool:
 # ------------------------------------------------------------------------------------------------------------- JSON
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON, atomically. JSON has neither NaN nor infinity: they become null."""
     text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     with whole_file(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -214,7 +217,7 @@ def read_as(path: Path, kind: type[T]) -> T:
     return check_as(read_json(path), kind, str(path))
 
 
-def check_as(value: Any, kind: type[T], where: str) -> T:
+def check_as(value: object, kind: type[T], where: str) -> T:
     """Return a JSON value as a `kind`, strictly. Raises FileError, which names `where` and the wrong value."""
     from pydantic import ValidationError
 
@@ -234,7 +237,7 @@ def check_as(value: Any, kind: type[T], where: str) -> T:
 
 
 @cache
-def _adapter(kind: Any) -> Any:
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)
@@ -314,7 +317,7 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def file_marks(paths: Iterable[Path]) -> list[list[Any]]:
+def file_marks(paths: Iterable[Path]) -> list[list[str | int]]:
     """Return name, size and modification time of files and of all files in folders: a cheap test for changes."""
     files = [file for path in paths for file in (files_below(path) if path.is_dir() else [path]) if file.is_file()]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -34,7 +34,9 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "torch.distributed": frozenset({"parallel", "testing"}),
     "megatron.core.parallel_state": frozenset({"parallel"}),
     "megatron.bridge": frozenset({"convert"}),
-    "megatron": frozenset({"parallel", "model", "data", "losses", "score", "prune", "train", "distill", "testing"}),
+    "megatron": frozenset(
+        {"parallel", "model", "data", "losses", "score", "prune", "refit", "train", "distill", "testing"}
+    ),
     "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers without a tokenizer.json
     "safetensors": frozenset({"records", "convert", "serve"}),
     "tokenizers": frozenset({"data"}),

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from ..errors import RecipeError
 from ..parallel import AttentionContext, ContextShard, Topology
-from .corpus import Blend, Corpus
+from .corpus import Blend, Corpus, Sample
 
 __all__ = ["Batch", "calibration", "calibration_batches", "held_out_batches", "step_batches"]
 
@@ -20,12 +21,11 @@ __all__ = ["Batch", "calibration", "calibration_batches", "held_out_batches", "s
 class Batch:
     """Micro-batch."""
 
-    tokens: Tensor
-    """int64 [batch, seq]"""
-    labels: Tensor
-    """int64 [batch, seq]: the next token of each token."""
-    mask: Tensor
-    """bool [batch, seq]: tokens that count in the loss."""
+    tokens: Int64[Tensor, "batch seq"]
+    labels: Int64[Tensor, "batch seq"]
+    """Next token of each token."""
+    mask: Bool[Tensor, "batch seq"]
+    """Whether a token counts in the loss."""
     attention_context: AttentionContext | None = None
     """None: each sample is one document."""
 
@@ -92,7 +92,7 @@ def held_out_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int,
     unit = micro_batch * dp * rounds
     share = -(-len(corpus) // unit) * micro_batch * rounds
 
-    def sample(index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(index: int) -> Sample:
         tokens, labels, mask = corpus[min(index, len(corpus) - 1)]
         return tokens, labels, mask if index < len(corpus) else torch.zeros_like(mask)
 
@@ -111,7 +111,7 @@ def _check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
         )
 
 
-def _stack(samples: Iterable[tuple[Tensor, Tensor, Tensor]], end: int | None) -> Batch:
+def _stack(samples: Iterable[Sample], end: int | None) -> Batch:
     """Stack samples to a Batch. end: end-of-document token; documents are then separate, and the loss does not count at
     that token, since the next token is unrelated. None: attention crosses document boundaries."""
     tokens, labels, mask = (torch.stack(parts) for parts in zip(*samples, strict=True))

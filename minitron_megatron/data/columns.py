@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..errors import DataError
 from .document import MOST_CHARS, Document, Fields, document_of, missing_key, not_utf8, too_long
 from .streams import pyarrow
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch, Schema
 
 __all__ = ["arrow_rows", "parquet_rows"]
 
@@ -57,7 +60,7 @@ def _explained(file: Path, kind: str) -> Iterator[None]:
         raise DataError(f"{file} is damaged or no {kind} file: {reason}. Copy or write it again.") from error
 
 
-def _check_column(schema: Any, file: Path, key: str) -> None:
+def _check_column(schema: Schema, file: Path, key: str) -> None:
     if schema.names.count(key) != 1:
         if key in schema.names:
             raise DataError(f"{file} has the column {key!r} twice. Keep one of them.")
@@ -71,7 +74,7 @@ def _check_column(schema: Any, file: Path, key: str) -> None:
         )
 
 
-def _rows(batches: Any, file: Path, key: str, size: int | None) -> Iterator[Document]:
+def _rows(batches: Iterable[RecordBatch], file: Path, key: str, size: int | None) -> Iterator[Document]:
     """size: bytes of a row in the file; None: the bytes that it has in memory."""
     arrow, row = pyarrow(file), 0
     for batch in batches:

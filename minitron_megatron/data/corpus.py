@@ -7,10 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import numpy as np
+from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,10 +20,16 @@ from ..parallel import broadcast_object, fail_together
 from .cache import write_once
 from .token_files import TokenFiles, check_blocks, find_token_files
 
+if TYPE_CHECKING:
+    from megatron.core.datasets.gpt_dataset import GPTDataset
+
 __all__ = ["Corpus", "samples_by_source"]
 
 Blend = Sequence[tuple[str | Path, float]]
 """Pairs (prefix of a prepared corpus, weight); the weights need not add up to 1."""
+
+Sample = tuple[Int64[Tensor, "seq"], Int64[Tensor, "seq"], Bool[Tensor, "seq"]]
+"""Tokens, labels (the next token of each), and whether a token counts in the loss."""
 
 STAND_IN = SimpleNamespace(vocab_size=None, eod=None, unique_identifiers={})
 """Placeholder for the tokenizer that mcore's configuration requires: nothing here tokenizes, pads or masks with it."""
@@ -67,7 +74,7 @@ class Corpus:
         key = json.dumps([megatron, split, sequence, seed, counts, [pair.content for pair in pairs]])
         folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
-        def index(folder: Path) -> list[Any]:
+        def index(folder: Path) -> list[GPTDataset]:
             return [_dataset(p, count, split, sequence, seed, folder) for p, count in zip(pairs, counts, strict=True)]
 
         write_once(folder, index, first_rank=first_rank)
@@ -76,8 +83,7 @@ class Corpus:
     def __len__(self) -> int:
         return len(self._choice)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tokens and labels, int64 [seq], and the mask of tokens that count in the loss, bool [seq]."""
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is out of range: there are {len(self)}")
         sample = self._datasets[self._choice[index]][int(self._place[index])]
@@ -117,7 +123,7 @@ def _check_size(pair: TokenFiles, sequence: int, count: int) -> None:
         )
 
 
-def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: int, folder: Path) -> Any:
+def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: int, folder: Path) -> GPTDataset:
     """Return mcore's GPTDataset with its index in `folder`; by mcore's rule, only rank 0 writes a missing index."""
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import DataError
 
@@ -47,7 +47,7 @@ class Fields(NamedTuple):
     """Text between the documents of a .txt file."""
 
 
-def document_of(record: Any, key: str, size: int, place: str) -> Document:
+def document_of(record: object, key: str, size: int, place: str) -> Document:
     """Return the text under a key of a record. Raises DataError where there is none."""
     if isinstance(record, dict) and isinstance(text := record.get(key), str):
         return Document(text, size, place)
@@ -75,7 +75,7 @@ def missing_key(place: str, key: str, there: list[str], word: str) -> DataError:
     )
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return JSON_TYPES.get(type(value), "a number")
 
 

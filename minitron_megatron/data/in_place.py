@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from .token_files import (
     BLOCK,
     KINDS,
     SPLITS,
+    Checksums,
     Prepared,
     PreparedSplit,
     Share,
@@ -67,7 +67,7 @@ def use_pair(
     if held_out:
         pairs["valid"] = _only_pair(held_out)
     total = sum(Path(f"{pair.prefix}.bin").stat().st_size for pair in pairs.values())
-    done, sums = 0, dict[Path, dict[str, Any]]()
+    done, sums = 0, dict[Path, Checksums]()
     for pair in pairs.values():
         _check_type(pair, entries)
         _check_ends(pair, end, reader)
@@ -144,7 +144,7 @@ def _write(
     out_prefix: str | Path,
     pairs: dict[str, TokenFiles],
     parts: dict[str, Share],
-    sums: dict[Path, dict[str, Any]],
+    sums: dict[Path, Checksums],
     end: int,
 ) -> Prepared:
     splits, contents = {}, []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO
 
 from ..errors import DataError
 from .document import HALF_SURROGATE, MOST_CHARS, Document, Fields, document_of, not_utf8, too_long
@@ -94,7 +94,7 @@ class _Text:
             self.at += 1
         return ""
 
-    def value(self, place: str) -> tuple[Any, str]:
+    def value(self, place: str) -> tuple[object, str]:
         """Return the JSON value that begins here, and its text."""
         while len(self._buffer) - self.at <= MOST_CHARS:
             try:
@@ -119,7 +119,7 @@ class _Text:
         return bool(more)
 
 
-def _document(value: Any, content: str, key: str, size: int, place: str) -> Document:
+def _document(value: object, content: str, key: str, size: int, place: str) -> Document:
     """content: text of the value."""
     try:
         repeated = content.count(f'"{key}"') > 1 and isinstance(value, dict) and _is_repeated(content, key)

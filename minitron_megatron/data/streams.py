@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from types import ModuleType
+from typing import BinaryIO, NamedTuple, cast
 
 from ..errors import DataError
 
@@ -48,7 +49,7 @@ def opened(file: Path) -> Iterator[Content]:
                 yield Content(cast(BinaryIO, unpacked), plain.tell)
 
 
-def pyarrow(file: Path, module: str = "pyarrow") -> Any:
+def pyarrow(file: Path, module: str = "pyarrow") -> ModuleType:
     """Import pyarrow, or a module of it, to read a file. Raises DataError, which says what to install."""
     try:
         return import_module(module)

@@ -12,10 +12,10 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypedDict
 
 from ..errors import DataError
 from ..files import checksum, read_json
@@ -25,6 +25,7 @@ __all__ = [
     "BLOCK",
     "KINDS",
     "SPLITS",
+    "Checksums",
     "Prepared",
     "PreparedSplit",
     "Share",
@@ -97,6 +98,31 @@ def _draws(count: int, seed: int) -> NDArray[np.float64]:
     return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53
 
 
+class Part(TypedDict):
+    """Fields of a `Share`, as a `.json` file holds them."""
+
+    share: float
+    seed: int
+    held_out: bool
+
+
+class Checksums(TypedDict, total=False):
+    """Content of the `.json` file of a pair; empty without one."""
+
+    content: str
+    """Content hash of the split."""
+    idx: str
+    """SHA-256 of the `.idx` file."""
+    block: int
+    """Bytes of the `.bin` file per checksum."""
+    bin: list[str]
+    """SHA-256 of each block."""
+    pair: str
+    """Prefix of the pair that is used in place."""
+    part: Part | None
+    """Documents of that pair that belong to the split; None: all."""
+
+
 @dataclass(frozen=True)
 class TokenFiles:
     """Pair that was found complete, or the part of it that belongs to a split."""
@@ -107,8 +133,7 @@ class TokenFiles:
     """SHA-256 of the `.idx` file, which holds the document lengths in order, and of the choice of documents."""
     sequences: NDArray[np.int32] | None = field(default=None, compare=False)
     """Sequences of the index that belong to the split; None: all."""
-    checksums: dict[str, Any] = field(default_factory=dict)
-    """Content of the `.json` file; empty without one."""
+    checksums: Checksums = field(default_factory=Checksums)
 
 
 def find_token_files(prefix: str | Path, split: str) -> TokenFiles:
@@ -121,9 +146,9 @@ def find_token_files(prefix: str | Path, split: str) -> TokenFiles:
     found = find_pair(_place(here, sums), f"Prepare the corpus {prefix} again.")
     if sums and sums["idx"] != found.content:
         raise DataError(f"{found.prefix}.idx has changed since it was written. Prepare the corpus {prefix} again.")
-    if not sums.get("part"):
+    if not (part := sums.get("part")):
         return replace(found, checksums=sums)
-    share = Share(**sums["part"])
+    share = Share(**part)
     sequences, tokens, _ = share.sequences(Path(f"{found.prefix}.idx"))
     return TokenFiles(found.prefix, tokens, content_of([found.content, repr(share)]), sequences, sums)
 
@@ -177,7 +202,7 @@ def content_of(splits: Iterable[str]) -> str:
     return hashlib.sha256("".join(splits).encode()).hexdigest()
 
 
-def _checksums(prefix: Path) -> dict[str, Any]:
+def _checksums(prefix: Path) -> Checksums:
     """Return the `.json` at a prefix; empty where there is no such file. Raises DataError where it is damaged."""
     file = Path(f"{prefix}.json")
     if not file.exists():
@@ -191,15 +216,17 @@ def _checksums(prefix: Path) -> dict[str, Any]:
     raise DataError(f"{file} holds no checksums of {data}. Prepare the corpus again.")
 
 
-def _place(prefix: Path, sums: dict[str, Any]) -> Path:
+def _place(prefix: Path, sums: Checksums) -> Path:
     """Return the prefix of the pair that a split uses in place, else its own."""
     return Path(sums["pair"]) if isinstance(sums.get("pair"), str) else prefix
 
 
-def _is_part(part: Any) -> bool:
+def _is_part(part: object) -> bool:
     match part:
-        case None | {"share": float(), "seed": int(), "held_out": bool()}:
-            return part is None or len(part) == 3
+        case None:
+            return True
+        case {"share": float(), "seed": int(), "held_out": bool(), **more}:
+            return not more
     return False
 
 

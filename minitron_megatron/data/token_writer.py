@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -54,12 +54,20 @@ def token_dtype(vocab: int) -> DTypeLike:
     return DType.optimal_dtype(vocab)
 
 
+class _Hash(Protocol):
+    """A running SHA-256."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
 @dataclass
 class Blocks:
     """SHA-256 of every `BLOCK` bytes of a stream."""
 
     done: list[str] = field(default_factory=list)
-    _hash: Any = field(default_factory=hashlib.sha256)
+    _hash: _Hash = field(default_factory=hashlib.sha256)
     _held: int = 0
 
     def add(self, data: bytes) -> None:
@@ -203,7 +211,7 @@ class PairWriters:
     def _progress_beside(self) -> Path:
         return Path(f"{self._out}.{PROGRESS}")
 
-    def save(self, position: Sequence[Any], *, every: float | None = None) -> None:
+    def save(self, position: Sequence[object], *, every: float | None = None) -> None:
         """Put everything on the disk, if the last time was `every` seconds ago, by default `SAVE_SECONDS`."""
         if time.monotonic() - self._last < (SAVE_SECONDS if every is None else every):
             return

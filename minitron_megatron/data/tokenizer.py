@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
@@ -18,6 +18,9 @@ from ..errors import DataError, MinitronError
 from ..files import checksum, read_json
 from .document import HALF_SURROGATE
 from .encode import foreign
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "check_tokenizer",
@@ -96,14 +99,14 @@ def _backend(folder: Path) -> Tokenizer:
     return converted.backend_tokenizer
 
 
-def transformers_tokenizer(folder: str | Path) -> Any:
+def transformers_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Return transformers' tokenizer, with its special tokens and chat template. Raises DataError where none can be
     read."""
     with _explained(Path(folder)):
         return _from_transformers(Path(folder))
 
 
-def _from_transformers(folder: Path) -> Any:
+def _from_transformers(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise FileNotFoundError("there is no such folder")  # transformers would look the name up in its download cache
     settings, *_ = (_settings(folder, file) for file in SETTINGS)
@@ -193,7 +196,7 @@ def end_of_document(folder: str | Path, tokenizer: Tokenizer) -> int:
     )
 
 
-def corpus_marks(folder: str | Path) -> list[Any]:
+def corpus_marks(folder: str | Path) -> list[object]:
     """Return everything that determines the tokens of a corpus: checksums of the tokenizer's files, its settings where
     they matter, and the end-of-document token.
 
@@ -208,7 +211,7 @@ def corpus_marks(folder: str | Path) -> list[Any]:
     return [*map(checksum, paths), settings, end_of_document(folder, load_tokenizer(folder))]
 
 
-def settings_without_chat(folder: Path) -> Any:
+def settings_without_chat(folder: Path) -> dict[str, object] | None:
     """Return a tokenizer's settings without its chat template; None without a tokenizer_config.json."""
     if not (folder / "tokenizer_config.json").exists():
         return None
@@ -216,7 +219,7 @@ def settings_without_chat(folder: Path) -> Any:
     return {key: value for key, value in settings.items() if key != "chat_template"}
 
 
-def _id(value: Any, tokenizer: Tokenizer, *, text: bool) -> int | None:
+def _id(value: object, tokenizer: Tokenizer, *, text: bool) -> int | None:
     """Return the token id that a setting gives; None where it gives none.
 
     text: the setting is a token's text, or an object with the text as `content`; otherwise an id, or a list of ids, of
@@ -235,7 +238,7 @@ def _id(value: Any, tokenizer: Tokenizer, *, text: bool) -> int | None:
     return value
 
 
-def _settings(folder: str | Path, file: str) -> dict[str, Any]:
+def _settings(folder: str | Path, file: str) -> dict[str, object]:
     """Return the settings in a file of a folder; empty without that file. Raises FileError or DataError if invalid."""
     path = Path(folder) / file
     found = read_json(path) if path.exists() else {}

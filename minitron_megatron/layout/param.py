@@ -16,6 +16,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 __all__ = ["Axis", "Param", "coords"]
@@ -80,13 +81,13 @@ def words(dim: str) -> tuple[str, ...]:
     return tuple(WORD.findall(dim))
 
 
-class Coordinates(Mapping[str, Tensor]):
+class Coordinates(Mapping[str, Int64[Tensor, "rows"]]):
     """Read-only mapping: word -> coordinate of each row. A look-up returns a copy: all callers share what is held."""
 
-    def __init__(self, held: Mapping[str, Tensor]) -> None:
+    def __init__(self, held: Mapping[str, Int64[Tensor, "rows"]]) -> None:
         self._held = held
 
-    def __getitem__(self, word: str) -> Tensor:
+    def __getitem__(self, word: str) -> Int64[Tensor, "rows"]:
         return self._held[word].clone()
 
     def __iter__(self) -> Iterator[str]:
@@ -97,7 +98,7 @@ class Coordinates(Mapping[str, Tensor]):
 
 
 def coords(dim: str, sizes: Mapping[str, int]) -> Coordinates:
-    """Return, for every word of `dim`, the coordinate of each row on it: int64 [rows], -1 for a row without that word.
+    """Return, for every word of `dim`, the coordinate of each row on it; -1 for a row without that word.
 
     Axes take their length from `sizes`; roles have length one. No other code unfolds a fused layout.
     """
@@ -172,19 +173,19 @@ class Param:
         at = at[at != ABSENT]
         return 1 + int((at[1:] < at[:-1]).sum())
 
-    def owner(self, dim: int, sizes: Mapping[str, int], world: int) -> Tensor | None:
-        """Return the tensor-parallel rank that holds each row of `dim`: int64 [rows]; None where `dim` is not split."""
+    def owner(self, dim: int, sizes: Mapping[str, int], world: int) -> Int64[Tensor, "rows"] | None:
+        """Return the tensor-parallel rank that holds each row of `dim`; None where `dim` is not split."""
         if self.tp is None or dim != self.tp_dim or world == 1:
             return None
         return coords(self.dims[dim], sizes)[self.tp] // (sizes[self.tp] // world)
 
-    def shard_rows(self, dim: int, sizes: Mapping[str, int], rank: int, world: int) -> Tensor:
-        """Return the unsharded rows of `dim` that tensor-parallel `rank` of `world` holds: int64 [local rows]."""
+    def shard_rows(self, dim: int, sizes: Mapping[str, int], rank: int, world: int) -> Int64[Tensor, "local_rows"]:
+        """Return the unsharded rows of `dim` that tensor-parallel `rank` of `world` holds."""
         owner = self.owner(dim, sizes, world)
         if owner is None:
             return torch.arange(self.shape(sizes)[dim])
         return (owner == rank).nonzero().flatten()
 
-    def role_rows(self, dim: int, role: str, sizes: Mapping[str, int]) -> Tensor:
-        """Return the rows of `dim` that have `role` (`q`, `k`, `v`, `gate`, `up`): int64 [rows of the role]."""
+    def role_rows(self, dim: int, role: str, sizes: Mapping[str, int]) -> Int64[Tensor, "role_rows"]:
+        """Return the rows of `dim` that have `role` (`q`, `k`, `v`, `gate`, `up`)."""
         return (coords(self.dims[dim], sizes)[role] != ABSENT).nonzero().flatten()

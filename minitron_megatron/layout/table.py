@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from ..errors import LayoutError
@@ -76,8 +77,8 @@ container loses all of its units."""
 PER_LAYER = frozenset(PUBLIC_AXES) - {"hidden"}
 """Axes with a separate choice of units for each layer; `hidden` has one choice, because of the residual stream."""
 
-Keep = Mapping[str, Tensor]
-"""Public axis -> the kept global indices, ascending: int64 [kept]. An axis that is absent is kept whole."""
+Keep = Mapping[str, Int64[Tensor, "_kept"]]
+"""Public axis -> the kept global indices, ascending. An axis that is absent is kept whole."""
 
 
 def pattern_of(name: str) -> str:
@@ -106,9 +107,10 @@ def expert_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def axis_coords(axis: str, dim: str, sizes: Mapping[str, int], expert: int | None = None) -> Tensor | None:
-    """Return the index of every row of `dim` on a public axis: int64 [rows], -1 for a row that is not on the axis; None
-    if no row is.
+def axis_coords(
+    axis: str, dim: str, sizes: Mapping[str, int], expert: int | None = None
+) -> Int64[Tensor, "rows"] | None:
+    """Return the index of every row of `dim` on a public axis, -1 for a row that is not on the axis; None if no row is.
 
     expert: index of the expert that the parameter belongs to, if any.
     """
@@ -128,8 +130,10 @@ def axis_coords(axis: str, dim: str, sizes: Mapping[str, int], expert: int | Non
     return torch.where(reached, index, ABSENT)
 
 
-def kept_rows(param: Param, dim: int, sizes: Mapping[str, int], keep: Keep, expert: int | None = None) -> Tensor:
-    """Return the rows of `dim` whose index is kept on every axis that they are on, in order: int64 [kept rows].
+def kept_rows(
+    param: Param, dim: int, sizes: Mapping[str, int], keep: Keep, expert: int | None = None
+) -> Int64[Tensor, "kept_rows"]:
+    """Return the rows of `dim` whose index is kept on every axis that they are on, in order.
 
     expert: index of the expert that the parameter belongs to, if any.
     """

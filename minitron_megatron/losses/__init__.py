@@ -3,7 +3,8 @@ over hidden states.
 
 Knows: hidden states, output weights, masks, the group that splits the vocabulary. Must not know: models, data.
 
-Shapes: s sequence, b batch, n tokens (s * b), c tokens of a chunk, h hidden, v this rank's vocabulary entries.
+Axes of tensors: `seq`, `local_seq` (with sequence parallelism this rank's part of it), `batch`, `tokens` (seq * batch),
+`chunk` (tokens of a chunk), `hidden`, `entries` (this rank's part of the vocabulary), `held` (`entries` and padding).
 """
 
 from .distillation import KDLoss

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
 
+from jaxtyping import Float32
 from torch import Tensor
 
 from ..errors import RecipeError
 from ..settings import AfterValidator, Count, Field, HowToRun, NotNegative, Positive, Settings, model_validator
-from .divergences import DIVERGENCES, Divergence, divergence_named
+from .divergences import DIVERGENCES, Divergence, Logits, PerToken, divergence_named
 from .shortlist import LIVE_KEYS, over_shortlist
 from .vocab import CrossEntropy, Vocabulary
 
@@ -55,7 +56,7 @@ class KDLoss(Settings):
 
     @property
     def live(self) -> int:
-        """Number of fp32 [c, v] tensors alive at once."""
+        """Number of tensors of the logits' size alive at once."""
         divergence = self.measure.live if self.top_k is None else max(self.measure.live, LIVE_KEYS)
         return divergence + (self.ce_weight > 0)
 
@@ -66,16 +67,16 @@ class Distillation:
 
     loss: KDLoss
     vocabulary: Vocabulary
-    teacher: Callable[[slice], Tensor]
-    """Rows -> the teacher's logits, fp32 [c, v], which may be overwritten."""
+    teacher: Callable[[slice], Logits]
+    """Rows -> the teacher's logits, which may be overwritten."""
     held: int
     """Rows of this rank's student output weight, padding included."""
     cross_entropy: CrossEntropy | None = None
-    of_labels: Tensor | None = None
-    """Scalar to which this rank's part of the summed, unweighted cross-entropy is added."""
+    of_labels: Float32[Tensor, ""] | None = None
+    """Tensor to which this rank's part of the summed, unweighted cross-entropy is added."""
 
-    def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return this rank's part of each token's loss [c], and the gradient. logits: fp32 [c, v], overwritten."""
+    def __call__(self, logits: Logits, rows: slice) -> tuple[PerToken, Logits]:
+        """Return this rank's part of each token's loss, and the gradient. logits: overwritten."""
         if self.cross_entropy is None:
             return self._divergence(logits, rows)
         ce, ce_gradient = self.cross_entropy(logits.clone(), rows)

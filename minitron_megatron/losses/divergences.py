@@ -1,9 +1,9 @@
 """Divergences of the student's logits from the teacher's, per token: value and gradient in one pass.
 
-A divergence is called with the fp32 logits [c, v] of both models, which it overwrites, and the vocabulary entries that
-they cover. It returns this rank's part of each token's value [c] (the ranks' parts add up to the value), and the
-gradient [c, v] of the whole value by this rank's student logits. `live` is the number of [c, v] tensors alive at once,
-both arguments included.
+A divergence is called with the logits of both models, which it overwrites, and the vocabulary entries that they cover.
+It returns this rank's part of each token's value (the ranks' parts add up to the value), and the gradient of the whole
+value by this rank's student logits. `live` is the number of tensors of the logits' size that are alive at once, both
+arguments included.
 
 p is the student's softmax, q the teacher's. Values are in nats, except for MSE and Cosine, which compare the logits.
 """
@@ -15,6 +15,7 @@ from dataclasses import Field, dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
+from jaxtyping import Float32
 from torch import Tensor
 
 from ..errors import RecipeError
@@ -24,13 +25,17 @@ from .vocab import Entries
 __all__ = ["DIVERGENCES", "JSD", "MSE", "Cosine", "Divergence", "ForwardKL", "ReverseKL", "divergence_named"]
 
 
+Logits = Float32[Tensor, "chunk entries"]
+PerToken = Float32[Tensor, "chunk"]
+
+
 class Divergence(Protocol):
     """Interface of a divergence (a plugin point): a dataclass whose fields are its constants."""
 
     live: ClassVar[int]
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
-    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, student: Logits, teacher: Logits, entries: Entries) -> tuple[PerToken, Logits]: ...
 
 
 def divergence_named(name: str, **constants: float) -> Divergence:
@@ -48,7 +53,7 @@ class ForwardKL:
 
     live: ClassVar[int] = 3
 
-    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+    def __call__(self, student: Logits, teacher: Logits, entries: Entries) -> tuple[PerToken, Logits]:
         entries.log_softmax_(student, teacher)
         q = teacher.exp()
         value = teacher.sub_(student).mul_(q).sum(-1)
@@ -61,7 +66,7 @@ class ReverseKL:
 
     live: ClassVar[int] = 3
 
-    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+    def __call__(self, student: Logits, teacher: Logits, entries: Entries) -> tuple[PerToken, Logits]:
         entries.log_softmax_(student, teacher)
         ratio = teacher.neg_().add_(student)
         p = student.exp_()
@@ -88,7 +93,7 @@ class JSD:
                 f"beta is {self.beta}. It must lie between 0 and 1; forward_kl and reverse_kl are its limits."
             )
 
-    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+    def __call__(self, student: Logits, teacher: Logits, entries: Entries) -> tuple[PerToken, Logits]:
         entries.log_softmax_(student, teacher)
         log_m = student + math.log1p(-self.beta)
         log_m = torch.logaddexp(log_m, teacher + math.log(self.beta), out=log_m)
@@ -111,7 +116,7 @@ class MSE:
 
     live: ClassVar[int] = 3
 
-    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+    def __call__(self, student: Logits, teacher: Logits, entries: Entries) -> tuple[PerToken, Logits]:
         difference = student.sub_(teacher)
         value = torch.mul(difference, difference, out=teacher).sum(-1) / entries.size
         return value, difference.mul_(2 / entries.size)
@@ -123,7 +128,7 @@ class Cosine:
 
     live: ClassVar[int] = 3
 
-    def __call__(self, student: Tensor, teacher: Tensor, entries: Entries) -> tuple[Tensor, Tensor]:
+    def __call__(self, student: Logits, teacher: Logits, entries: Entries) -> tuple[PerToken, Logits]:
         products = ((student, teacher), (student, student), (teacher, teacher))
         dot, student_sq, teacher_sq = entries.total(torch.stack([(a * b).sum(-1) for a, b in products])).unsqueeze(-1)
         student_sq, norms = student_sq.clamp_min(TINY), (student_sq * teacher_sq).sqrt().clamp_min(TINY)

@@ -1,20 +1,22 @@
 """Output layer fused with the loss over chunks of tokens: forward and backward in one sweep.
 
 The gradients of the hidden states and of the output weight are computed while a chunk's logits are alive. Memory is
-therefore a few chunks of logits, never one [n, v] tensor, and no logits are computed twice.
+therefore a few chunks of logits, never those of all tokens, and no logits are computed twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
+from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from ..errors import RecipeError
 from ..parallel import all_reduce, gather_sequence, scatter_sequence
 from .distillation import Distillation, KDLoss
+from .divergences import Logits, PerToken
 from .vocab import CrossEntropy, Output, Vocabulary
 
 __all__ = ["chunk_tokens", "distill_loss", "lm_loss"]
@@ -24,8 +26,8 @@ SHARE_OF_LOGITS, MOST_BYTES, LEAST_TOKENS = 1 / 8, 512 * 2**20, 32
 
 FORWARD_KL = KDLoss()
 
-OfChunk = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""(fp32 logits [c, v], rows of these tokens) -> this rank's part of each token's loss [c], and its gradient [c, v]."""
+OfChunk = Callable[[Logits, slice], tuple[PerToken, Logits]]
+"""(logits, rows of these tokens) -> this rank's part of each token's loss, and its gradient."""
 
 
 def chunk_tokens(tokens: int, held: int, live: int, budget_bytes: int | None = None) -> int:
@@ -39,10 +41,17 @@ def chunk_tokens(tokens: int, held: int, live: int, budget_bytes: int | None = N
     return max(LEAST_TOKENS, budget // (live * row))
 
 
-def lm_loss(model: Output, labels: Tensor, mask: Tensor, vocabulary: Vocabulary, *, chunk: int | None = None) -> Tensor:
-    """Return the cross-entropy in nats, summed over the tokens whose mask is true: fp32 scalar, equal on every rank.
+def lm_loss(
+    model: Output,
+    labels: Int64[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"],
+    vocabulary: Vocabulary,
+    *,
+    chunk: int | None = None,
+) -> Float32[Tensor, ""]:
+    """Return the cross-entropy in nats, summed over the tokens whose mask is true; equal on every rank.
 
-    labels, mask: [b, s]. chunk: tokens whose logits exist at a time. Collective over the vocabulary's group.
+    chunk: tokens whose logits exist at a time. Collective over the vocabulary's group.
     """
     tokens, held = _tokens(mask), model.weight.shape[0]
     of_chunk = CrossEntropy(vocabulary, _flat(labels)[tokens], held)
@@ -53,15 +62,15 @@ def lm_loss(model: Output, labels: Tensor, mask: Tensor, vocabulary: Vocabulary,
 def distill_loss(
     student: Output,
     teacher: Output,
-    mask: Tensor,
+    mask: Bool[Tensor, "batch seq"],
     vocabulary: Vocabulary,
     *,
     loss: KDLoss = FORWARD_KL,
-    labels: Tensor | None = None,
-    of_labels: Tensor | None = None,
+    labels: Int64[Tensor, "batch seq"] | None = None,
+    of_labels: Float32[Tensor, ""] | None = None,
     chunk: int | None = None,
-) -> Tensor:
-    """Return the distillation loss, summed over the tokens whose mask is true: fp32 scalar, equal on every rank.
+) -> Float32[Tensor, ""]:
+    """Return the distillation loss, summed over the tokens whose mask is true; equal on every rank.
 
     Arguments as for `lm_loss`; the teacher gets no gradient, and may have another width and another padding. labels:
     required where `loss` includes cross-entropy. of_labels: zero tensor that receives the summed, unweighted
@@ -87,39 +96,50 @@ def distill_loss(
 
 
 @torch.no_grad()
-def _teacher_logits(teacher: Output, tokens: Tensor, vocabulary: Vocabulary, held: int) -> Callable[[slice], Tensor]:
-    """Return a function: rows of `tokens` -> the teacher's fp32 logits [c, v], split as the student's vocabulary is."""
+def _teacher_logits(teacher: Output, tokens: Tensor, vocabulary: Vocabulary, held: int) -> Callable[[slice], Logits]:
+    """Return a function: rows of `tokens` -> the teacher's logits, split as the student's vocabulary is."""
     states, output = _states(teacher.hidden, vocabulary), vocabulary.aligned(teacher.weight.detach(), held)
     return lambda rows: (states[tokens[rows]] @ output.t()).float()
 
 
-def _flat(values: Tensor) -> Tensor:
-    """Flatten [b, s] to [n], in the order of the hidden states."""
+def _flat(values: Shaped[Tensor, "batch seq"]) -> Shaped[Tensor, "tokens"]:
+    """Flatten per-token values, in the order of the hidden states."""
     return values.t().reshape(-1)
 
 
-def _tokens(mask: Tensor) -> Tensor:
-    """Return the indices of the tokens that count, among all n: int64 [counted]."""
+def _tokens(mask: Bool[Tensor, "batch seq"]) -> Int64[Tensor, "counted"]:
+    """Return the indices of the tokens that count, among all."""
     return _flat(mask).nonzero().flatten()
 
 
-def _states(hidden: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Flatten [s, b, h] to [n, h]; with sequence parallelism, gather the sequence over the ranks first."""
+def _states(hidden: Float[Tensor, "local_seq batch hidden"], vocabulary: Vocabulary) -> Float[Tensor, "tokens hidden"]:
+    """Flatten the positions of all samples; with sequence parallelism, gather the sequence over the ranks first."""
     full = gather_sequence(hidden, vocabulary.group) if vocabulary.sequence_parallel else hidden
     return full.reshape(-1, full.shape[-1])
 
 
-def _fused(hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+def _fused(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, of_chunk: OfChunk, vocabulary: Vocabulary, chunk: int
+) -> Tensor:
     """Apply `_Fused`, with detached inputs under `no_grad`, since `needs_input_grad` does not reflect it."""
     if not torch.is_grad_enabled():
         hidden, weight = hidden.detach(), weight.detach()
-    return _Fused.apply(hidden, weight, *rest)
+    return _Fused.apply(hidden, weight, tokens, of_chunk, vocabulary, chunk)
+
+
+class _Context(Protocol):
+    """Autograd's context, from the forward to the backward pass."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _Context,
         hidden: Tensor,
         weight: Tensor,
         tokens: Tensor,
@@ -144,7 +164,7 @@ class _Fused(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the saved gradients, in place: they are used only once."""
         d_hidden, d_weight = (saved.mul_(upstream[0]) for saved in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None, None
@@ -159,8 +179,8 @@ def _sweep(
     chunk: int,
     d_states: Tensor | None,
     d_weight: Tensor | None,
-) -> Tensor:
-    """Return this rank's part of the summed loss (fp32 scalar); add to `d_states` and `d_weight` where given."""
+) -> Float32[Tensor, ""]:
+    """Return this rank's part of the summed loss; add to `d_states` and `d_weight` where given."""
     real = vocabulary.real(weight)
     total = states.new_zeros((), dtype=torch.float32)
     for start in range(0, len(tokens), chunk):
@@ -177,8 +197,12 @@ def _sweep(
     return total
 
 
-def _add_outer(total: Tensor, gradient: Tensor, part: Tensor) -> None:
-    """Add gradient^T @ part to `total`, fp32 [v, h], without a temporary tensor of that size."""
+def _add_outer(
+    total: Float32[Tensor, "entries hidden"],
+    gradient: Float[Tensor, "chunk entries"],
+    part: Float[Tensor, "chunk hidden"],
+) -> None:
+    """Add gradient^T @ part to `total`, without a temporary tensor of that size."""
     if gradient.dtype == total.dtype:
         total.addmm_(gradient.t(), part)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from ..parallel import Group, all_reduce
@@ -16,12 +17,17 @@ BUDGET = 64 * 2**20
 
 @torch.no_grad()
 def token_likelihood(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab: int, group: Group
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log p(label) in nats: fp32 [n]; whether the label is the likeliest entry: bool [n]; and the likeliest
-    entry (the lowest one of a tie): int64 [n].
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "held hidden"],
+    labels: Int64[Tensor, "tokens"],
+    *,
+    vocab: int,
+    group: Group,
+) -> tuple[Float32[Tensor, "tokens"], Bool[Tensor, "tokens"], Int64[Tensor, "tokens"]]:
+    """Return log p(label) in nats, whether the label is the likeliest entry, and the likeliest entry (the lowest one of
+    a tie).
 
-    hidden: [n, h]; weight: this rank's rows of the output layer; labels: int64 [n]. Collective over the group.
+    weight: this rank's rows of the output layer. Collective over the group.
     """
     vocabulary = Vocabulary(vocab, group)
     rows = vocabulary.real(weight)

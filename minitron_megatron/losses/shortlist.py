@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from ..parallel import gather_sequence
-from .divergences import Divergence
+from .divergences import Divergence, Logits, PerToken
 from .vocab import Vocabulary
 
 __all__ = ["LIVE_KEYS", "Shortlist", "over_shortlist"]
 
 LIVE_KEYS = 5
-"""Number of fp32 [c, v] tensors alive while the entries are found, both models' logits included."""
+"""Number of tensors of the logits' size alive while the entries are found, both models' logits included."""
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,17 @@ class Shortlist:
     size: int
     ranks: int = 1
 
-    def log_softmax_(self, *logits: Tensor) -> None:
+    def log_softmax_(self, *logits: Logits) -> None:
         for each in logits:
             each.copy_(each.log_softmax(-1))
 
-    def total(self, part: Tensor) -> Tensor:
+    def total(self, part: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
         return part
 
 
 def over_shortlist(
-    divergence: Divergence, student: Tensor, teacher: Tensor, size: int, vocabulary: Vocabulary, start: int
-) -> tuple[Tensor, Tensor]:
+    divergence: Divergence, student: Logits, teacher: Logits, size: int, vocabulary: Vocabulary, start: int
+) -> tuple[PerToken, Logits]:
     """Return the divergence over the teacher's `size` likeliest entries of each token; both softmaxes cover only these.
 
     Arguments and results as for a divergence; `start` is this rank's first entry. Every rank computes the whole value
@@ -51,8 +52,8 @@ def over_shortlist(
     return value / vocabulary.ranks, student
 
 
-def likeliest(logits: Tensor, size: int, vocabulary: Vocabulary, start: int) -> Tensor:
-    """Return the entries with the `size` largest logits of each token, largest first: int64 [c, size], on every rank.
+def likeliest(logits: Logits, size: int, vocabulary: Vocabulary, start: int) -> Int64[Tensor, "chunk size"]:
+    """Return the entries with the `size` largest logits of each token, largest first, on every rank.
 
     Ties, frequent in bf16, go to the lower entry. Collective over the vocabulary's group.
     """
@@ -69,8 +70,8 @@ def likeliest(logits: Tensor, size: int, vocabulary: Vocabulary, start: int) -> 
 LAST = 2**32 - 1
 
 
-def _keys(logits: Tensor, start: int) -> Tensor:
-    """Return distinct sort keys, int64 [c, v]: the rank order of the fp32 logit in the upper 32 bits, the inverted
+def _keys(logits: Logits, start: int) -> Int64[Tensor, "chunk entries"]:
+    """Return distinct sort keys: the rank order of the fp32 logit in the upper 32 bits, the inverted
     entry number in the lower ones."""
     bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # integers in the order of the floats

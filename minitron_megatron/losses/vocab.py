@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from ..errors import RecipeError
@@ -15,7 +16,7 @@ __all__ = ["CrossEntropy", "Entries", "Output", "Vocabulary"]
 
 
 class Entries(Protocol):
-    """Vocabulary entries that logits [c, v] cover: this rank's part of `size` entries, split over `ranks` ranks."""
+    """Vocabulary entries that logits cover: this rank's part of `size` entries, split over `ranks` ranks."""
 
     @property
     def size(self) -> int: ...
@@ -23,11 +24,11 @@ class Entries(Protocol):
     @property
     def ranks(self) -> int: ...
 
-    def log_softmax_(self, *logits: Tensor) -> None:
-        """Replace each of `logits` [c, v] by its log-softmax over all entries, in place."""
+    def log_softmax_(self, *logits: Float32[Tensor, "chunk entries"]) -> None:
+        """Replace each of `logits` by its log-softmax over all entries, in place."""
         ...
 
-    def total(self, part: Tensor) -> Tensor:
+    def total(self, part: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
         """Return the sum of every rank's `part`."""
         ...
 
@@ -35,10 +36,10 @@ class Entries(Protocol):
 class Output(NamedTuple):
     """Factors of a model's logits, which never exist as a whole."""
 
-    hidden: Tensor
-    """Final hidden states: [s, b, h], with sequence parallelism this rank's part of s."""
-    weight: Tensor
-    """This rank's rows of the output layer, with the vocabulary's padding at the end: [held rows, h]."""
+    hidden: Float[Tensor, "local_seq batch hidden"]
+    """Final hidden states; with sequence parallelism, of this rank's part of the sequence."""
+    weight: Float[Tensor, "held hidden"]
+    """This rank's rows of the output layer, with the vocabulary's padding at the end."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,11 @@ class Vocabulary:
         """Return the entries of a rank of the group, where each rank holds `held` rows."""
         return range(min(rank * held, self.size), min((rank + 1) * held, self.size))
 
-    def real(self, weight: Tensor) -> Tensor:
-        """Return a view of this rank's output weight without its padding rows: [v, h]."""
+    def real(self, weight: Float[Tensor, "held hidden"]) -> Float[Tensor, "entries hidden"]:
+        """Return a view of this rank's output weight without its padding rows."""
         return weight[: len(self.entries(group_rank(self.group), weight.shape[0]))]
 
-    def aligned(self, weight: Tensor, held: int) -> Tensor:
+    def aligned(self, weight: Float[Tensor, "other_held hidden"], held: int) -> Float[Tensor, "entries hidden"]:
         """Return the rows of another model's output weight for the entries of this rank under a split of `held` rows.
 
         A view where both have the same padding or there is one rank; otherwise a copy, collective over the group.
@@ -80,7 +81,7 @@ class Vocabulary:
         parts = [weight[each.start - source.start : each.stop - source.start] for each in sent]
         return torch.cat(all_to_all(parts, [len(each) for each in received], self.group))
 
-    def check(self, weight: Tensor, whose: str) -> None:
+    def check(self, weight: Float[Tensor, "held hidden"], whose: str) -> None:
         """Raise RecipeError where a model's output weight has fewer rows than the vocabulary has entries."""
         rows = weight.shape[0] * self.ranks
         if rows < self.size:
@@ -89,8 +90,8 @@ class Vocabulary:
                 "Teacher and student must share a vocabulary; only their padding may differ."
             )
 
-    def log_softmax_(self, *logits: Tensor) -> None:
-        """Replace each of `logits` [c, v] by its log-softmax over all entries, in place, with two all-reduces for all.
+    def log_softmax_(self, *logits: Float32[Tensor, "chunk entries"]) -> None:
+        """Replace each of `logits` by its log-softmax over all entries, in place, with two all-reduces for all.
 
         The maximum is subtracted first, so that the sum of exponentials is small and its logarithm precise.
         """
@@ -101,7 +102,7 @@ class Vocabulary:
         for each, normaliser in zip(logits, total.log_(), strict=True):
             each.sub_(normaliser.unsqueeze(-1))
 
-    def total(self, part: Tensor) -> Tensor:
+    def total(self, part: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
         """Return the sum of every rank's `part`."""
         return all_reduce(part.clone(), self.group)
 
@@ -117,13 +118,14 @@ class CrossEntropy:
     """Cross-entropy -log p(label) of one chunk, in nats."""
 
     vocabulary: Vocabulary
-    labels: Tensor
-    """int64 [n]."""
+    labels: Int64[Tensor, "tokens"]
     held: int
     """Rows of this rank's output weight, padding included."""
 
-    def __call__(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return this rank's part of each token's loss [c], and the gradient. logits: fp32 [c, v], overwritten."""
+    def __call__(
+        self, logits: Float32[Tensor, "chunk entries"], rows: slice
+    ) -> tuple[Float32[Tensor, "chunk"], Float32[Tensor, "chunk entries"]]:
+        """Return this rank's part of each token's loss, and the gradient. logits: overwritten."""
         self.vocabulary.log_softmax_(logits)
         label = self.labels[rows] - self.vocabulary.start(self.held)
         local = ((label >= 0) & (label < logits.shape[1])).nonzero().flatten()

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Protocol
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from .context_shard import ContextShard, Piece
@@ -17,8 +18,8 @@ __all__ = ["AttentionContext"]
 class Cache(Protocol):
     """Interface of a cache of keys and values, which `model.KVCache` implements."""
 
-    def positions(self, tokens: Tensor) -> Tensor:
-        """Return the positions of the next tokens: int64 [batch, seq], on the host."""
+    def positions(self, tokens: Int64[Tensor, "batch seq"]) -> Int64[Tensor, "batch seq"]:
+        """Return the positions of the next tokens, on the host."""
         ...
 
     def extend(
@@ -32,8 +33,8 @@ class Cache(Protocol):
 class AttentionContext:
     """Context of a micro-batch's attention. Without one, each sample is one document, and attention is causal."""
 
-    documents: Tensor | None = None
-    """Document number of each token, int64 [batch, sequence]: attention stays within a document. It lies on the host,
+    documents: Int64[Tensor, "batch seq"] | None = None
+    """Document number of each token: attention stays within a document. It lies on the host,
     which launches one call per document, so that nothing between documents is computed."""
     cache: Cache | None = None
     """Keys and values of earlier tokens, which the tokens attend to."""
@@ -43,8 +44,8 @@ class AttentionContext:
     def __post_init__(self) -> None:
         assert self.cache is None or (self.documents is None and self.shard is None)
 
-    def positions(self, tokens: Tensor) -> Tensor | None:
-        """Return the positions of tokens that do not begin at 0: int64 [batch or 1, seq], on the host; else None."""
+    def positions(self, tokens: Int64[Tensor, "batch local_seq"]) -> Int64[Tensor, "#batch local_seq"] | None:
+        """Return the positions of tokens that do not begin at 0, on the host; else None."""
         held = self.cache or self.shard
         return held.positions(tokens) if held else None
 

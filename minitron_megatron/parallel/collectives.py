@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Shaped
 from torch import Tensor
 
 from ..errors import MinitronError
@@ -34,6 +35,8 @@ __all__ = [
 
 Group = dist.ProcessGroup
 
+T = TypeVar("T")
+
 
 def group_rank(group: Group) -> int:
     """Return this process's rank in `group`, from 0."""
@@ -50,14 +53,14 @@ def place_in_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def all_reduce(tensor: Tensor, group: Group, op: str = "sum") -> Tensor:
+def all_reduce(tensor: Shaped[Tensor, "*axes"], group: Group, op: str = "sum") -> Shaped[Tensor, "*axes"]:
     """Reduce `tensor` in place over `group` by `sum` or `max`, and return it."""
     if dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX, group=group)
     return tensor
 
 
-def sum_gradient(tensor: Tensor, group: Group) -> Tensor:
+def sum_gradient(tensor: Shaped[Tensor, "*axes"], group: Group) -> Shaped[Tensor, "*axes"]:
     """Return `tensor`, which is equal on every rank of `group`; its gradient is summed over the ranks."""
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 
@@ -65,14 +68,14 @@ def sum_gradient(tensor: Tensor, group: Group) -> Tensor:
     return summed
 
 
-def sum_over_world(tensor: Tensor) -> Tensor:
+def sum_over_world(tensor: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
     """Sum `tensor` over the world, in place, and return it on every rank."""
     if dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def gather_sequence(part: Tensor, group: Group) -> Tensor:
+def gather_sequence(part: Shaped[Tensor, "local_rows *axes"], group: Group) -> Shaped[Tensor, "rows *axes"]:
     """All-gather along dim 0: every rank's part, in rank order, on every rank of `group`."""
     world = dist.get_world_size(group)
     full = part.new_empty((world * part.shape[0], *part.shape[1:]))
@@ -80,7 +83,7 @@ def gather_sequence(part: Tensor, group: Group) -> Tensor:
     return full
 
 
-def scatter_sequence(full: Tensor, group: Group) -> Tensor:
+def scatter_sequence(full: Shaped[Tensor, "rows *axes"], group: Group) -> Shaped[Tensor, "local_rows *axes"]:
     """Reduce-scatter along dim 0: each rank gets its part of the sum of `full` over `group`."""
     world = dist.get_world_size(group)
     part = full.new_empty((full.shape[0] // world, *full.shape[1:]))
@@ -88,13 +91,15 @@ def scatter_sequence(full: Tensor, group: Group) -> Tensor:
     return part
 
 
-def local_sequence(full: Tensor, group: Group) -> Tensor:
+def local_sequence(full: Shaped[Tensor, "rows *axes"], group: Group) -> Shaped[Tensor, "local_rows *axes"]:
     """Return this rank's part of dim 0 of a tensor that every rank of `group` holds whole."""
     return full.chunk(dist.get_world_size(group))[dist.get_rank(group)]
 
 
-def all_to_all(parts: Sequence[Tensor], sizes: Sequence[int], group: Group) -> list[Tensor]:
-    """Send `parts[r]` (shapes may differ in dim 0) to rank r; return the received parts, `sizes[r]` rows of rank r."""
+def all_to_all(
+    parts: Sequence[Shaped[Tensor, "_rows *axes"]], sizes: Sequence[int], group: Group
+) -> list[Shaped[Tensor, "_rows *axes"]]:
+    """Send `parts[r]` to rank r; return the received parts, `sizes[r]` rows of rank r."""
     if dist.get_world_size(group) == 1:
         return list(parts)
     tail = parts[0].shape[1:]
@@ -132,16 +137,16 @@ def move(
     return received
 
 
-def gather_objects(value: Any, group: Group | None = None) -> list[Any]:
+def gather_objects(value: T, group: Group | None = None) -> list[T]:
     """Return the `value` of every rank, in rank order, on every rank of `group` (default: the world)."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
-    out: list[Any] = [None] * dist.get_world_size(group)
+    out = [value] * dist.get_world_size(group)
     dist.all_gather_object(out, value, group=group)
     return out
 
 
-def broadcast_object(value: Any, source: int = 0, group: Group | None = None) -> Any:
+def broadcast_object(value: object, source: int = 0, group: Group | None = None) -> Any:
     """Return the `value` of group rank `source` on every rank of `group` (default: the world)."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return value

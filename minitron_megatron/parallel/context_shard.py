@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Protocol
 
 import torch
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from .collectives import Group, gather_sequence, scatter_sequence
@@ -38,15 +39,15 @@ class ContextShard:
     def _starts(self, rank: int) -> tuple[int, int]:
         return rank * self.chunk, (2 * self.size - 1 - rank) * self.chunk
 
-    def take(self, whole: Tensor) -> Tensor:
+    def take(self, whole: Shaped[Tensor, "batch seq *axes"]) -> Shaped[Tensor, "batch local_seq *axes"]:
         """Return this rank's part of dim 1 of whole sequences."""
         return torch.cat([whole.narrow(1, start, self.chunk) for start in self._starts(self.rank)], 1)
 
-    def positions(self, tokens: Tensor) -> Tensor:
-        """Return the positions of this rank's tokens in the sequence: int64 [1, part of the sequence], on the host."""
+    def positions(self, tokens: Int64[Tensor, "batch local_seq"]) -> Int64[Tensor, "1 local_seq"]:
+        """Return the positions of this rank's tokens in the sequence, on the host."""
         return self.take(torch.arange(self.sequence)[None])
 
-    def whole(self, part: Tensor) -> Tensor:
+    def whole(self, part: Shaped[Tensor, "local_seq *axes"]) -> Shaped[Tensor, "seq *axes"]:
         """Gather the parts (dim 0) of all ranks into the whole sequence, on every rank; gradients are summed over
         ranks.
 
@@ -55,10 +56,10 @@ class ContextShard:
         gathered: Tensor = _Whole.apply(part, self)
         return gathered
 
-    def pieces(self, documents: Tensor | None) -> list[list[Piece]]:
+    def pieces(self, documents: Int64[Tensor, "batch seq"] | None) -> list[list[Piece]]:
         """Return the pieces of this rank's part in order, for each sample; one list for all without documents.
 
-        documents: document number of each token, int64 [batch, sequence]. A piece is a chunk, or the part of a chunk
+        documents: document number of each token. A piece is a chunk, or the part of a chunk
         that belongs to one document.
         """
         if documents is None:
@@ -73,24 +74,30 @@ class ContextShard:
                 yield a, b, max(begin for begin in begins if begin <= a)
 
 
+class _Context(Protocol):
+    """Autograd's context, from the forward to the backward pass."""
+
+    shard: ContextShard
+
+
 class _Whole(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, shard: ContextShard) -> Tensor:
+    def forward(ctx: _Context, part: Tensor, shard: ContextShard) -> Tensor:
         ctx.shard = shard
         return in_order(gather_sequence(part, shard.group), shard.size)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: _Context, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return scatter_sequence(by_rank(gradient, ctx.shard.size), ctx.shard.group), None
 
 
-def in_order(parts: Tensor, size: int) -> Tensor:
+def in_order(parts: Shaped[Tensor, "seq *axes"], size: int) -> Shaped[Tensor, "seq *axes"]:
     """Reorder dim 0 from rank order (the ranks' parts, concatenated) to sequence order."""
     early, late = parts.unflatten(0, (size, 2, -1)).unbind(1)
     return torch.cat([early, late.flip(0)]).flatten(0, 1)
 
 
-def by_rank(whole: Tensor, size: int) -> Tensor:
+def by_rank(whole: Shaped[Tensor, "seq *axes"], size: int) -> Shaped[Tensor, "seq *axes"]:
     """Reorder dim 0 from sequence order to rank order: the inverse of `in_order`."""
     early, late = whole.unflatten(0, (2, size, -1))
     return torch.stack([early, late.flip(0)], 1).flatten(0, 2)

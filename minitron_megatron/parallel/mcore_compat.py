@@ -6,18 +6,24 @@ import inspect
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .attention_context import AttentionContext
 from .mcore_patches import mend_writer, writes_collected
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
 
 __all__ = [
     "FITS",
@@ -32,6 +38,8 @@ __all__ = [
     "save_sharded",
     "undisturbed",
 ]
+
+P = ParamSpec("P")
 
 FITS = ("0.16.1", "0.19.2")
 """Versions that this file and the patches support: the default (Python 3.11) and the one of `make test-latest`."""
@@ -56,12 +64,14 @@ def _is_useful(record: logging.LogRecord) -> bool:
     return NOISY_LOGGERS[record.name].lower() not in record.getMessage().lower()
 
 
-def final_hidden(model: Any, tokens: Tensor, attention_context: AttentionContext | None = None) -> Tensor:
+def final_hidden(
+    model: object, tokens: Int64[Tensor, "batch seq"], attention_context: AttentionContext | None = None
+) -> Float[Tensor, "local_seq batch hidden"]:
     """Run a GPTModel up to its final norm, without the output layer: `GPTModel.forward` has no such switch.
 
-    tokens: int64 [batch, seq]. attention_context: passed as mcore's attention mask; only our core attention reads it.
-    Returns [seq (over tp, with sequence parallelism), batch, hidden]; before the last pipeline stage, that stage's
-    output. The model may be wrapped (DDP, Float16Module).
+    attention_context: passed as mcore's attention mask; only our core attention reads it.
+    With sequence parallelism, the states are those of this rank's part of the sequence; before the last pipeline stage,
+    they are that stage's output. The model may be wrapped (DDP, Float16Module).
     """
     from megatron.core.utils import get_attr_wrapped_model
 
@@ -76,7 +86,7 @@ def final_hidden(model: Any, tokens: Tensor, attention_context: AttentionContext
     return gpt.decoder(hidden_states=states, attention_mask=mask, rotary_pos_emb=rotary)
 
 
-def count_padding(wrapped: Sequence[Any]) -> None:
+def count_padding(wrapped: Sequence[DistributedDataParallel]) -> None:
     """Make checkpoints hold the whole DDP buffers, with the padding between buckets.
 
     mcore 0.16 writes the buckets without their padding, but reads each parameter from its offset with padding
@@ -90,7 +100,7 @@ def count_padding(wrapped: Sequence[Any]) -> None:
                 bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def load_optimizer(optimizer: Any, state: Mapping[Any, Any]) -> None:
+def load_optimizer(optimizer: MegatronOptimizer, state: Mapping[Any, Any]) -> None:
     """Load a checkpoint's optimizer state, but keep the optimizer's own maximum and minimum learning rate.
 
     mcore would take both from the checkpoint, where its scheduler looks first (optimizer_param_scheduler.py, `get_lr`):
@@ -118,7 +128,7 @@ def mark_expert(parameter: Any) -> None:
     parameter.allreduce = False
 
 
-def save_sharded(state: Mapping[str, Any], folder: str | Path, *, later: bool = False) -> Any:
+def save_sharded(state: Mapping[str, object], folder: str | Path, *, later: bool = False) -> Any:
     """Write a sharded state dict as mcore's distributed checkpoint into an existing, empty folder. Collective.
 
     later: only copy the tensors, and return the AsyncRequest that writes them.
@@ -131,7 +141,7 @@ def save_sharded(state: Mapping[str, Any], folder: str | Path, *, later: bool = 
         return dist_checkpointing.save(dict(state), str(folder), async_sharded_save=later)
 
 
-def _save_with_common_file(state: dict[str, Any], folder: Path, later: bool) -> Any:
+def _save_with_common_file(state: dict[str, object], folder: Path, later: bool) -> AsyncRequest | None:
     """Write with mcore 0.19 in 0.16's format, which 0.19 reads too: values that are not tensors go to common.pt, which
     is loaded weights-only.
 
@@ -159,18 +169,18 @@ def _save_with_common_file(state: dict[str, Any], folder: Path, later: bool) -> 
     return request if later else request.execute_sync()
 
 
-def undisturbed(request: Any) -> Any:
+def undisturbed(request: AsyncRequest) -> AsyncRequest:
     """Return mcore's AsyncRequest with its writers in a process group of their own: Ctrl-C in the terminal does not
     reach them, and `kill_writers` ends them together."""
     return request._replace(async_fn=request.async_fn and partial(_in_own_group, request.async_fn))
 
 
-def _in_own_group(work: Any, *args: Any, **kwargs: Any) -> None:
+def _in_own_group(work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
     os.setpgid(0, 0)
     work(*args, **kwargs)
 
 
-def kill_writers(caller: Any) -> None:
+def kill_writers(caller: TemporalAsyncCaller) -> None:
     """Kill the writer processes of mcore's async caller that runs an `undisturbed` request.
 
     mcore kills only the first process; those that it forked would wait forever and keep its standard error open.

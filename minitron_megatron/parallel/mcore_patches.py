@@ -8,14 +8,17 @@ from __future__ import annotations
 import pickle
 import queue
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .patch import patch, patched
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 __all__ = [
     "mend_distributed_optimizer",
@@ -42,7 +45,7 @@ def patch_mcore_for_cpu() -> None:
         patch(moe_utils, "te_general_gemm", None)
 
 
-_groups: dict[tuple[int, ...], Any] = {}
+_groups: dict[tuple[int, ...], object] = {}
 """Ranks -> their process group; the empty tuple stands for the world, whose end makes the others invalid."""
 
 
@@ -62,7 +65,9 @@ def _share_groups() -> None:
 
     create = parallel_state.create_group
 
-    def create_group(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:  # parallel_state.py:214
+    def create_group(  # parallel_state.py:214
+        ranks: Sequence[int] | None = None, *args: object, **kwargs: object
+    ) -> object:
         world = torch.distributed.group.WORLD
         if _groups.get(()) is not world:  # a script of the user's may end its world without Topology.stop
             _groups.clear()
@@ -86,7 +91,7 @@ def mend_distributed_optimizer() -> None:
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    def copy_states(self: Any, model_param: Any, tensors: dict[str, Tensor]) -> None:
+    def copy_states(self: DistributedOptimizer, model_param: nn.Parameter, tensors: dict[str, Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
         for name, state in {"param": main, **self.optimizer.state[main]}.items():
@@ -102,11 +107,11 @@ class _Results:
     def __init__(self) -> None:
         self.file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the request that holds it)
 
-    def put(self, results: Any) -> None:
+    def put(self, results: object) -> None:
         pickle.dump(results, self.file)
         self.file.flush()
 
-    def get_nowait(self) -> Any:
+    def get_nowait(self) -> object:
         self.file.seek(0)
         try:
             return pickle.load(self.file)
@@ -137,7 +142,7 @@ def mend_writer() -> None:
 
     original = FileSystemWriterAsync.write_preloaded_data
 
-    def write(*args: Any, **kwargs: Any) -> Any:
+    def write(*args: object, **kwargs: object) -> object:
         result = original(*args, **kwargs)
         if kwargs["results_queue"] is None and isinstance(result[1], Exception):
             raise result[1]

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 __all__ = ["patch", "patched", "unpatched"]
 
-_originals: dict[tuple[Any, str], Any] = {}
+_originals: dict[tuple[object, str], object] = {}
 _ABSENT = object()
 
 
-def patch(owner: Any, name: str, replacement: Any) -> None:
+def patch(owner: object, name: str, replacement: object) -> None:
     """Replace an attribute of a module or class for the whole process; a second call changes nothing."""
     if (owner, name) not in _originals:
         _originals[owner, name] = vars(owner).get(name, _ABSENT)
@@ -21,7 +20,7 @@ def patch(owner: Any, name: str, replacement: Any) -> None:
 
 
 @contextmanager
-def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+def patched(owner: object, name: str, replacement: object) -> Iterator[None]:
     """Replace an attribute inside the block only."""
     before = getattr(owner, name)
     setattr(owner, name, replacement)
@@ -32,7 +31,7 @@ def patched(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 
 @contextmanager
-def unpatched(owner: Any, name: str) -> Iterator[None]:
+def unpatched(owner: object, name: str) -> Iterator[None]:
     """Undo a `patch` inside the block: tests show by it that the patch is still needed."""
     replacement, original = vars(owner)[name], _originals[owner, name]
     delattr(owner, name) if original is _ABSENT else setattr(owner, name, original)

@@ -6,7 +6,7 @@ import math
 import os
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ class Topology(Parallel):
         return cls(**{name: getattr(layout, name) for name in Parallel.model_fields})
 
     @classmethod
-    def start(cls, layout: Parallel | None = None, **sizes: Any) -> Topology:
+    def start(cls, layout: Parallel | None = None, **sizes: int) -> Topology:
         """Join the processes that torchrun started (or only this one) and create the groups. Collective over the world.
 
         sizes: fields of the layout, such as `tp=2`, in place of a `Parallel`. Raises TopologyError where the number of
@@ -63,7 +63,7 @@ class Topology(Parallel):
         """
         quieten()
         install_cpu_backend()
-        topology = cls.of(layout.replaced(**sizes) if layout else Parallel(**sizes))
+        topology = cls.of((layout or Parallel()).replaced(**sizes))
         topology.check(dist.get_world_size() if dist.is_initialized() else _launched_world())
         if not dist.is_initialized():
             _join()
@@ -276,7 +276,7 @@ class Topology(Parallel):
         return next(c % self.pp for c, stage in enumerate(self.stages(layers)) if layer in stage)
 
 
-def _state() -> Any:
+def _state() -> ModuleType:
     from megatron.core import parallel_state
 
     return parallel_state

@@ -6,9 +6,9 @@ CUDA by device argument, by `.cuda()` and by type name, which a TorchFunctionMod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -18,6 +18,8 @@ from .patch import patch, patched
 __all__ = ["patch_torch", "uncompiled"]
 
 CPU = torch.device("cpu")
+
+T = TypeVar("T")
 
 
 def patch_torch() -> None:
@@ -30,7 +32,7 @@ def patch_torch() -> None:
     patch(torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())  # random.py:235 and 238
 
 
-def _on_cpu(device: Any) -> Any:
+def _on_cpu(device: T) -> T | torch.device:
     """Return the CPU for any spelling of a CUDA device, and anything else unchanged."""
     if isinstance(device, int) and not isinstance(device, bool):
         return CPU
@@ -42,7 +44,13 @@ def _on_cpu(device: Any) -> Any:
 class _CudaIsCpu(TorchFunctionMode):
     """Rewrite CUDA devices in factory calls, `.cuda()`, `.to()` and `.type()`."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if "device" in kwargs:  # optimizer/clip_grads.py:90, optimizer/optimizer.py:473, tensor_parallel/mappings.py:91
             kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import PlanError, did_you_mean
@@ -17,8 +18,8 @@ __all__ = ["SCOPES", "best_plan", "checked_sizes", "choose", "scores_of"]
 
 SCOPES = ("layer", "network")
 
-Ranked = Mapping[int | None, Tensor]
-"""Layer (None: shared by all layers) -> score of each unit of an axis: [units]."""
+Ranked = Mapping[int | None, Float[Tensor, "units"]]
+"""Layer (None: shared by all layers) -> score of each unit of an axis."""
 
 
 def choose(scores: Scores, *, layers: Sequence[int] | None = None, scope: str = "layer", **sizes: int) -> Plan:
@@ -141,7 +142,7 @@ def _group_sizes(axis: str, shape: Shape, sizes: Mapping[str, int]) -> tuple[int
     return sizes[axis], shape.axis_size(axis)
 
 
-def _best(units: Tensor, among: Sequence[int], each: int, size: int) -> tuple[tuple[int, ...], float]:
+def _best(units: Float[Tensor, "units"], among: Sequence[int], each: int, size: int) -> tuple[tuple[int, ...], float]:
     """Return (kept indices ascending, smallest relative margin): the `each` best units of every group of `size`.
 
     among: the indices that may be kept, group by group.

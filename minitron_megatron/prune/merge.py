@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..errors import PlanError, did_you_mean
 from ..layout import Param, Shape, axis_coords, coords, layer_of, lookup
-from ..model import named_shards
+from ..model import Model, named_shards
 from ..parallel import Topology, fail_together, gather_sequence
 from ..records import Plan, Scores
 from .choose import scores_of
@@ -27,7 +25,7 @@ HeadPair = tuple[int, int]
 
 
 def merge_heads(
-    model: Any, scores: Scores, plan: Plan, topology: Topology, *, merge: str = "q", sign: str = "printed"
+    model: Model, scores: Scores, plan: Plan, topology: Topology, *, merge: str = "q", sign: str = "printed"
 ) -> None:
     """Change the heads that `plan` keeps, in place, before `trim` removes the others. Collective over the world.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from ..errors import PlanError
 from ..layout import PUBLIC_AXES, Param, Shape, expert_of, kept_rows, layer_of, lookup
-from ..model import NamedShard, assign, check_fits, chunks_of, named_shards, owner_rank, rebuild, shape_of
+from ..model import Chunk, Model, NamedShard, assign, check_fits, chunks_of, named_shards, owner_rank, rebuild, shape_of
 from ..parallel import Topology, all_to_all, fail_together, move
 from ..records import Plan
 
@@ -20,7 +20,7 @@ BLOCKS = 16
 """Pieces in which a parameter is cut and sent; the extra memory is a few pieces, a few times 1/16 of the parameter."""
 
 
-def trim(model: Any, plan: Plan, topology: Topology) -> list[Any]:
+def trim(model: Model, plan: Plan, topology: Topology) -> list[Chunk]:
     """Cut a model in place and return its chunks in the new sizes; the old modules are left empty.
 
     Works on any mcore GPTModel with the layout table's names. Kept units may lie unevenly over the ranks: each
@@ -33,7 +33,7 @@ def trim(model: Any, plan: Plan, topology: Topology) -> list[Any]:
     return _cut(model, plan, topology, free=True)
 
 
-def trimmed_view(model: Any, plan: Plan, topology: Topology) -> list[Any]:
+def trimmed_view(model: Model, plan: Plan, topology: Topology) -> list[Chunk]:
     """Return the chunks that `trim` would return, but leave the model unchanged.
 
     Parameters that the plan does not cut are shared with the model: measure the result, do not train it. Collective
@@ -43,14 +43,14 @@ def trimmed_view(model: Any, plan: Plan, topology: Topology) -> list[Any]:
     return _cut(model, plan, topology, free=False)
 
 
-def check_cut(model: Any, plan: Plan, topology: Topology) -> None:
+def check_cut(model: Model, plan: Plan, topology: Topology) -> None:
     """Raise PlanError if the plan is for another shape or the model is wrapped, and TopologyError if the new sizes do
     not fit the layout. Not collective."""
     _check(chunks_of(model), plan)
     check_fits(plan.target, topology)
 
 
-def _cut(model: Any, plan: Plan, topology: Topology, *, free: bool) -> list[Any]:
+def _cut(model: Model, plan: Plan, topology: Topology, *, free: bool) -> list[Chunk]:
     """Build the cut model. free: release each old shard once it is cut."""
     old_chunks, target = chunks_of(model), plan.target
     new_chunks = rebuild(old_chunks, shape_of(old_chunks[0]).resized(**_sizes(target)), topology)
@@ -70,7 +70,7 @@ def _cut(model: Any, plan: Plan, topology: Topology, *, free: bool) -> list[Any]
     return new_chunks
 
 
-def _check(chunks: Sequence[Any], plan: Plan) -> None:
+def _check(chunks: Sequence[Chunk], plan: Plan) -> None:
     for chunk in chunks:
         if not hasattr(chunk, "decoder"):
             raise PlanError(
@@ -157,7 +157,7 @@ def _trimmed(shard: NamedShard, plan: Plan, topology: Topology) -> Tensor:
     return new
 
 
-def _held(param: Param, sizes: Mapping[str, int], topology: Topology) -> list[Tensor]:
+def _held(param: Param, sizes: Mapping[str, int], topology: Topology) -> list[Int64[Tensor, "_local_rows"]]:
     """Return, for every dim, the unsharded rows that this rank holds."""
     return [param.shard_rows(dim, sizes, topology.tp_rank, topology.tp) for dim in range(len(param.dims))]
 
@@ -166,7 +166,9 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes per element -> integer dtype of that width."""
 
 
-def _take(part: Tensor, dim: int, index: Tensor, into: Tensor | None = None) -> Tensor:
+def _take(
+    part: Shaped[Tensor, "..."], dim: int, index: Int64[Tensor, "kept"], into: Shaped[Tensor, "..."] | None = None
+) -> Shaped[Tensor, "..."]:
     """Copy rows of a dim by their positions, to new memory or `into` a tensor of their shape.
 
     Along the last dim the elements are gathered as integers of the same width: several times as fast on a CPU as
@@ -183,7 +185,9 @@ def _take(part: Tensor, dim: int, index: Tensor, into: Tensor | None = None) -> 
     return into
 
 
-def _cut_dim(part: Tensor, dim: int, param: Param, kept: Tensor, plan: Plan, topology: Topology, into: Tensor) -> None:
+def _cut_dim(
+    part: Tensor, dim: int, param: Param, kept: Int64[Tensor, "kept_rows"], plan: Plan, topology: Topology, into: Tensor
+) -> None:
     """Keep rows of a dim; if tp splits the dim, send each row to its new rank, in order. kept: unsharded rows.
 
     Collective over tp unless no row changes its rank, on which all ranks agree.

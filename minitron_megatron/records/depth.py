@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import CheckpointError, FileError
 from ..files import read_as, write_json
@@ -19,7 +18,7 @@ __all__ = ["DepthScores"]
 class _File:
     """JSON content of a depth scores file."""
 
-    shape: dict[str, Any]
+    shape: dict[str, object]
     metric: str
     lower_is_better: bool
     baseline: float

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from typing_extensions import TypedDict
@@ -21,13 +21,15 @@ __all__ = ["SAFE_MARGIN", "Plan"]
 SAFE_MARGIN = 1e-5
 """Below this relative margin, another order of floating-point additions could choose another unit."""
 
+T = TypeVar("T")
+
 Indices = Mapping[str, Mapping[int | None, tuple[int, ...]]]
 
 
 class _File(TypedDict):
     """JSON content of a plan file; layers are string keys."""
 
-    shape: dict[str, Any]
+    shape: dict[str, object]
     keep: dict[str, dict[str, tuple[int, ...]]]
     layers: tuple[int, ...] | None
     margins: dict[str, dict[str, float | None]]
@@ -138,7 +140,10 @@ class Plan:
             raw = read_as(path, _File)
             shape = read_shape(raw["shape"], f"{path}: shape")
             keep = {axis: _by_layer(indices) for axis, indices in raw["keep"].items()}
-            margins = {axis: _by_layer(values, _margin) for axis, values in raw["margins"].items()}
+            margins = {
+                axis: {layer: _margin(value) for layer, value in _by_layer(values).items()}
+                for axis, values in raw["margins"].items()
+            }
         except ValueError as error:
             cause = str(error).rstrip(".")
             raise CheckpointError(f"{path} holds no plan ({cause}). Run `minitron prune` again.") from error
@@ -148,9 +153,9 @@ class Plan:
             raise PlanError(f"{path}: {error}") from error
 
 
-def _by_layer(values: Mapping[str, Any], of: Callable[[Any], Any] = lambda value: value) -> dict[int | None, Any]:
+def _by_layer(values: Mapping[str, T]) -> dict[int | None, T]:
     """Turn the string keys of JSON back into layers."""
-    return {None if key == "null" else int(key): of(value) for key, value in values.items()}
+    return {None if key == "null" else int(key): value for key, value in values.items()}
 
 
 def _margin(value: float | None) -> float:

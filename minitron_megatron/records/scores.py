@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ __all__ = ["Scores"]
 class About(TypedDict):
     """Header of a scores file."""
 
-    shape: dict[str, Any]
+    shape: dict[str, object]
     statistic: Statistic
     samples: int
     tokens: int

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..errors import FileError
 from ..files import check_as
 from ..layout import Shape
@@ -14,7 +12,7 @@ MOST_LAYERS, MOST = 10**5, 2**31
 """Upper bounds of a shape's sizes: no model has larger ones, and lists of such a length would fill the memory."""
 
 
-def read_shape(value: Any, where: str) -> Shape:
+def read_shape(value: object, where: str) -> Shape:
     """Return a JSON value as a Shape of plausible size. Raises FileError, which names `where`."""
     shape = check_as(value, Shape, where)
     if shape.layers > MOST_LAYERS or max(vars(shape).values()) > MOST:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,16 @@ from .moments import Moments
 from .streams import Stream, Work
 from .weights import Weights
 
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
 __all__ = ["Routed", "refit_experts", "routed"]
 
 Routed = tuple[Tensor, Tensor]
 """(normed inputs: [tokens, hidden], weights by the router, 0 where it sends nothing: [tokens, experts])."""
 
 
-def routed(work: Work, seen: dict[str, Any]) -> Routed:
+def routed(work: Work, seen: Mapping[str, Any]) -> Routed:
     """Inputs and routing of a micro-batch, for the tokens of all positions. Collective over tp."""
     probabilities, sent = seen["router"]
     weights = (probabilities * sent).detach()
@@ -86,7 +89,7 @@ def _moments(
     return found
 
 
-def _neurons_of(mcore: Any) -> Callable[[Tensor, Tensor], Tensor]:
+def _neurons_of(mcore: TransformerConfig) -> Callable[[Tensor, Tensor], Tensor]:
     """(inputs, weight of fc1) -> activations that enter fc2."""
 
     def neurons(inputs: Tensor, weight: Tensor) -> Tensor:

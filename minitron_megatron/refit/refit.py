@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from ..data import Batch
 from ..errors import PlanError, did_you_mean, expect_number
 from ..events import Event, Listener, silent
 from ..layout import lookup
-from ..model import chunks_of, evaluating, run_layer, shape_of
+from ..model import Chunk, Model, chunks_of, evaluating, run_layer, shape_of
 from ..parallel import Topology, fail_together, gather_objects
 from ..records import Plan
 from .mixture import Routed, refit_experts, routed
@@ -21,6 +21,9 @@ from .moments import Moments, unshard
 from .solve import RIDGES
 from .streams import Stream, Work
 from .weights import SiteFit, Weights
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 __all__ = ["Method", "refit"]
 
@@ -33,8 +36,8 @@ states so far and aims at the teacher's, which makes up for earlier errors and f
 
 @torch.no_grad()
 def refit(
-    student: Any,
-    teacher: Any,
+    student: Model,
+    teacher: Model,
     plan: Plan,
     batches: Sequence[Batch],
     topology: Topology,
@@ -62,7 +65,9 @@ def refit(
     return [fit for stage in gather_objects(run.weights.fits, topology.pp_group) for fit in stage]
 
 
-def _check(students: Sequence[Any], teachers: Sequence[Any], plan: Plan, method: str, ridges: Sequence[float]) -> None:
+def _check(
+    students: Sequence[Chunk], teachers: Sequence[Chunk], plan: Plan, method: str, ridges: Sequence[float]
+) -> None:
     if method not in get_args(Method):
         raise PlanError(f"refit method {method!r} is not known.{did_you_mean(method, get_args(Method))}")
     if not ridges:
@@ -82,8 +87,8 @@ class _Run:
 
     def __init__(
         self,
-        students: Sequence[Any],
-        teachers: Sequence[Any],
+        students: Sequence[Chunk],
+        teachers: Sequence[Chunk],
         plan: Plan,
         batches: Sequence[Batch],
         topology: Topology,
@@ -154,7 +159,7 @@ class _Run:
         read = ("qkv", "mlp") if self.narrow else ("mlp",) if self.plan.shape.experts else ()
         return ("middle", "out", *read)
 
-    def _seen(self, layer: Any, stream: Stream, points: Sequence[str]) -> dict[str, Stream]:
+    def _seen(self, layer: TransformerLayer, stream: Stream, points: Sequence[str]) -> dict[str, Stream]:
         """The streams at points of a teacher's layer."""
         found: dict[str, Stream] = {point: [] for point in points}
         for states, arguments in zip(stream, self.work.arguments, strict=True):
@@ -168,7 +173,9 @@ class _Run:
         layer, states = self.work.student_layers[number], self.work.here(stream[batch])
         return run_layer(layer, self.work.arguments[batch], states, points)
 
-    def _read_layer(self, number: int, source: int, teacher: Any, ours: Stream, seen: dict[str, Stream]) -> None:
+    def _read_layer(
+        self, number: int, source: int, teacher: TransformerLayer, ours: Stream, seen: dict[str, Stream]
+    ) -> None:
         """Repair all of a layer but its last projection; the teacher's is on this stage."""
         shell, at = teacher.layer_number - 1, f"decoder.layers.{number}."
         if self.narrow:

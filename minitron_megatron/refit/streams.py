@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import Batch
 from ..errors import DataError
-from ..model import Arguments, layer_arguments, layers_of
+from ..model import Arguments, Chunk, layer_arguments, layers_of
 from ..parallel import Topology, gather_sequence, move
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 __all__ = ["Stream", "Work", "token_kinds"]
 
@@ -26,7 +29,9 @@ Stream = list[Tensor]
 class Work:
     """The micro-batches of this rank and the ranks around it."""
 
-    def __init__(self, student: Sequence[Any], teacher: Sequence[Any], batches: Sequence[Batch], topology: Topology):
+    def __init__(
+        self, student: Sequence[Chunk], teacher: Sequence[Chunk], batches: Sequence[Batch], topology: Topology
+    ):
         self.student, self.teacher, self.batches, self.topology = student, teacher, batches, topology
         self.student_layers, self.teacher_layers = layers_of(student), layers_of(teacher)
         self.kinds = token_kinds(batches, topology)
@@ -45,7 +50,7 @@ class Work:
             self.arguments.append(arguments)
         return streams
 
-    def _zeros(self, chunk: Any, batch: Batch) -> Tensor:
+    def _zeros(self, chunk: Chunk, batch: Batch) -> Tensor:
         samples, sequence = batch.tokens.shape
         sequence //= self.topology.tp if self.topology.sequence_parallel else 1
         dtype = next(chunk.parameters()).dtype
@@ -87,7 +92,7 @@ class Work:
         return self.topology.rank_at(stage, self.topology.tp_rank, self.topology.dp_rank)
 
     @contextmanager
-    def teacher_layer(self, number: int, layers: int, stage: int) -> Iterator[Any]:
+    def teacher_layer(self, number: int, layers: int, stage: int) -> Iterator[TransformerLayer | None]:
         """A layer of the teacher on pipeline stage `stage`, None on the others. Where it lives elsewhere its weights
         stand in the place of a layer's that is there. Collective over the two stages."""
         home, at = self.topology.stage_of(number, layers), self.topology.pp_rank
@@ -98,7 +103,7 @@ class Work:
             yield None
             return
         layer = self.teacher_layers[number] if at == home else next(iter(self.teacher_layers.values()))
-        own: list[tuple[Any, Tensor]] = []
+        own: list[tuple[nn.Parameter, Tensor]] = []
         for _, parameter in sorted(layer.named_parameters()):
             there = (self._same_place(home), self._same_place(stage))
             found = move(

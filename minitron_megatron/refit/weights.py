@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import PlanError
 from ..layout import Shape, expert_of, kept_rows, lookup
-from ..model import NamedShard, assign, field_of, named_shards
+from ..model import Chunk, NamedShard, assign, field_of, named_shards
 from ..parallel import Topology, all_reduce, gather_sequence
 from ..records import Plan
 from .moments import share_of, unshard
@@ -40,7 +39,12 @@ class Weights:
     """The linear layers of student and teacher that live on this rank's pipeline stage."""
 
     def __init__(
-        self, student: Sequence[Any], teacher: Sequence[Any], plan: Plan, topology: Topology, ridges: Sequence[float]
+        self,
+        student: Sequence[Chunk],
+        teacher: Sequence[Chunk],
+        plan: Plan,
+        topology: Topology,
+        ridges: Sequence[float],
     ) -> None:
         self.plan, self.topology, self.ridges = plan, topology, ridges
         self.shards = {"student": _shards(student), "teacher": _shards(teacher)}
@@ -172,7 +176,7 @@ class Weights:
         assign(shard, whole)
 
 
-def _shards(model: Sequence[Any]) -> dict[str, NamedShard]:
+def _shards(model: Sequence[Chunk]) -> dict[str, NamedShard]:
     return {shard.name: shard for shard in named_shards(model)}
 
 

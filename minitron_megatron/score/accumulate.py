@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from ..parallel import Group, all_reduce, local_sequence
@@ -18,10 +19,10 @@ class Accumulator:
         """sequence_group: the ranks that share each sample's positions (sequence parallelism)."""
         self.statistic = statistic
         self.sequence_group = sequence_group
-        self.sums: Tensor | None = None
+        self.sums: Float64[Tensor, "3 units"] | None = None
 
-    def add(self, activations: Tensor, mask: Tensor) -> None:
-        """Add one micro-batch. activations: [s, b, units]; mask: [b, s over all ranks], true where a position counts.
+    def add(self, activations: Float[Tensor, "local_seq batch units"], mask: Bool[Tensor, "batch seq"]) -> None:
+        """Add one micro-batch. mask: true where a position counts, of the whole sequence.
 
         Collective over `sequence_group` if there is one.
         """
@@ -38,18 +39,15 @@ class Accumulator:
         sums = numbers.sum(0, dtype=dtype)
         return sums if self.sequence_group is None else all_reduce(sums, self.sequence_group)
 
-    def add_samples(self, per_sample: Tensor, counted: Tensor) -> None:
-        """Add samples already reduced over positions.
-
-        per_sample: fp64 [samples, units]. counted: fp64 [samples], 1 where a sample counts.
-        """
+    def add_samples(self, per_sample: Float64[Tensor, "samples units"], counted: Float64[Tensor, "samples"]) -> None:
+        """Add samples already reduced over positions. counted: 1 where a sample counts."""
         moments = torch.stack(
             [counted @ per_sample, counted @ per_sample.square(), counted.sum().expand(per_sample.shape[1])]
         )
         self.sums = moments if self.sums is None else self.sums + moments
 
-    def result(self, data_group: Group | None) -> Tensor:
-        """Reduce over the samples of all ranks of `data_group`; return fp64 [units]. Collective over that group."""
+    def result(self, data_group: Group | None) -> Float64[Tensor, "units"]:
+        """Reduce over the samples of all ranks of `data_group`. Collective over that group."""
         assert self.sums is not None, "no activation was added to this tap"
         total, squares, samples = self.sums if data_group is None else all_reduce(self.sums.clone(), data_group)
         return REDUCTIONS[self.statistic.batch].over_samples(total, squares, samples)

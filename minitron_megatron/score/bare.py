@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..errors import PlanError
-from ..model import chunks_of
+from ..model import Chunk, Model, chunks_of
 
 __all__ = ["bare_chunks"]
 
 
-def bare_chunks(model: Any) -> list[Any]:
+def bare_chunks(model: Model) -> list[Chunk]:
     """Return the chunks of a model. Raises PlanError if one is wrapped (DDP, Float16Module)."""
     chunks = chunks_of(model)
     for chunk in chunks:

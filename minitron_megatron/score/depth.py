@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from ..data import Batch
@@ -17,7 +17,9 @@ from ..events import Event, Listener, silent
 from ..layout import Shape
 from ..losses import Output, Vocabulary, distill_loss, lm_loss
 from ..model import (
+    Chunk,
     MicroBatch,
+    Model,
     chunks_of,
     evaluating,
     forward_kept,
@@ -33,7 +35,10 @@ from .bare import bare_chunks
 
 __all__ = ["LOSSES", "Metric", "RunBatches", "TokenMetric", "blocks_of", "count", "expect_finite", "leave_out"]
 
-RunBatches = Callable[[Sequence[MicroBatch]], list[Tensor]]
+States = Float[Tensor, "local_seq batch hidden"]
+"""Final hidden states of a micro-batch."""
+
+RunBatches = Callable[[Sequence[MicroBatch]], list[States]]
 """`forward_only` of the remaining network: returns the final hidden states of this replica's micro-batches on the last
 pipeline stage, and an empty list on earlier stages. Collective over the model's ranks."""
 
@@ -49,7 +54,7 @@ yet, the metric of the whole network comes first."""
 Progress = Callable[[int], None]
 """Reports how many more forward passes (networks x micro-batches) are done."""
 
-ValueOf = Callable[[Topology, Sequence[Tensor], Any, Tensor, Batch, int], Tensor]
+ValueOf = Callable[[Topology, Sequence[States], Chunk, States, Batch, int], Float[Tensor, ""]]
 """(topology, final hidden states of the whole network, chunk, hidden, batch, index) -> value, summed over the tokens
 that count."""
 
@@ -65,7 +70,7 @@ class TokenMetric:
 
 
 def leave_out(
-    model: Any,
+    model: Model,
     batches: Sequence[Batch],
     *,
     topology: Topology,
@@ -103,7 +108,7 @@ def leave_out(
         found = dict(zip(blocks, values, strict=True))
         expect_finite(found, baseline)
         singles = {first: value for (first, length), value in found.items() if length == 1}
-        order = _one_by_one(measure, singles, greedy, min if by_token else max)
+        order = _one_by_one(measure, singles, greedy, lower=by_token)
     name = metric.name if isinstance(metric, TokenMetric) else getattr(metric, "__name__", "metric")
     return DepthScores(shape, name, by_token, baseline, found, order, samples, tokens, model_hash)
 
@@ -157,8 +162,11 @@ def _progress(listener: Listener, total: int, each: int = 1) -> Progress:
     return report
 
 
-def _one_by_one(measure: Measure, singles: dict[int, float], steps: int, best_of: Any) -> tuple[tuple[int, float], ...]:
-    """Return the greedy order of removal. singles: layer -> the metric without that layer alone."""
+def _one_by_one(
+    measure: Measure, singles: dict[int, float], steps: int, *, lower: bool
+) -> tuple[tuple[int, float], ...]:
+    """Return the greedy order of removal. singles: layer -> the metric without that layer alone; lower:
+    whether lower metrics are better."""
     order: list[tuple[int, float]] = []
     for step in range(steps):
         if step:
@@ -166,12 +174,12 @@ def _one_by_one(measure: Measure, singles: dict[int, float], steps: int, best_of
             rest = [layer for layer in singles if layer not in removed]
             singles = dict(zip(rest, measure(removed, [(layer,) for layer in rest]), strict=True))
             expect_finite({(layer, 1): value for layer, value in singles.items()})
-        best = best_of(singles, key=singles.__getitem__)
+        best = (min if lower else max)(singles, key=singles.__getitem__)
         order.append((best, singles[best]))
     return tuple(order)
 
 
-def _by_function(model: Any, metric: Metric, progress: Progress) -> Measure:
+def _by_function(model: Model, metric: Metric, progress: Progress) -> Measure:
     def measure(removed: Layers, blocks: Sequence[Layers]) -> list[float]:
         values = []
         for block in blocks if removed else [(), *blocks]:
@@ -191,7 +199,7 @@ def _token_metric(name: str) -> TokenMetric:
 
 
 def _by_token(
-    model: Any, batches: Sequence[Batch], metric: TokenMetric, tokens: int, topology: Topology, progress: Progress
+    model: Model, batches: Sequence[Batch], metric: TokenMetric, tokens: int, topology: Topology, progress: Progress
 ) -> Measure:
     def measure(removed: Layers, blocks: Sequence[Layers]) -> list[float]:
         sums = torch.zeros(1 + len(blocks), dtype=torch.float64, device=topology.device)
@@ -210,19 +218,23 @@ def _by_token(
     return measure
 
 
-def _loss(topology: Topology, whole: Sequence[Tensor], chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
+def _loss(
+    topology: Topology, whole: Sequence[States], chunk: Chunk, hidden: States, batch: Batch, index: int
+) -> Float32[Tensor, ""]:
     model = Output(hidden, output_weight(chunk).detach())
     return lm_loss(model, batch.labels, batch.mask, _vocabulary(topology, chunk))
 
 
-def _kl(topology: Topology, whole: Sequence[Tensor], chunk: Any, hidden: Tensor, batch: Batch, index: int) -> Tensor:
+def _kl(
+    topology: Topology, whole: Sequence[States], chunk: Chunk, hidden: States, batch: Batch, index: int
+) -> Float32[Tensor, ""]:
     """Return the summed KL from the whole network. whole: its final hidden states."""
     weight = output_weight(chunk).detach()
     models = Output(hidden, weight), Output(whole[index], weight)
     return distill_loss(*models, batch.mask, _vocabulary(topology, chunk))
 
 
-def _vocabulary(topology: Topology, chunk: Any) -> Vocabulary:
+def _vocabulary(topology: Topology, chunk: Chunk) -> Vocabulary:
     return Vocabulary(shape_of(chunk).vocab, topology.tp_group, topology.sequence_parallel)
 
 

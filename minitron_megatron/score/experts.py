@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from ..errors import PlanError
-from ..model import chunks_of
+from ..model import Model, chunks_of
 from ..parallel import Topology, all_reduce, gather_objects, gather_sequence, local_sequence
 from ..records import REDUCTIONS, Statistic
 from .accumulate import Accumulator
 from .taps import EXPERT_AXES
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
 __all__ = ["Mixture", "mixtures"]
 
@@ -28,13 +32,13 @@ class Mixture:
 
     def __init__(
         self,
-        layer: Any,
+        layer: TransformerLayer,
         statistic: Statistic,
         axes: tuple[str, ...],
         topology: Topology,
-        mask: Callable[[], Tensor],
+        mask: Callable[[], Bool[Tensor, "batch seq"]],
     ) -> None:
-        """mask: returns the positions of the current micro-batch that count, bool [batch, seq]."""
+        """mask: returns the positions of the current micro-batch that count."""
         self.layer: int = layer.layer_number - 1
         self.topology, self.statistic, self.axes, self.mask = topology, statistic, axes, mask
         if not hasattr(layer.mlp.experts, "local_experts"):
@@ -50,7 +54,7 @@ class Mixture:
         for expert, module in enumerate(experts):
             self.handles.append(module.linear_fc2.register_forward_hook(self._expert_hook(expert)))
 
-    def _route(self, router: Any, args: Any, out: tuple[Tensor, Tensor]) -> None:
+    def _route(self, router: object, args: object, out: tuple[Tensor, Tensor]) -> None:
         """Record the sample of each token that the local experts are about to get.
 
         mcore orders these tokens by rank of the expert-parallel group, then by position among the rank's tokens.
@@ -70,7 +74,7 @@ class Mixture:
         self.sent = sent[:, self.first : self.first + len(self.neurons)]
 
     def _expert_hook(self, expert: int) -> Callable[..., None]:
-        def hook(linear: Any, args: tuple[Tensor, ...], out: tuple[Tensor, Any]) -> None:
+        def hook(linear: object, args: tuple[Tensor, ...], out: tuple[Tensor, object]) -> None:
             sample = self.sample[self.sent[:, expert]]
             counts = sample >= 0
             if "experts" in self.axes:
@@ -81,14 +85,13 @@ class Mixture:
 
         return hook
 
-    def _add_neurons(self, sums: Accumulator, activations: Tensor, sample: Tensor) -> None:
-        """Add one expert's tokens to `sums`. activations: [tokens, neurons]; sample: int64 [tokens].
-
-        Collective over the ranks with the same experts.
-        """
+    def _add_neurons(
+        self, sums: Accumulator, activations: Float[Tensor, "tokens neurons"], sample: Int64[Tensor, "tokens"]
+    ) -> None:
+        """Add one expert's tokens to `sums`. Collective over the ranks with the same experts."""
         lengths = self.lengths
 
-        def total(numbers: Tensor, dtype: Any = None) -> Tensor:
+        def total(numbers: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             table = torch.zeros(len(lengths), numbers.shape[1], dtype=torch.float64, device=numbers.device)
             return all_reduce(table.index_add_(0, sample, numbers.double()), self.topology.edp_group)
 
@@ -96,8 +99,8 @@ class Mixture:
         per_sample = REDUCTIONS[self.statistic.sequence].over_positions(activations, length, total)
         sums.add_samples(per_sample.double(), (lengths > 0).double())
 
-    def results(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (axis, scores of all experts' units: fp64 [units]). Collective over the ranks that hold the experts."""
+    def results(self) -> Iterator[tuple[str, Float64[Tensor, "units"]]]:
+        """Yield (axis, scores of all experts' units). Collective over the ranks that hold the experts."""
         if "experts" in self.axes:
             sums, tokens = all_reduce(self.norms.clone(), self.topology.edp_group)
             yield "experts", self._gather_experts(sums / tokens.clamp(min=1))
@@ -109,7 +112,11 @@ class Mixture:
 
 
 def mixtures(
-    model: Any, statistic: Statistic, axes: Sequence[str], topology: Topology, mask: Callable[[], Tensor]
+    model: Model,
+    statistic: Statistic,
+    axes: Sequence[str],
+    topology: Topology,
+    mask: Callable[[], Bool[Tensor, "batch seq"]],
 ) -> list[Mixture]:
     """Hook every MoE layer of this rank for the expert axes among `axes`; without such axes, hook nothing."""
     wanted = tuple(axis for axis in axes if axis in EXPERT_AXES)

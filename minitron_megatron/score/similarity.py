@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from ..data import Batch
 from ..events import Event, Listener, silent
-from ..model import MicroBatch, States, evaluating, forward_kept, shape_of, windows
+from ..model import MicroBatch, Model, States, evaluating, forward_kept, shape_of, windows
 from ..parallel import Topology, move, sum_over_world
 from ..records import DepthScores
 from .bare import bare_chunks
@@ -24,7 +24,7 @@ Block = tuple[int, int]
 
 
 def block_importance(
-    model: Any,
+    model: Model,
     batches: Sequence[Batch],
     *,
     topology: Topology,
@@ -59,8 +59,10 @@ def block_importance(
     return DepthScores(shape, "bi", True, 0.0, found, (), samples, tokens, model_hash)
 
 
-def _cosines(states: States, batch: MicroBatch, blocks: Sequence[Block], layers: int, topology: Topology) -> Tensor:
-    """Return, for each block that ends on this pipeline stage, the summed cosines of this rank's counted tokens: fp64.
+def _cosines(
+    states: States, batch: MicroBatch, blocks: Sequence[Block], layers: int, topology: Topology
+) -> Float64[Tensor, "blocks"]:
+    """Return, for each block that ends on this pipeline stage, the summed cosines of this rank's counted tokens.
 
     Collective over pp: every rank goes through all blocks in the same order, so that each send meets its receive.
     """
@@ -84,6 +86,6 @@ def _rank(stage: int, topology: Topology) -> int:
     return topology.rank_at(stage, topology.tp_rank, topology.dp_rank)
 
 
-def _local(sequence_first: Tensor, topology: Topology) -> Tensor:
-    """Return this rank's part of [seq, batch]: all of it without sequence parallelism."""
+def _local(sequence_first: Bool[Tensor, "seq batch"], topology: Topology) -> Bool[Tensor, "local_seq batch"]:
+    """Return this rank's part of a mask: all of it without sequence parallelism."""
     return sequence_first.chunk(topology.tp)[topology.tp_rank] if topology.sequence_parallel else sequence_first

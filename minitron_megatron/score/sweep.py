@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..data import Batch
 from ..errors import PlanError
@@ -16,6 +17,7 @@ from ..layout import PER_LAYER, Shape, layer_of
 from ..model import (
     FUSED_NORM,
     MicroBatch,
+    Model,
     NamedShard,
     forward_only,
     fused_norm,
@@ -32,8 +34,8 @@ from .taps import Tap, axes_of, axis_scores, channel_units, check_axes, head_nor
 
 __all__ = ["score"]
 
-Values = dict[str, dict[int | None, Tensor]]
-"""Axis -> layer -> scores: fp64 [units]. The layer is None for an axis that all layers share."""
+Values = dict[str, dict[int | None, Float64[Tensor, "_units"]]]
+"""Axis -> layer -> scores of the units. The layer is None for an axis that all layers share."""
 
 Broken = list[tuple[int, str]]
 """(layer, axis) of each tap with a NaN or an infinity, in the order of the modules."""
@@ -47,16 +49,18 @@ class _Site:
     name: str
     """The parameter whose layout maps channels to units."""
     dim: int
-    units: Tensor
-    """Unit of each accumulated number: int64 [local units]."""
+    units: Int64[Tensor, "local_units"]
+    """Unit of each accumulated number."""
     sums: Accumulator
 
 
 class _Sweep:
     """Hooks of one sweep and the sums that they collect."""
 
-    def __init__(self, model: Any, axes: Sequence[str], statistic: Statistic, shape: Shape, topology: Topology) -> None:
-        self.mask: Tensor | None = None
+    def __init__(
+        self, model: Model, axes: Sequence[str], statistic: Statistic, shape: Shape, topology: Topology
+    ) -> None:
+        self.mask: Bool[Tensor, "batch seq"] | None = None
         self.shape, self.topology, self.statistic = shape, topology, statistic
         self.sites: list[_Site] = []
         self.handles = []
@@ -68,7 +72,7 @@ class _Sweep:
         self.mixtures = mixtures(model, statistic, axes, topology, self.current_mask)
         self.handles += [handle for mixture in self.mixtures for handle in mixture.handles]
 
-    def _hook(self, shard: NamedShard, axis: str, tap: Tap) -> Any:
+    def _hook(self, shard: NamedShard, axis: str, tap: Tap) -> RemovableHandle:
         module, name = shard.module, shard.name
         channels = channel_units(axis, name, tap.dim, self.shape, self.topology)
         norms = axis == "heads" and self.statistic.heads == "norm_first"
@@ -76,7 +80,7 @@ class _Sweep:
         sums = Accumulator(self.statistic, self.topology.tp_group if shared else None)
         self.sites.append(_Site(axis, name, tap.dim, channels.unique() if norms else channels, sums))
 
-        def record(activations: Any) -> None:
+        def record(activations: Tensor | tuple[Tensor, ...]) -> None:
             a = activations[0] if isinstance(activations, tuple) else activations  # mcore's linears: (output, bias)
             sums.add(head_norms(a, channels) if norms else a, self.current_mask())
 
@@ -90,8 +94,8 @@ class _Sweep:
         """Give the hooks the mask of the next micro-batch."""
         self.mask = batch.mask
 
-    def current_mask(self) -> Tensor:
-        """Return the positions of the current micro-batch that count: bool [batch, seq]."""
+    def current_mask(self) -> Bool[Tensor, "batch seq"]:
+        """Return the positions of the current micro-batch that count."""
         assert self.mask is not None
         return self.mask
 
@@ -121,7 +125,7 @@ class _Sweep:
 
 
 def score(
-    model: Any,
+    model: Model,
     batches: Sequence[Batch],
     axes: Sequence[str] | None = None,
     *,

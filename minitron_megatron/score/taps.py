@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from ..errors import PlanError, did_you_mean
@@ -88,28 +89,33 @@ def axes_of(shape: Shape) -> tuple[str, ...]:
     return tuple(axis for axis in (*TAPS, *EXPERT_AXES) if shape.axis_size(axis))
 
 
-def channel_units(axis: str, name: str, dim: int, shape: Shape, topology: Topology) -> Tensor:
-    """Return the axis unit that each of this rank's channels belongs to: int64 [local rows]."""
+def channel_units(axis: str, name: str, dim: int, shape: Shape, topology: Topology) -> Int64[Tensor, "local_rows"]:
+    """Return the axis unit that each of this rank's channels belongs to."""
     param, sizes = lookup(name), shape.sizes()
     index = axis_coords(axis, param.dims[dim], sizes)
     assert index is not None, f"{axis} does not lie in dim {dim} of {name}"
     return index[param.shard_rows(dim, sizes, topology.tp_rank, topology.tp)].to(topology.device)
 
 
-def head_norms(activations: Tensor, units: Tensor) -> Tensor:
-    """Return the L2 norm over the channels of each local unit, units ascending: fp32 [seq, batch, local units].
-
-    activations: [seq, batch, channels]. units: the unit of each channel.
-    """
+def head_norms(
+    activations: Float[Tensor, "seq batch channels"], units: Int64[Tensor, "channels"]
+) -> Float32[Tensor, "seq batch local_units"]:
+    """Return the L2 norm over the channels of each local unit, units ascending. units: the unit of each channel."""
     present, at = units.unique(return_inverse=True)
     squares = activations.new_zeros(*activations.shape[:-1], len(present), dtype=torch.float32)
     return squares.index_add_(-1, at, activations.float().square()).sqrt()
 
 
 def axis_scores(
-    axis: str, name: str, dim: int, channels: Tensor, units: Tensor, shape: Shape, topology: Topology
-) -> Tensor:
-    """Return the scores of all units of the axis from this rank's channels: fp64 [units]. Collective over tp.
+    axis: str,
+    name: str,
+    dim: int,
+    channels: Float64[Tensor, "channels"],
+    units: Int64[Tensor, "channels"],
+    shape: Shape,
+    topology: Topology,
+) -> Float64[Tensor, "units"]:
+    """Return the scores of all units of the axis from this rank's channels. Collective over tp.
 
     channels: scores of this rank's channels; units: the unit of each. The score of a unit with several channels (a
     head) is the L2 norm over them.

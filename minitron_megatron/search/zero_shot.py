@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ..data import Batch
 from ..events import Event, Listener, silent
-from ..model import chunks_of
+from ..model import Chunk, Model
 from ..parallel import Topology, fail_together, gather_objects
 from ..prune import check_cut, trimmed_view
 from ..records import Plan
@@ -21,14 +20,14 @@ Found = dict[str, float | None]
 
 
 def zero_shot(
-    model: Any,
+    model: Model,
     names: Sequence[str],
     plan_of: Callable[[str], Plan],
     batches: Sequence[Batch],
     *,
     topology: Topology,
-    repair: Callable[[Any, Plan], None] | None = None,
-    score: Callable[[Any], float] | None = None,
+    repair: Callable[[list[Chunk], Plan], None] | None = None,
+    score: Callable[[list[Chunk]], float] | None = None,
     tell: Callable[[str, Found], None] = lambda name, found: None,
     listener: Listener = silent,
 ) -> dict[str, Found]:
@@ -59,7 +58,9 @@ def zero_shot(
     return {name: every[name] for name in names}
 
 
-def _candidate(model: Any, plan: Plan, topology: Topology, repair: Callable[[Any, Plan], None] | None) -> Any:
+def _candidate(
+    model: Model, plan: Plan, topology: Topology, repair: Callable[[list[Chunk], Plan], None] | None
+) -> list[Chunk]:
     candidate = trimmed_view(model, plan, topology)
     if repair:
         repair(candidate, plan)
@@ -67,9 +68,9 @@ def _candidate(model: Any, plan: Plan, topology: Topology, repair: Callable[[Any
 
 
 def _measured(
-    candidate: Any, batches: Sequence[Batch], topology: Topology, score: Callable[[Any], float] | None
+    candidate: list[Chunk], batches: Sequence[Batch], topology: Topology, score: Callable[[list[Chunk]], float] | None
 ) -> Found:
-    for chunk in chunks_of(candidate):
+    for chunk in candidate:
         chunk.eval()
     loss, _ = mean_loss(candidate, batches, LMObjective(topology), topology, topology.model_group)
     found: Found = {"loss": loss if math.isfinite(loss) else None}

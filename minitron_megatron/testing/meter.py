@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import ParamSpec, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = ["LivePeak", "live_peak"]
+
+
+P = ParamSpec("P")
 
 
 class LivePeak(TorchDispatchMode):
@@ -51,13 +54,17 @@ class LivePeak(TorchDispatchMode):
         super().__enter__()
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
         self._alive.clear()
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         for leaf in tree_leaves((args, kwargs, out)):
@@ -80,7 +87,7 @@ class LivePeak(TorchDispatchMode):
             self.now -= size
 
 
-def live_peak(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+def live_peak(fn: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> int:
     """Return the peak bytes of live tensors during `fn(*args, **kwargs)`, above those alive before it."""
     with LivePeak() as meter:
         fn(*args, **kwargs)

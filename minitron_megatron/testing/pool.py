@@ -20,7 +20,7 @@ from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ import torch.distributed as dist
 from ..parallel import Parallel, Topology, claim_device, install_cpu_backend
 
 __all__ = ["Pool"]
+
+T = TypeVar("T")
 
 HOST = "127.0.0.1"
 """Address of the store at which the ranks of a job rendezvous."""
@@ -62,8 +64,8 @@ class Pool:
 
     def run(
         self,
-        fn: Callable[..., Any],
-        *args: Any,
+        fn: Callable[..., T],
+        *args: object,
         tp: int = 1,
         pp: int = 1,
         vp: int = 1,
@@ -72,7 +74,7 @@ class Pool:
         sequence_parallel: bool = False,
         cp: int = 1,
         timeout: float | None = None,
-    ) -> list[Any]:
+    ) -> list[T]:
         """Run `fn(topology, *args)` on `tp * pp * dp` ranks and return their results in rank order.
 
         Raises the error that a rank met first, with the rank's traceback as its cause; TimeoutError after `timeout`
@@ -174,7 +176,7 @@ class _Worker:
         worker_pipe.close()
         self.busy = True
 
-    def send(self, job: tuple[Any, ...]) -> None:
+    def send(self, job: tuple[object, ...]) -> None:
         self.pipe.send_bytes(pickle.dumps(job))
         self.busy = True
 
@@ -241,7 +243,7 @@ def _answer(message: bytes) -> bytes:
         faulthandler.cancel_dump_traceback_later()
 
 
-def _in_own_world(place: _Place, layout: Parallel, fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+def _in_own_world(place: _Place, layout: Parallel, fn: Callable[..., object], args: tuple[object, ...]) -> bytes:
     """Join the job's process group, set up its layout, run the job, clean up, and return the pickled answer."""
     os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.rank), WORLD_SIZE=str(place.world))
     store = dist.TCPStore(HOST, place.port, timeout=timedelta(seconds=place.seconds))
@@ -281,7 +283,7 @@ def _forget() -> None:
     gc.collect()
 
 
-def _packed(value: Any) -> bytes:
+def _packed(value: object) -> bytes:
     return pickle.dumps((value, None, "", 0.0))
 
 

@@ -30,15 +30,15 @@ def test_positions_are_those_of_the_cache_or_the_shard() -> None:
     cache.starts = torch.tensor([3, 5])
     assert AttentionContext(cache=cache).positions(tokens).tolist() == [[3], [5]]  # type: ignore[union-attr]
     shard = ContextShard(0, 2, None, 8)
-    assert AttentionContext(shard=shard).positions(tokens).tolist() == [[0, 1, 6, 7]]  # type: ignore[union-attr]
-    assert AttentionContext(torch.zeros(2, 1)).positions(tokens) is None
+    assert AttentionContext(shard=shard).positions(tokens.expand(2, 4)).tolist() == [[0, 1, 6, 7]]  # type: ignore[union-attr]
+    assert AttentionContext(torch.zeros(2, 1, dtype=torch.int64)).positions(tokens) is None
 
 
 def recomputed(topology: Topology) -> tuple[int, bool, bool]:
     """Return how often a block ran, whether it always got the same context, and whether an attribute would be lost."""
     from megatron.core.tensor_parallel import checkpoint
 
-    context, seen = AttentionContext(torch.zeros(1, 4)), []
+    context, seen = AttentionContext(torch.zeros(1, 4, dtype=torch.int64)), []
 
     def block(states: Tensor, mask: Any) -> Tensor:
         seen.append(AttentionContext.of(mask))

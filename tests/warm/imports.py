@@ -1,4 +1,4 @@
-"""What a process of a run imports first: a fork server's children have it behind them."""
+"""First imports of a process of a run: the children of a fork server have them behind them."""
 
 import gc
 
