@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ..errors import TopologyError
 from ..settings import Count, Settings
 from .backend import install_cpu_backend
+from .limits import wait_without_limit
 from .mcore_compat import quieten
 from .mcore_patches import release_groups
 
@@ -71,7 +72,10 @@ class Topology(Parallel):
         return topology
 
     def lay_out(self) -> None:
-        """Create mcore's groups among the joined processes. Collective over the world."""
+        """Create mcore's groups among the joined processes, which from then on wait for each other without a limit.
+
+        Collective over the world.
+        """
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -85,6 +89,7 @@ class Topology(Parallel):
         model_parallel_cuda_manual_seed(1)
         if self.cp > 1:
             _ = self.cp_group  # created here, since creating it is collective
+        wait_without_limit()
         if dist.get_backend() == "gloo":  # whose ranks connect one by one: one that ended now would fail the others
             dist.barrier()
 
