@@ -14,9 +14,10 @@ import torch.distributed as dist
 from ..errors import TopologyError
 from ..settings import Count, Settings
 from .backend import install_cpu_backend
-from .limits import wait_without_limit
+from .collectives import device_backend
+from .limits import allow_open_files, wait_without_limit
 from .mcore_compat import quieten
-from .mcore_patches import release_groups
+from .mcore_patches import patch_mcore, release_groups
 
 __all__ = ["Parallel", "PlannedTopology", "Topology", "claim_device", "launched"]
 
@@ -64,8 +65,11 @@ class Topology(Parallel):
         """
         quieten()
         install_cpu_backend()
+        patch_mcore()
         topology = cls.of(layout.replaced(**sizes) if layout else Parallel(**sizes))
-        topology.check(dist.get_world_size() if dist.is_initialized() else _launched_world())
+        world = dist.get_world_size() if dist.is_initialized() else _launched_world()
+        topology.check(world)
+        allow_open_files(world)
         if not dist.is_initialized():
             _join()
         topology.lay_out()
@@ -214,10 +218,8 @@ class Topology(Parallel):
         """Group of the ranks that share sequences. The first access, in `lay_out`, is collective over the world."""
         firsts = range(0, self.dp, self.cp)
         places = [(pp, tp, first) for pp in range(self.pp) for tp in range(self.tp) for first in firsts]
-        groups = {
-            place: dist.new_group([self.rank_at(*place[:2], place[2] + each) for each in range(self.cp)])
-            for place in places
-        }
+        members = {place: [self.rank_at(*place[:2], place[2] + each) for each in range(self.cp)] for place in places}
+        groups = {place: dist.new_group(ranks, backend=device_backend()) for place, ranks in members.items()}
         return groups[self.pp_rank, self.tp_rank, self.replica * self.cp]
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import time
 from datetime import timedelta
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from minitron_megatron.errors import TopologyError
-from minitron_megatron.parallel import Topology, all_reduce, gather_objects, independent_replicas, move
+from minitron_megatron.parallel import Parallel, Topology, all_reduce, gather_objects, independent_replicas, move
+from minitron_megatron.parallel.limits import FILES_A_RANK, OTHER_FILES, allow_open_files
 from minitron_megatron.parallel.patch import patched
 from minitron_megatron.parallel.topology import _join
 from minitron_megatron.testing import Pool
@@ -85,3 +87,51 @@ def test_a_process_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(name, value)
     with limited(), pytest.raises(TopologyError, match="cannot connect"):
         _join()
+
+
+# ---- open files
+
+
+def sockets(topology: Topology) -> tuple[int, int]:
+    """Return the sockets that the ranks of a world as on GPUs open, and those that they had before.
+
+    torch's `fake` backend stands for NCCL.
+    """
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers the backend)
+
+    store = dist.PrefixStore("as on GPUs", dist.distributed_c10d._get_default_store())
+    rank, world = topology.rank, topology.world
+    topology.stop()
+    dist.destroy_process_group()
+    before = open_sockets()
+    dist.init_process_group("cpu:gloo,cuda:fake", store=store, rank=rank, world_size=world)
+    Topology.of(Parallel()).lay_out()
+    return open_sockets(), before
+
+
+def open_sockets() -> int:
+    links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    return sum(os.readlink(link).startswith("socket:") for link in links if os.path.islink(link))
+
+
+def test_256_ranks_open_fewer_files_than_most_systems_allow(pool: Pool) -> None:
+    """The sockets of a rank grow with the world by a constant, two worlds of which tell it."""
+    few, more = (max(after - before for after, before in pool.run(sockets, dp=world)) for world in (2, 4))
+    a_rank = (more - few) / 2
+    assert 1 <= a_rank <= FILES_A_RANK / 2
+    assert few + a_rank * 254 < 1024
+
+
+def test_the_limit_of_open_files_grows_with_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, before[1]))
+        allow_open_files(256)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (FILES_A_RANK * 256 + OTHER_FILES, before[1])
+        allow_open_files(2)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1024
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 1024))
+    with pytest.raises(TopologyError, match=r"256 processes need up to 2048 open files each.* allows 1024"):
+        allow_open_files(256)
