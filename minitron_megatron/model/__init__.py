@@ -8,7 +8,7 @@ from .build import build, evaluating, rebuild
 from .checkpoint import Checkpoints, Trainee, load_checkpoint, load_weights
 from .chunk import Chunk, Model, chunks_of
 from .config import ModelConfig, Recompute, activation_name, check_fits
-from .finite import check_finite
+from .finite import are_finite, check_finite
 from .initial import fill_initial
 from .kv_cache import DecodeBatch, KVCache
 from .layers import FUSED_NORM, Arguments, fused_norm, layer_arguments, layers_of, run_layer
@@ -49,6 +49,7 @@ __all__ = [
     "States",
     "Trainee",
     "activation_name",
+    "are_finite",
     "assign",
     "build",
     "changed_settings",
