@@ -34,21 +34,22 @@ __all__ = [
 def patch_mcore_for_cpu() -> None:
     """Install the patches without which mcore needs CUDA."""
     from megatron.core.tensor_parallel import random as mcore_random
-    from megatron.core.transformer.moe import moe_utils
 
     # tensor_parallel/random.py:41 and 72
     patch(mcore_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     patch(mcore_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
-    if not hasattr(moe_utils, "te_general_gemm"):  # moe/moe_utils.py uses it, but defines it only where TE is installed
-        patch(moe_utils, "te_general_gemm", None)
 
 
 # ---- on every device
 
 
 def patch_mcore() -> None:
-    """Install the patches without which mcore makes many process groups."""
+    """Install the patches without which mcore makes many process groups, and fails without Transformer Engine."""
+    from megatron.core.transformer.moe import moe_utils
+
     _spare_groups()
+    if not hasattr(moe_utils, "te_general_gemm"):  # moe/moe_utils.py uses it, but defines it only where TE is installed
+        patch(moe_utils, "te_general_gemm", None)
 
 
 _groups: dict[tuple[int, ...], Any] = {}
