@@ -290,10 +290,19 @@ def _state() -> Any:
 
 
 def claim_device() -> str:
-    """Select the GPU of this process's LOCAL_RANK, if there are any; return the torch.distributed backend to use."""
+    """Select the GPU of this process's LOCAL_RANK, if there are any; return the torch.distributed backend to use.
+
+    Raises TopologyError where LOCAL_RANK is beyond the GPUs.
+    """
     if not torch.cuda.is_available():
         return "gloo"
-    torch.cuda.set_device(launched("LOCAL_RANK", 0))
+    number, gpus = launched("LOCAL_RANK", 0), torch.cuda.device_count()
+    if number >= gpus:
+        raise TopologyError(
+            f"LOCAL_RANK={number} needs {number + 1} GPUs, and this process sees {gpus}. Start at most {gpus} "
+            "processes here (MINITRON_GPUS in Slurm's jobs), or let each see every GPU (CUDA_VISIBLE_DEVICES)."
+        )
+    torch.cuda.set_device(number)
     return "cpu:gloo,cuda:nccl"
 
 
