@@ -83,8 +83,15 @@ class CoreAttention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Call SDPA. mask: bool [batch, 1, queries, keys], or a bias; None: causal, with as many keys as queries."""
+    """Call SDPA. mask: bool [batch, 1, queries, keys], or a bias; None: causal, with as many keys as queries.
+
+    On a GPU, keys and values of fp32 are repeated for each query head: flash attention wants 16 bits, memory-efficient
+    attention refuses grouped heads, and the kernel that is left holds all scores, queries x keys a head.
+    """
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and q.dtype == torch.float32:
+        k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
