@@ -292,7 +292,8 @@ def _state() -> Any:
 def claim_device() -> str:
     """Select the GPU of this process's LOCAL_RANK, if there are any; return the torch.distributed backend to use.
 
-    Raises TopologyError where LOCAL_RANK is beyond the GPUs.
+    fp32 products on it are those of fp32: NVIDIA's images ask for TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), which errs
+    by 1e-3. Raises TopologyError where LOCAL_RANK is beyond the GPUs.
     """
     if not torch.cuda.is_available():
         return "gloo"
@@ -303,6 +304,7 @@ def claim_device() -> str:
             "processes here (MINITRON_GPUS in Slurm's jobs), or let each see every GPU (CUDA_VISIBLE_DEVICES)."
         )
     torch.cuda.set_device(number)
+    torch.set_float32_matmul_precision("highest")
     return "cpu:gloo,cuda:nccl"
 
 

@@ -68,6 +68,25 @@ def test_a_rank_beyond_the_gpus_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert chosen == [3]
 
 
+PRECISION = """
+import torch
+from minitron_megatron.parallel import claim_device
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.set_device = lambda number: None
+before = torch.get_float32_matmul_precision()
+claim_device()
+print(before, torch.get_float32_matmul_precision())
+"""
+
+
+def test_fp32_is_fp32_though_nvidias_images_ask_for_tf32() -> None:
+    """Not run on a GPU: this is the precision that torch asks of its products there."""
+    environment = ENVIRONMENT | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run([sys.executable, "-c", PRECISION], env=environment, capture_output=True, text=True)
+    assert done.stdout == "high highest\n", done.stderr
+
+
 SETTINGS = """
 import os, sys
 import minitron_megatron.cli
