@@ -11,7 +11,8 @@ WORKDIR /opt/minitron
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY minitron_megatron minitron_megatron
 # trtllm-bench's own torch and transformers stay: nothing that the project needs for training is installed
-RUN pip install --no-cache-dir --no-deps --no-build-isolation . \
+RUN pip install --no-cache-dir "setuptools>=77" \
+    && pip install --no-cache-dir --no-deps --no-build-isolation . \
     && pip install --no-cache-dir "typer>=0.12" "rich>=13" "matplotlib>=3.8" "megatron-core==0.16.1" \
     && useradd --create-home --uid 10001 minitron
 USER 10001

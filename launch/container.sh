@@ -4,7 +4,8 @@
 #   launch/container.sh minitron run recipe.yaml
 #
 # MINITRON_IMAGE names the image: a tag for docker, a .sqsh file for enroot, a .sif file for apptainer. The current folder
-# is mounted at the same path; MINITRON_MOUNTS adds other mounts, as FROM:TO,FROM:TO.
+# is mounted at the same path; MINITRON_MOUNTS adds other mounts, as FROM:TO,FROM:TO. docker runs it as you, so that files
+# are yours, with the current folder as home, where caches of downloads stay.
 set -eu
 image=${MINITRON_IMAGE:?set it to the image}
 IFS=, read -r -a mounts <<<"$PWD:$PWD${MINITRON_MOUNTS:+,$MINITRON_MOUNTS}"
@@ -12,6 +13,7 @@ flags=()
 if command -v docker >/dev/null; then
     for mount in "${mounts[@]}"; do flags+=(--volume "$mount"); done
     # ranks of one node use shared memory, and NCCL pins it
+    flags+=(--user "$(id -u):$(id -g)" --env HOME="$PWD" --env USER="$(id -un)")
     exec docker run --rm --gpus all --ipc=host --ulimit memlock=-1 --workdir "$PWD" "${flags[@]}" "$image" "$@"
 elif command -v enroot >/dev/null; then
     for mount in "${mounts[@]}"; do flags+=(--mount "$mount"); done

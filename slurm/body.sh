@@ -12,14 +12,6 @@ MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/
 # a port below Linux's ephemeral ports, so that no outgoing connection holds it
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
 
-# keep the launch order of kernels, so that tensor-parallel communication starts before the matrix multiplication that
-# it overlaps with (as in Megatron-LM's scripts)
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-# less fragmentation, since teacher and student alternate
-export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-# free tensors of collectives earlier: keep references instead of recording streams
-export TORCH_NCCL_AVOID_RECORD_STREAMS=1
-
 container=()
 if [ -n "${MINITRON_IMAGE:-}" ]; then
     container=(--container-image="$MINITRON_IMAGE" --container-mounts="${MINITRON_MOUNTS:-$PWD:$PWD}" --container-workdir="$PWD")

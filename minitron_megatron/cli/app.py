@@ -275,15 +275,18 @@ def _hand_over(
     path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Format
 ) -> None:
     from ..model import MEGATRON_FLAGS
-    from ..report import Progress, fan_out
+    from ..report import Progress, Watchdog, fan_out
     from ..run import hand_over
 
     recipe, topology = _start(path, overrides, out)
+    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
-        hand_over(recipe, topology, to, checkpoint=checkpoint, form=form)
+        with watchdog:
+            listener = fan_out(raise_if_interrupted, watchdog)
+            hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=listener)
         return
-    with Progress() as progress:
-        listener = fan_out(raise_if_interrupted, progress)
+    with Progress() as progress, watchdog:
+        listener = fan_out(raise_if_interrupted, progress, watchdog)
         source = hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=listener)
     print(f"{source} -> {to}")
     if form == "megatron":
@@ -292,15 +295,17 @@ def _hand_over(
 
 def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, model: Path) -> None:
     from ..records import read_summary
-    from ..report import Progress, fan_out, print_summary
+    from ..report import Progress, Watchdog, fan_out, print_summary
     from ..run import evaluate_folder
 
     recipe, topology = _start(path, overrides, out)
+    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
-        evaluate_folder(recipe, topology, model)
+        with watchdog:
+            evaluate_folder(recipe, topology, model, listener=fan_out(raise_if_interrupted, watchdog))
         return
-    with Progress() as progress:
-        row = evaluate_folder(recipe, topology, model, listener=fan_out(raise_if_interrupted, progress))
+    with Progress() as progress, watchdog:
+        row = evaluate_folder(recipe, topology, model, listener=fan_out(raise_if_interrupted, progress, watchdog))
     print_summary([*read_summary(RunFolder(recipe.out).summary), row])
 
 
@@ -315,7 +320,7 @@ def _check_export(recipe: Recipe, topology: Topology) -> None:
 
 def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task: str) -> None:
     from ..errors import RecipeError
-    from ..report import MetricsFile, Progress, fan_out
+    from ..report import MetricsFile, Progress, Watchdog, fan_out
     from ..run import search_task
 
     number, _, count = task.partition("/")
@@ -323,11 +328,13 @@ def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task
         raise RecipeError(f"--task {task!r} does not have the form I/N, such as 0/6 for the first of six tasks.")
     recipe, topology = _start(path, overrides, out)
     share = int(number), int(count)
+    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
-        search_task(recipe, topology, *share)
+        with watchdog:
+            search_task(recipe, topology, *share, listener=fan_out(raise_if_interrupted, watchdog))
         return
-    with Progress() as progress:
-        listener = fan_out(raise_if_interrupted, progress, MetricsFile(RunFolder(recipe.out).metrics))
+    with Progress() as progress, watchdog:
+        listener = fan_out(raise_if_interrupted, progress, MetricsFile(RunFolder(recipe.out).metrics), watchdog)
         print(search_task(recipe, topology, *share, listener=listener))
 
 

@@ -56,6 +56,10 @@ class ContinuousObjective(KDObjective):
     def further_flops(self, sequence: int) -> int:
         return 3 * super().further_flops(sequence)  # the backward pass counts as two forwards
 
+    def finish(self) -> dict[str, float]:
+        self._output = None
+        return super().finish()
+
     def _output_weight(self) -> Tensor:
         assert self._output is not None
         return self._output

@@ -93,7 +93,9 @@ class KDObjective(Objective):
         return flops_per_token(shape_of(self.teacher[0]), sequence)
 
     def finish(self) -> dict[str, float]:
-        """Return the step's metrics of the loss on states. Collective over the world."""
+        """Return the step's metrics of the loss on states, and free the teacher's states before a checkpoint is
+        written. Collective over the world."""
+        self._hidden = []
         return self.states.finish() if self.states else {}
 
     def loss(self, chunk: Chunk, hidden: Tensor, batch: Batch, index: int) -> Tensor:

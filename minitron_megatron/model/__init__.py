@@ -8,7 +8,7 @@ from .build import build, evaluating, rebuild
 from .checkpoint import Checkpoints, CheckpointState, Trainee, load_checkpoint, load_weights
 from .chunk import Chunk, Model, WrappedChunk, chunks_of
 from .config import HfConfig, ModelConfig, Recompute, activation_name, check_fits
-from .finite import check_finite
+from .finite import are_finite, check_finite
 from .initial import fill_initial
 from .kv_cache import DecodeBatch, KVCache
 from .layers import FUSED_NORM, Arguments, fused_norm, layer_arguments, layers_of, run_layer
@@ -52,6 +52,7 @@ __all__ = [
     "Trainee",
     "WrappedChunk",
     "activation_name",
+    "are_finite",
     "assign",
     "build",
     "changed_settings",

@@ -24,6 +24,7 @@ from ..parallel import (
     broadcast_object,
     fail_together,
     gather_objects,
+    keep_own_states,
     kill_writers,
     load_optimizer,
     place_in_world,
@@ -42,8 +43,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointState", "Checkpoints", "Trainee", "load_checkpoint", "load_weights"]
 
-RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Only optimizer format of mcore 0.16 that loads at another tp, pp or dp."""
+RESHARDABLE = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
+"""Only optimizer format of mcore 0.16 that loads at another tp, pp or dp. The first data-parallel rank, which writes
+the states, gathers them in host memory; by default every rank would, on its GPU."""
 
 STATE = "state.json"
 SUMS = "sums"
@@ -237,7 +242,10 @@ def load_checkpoint(path: Path, trainees: Sequence[Trainee], identity: str = "")
         for part in getattr(trainee.optimizer, "chained_optimizers", [trainee.optimizer]):
             part._init_optimizer_states_with_dummy_values()  # mcore loads into existing states only
         with reading(path):
-            loaded = dist_checkpointing.load(_sharded(trainee, is_loading=True), path / trainee.name)
+            wanted = _sharded(trainee, is_loading=True)
+            keep_own_states(trainee.optimizer, wanted["optimizer"])
+            # unchecked: the check is whether the first data-parallel ranks alone would read everything
+            loaded = dist_checkpointing.load(wanted, path / trainee.name, validate_access_integrity=False)
             for number, chunk in enumerate(trainee.chunks):
                 chunk.module.load_state_dict(loaded[_key(number)])
             load_optimizer(trainee.optimizer, loaded["optimizer"])

@@ -5,6 +5,7 @@ fused into linear layers. Both use our core attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -67,7 +68,8 @@ class CoreAttention(nn.Module):
         if context.shard:  # gather the keys and values of the other ranks
             key, value = context.shard.whole(torch.cat([key, value], -1)).chunk(2, -1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = self._attended(q, k, v, context)
+        with _without_cudnn() if q.is_cuda and context.has_varying_shapes else nullcontext():
+            out = self._attended(q, k, v, context)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
@@ -82,9 +84,23 @@ class CoreAttention(nn.Module):
         return torch.cat([_by_document(self.window, *sample) for sample in samples])
 
 
+def _without_cudnn() -> AbstractContextManager[None]:
+    """Keep cuDNN's attention out inside the context: it makes a plan of some 30 ms for each new shape."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Call SDPA. mask: bool [batch, 1, queries, keys], or a bias; None: causal, with as many keys as queries."""
+    """Call SDPA. mask: bool [batch, 1, queries, keys], or a bias; None: causal, with as many keys as queries.
+
+    On a GPU, keys and values of fp32 are repeated for each query head: flash attention wants 16 bits, memory-efficient
+    attention refuses grouped heads, and the kernel that is left holds all scores, queries x keys a head.
+    """
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda and q.dtype == torch.float32:
+        k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 

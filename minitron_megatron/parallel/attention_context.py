@@ -44,6 +44,11 @@ class AttentionContext:
     def __post_init__(self) -> None:
         assert self.cache is None or (self.documents is None and self.shard is None)
 
+    @property
+    def has_varying_shapes(self) -> bool:
+        """Whether calls of attention differ in shape from one micro-batch to the next: documents and decoding."""
+        return self.documents is not None or self.cache is not None
+
     def positions(self, tokens: Int64[Tensor, "batch local_seq"]) -> Int64[Tensor, "#batch local_seq"] | None:
         """Return the positions of tokens that do not begin at 0, on the host; else None."""
         held = self.cache or self.shard

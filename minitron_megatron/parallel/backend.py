@@ -7,7 +7,7 @@ import resource
 import torch
 
 from ..gpus import gpu_of_name
-from .mcore_patches import patch_mcore_for_cpu
+from .mcore_patches import patch_mcore, patch_mcore_for_cpu
 from .torch_patches import patch_torch, uncompiled
 
 __all__ = ["install_cpu_backend", "peak_bytes", "peak_flops"]
@@ -40,3 +40,4 @@ def install_cpu_backend() -> None:
     patch_torch()
     with uncompiled():
         patch_mcore_for_cpu()
+        patch_mcore()

@@ -19,6 +19,7 @@ __all__ = [
     "all_to_all",
     "barrier",
     "broadcast_object",
+    "device_backend",
     "fail_together",
     "first_to_fail",
     "gather_objects",
@@ -36,6 +37,12 @@ __all__ = [
 Group = dist.ProcessGroup
 
 T = TypeVar("T")
+
+
+def device_backend() -> str:
+    """Return the backend with which the world's ranks exchange tensors of their device: `nccl`, or `gloo` on a CPU."""
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    return backends["cuda"]
 
 
 def group_rank(group: Group) -> int:

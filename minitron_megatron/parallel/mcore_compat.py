@@ -31,6 +31,7 @@ __all__ = [
     "failed_alone",
     "failed_together",
     "final_hidden",
+    "keep_own_states",
     "kill_writers",
     "load_optimizer",
     "mark_expert",
@@ -98,6 +99,21 @@ def count_padding(wrapped: Sequence[DistributedDataParallel]) -> None:
             buffer.numel_unpadded = buffer.numel
             for bucket in buffer.buckets:
                 bucket.numel_unpadded = bucket.grad_data.numel()
+
+
+def keep_own_states(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
+    """Drop from a state dict to load the states of parameters of which this rank's optimizer holds no part.
+
+    mcore asks for all states on every rank, 12 bytes a parameter of host memory, and uses its own part of them
+    (optimizer/distrib_optimizer.py, `load_parameter_state_from_fully_reshardable`).
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    states = [state] if "param_state" in state else list(state.values())
+    for part, of_part in zip(parts, states, strict=True):
+        buckets = [bucket for ranges in part.gbuf_ranges for of_dtype in ranges.values() for bucket in of_dtype]
+        own = {parameter for bucket in buckets for parameter in bucket["param_map"]}
+        every = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]  # in mcore's order
+        of_part["param_state"] = {at: each for at, each in of_part["param_state"].items() if every[at] in own}
 
 
 def load_optimizer(optimizer: MegatronOptimizer, state: Mapping[Any, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .collectives import device_backend
 from .patch import patch, patched
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "mend_distributed_optimizer",
     "mend_writer",
+    "patch_mcore",
     "patch_mcore_for_cpu",
     "release_groups",
     "writes_collected",
@@ -33,14 +35,22 @@ __all__ = [
 
 
 def patch_mcore_for_cpu() -> None:
-    """Install the patches without which mcore needs CUDA, or many process groups."""
+    """Install the patches without which mcore needs CUDA."""
     from megatron.core.tensor_parallel import random as mcore_random
-    from megatron.core.transformer.moe import moe_utils
 
-    _share_groups()
     # tensor_parallel/random.py:41 and 72
     patch(mcore_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
     patch(mcore_random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
+
+
+# ---- on every device
+
+
+def patch_mcore() -> None:
+    """Install the patches without which mcore makes many process groups, and fails without Transformer Engine."""
+    from megatron.core.transformer.moe import moe_utils
+
+    _spare_groups()
     if not hasattr(moe_utils, "te_general_gemm"):  # moe/moe_utils.py uses it, but defines it only where TE is installed
         patch(moe_utils, "te_general_gemm", None)
 
@@ -54,27 +64,34 @@ def release_groups() -> None:
     _groups.clear()
 
 
-def _share_groups() -> None:
-    """Make mcore create one gloo group for each distinct set of ranks, not one for each purpose.
+def _spare_groups() -> None:
+    """Make mcore create groups for the device's tensors alone, and one gloo group for each distinct set of ranks.
 
-    A layout has some twenty groups, and in a small world most have the same ranks. Each holds three threads, one of
-    which wakes a hundred times a second, and takes a rendezvous of the world to create. Every rank issues the
-    operations of a set of ranks in the same order, so that one group serves all purposes.
+    A layout has some twenty groups. By default each has the backends of the world, on a GPU NCCL and gloo: a socket to
+    every other rank, and more than a thousand open files at 256 ranks. Ours exchange tensors of the device only; for
+    optimizer states in host memory mcore asks for a gloo group by name.
+
+    In a small world most groups have the same ranks. A gloo group holds three threads, one of which wakes a hundred
+    times a second, and takes a rendezvous of the world to create. Every rank issues the operations of a set of ranks in
+    the same order, so that one gloo group serves all purposes.
     """
     from megatron.core import parallel_state
 
     create = parallel_state.create_group
 
-    def create_group(  # parallel_state.py:214
-        ranks: Sequence[int] | None = None, *args: object, **kwargs: object
+    def create_group(
+        ranks: Sequence[int] | None = None, timeout: object = None, backend: str | None = None, **kwargs: object
     ) -> object:
+        backend = backend or device_backend()  # parallel_state.py:214
+        if backend != "gloo":
+            return create(ranks, timeout, backend, **kwargs)
         world = torch.distributed.group.WORLD
         if _groups.get(()) is not world:  # a script of the user's may end its world without Topology.stop
             _groups.clear()
             _groups[()] = world
         key = tuple(sorted(ranks or range(torch.distributed.get_world_size())))  # torch sorts them too
         if key not in _groups:
-            _groups[key] = create(ranks, *args, **kwargs)
+            _groups[key] = create(ranks, timeout, backend, **kwargs)
         return _groups[key]
 
     patch(parallel_state, "create_group", create_group)

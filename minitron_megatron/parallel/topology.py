@@ -14,8 +14,10 @@ import torch.distributed as dist
 from ..errors import TopologyError
 from ..settings import Count, Settings
 from .backend import install_cpu_backend
+from .collectives import device_backend
+from .limits import allow_open_files, wait_without_limit
 from .mcore_compat import quieten
-from .mcore_patches import release_groups
+from .mcore_patches import patch_mcore, release_groups
 
 __all__ = ["Parallel", "PlannedTopology", "Topology", "claim_device", "launched"]
 
@@ -63,15 +65,21 @@ class Topology(Parallel):
         """
         quieten()
         install_cpu_backend()
+        patch_mcore()
         topology = cls.of((layout or Parallel()).replaced(**sizes))
-        topology.check(dist.get_world_size() if dist.is_initialized() else _launched_world())
+        world = dist.get_world_size() if dist.is_initialized() else _launched_world()
+        topology.check(world)
+        allow_open_files(world)
         if not dist.is_initialized():
             _join()
         topology.lay_out()
         return topology
 
     def lay_out(self) -> None:
-        """Create mcore's groups among the joined processes. Collective over the world."""
+        """Create mcore's groups among the joined processes, which from then on wait for each other without a limit.
+
+        Collective over the world.
+        """
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -85,6 +93,7 @@ class Topology(Parallel):
         model_parallel_cuda_manual_seed(1)
         if self.cp > 1:
             _ = self.cp_group  # created here, since creating it is collective
+        wait_without_limit()
         if dist.get_backend() == "gloo":  # whose ranks connect one by one: one that ended now would fail the others
             dist.barrier()
 
@@ -209,10 +218,8 @@ class Topology(Parallel):
         """Group of the ranks that share sequences. The first access, in `lay_out`, is collective over the world."""
         firsts = range(0, self.dp, self.cp)
         places = [(pp, tp, first) for pp in range(self.pp) for tp in range(self.tp) for first in firsts]
-        groups = {
-            place: dist.new_group([self.rank_at(*place[:2], place[2] + each) for each in range(self.cp)])
-            for place in places
-        }
+        members = {place: [self.rank_at(*place[:2], place[2] + each) for each in range(self.cp)] for place in places}
+        groups = {place: dist.new_group(ranks, backend=device_backend()) for place, ranks in members.items()}
         return groups[self.pp_rank, self.tp_rank, self.replica * self.cp]
 
     @cached_property
@@ -283,10 +290,21 @@ def _state() -> ModuleType:
 
 
 def claim_device() -> str:
-    """Select the GPU of this process's LOCAL_RANK, if there are any; return the torch.distributed backend to use."""
+    """Select the GPU of this process's LOCAL_RANK, if there are any; return the torch.distributed backend to use.
+
+    fp32 products on it are those of fp32: NVIDIA's images ask for TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), which errs
+    by 1e-3. Raises TopologyError where LOCAL_RANK is beyond the GPUs.
+    """
     if not torch.cuda.is_available():
         return "gloo"
-    torch.cuda.set_device(launched("LOCAL_RANK", 0))
+    number, gpus = launched("LOCAL_RANK", 0), torch.cuda.device_count()
+    if number >= gpus:
+        raise TopologyError(
+            f"LOCAL_RANK={number} needs {number + 1} GPUs, and this process sees {gpus}. Start at most {gpus} "
+            "processes here (MINITRON_GPUS in Slurm's jobs), or let each see every GPU (CUDA_VISIBLE_DEVICES)."
+        )
+    torch.cuda.set_device(number)
+    torch.set_float32_matmul_precision("highest")
     return "cpu:gloo,cuda:nccl"
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import psutil
 import torch
 
+from ..errors import Preempted
 from ..events import Event, Listener
 
 __all__ = ["MACHINE", "Machine"]
@@ -21,7 +22,8 @@ class Machine:
     """Listener that sends `listener` an event on the machine, when a stage sends one, at most once per `every` seconds.
 
     In bytes: `process_bytes`, `host_bytes` (in use, by all processes), on a GPU `gpu_bytes`. From 0 to 1: `host_load`,
-    over all cores since the last event, and `gpu_load`, if NVIDIA's pynvml is installed. `done`: seconds since 1970.
+    over all cores since the last event, and on a GPU `gpu_load`. What this machine does not tell is left out: parts of
+    a GPU (MIG, vGPU) have no load, and no GPU's is known without NVIDIA's pynvml. `done`: seconds since 1970.
     """
 
     def __init__(
@@ -34,23 +36,40 @@ class Machine:
         now = self._clock()
         if event.values and now - self._last >= self._every:
             self._last = now
-            self._listener(Event(MACHINE, int(now), int(now), "seconds", {**_host(), **_gpu()}))
+            values = {name: value for name, measure in _MEASURES.items() if (value := _measured(measure)) is not None}
+            self._listener(Event(MACHINE, int(now), int(now), "seconds", values))
 
 
-def _host() -> dict[str, float]:
-    memory = psutil.virtual_memory()
-    return {
-        "process_bytes": psutil.Process().memory_info().rss,
-        "host_bytes": memory.total - memory.available,
-        "host_load": psutil.cpu_percent() / 100,
-    }
-
-
-def _gpu() -> dict[str, float]:
-    if not torch.cuda.is_available():
-        return {}
-    free, total = torch.cuda.mem_get_info()
+def _measured(measure: Callable[[], float | None]) -> float | None:
+    """Return a measurement; None where it cannot be taken. Each library has its own errors, and none may end a run."""
     try:
-        return {"gpu_bytes": total - free, "gpu_load": torch.cuda.utilization() / 100}
-    except (ImportError, RuntimeError):
-        return {"gpu_bytes": total - free}
+        return measure()
+    except Preempted:  # a signal, not the library
+        raise
+    except Exception:
+        return None
+
+
+def _host_bytes() -> float:
+    memory = psutil.virtual_memory()
+    return memory.total - memory.available
+
+
+def _gpu_bytes() -> float | None:
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def _gpu_load() -> float | None:
+    return torch.cuda.utilization() / 100 if torch.cuda.is_available() else None
+
+
+_MEASURES: dict[str, Callable[[], float | None]] = {
+    "process_bytes": lambda: psutil.Process().memory_info().rss,
+    "host_bytes": _host_bytes,
+    "host_load": lambda: psutil.cpu_percent() / 100,
+    "gpu_bytes": _gpu_bytes,
+    "gpu_load": _gpu_load,
+}

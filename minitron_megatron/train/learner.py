@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
-from ..model import Chunk, Model, Trainee, WrappedChunk, chunks_of, forward_backward
+from ..model import Chunk, Model, Trainee, WrappedChunk, are_finite, chunks_of, forward_backward
 from ..parallel import Topology, count_padding, mend_distributed_optimizer, sum_over_world
 from .evaluate import global_sums
 from .objective import Objective
@@ -75,8 +75,8 @@ class Learner:
     def _finite(self) -> bool:
         """Return whether the gradients of all ranks are finite; mcore checks only with a loss scaler. Collective."""
         buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-        broken = sum(int(not buffer.grad_data.isfinite().all()) for buffer in buffers)
-        return not int(sum_over_world(torch.tensor(broken, device=self.topology.device)))
+        broken = (~are_finite([buffer.grad_data for buffer in buffers])).sum()
+        return not int(sum_over_world(broken))
 
     def release(self) -> None:
         """Free gradients, optimizer and groups.

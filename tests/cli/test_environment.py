@@ -12,9 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from minitron_megatron.__main__ import DEVICE_SETTINGS
 from minitron_megatron.errors import TopologyError
-from minitron_megatron.parallel import Topology, launched
+from minitron_megatron.parallel import Topology, claim_device, launched
 from minitron_megatron.parallel.topology import _launched_world
 from tests.cli.test_commands import ENVIRONMENT, ROOT, call
 from tests.limits import HANGS
@@ -51,6 +53,55 @@ def test_a_world_without_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         _launched_world()
     monkeypatch.setenv("WORLD_SIZE", "")
     assert (_launched_world(), launched("WORLD_SIZE", 3)) == (1, 3)
+
+
+def test_a_rank_beyond_the_gpus_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    claim_device()
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(TopologyError, match=r"LOCAL_RANK=4 needs 5 GPUs, and this process sees 4\."):
+        claim_device()
+    assert chosen == [3]
+
+
+PRECISION = """
+import torch
+from minitron_megatron.parallel import claim_device
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.set_device = lambda number: None
+before = torch.get_float32_matmul_precision()
+claim_device()
+print(before, torch.get_float32_matmul_precision())
+"""
+
+
+def test_fp32_is_fp32_though_nvidias_images_ask_for_tf32() -> None:
+    """Not run on a GPU: this is the precision that torch asks of its products there."""
+    environment = ENVIRONMENT | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run([sys.executable, "-c", PRECISION], env=environment, capture_output=True, text=True)
+    assert done.stdout == "high highest\n", done.stderr
+
+
+SETTINGS = """
+import os, sys
+import minitron_megatron.cli
+minitron_megatron.cli.main = lambda: print([os.environ[name] for name in names], "torch" in sys.modules)
+from minitron_megatron.__main__ import DEVICE_SETTINGS as names, main
+main()
+"""
+
+
+def test_every_start_has_the_settings_of_devices_before_torch_is_imported() -> None:
+    """Also that of `torchrun -m minitron_megatron`, which passes no script of ours; the user's own settings win."""
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in DEVICE_SETTINGS}
+    environment["PYTORCH_CUDA_ALLOC_CONF"] = "max_split_size_mb:64"
+    done = subprocess.run([sys.executable, "-c", SETTINGS], env=environment, capture_output=True, text=True)
+    assert done.stdout == "['1', 'max_split_size_mb:64', '1'] False\n", done.stderr
 
 
 def test_a_wrong_environment_is_exit_2_and_one_message(recipe_file: object) -> None:

@@ -228,6 +228,25 @@ def test_vocabularies_that_cannot_be_shared_are_refused(
         pool.run(padded_unlike, teacher, shared, top_k, pp=2)
 
 
+def states_between_steps(topology: Topology, teacher: Path, student: Path) -> list[int]:
+    """Return how many of the teacher's states are held after each step, when a checkpoint is written."""
+    objective = KDObjective(load_hf(teacher, topology), topology, vocab=SHAPE.vocab)
+    counts: list[int] = []
+    train(
+        load_hf(student, topology),
+        objective,
+        lambda step: share(samples(BATCH, seed=step), topology),
+        TRAINING.replaced(steps=2),
+        topology,
+        listener=lambda event: counts.append(len(objective._hidden)),
+    )
+    return counts
+
+
+def test_no_teacher_states_are_held_while_a_checkpoint_is_written(pool: Pool, checkpoints: dict[str, Path]) -> None:
+    assert pool.run(states_between_steps, checkpoints["untied"], checkpoints["student"]) == [[0, 0]]
+
+
 def held(topology: Topology, teacher: Path) -> tuple[float, int, int, list[str]]:
     """Return (the packed teacher's cross-entropy, most states stored, bytes of its layers, names left unpacked)."""
     model = load_hf(teacher, topology)

@@ -47,7 +47,7 @@ CASES = {
     "outputs": StatePairs(outputs=("2:1", "4:3"), loss="mse", alpha=0.7),
     "mlp_inputs": StatePairs(mlp_inputs=("1:0", "4:3"), alpha=2.0),
     "attention": StatePairs(attention=("1:0", "4:3"), alpha=0.7),
-    "tokens": replace(EVERY, attention=()),
+    "tokens": EVERY.replaced(attention=()),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -205,25 +206,29 @@ def test_the_fused_loss_is_the_naive_one(gpus: Pool, kd: KDLoss) -> None:
         assert_close(got, want)
 
 
-def flash(topology: Topology) -> tuple[Tensor, Tensor]:
-    """Return (our core attention in bf16, which must use flash attention; plain softmax attention in fp64)."""
+def attended(topology: Topology, dtype: torch.dtype, kernel: str) -> tuple[Tensor, Tensor]:
+    """Return (our core attention, which must use this kernel; plain softmax attention in fp64)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from minitron_megatron.model.spec import CoreAttention
 
     draw = torch.Generator().manual_seed(4)
-    q, k, v = (torch.randn(64, 2, heads, 32, generator=draw).bfloat16() for heads in (8, 2, 2))
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        got = CoreAttention(None)(*(x.to(topology.device) for x in (q, k, v)), None).cpu()
+    q, k, v = (torch.randn(64, 2, heads, 32, generator=draw).to(dtype) for heads in (8, 2, 2))
+    with sdpa_kernel(getattr(SDPBackend, kernel)):
+        core = CoreAttention(SimpleNamespace(window_size=None))
+        got = core(*(x.to(topology.device) for x in (q, k, v)), None).cpu()
     wide = [x.double().permute(1, 2, 0, 3) for x in (q, k.repeat_interleave(4, 2), v.repeat_interleave(4, 2))]
     weights = wide[0] @ wide[1].transpose(-1, -2) / 32**0.5
     weights = weights.masked_fill(torch.ones(64, 64).triu(1).bool(), float("-inf"))
     return got, (weights.softmax(-1) @ wide[2]).permute(2, 0, 1, 3).reshape(64, 2, -1)
 
 
-def test_bf16_attention_is_flash_attention(gpus: Pool) -> None:
-    [(got, want)] = gpus.run(flash)
-    torch.testing.assert_close(got.double(), want, **tolerance(torch.bfloat16))
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [(torch.bfloat16, "FLASH_ATTENTION"), (torch.float32, "EFFICIENT_ATTENTION")], ids=str
+)
+def test_attention_holds_no_square_of_the_sequence(gpus: Pool, dtype: torch.dtype, kernel: str) -> None:
+    [(got, want)] = gpus.run(attended, dtype, kernel)
+    torch.testing.assert_close(got.double(), want, **tolerance(dtype))
 
 
 # ---- checkpoints and runs

@@ -181,6 +181,26 @@ def test_the_router_names_a_function_that_is_missing_without_transformer_engine(
     assert pool.run(gate) == [(True, False)]
 
 
+WHERE_CUDA_IS = """
+import torch
+from minitron_megatron.errors import MinitronError
+from minitron_megatron.parallel import Topology
+torch.cuda.is_available = lambda: True
+try:
+    Topology.start()  # without a real GPU it cannot join
+except (AssertionError, MinitronError, RuntimeError):
+    pass
+from megatron.core.transformer.moe import moe_utils
+inputs = torch.ones(2, 1, 4, requires_grad=True), torch.ones(3, 4, requires_grad=True), None, torch.float32
+moe_utils.router_gating_linear(*inputs).sum().backward()
+"""
+
+
+def test_the_router_works_without_transformer_engine_where_cuda_is_too() -> None:
+    done = subprocess.run([sys.executable, "-c", WHERE_CUDA_IS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- mcore's checkpoints
 
 

@@ -157,7 +157,7 @@ KILLS = [
     ("evaluate", "evaluate", 2),
     ("export", "export", 5),
 ]
-KEEPS = ("prepare", "correct", "distill", "baseline", "evaluate")  # each kill comes late enough to leave partial results
+KEEPS = ("prepare", "correct", "distill", "baseline", "evaluate")  # each kill leaves partial results
 
 
 @pytest.mark.parametrize("kill_at", KILLS, ids=["-".join(map(str, kill)) for kill in KILLS])

@@ -33,8 +33,8 @@ def _server() -> Path:
     socket = Path(mkdtemp(prefix="warm"), "socket")
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    program = [sys.executable, "-W", "ignore", Path(__file__).with_name("server.py"), socket]
-    server = subprocess.Popen(program, env=environment, stdin=subprocess.DEVNULL)
+    program = [sys.executable, Path(__file__).with_name("server.py"), socket]
+    server = subprocess.Popen(program, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     atexit.register(server.kill)
     until = time.monotonic() + HANGS
     while not socket.exists():
