@@ -33,6 +33,11 @@ class RunFolder:
         return self.path / "recipe.yaml"
 
     @property
+    def models(self) -> Path:
+        """Models that were brought in from elsewhere: their places, commits and folders."""
+        return self.path / "models.json"
+
+    @property
     def versions(self) -> Path:
         """Versions of the installed packages, this project's commit, the machine and the number of processes."""
         return self.path / "versions.json"
@@ -140,7 +145,8 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def model(self, name: str) -> Path:
-        """Hugging Face folder of a model: `corrected`, `pruned`, `distilled`, `random`, `export` or `export-fp8`."""
+        """Hugging Face folder of a model: `corrected`, `pruned`, `distilled`, `random`, `export`, `export-fp8`; or one
+        that a Megatron checkpoint became, `imported-model` or `imported-student`."""
         return self.path / name
 
     @property

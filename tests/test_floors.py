@@ -36,6 +36,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "megatron.bridge": frozenset({"convert"}),
     "megatron": frozenset({"parallel", "model", "data", "losses", "score", "prune", "train", "distill", "testing"}),
     "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers without a tokenizer.json
+    "huggingface_hub": frozenset({"convert"}),
     "safetensors": frozenset({"records", "convert", "serve"}),
     "tokenizers": frozenset({"data"}),
     "pyarrow": frozenset({"data"}),
@@ -57,7 +58,7 @@ imported anywhere."""
 
 LAZY = (
     *("megatron", "transformers", "matplotlib", "wandb", "tensorboard", "lm_eval", "modelopt", "nltk", "rouge_score"),
-    *("pyarrow", "datasets"),
+    *("pyarrow", "datasets", "huggingface_hub"),
 )
 """Slow imports: allowed only inside the function that needs them."""
 

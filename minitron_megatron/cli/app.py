@@ -135,11 +135,19 @@ def export(
 
 
 @app.command()
-def init(model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder.")]) -> None:
-    """Print a starter recipe for a Hugging Face folder."""
+def init(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A Hugging Face folder, OWNER/NAME[@REVISION], or a Megatron checkpoint."),
+    ],
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="The tokenizer of a Megatron checkpoint.")
+    ] = None,
+) -> None:
+    """Print a starter recipe for a model."""
     from ..recipe import starter_recipe
 
-    print(starter_recipe(model), end="")
+    print(starter_recipe(model, tokenizer), end="")
 
 
 @app.command()
@@ -199,9 +207,9 @@ def bench(
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A scores file, plan, model folder or run folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A scores file, plan, model or run folder.")],
 ) -> None:
-    """Describe a scores file, a plan, a model folder or a run folder."""
+    """Describe a scores file, a plan, a model or a run folder."""
     from ..report import describe
 
     Console().print(describe(path))

@@ -16,6 +16,7 @@ from .tokenizer import (
     load_tokenizer,
     settings_without_chat,
     transformers_tokenizer,
+    vocabulary,
 )
 
 __all__ = [
@@ -41,4 +42,5 @@ __all__ = [
     "step_batches",
     "text_files",
     "transformers_tokenizer",
+    "vocabulary",
 ]

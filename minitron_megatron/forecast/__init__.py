@@ -1,6 +1,6 @@
 """Forecasts: check a recipe and estimate its cost, before any work begins.
 
-Knows: recipes, shapes, the layout table. Must not know: weights, processes, run folders.
+Knows: recipes, shapes, the layout table. Must not know: weights, processes, what stages do.
 """
 
 from .candidates import candidates_of, untimed_candidates
@@ -8,12 +8,14 @@ from .check import check, check_corpus, needed_tokens, planned
 from .check_tasks import check_evaluation, settings_folder
 from .estimate import Estimate, count, estimate
 from .memory import WEIGHT_BYTES
+from .model_folders import ModelOrigin, model_origins, with_model_folders
 from .sizes import depth_sweep, measures_depth, rounds, scores_wanted
 from .slurm import slurm_commands
 
 __all__ = [
     "WEIGHT_BYTES",
     "Estimate",
+    "ModelOrigin",
     "candidates_of",
     "check",
     "check_corpus",
@@ -22,6 +24,7 @@ __all__ = [
     "depth_sweep",
     "estimate",
     "measures_depth",
+    "model_origins",
     "needed_tokens",
     "planned",
     "rounds",
@@ -29,4 +32,5 @@ __all__ = [
     "settings_folder",
     "slurm_commands",
     "untimed_candidates",
+    "with_model_folders",
 ]

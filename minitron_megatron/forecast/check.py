@@ -22,6 +22,7 @@ from ..parallel import PlannedTopology, Topology, check_independent_replicas
 from ..recipe import CHOOSE_BY, Recipe, ResolvedPhase, light_recipe, resolved
 from ..serve import check_fp8
 from .check_tasks import check_evaluation
+from .model_folders import with_model_folders
 from .sizes import check_pruning, student_shape
 
 __all__ = ["check", "check_corpus", "needed_tokens", "planned"]
@@ -50,13 +51,14 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     """
     if not counts_only:
         check_spec(recipe.spec)
+    _check_paths(recipe)
+    places, recipe = recipe, with_model_folders(recipe)
     config = read_config(recipe.model)
     shape = config.shape
-    if not counts_only:
+    if not counts_only and recipe.model == places.model:
         check_weights(recipe.model)
     if not counts_only or any(recipe.model.glob("tokenizer*")):
         check_tokenizer(recipe.model, shape.vocab)
-    _check_paths(recipe)
     _check_held_out(recipe)
     check_fits(shape, topology)
     check_pruning(recipe, shape, topology)

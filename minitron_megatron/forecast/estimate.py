@@ -10,6 +10,7 @@ from ..convert import read_config
 from ..errors import TopologyError, expect_number
 from ..gpus import GPUS
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
+from ..model import is_megatron_checkpoint
 from ..parallel import Topology
 from ..recipe import Recipe, light_recipe, resolved
 from ..score import DEPTH_METRICS
@@ -18,6 +19,7 @@ from ..serve import client_notes, client_warnings
 from .candidates import candidates_of
 from .check import check, planned
 from .memory import WEIGHT_BYTES, model_bytes, training_bytes
+from .model_folders import with_model_folders
 from .refit_cost import refit_bytes, refit_delay, refit_flops, refit_host_bytes
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
@@ -145,6 +147,7 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
 
 def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PEAK_FLOPS) -> Estimate:
     """Estimate a recipe that was checked."""
+    imports, recipe = is_megatron_checkpoint(recipe.model), with_model_folders(recipe)
     config = read_config(recipe.model)
     teacher, student = config.shape, student_shape(recipe, config.shape)
     parallel, weight = recipe.parallel, WEIGHT_BYTES[recipe.dtype]
@@ -165,7 +168,9 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
         student_parameters=parameters(student),
         rank_bytes=_rank_bytes(recipe, teacher, student, gpus, stash),
         stash_bytes=stash,
-        disk_bytes=models + (parameters(teacher) * weight if recipe.corrects_first else 0),
+        disk_bytes=models
+        + (parameters(teacher) * weight if recipe.corrects_first else 0)
+        + (parameters(teacher) * WEIGHT_BYTES.get(config.source["torch_dtype"], 4) if imports else 0),
         kv_cache_bytes=kv_cache_bytes(student, 1, recipe.data.sequence),
         correct_tokens=_corrected_tokens(recipe),
         distill_tokens=sum(phase.tokens for phase in resolved(recipe.distill, recipe.data)),

@@ -252,10 +252,13 @@ class Recipe(Settings):
     """A run that turns a pretrained checkpoint into a smaller one. Paths are relative to the working directory."""
 
     model: FilePath
-    """Hugging Face folder of the teacher."""
+    """The teacher: a Hugging Face folder; `owner/name` of the Hugging Face Hub, or `owner/name@revision`; or a Megatron
+    checkpoint (`torch_dist`)."""
     out: HowToRun[FilePath]
     """Run folder."""
     data: Data
+    tokenizer: AddedLater[FilePath | None] = None
+    """Hugging Face folder with the tokenizer of a Megatron checkpoint. Default: the one that the checkpoint names."""
     plugins: AddedLater[tuple[Text, ...]] = ()
     """Your own Python modules, imported before the recipe is read, from its folder or from `sys.path`. They run as
     code, with your permissions, on every rank, and add divergences, statistics, depth metrics, objectives, model

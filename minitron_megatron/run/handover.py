@@ -9,6 +9,7 @@ from typing import Literal
 from ..convert import read_config, save_hf
 from ..errors import CheckpointError, RecipeError
 from ..events import Listener, silent
+from ..forecast import with_model_folders
 from ..model import Checkpoints, build, check_finite, check_megatron_lm, load_weights, save_megatron_lm
 from ..parallel import Topology, fail_together
 from ..recipe import Recipe, prefixes
@@ -40,6 +41,7 @@ def hand_over(
     with fail_together():
         if to.exists():
             raise RecipeError(f"{to} already exists. Give another folder with --to.")
+        recipe = with_model_folders(recipe)
         context = Context(
             recipe, topology, listener, results(recipe, "prune" if checkpoint else "distill"), lambda other: ""
         )

@@ -13,6 +13,7 @@ import yaml
 
 from ..convert import read_config
 from ..files import whole_file
+from ..forecast import model_origins
 from ..layout import Shape, parameters
 from ..model import ModelConfig
 from ..records import read_summary
@@ -50,7 +51,8 @@ def _card(context: Context, folder: Path) -> str:
     exported, teacher = read_config(folder), read_config(recipe.model).shape
     student = exported.shape
     tags = ["minitron", "pruned", "distilled"]
-    about = {"base_model": recipe.model.name, "library_name": "transformers", "tags": tags}
+    base = _name(context, "model", recipe.model)
+    about = {"base_model": base, "library_name": "transformers", "tags": tags}
     keys = recipe.model_dump(mode="json", exclude_none=True, exclude={"model": True, "out": True, "data": {"sources"}})
     axes = ("layers", "hidden", "ffn", "heads", "kv_groups", "experts", "expert_ffn", "shared_ffn")
     shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in axes if getattr(teacher, axis)]
@@ -58,7 +60,7 @@ def _card(context: Context, folder: Path) -> str:
     training = [(stage, done[stage]["tokens"]) for stage in ("correct", "distill") if stage in done]
     parts = [
         f"---\n{_yaml(about)}---\n",
-        f"# {_inline(folder.resolve().parent.name)}: {_inline(recipe.model.name)} pruned and distilled\n",
+        f"# {_inline(folder.resolve().parent.name)}: {_inline(base)} pruned and distilled\n",
         f"{parameters(student):,} parameters, of the teacher's {parameters(teacher):,}. Made by the Minitron method: "
         "the least important parts of the teacher were pruned, and the rest was distilled from its logits.\n",
         _table(("", "teacher", "student"), [*shapes, ("parameters", parameters(teacher), parameters(student))]),
@@ -76,6 +78,14 @@ def _card(context: Context, folder: Path) -> str:
         _table(("package", "version"), list(versions().items())),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _name(context: Context, key: str, folder: Path) -> str:
+    """Return the name of a model of the recipe: its name on the Hub, or that of its folder."""
+    origin = model_origins(context.recipe).get(key)
+    if origin is None:
+        return folder.name
+    return origin["place"].partition("@")[0] if "commit" in origin else Path(origin["place"]).name
 
 
 def _clients(exported: ModelConfig, teacher: Shape) -> str:

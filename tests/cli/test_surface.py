@@ -25,7 +25,7 @@ VERBS = {
     "baseline": STAGE,
     "evaluate": STAGE | {"--model"},
     "export": STAGE | {"--to", "--checkpoint", "--format", "--check"},
-    "init": set(),
+    "init": {"--tokenizer"},
     "estimate": STAGE | {"--gpus", "--mfu", "--memory", "--slurm"},
     "bench": STAGE | {"--backend"},
     "show": set(),

@@ -1,0 +1,49 @@
+"""Folders of a recipe's models: those that a run has brought in, else their configs and tokenizers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NotRequired
+
+from typing_extensions import TypedDict
+
+from ..convert import local_folder
+from ..files import read_as
+from ..recipe import Recipe
+from ..run_folder import RunFolder
+
+__all__ = ["ModelOrigin", "model_origins", "with_model_folders"]
+
+
+class ModelOrigin(TypedDict):
+    """Origin of a model that is no Hugging Face folder of the user's, as a run records it once."""
+
+    place: str
+    """The recipe's name for it."""
+    folder: str
+    """Its Hugging Face folder."""
+    commit: NotRequired[str]
+    """Its commit on the Hub."""
+
+
+def model_origins(recipe: Recipe) -> dict[str, ModelOrigin]:
+    """Return recipe key -> origin of each model that the recipe's run has brought in."""
+    path = RunFolder(recipe.out).models
+    return read_as(path, dict[str, ModelOrigin]) if path.is_file() else {}
+
+
+def with_model_folders(recipe: Recipe) -> Recipe:
+    """Return the recipe with a Hugging Face folder in place of each model that is none.
+
+    Before its run has brought a model in, the folder may hold only the config and the tokenizer. Raises
+    CheckpointError.
+    """
+    return recipe.replaced(model=_folder(recipe, "model", recipe.model), tokenizer=None)
+
+
+def _folder(recipe: Recipe, key: str, place: Path) -> Path:
+    origin = model_origins(recipe).get(key)
+    if origin is None or origin["place"] != str(place):
+        return local_folder(place, recipe.tokenizer)
+    folder = Path(origin["folder"])
+    return folder if folder.is_dir() else local_folder(place, recipe.tokenizer, origin.get("commit"))
