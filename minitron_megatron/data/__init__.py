@@ -10,6 +10,7 @@ from .prepare import prepare
 from .sources import HUB, input_files, most_bytes, places, text_files
 from .token_files import Prepared, PreparedSplit, check_content
 from .tokenizer import (
+    check_same_tokenizer,
     check_tokenizer,
     corpus_marks,
     end_of_document,
@@ -28,6 +29,7 @@ __all__ = [
     "calibration",
     "calibration_batches",
     "check_content",
+    "check_same_tokenizer",
     "check_tokenizer",
     "corpus_marks",
     "end_of_document",

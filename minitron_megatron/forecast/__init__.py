@@ -8,7 +8,7 @@ from .check import check, check_corpus, needed_tokens, planned
 from .check_tasks import check_evaluation, settings_folder
 from .estimate import Estimate, count, estimate
 from .memory import WEIGHT_BYTES
-from .model_folders import ModelOrigin, model_origins, with_model_folders
+from .model_folders import ModelOrigin, model_origins, model_places, with_model_folders
 from .sizes import depth_sweep, measures_depth, rounds, scores_wanted
 from .slurm import slurm_commands
 
@@ -25,6 +25,7 @@ __all__ = [
     "estimate",
     "measures_depth",
     "model_origins",
+    "model_places",
     "needed_tokens",
     "planned",
     "rounds",

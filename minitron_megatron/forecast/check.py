@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from ..convert import check_weights, read_config
-from ..data import check_tokenizer, input_files, most_bytes, places, samples_by_source
+from ..data import check_same_tokenizer, check_tokenizer, input_files, most_bytes, places, samples_by_source
 from ..errors import DataError, RecipeError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec
@@ -60,11 +60,13 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     if not counts_only or any(recipe.model.glob("tokenizer*")):
         check_tokenizer(recipe.model, shape.vocab)
     _check_held_out(recipe)
+    if recipe.student:
+        _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)
     check_fits(shape, topology)
     check_pruning(recipe, shape, topology)
     if recipe.export.quantize == "fp8":
         check_fp8(student_shape(recipe, shape))
-    recipe.distill.loss.check(shape.vocab)
+    recipe.distill.loss.check(min(shape.vocab, student_shape(recipe, shape).vocab))
     _check_search(recipe)
     if not counts_only:
         _check_start(recipe, shape)
@@ -74,7 +76,8 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     for key, phase in phases:
         _check_schedule(key, phase)
         _check_index(key, phase)
-    _check_lengths(recipe, config, phases)
+    for each in (config, *([read_config(recipe.student)] if recipe.student else [])):
+        _check_lengths(recipe, each, phases)
     _check_independent_replicas(recipe, topology)
     _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology, topology.dp)
     if recipe.prune.refit != "none":
@@ -147,7 +150,7 @@ def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:
 def _check_paths(recipe: Recipe) -> None:
     """Check that the run folder is separate from the run's inputs, so that their files cannot be confused."""
     out = recipe.out.resolve()
-    read = [("model", recipe.model), ("distill.start", recipe.distill.start)]
+    read = [("model", recipe.model), ("student", recipe.student), ("distill.start", recipe.distill.start)]
     read += [("data.sources", path) for source in recipe.data.sources for path in places(source.paths)]
     read += [("data.sources", path) for source in recipe.data.sources for path in places(source.held_out_paths)]
     for key, path in read:
@@ -248,6 +251,23 @@ def _check_split(key: str, total: int, micro: int, topology: Topology, replicas:
             f"{key} gives {total // unit} micro-batches, but the interleaved schedule needs a multiple of "
             f"pp={topology.pp}. Choose a multiple of {unit * topology.pp}, or vp: 1."
         )
+
+
+def _check_student(recipe: Recipe, teacher: Shape, *, weights: bool) -> None:
+    """Check a student that is not cut from the teacher. weights: check its weights too."""
+    assert recipe.student is not None
+    vocab = read_config(recipe.student).shape.vocab
+    if weights:
+        check_weights(recipe.student)
+    if any(recipe.model.glob("tokenizer*")) and any(recipe.student.glob("tokenizer*")):
+        entries = check_same_tokenizer(recipe.model, recipe.student)
+        if vocab != teacher.vocab and min(vocab, teacher.vocab) < entries:
+            raise RecipeError(
+                f"the teacher has {teacher.vocab} vocabulary entries and the student {vocab}, but their tokenizer has "
+                f"{entries}: they differ in more than padding. Give a student whose vocabulary holds the tokenizer."
+            )
+    elif weights:
+        raise RecipeError(f"{recipe.student} has no tokenizer to compare with the teacher's. Put it there.")
 
 
 def _check_start(recipe: Recipe, teacher: Shape) -> None:

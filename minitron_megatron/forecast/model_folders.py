@@ -8,11 +8,13 @@ from typing import NotRequired
 from typing_extensions import TypedDict
 
 from ..convert import local_folder
+from ..errors import CheckpointError
 from ..files import read_as
+from ..model import is_megatron_checkpoint
 from ..recipe import Recipe
 from ..run_folder import RunFolder
 
-__all__ = ["ModelOrigin", "model_origins", "with_model_folders"]
+__all__ = ["ModelOrigin", "model_origins", "model_places", "with_model_folders"]
 
 
 class ModelOrigin(TypedDict):
@@ -38,12 +40,23 @@ def with_model_folders(recipe: Recipe) -> Recipe:
     Before its run has brought a model in, the folder may hold only the config and the tokenizer. Raises
     CheckpointError.
     """
-    return recipe.replaced(model=_folder(recipe, "model", recipe.model), tokenizer=None)
+    origins, places = model_origins(recipe), model_places(recipe)
+    if recipe.tokenizer and not origins and not any(map(is_megatron_checkpoint, places.values())):
+        raise CheckpointError(
+            f"tokenizer is {recipe.tokenizer}, but {' and '.join(map(str, places.values()))} have their own. Remove it."
+        )
+    folders = {key: _folder(place, recipe.tokenizer, origins.get(key)) for key, place in places.items()}
+    return recipe.replaced(**folders, tokenizer=None)
 
 
-def _folder(recipe: Recipe, key: str, place: Path) -> Path:
-    origin = model_origins(recipe).get(key)
+def model_places(recipe: Recipe) -> dict[str, Path]:
+    """Return recipe key -> place of each model, as the recipe names it."""
+    return {"model": recipe.model} | ({"student": recipe.student} if recipe.student else {})
+
+
+def _folder(place: Path, tokenizer: Path | None, origin: ModelOrigin | None) -> Path:
+    tokenizer = tokenizer if is_megatron_checkpoint(place) else None
     if origin is None or origin["place"] != str(place):
-        return local_folder(place, recipe.tokenizer)
+        return local_folder(place, tokenizer)
     folder = Path(origin["folder"])
-    return folder if folder.is_dir() else local_folder(place, recipe.tokenizer, origin.get("commit"))
+    return folder if folder.is_dir() else local_folder(place, tokenizer, origin.get("commit"))

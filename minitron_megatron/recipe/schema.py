@@ -259,6 +259,9 @@ class Recipe(Settings):
     data: Data
     tokenizer: AddedLater[FilePath | None] = None
     """Hugging Face folder with the tokenizer of a Megatron checkpoint. Default: the one that the checkpoint names."""
+    student: AddedLater[FilePath | None] = None
+    """A model with the teacher's tokenizer, of any family and named as `model` is, which is distilled without pruning:
+    in place of `prune`. Its vocabulary may differ from the teacher's in padding."""
     plugins: AddedLater[tuple[Text, ...]] = ()
     """Your own Python modules, imported before the recipe is read, from its folder or from `sys.path`. They run as
     code, with your permissions, on every rank, and add divergences, statistics, depth metrics, objectives, model
@@ -305,15 +308,27 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _sizes_come_from_one_block(self) -> Recipe:
         prune = self.prune
+        if self.student is not None:
+            return self._nothing_is_pruned()
         if self.search is None:
             if "prune" not in self.model_fields_set:
-                raise ValueError("prune is missing: give the sizes to keep in `prune`, or a `search` for them")
+                raise ValueError(
+                    "prune is missing: give the sizes to keep in `prune`, a `search` for them, or a `student`"
+                )
             return self
         if prune.sizes() or prune.layers is not None:
             raise ValueError("Both `search` and `prune` give the sizes: remove the sizes in `prune`, or `search`")
         if prune.by != "importance" or prune.iterations > 1 or prune.merge != "none":
             raise ValueError(
                 "A search prunes by importance, in one step, without merging: remove prune.by, iterations and merge"
+            )
+        return self
+
+    def _nothing_is_pruned(self) -> Recipe:
+        given = {"prune": self.prune != Prune(), "search": self.search, "score.depth": self.score.depth}
+        for key in [key for key, value in (given | {"distill.start": self.distill.start}).items() if value]:
+            raise ValueError(
+                f"A `student` is distilled without pruning, from its own weights: remove {key}, or student"
             )
         return self
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..convert import check_weights, hub_folder, import_megatron, is_hub_name
 from ..events import Listener
 from ..files import write_json
-from ..forecast import ModelOrigin, model_origins, with_model_folders
+from ..forecast import ModelOrigin, model_origins, model_places, with_model_folders
 from ..model import is_megatron_checkpoint
 from ..parallel import Topology, fail_together
 from ..recipe import Recipe
@@ -34,8 +34,8 @@ def bring_in(recipe: Recipe, topology: Topology, listener: Listener) -> Recipe:
 
 def _elsewhere(recipe: Recipe) -> dict[str, Path]:
     """Return recipe key -> place of each model that is no Hugging Face folder."""
-    places = {"model": recipe.model}
-    return {key: place for key, place in places.items() if is_megatron_checkpoint(place) or is_hub_name(place)}
+    places = model_places(recipe).items()
+    return {key: place for key, place in places if is_megatron_checkpoint(place) or is_hub_name(place)}
 
 
 def _record(recipe: Recipe, origins: dict[str, ModelOrigin]) -> None:

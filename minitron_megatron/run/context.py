@@ -70,6 +70,16 @@ class Context:
         return self.recipe.model if self.recipe.prune.teacher == "original" else self.teacher
 
     @property
+    def untrained_student(self) -> Path:
+        """Folder of the student before distillation: the pruned model, or the recipe's own `student`."""
+        return self.recipe.student or self.folders.model("pruned")
+
+    @property
+    def student_files(self) -> Path:
+        """Folder of the tokenizer and generation settings that are copied beside the student."""
+        return self.recipe.student or self.recipe.model
+
+    @property
     def prune_source_hash(self) -> str:
         """Recorded hash of the model to prune."""
         return self._expected(self.prune_source)
@@ -137,7 +147,7 @@ class Context:
     def save(
         self, model: Any, folder: Path, dtype: torch.dtype | None = None, architecture: Architecture = "own"
     ) -> str:
-        """Write a model with the teacher's tokenizer and return its hash. Collective over the world.
+        """Write a model with its tokenizer and return its hash. Collective over the world.
 
         Raises CheckpointError, and writes nothing, if a weight is not finite.
         """
@@ -147,7 +157,7 @@ class Context:
             folder,
             self.topology,
             dtype=dtype,
-            files_from=self.recipe.model,
+            files_from=self.recipe.model if folder == self.folders.model("corrected") else self.student_files,
             architecture=architecture,
             listener=self.listener,
         )

@@ -34,7 +34,7 @@ def evaluate_folder(recipe: Recipe, topology: Topology, folder: Path, *, listene
     with fail_together():
         recipe = with_model_folders(recipe)
         shape, vocab = read_config(folder).shape, read_config(recipe.model).shape.vocab
-        if shape.vocab != vocab:
+        if shape.vocab not in (vocab, recipe.student and read_config(recipe.student).shape.vocab):
             raise RecipeError(
                 f"{folder} has a vocabulary of {shape.vocab}, but {recipe.model} has one of {vocab}: losses per token "
                 "of different tokenizers cannot be compared. Give a model with the same tokenizer."

@@ -48,5 +48,5 @@ EXPORT = Stage(
     makes=lambda run: run.model("export"),
     reads=("export",),
     after=("prepare", "distill", "evaluate"),
-    extra_inputs=lambda recipe: carried_marks(recipe.model),
+    extra_inputs=lambda recipe: carried_marks(recipe.student or recipe.model),
 )

@@ -136,4 +136,5 @@ PRUNE = Stage(
     makes=lambda run: run.model("pruned"),
     reads=("prune", "dtype"),
     after=("prepare", "correct", "score"),
+    wanted=lambda recipe: recipe.student is None,
 )
