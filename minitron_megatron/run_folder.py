@@ -100,9 +100,16 @@ class RunFolder:
         return self.path / "data"
 
     @property
-    def unfinished_corpus(self) -> Path:
-        """Folder of a corpus whose tokenizing was interrupted; a path that does not exist if there is none."""
-        return next(self.data.glob("*.partial"), self.data / "none.partial")
+    def calibration(self) -> Path:
+        """Tokenized corpora of `score.sources`, one file prefix per source."""
+        return self.path / "calibration"
+
+    def unfinished(self, corpora: Path) -> Path:
+        """Return the folder of a corpus whose tokenizing was interrupted; a path that does not exist if there is none.
+
+        corpora: `data` or `calibration`.
+        """
+        return next(corpora.glob("*.partial"), corpora / "none.partial")
 
     @property
     def index(self) -> Path:

@@ -66,6 +66,7 @@ def _stage_command(stage: str, help_text: str) -> None:
 
 
 _stage_command("prepare", "Tokenize the text.")
+_stage_command("calibrate", "Tokenize the calibration text of score.sources.")
 _stage_command("correct", "Fine-tune the teacher on the distillation data.")
 _stage_command("score", "Measure the importance of every unit.")
 

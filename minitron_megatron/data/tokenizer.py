@@ -181,9 +181,12 @@ def check_same_tokenizer(folder: str | Path, other: str | Path) -> int:
     """
     ours, theirs = load_tokenizer(folder), load_tokenizer(other)
     words = [{at: word for word, at in each.get_vocab(with_added_tokens=True).items()} for each in (ours, theirs)]
-    at = next((at for at in sorted(words[0].keys() | words[1].keys()) if words[0].get(at) != words[1].get(at)), None)
-    where, values = f"token {at}", [each.get(at, None) for each in words]
-    if at is None:
+    ids = sorted(words[0].keys() | words[1].keys())
+    where, values = next(
+        ((f"token {at}", [each.get(at) for each in words]) for at in ids if words[0].get(at) != words[1].get(at)),
+        ("", []),
+    )
+    if not where:
         parts = [{key: json.loads(each.to_str())[key] for key in DECIDING} for each in (ours, theirs)]
         if parts[0] == parts[1]:
             return vocabulary(ours)

@@ -4,7 +4,7 @@ Knows: recipes, shapes, the layout table. Must not know: weights, processes, wha
 """
 
 from .candidates import candidates_of, untimed_candidates
-from .check import check, check_corpus, needed_tokens, planned
+from .check import check, check_calibration, check_corpus, needed_calibration, needed_tokens, planned
 from .check_tasks import check_evaluation, settings_folder
 from .estimate import Estimate, count, estimate
 from .memory import WEIGHT_BYTES
@@ -18,6 +18,7 @@ __all__ = [
     "ModelOrigin",
     "candidates_of",
     "check",
+    "check_calibration",
     "check_corpus",
     "check_evaluation",
     "count",
@@ -26,6 +27,7 @@ __all__ = [
     "measures_depth",
     "model_origins",
     "model_places",
+    "needed_calibration",
     "needed_tokens",
     "planned",
     "rounds",

@@ -19,7 +19,7 @@ from ..errors import DataError, RecipeError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
-from ..recipe import CHOOSE_BY, Recipe, ResolvedPhase, light_recipe, resolved
+from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved
 from ..serve import check_fp8
 from .check_tasks import check_evaluation
 from .model_folders import with_model_folders
@@ -27,6 +27,8 @@ from .sizes import check_pruning, student_shape
 
 __all__ = ["check", "check_corpus", "needed_tokens", "planned"]
 
+Demand = tuple[str, int, int, list[float], bool]
+"""Key, samples, tokens per sample, weight of each source, and whether text may repeat."""
 INDEX_BYTES = 30
 """Host memory per sample of a phase: its source, its position, and megatron-core's document and sample indices."""
 
@@ -92,18 +94,27 @@ def check_corpus(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]]) -> No
 
     sources: the result of `prepare` for each source, in the recipe's order.
     """
-    sequence, names = recipe.data.sequence, list(sources)
-    tokens = [int(sources[name]["tokens"]) for name in names]
-    for name in names:
-        held = int(sources[name]["validation_tokens"])
+    sequence = recipe.data.sequence
+    for name, source in sources.items():
+        held = int(source["validation_tokens"])
         if held <= sequence:
             raise DataError(
                 f"the held-out text of {name} has {held:,} tokens, less than one sample of {sequence:,}. Hold out more "
                 "(data.sources[].validation), or set a shorter data.sequence."
             )
-    for key, samples, length, weights, repeat in _sample_demands(recipe):
+    _check_demands(_sample_demands(recipe), sources)
+
+
+def check_calibration(recipe: Recipe, sources: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise DataError if a tokenized source of `score.sources` has too few tokens for the calibration samples."""
+    _check_demands(_calibration_demands(recipe), sources)
+
+
+def _check_demands(demands: Iterable[Demand], sources: Mapping[str, Mapping[str, Any]]) -> None:
+    for key, samples, length, weights, repeat in demands:
         counts = samples_by_source(weights, samples)
-        for name, count, there in zip(names, counts, tokens, strict=True):
+        for (name, source), count in zip(sources.items(), counts, strict=True):
+            there = int(source["tokens"])
             held = (there - 1) // length
             if held < (1 if repeat else count):
                 raise DataError(
@@ -116,19 +127,38 @@ def needed_tokens(recipe: Recipe) -> list[dict[str, int]] | None:
     """Return the tokens of each source's splits that all stages together draw; None where all text is tokenized."""
     if recipe.data.tokenize == "all":
         return None
-    needed = [1] * len(recipe.data.sources)
-    for _, samples, length, weights, _ in _sample_demands(recipe):
+    valid = recipe.evaluate.samples * recipe.data.sequence + 1
+    return [{"train": tokens, "valid": valid} for tokens in _needed(_sample_demands(recipe), len(recipe.data.sources))]
+
+
+def needed_calibration(recipe: Recipe) -> list[dict[str, int]] | None:
+    """Return the same of `score.sources`, which have no held-out text."""
+    if recipe.data.tokenize == "all":
+        return None
+    return [{"train": tokens} for tokens in _needed(_calibration_demands(recipe), len(recipe.score.sources))]
+
+
+def _needed(demands: Iterable[Demand], sources: int) -> list[int]:
+    """Return the tokens of each source that all demands together draw."""
+    needed = [1] * sources
+    for _, samples, length, weights, _ in demands:
         for number, count in enumerate(samples_by_source(weights, samples)):
             needed[number] += count * length
-    return [{"train": tokens, "valid": recipe.evaluate.samples * recipe.data.sequence + 1} for tokens in needed]
+    return needed
 
 
-def _sample_demands(recipe: Recipe) -> Iterator[tuple[str, int, int, list[float], bool]]:
-    """Yield (key, samples, tokens per sample, weights, whether text may repeat) of each user of the training text."""
+def _sample_demands(recipe: Recipe) -> Iterator[Demand]:
+    """Yield the demand of each user of the training text."""
     for key, phase in _training(recipe):
         samples = phase.steps * phase.keys.global_batch
         yield f"{key}.tokens", samples, phase.sequence, list(phase.weights), recipe.data.repeat
-    weights = [source.weight for source in recipe.data.sources]
+    if not recipe.score.sources:
+        yield from _calibration_demands(recipe)
+
+
+def _calibration_demands(recipe: Recipe) -> Iterator[Demand]:
+    """Yield the demand of each user of the calibration text."""
+    weights = [source.weight for source in recipe.score.sources or recipe.data.sources]
     yield "score.samples", recipe.score.samples, recipe.data.sequence, weights, False
     if recipe.prune.refit != "none":
         yield "prune.refit_samples", recipe.prune.refit_samples, recipe.data.sequence, weights, False
@@ -153,19 +183,21 @@ def _check_paths(recipe: Recipe) -> None:
     read = [("model", recipe.model), ("student", recipe.student), ("distill.start", recipe.distill.start)]
     read += [("data.sources", path) for source in recipe.data.sources for path in places(source.paths)]
     read += [("data.sources", path) for source in recipe.data.sources for path in places(source.held_out_paths)]
+    read += [("score.sources", path) for source in recipe.score.sources for path in places(source.paths)]
     for key, path in read:
         if path is None:
             continue
         there = path.resolve()
         if out == there or (there.is_dir() and there in out.parents):
             raise RecipeError(f"out is {recipe.out}, which is inside {path} ({key}). Give a separate folder.")
-        if out in there.parents and key == "data.sources":
+        if out in there.parents and key.endswith(".sources"):
             raise RecipeError(f"{path} ({key}) is inside the run folder {recipe.out}. Move one of them.")
 
 
 def _check_held_out(recipe: Recipe) -> None:
-    """Check that no held-out file is also training text."""
-    trained = {file.resolve() for source in recipe.data.sources for file in _text(source.paths)}
+    """Check that no held-out file is also training text or calibration text."""
+    sources = (*recipe.data.sources, *recipe.score.sources)
+    trained = {file.resolve() for source in sources for file in _text(source.paths)}
     for source in recipe.data.sources:
         both = trained & {file.resolve() for file in _text(source.held_out_paths)}
         if both:
@@ -314,8 +346,14 @@ def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPh
                 f"the held-out text of {source.name} has {text:,} bytes, less than one sample of "
                 f"{recipe.data.sequence:,} tokens. Hold out more, or set a shorter data.sequence."
             )
-    for key, samples, length, weights, repeat in _sample_demands(recipe):
-        for source, size, weight in zip(recipe.data.sources, most, weights, strict=True):
+    _check_bytes(recipe.data.sources, most, _sample_demands(recipe))
+    if own := recipe.score.sources:
+        _check_bytes(own, [most_bytes(source.paths) for source in own], _calibration_demands(recipe))
+
+
+def _check_bytes(sources: Sequence[CalibrationSource], most: Sequence[float], demands: Iterable[Demand]) -> None:
+    for key, samples, length, weights, repeat in demands:
+        for source, size, weight in zip(sources, most, weights, strict=True):
             needed = int(length * (1 if repeat else samples * weight / sum(weights)))
             if size < needed:
                 raise DataError(

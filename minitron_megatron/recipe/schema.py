@@ -30,19 +30,17 @@ from .keys import DType, HeldOut, Layers, Sources
 from .search_keys import Search
 from .training_keys import Correct, Distill
 
-__all__ = ["Data", "Depth", "Recipe", "Source", "json_schema"]
+__all__ = ["CalibrationSource", "Data", "Depth", "Recipe", "Source", "json_schema"]
 
 
-class Source(Settings):
-    """One source of the data blend."""
+class CalibrationSource(Settings):
+    """One source of a blend of text."""
 
     path: Sources
     """File, folder, glob, or a list of them: .jsonl, .json, .txt (also .gz, .zst), .parquet, .arrow; or the prefix of a
     tokenized .bin/.idx pair, used in place; or hf://owner/name[:split], a data set of the Hugging Face Hub."""
     weight: Positive = 1.0
     """Share of the samples, relative to the other sources."""
-    validation: HeldOut = 0.01
-    """Path of held-out files, or the share of documents to hold out (between 0 and 1)."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -50,14 +48,21 @@ class Source(Settings):
         return (self.path,) if isinstance(self.path, str) else self.path
 
     @property
-    def held_out_paths(self) -> tuple[str, ...]:
-        """Places of held-out text, if a share of the documents is not held out instead."""
-        return (self.validation,) if isinstance(self.validation, str) else ()
-
-    @property
     def name(self) -> str:
         """Name of the source for people and in files: that of its first file or folder."""
         return re.sub("[*?:]+", "_", Path(self.paths[0]).stem)
+
+
+class Source(CalibrationSource):
+    """One source of the data blend."""
+
+    validation: HeldOut = 0.01
+    """Path of held-out files, or the share of documents to hold out (between 0 and 1)."""
+
+    @property
+    def held_out_paths(self) -> tuple[str, ...]:
+        """Places of held-out text, if a share of the documents is not held out instead."""
+        return (self.validation,) if isinstance(self.validation, str) else ()
 
 
 class Data(Settings):
@@ -114,6 +119,9 @@ class Score(Settings):
     depth: Depth | None = None
     """Importance of layers. If omitted, layers are measured only when `prune.layers` is a number or `search.layers` is
     set."""
+    sources: AddedLater[tuple[CalibrationSource, ...]] = ()
+    """Sources of the calibration samples, also those of `score.depth`, `prune.refit`, `search` and
+    `export.quantize`. Default: `data.sources`."""
 
 
 class Prune(Settings):

@@ -198,11 +198,21 @@ class Context:
         return None if self.recipe.data.cross_documents else int(first["end"])
 
     def _weighted(self, weights: Sequence[float]) -> list[tuple[Path, float]]:
-        """Return (prefix, weight) of each source. Raises DataError if a corpus changed since the run prepared it."""
-        sources = self.done["prepare"]["sources"]
+        return self._corpora(self.folders.data, self.done["prepare"]["sources"], weights)
+
+    @property
+    def _calibration_blend(self) -> list[tuple[Path, float]]:
+        """Prefix and weight of each source of the calibration samples."""
+        own = [source.weight for source in self.recipe.score.sources]
+        return self._corpora(self.folders.calibration, self.done["calibrate"]["sources"], own) if own else self.blend
+
+    def _corpora(
+        self, folder: Path, sources: Mapping[str, Mapping[str, Any]], weights: Sequence[float]
+    ) -> list[tuple[Path, float]]:
+        """Return (prefix, weight) of each source. Raises DataError if a corpus changed since the run tokenized it."""
         for name, recorded in sources.items():
-            check_content(self.folders.data / name, recorded["content"])
-        return [(self.folders.data / name, weight) for name, weight in zip(sources, weights, strict=True)]
+            check_content(folder / name, recorded["content"])
+        return [(folder / name, weight) for name, weight in zip(sources, weights, strict=True)]
 
     def training_batches(self, phase: ResolvedPhase, seed: int) -> Callable[[int], list[Batch]]:
         """Return a function: step -> this rank's micro-batches of the blend. Collective over the world."""
@@ -233,7 +243,7 @@ class Context:
         """Return all calibration samples, by default as many as scoring takes. Collective over the world."""
         keys = self.recipe.score
         return calibration(
-            self.blend,
+            self._calibration_blend,
             samples=samples or keys.samples,
             sequence=self.recipe.data.sequence,
             seed=self.recipe.seed,

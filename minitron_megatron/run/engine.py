@@ -16,7 +16,7 @@ import yaml
 from ..errors import CheckpointError, FileError, RecipeError
 from ..events import Listener, silent
 from ..files import check_as, locked, read_as, read_text, whole_file, write_json
-from ..forecast import check, check_corpus, count, planned, with_model_folders
+from ..forecast import check, check_calibration, check_corpus, count, planned, with_model_folders
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, launched, peak_bytes
 from ..recipe import Recipe, prefixes, read_yaml
 from ..run_folder import RunFolder
@@ -32,6 +32,9 @@ from .versions import versions
 __all__ = ["Results", "Step", "dry_run", "results", "run", "search_task", "wanted"]
 
 Results = dict[str, dict[str, Any]]
+
+CORPUS_CHECKS = {"prepare": check_corpus, "calibrate": check_calibration}
+"""Stage that tokenizes -> check that its sources have enough tokens."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def _run_stages(
             _predict(walk.recipe, topology)
         if stage.name == only:
             break
-        if stage.name == "prepare":
-            check_corpus(walk.recipe, walk.done["prepare"]["sources"])
+        if stage.name in CORPUS_CHECKS:
+            CORPUS_CHECKS[stage.name](walk.recipe, walk.done[stage.name]["sources"])
     return walk.done
 
 
@@ -134,8 +137,8 @@ def dry_run(recipe: Recipe) -> list[Step]:
         before = [name for name in (*stage.after, *undecided) if name in stale]
         record = None if before else walk.recorded(stage)
         if record is not None:
-            if stage.name == "prepare":
-                check_corpus(walk.recipe, record["result"]["sources"])
+            if stage.name in CORPUS_CHECKS:
+                CORPUS_CHECKS[stage.name](walk.recipe, record["result"]["sources"])
             walk.finish(stage, record)
             steps.append(Step(stage.name, "done", ""))
             continue

@@ -53,7 +53,7 @@ def _card(context: Context, folder: Path) -> str:
     tags = ["minitron", *([] if recipe.student else ["pruned"]), "distilled"]
     base, made, how = _making(context)
     about = {"base_model": base, "library_name": "transformers", "tags": tags}
-    private = {"model": True, "student": True, "out": True, "data": {"sources"}}
+    private: Any = {"model": True, "student": True, "out": True, "data": {"sources"}, "score": {"sources"}}
     keys = recipe.model_dump(mode="json", exclude_none=True, exclude=private)
     axes = ("layers", "hidden", "ffn", "heads", "kv_groups", "experts", "expert_ffn", "shared_ffn")
     shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in axes if getattr(teacher, axis)]

@@ -17,6 +17,7 @@ STAGE = {"--set", "--out"}
 VERBS = {
     "run": STAGE | {"--dry-run"},
     "prepare": STAGE,
+    "calibrate": STAGE,
     "correct": STAGE,
     "score": STAGE,
     "search": STAGE | {"--task"},
