@@ -33,6 +33,11 @@ class RunFolder:
         return self.path / "recipe.yaml"
 
     @property
+    def models(self) -> Path:
+        """Models that were brought in from elsewhere: their places, commits and folders."""
+        return self.path / "models.json"
+
+    @property
     def versions(self) -> Path:
         """Versions of the installed packages, this project's commit, the machine and the number of processes."""
         return self.path / "versions.json"
@@ -95,9 +100,16 @@ class RunFolder:
         return self.path / "data"
 
     @property
-    def unfinished_corpus(self) -> Path:
-        """Folder of a corpus whose tokenizing was interrupted; a path that does not exist if there is none."""
-        return next(self.data.glob("*.partial"), self.data / "none.partial")
+    def calibration(self) -> Path:
+        """Tokenized corpora of `score.sources`, one file prefix per source."""
+        return self.path / "calibration"
+
+    def unfinished(self, corpora: Path) -> Path:
+        """Return the folder of a corpus whose tokenizing was interrupted; a path that does not exist if there is none.
+
+        corpora: `data` or `calibration`.
+        """
+        return next(corpora.glob("*.partial"), corpora / "none.partial")
 
     @property
     def index(self) -> Path:
@@ -140,7 +152,8 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def model(self, name: str) -> Path:
-        """Hugging Face folder of a model: `corrected`, `pruned`, `distilled`, `random`, `export` or `export-fp8`."""
+        """Hugging Face folder of a model: `corrected`, `pruned`, `distilled`, `random`, `export`, `export-fp8`; or one
+        that a Megatron checkpoint became, `imported-model` or `imported-student`."""
         return self.path / name
 
     @property

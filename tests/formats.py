@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 
-__all__ = ["cache_of_the_hub", "every_format", "token_pair", "zst"]
+__all__ = ["COMMIT", "cache_of_the_hub", "every_format", "model_of_the_hub", "token_pair", "zst"]
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def zst(content: bytes) -> bytes:
@@ -64,3 +66,12 @@ def cache_of_the_hub(folder: Path, texts: Sequence[str]) -> dict[str, str]:
     info = datasets.DatasetInfo(features=made.features, splits=datasets.SplitDict({"train": split}), **about)
     info.write_to_directory(str(place))
     return {"HF_DATASETS_CACHE": str(folder), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def model_of_the_hub(folder: Path, model: Path) -> dict[str, str]:
+    """Write a cache of `huggingface_hub` that holds `owner/tiny`; return the environment in which that is all."""
+    place = folder / "models--owner--tiny"
+    shutil.copytree(model, place / "snapshots" / COMMIT)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(COMMIT)
+    return {"HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": "1"}

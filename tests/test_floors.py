@@ -38,6 +38,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
         {"parallel", "model", "data", "losses", "score", "prune", "refit", "train", "distill", "testing"}
     ),
     "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers without a tokenizer.json
+    "huggingface_hub": frozenset({"convert"}),
     "safetensors": frozenset({"records", "convert", "serve"}),
     "tokenizers": frozenset({"data"}),
     "pyarrow": frozenset({"data"}),
@@ -59,7 +60,7 @@ imported anywhere."""
 
 LAZY = (
     *("megatron", "transformers", "matplotlib", "wandb", "tensorboard", "lm_eval", "modelopt", "nltk", "rouge_score"),
-    *("pyarrow", "datasets"),
+    *("pyarrow", "datasets", "huggingface_hub"),
 )
 """Slow imports: allowed only inside the function that needs them."""
 

@@ -11,7 +11,7 @@ import yaml
 
 from minitron_megatron.forecast import estimate
 from minitron_megatron.recipe import load_recipe
-from tests.formats import cache_of_the_hub, every_format
+from tests.formats import cache_of_the_hub, every_format, model_of_the_hub
 from tests.guide import ROOT, commands, run_command
 from tests.recipes import tiny_recipe
 
@@ -52,7 +52,8 @@ def texts(material: Path) -> list[str]:
 def test_its_commands_run(
     page: str, folder: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in cache_of_the_hub(tmp_path / "hub", texts(material)).items():
+    data, models = cache_of_the_hub(tmp_path / "hub", texts(material)), model_of_the_hub(tmp_path, material / "model")
+    for name, value in (data | models).items():
         monkeypatch.setenv(name, value)
     places = {"path/to/llama": material / "model", "> recipe.yaml": "> started.yaml", "runs/quickstart": "runs/own"}
     lines = [line for line in commands(GUIDE / f"{page}.md") if not line.startswith("make")]
@@ -69,7 +70,7 @@ def test_its_blocks_are_parts_of_a_recipe(page: str, folder: Path) -> None:
     for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", (GUIDE / f"{page}.md").read_text(), re.S)):
         path = folder / f"{page}-{number}.yaml"
         part = yaml.safe_load(block)
-        own = {key: value for key, value in recipe.items() if key != "prune" or "search" not in part}
+        own = {key: value for key, value in recipe.items() if key != "prune" or not part.keys() & {"search", "student"}}
         path.write_text(yaml.safe_dump(own | part))
         found = load_recipe(path)
         assert "search" not in part or len(estimate(found).candidates) > 4

@@ -70,6 +70,7 @@ def _stage_command(stage: str, help_text: str) -> None:
 
 
 _stage_command("prepare", "Tokenize the text.")
+_stage_command("calibrate", "Tokenize the calibration text of score.sources.")
 _stage_command("correct", "Fine-tune the teacher on the distillation data.")
 _stage_command("score", "Measure the importance of every unit.")
 
@@ -139,11 +140,19 @@ def export(
 
 
 @app.command()
-def init(model: Annotated[Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder.")]) -> None:
-    """Print a starter recipe for a Hugging Face folder."""
+def init(
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="A Hugging Face folder, OWNER/NAME[@REVISION], or a Megatron checkpoint."),
+    ],
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", metavar="DIR", help="The tokenizer of a Megatron checkpoint.")
+    ] = None,
+) -> None:
+    """Print a starter recipe for a model."""
     from ..recipe import starter_recipe
 
-    print(starter_recipe(model), end="")
+    print(starter_recipe(model, tokenizer), end="")
 
 
 @app.command()
@@ -203,9 +212,9 @@ def bench(
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A scores file, plan, model folder or run folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A scores file, plan, model or run folder.")],
 ) -> None:
-    """Describe a scores file, a plan, a model folder or a run folder."""
+    """Describe a scores file, a plan, a model or a run folder."""
     from ..report import describe
 
     Console().print(describe(path))

@@ -11,8 +11,11 @@ from .export import save_hf
 from .families import FAMILIES
 from .family import Family
 from .flat import Architecture, exported_config, flat_config
+from .from_megatron import import_megatron
+from .hub import hub_folder, is_hub_name
 from .identity import folder_hash, model_hash
 from .load import check_weights, load_hf
+from .places import local_folder
 from .weights import Weights
 
 __all__ = [
@@ -27,7 +30,11 @@ __all__ = [
     "exported_config",
     "flat_config",
     "folder_hash",
+    "hub_folder",
+    "import_megatron",
+    "is_hub_name",
     "load_hf",
+    "local_folder",
     "model_hash",
     "read_config",
     "save_hf",

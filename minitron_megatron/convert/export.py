@@ -20,7 +20,7 @@ from .families import family_of
 from .flat import Architecture, check_expressed, exported_config, flat_config, with_family
 from .weights import INDEX, SafetensorsWriter, split_files
 
-__all__ = ["full_tensors", "save_hf"]
+__all__ = ["full_tensors", "hf_tensors", "save_hf", "write_tensors"]
 
 FILE_BYTES = 5 * 10**9
 
@@ -54,7 +54,7 @@ def save_hf(
                     write_json(partial / "config.json", flat_config(config, str(dtype).removeprefix("torch.")))
                     if files_from is not None:
                         carry(Path(files_from), partial)
-                    _write_tensors(stream, partial, config, dtype, file_bytes, listener)
+                    write_tensors(stream, partial, config, dtype, file_bytes, listener)
         except MinitronError:
             _drain(stream)  # the other ranks still send
             raise
@@ -69,7 +69,7 @@ def _drain(stream: Iterator[object]) -> None:
         pass
 
 
-def _write_tensors(
+def write_tensors(
     stream: Iterator[tuple[str, Tensor]],
     folder: Path,
     config: ModelConfig,
@@ -77,6 +77,7 @@ def _write_tensors(
     file_bytes: int,
     listener: Listener,
 ) -> None:
+    """Write Hugging Face tensors, which `stream` yields in the order of the layers, and an index for several files."""
     family = family_of(config.source)
     zeros = dict(family.zero_tensors(config.shape))
     shapes = dict(family.tensors(config.shape)) | zeros
@@ -107,20 +108,24 @@ def full_tensors(model: Model, topology: Topology, dtype: torch.dtype) -> Iterat
     """
     config = with_family(config_of(chunks_of(model)[0]))
     local_shards = {shard.name: shard for shard in named_shards(model) if not shard.tied_copy}
-    sizes, unpadded = config.shape.sizes(), config.shape.sizes(padded=False)
     for name in config.shape.names():
         local = local_shards[name].tensor.detach().to(dtype) if name in local_shards else None
         full = _gather(local, name, config, topology, dtype)
         if full is None:
             continue
         local = None
-        tensors = family_of(config.source).rows(name, sizes)
-        for hf, parts in tensors.items():
-            if len(tensors) == len(parts) == 1:  # a whole parameter: no copy
-                yield hf, full[: lookup(name).shape(unpadded)[0]]
-            else:
-                yield hf, full.index_select(0, torch.cat(parts).to(full.device))
+        yield from hf_tensors(name, full, config)
         del full  # free it before the next one is gathered
+
+
+def hf_tensors(name: str, full: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield the Hugging Face tensors of a whole parameter. Vocabulary padding is cut off."""
+    tensors = family_of(config.source).rows(name, config.shape.sizes())
+    for hf, parts in tensors.items():
+        if len(tensors) == len(parts) == 1:  # a whole parameter: no copy
+            yield hf, full[: lookup(name).shape(config.shape.sizes(padded=False))[0]]
+        else:
+            yield hf, full.index_select(0, torch.cat(parts).to(full.device))
 
 
 def _gather(

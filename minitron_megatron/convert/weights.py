@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -18,12 +19,17 @@ from ..files import file_marks, read_json
 if TYPE_CHECKING:
     from safetensors import safe_open
 
-__all__ = ["SafetensorsWriter", "Weights", "stored"]
+__all__ = ["SafetensorsWriter", "Weights", "conversion", "stored"]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FLOATS = {"F64": torch.float64} | {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 SCALES = ("_scale", "_scale_inv")
+CONVERT = (
+    "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; old, new = {!r}, {!r}; "
+    "M.from_pretrained(old, dtype='auto').save_pretrained(new); T.from_pretrained(old).save_pretrained(new)"
+)
+"""Python that writes a folder of `.bin` files as one of safetensors."""
 BLOCK = 2**24
 """Elements compared at once."""
 
@@ -113,9 +119,18 @@ def _files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _indexed(folder)
-    raise CheckpointError(
-        f"model {folder} has no model.safetensors and no {INDEX}. Save it with safe_serialization=True."
-    )
+    raise CheckpointError(f"model {folder} has no model.safetensors and no {INDEX}. {_advice(folder)}")
+
+
+def _advice(folder: Path) -> str:
+    """Return how to get safetensors: transformers reads `.bin` files, which are pickles, weights-only."""
+    return conversion(str(folder), f"{folder}-safetensors") if any(folder.glob("*.bin")) else "Copy the model again."
+
+
+def conversion(source: str, target: str) -> str:
+    """Return the command that writes a model of `.bin` files as one of safetensors, in a sentence."""
+    command = shlex.join(["python", "-c", CONVERT.format(source, target)])
+    return f".bin files are pickles, which are not opened here. This command converts them safely: {command}"
 
 
 def _indexed(folder: Path) -> list[Path]:

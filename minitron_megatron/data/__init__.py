@@ -10,12 +10,14 @@ from .prepare import prepare
 from .sources import HUB, input_files, most_bytes, places, text_files
 from .token_files import Prepared, PreparedSplit, check_content
 from .tokenizer import (
+    check_same_tokenizer,
     check_tokenizer,
     corpus_marks,
     end_of_document,
     load_tokenizer,
     settings_without_chat,
     transformers_tokenizer,
+    vocabulary,
 )
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "calibration",
     "calibration_batches",
     "check_content",
+    "check_same_tokenizer",
     "check_tokenizer",
     "corpus_marks",
     "end_of_document",
@@ -41,4 +44,5 @@ __all__ = [
     "step_batches",
     "text_files",
     "transformers_tokenizer",
+    "vocabulary",
 ]

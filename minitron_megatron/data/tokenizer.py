@@ -5,12 +5,13 @@ No code of the folder ever runs, and nothing is downloaded.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "check_same_tokenizer",
     "check_tokenizer",
     "corpus_marks",
     "end_of_document",
@@ -44,6 +46,10 @@ TOKENIZER = (
 
 MOST_BYTES = 1 << 30
 """Size limit of a tokenizer.json; the largest known one has 40 million bytes."""
+DECIDING = ("normalizer", "pre_tokenizer", "model", "added_tokens")
+"""Parts of a tokenizer.json that decide the tokens of a text."""
+MOST_SHOWN = 100
+"""Characters of a value that a message shows."""
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
@@ -169,6 +175,42 @@ def check_tokenizer(folder: str | Path, vocab: int) -> None:
             "tokens is refused. Is it the tokenizer that came with the model?",
             stacklevel=1,  # always this line, so that Python shows the warning once per process
         )
+
+
+def check_same_tokenizer(folder: str | Path, other: str | Path) -> int:
+    """Return the number of entries that two folders' tokenizers have.
+
+    Raises DataError, which names the first difference, where they may make different tokens of a text.
+    """
+    ours, theirs = load_tokenizer(folder), load_tokenizer(other)
+    words = [{at: word for word, at in each.get_vocab(with_added_tokens=True).items()} for each in (ours, theirs)]
+    ids = sorted(words[0].keys() | words[1].keys())
+    where, values = next(
+        ((f"token {at}", [each.get(at) for each in words]) for at in ids if words[0].get(at) != words[1].get(at)),
+        ("", []),
+    )
+    if not where:
+        parts = [{key: json.loads(each.to_str())[key] for key in DECIDING} for each in (ours, theirs)]
+        if parts[0] == parts[1]:
+            return vocabulary(ours)
+        where, values = _first_difference("", *parts)
+    raise DataError(
+        f"The tokenizers in {folder} and {other} differ: {where} is {values[0]!r} in the first, {values[1]!r} in the "
+        "second. Give models with the same tokenizer."
+    )
+
+
+def _first_difference(where: str, one: Any, other: Any) -> tuple[str, list[Any]]:
+    """Return the place of the first difference between two JSON values that differ, and what each has there."""
+    inside: Iterable[Any] = ()
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        inside = one
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        inside = range(len(one))
+    for key in inside:
+        if one[key] != other[key]:
+            return _first_difference(f"{where}.{key}".lstrip("."), one[key], other[key])
+    return where, [str(value)[:MOST_SHOWN] for value in (one, other)]
 
 
 def end_of_document(folder: str | Path, tokenizer: Tokenizer) -> int:

@@ -1,27 +1,33 @@
 """Forecasts: check a recipe and estimate its cost, before any work begins.
 
-Knows: recipes, shapes, the layout table. Must not know: weights, processes, run folders.
+Knows: recipes, shapes, the layout table. Must not know: weights, processes, what stages do.
 """
 
 from .candidates import candidates_of, untimed_candidates
-from .check import check, check_corpus, needed_tokens, planned
+from .check import check, check_calibration, check_corpus, needed_calibration, needed_tokens, planned
 from .check_tasks import check_evaluation, settings_folder
 from .estimate import Estimate, count, estimate
 from .memory import WEIGHT_BYTES
+from .model_folders import ModelOrigin, model_origins, model_places, with_model_folders
 from .sizes import depth_sweep, measures_depth, rounds, scores_wanted
 from .slurm import slurm_commands
 
 __all__ = [
     "WEIGHT_BYTES",
     "Estimate",
+    "ModelOrigin",
     "candidates_of",
     "check",
+    "check_calibration",
     "check_corpus",
     "check_evaluation",
     "count",
     "depth_sweep",
     "estimate",
     "measures_depth",
+    "model_origins",
+    "model_places",
+    "needed_calibration",
     "needed_tokens",
     "planned",
     "rounds",
@@ -29,4 +35,5 @@ __all__ = [
     "settings_folder",
     "slurm_commands",
     "untimed_candidates",
+    "with_model_folders",
 ]

@@ -14,18 +14,21 @@ import psutil
 from typing_extensions import TypedDict
 
 from ..convert import check_weights, read_config
-from ..data import check_tokenizer, input_files, most_bytes, places, samples_by_source
+from ..data import check_same_tokenizer, check_tokenizer, input_files, most_bytes, places, samples_by_source
 from ..errors import DataError, RecipeError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
-from ..recipe import CHOOSE_BY, Recipe, ResolvedPhase, light_recipe, resolved
+from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved
 from ..serve import check_fp8
 from .check_tasks import check_evaluation
+from .model_folders import with_model_folders
 from .sizes import check_pruning, student_shape
 
 __all__ = ["check", "check_corpus", "needed_tokens", "planned"]
 
+Demand = tuple[str, int, int, list[float], bool]
+"""Key, samples, tokens per sample, weight of each source, and whether text may repeat."""
 INDEX_BYTES = 30
 """Host memory per sample of a phase: its source, its position, and megatron-core's document and sample indices."""
 
@@ -50,19 +53,22 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     """
     if not counts_only:
         check_spec(recipe.spec)
+    _check_paths(recipe)
+    places, recipe = recipe, with_model_folders(recipe)
     config = read_config(recipe.model)
     shape = config.shape
-    if not counts_only:
+    if not counts_only and recipe.model == places.model:
         check_weights(recipe.model)
     if not counts_only or any(recipe.model.glob("tokenizer*")):
         check_tokenizer(recipe.model, shape.vocab)
-    _check_paths(recipe)
     _check_held_out(recipe)
+    if recipe.student:
+        _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)
     check_fits(shape, topology)
     check_pruning(recipe, shape, topology)
     if recipe.export.quantize == "fp8":
         check_fp8(student_shape(recipe, shape))
-    recipe.distill.loss.check(shape.vocab)
+    recipe.distill.loss.check(min(shape.vocab, student_shape(recipe, shape).vocab))
     _check_search(recipe)
     if not counts_only:
         _check_start(recipe, shape)
@@ -72,7 +78,8 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     for key, phase in phases:
         _check_schedule(key, phase)
         _check_index(key, phase)
-    _check_lengths(recipe, config, phases)
+    for each in (config, *([read_config(recipe.student)] if recipe.student else [])):
+        _check_lengths(recipe, each, phases)
     _check_independent_replicas(recipe, topology)
     _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology, topology.dp)
     if recipe.prune.refit != "none":
@@ -82,10 +89,15 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     check_evaluation(recipe)
 
 
-class SourceTokens(TypedDict):
-    """Tokens of a prepared source."""
+class TokenCount(TypedDict):
+    """Tokens of a tokenized source."""
 
     tokens: int
+
+
+class SourceTokens(TokenCount):
+    """Tokens of a prepared source, and its held-out ones."""
+
     validation_tokens: int
 
 
@@ -94,18 +106,27 @@ def check_corpus(recipe: Recipe, sources: Mapping[str, SourceTokens]) -> None:
 
     sources: the result of `prepare` for each source, in the recipe's order.
     """
-    sequence, names = recipe.data.sequence, list(sources)
-    tokens = [int(sources[name]["tokens"]) for name in names]
-    for name in names:
-        held = int(sources[name]["validation_tokens"])
+    sequence = recipe.data.sequence
+    for name, source in sources.items():
+        held = int(source["validation_tokens"])
         if held <= sequence:
             raise DataError(
                 f"the held-out text of {name} has {held:,} tokens, less than one sample of {sequence:,}. Hold out more "
                 "(data.sources[].validation), or set a shorter data.sequence."
             )
-    for key, samples, length, weights, repeat in _sample_demands(recipe):
+    _check_demands(_sample_demands(recipe), sources)
+
+
+def check_calibration(recipe: Recipe, sources: Mapping[str, TokenCount]) -> None:
+    """Raise DataError if a tokenized source of `score.sources` has too few tokens for the calibration samples."""
+    _check_demands(_calibration_demands(recipe), sources)
+
+
+def _check_demands(demands: Iterable[Demand], sources: Mapping[str, TokenCount]) -> None:
+    for key, samples, length, weights, repeat in demands:
         counts = samples_by_source(weights, samples)
-        for name, count, there in zip(names, counts, tokens, strict=True):
+        for (name, source), count in zip(sources.items(), counts, strict=True):
+            there = source["tokens"]
             held = (there - 1) // length
             if held < (1 if repeat else count):
                 raise DataError(
@@ -118,19 +139,38 @@ def needed_tokens(recipe: Recipe) -> list[dict[str, int]] | None:
     """Return the tokens of each source's splits that all stages together draw; None where all text is tokenized."""
     if recipe.data.tokenize == "all":
         return None
-    needed = [1] * len(recipe.data.sources)
-    for _, samples, length, weights, _ in _sample_demands(recipe):
+    valid = recipe.evaluate.samples * recipe.data.sequence + 1
+    return [{"train": tokens, "valid": valid} for tokens in _needed(_sample_demands(recipe), len(recipe.data.sources))]
+
+
+def needed_calibration(recipe: Recipe) -> list[dict[str, int]] | None:
+    """Return the same of `score.sources`, which have no held-out text."""
+    if recipe.data.tokenize == "all":
+        return None
+    return [{"train": tokens} for tokens in _needed(_calibration_demands(recipe), len(recipe.score.sources))]
+
+
+def _needed(demands: Iterable[Demand], sources: int) -> list[int]:
+    """Return the tokens of each source that all demands together draw."""
+    needed = [1] * sources
+    for _, samples, length, weights, _ in demands:
         for number, count in enumerate(samples_by_source(weights, samples)):
             needed[number] += count * length
-    return [{"train": tokens, "valid": recipe.evaluate.samples * recipe.data.sequence + 1} for tokens in needed]
+    return needed
 
 
-def _sample_demands(recipe: Recipe) -> Iterator[tuple[str, int, int, list[float], bool]]:
-    """Yield (key, samples, tokens per sample, weights, whether text may repeat) of each user of the training text."""
+def _sample_demands(recipe: Recipe) -> Iterator[Demand]:
+    """Yield the demand of each user of the training text."""
     for key, phase in _training(recipe):
         samples = phase.steps * phase.keys.global_batch
         yield f"{key}.tokens", samples, phase.sequence, list(phase.weights), recipe.data.repeat
-    weights = [source.weight for source in recipe.data.sources]
+    if not recipe.score.sources:
+        yield from _calibration_demands(recipe)
+
+
+def _calibration_demands(recipe: Recipe) -> Iterator[Demand]:
+    """Yield the demand of each user of the calibration text."""
+    weights = [source.weight for source in recipe.score.sources or recipe.data.sources]
     yield "score.samples", recipe.score.samples, recipe.data.sequence, weights, False
     if recipe.prune.refit != "none":
         yield "prune.refit_samples", recipe.prune.refit_samples, recipe.data.sequence, weights, False
@@ -152,22 +192,24 @@ def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:
 def _check_paths(recipe: Recipe) -> None:
     """Check that the run folder is separate from the run's inputs, so that their files cannot be confused."""
     out = recipe.out.resolve()
-    read = [("model", recipe.model), ("distill.start", recipe.distill.start)]
+    read = [("model", recipe.model), ("student", recipe.student), ("distill.start", recipe.distill.start)]
     read += [("data.sources", path) for source in recipe.data.sources for path in places(source.paths)]
     read += [("data.sources", path) for source in recipe.data.sources for path in places(source.held_out_paths)]
+    read += [("score.sources", path) for source in recipe.score.sources for path in places(source.paths)]
     for key, path in read:
         if path is None:
             continue
         there = path.resolve()
         if out == there or (there.is_dir() and there in out.parents):
             raise RecipeError(f"out is {recipe.out}, which is inside {path} ({key}). Give a separate folder.")
-        if out in there.parents and key == "data.sources":
+        if out in there.parents and key.endswith(".sources"):
             raise RecipeError(f"{path} ({key}) is inside the run folder {recipe.out}. Move one of them.")
 
 
 def _check_held_out(recipe: Recipe) -> None:
-    """Check that no held-out file is also training text."""
-    trained = {file.resolve() for source in recipe.data.sources for file in _text(source.paths)}
+    """Check that no held-out file is also training text or calibration text."""
+    sources = (*recipe.data.sources, *recipe.score.sources)
+    trained = {file.resolve() for source in sources for file in _text(source.paths)}
     for source in recipe.data.sources:
         both = trained & {file.resolve() for file in _text(source.held_out_paths)}
         if both:
@@ -255,6 +297,23 @@ def _check_split(key: str, total: int, micro: int, topology: Topology, replicas:
         )
 
 
+def _check_student(recipe: Recipe, teacher: Shape, *, weights: bool) -> None:
+    """Check a student that is not cut from the teacher. weights: check its weights too."""
+    assert recipe.student is not None
+    vocab = read_config(recipe.student).shape.vocab
+    if weights:
+        check_weights(recipe.student)
+    if any(recipe.model.glob("tokenizer*")) and any(recipe.student.glob("tokenizer*")):
+        entries = check_same_tokenizer(recipe.model, recipe.student)
+        if vocab != teacher.vocab and min(vocab, teacher.vocab) < entries:
+            raise RecipeError(
+                f"the teacher has {teacher.vocab} vocabulary entries and the student {vocab}, but their tokenizer has "
+                f"{entries}: they differ in more than padding. Give a student whose vocabulary holds the tokenizer."
+            )
+    elif weights:
+        raise RecipeError(f"{recipe.student} has no tokenizer to compare with the teacher's. Put it there.")
+
+
 def _check_start(recipe: Recipe, teacher: Shape) -> None:
     start = recipe.distill.start
     if start is None:
@@ -299,8 +358,14 @@ def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPh
                 f"the held-out text of {source.name} has {text:,} bytes, less than one sample of "
                 f"{recipe.data.sequence:,} tokens. Hold out more, or set a shorter data.sequence."
             )
-    for key, samples, length, weights, repeat in _sample_demands(recipe):
-        for source, size, weight in zip(recipe.data.sources, most, weights, strict=True):
+    _check_bytes(recipe.data.sources, most, _sample_demands(recipe))
+    if own := recipe.score.sources:
+        _check_bytes(own, [most_bytes(source.paths) for source in own], _calibration_demands(recipe))
+
+
+def _check_bytes(sources: Sequence[CalibrationSource], most: Sequence[float], demands: Iterable[Demand]) -> None:
+    for key, samples, length, weights, repeat in demands:
+        for source, size, weight in zip(sources, most, weights, strict=True):
             needed = int(length * (1 if repeat else samples * weight / sum(weights)))
             if size < needed:
                 raise DataError(

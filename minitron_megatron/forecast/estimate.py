@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from typing_extensions import TypedDict
 
@@ -11,6 +12,7 @@ from ..convert import read_config
 from ..errors import TopologyError, expect_number
 from ..gpus import GPUS
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
+from ..model import is_megatron_checkpoint
 from ..parallel import Topology
 from ..recipe import Recipe, light_recipe, resolved
 from ..score import DEPTH_METRICS
@@ -19,6 +21,7 @@ from ..serve import client_notes, client_warnings
 from .candidates import candidates_of
 from .check import check, planned
 from .memory import WEIGHT_BYTES, model_bytes, training_bytes
+from .model_folders import model_places, with_model_folders
 from .refit_cost import refit_bytes, refit_delay, refit_flops, refit_host_bytes
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
@@ -154,7 +157,10 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
 
 def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PEAK_FLOPS) -> Estimate:
     """Estimate a recipe that was checked."""
+    imported = [key for key, place in model_places(recipe).items() if is_megatron_checkpoint(place)]
+    recipe = with_model_folders(recipe)
     config = read_config(recipe.model)
+    served = read_config(recipe.student) if recipe.student else config
     teacher, student = config.shape, student_shape(recipe, config.shape)
     parallel, weight = recipe.parallel, WEIGHT_BYTES[recipe.dtype]
     replicas = max(1, gpus // (parallel.tp * parallel.pp * parallel.cp))
@@ -164,7 +170,7 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
     stage_flops = _stage_flops(recipe, teacher, student, found, light)
     flops = sum(stage_flops.values())
     work = flops + refit_delay(recipe, teacher, [student, *_refitted(recipe, found)])
-    written = 2 + recipe.random_baseline + (recipe.prune.refit != "none")
+    written = 1 + (recipe.student is None) + recipe.random_baseline + (recipe.prune.refit != "none")
     models = parameters(student) * (weight * written + WEIGHT_BYTES[recipe.export.dtype])
     return Estimate(
         teacher=teacher,
@@ -174,7 +180,9 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
         student_parameters=parameters(student),
         rank_bytes=_rank_bytes(recipe, teacher, student, gpus, stash),
         stash_bytes=stash,
-        disk_bytes=models + (parameters(teacher) * weight if recipe.corrects_first else 0),
+        disk_bytes=models
+        + (parameters(teacher) * weight if recipe.corrects_first else 0)
+        + sum(map(_stored_bytes, (model_places(recipe)[key] for key in imported))),
         kv_cache_bytes=kv_cache_bytes(student, 1, recipe.data.sequence),
         correct_tokens=_corrected_tokens(recipe),
         distill_tokens=sum(phase.tokens for phase in resolved(recipe.distill, recipe.data)),
@@ -187,9 +195,15 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
         hours=work / (gpus * peak_flops * mfu) / 3600,
         candidates=found,
         light_flops=light,
-        warnings=client_warnings(config, student, recipe.export.architecture),
-        notes=client_notes(config, student, recipe.export.architecture),
+        warnings=client_warnings(served, student, recipe.export.architecture),
+        notes=client_notes(served, student, recipe.export.architecture),
     )
+
+
+def _stored_bytes(folder: Path) -> int:
+    """Return the bytes of a model's weights on disk."""
+    config = read_config(folder)
+    return parameters(config.shape) * WEIGHT_BYTES.get(config.source["torch_dtype"], 4)
 
 
 def _corrected_tokens(recipe: Recipe) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
+from ..convert import read_config
 from ..errors import PlanError, RecipeError
 from ..layout import Shape
 from ..model import check_fits
@@ -45,6 +46,8 @@ class DepthSweep:
 def student_shape(recipe: Recipe, teacher: Shape) -> Shape:
     """Return the student's shape; before a search has ended, that of the largest candidate. Raises PlanError for
     impossible sizes."""
+    if recipe.student:
+        return read_config(recipe.student).shape
     if recipe.search:
         return candidates_of(recipe, teacher)[0].shape
     sizes, layers = checked_sizes(teacher, recipe.prune.sizes()), recipe.prune.layers
@@ -86,7 +89,7 @@ def _unit(axis: str, teacher: Shape, size: int, count: int) -> int:
 
 def scores_wanted(recipe: Recipe) -> bool:
     """Whether units or layers are chosen by importance."""
-    return recipe.prune.by == "importance" or measures_depth(recipe)
+    return recipe.student is None and (recipe.prune.by == "importance" or measures_depth(recipe))
 
 
 def measures_depth(recipe: Recipe) -> bool:

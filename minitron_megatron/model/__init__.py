@@ -12,6 +12,7 @@ from .finite import are_finite, check_finite
 from .initial import fill_initial
 from .kv_cache import DecodeBatch, KVCache
 from .layers import FUSED_NORM, Arguments, fused_norm, layer_arguments, layers_of, run_layer
+from .megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from .megatron_flags import FLAGS as MEGATRON_FLAGS
 from .megatron_flags import check_megatron_lm
 from .megatron_lm import save_megatron_lm
@@ -42,6 +43,7 @@ __all__ = [
     "DecodeBatch",
     "HfConfig",
     "KVCache",
+    "MegatronCheckpoint",
     "MicroBatch",
     "Model",
     "ModelConfig",
@@ -72,6 +74,7 @@ __all__ = [
     "fused_norm",
     "gpt_arguments",
     "is_execution_setting",
+    "is_megatron_checkpoint",
     "layer_arguments",
     "layers_of",
     "load_checkpoint",

@@ -30,7 +30,7 @@ from .shards import named_shards
 if TYPE_CHECKING:
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-__all__ = ["changed_settings", "config_of"]
+__all__ = ["changed_settings", "config_of", "default_settings"]
 
 BALANCING, LOSSES = "moe_router_load_balancing_type", {"none", "aux_loss", "seq_aux_loss", "global_aux_loss"}
 """mcore's setting, and its values that do not change the routing."""
@@ -58,7 +58,7 @@ def config_of(model: Chunk) -> ModelConfig:
         rotary_base=field_of(model, "rotary_base"),
         **from_megatron(functions, model.config),
     )
-    reference = _reference(config)
+    reference = default_settings(config)
     settings = {name: getattr(model.config, name) for name in reference}
     for name, found, wanted in changed_settings(settings, reference, config):
         raise _inexpressible(name, found, repr(wanted))
@@ -85,7 +85,7 @@ def _balances_by_loss(kinds: str | Sequence[str]) -> bool:
     return {kinds} <= LOSSES if isinstance(kinds, str) else set(kinds) <= LOSSES
 
 
-def _reference(config: ModelConfig) -> dict[str, object]:
+def default_settings(config: ModelConfig) -> dict[str, object]:
     """Return all settings of the TransformerConfig that has mcore's defaults beside those of `config`."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 

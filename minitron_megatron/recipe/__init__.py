@@ -5,7 +5,7 @@ Knows: the keys and their defaults, YAML. Must not know: how a run is carried ou
 
 from .load import load_recipe
 from .phases import ResolvedPhase, light_recipe, prefixes, resolved
-from .schema import Depth, Recipe, Source, json_schema
+from .schema import CalibrationSource, Depth, Recipe, Source, json_schema
 from .search_keys import CHOOSE_BY, Search
 from .starter import starter_recipe
 from .training_keys import TrainingKeys
@@ -13,6 +13,7 @@ from .yaml_tree import read_yaml
 
 __all__ = [
     "CHOOSE_BY",
+    "CalibrationSource",
     "Depth",
     "Recipe",
     "ResolvedPhase",

@@ -30,19 +30,17 @@ from .keys import DType, HeldOut, Layers, Sources
 from .search_keys import Search
 from .training_keys import Correct, Distill
 
-__all__ = ["Data", "Depth", "Recipe", "Source", "json_schema"]
+__all__ = ["CalibrationSource", "Data", "Depth", "Recipe", "Source", "json_schema"]
 
 
-class Source(Settings):
-    """One source of the data blend."""
+class CalibrationSource(Settings):
+    """One source of a blend of text."""
 
     path: Sources
     """File, folder, glob, or a list of them: .jsonl, .json, .txt (also .gz, .zst), .parquet, .arrow; or the prefix of a
     tokenized .bin/.idx pair, used in place; or hf://owner/name[:split], a data set of the Hugging Face Hub."""
     weight: Positive = 1.0
     """Share of the samples, relative to the other sources."""
-    validation: HeldOut = 0.01
-    """Path of held-out files, or the share of documents to hold out (between 0 and 1)."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -50,14 +48,21 @@ class Source(Settings):
         return (self.path,) if isinstance(self.path, str) else self.path
 
     @property
-    def held_out_paths(self) -> tuple[str, ...]:
-        """Places of held-out text, if a share of the documents is not held out instead."""
-        return (self.validation,) if isinstance(self.validation, str) else ()
-
-    @property
     def name(self) -> str:
         """Name of the source for people and in files: that of its first file or folder."""
         return re.sub("[*?:]+", "_", Path(self.paths[0]).stem)
+
+
+class Source(CalibrationSource):
+    """One source of the data blend."""
+
+    validation: HeldOut = 0.01
+    """Path of held-out files, or the share of documents to hold out (between 0 and 1)."""
+
+    @property
+    def held_out_paths(self) -> tuple[str, ...]:
+        """Places of held-out text, if a share of the documents is not held out instead."""
+        return (self.validation,) if isinstance(self.validation, str) else ()
 
 
 class Data(Settings):
@@ -114,6 +119,9 @@ class Score(Settings):
     depth: Depth | None = None
     """Importance of layers. If omitted, layers are measured only when `prune.layers` is a number or `search.layers` is
     set."""
+    sources: AddedLater[tuple[CalibrationSource, ...]] = ()
+    """Sources of the calibration samples, also those of `score.depth`, `prune.refit`, `search` and
+    `export.quantize`. Default: `data.sources`."""
 
 
 class Prune(Settings):
@@ -252,10 +260,16 @@ class Recipe(Settings):
     """A run that turns a pretrained checkpoint into a smaller one. Paths are relative to the working directory."""
 
     model: FilePath
-    """Hugging Face folder of the teacher."""
+    """The teacher: a Hugging Face folder; `owner/name` of the Hugging Face Hub, or `owner/name@revision`; or a Megatron
+    checkpoint (`torch_dist`)."""
     out: HowToRun[FilePath]
     """Run folder."""
     data: Data
+    tokenizer: AddedLater[FilePath | None] = None
+    """Hugging Face folder with the tokenizer of a Megatron checkpoint. Default: the one that the checkpoint names."""
+    student: AddedLater[FilePath | None] = None
+    """A model with the teacher's tokenizer, of any family and named as `model` is, which is distilled without pruning:
+    in place of `prune`. Its vocabulary may differ from the teacher's in padding."""
     plugins: AddedLater[tuple[Text, ...]] = ()
     """Your own Python modules, imported before the recipe is read, from its folder or from `sys.path`. They run as
     code, with your permissions, on every rank, and add divergences, statistics, depth metrics, objectives, model
@@ -302,15 +316,27 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _sizes_come_from_one_block(self) -> Recipe:
         prune = self.prune
+        if self.student is not None:
+            return self._nothing_is_pruned()
         if self.search is None:
             if "prune" not in self.model_fields_set:
-                raise ValueError("prune is missing: give the sizes to keep in `prune`, or a `search` for them")
+                raise ValueError(
+                    "prune is missing: give the sizes to keep in `prune`, a `search` for them, or a `student`"
+                )
             return self
         if prune.sizes() or prune.layers is not None:
             raise ValueError("Both `search` and `prune` give the sizes: remove the sizes in `prune`, or `search`")
         if prune.by != "importance" or prune.iterations > 1 or prune.merge != "none":
             raise ValueError(
                 "A search prunes by importance, in one step, without merging: remove prune.by, iterations and merge"
+            )
+        return self
+
+    def _nothing_is_pruned(self) -> Recipe:
+        given = {"prune": self.prune != Prune(), "search": self.search, "score.depth": self.score.depth}
+        for key in [key for key, value in (given | {"distill.start": self.distill.start}).items() if value]:
+            raise ValueError(
+                f"A `student` is distilled without pruning, from its own weights: remove {key}, or student"
             )
         return self
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from math import ceil, lcm
 from pathlib import Path
 
-from ..convert import read_config
+from ..convert import local_folder, read_config
 from ..errors import MinitronError
 from ..layout import Shape
 from ..model import ModelConfig, check_fits
@@ -23,7 +23,7 @@ TOKENS = 1_000_000_000
 TEMPLATE = """\
 # A starter recipe for {model}: {parameters}.
 # `minitron schema` explains every key; omitted keys have the papers' values.
-model: {model}
+model: {model}{tokenizer}
 out: {out}
 
 data:
@@ -54,14 +54,18 @@ UNITS, WIDE = (256, 128, 64, 32, 16, 8, 4, 2, 1), 1024
 below WIDE begins at 16."""
 
 
-def starter_recipe(model: Path) -> str:
-    """Return YAML text: hidden cut to about 3/4 and MLPs to about 9/14 of their size, to sizes that pass all checks."""
-    config = read_config(model)
+def starter_recipe(model: Path, tokenizer: Path | None = None) -> str:
+    """Return YAML text: hidden cut to about 3/4 and MLPs to about 9/14 of their size, to sizes that pass all checks.
+
+    tokenizer: Hugging Face folder with the tokenizer of a Megatron checkpoint.
+    """
+    config = read_config(local_folder(model, tokenizer))
     shape, sequence = config.shape, min(8192, config.longest)
     steps = ceil(TOKENS / (Distill().global_batch * sequence))
     sizes = _sizes(config)
     return TEMPLATE.format(
         model=_quoted(str(model)),
+        tokenizer=f"\ntokenizer: {_quoted(str(tokenizer))}" if tokenizer else "",
         out=_quoted(str(_out(model))),
         parameters=f"{shape.layers} layers, hidden {shape.hidden}, ffn {shape.ffn or shape.expert_ffn}, "
         f"{shape.heads} heads",
@@ -117,7 +121,7 @@ def _near(size: int, share: float, unit: int) -> int:
 
 def _out(model: Path) -> Path:
     """Return a run folder that is not inside the model's folder."""
-    folder = Path("runs") / model.resolve().name
+    folder = Path("runs") / model.resolve().name.partition("@")[0]
     return folder if model.resolve() not in folder.resolve().parents else model.resolve().parent / folder
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
+from ..convert import local_folder
 from ..errors import CheckpointError
 from ..files import read_as
 from ..records import DepthScores, Plan, Scores, read_summary
@@ -89,10 +90,10 @@ def describe(path: Path) -> Table | Group:
     for inside in (run.scores.name, run.plan.name):
         if (path / inside).is_file():
             return describe(path / inside)
-    if (path / "config.json").is_file():
-        return pairs_table(f"model {path}", _config(path / "config.json"))
     if run.records.is_dir():
         return pairs_table(f"run {path}", {record.stem: _stage(record) for record in run.record_paths()})
+    if (config := local_folder(path) / "config.json").is_file():
+        return pairs_table(f"model {path}", _config(config))
     raise CheckpointError(f"{path} is not a scores file, a plan, a model folder or a run folder.")
 
 

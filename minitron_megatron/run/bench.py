@@ -13,7 +13,7 @@ from ..convert import flat_config, read_config
 from ..errors import DataError, RecipeError
 from ..events import Event, Listener, silent
 from ..files import MANIFEST, verify_checksums, whole_file, write_json
-from ..forecast import WEIGHT_BYTES, untimed_candidates
+from ..forecast import WEIGHT_BYTES, untimed_candidates, with_model_folders
 from ..model import ModelConfig
 from ..recipe import Recipe
 from ..run_folder import RunFolder
@@ -41,6 +41,7 @@ def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = s
     a search may be measured before it has a student: then some candidates are measured with random weights, and the
     search fits the speed of the others to the table. Raises RecipeError if the student is not exported yet.
     """
+    recipe = with_model_folders(recipe)
     models = _models(recipe, backend)
     folder = RunFolder(recipe.out).bench
     rows, commands = [], []

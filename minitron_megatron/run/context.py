@@ -73,6 +73,16 @@ class Context:
         return self.recipe.model if self.recipe.prune.teacher == "original" else self.teacher
 
     @property
+    def untrained_student(self) -> Path:
+        """Folder of the student before distillation: the pruned model, or the recipe's own `student`."""
+        return self.recipe.student or self.folders.model("pruned")
+
+    @property
+    def student_files(self) -> Path:
+        """Folder of the tokenizer and generation settings that are copied beside the student."""
+        return self.recipe.student or self.recipe.model
+
+    @property
     def prune_source_hash(self) -> str:
         """Recorded hash of the model to prune."""
         return self._expected(self.prune_source)
@@ -140,7 +150,7 @@ class Context:
     def save(
         self, model: list[Chunk], folder: Path, dtype: torch.dtype | None = None, architecture: Architecture = "own"
     ) -> str:
-        """Write a model with the teacher's tokenizer and return its hash. Collective over the world.
+        """Write a model with its tokenizer and return its hash. Collective over the world.
 
         Raises CheckpointError, and writes nothing, if a weight is not finite.
         """
@@ -150,7 +160,7 @@ class Context:
             folder,
             self.topology,
             dtype=dtype,
-            files_from=self.recipe.model,
+            files_from=self.recipe.model if folder == self.folders.model("corrected") else self.student_files,
             architecture=architecture,
             listener=self.listener,
         )
@@ -191,11 +201,21 @@ class Context:
         return None if self.recipe.data.cross_documents else int(first["end"])
 
     def _weighted(self, weights: Sequence[float]) -> list[tuple[Path, float]]:
-        """Return (prefix, weight) of each source. Raises DataError if a corpus changed since the run prepared it."""
-        sources = self.done["prepare"]["sources"]
+        return self._corpora(self.folders.data, self.done["prepare"]["sources"], weights)
+
+    @property
+    def _calibration_blend(self) -> list[tuple[Path, float]]:
+        """Prefix and weight of each source of the calibration samples."""
+        own = [source.weight for source in self.recipe.score.sources]
+        return self._corpora(self.folders.calibration, self.done["calibrate"]["sources"], own) if own else self.blend
+
+    def _corpora(
+        self, folder: Path, sources: Mapping[str, Mapping[str, Any]], weights: Sequence[float]
+    ) -> list[tuple[Path, float]]:
+        """Return (prefix, weight) of each source. Raises DataError if a corpus changed since the run tokenized it."""
         for name, recorded in sources.items():
-            check_content(self.folders.data / name, recorded["content"])
-        return [(self.folders.data / name, weight) for name, weight in zip(sources, weights, strict=True)]
+            check_content(folder / name, recorded["content"])
+        return [(folder / name, weight) for name, weight in zip(sources, weights, strict=True)]
 
     def training_batches(self, phase: ResolvedPhase, seed: int) -> Callable[[int], list[Batch]]:
         """Return a function: step -> this rank's micro-batches of the blend. Collective over the world."""
@@ -226,7 +246,7 @@ class Context:
         """Return all calibration samples, by default as many as scoring takes. Collective over the world."""
         keys = self.recipe.score
         return calibration(
-            self.blend,
+            self._calibration_blend,
             samples=samples or keys.samples,
             sequence=self.recipe.data.sequence,
             seed=self.recipe.seed,

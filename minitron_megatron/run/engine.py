@@ -15,10 +15,11 @@ import yaml
 from ..errors import CheckpointError, FileError, RecipeError
 from ..events import Listener, silent
 from ..files import check_as, locked, read_as, read_text, whole_file, write_json
-from ..forecast import check, check_corpus, count, planned
+from ..forecast import check, check_calibration, check_corpus, count, planned, with_model_folders
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, launched, peak_bytes
 from ..recipe import Recipe, prefixes, read_yaml
 from ..run_folder import RunFolder
+from .bring_in import bring_in
 from .context import Context
 from .fingerprint import fingerprint
 from .preemption import PreemptionListener, raise_when_preempted
@@ -31,6 +32,9 @@ __all__ = ["Results", "Step", "dry_run", "results", "run", "search_task", "wante
 
 Results = dict[str, Result]
 """Stage -> its result, and its duration as `seconds`."""
+
+CORPUS_CHECKS = {"prepare": check_corpus, "calibrate": check_calibration}
+"""Stage that tokenizes -> check that its sources have enough tokens."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener
             check(recipe, topology)
             if topology.rank == 0:
                 held.enter_context(_claimed(recipe, topology))
+        recipe = bring_in(recipe, topology, listener)
         return _run_stages(recipe, topology, only, held.enter_context(raise_when_preempted(listener)), before)
 
 
@@ -81,8 +86,8 @@ def _run_stages(
             _predict(walk.recipe, topology)
         if stage.name == only:
             break
-        if stage.name == "prepare":
-            check_corpus(walk.recipe, walk.done["prepare"]["sources"])
+        if stage.name in CORPUS_CHECKS:
+            CORPUS_CHECKS[stage.name](walk.recipe, walk.done[stage.name]["sources"])
     return walk.done
 
 
@@ -98,6 +103,7 @@ def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, li
                 raise RecipeError(f"--task {task}/{tasks} is out of range: use 0/{tasks} to {tasks - 1}/{tasks}.")
             _check_wanted(recipe, "search")
             check(recipe, topology)
+            recipe = with_model_folders(recipe)
             preemption = held.enter_context(raise_when_preempted(listener))
             preemption.begins("search", keeps=True)
             context = Context(recipe, topology, preemption, results(recipe, "score"), lambda other: "")
@@ -124,15 +130,15 @@ def _predict(recipe: Recipe, topology: Topology) -> None:
 def dry_run(recipe: Recipe) -> list[Step]:
     """Return what a run would do, stage by stage, from the records alone. Raises the errors of `run`'s checks."""
     check(recipe, planned(recipe, launched("WORLD_SIZE", 0)))
-    walk, steps = _Walk(recipe), list[Step]()
+    walk, steps = _Walk(with_model_folders(recipe)), list[Step]()
     stale: set[str] = set()
     undecided: set[str] = set()
     for stage in walk.stages:
         before = [name for name in (*stage.after, *undecided) if name in stale]
         record = None if before else walk.recorded(stage)
         if record is not None:
-            if stage.name == "prepare":
-                check_corpus(walk.recipe, record["result"]["sources"])
+            if stage.name in CORPUS_CHECKS:
+                CORPUS_CHECKS[stage.name](walk.recipe, record["result"]["sources"])
             walk.finish(stage, record)
             steps.append(Step(stage.name, "done", ""))
             continue

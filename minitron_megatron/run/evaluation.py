@@ -10,7 +10,7 @@ from ..convert import check_folder, read_config
 from ..data import Batch
 from ..errors import RecipeError
 from ..events import Listener, silent
-from ..forecast import check_evaluation
+from ..forecast import check_evaluation, with_model_folders
 from ..model import check_fits
 from ..parallel import Topology, fail_together
 from ..recipe import Recipe
@@ -31,8 +31,9 @@ def evaluate_folder(recipe: Recipe, topology: Topology, folder: Path, *, listene
     prepared yet, or the vocabularies differ. Collective over the world.
     """
     with fail_together():
+        recipe = with_model_folders(recipe)
         shape, vocab = read_config(folder).shape, read_config(recipe.model).shape.vocab
-        if shape.vocab != vocab:
+        if shape.vocab not in (vocab, recipe.student and read_config(recipe.student).shape.vocab):
             raise RecipeError(
                 f"{folder} has a vocabulary of {shape.vocab}, but {recipe.model} has one of {vocab}: losses per token "
                 "of different tokenizers cannot be compared. Give a model with the same tokenizer."
@@ -47,6 +48,7 @@ def check_export(recipe: Recipe, topology: Topology, *, listener: Listener = sil
     """Return the largest difference between the student's logits, with weights rounded as in the export, and those of
     transformers on the export. Collective over the world. Raises RecipeError if there is no export yet."""
     with fail_together():
+        recipe = with_model_folders(recipe)
         context = Context(recipe, topology, listener, results(recipe, "export"), lambda other: "")
     context.expect_unchanged(context.folders.model("export"))
     student = context.load(context.folders.model("distilled"), torch.float32)

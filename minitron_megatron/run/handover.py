@@ -9,11 +9,12 @@ from typing import Literal
 from ..convert import read_config, save_hf
 from ..errors import CheckpointError, RecipeError
 from ..events import Listener, silent
+from ..forecast import with_model_folders
 from ..model import Checkpoints, build, check_finite, check_megatron_lm, load_weights, save_megatron_lm
 from ..parallel import Topology, fail_together
 from ..recipe import Recipe, prefixes
 from .context import DTYPES, Context
-from .engine import results
+from .engine import results, wanted
 from .fingerprint import fingerprint
 from .stages import STAGES
 
@@ -40,30 +41,33 @@ def hand_over(
     with fail_together():
         if to.exists():
             raise RecipeError(f"{to} already exists. Give another folder with --to.")
-        context = Context(
-            recipe, topology, listener, results(recipe, "prune" if checkpoint else "distill"), lambda other: ""
-        )
+        recipe = with_model_folders(recipe)
+        before = [stage.name for stage in wanted(recipe)]
+        until = before[before.index("distill") - bool(checkpoint)]
+        context = Context(recipe, topology, listener, results(recipe, until), lambda other: "")
         if form == "megatron":
-            check_megatron_lm(read_config(context.folders.model("pruned" if checkpoint else "distilled")))
+            check_megatron_lm(
+                read_config(context.untrained_student if checkpoint else context.folders.model("distilled"))
+            )
     if checkpoint:
-        context.expect_unchanged(context.folders.model("pruned"))
+        context.expect_unchanged(context.untrained_student)
         with fail_together():
             path, identity = _find(context, checkpoint)
-            student = build(read_config(context.folders.model("pruned")), topology, context.dtype)
+            student = build(read_config(context.untrained_student), topology, context.dtype)
         load_weights(path, student, topology, identity)
         check_finite(student, str(path), "Give another checkpoint.")
     else:
         path = context.folders.model("distilled")
         student = context.load(path)
     if form == "megatron":
-        save_megatron_lm(student, to, topology, tokenizer=recipe.model.resolve())
+        save_megatron_lm(student, to, topology, tokenizer=context.student_files.resolve())
     else:
         save_hf(
             student,
             to,
             topology,
             dtype=DTYPES[recipe.export.dtype],
-            files_from=recipe.model,
+            files_from=context.student_files,
             architecture=recipe.export.architecture,
             listener=listener,
         )

@@ -12,6 +12,7 @@ import yaml
 
 from ..convert import read_config
 from ..files import whole_file
+from ..forecast import model_origins
 from ..layout import Shape, parameters
 from ..model import ModelConfig
 from ..records import read_summary
@@ -48,20 +49,27 @@ def _card(context: Context, folder: Path) -> str:
     recipe, done = context.recipe, context.done
     exported, teacher = read_config(folder), read_config(recipe.model).shape
     student = exported.shape
-    tags = ["minitron", "pruned", "distilled"]
-    about = {"base_model": recipe.model.name, "library_name": "transformers", "tags": tags}
-    keys = recipe.model_dump(mode="json", exclude_none=True, exclude={"model": True, "out": True, "data": {"sources"}})
+    tags = ["minitron", *([] if recipe.student else ["pruned"]), "distilled"]
+    base, made, how = _making(context)
+    about = {"base_model": base, "library_name": "transformers", "tags": tags}
+    private: dict[str, bool | set[str]] = {
+        "model": True,
+        "student": True,
+        "out": True,
+        "data": {"sources"},
+        "score": {"sources"},
+    }
+    keys = recipe.model_dump(mode="json", exclude_none=True, exclude=private)
     axes = ("layers", "hidden", "ffn", "heads", "kv_groups", "experts", "expert_ffn", "shared_ffn")
     shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in axes if getattr(teacher, axis)]
     sources = [(name, source["tokens"], source["weight"]) for name, source in done["prepare"]["sources"].items()]
     training = [(stage, done[stage]["tokens"]) for stage in ("correct", "distill") if stage in done]
     parts = [
         f"---\n{_yaml(about)}---\n",
-        f"# {_inline(folder.resolve().parent.name)}: {_inline(recipe.model.name)} pruned and distilled\n",
-        f"{parameters(student):,} parameters, of the teacher's {parameters(teacher):,}. Made by the Minitron method: "
-        "the least important parts of the teacher were pruned, and the rest was distilled from its logits.\n",
+        f"# {_inline(folder.resolve().parent.name)}: {_inline(made)}\n",
+        f"{parameters(student):,} parameters, of the teacher's {parameters(teacher):,}. {how}\n",
         _table(("", "teacher", "student"), [*shapes, ("parameters", parameters(teacher), parameters(student))]),
-        _clients(exported, teacher),
+        _clients(exported, student if recipe.student else teacher),
         "## Training\n",
         _table(("stage", "tokens"), training),
         _table(("source", "tokens", "weight"), sources),
@@ -75,6 +83,24 @@ def _card(context: Context, folder: Path) -> str:
         _table(("package", "version"), list(versions().items())),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _making(context: Context) -> tuple[str, str, str]:
+    """Return the name of the model whose weights the export began with, a title, and how it was made."""
+    teacher, student = _name(context, "model", context.recipe.model), context.recipe.student
+    if student is None:
+        how = "Made by the Minitron method: the least important parts of the teacher were pruned, and the rest was "
+        return teacher, f"{teacher} pruned and distilled", f"{how}distilled from its logits."
+    base = _name(context, "student", student)
+    return base, f"{base} distilled from {teacher}", "Distilled from the teacher's logits; nothing was pruned."
+
+
+def _name(context: Context, key: str, folder: Path) -> str:
+    """Return the name of a model of the recipe: its name on the Hub, or that of its folder."""
+    origin = model_origins(context.recipe).get(key)
+    if origin is None:
+        return folder.name
+    return origin["place"].partition("@")[0] if "commit" in origin else Path(origin["place"]).name
 
 
 def _clients(exported: ModelConfig, teacher: Shape) -> str:

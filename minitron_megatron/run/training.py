@@ -22,9 +22,10 @@ Measure = Callable[[], dict[str, float]]
 
 def distillation_inputs(recipe: Recipe) -> list[object]:
     """Return the further inputs of distillation: all of `correct` if it is continuous, and the files of
-    `distill.start`. Held-out text is not one of them, since validation changes no weight."""
+    `distill.start` or of the `student`. Held-out text is not one of them, since validation changes no weight."""
     correct = recipe.correct.deciding() if recipe.correct and recipe.correct.continuous else None
-    return [correct, file_marks([recipe.distill.start] if recipe.distill.start else [])]
+    start = recipe.distill.start or recipe.student
+    return [correct, file_marks([start] if start else [])]
 
 
 def distil(context: Context, student: list[Chunk], label: str, *, until: int | None = None) -> int:
@@ -36,12 +37,14 @@ def distil(context: Context, student: list[Chunk], label: str, *, until: int | N
     continuous = correct is not None and correct.continuous
     teacher, loss = context.load_teacher(trains=continuous), keys.loss
     vocab = shape_of(student[0]).vocab
+    shared = min(vocab, shape_of(teacher[0]).vocab)  # they differ in padding alone, as `check` has seen
     states = _states(context, teacher, student)
     if not continuous:
         objective = KDObjective(
             teacher,
             topology,
             vocab=vocab,
+            shared=shared,
             loss=loss,
             states=states,
             window=keys.teacher_window,
@@ -55,7 +58,7 @@ def distil(context: Context, student: list[Chunk], label: str, *, until: int | N
     def taught(phase: ResolvedPhase) -> ContinuousObjective:
         """Return a phase's objective; the teacher's schedule is as long as the phase."""
         learner = Learner(teacher, Training.of(correct, phase.steps, seed=0), topology, "teacher")
-        return ContinuousObjective(learner, topology, vocab=vocab, loss=loss, states=states)
+        return ContinuousObjective(learner, topology, vocab=vocab, shared=shared, loss=loss, states=states)
 
     with correcting(context, teacher), _released(states):
         return train_in_phases(context, student, taught, keys, label, until=until)

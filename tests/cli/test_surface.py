@@ -17,6 +17,7 @@ STAGE = {"--set", "--out"}
 VERBS = {
     "run": STAGE | {"--dry-run"},
     "prepare": STAGE,
+    "calibrate": STAGE,
     "correct": STAGE,
     "score": STAGE,
     "search": STAGE | {"--task"},
@@ -25,7 +26,7 @@ VERBS = {
     "baseline": STAGE,
     "evaluate": STAGE | {"--model"},
     "export": STAGE | {"--to", "--checkpoint", "--format", "--check"},
-    "init": set(),
+    "init": {"--tokenizer"},
     "estimate": STAGE | {"--gpus", "--mfu", "--memory", "--slurm"},
     "bench": STAGE | {"--backend"},
     "show": set(),

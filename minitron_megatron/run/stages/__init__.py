@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...registry import Registry
 from ..stage import Stage
 from .baseline import BASELINE
+from .calibrate import CALIBRATE
 from .correct import CORRECT
 from .distill import DISTILL
 from .evaluate import EVALUATE
@@ -18,6 +19,9 @@ __all__ = ["STAGES"]
 
 STAGES: Registry[Stage] = Registry(
     "stage",
-    {stage.name: stage for stage in (PREPARE, CORRECT, SCORE, SEARCH, PRUNE, DISTILL, BASELINE, EVALUATE, EXPORT)},
+    {
+        stage.name: stage
+        for stage in (PREPARE, CALIBRATE, CORRECT, SCORE, SEARCH, PRUNE, DISTILL, BASELINE, EVALUATE, EXPORT)
+    },
 )
 """Stages by name, in the order in which they run; a plugin's come last."""

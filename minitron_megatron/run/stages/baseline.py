@@ -13,8 +13,8 @@ __all__ = ["BASELINE"]
 
 def do_baseline(context: Context) -> Result:
     """Distil the teacher into a random student of the same shape, on the same tokens."""
-    context.expect_unchanged(context.folders.model("pruned"))
-    config = read_config(context.folders.model("pruned"))
+    context.expect_unchanged(context.untrained_student)
+    config = read_config(context.untrained_student)
     recipe = context.recipe
     student = build(config, context.topology, context.dtype, recompute=recipe.recompute, spec=recipe.spec)
     fill_initial(student, context.topology, context.recipe.seed)

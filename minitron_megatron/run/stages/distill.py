@@ -1,4 +1,4 @@
-"""Distil the teacher into the pruned student."""
+"""Distil the teacher into the student."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = ["DISTILL"]
 
 
 def do_distill(context: Context) -> Result:
-    """Distil the teacher into the pruned student, or into `distill.start`."""
-    student = context.load(context.recipe.distill.start or context.folders.model("pruned"), trains=True)
+    """Distil the teacher into the pruned student, into `distill.start`, or into the recipe's `student`."""
+    student = context.load(context.recipe.distill.start or context.untrained_student, trains=True)
     tokens = distil(context, student, "distill")
     return {**context.save_sealed(student, context.folders.model("distilled")), "tokens": tokens}
 

@@ -33,7 +33,10 @@ def do_evaluate(context: Context) -> Result:
     models: dict[str, tuple[Path, str]] = {"teacher": (context.recipe.model, "")}
     if context.recipe.corrects_first:
         models["corrected teacher"] = (context.folders.model("corrected"), "correct")
-    models |= {name: (context.folders.model(folder), "prune") for name, folder in refitted_models(context).items()}
+    if context.recipe.student:
+        models["student"] = (context.recipe.student, "")
+    else:
+        models |= {name: (context.folders.model(folder), "prune") for name, folder in refitted_models(context).items()}
     models["distilled"] = (context.folders.model("distilled"), "distill")
     if context.recipe.random_baseline:
         models["random init"] = (context.folders.model("random"), "baseline")

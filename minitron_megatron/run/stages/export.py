@@ -47,6 +47,6 @@ EXPORT = Stage(
     result=Exported,
     makes=lambda run: run.model("export"),
     reads=("export",),
-    after=("prepare", "distill", "evaluate"),
-    extra_inputs=lambda recipe: carried_marks(recipe.model),
+    after=("prepare", "calibrate", "distill", "evaluate"),
+    extra_inputs=lambda recipe: carried_marks(recipe.student or recipe.model),
 )

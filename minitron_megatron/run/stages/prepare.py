@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from typing_extensions import TypedDict
 
@@ -10,11 +12,12 @@ from ...convert import folder_hash, read_config
 from ...data import check_tokenizer, prepare
 from ...forecast import needed_tokens
 from ...parallel import broadcast_object, fail_together
+from ...recipe import CalibrationSource
 from ..context import Context
 from ..fingerprint import config_digest
 from ..stage import Result, Stage
 
-__all__ = ["PREPARE"]
+__all__ = ["PREPARE", "Source", "tokenized"]
 
 
 class Source(TypedDict):
@@ -39,41 +42,61 @@ def do_prepare(context: Context) -> Result:
     recipe, result = context.recipe, None
     with fail_together():
         if context.topology.rank == 0:
-            vocab = read_config(recipe.model).shape.vocab
-            check_tokenizer(recipe.model, vocab)
+            check_tokenizer(recipe.model, read_config(recipe.model).shape.vocab)
             settings: Result = {"sequence": recipe.data.sequence, "seed": recipe.seed}  # they decide later samples
             settings |= {"cross_documents": recipe.data.cross_documents, "config": config_digest(recipe.model)}
-            result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context, vocab), **settings}
+            result = {"model_hash": folder_hash(recipe.model), "sources": _prepare_sources(context), **settings}
     return broadcast_object(result)
 
 
-def _prepare_sources(context: Context, vocab: int) -> Result:
-    data, sources = context.recipe.data, {}
-    needed = needed_tokens(context.recipe)
-    for number, source in enumerate(data.sources):
-        name = f"{number}-{source.name}"
-        held_out = source.held_out_paths or source.validation
-        prepared = prepare(
-            source.paths,
-            context.recipe.model,
-            context.folders.data / name,
-            validation=held_out,
-            workers=data.workers,
-            text_key=data.text_key,
-            separator=data.separator,
-            seed=context.recipe.seed,
-            vocab=vocab,
+def _prepare_sources(context: Context) -> dict[str, Source]:
+    sources, needed = context.recipe.data.sources, needed_tokens(context.recipe)
+    return {
+        f"{number}-{source.name}": tokenized(
+            context,
+            source,
+            context.folders.data / f"{number}-{source.name}",
+            validation=source.held_out_paths or float(source.validation),
             enough=needed[number] if needed else None,
-            listener=context.listener,
         )
-        if prepared.read < 1:
-            warnings.warn(
-                f"{name}: {prepared.read:.2%} of the text is tokenized, enough for the budgets.", stacklevel=3
-            )
-        validation_tokens = prepared.valid.tokens if prepared.valid else 0
-        tokens = {"tokens": prepared.train.tokens, "validation_tokens": validation_tokens}
-        sources[name] = {**tokens, "end": prepared.end, "content": prepared.content, "weight": source.weight}
-    return sources
+        for number, source in enumerate(sources)
+    }
+
+
+def tokenized(
+    context: Context,
+    source: CalibrationSource,
+    prefix: Path,
+    *,
+    validation: float | Sequence[str],
+    enough: Mapping[str, int] | None,
+) -> Source:
+    """Tokenize one source to `prefix`; the other arguments are those of `data.prepare`. Not collective."""
+    recipe = context.recipe
+    prepared = prepare(
+        source.paths,
+        recipe.model,
+        prefix,
+        validation=validation,
+        workers=recipe.data.workers,
+        text_key=recipe.data.text_key,
+        separator=recipe.data.separator,
+        seed=recipe.seed,
+        vocab=read_config(recipe.model).shape.vocab,
+        enough=enough,
+        listener=context.listener,
+    )
+    if prepared.read < 1:
+        warnings.warn(
+            f"{prefix.name}: {prepared.read:.2%} of the text is tokenized, enough for the budgets.", stacklevel=3
+        )
+    return {
+        "tokens": prepared.train.tokens,
+        "validation_tokens": prepared.valid.tokens if prepared.valid else 0,
+        "end": prepared.end,
+        "content": prepared.content,
+        "weight": source.weight,
+    }
 
 
 PREPARE = Stage(
@@ -83,5 +106,5 @@ PREPARE = Stage(
     makes=lambda run: run.data,
     reads=("model", "data", "seed"),
     extra_inputs=needed_tokens,
-    keeps=lambda run, mark: run.unfinished_corpus,
+    keeps=lambda run, mark: run.unfinished(run.data),
 )

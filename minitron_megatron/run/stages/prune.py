@@ -136,5 +136,6 @@ PRUNE = Stage(
     result=Pruned,
     makes=lambda run: run.model("pruned"),
     reads=("prune", "dtype"),
-    after=("prepare", "correct", "score"),
+    after=("prepare", "calibrate", "correct", "score"),
+    wanted=lambda recipe: recipe.student is None,
 )

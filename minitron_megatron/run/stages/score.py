@@ -127,7 +127,7 @@ SCORE = Stage(
     result=Scored,
     makes=lambda run: run.scores.parent,
     reads=("score",),
-    after=("prepare", "correct"),
+    after=("prepare", "calibrate", "correct"),
     wanted=scores_wanted,
     extra_inputs=depth_keys,
 )

@@ -1,0 +1,90 @@
+"""Megatron checkpoint -> Hugging Face folder, one parameter at a time, in one process."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from functools import cache, reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..data import load_tokenizer, vocabulary
+from ..errors import CheckpointError
+from ..events import Listener, silent
+from ..files import whole_folder, write_json
+from ..model import MegatronCheckpoint, ModelConfig
+from .carried import carried_files, carry
+from .export import FILE_BYTES, hf_tensors, write_tensors
+from .flat import flat_config, with_family
+
+__all__ = ["import_megatron", "megatron_outline"]
+
+
+def import_megatron(
+    checkpoint: Path,
+    folder: Path,
+    tokenizer: Path | None = None,
+    *,
+    file_bytes: int = FILE_BYTES,
+    listener: Listener = silent,
+) -> None:
+    """Write a Megatron checkpoint as a Hugging Face folder, whole or not at all, in the dtype of its weights.
+
+    tokenizer: Hugging Face folder with its tokenizer; None: the one that the checkpoint names, if it is there.
+    Raises CheckpointError.
+    """
+    source, config, tokenizer = _opened(checkpoint, tokenizer)
+    dtype = _dtype(source, config)
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name in config.shape.names():
+            yield from hf_tensors(name, source.read(name).to(dtype), config)
+
+    with whole_folder(folder) as partial:
+        _write_outline(partial, config, dtype, tokenizer)
+        write_tensors(stream(), partial, config, dtype, file_bytes, listener)
+
+
+@cache
+def megatron_outline(checkpoint: Path, tokenizer: Path | None = None) -> Path:
+    """Return a temporary folder with the config and tokenizer that `import_megatron` would write, without weights.
+
+    It lasts as long as the process. Raises CheckpointError.
+    """
+    source, config, tokenizer = _opened(checkpoint, tokenizer)
+    folder = _temporary()
+    _write_outline(folder, config, _dtype(source, config), tokenizer)
+    return folder
+
+
+def _opened(checkpoint: Path, tokenizer: Path | None) -> tuple[MegatronCheckpoint, ModelConfig, Path | None]:
+    """Return a checkpoint, its config, and the folder of its tokenizer, if one is known."""
+    source = MegatronCheckpoint(checkpoint)
+    tokenizer = tokenizer or source.tokenizer
+    if tokenizer is not None and not carried_files(tokenizer):
+        raise CheckpointError(f"{tokenizer} holds no tokenizer. Give the Hugging Face folder of {checkpoint}'s own.")
+    config = with_family(source.config(vocabulary(load_tokenizer(tokenizer)) if tokenizer else None))
+    source.check(config)
+    return source, config, tokenizer
+
+
+def _dtype(source: MegatronCheckpoint, config: ModelConfig) -> torch.dtype:
+    """Return the dtype that holds every parameter exactly."""
+    return reduce(torch.promote_types, map(source.dtype, config.shape.names()))
+
+
+def _write_outline(folder: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> None:
+    write_json(folder / "config.json", flat_config(config, str(dtype).removeprefix("torch.")))
+    if tokenizer is not None:
+        carry(tokenizer, folder)
+
+
+_KEPT: list[tempfile.TemporaryDirectory[str]] = []
+"""Temporary folders, removed when the process ends."""
+
+
+def _temporary() -> Path:
+    _KEPT.append(tempfile.TemporaryDirectory(prefix="minitron-"))
+    return Path(_KEPT[-1].name)

@@ -1,0 +1,56 @@
+"""Models of the Hub and Megatron checkpoints -> Hugging Face folders, once per run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..convert import check_weights, hub_folder, import_megatron, is_hub_name
+from ..events import Listener
+from ..files import write_json
+from ..forecast import ModelOrigin, model_origins, model_places, with_model_folders
+from ..model import is_megatron_checkpoint
+from ..parallel import Topology, fail_together
+from ..recipe import Recipe
+from ..run_folder import RunFolder
+
+__all__ = ["bring_in"]
+
+
+def bring_in(recipe: Recipe, topology: Topology, listener: Listener) -> Recipe:
+    """Return the recipe with a Hugging Face folder for each model, whole; `models.json` records what they were.
+
+    Rank 0 downloads and converts; the other ranks then find it done, or download to a cache of their own machine.
+    Collective over the world. Raises CheckpointError.
+    """
+    with fail_together():
+        if topology.rank == 0:
+            _record(recipe, {key: _origin(recipe, key, place, listener) for key, place in _elsewhere(recipe).items()})
+    with fail_together():
+        for key, place in _elsewhere(recipe).items():
+            if is_hub_name(place):
+                hub_folder(place, weights=True, commit=model_origins(recipe)[key]["commit"])
+        return with_model_folders(recipe)
+
+
+def _elsewhere(recipe: Recipe) -> dict[str, Path]:
+    """Return recipe key -> place of each model that is no Hugging Face folder."""
+    places = model_places(recipe).items()
+    return {key: place for key, place in places if is_megatron_checkpoint(place) or is_hub_name(place)}
+
+
+def _record(recipe: Recipe, origins: dict[str, ModelOrigin]) -> None:
+    if origins != model_origins(recipe):
+        write_json(RunFolder(recipe.out).models, origins)
+
+
+def _origin(recipe: Recipe, key: str, place: Path, listener: Listener) -> ModelOrigin:
+    known = model_origins(recipe).get(key)
+    known = known if known and known["place"] == str(place) else None
+    if is_hub_name(place):
+        folder = hub_folder(place, weights=True, commit=known and known.get("commit"))
+        check_weights(folder)
+        return {"place": str(place), "folder": str(folder), "commit": folder.name}
+    folder = RunFolder(recipe.out).model(f"imported-{key}")
+    if known is None or not folder.is_dir():
+        import_megatron(place, folder, recipe.tokenizer, listener=listener)
+    return {"place": str(place), "folder": str(folder)}
