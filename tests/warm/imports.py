@@ -1,4 +1,4 @@
-"""What a process of a run imports first: a fork server's children have it behind them."""
+"""Import at once the modules that a run imports first: a fork server's children have that behind them."""
 
 import gc
 
