@@ -5,31 +5,24 @@ from __future__ import annotations
 import resource
 from datetime import timedelta
 
-import torch.distributed as dist
-
 from ..errors import TopologyError
 
-__all__ = ["allow_open_files", "wait_without_limit"]
+__all__ = ["JOIN", "WAIT", "allow_open_files"]
 
 FILES_A_RANK, OTHER_FILES = 6, 512
 """Open files of a process: for each rank of the world (gloo's sockets, in at most three groups, and on rank 0 those of
 the store), and besides."""
 
+JOIN = timedelta(minutes=30)
+"""Time for all processes to arrive at the start, when no watchdog is at work yet."""
+
 WAIT = timedelta(days=20)
-"""Longer than any job. torch's store counts milliseconds in 32 bits, which are 24 days."""
+"""Time that ranks wait for each other later, in every process group: longer than any job.
 
-
-def wait_without_limit() -> None:
-    """Let the ranks wait for each other in every process group of this process as long as it takes.
-
-    torch would end a rank that waits for 30 minutes (gloo) or 10 (NCCL), though another one may rightly work alone for
-    hours. A run that hangs is ended by the watchdog (`hang_seconds`), and ranks whose peer has died by the launcher.
-    Call it when the groups are complete: connecting keeps torch's limit.
-    """
-    c10d = dist.distributed_c10d
-    for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(WAIT, group)
-    c10d._get_default_store().set_timeout(WAIT)  # NCCL waits there for the others when it first uses a group
+torch's own limits, 30 minutes with gloo and 10 with NCCL, would end ranks that wait for one that rightly works alone
+for hours. A run that hangs is ended by the watchdog (`hang_seconds`), and ranks whose peer has died by the launcher.
+torch's store counts milliseconds in 32 bits, which are 24 days.
+"""
 
 
 def allow_open_files(world: int) -> None:

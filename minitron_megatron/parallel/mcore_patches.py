@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .collectives import device_backend
+from .limits import WAIT
 from .patch import patch, patched
 
 if TYPE_CHECKING:
@@ -84,14 +85,14 @@ def _spare_groups() -> None:
     ) -> object:
         backend = backend or device_backend()  # parallel_state.py:214
         if backend != "gloo":
-            return create(ranks, timeout, backend, **kwargs)
+            return create(ranks, timeout or WAIT, backend, **kwargs)
         world = torch.distributed.group.WORLD
         if _groups.get(()) is not world:  # a script of the user's may end its world without Topology.stop
             _groups.clear()
             _groups[()] = world
         key = tuple(sorted(ranks or range(torch.distributed.get_world_size())))  # torch sorts them too
         if key not in _groups:
-            _groups[key] = create(ranks, timeout, backend, **kwargs)
+            _groups[key] = create(ranks, timeout or WAIT, backend, **kwargs)
         return _groups[key]
 
     patch(parallel_state, "create_group", create_group)

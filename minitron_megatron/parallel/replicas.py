@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ..errors import MinitronError, TopologyError
 from .collectives import broadcast_object, fail_together
+from .limits import WAIT
 from .topology import Topology, claim_device
 
 __all__ = ["check_independent_replicas", "independent_replicas"]
@@ -65,7 +66,7 @@ def _move(old: Topology, new: Topology, store: dist.Store, rank: int, world: int
     """Leave the process group of one layout and join that of another."""
     old.stop()
     dist.destroy_process_group()
-    dist.init_process_group(claim_device(), store=store, rank=rank, world_size=world)
+    dist.init_process_group(claim_device(), store=store, rank=rank, world_size=world, timeout=WAIT)
     new.lay_out()
 
 

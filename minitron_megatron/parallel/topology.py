@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
 from types import ModuleType
@@ -15,7 +16,7 @@ from ..errors import TopologyError
 from ..settings import Count, Settings
 from .backend import install_cpu_backend
 from .collectives import device_backend
-from .limits import allow_open_files, wait_without_limit
+from .limits import JOIN, WAIT, allow_open_files
 from .mcore_compat import quieten
 from .mcore_patches import patch_mcore, release_groups
 
@@ -76,10 +77,7 @@ class Topology(Parallel):
         return topology
 
     def lay_out(self) -> None:
-        """Create mcore's groups among the joined processes, which from then on wait for each other without a limit.
-
-        Collective over the world.
-        """
+        """Create mcore's groups among the joined processes. Collective over the world."""
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -89,11 +87,11 @@ class Topology(Parallel):
             virtual_pipeline_model_parallel_size=self.vp if self.vp > 1 else None,
             expert_model_parallel_size=self.ep,
             expert_tensor_parallel_size=1,  # an expert is small: each lies whole on one rank
+            distributed_timeout_minutes=WAIT // timedelta(minutes=1),
         )
         model_parallel_cuda_manual_seed(1)
         if self.cp > 1:
             _ = self.cp_group  # created here, since creating it is collective
-        wait_without_limit()
         if dist.get_backend() == "gloo":  # whose ranks connect one by one: one that ended now would fail the others
             dist.barrier()
 
@@ -219,7 +217,7 @@ class Topology(Parallel):
         firsts = range(0, self.dp, self.cp)
         places = [(pp, tp, first) for pp in range(self.pp) for tp in range(self.tp) for first in firsts]
         members = {place: [self.rank_at(*place[:2], place[2] + each) for each in range(self.cp)] for place in places}
-        groups = {place: dist.new_group(ranks, backend=device_backend()) for place, ranks in members.items()}
+        groups = {place: dist.new_group(ranks, WAIT, device_backend()) for place, ranks in members.items()}
         return groups[self.pp_rank, self.tp_rank, self.replica * self.cp]
 
     @cached_property
@@ -353,7 +351,9 @@ def _join() -> None:
     backend = claim_device()
     if "RANK" in os.environ:
         try:
-            dist.init_process_group(backend)
+            store, rank, world = next(dist.rendezvous("env://", timeout=JOIN))
+            store.set_timeout(WAIT)  # NCCL waits there for the others when it first uses a group
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAIT)
         except (dist.DistError, ValueError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             reason = str(error).strip().partition("\n")[0].rstrip(".")

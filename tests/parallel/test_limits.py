@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from minitron_megatron.errors import TopologyError
 from minitron_megatron.parallel import Parallel, Topology, all_reduce, gather_objects, independent_replicas, move
-from minitron_megatron.parallel.limits import FILES_A_RANK, OTHER_FILES, allow_open_files
+from minitron_megatron.parallel.limits import FILES_A_RANK, OTHER_FILES, WAIT, allow_open_files
 from minitron_megatron.parallel.patch import patched
 from minitron_megatron.parallel.topology import _join
 from minitron_megatron.testing import Pool
@@ -33,6 +33,12 @@ def free_port() -> int:
 def limited() -> Any:
     """Make torch's default limit of a process group LIMIT, inside the block."""
     return patched(dist.distributed_c10d, "default_pg_timeout", timedelta(seconds=LIMIT))
+
+
+def limits() -> set[timedelta]:
+    """Return the limits of this process's groups."""
+    groups = dist.distributed_c10d._world.pg_map
+    return {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
 
 
 def waits(topology: Topology) -> list[float]:
@@ -63,6 +69,7 @@ def started(topology: Topology, port: int) -> list[float]:
     dist.destroy_process_group()
     with limited(), patch.dict(os.environ, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)):
         own = Topology.start(cp=2)
+    assert limits() == {WAIT}  # also of the groups that mcore limits to half an hour itself
     return waits(own)
 
 
@@ -81,11 +88,12 @@ def test_a_rank_may_work_alone_for_longer_than_torch_would_wait(pool: Pool) -> N
 
 
 def test_a_process_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Joining keeps torch's limit: the watchdog is not at work yet."""
+    """Joining has a limit: the watchdog is not at work yet."""
     launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    with limited(), pytest.raises(TopologyError, match="cannot connect"):
+    monkeypatch.setattr("minitron_megatron.parallel.topology.JOIN", timedelta(seconds=LIMIT))
+    with pytest.raises(TopologyError, match="cannot connect"):
         _join()
 
 
