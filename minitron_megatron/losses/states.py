@@ -92,11 +92,11 @@ def _log_relations(
 
 
 def attach_loss(
-    states: Float[Tensor, "*axes"], loss: Float[Tensor, ""], weight: Float[Tensor, ""]
+    states: Float[Tensor, "*axes"], loss: Float[Tensor, ""], weight: Float[Tensor, "..."]
 ) -> Float[Tensor, "*axes"]:
     """Return `states` unchanged; their backward pass also adds the gradient of `weight * loss`.
 
-    weight: without gradient. A pipeline stage without a loss of its own can thus minimise one, as mcore does
+    weight: one value, without gradient. A pipeline stage without a loss of its own can thus minimise one, as mcore does
     with the auxiliary losses of experts (transformer/moe/moe_utils.py, `MoEAuxLossAutoScaler`).
     """
     return _AttachLoss.apply(states, loss, weight)
