@@ -22,6 +22,7 @@ from ..parallel import (
     Topology,
     barrier,
     broadcast_object,
+    drop_absent_states,
     fail_together,
     gather_objects,
     keep_own_states,
@@ -322,6 +323,7 @@ def _sharded(trainee: Trainee, *, is_loading: bool) -> ShardedStateDict:
     }
     model = state[_key(0)] if len(trainee.chunks) == 1 else dict(state)
     state["optimizer"] = trainee.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    drop_absent_states(state["optimizer"])
     return state
 
 

@@ -29,6 +29,7 @@ from .context_shard import ContextShard
 from .mcore_compat import (
     FITS,
     count_padding,
+    drop_absent_states,
     failed_alone,
     failed_together,
     final_hidden,
@@ -59,6 +60,7 @@ __all__ = [
     "check_independent_replicas",
     "claim_device",
     "count_padding",
+    "drop_absent_states",
     "fail_together",
     "failed_alone",
     "failed_together",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FITS",
     "count_padding",
+    "drop_absent_states",
     "failed_alone",
     "failed_together",
     "final_hidden",
@@ -108,12 +109,26 @@ def keep_own_states(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None
     (optimizer/distrib_optimizer.py, `load_parameter_state_from_fully_reshardable`).
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    states = [state] if "param_state" in state else list(state.values())
-    for part, of_part in zip(parts, states, strict=True):
+    for part, of_part in zip(parts, _parts(state), strict=True):
         buckets = [bucket for ranges in part.gbuf_ranges for of_dtype in ranges.values() for bucket in of_dtype]
         own = {parameter for bucket in buckets for parameter in bucket["param_map"]}
         every = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]  # in mcore's order
         of_part["param_state"] = {at: each for at, each in of_part["param_state"].items() if every[at] in own}
+
+
+def drop_absent_states(state: dict[Any, Any]) -> None:
+    """Drop from a state dict to save the empty place of states that another rank writes.
+
+    mcore would warn on each save that the ranks differ there.
+    """
+    for part in _parts(state):
+        if part["param_state"] is None:
+            del part["param_state"]
+
+
+def _parts(state: dict[Any, Any]) -> list[dict[Any, Any]]:
+    """Return the state dicts of the optimizers that one of mcore's chains."""
+    return [state] if "param_state" in state else list(state.values())
 
 
 def load_optimizer(optimizer: MegatronOptimizer, state: Mapping[Any, Any]) -> None:
