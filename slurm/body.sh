@@ -3,7 +3,7 @@
 
 case "${1:-}" in
     "") echo "usage: sbatch slurm/run.sbatch [COMMAND] RECIPE [OPTIONS...]" >&2; exit 2 ;;
-    run | prepare | correct | score | search | prune | distill | baseline | evaluate | export) ;;
+    run | prepare | calibrate | correct | score | search | prune | distill | baseline | evaluate | export) ;;
     *) set -- run "$@" ;;
 esac
 

@@ -45,7 +45,11 @@ def with_family(config: ModelConfig) -> ModelConfig:
         return config
     mixture = bool(config.shape.experts)
     names = [name for name, family in FAMILIES.items() if ("experts" in family.keys) == mixture]
-    sources = [{"model_type": name, "pad_token_id": None} for name in names]  # Phi-3's default is 32000
+    window = {} if config.window is None else {"sliding_window": config.window}
+    sources = [
+        {"model_type": name, "pad_token_id": None, **(window if "sliding_window" in FAMILIES[name].read else {})}
+        for name in names
+    ]  # Phi-3's default padding token is 32000
     nearest = min((replace(config, source=source) for source in sources), key=lambda each: len(_misread(each)))
     check_expressed(nearest)
     return nearest

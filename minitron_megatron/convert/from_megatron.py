@@ -65,9 +65,9 @@ def _opened(checkpoint: Path, tokenizer: Path | None) -> tuple[MegatronCheckpoin
     tokenizer = tokenizer or source.tokenizer
     if tokenizer is not None and not carried_files(tokenizer):
         raise CheckpointError(f"{tokenizer} holds no tokenizer. Give the Hugging Face folder of {checkpoint}'s own.")
-    config = with_family(source.config(vocabulary(load_tokenizer(tokenizer)) if tokenizer else None))
+    config = source.config(vocabulary(load_tokenizer(tokenizer)) if tokenizer else None)
     source.check(config)
-    return source, config, tokenizer
+    return source, with_family(config), tokenizer
 
 
 def _dtype(source: MegatronCheckpoint, config: ModelConfig) -> torch.dtype:

@@ -25,7 +25,7 @@ from .check_tasks import check_evaluation
 from .model_folders import with_model_folders
 from .sizes import check_pruning, student_shape
 
-__all__ = ["check", "check_corpus", "needed_tokens", "planned"]
+__all__ = ["check", "check_calibration", "check_corpus", "needed_calibration", "needed_tokens", "planned"]
 
 Demand = tuple[str, int, int, list[float], bool]
 """Key, samples, tokens per sample, weight of each source, and whether text may repeat."""
@@ -53,7 +53,6 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     """
     if not counts_only:
         check_spec(recipe.spec)
-    _check_paths(recipe)
     places, recipe = recipe, with_model_folders(recipe)
     config = read_config(recipe.model)
     shape = config.shape
@@ -61,6 +60,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         check_weights(recipe.model)
     if not counts_only or any(recipe.model.glob("tokenizer*")):
         check_tokenizer(recipe.model, shape.vocab)
+    _check_paths(places)
     _check_held_out(recipe)
     if recipe.student:
         _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)

@@ -26,12 +26,23 @@ class ModelOrigin(TypedDict):
     """Its Hugging Face folder."""
     commit: NotRequired[str]
     """Its commit on the Hub."""
+    tokenizer: NotRequired[str]
+    """The recipe's `tokenizer` for it."""
 
 
 def model_origins(recipe: Recipe) -> dict[str, ModelOrigin]:
     """Return recipe key -> origin of each model that the recipe's run has brought in."""
     path = RunFolder(recipe.out).models
-    return read_as(path, dict[str, ModelOrigin]) if path.is_file() else {}
+    known = read_as(path, dict[str, ModelOrigin]) if path.is_file() else {}
+    places = model_places(recipe)
+    return {key: each for key, each in known.items() if key in places and _is_origin(each, places[key], recipe)}
+
+
+def _is_origin(origin: ModelOrigin, place: Path, recipe: Recipe) -> bool:
+    """Return whether what was brought in is what the recipe names, or is where it already was resolved to."""
+    tokenizer = str(recipe.tokenizer) if recipe.tokenizer and "commit" not in origin else None
+    named = (origin["place"], origin.get("tokenizer")) == (str(place), tokenizer)
+    return named or origin["folder"] == str(place)
 
 
 def with_model_folders(recipe: Recipe) -> Recipe:
@@ -43,7 +54,8 @@ def with_model_folders(recipe: Recipe) -> Recipe:
     origins, places = model_origins(recipe), model_places(recipe)
     if recipe.tokenizer and not origins and not any(map(is_megatron_checkpoint, places.values())):
         raise CheckpointError(
-            f"tokenizer is {recipe.tokenizer}, but {' and '.join(map(str, places.values()))} have their own. Remove it."
+            f"tokenizer is {recipe.tokenizer}, but no model of the recipe is a Megatron checkpoint: each has its own. "
+            "Remove tokenizer."
         )
     folders = {key: _folder(place, recipe.tokenizer, origins.get(key)) for key, place in places.items()}
     return recipe.replaced(**folders, tokenizer=None)
@@ -56,7 +68,7 @@ def model_places(recipe: Recipe) -> dict[str, Path]:
 
 def _folder(place: Path, tokenizer: Path | None, origin: ModelOrigin | None) -> Path:
     tokenizer = tokenizer if is_megatron_checkpoint(place) else None
-    if origin is None or origin["place"] != str(place):
+    if origin is None:
         return local_folder(place, tokenizer)
     folder = Path(origin["folder"])
     return folder if folder.is_dir() else local_folder(place, tokenizer, origin.get("commit"))

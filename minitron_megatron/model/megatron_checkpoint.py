@@ -81,14 +81,20 @@ class MegatronCheckpoint:
 
     def check(self, config: ModelConfig) -> None:
         """Raise CheckpointError unless the checkpoint holds exactly the parameters of a config, in their shapes."""
-        sizes, used = config.shape.sizes(padded=False), set()
+        sizes, used, stacks = config.shape.sizes(padded=False), set(), dict[str, tuple[int, ...]]()
         for name in config.shape.names():
             key, at = self._find(name)
             used |= {each for each, _ in _keys(name)}
+            stacks[key] = tuple(index + 1 for index in at)  # of the last layer and expert
             wanted, found = lookup(name).shape(sizes), tuple(self._tensors[key].size)[len(at) :]
             padded = lookup(name).tp == "vocab" and found[0] >= wanted[0]
             if len(found) != len(wanted) or (found[0] != wanted[0] and not padded) or found[1:] != wanted[1:]:
                 raise CheckpointError(f"{self.folder}: {key} has shape {found}, but its arguments make it {wanted}.")
+        for key, counts in stacks.items():
+            if (found := tuple(self._tensors[key].size)[: len(counts)]) != counts:
+                raise CheckpointError(
+                    f"{self.folder}: {key} stacks {found} layers and experts, but its arguments make it {counts}."
+                )
         if surplus := sorted(key for key in self._tensors if key.startswith(MODEL) and key not in used):
             raise CheckpointError(f"{self.folder} holds a parameter that its arguments do not describe: {surplus[0]}.")
 

@@ -30,7 +30,7 @@ RENAMED = {
     "max_sequence_length": "max_position_embeddings",
 }
 """mcore's name of a setting -> Megatron-LM's name of the argument, where they differ."""
-NO_ARGUMENT = ("activation_func", "init_method_std", "share_embeddings_and_output_weights", "window_size")
+NO_ARGUMENT = ("activation_func", "init_method_std", "share_embeddings_and_output_weights")
 """Settings that a checkpoint's arguments do not have under any name, or only in another form."""
 ROUTING = {"moe_layer_freq": 1, "moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False}
 """Arguments of every model with experts."""

@@ -265,8 +265,9 @@ class Recipe(Settings):
     out: HowToRun[FilePath]
     """Run folder."""
     data: Data
-    tokenizer: AddedLater[FilePath | None] = None
-    """Hugging Face folder with the tokenizer of a Megatron checkpoint. Default: the one that the checkpoint names."""
+    tokenizer: HowToRun[FilePath | None] = None
+    """Hugging Face folder with the tokenizer of a Megatron checkpoint. Default: the one that the checkpoint names. Its
+    files count as files of the model's folder."""
     student: AddedLater[FilePath | None] = None
     """A model with the teacher's tokenizer, of any family and named as `model` is, which is distilled without pruning:
     in place of `prune`. Its vocabulary may differ from the teacher's in padding."""

@@ -1,7 +1,7 @@
 """Progress, metrics, tables, plots and the HTML report of a run.
 
 Knows: events, the names of files in a run folder, rich and matplotlib (imported when a plot is drawn). Must not know:
-models, processes, recipes.
+weights, processes, recipes.
 """
 
 from .listeners import MetricsFile, Progress, fan_out, read_metrics

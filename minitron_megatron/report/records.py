@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
-from ..convert import local_folder
 from ..errors import CheckpointError
 from ..files import read_as
 from ..records import DepthScores, Plan, Scores, read_summary
@@ -74,7 +73,9 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def describe(path: Path) -> Table | Group:
-    """Describe a scores file, a plan, a model folder or a run folder. Raises CheckpointError for anything else."""
+    """Describe a scores file, a plan, a model or a run folder. Raises CheckpointError for anything else."""
+    from ..convert import local_folder  # slow to import, which other commands need not wait for
+
     run = RunFolder(path)
     if run.summary.is_file():
         scores, plan, margins = _cut(run)

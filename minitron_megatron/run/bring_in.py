@@ -39,13 +39,14 @@ def _elsewhere(recipe: Recipe) -> dict[str, Path]:
 
 
 def _record(recipe: Recipe, origins: dict[str, ModelOrigin]) -> None:
-    if origins != model_origins(recipe):
-        write_json(RunFolder(recipe.out).models, origins)
+    """Add origins to those known; a checkpoint that was brought in may be gone since."""
+    known = model_origins(recipe)
+    if known | origins != known:
+        write_json(RunFolder(recipe.out).models, known | origins)
 
 
 def _origin(recipe: Recipe, key: str, place: Path, listener: Listener) -> ModelOrigin:
     known = model_origins(recipe).get(key)
-    known = known if known and known["place"] == str(place) else None
     if is_hub_name(place):
         folder = hub_folder(place, weights=True, commit=known and known.get("commit"))
         check_weights(folder)
@@ -53,4 +54,5 @@ def _origin(recipe: Recipe, key: str, place: Path, listener: Listener) -> ModelO
     folder = RunFolder(recipe.out).model(f"imported-{key}")
     if known is None or not folder.is_dir():
         import_megatron(place, folder, recipe.tokenizer, listener=listener)
-    return {"place": str(place), "folder": str(folder)}
+    origin: ModelOrigin = {"place": str(place), "folder": str(folder)}
+    return {**origin, "tokenizer": str(recipe.tokenizer)} if recipe.tokenizer else origin

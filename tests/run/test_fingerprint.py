@@ -20,6 +20,7 @@ from tests.recipes import tiny_recipe
 
 DONE: dict[str, Any] = {"prepare": {"sources": {}, "model_hash": "a"}, "correct": {"hash": "b"}, "prune": {"hash": "c"}}
 HOW_TO_RUN = {
+    "tokenizer",  # its files count, in the folder that a Megatron checkpoint becomes
     *("out", "recompute", "spec", "hang_seconds", "data.repeat", "data.workers", "score.micro_batch"),
     *(
         "evaluate.micro_batch",
@@ -147,6 +148,10 @@ def base(material: Path, key: str) -> dict[str, Any]:
     if key in ("distill.loss.temperature", "distill.loss.divergence"):
         recipe["distill"]["loss"] = {}
     recipe["evaluate"] = recipe["evaluate"] | {"tasks": [{"name": "piqa"}]}
+    if key == "student":
+        recipe |= {"student": str(material / "model"), "prune": {}, "score": {}}
+    if key.startswith("score.sources."):
+        recipe["score"] = recipe["score"] | {"sources": [{"path": str(material / "corpus.jsonl")}]}
     if key.startswith("search."):
         size = {"hidden": [48]} if key == "search.expansion" else {"ffn": [48, 64]}
         recipe["search"] = {**size, "budget": {"params": 10**6}, "light": {"tokens": 128}}
@@ -169,11 +174,13 @@ def edited(recipe: dict[str, Any], key: str, material: Path) -> dict[str, Any]:
         node[last] = 7.0
     elif isinstance(value, Path) or key in (
         "data.sources.path",
+        "score.sources.path",
+        "tokenizer",
         "evaluate.task_files",
         "distill.start",
         "search.serving.table",
     ):
-        source = material / ("corpus.jsonl" if key.startswith(("data", "search")) else "model")
+        source = material / ("corpus.jsonl" if key.startswith(("data", "search", "score")) else "model")
         node[last] = str(material / f"other-{source.name}")
     else:
         assert isinstance(value, bool | int | float), f"{key} needs an edit here"

@@ -106,7 +106,12 @@ def test_a_teacher_is_corrected_meanwhile(recipe_file: Write, pool: Pool) -> Non
     frozen = [values["loss"] for *_, values in pool.run(work, recipe, (f"out={recipe.parent / 'frozen'}",))[0]]
     assert frozen[0] == alone[0] and frozen[-1] != pytest.approx(alone[-1], rel=1e-3)
     out = recipe.parent / "alone"
-    assert {path.stem for path in (out / "stages").iterdir()} == set(STAGES) - {"correct", "search", "baseline"}
+    assert {path.stem for path in (out / "stages").iterdir()} == set(STAGES) - {
+        "calibrate",
+        "correct",
+        "search",
+        "baseline",
+    }
     assert [row["model"] for row in read_json(out / "summary.json")] == ["teacher", "pruned", "distilled"]
 
 

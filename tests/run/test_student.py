@@ -191,16 +191,22 @@ def test_a_vocabulary_that_differs_in_more_than_padding_is_refused(
         ({"distill": {"start": "somewhere"}}, "remove distill.start, or student"),
         ({"student": None}, "prune is missing: give .* or a `student`"),
         ({"student": "no/where/at/all"}, "no/where/at/all is not a Hugging Face folder"),
-        ({"data.sequence": 128}, "max_position_embeddings of 64"),
     ],
 )
 def test_what_cannot_be_is_refused_before_work_begins(recipe_of: Write, changes: dict[str, Any], message: str) -> None:
     recipe = recipe_of("qwen2")
     tree = yaml.safe_load(recipe.read_text())
-    for key, value in changes.items():
-        block, _, inner = key.partition(".")
-        tree[block] = tree[block] | {inner: value} if inner else value
-    recipe.write_text(yaml.safe_dump({key: value for key, value in tree.items() if value is not None}))
+    recipe.write_text(yaml.safe_dump({key: value for key, value in (tree | changes).items() if value is not None}))
     with pytest.raises(MinitronError, match=message):
         dry_run(load_recipe(recipe))
     assert not Path(tree["out"]).exists()
+
+
+def test_a_student_of_a_shorter_context_than_the_samples_is_refused(
+    recipe_of: Write, students: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(students / "qwen2", tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    with pytest.raises(RecipeError, match="sequence is 16, but the model has a max_position_embeddings of 8"):
+        dry_run(load_recipe(recipe_of(str(tmp_path / "short"))))
