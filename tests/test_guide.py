@@ -48,6 +48,16 @@ def texts(material: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (material / "corpus.jsonl").read_text().splitlines()]
 
 
+def test_prose_is_wrapped_at_110_columns() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    assert len(pages) > 12
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+        for line in text.splitlines():
+            prose = not re.match(r"    | *[|#<]", line)
+            assert not prose or len(line) <= 110, (page.name, line)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_its_commands_run(
     page: str, folder: Path, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
