@@ -19,7 +19,7 @@ GUIDE = ROOT / "docs" / "guide"
 PAGES = list(dict.fromkeys(re.findall(r"\]\(([\w-]+)\.md\)", (GUIDE / "README.md").read_text())))
 """In the order in which the guide first names them, each once."""
 BENCH = {"ladder": [[4, 4]], "batches": [1], "requests": 2}
-BUDGET = {"tokens": 4 * 8 * 16, "save_every": 2, "validate_every": 2}
+BUDGET = {"tokens": 4 * 8 * 16, "micro_batch": 2, "save_every": 2, "validate_every": 2}
 
 
 @pytest.fixture(scope="module")
