@@ -23,6 +23,7 @@ __all__ = [
     "TrainingError",
     "did_you_mean",
     "expect_number",
+    "first_line",
 ]
 
 
@@ -76,6 +77,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the closest known word, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without a full stop; an error without a message gives its type."""
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def expect_number(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..errors import CheckpointError, ModelError
+from ..errors import CheckpointError, ModelError, first_line
 from ..layout import TABLE, pattern_of
 from ..model import (
     SHAPE_NAMES,
@@ -116,7 +116,7 @@ def _known(config: str) -> Known | None:
     try:
         bridge, provider = auto._model_bridge, auto.to_megatron_provider(load_weights=False)
     except Exception as error:  # each family runs its own code, which may raise anything
-        raise _refusal(hf, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        raise _refusal(hf, f"{type(error).__name__}: {first_line(error)}") from error
     _refuse_other_code(bridge, provider, hf)
     return Known(_family(bridge, provider, hf), provider)
 

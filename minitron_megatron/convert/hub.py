@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from .carried import CARRIED
 from .weights import INDEX, SINGLE, conversion
 
@@ -37,10 +37,10 @@ def hub_folder(place: Path, *, weights: bool, commit: str | None = None) -> Path
 
         folder = Path(snapshot_download(name, revision=commit or revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub and its HTTP clients raise what they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise CheckpointError(
-            f"{place} is no folder here, and cannot be had from the Hugging Face Hub: {reason}. Correct the path or "
-            "the name, or download it where there is a network (hf download) into the cache that HF_HOME names."
+            f"{place} is no folder here, and cannot be had from the Hugging Face Hub: {first_line(error)}. "
+            "Correct the path or the name, or download it where there is a network (hf download) into the cache that "
+            "HF_HOME names."
         ) from error
     if weights and not any((folder / file).is_file() for file in (SINGLE, INDEX)):
         raise CheckpointError(f"{place} has no {SINGLE}. {conversion(name, name.split('/')[1])}")

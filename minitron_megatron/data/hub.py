@@ -6,7 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from .sources import HUB
 
 __all__ = ["hub_files"]
@@ -34,7 +34,7 @@ def hub_files(source: str) -> tuple[Path, ...]:
         rows = load_dataset(name, configuration, split=split or "train")
         return tuple(Path(file["filename"]) for file in rows.cache_files)
     except Exception as error:  # datasets, huggingface_hub, fsspec and httpx raise what they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise DataError(
-            f"{source} cannot be had: {reason}. Correct its name or split, or download it where there is a network."
+            f"{source} cannot be had: {first_line(error)}. "
+            "Correct its name or split, or download it where there is a network."
         ) from error

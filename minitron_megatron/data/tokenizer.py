@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from ..errors import DataError, MinitronError
+from ..errors import DataError, MinitronError, first_line
 from ..files import checksum, read_json
 from .document import HALF_SURROGATE
 from .encode import foreign
@@ -76,7 +76,7 @@ def _explained(folder: Path) -> Iterator[None]:
     except BaseException as error:
         if not foreign(error):
             raise
-        reason = _first_line(error)
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             raise DataError(
                 f"The tokenizer in {folder} is code (auto_map in tokenizer_config.json), which is never run. "
@@ -144,10 +144,6 @@ def _check_pieces(file: Path) -> None:
         SentencePieceProcessor(model_file=str(file))
     except Exception as error:
         raise DataError(f"{file} is damaged or not a sentencepiece model. Copy the model's file again.") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def vocabulary(tokenizer: Tokenizer) -> int:

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from ..convert import read_config
 from ..data import end_of_document, load_tokenizer, transformers_tokenizer
-from ..errors import DataError, RecipeError, did_you_mean
+from ..errors import DataError, RecipeError, did_you_mean, first_line
 from ..events import Listener, silent
 from ..model import Model
 from ..parallel import Topology, broadcast_object
@@ -352,5 +352,5 @@ def _registered(name: str, functions: bool) -> HarnessConfig:
             "such as `pip install 'lm-eval[ifeval]'`."
         ) from error
     except Exception as error:  # task modules may raise anything; some download on import
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        cause = first_line(error)[:200]
         raise RecipeError(f"task {name} cannot be loaded by the harness: {cause}. Leave it out.") from error

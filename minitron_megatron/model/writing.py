@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import CheckpointError, MinitronError
+from ..errors import CheckpointError, MinitronError, first_line
 from ..parallel import broadcast_object, failed_alone, failed_together
 
 __all__ = ["cause_of", "reading", "writing"]
@@ -62,4 +62,4 @@ def cause_of(error: BaseException) -> str:
     for words, meaning in PLAINLY.items():
         if words in text.lower():
             return meaning
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return first_line(error)

@@ -17,9 +17,10 @@ def import_plugins(names: Iterable[object], folder: Path) -> None:
 
     Raises RecipeError for a module that is not there, or whose import fails.
     """
+    here = str(folder.resolve())
     for name in names:
-        if str(folder.resolve()) not in sys.path:
-            sys.path.append(str(folder.resolve()))
+        if here not in sys.path:
+            sys.path.append(here)
         try:
             import_module(str(name))
         except MinitronError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,7 +31,9 @@ def warm(environment: Mapping[str, str]) -> dict[str, str]:
 @cache
 def _server() -> Path:
     """Start the process that is forked, and return its socket."""
-    socket = Path(mkdtemp(prefix="warm"), "socket")
+    folder = mkdtemp(prefix="warm")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    socket = Path(folder, "socket")
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     program = [sys.executable, Path(__file__).with_name("server.py"), socket]

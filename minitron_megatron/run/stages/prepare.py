@@ -50,17 +50,12 @@ def do_prepare(context: Context) -> Result:
 
 
 def _prepare_sources(context: Context) -> dict[str, Source]:
-    sources, needed = context.recipe.data.sources, needed_tokens(context.recipe)
-    return {
-        f"{number}-{source.name}": tokenized(
-            context,
-            source,
-            context.folders.data / f"{number}-{source.name}",
-            validation=source.held_out_paths or float(source.validation),
-            enough=needed[number] if needed else None,
-        )
-        for number, source in enumerate(sources)
-    }
+    made, needed = dict[str, Source](), needed_tokens(context.recipe)
+    for number, source in enumerate(context.recipe.data.sources):
+        prefix, enough = context.folders.data / f"{number}-{source.name}", needed[number] if needed else None
+        held_out = source.held_out_paths or float(source.validation)
+        made[prefix.name] = tokenized(context, source, prefix, validation=held_out, enough=enough)
+    return made
 
 
 def tokenized(
