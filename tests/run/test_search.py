@@ -374,8 +374,8 @@ def test_what_is_wrong_is_one_error_before_anything_is_written(
         ({"search": SEARCH | {"multiples": {"hidden": "heads"}}}, "number; hidden may also be 'heads x head_dim'"),
         ({"search": SEARCH | {"multiples": {"hidden": 0}}}, "search.multiples.hidden"),
         ({"search": SEARCH | {"multiples": {"hidden": "4 heads"}}}, "search.multiples.hidden"),
-        ({"search": SEARCH | {"serving": {"gpu": "H10"}}}, "The GPU 'H10' is not known. Did you mean 'H100'?"),
-        ({"search": None}, "prune is missing: give the sizes to keep in `prune`, or a `search` for them"),
+        ({"search": SEARCH | {"serving": {"gpu": "H10"}}}, "the GPU 'H10' is not known. Did you mean 'H100'?"),
+        ({"search": None}, "prune is missing: give the sizes to keep in `prune`, a `search` for them, or a `student`"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(material: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -35,7 +35,7 @@ def _server() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     socket = Path(folder, "socket")
     paths = os.pathsep.join(path for path in sys.path if path)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     program = [sys.executable, Path(__file__).with_name("server.py"), socket]
     server = subprocess.Popen(program, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     atexit.register(server.kill)

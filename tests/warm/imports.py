@@ -2,12 +2,9 @@
 
 import gc
 
-import torch
-
 from minitron_megatron import run  # noqa: F401
 from minitron_megatron.parallel import install_cpu_backend
 
-torch.set_num_threads(1)
 install_cpu_backend()
 
 import megatron.core.dist_checkpointing  # noqa: E402
