@@ -93,7 +93,7 @@ def prepare(
             sources, held_out_sources, tokenizer, out_prefix, share=share, seed=seed, vocab=vocab, listener=listener
         )
     if not separator:
-        raise DataError("An empty separator cannot separate documents. Set data.separator to the text between them.")
+        raise DataError("An empty separator cannot separate documents. Set `separator` to the text between them.")
     reader = load_tokenizer(tokenizer)
     encoder = Encoder(reader, end_of_document(tokenizer, reader), token_dtype(vocabulary(reader)))
     held_out = _files(held_out_sources)

@@ -92,7 +92,7 @@ def _checked(task: Task, leaf: str, keys: HarnessConfig, files: Path | None, run
     if leaf in PROGRAMS and not run_code:
         raise RecipeError(
             f"task {leaf} runs programs that a model wrote, on this machine and with your permissions. "
-            "Set evaluate.run_code if this is acceptable, as in a container without a network."
+            "Set `run_code` if this is acceptable, as in a container without a network."
         )
     config = _configured(task, leaf, files, keys)
     check_metric(leaf, config, task.metric)
@@ -122,9 +122,9 @@ def _checking_model(folder: Path, model: Path, chat: bool, truncate: bool) -> Ha
         except Exception as error:  # a template raises anything
             lines = str(error).strip().splitlines()
             raise RecipeError(
-                f"evaluate.chat needs a chat template, but the tokenizer in {folder} has no working one: "
+                f"`chat` needs a chat template, but the tokenizer in {folder} has no working one: "
                 f"{lines[0][:200].rstrip('.') if lines else type(error).__name__}. "
-                "Leave out evaluate.chat, or put a template into chat_template.jinja there."
+                "Leave out `chat`, or put a template into chat_template.jinja there."
             ) from error
     return lm
 

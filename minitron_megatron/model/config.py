@@ -119,7 +119,7 @@ def _check_experts(shape: Shape, topology: Topology) -> None:
             f"Run with EP {fits}, or choose a multiple of {topology.ep}."
         )
     if shape.experts and topology.tp > 1 and not topology.sequence_parallel:
-        raise TopologyError("experts at tp of 2 or more need sequence parallelism. Set sequence_parallel to true.")
+        raise TopologyError("experts at tp of 2 or more need sequence parallelism. Set `sequence_parallel` to true.")
 
 
 def pipeline_layout(layers: int, topology: Topology) -> list[list[str]] | None:

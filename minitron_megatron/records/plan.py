@@ -146,7 +146,7 @@ class Plan:
             }
         except ValueError as error:
             cause = str(error).rstrip(".")
-            raise CheckpointError(f"{path} holds no plan ({cause}). Run `minitron prune` again.") from error
+            raise CheckpointError(f"{path} holds no plan ({cause}). Prune the model again.") from error
         try:
             return cls(shape, keep, raw["layers"], margins, raw["model_hash"])
         except PlanError as error:

@@ -81,7 +81,7 @@ class Scores:
             return cls(values, shape, about["statistic"], about["samples"], about["tokens"], about["model_hash"])
         except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
             cause = str(error).rstrip(".") or type(error).__name__
-            raise CheckpointError(f"{path} holds no scores ({cause}). Run `minitron score` again.") from error
+            raise CheckpointError(f"{path} holds no scores ({cause}). Score the model again.") from error
 
 
 def _check_values(values: Values, shape: Shape) -> None:

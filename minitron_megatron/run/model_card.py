@@ -15,6 +15,7 @@ from ..files import whole_file
 from ..forecast import model_origins
 from ..layout import Shape, parameters
 from ..model import ModelConfig
+from ..recipe import with_keys
 from ..records import read_summary
 from ..serve import client_notes, client_warnings
 from .context import Context
@@ -107,7 +108,7 @@ def _clients(exported: ModelConfig, teacher: Shape) -> str:
     """Return a section on the clients that cannot serve the export."""
     original, student = replace(exported, shape=teacher), exported.shape
     sentences = (*client_warnings(original, student, "own"), *client_notes(original, student, "own"))
-    return "## Clients\n\n" + "".join(f"* {sentence}\n" for sentence in sentences) if sentences else ""
+    return "## Clients\n\n" + "".join(f"* {with_keys(sentence)}\n" for sentence in sentences) if sentences else ""
 
 
 def _repair(context: Context) -> str:
