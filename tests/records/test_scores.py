@@ -83,6 +83,15 @@ def test_the_same_scores_are_the_same_bytes(tmp_path: Path) -> None:
     assert first != (tmp_path / "other").read_bytes()
 
 
+def test_scores_of_a_plugin_are_read_without_it(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    save_file(UNITS, str(path), metadata(statistic=Statistic().model_dump() | {"batch": "rms"}))
+    scores = Scores.load(path)
+    assert (scores.statistic.batch, scores.statistic.sequence) == ("rms", "mean")
+    scores.save(tmp_path / "again.safetensors")
+    assert Scores.load(tmp_path / "again.safetensors").statistic == scores.statistic
+
+
 def metadata(**changes: object) -> dict[str, str]:
     about = {"shape": asdict(SHAPE), "statistic": Statistic().model_dump(), "samples": 1, "tokens": 1, "model_hash": ""}
     about |= changes
