@@ -10,6 +10,8 @@ from ..errors import DataError
 __all__ = [
     "HALF_SURROGATE",
     "MOST_CHARS",
+    "SEPARATOR",
+    "TEXT_KEY",
     "Document",
     "Fields",
     "document_of",
@@ -17,6 +19,9 @@ __all__ = [
     "not_utf8",
     "too_long",
 ]
+
+TEXT_KEY, SEPARATOR = "text", "<|endoftext|>"
+"""Defaults of `Fields`."""
 
 MOST_CHARS = 1 << 30
 """Maximum characters of a line or document; a longer one is refused, since lengths are stored as int32."""
@@ -41,9 +46,9 @@ class Document(NamedTuple):
 class Fields(NamedTuple):
     """How the documents of a file are found."""
 
-    text_key: str = "text"
+    text_key: str = TEXT_KEY
     """Key or column of the text."""
-    separator: str = "<|endoftext|>"
+    separator: str = SEPARATOR
     """Text between the documents of a .txt file."""
 
 

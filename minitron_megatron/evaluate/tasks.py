@@ -17,7 +17,7 @@ from ..convert import read_config
 from ..data import end_of_document, load_tokenizer, transformers_tokenizer
 from ..errors import DataError, RecipeError, did_you_mean, first_line
 from ..events import Listener, silent
-from ..model import Model
+from ..model import Model, evaluating
 from ..parallel import Topology, broadcast_object
 from .decoding import TransformersTokenizer, generation_settings
 from .extra_tasks import EXTRA_TASKS, PROGRAMS, graded
@@ -204,7 +204,7 @@ def run_tasks(
     )
     first = topology.rank == 0
     leaves = [(task, leaf, keys) for task in tasks for leaf, keys in _leaves(task.name).items()]
-    with _seeded(), quiet() as messages, named_errors():
+    with evaluating(model), _seeded(), quiet() as messages, named_errors():
         configs = [_configured(task, leaf, files, keys, run_code=first) for task, leaf, keys in leaves]
         found = evaluate(
             lm=lm,

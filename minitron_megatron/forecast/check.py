@@ -14,7 +14,15 @@ import psutil
 from typing_extensions import TypedDict
 
 from ..convert import check_weights, read_config
-from ..data import check_same_tokenizer, check_tokenizer, input_files, most_bytes, places, samples_by_source
+from ..data import (
+    check_same_tokenizer,
+    check_split,
+    check_tokenizer,
+    input_files,
+    most_bytes,
+    places,
+    samples_by_source,
+)
 from ..errors import DataError, PlanError, RecipeError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec
@@ -286,12 +294,8 @@ def _check_independent_replicas(recipe: Recipe, topology: Topology) -> None:
 
 def _check_split(key: str, total: int, micro: int, topology: Topology, replicas: int) -> None:
     """Check that samples divide into micro-batches. replicas: the data-parallel ranks that share the samples."""
+    check_split(key, total, micro, replicas)
     unit = micro * replicas
-    if total % unit:
-        raise RecipeError(
-            f"{key} is {total}, which cannot be split into micro-batches of {micro} on {replicas} data-parallel "
-            f"ranks. Choose a multiple of {unit}."
-        )
     if topology.vp > 1 and total // unit % topology.pp:
         raise RecipeError(
             f"{key} gives {total // unit} micro-batches, but the interleaved schedule needs a multiple of "

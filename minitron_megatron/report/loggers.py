@@ -37,7 +37,7 @@ def logged(
     config: Mapping[str, object],
     *,
     wandb: WandbMode | None = None,
-    project: str = "minitron",
+    project: str | None = None,
     tensorboard: bool = False,
 ) -> Iterator[Listener]:
     """Yield a listener for all configured loggers. They open at the first measurement, when the run folder is locked.
@@ -64,7 +64,7 @@ def logged(
 
 
 @contextmanager
-def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, object]) -> Iterator[Listener]:
+def _wandb(folder: Path, mode: WandbMode, project: str | None, config: Mapping[str, object]) -> Iterator[Listener]:
     """Log to the wandb run whose id is stored in `folder`; each stage has its own step axis."""
     import wandb
 

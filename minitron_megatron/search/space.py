@@ -8,13 +8,12 @@ from functools import cached_property
 from itertools import product
 
 from ..errors import PlanError, RecipeError, expect_number
-from ..layout import PUBLIC_AXES, Shape, active_parameters, flops_per_token, parameters
+from ..layout import SIZED_AXES, Shape, active_parameters, flops_per_token, parameters
 from ..prune import checked_sizes
 from .latency import Conditions
 
 __all__ = ["COSTS", "FILLED", "MORE_IS_BETTER", "TIMED", "Candidate", "Limit", "Space", "candidates", "costs_of"]
 
-AXES = ("layers", *PUBLIC_AXES)
 
 FILLED = "heads x head_dim"
 """Value in `Space.multiples` for `hidden`: hidden must equal heads x head_dim, which some inference clients assume."""
@@ -158,7 +157,7 @@ def _check_axes(space: Space, teacher: Shape) -> None:
     if space.expansions and "ffn" in space.sizes:
         raise RecipeError("the search has both `ffn` and `expansion`, which is ffn / hidden. Leave one out.")
     if not space.sizes and not space.expansions:
-        raise RecipeError(f"the search varies no axis. Give sizes for some of {', '.join(AXES)}.")
+        raise RecipeError(f"the search varies no axis. Give sizes for some of {', '.join(SIZED_AXES)}.")
     for axis, sizes in space.sizes.items():
         whole = teacher.axis_size(axis)
         over = [size for size in sizes if size > whole]
@@ -181,15 +180,15 @@ def _check_budget(budget: Mapping[str, Limit], teacher: Shape, conditions: Condi
 
 def _grid(space: Space, teacher: Shape) -> Iterator[dict[str, int]]:
     """Yield the sizes of every combination except the teacher's."""
-    axes = [axis for axis in AXES if axis in space.sizes]
-    whole = {axis: teacher.axis_size(axis) for axis in AXES}
+    axes = [axis for axis in SIZED_AXES if axis in space.sizes]
+    whole = {axis: teacher.axis_size(axis) for axis in SIZED_AXES}
     for each in product(*(space.sizes[axis] for axis in axes)):
         sizes = dict(zip(axes, each, strict=True))
         hidden = sizes.get("hidden", teacher.hidden)
         for more in [{"ffn": round(ratio * hidden)} for ratio in space.expansions] or [{}]:
             both = sizes | more
             if any(size != whole[axis] for axis, size in both.items()):
-                yield {axis: both[axis] for axis in AXES if axis in both}
+                yield {axis: both[axis] for axis in SIZED_AXES if axis in both}
 
 
 def _rules(space: Space, budget: Mapping[str, Limit]) -> list[_Rule]:
@@ -240,7 +239,7 @@ def _within(name: str, limit: Limit) -> tuple[Callable[[_Point], bool], Callable
 
 
 def _sizes(shape: Shape) -> str:
-    return ", ".join(f"{axis} {shape.axis_size(axis)}" for axis in AXES if shape.axis_size(axis))
+    return ", ".join(f"{axis} {shape.axis_size(axis)}" for axis in SIZED_AXES if shape.axis_size(axis))
 
 
 def _why_empty(points: Sequence[_Point], possible: Sequence[_Point], rules: Sequence[_Rule]) -> str:
