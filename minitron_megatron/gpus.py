@@ -16,13 +16,15 @@ class Gpu:
     """Dense bf16 FLOPs per second."""
     bandwidth: float
     """Bytes of its memory per second."""
+    fp64_flops: float | None = None
+    """FP64 FLOPs per second in matrix products, where a cost depends on them."""
 
 
 GPUS: Mapping[str, Gpu] = {
     "A100": Gpu(312e12, 2.039e12),
     "L40S": Gpu(362e12, 0.864e12),
     "H100 PCIe": Gpu(756e12, 2.0e12),
-    "H100": Gpu(989e12, 3.35e12),
+    "H100": Gpu(989e12, 3.35e12, 67e12),
     "H200": Gpu(989e12, 4.8e12),
     "B200": Gpu(2250e12, 8.0e12),
 }

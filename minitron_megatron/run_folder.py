@@ -23,7 +23,7 @@ class RunFolder:
         folder = cls(path)
         if not folder.recipe.is_file():
             raise CheckpointError(
-                f"{path} is not a run folder: it has no {folder.recipe.name}. Give the `out` of a recipe."
+                f"{path} is not a run folder: it has no {folder.recipe.name}. Give the folder of a run."
             )
         return folder
 
@@ -101,7 +101,7 @@ class RunFolder:
 
     @property
     def calibration(self) -> Path:
-        """Tokenized corpora of `score.sources`, one file prefix per source."""
+        """Tokenized corpora of the calibration text, one file prefix per source."""
         return self.path / "calibration"
 
     def unfinished(self, corpora: Path) -> Path:

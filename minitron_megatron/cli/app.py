@@ -248,10 +248,11 @@ def schema() -> None:
 def _start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Topology]:
     """Load a recipe and set up the topology of the launched processes. Collective over them."""
     from ..parallel import Topology
-    from ..recipe import load_recipe
+    from ..recipe import load_recipe, with_keys_in_errors
 
     recipe = load_recipe(path, overrides or (), out)
-    topology = Topology.start(recipe.parallel)
+    with with_keys_in_errors("parallel"):
+        topology = Topology.start(recipe.parallel)
     restore_gc()
     return recipe, topology
 
@@ -261,6 +262,7 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
 
     Returns the recipe and the topology.
     """
+    from ..recipe import with_keys_in_errors
     from ..report import Machine, MetricsFile, Progress, Watchdog, fan_out, logged
     from ..run import run as run_stages
 
@@ -271,7 +273,8 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
             run_stages(recipe, topology, only=only, listener=fan_out(raise_if_interrupted, watchdog))
         return recipe, topology
     config = recipe.model_dump(mode="json")
-    with logged(recipe.out, config, **recipe.log.model_dump()) as log, Progress() as progress, watchdog:
+    logs = logged(recipe.out, config, **recipe.log.model_dump())
+    with with_keys_in_errors("log"), logs as log, Progress() as progress, watchdog:
         metrics = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
         listener = fan_out(raise_if_interrupted, progress, metrics, Machine(metrics), watchdog)
         run_stages(recipe, topology, only=only, listener=listener)

@@ -4,9 +4,10 @@ Knows: text files, tokenizers, `.bin/.idx` pairs, the samples of each step and d
 models, losses, recipes. Every rank reads its own batches; no tokens are broadcast.
 """
 
-from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches
+from .batches import Batch, calibration, calibration_batches, check_split, held_out_batches, step_batches
 from .corpus import Corpus, samples_by_source
-from .prepare import prepare
+from .document import SEPARATOR, TEXT_KEY
+from .prepare import HELD_OUT_SHARE, prepare
 from .sources import HUB, input_files, most_bytes, places, text_files
 from .token_files import Prepared, PreparedSplit, check_content
 from .tokenizer import (
@@ -21,7 +22,10 @@ from .tokenizer import (
 )
 
 __all__ = [
+    "HELD_OUT_SHARE",
     "HUB",
+    "SEPARATOR",
+    "TEXT_KEY",
     "Batch",
     "Corpus",
     "Prepared",
@@ -30,6 +34,7 @@ __all__ = [
     "calibration_batches",
     "check_content",
     "check_same_tokenizer",
+    "check_split",
     "check_tokenizer",
     "corpus_marks",
     "end_of_document",

@@ -14,7 +14,7 @@ from ..errors import RecipeError
 from ..parallel import AttentionContext, ContextShard, Topology
 from .corpus import Blend, Corpus, Sample
 
-__all__ = ["Batch", "calibration", "calibration_batches", "held_out_batches", "step_batches"]
+__all__ = ["Batch", "calibration", "calibration_batches", "check_split", "held_out_batches", "step_batches"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def step_batches(
     At any `dp` and `micro_batch`, the ranks together read the samples from `step * global_batch` to `(step + 1) *
     global_batch - 1`. Raises RecipeError where `global_batch` is not a multiple of `micro_batch * dp`.
     """
-    _check_split("global_batch", global_batch, micro_batch, dp)
+    check_split("global_batch", global_batch, micro_batch, dp)
     share = global_batch // dp
     start = step * global_batch + dp_rank * share
     starts = range(start, start + share, micro_batch)
@@ -79,7 +79,7 @@ def calibration_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: i
 
     Raises RecipeError where the number of samples is not a multiple of `micro_batch * dp`.
     """
-    _check_split("samples", len(corpus), micro_batch, dp)
+    check_split("samples", len(corpus), micro_batch, dp)
     return step_batches(corpus, 0, global_batch=len(corpus), micro_batch=micro_batch, dp_rank=dp_rank, dp=dp)
 
 
@@ -100,14 +100,15 @@ def held_out_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int,
     return [_stack((sample(i) for i in range(a, a + micro_batch)), corpus.end) for a in starts]
 
 
-def _check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
+def check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
+    """Raise RecipeError unless `total` samples divide into micro-batches on `dp` data-parallel ranks."""
     unit = micro_batch * dp
     if total < 1 or total % unit:
         below = total // unit * unit
         near = f"{below} or {below + unit}" if below > 0 else f"{unit}"
         raise RecipeError(
-            f"{name}={total} cannot be split into micro-batches of {micro_batch} on {dp} data-parallel ranks. "
-            f"Set it to a multiple of {unit}, such as {near}, or change micro_batch."
+            f"{name} is {total}, which cannot be split into micro-batches of {micro_batch} on {dp} data-parallel "
+            f"ranks. Choose a multiple of {unit}, such as {near}."
         )
 
 

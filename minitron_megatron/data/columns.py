@@ -69,8 +69,7 @@ def _check_column(schema: Schema, file: Path, key: str) -> None:
     inner = kind.value_type if arrow.types.is_dictionary(kind) else kind
     if not any(fits(inner) for fits in (arrow.types.is_string, arrow.types.is_large_string)):
         raise DataError(
-            f"{file} has no text in the column {key!r}: it holds {str(kind)[:80]}. "
-            "Set data.text_key to a column of text."
+            f"{file} has no text in the column {key!r}: it holds {str(kind)[:80]}. Set `text_key` to a column of text."
         )
 
 

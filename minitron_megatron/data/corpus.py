@@ -119,7 +119,7 @@ def _check_size(pair: TokenFiles, sequence: int, count: int) -> None:
     if held < count:
         raise DataError(
             f"{count} different sequences of {sequence} tokens are asked of {pair.prefix}, which holds {held} "
-            f"({pair.tokens} tokens). Use fewer tokens or less of this corpus, or let it repeat (data.repeat)."
+            f"({pair.tokens} tokens). Use fewer tokens or less of this corpus, or set `repeat` to true."
         )
 
 

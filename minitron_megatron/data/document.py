@@ -10,6 +10,8 @@ from ..errors import DataError
 __all__ = [
     "HALF_SURROGATE",
     "MOST_CHARS",
+    "SEPARATOR",
+    "TEXT_KEY",
     "Document",
     "Fields",
     "document_of",
@@ -17,6 +19,9 @@ __all__ = [
     "not_utf8",
     "too_long",
 ]
+
+TEXT_KEY, SEPARATOR = "text", "<|endoftext|>"
+"""Defaults of `Fields`."""
 
 MOST_CHARS = 1 << 30
 """Maximum characters of a line or document; a longer one is refused, since lengths are stored as int32."""
@@ -39,11 +44,11 @@ class Document(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """Keys of a recipe that say how the documents of a file are found."""
+    """How the documents of a file are found."""
 
-    text_key: str = "text"
+    text_key: str = TEXT_KEY
     """Key or column of the text."""
-    separator: str = "<|endoftext|>"
+    separator: str = SEPARATOR
     """Text between the documents of a .txt file."""
 
 
@@ -58,7 +63,7 @@ def document_of(record: object, key: str, size: int, place: str) -> Document:
     if key in record:
         raise DataError(
             f"{place} has no text under the key {key!r}: its value is {_kind(record[key])}. "
-            "Remove the record, or set data.text_key to another key."
+            "Remove the record, or set `text_key` to another key."
         )
     raise missing_key(place, key, list(record), "key")
 
@@ -70,8 +75,7 @@ def missing_key(place: str, key: str, there: list[str], word: str) -> DataError:
     held = f"the {word}s {', '.join(names[:MOST_KEYS])}{more}" if names else f"no {word}s"
     outermost = " of the outermost object" if word == "key" else ""
     return DataError(
-        f"{place} has no text under the {word} {key!r}; it holds {held}. "
-        f"Set data.text_key to the right {word}{outermost}."
+        f"{place} has no text under the {word} {key!r}; it holds {held}. Set `text_key` to the right {word}{outermost}."
     )
 
 
@@ -90,5 +94,5 @@ def not_utf8(place: str, content: bytes, error: UnicodeDecodeError, what: str = 
 
 def too_long(place: str) -> DataError:
     return DataError(
-        f"{place} begins a document of more than {MOST_CHARS:,} characters. Split it, or set data.separator."
+        f"{place} begins a document of more than {MOST_CHARS:,} characters. Split it, or set another `separator`."
     )

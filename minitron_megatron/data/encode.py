@@ -70,7 +70,7 @@ def encode_all(batches: Iterable[Sequence[str]], encoder: Encoder, workers: int)
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise DataError(
-                "A tokenizer process was killed, perhaps for lack of memory. Reduce data.workers."
+                "A tokenizer process was killed, perhaps for lack of memory. Use fewer `workers`."
             ) from error
 
 

@@ -88,7 +88,7 @@ def _only_pair(sources: Sequence[str | Path]) -> TokenFiles:
         told = ", ".join(map(str, sources))
         raise DataError(
             f"{told} mixes a tokenized corpus with others. Make each .bin/.idx pair a source of its own, and hold out "
-            "a share of its documents or another pair (data.sources[].validation)."
+            "a share of its documents or another pair, by `validation`."
         )
     return find_pair(prefixes[0].absolute(), "Copy or tokenize it again.")
 

@@ -16,7 +16,7 @@ import tokenizers
 from ..errors import DataError
 from ..events import Event, Listener, silent
 from ..files import file_marks
-from .document import Document, Fields
+from .document import SEPARATOR, TEXT_KEY, Document, Fields
 from .encode import EncodeError, Encoder, encode_all
 from .hub import hub_files
 from .in_place import use_pair
@@ -26,7 +26,10 @@ from .token_files import SPLITS, Prepared, PreparedSplit, content_of
 from .token_writer import PairWriters, TokenFileWriter, pair_writers, token_dtype
 from .tokenizer import corpus_marks, end_of_document, load_tokenizer, vocabulary
 
-__all__ = ["prepare"]
+__all__ = ["HELD_OUT_SHARE", "prepare"]
+
+HELD_OUT_SHARE = 0.01
+"""Share of the documents that is held out by default."""
 
 BATCH_CHARS = 1 << 20
 """Characters of text sent to a worker process at a time."""
@@ -61,10 +64,10 @@ def prepare(
     tokenizer: str | Path,
     out_prefix: str | Path,
     *,
-    validation: float | Sequence[str | Path] = 0.01,
+    validation: float | Sequence[str | Path] = HELD_OUT_SHARE,
     workers: int = 1,
-    text_key: str = "text",
-    separator: str = "<|endoftext|>",
+    text_key: str = TEXT_KEY,
+    separator: str = SEPARATOR,
     seed: int = 0,
     vocab: int | None = None,
     enough: Mapping[str, int] | None = None,
@@ -93,7 +96,7 @@ def prepare(
             sources, held_out_sources, tokenizer, out_prefix, share=share, seed=seed, vocab=vocab, listener=listener
         )
     if not separator:
-        raise DataError("An empty separator cannot separate documents. Set data.separator to the text between them.")
+        raise DataError("An empty separator cannot separate documents. Set `separator` to the text between them.")
     reader = load_tokenizer(tokenizer)
     encoder = Encoder(reader, end_of_document(tokenizer, reader), token_dtype(vocabulary(reader)))
     held_out = _files(held_out_sources)

@@ -14,12 +14,20 @@ import psutil
 from typing_extensions import TypedDict
 
 from ..convert import check_weights, read_config
-from ..data import check_same_tokenizer, check_tokenizer, input_files, most_bytes, places, samples_by_source
-from ..errors import DataError, RecipeError, did_you_mean
+from ..data import (
+    check_same_tokenizer,
+    check_split,
+    check_tokenizer,
+    input_files,
+    most_bytes,
+    places,
+    samples_by_source,
+)
+from ..errors import DataError, PlanError, RecipeError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
-from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved
+from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved, with_keys_in_errors
 from ..serve import check_fp8
 from .check_tasks import check_evaluation
 from .model_folders import with_model_folders
@@ -33,6 +41,7 @@ INDEX_BYTES = 30
 """Host memory per sample of a phase: its source, its position, and megatron-core's document and sample indices."""
 
 
+@with_keys_in_errors("parallel")
 def planned(recipe: Recipe, processes: int | None = None) -> PlannedTopology:
     """Return the recipe's layout over this many processes, by default the fewest that it needs.
 
@@ -45,6 +54,7 @@ def planned(recipe: Recipe, processes: int | None = None) -> PlannedTopology:
     return topology
 
 
+@with_keys_in_errors()
 def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> None:
     """Raise a MinitronError for the first problem that a run of this recipe would meet. Not collective.
 
@@ -67,7 +77,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     check_fits(shape, topology)
     check_pruning(recipe, shape, topology)
     if recipe.export.quantize == "fp8":
-        check_fp8(student_shape(recipe, shape))
+        _check_fp8(student_shape(recipe, shape))
     recipe.distill.loss.check(min(shape.vocab, student_shape(recipe, shape).vocab))
     _check_search(recipe)
     if not counts_only:
@@ -284,12 +294,8 @@ def _check_independent_replicas(recipe: Recipe, topology: Topology) -> None:
 
 def _check_split(key: str, total: int, micro: int, topology: Topology, replicas: int) -> None:
     """Check that samples divide into micro-batches. replicas: the data-parallel ranks that share the samples."""
+    check_split(key, total, micro, replicas)
     unit = micro * replicas
-    if total % unit:
-        raise RecipeError(
-            f"{key} is {total}, which cannot be split into micro-batches of {micro} on {replicas} data-parallel "
-            f"ranks. Choose a multiple of {unit}."
-        )
     if topology.vp > 1 and total // unit % topology.pp:
         raise RecipeError(
             f"{key} gives {total // unit} micro-batches, but the interleaved schedule needs a multiple of "
@@ -312,6 +318,13 @@ def _check_student(recipe: Recipe, teacher: Shape, *, weights: bool) -> None:
             )
     elif weights:
         raise RecipeError(f"{recipe.student} has no tokenizer to compare with the teacher's. Put it there.")
+
+
+def _check_fp8(student: Shape) -> None:
+    try:
+        check_fp8(student)
+    except PlanError as error:
+        raise PlanError(f"export.quantize: {error}") from error
 
 
 def _check_start(recipe: Recipe, teacher: Shape) -> None:

@@ -14,7 +14,7 @@ from ..gpus import GPUS
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..model import is_megatron_checkpoint
 from ..parallel import Topology
-from ..recipe import Recipe, light_recipe, resolved
+from ..recipe import Recipe, light_recipe, resolved, with_keys, with_keys_in_errors
 from ..score import DEPTH_METRICS
 from ..search import Candidate
 from ..serve import client_notes, client_warnings
@@ -139,6 +139,7 @@ def _shape_text(shape: Shape) -> str:
     return f"{shape.layers} layers, {width} of {shape.head_dim}"
 
 
+@with_keys_in_errors()
 def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_flops: float = PEAK_FLOPS) -> Estimate:
     """Estimate a recipe, after the checks that `run` makes. Needs no weights and no GPU.
 
@@ -195,7 +196,7 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
         hours=work / (gpus * peak_flops * mfu) / 3600,
         candidates=found,
         light_flops=light,
-        warnings=client_warnings(served, student, recipe.export.architecture),
+        warnings=tuple(map(with_keys, client_warnings(served, student, recipe.export.architecture))),
         notes=client_notes(served, student, recipe.export.architecture),
     )
 

@@ -145,7 +145,7 @@ class Topology(Parallel):
         if self.vp > 1 and self.pp == 1:
             raise TopologyError(f"vp={self.vp} needs pp of 2 or more. Set vp to 1.")
         if self.sequence_parallel and self.tp == 1:
-            raise TopologyError("sequence_parallel has no effect at tp=1. Set it to false.")
+            raise TopologyError("`sequence_parallel` has no effect at tp=1. Set it to false.")
 
     @property
     def world(self) -> int:

@@ -3,6 +3,7 @@
 Knows: the keys and their defaults, YAML. Must not know: how a run is carried out, or what it costs.
 """
 
+from .key_names import with_keys, with_keys_in_errors
 from .load import load_recipe
 from .phases import ResolvedPhase, light_recipe, prefixes, resolved
 from .schema import CalibrationSource, Depth, Recipe, Source, json_schema
@@ -27,4 +28,6 @@ __all__ = [
     "read_yaml",
     "resolved",
     "starter_recipe",
+    "with_keys",
+    "with_keys_in_errors",
 ]

@@ -6,11 +6,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+from ..convert import Architecture
+from ..data import HELD_OUT_SHARE, SEPARATOR, TEXT_KEY
 from ..evaluate import PROGRAMS, SUITES, Task
 from ..layout import PUBLIC_AXES
 from ..model import Recompute, Spec
 from ..parallel import Parallel
+from ..prune import Merge, Scope, Sign
 from ..records import Statistic
+from ..refit import Method
 from ..score import DEPTH_METRICS
 from ..serve import LADDER
 from ..settings import (
@@ -56,7 +60,7 @@ class CalibrationSource(Settings):
 class Source(CalibrationSource):
     """One source of the data blend."""
 
-    validation: HeldOut = 0.01
+    validation: HeldOut = HELD_OUT_SHARE
     """Path of held-out files, or the share of documents to hold out (between 0 and 1)."""
 
     @property
@@ -72,7 +76,7 @@ class Data(Settings):
     """Sources to blend by weight."""
     sequence: Count = 8192
     """Tokens per sample."""
-    text_key: Text = "text"
+    text_key: Text = TEXT_KEY
     """Key of a JSON object, or column of a table, that holds the text."""
     repeat: HowToRun[bool] = False
     """Repeat a source, shuffled differently each time, if a budget needs more samples than it has. If false, too few
@@ -83,7 +87,7 @@ class Data(Settings):
     beyond_positions: bool = False
     """Allow samples longer than the model's `max_position_embeddings` or sliding window, on which it was not trained.
     If false, they are an error."""
-    separator: Text = "<|endoftext|>"
+    separator: Text = SEPARATOR
     """Text that separates the documents of a .txt file."""
     tokenize: AddedLater[Literal["all", "needed"]] = "all"
     """How much of each source is tokenized: `all`, or as much from its beginning as is `needed` by the budgets and for
@@ -153,17 +157,17 @@ class Prune(Settings):
     by: Literal["importance", "random", "first"] = "importance"
     """How units are chosen. `random` (seeded by `seed`) and `first` (the lowest indices) are baselines for
     importance."""
-    scope: Literal["layer", "network"] = "layer"
+    scope: Scope = "layer"
     """`layer` ranks neurons and heads in each layer separately; `network` ranks them by their scores summed over the
     layers, so that every layer keeps the same indices."""
     iterations: Annotated[Count, Field(le=1000)] = 1
     """Score and prune the widths in this many even steps, each on the model left by the step before. Layers are removed
     in the first step. The papers found no gain."""
-    merge: Literal["none", "q", "q+o", "qkvo"] = "none"
+    merge: Literal["none", Merge] = "none"
     """Head-residual merge: add to a kept head its difference from a removed head, in these projections."""
-    merge_sign: Literal["printed", "reversed"] = "printed"
+    merge_sign: Sign = "printed"
     """Sign of the merge: head + (head - partner), as printed in the paper, or head - (head - partner)."""
-    refit: Literal["none", "outputs", "sequential"] = "none"
+    refit: Literal["none", Method] = "none"
     """Repair the linear layers of the cut model by least squares on calibration samples, before distillation: each
     layer on the teacher's states (`outputs`), or on the student's own states so far, aiming at the teacher's
     (`sequential`), which makes up for dropped layers too."""
@@ -219,7 +223,7 @@ class Export(Settings):
 
     dtype: DType = "bfloat16"
     """Dtype of the exported weights."""
-    architecture: Literal["auto", "own"] = "auto"
+    architecture: Architecture = "auto"
     """`auto` writes a Qwen2 model whose hidden size is not heads x head_dim as a Llama with `attention_bias`: it gives
     the same results, and more inference engines can load it. `own` always writes the teacher's architecture."""
     quantize: Literal["none", "fp8"] = "none"

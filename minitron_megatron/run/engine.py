@@ -17,7 +17,7 @@ from ..events import Listener, silent
 from ..files import check_as, locked, read_as, read_text, whole_file, write_json
 from ..forecast import check, check_calibration, check_corpus, count, planned, with_model_folders
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, launched, peak_bytes
-from ..recipe import Recipe, prefixes, read_yaml
+from ..recipe import Recipe, prefixes, read_yaml, with_keys_in_errors
 from ..run_folder import RunFolder
 from .bring_in import bring_in
 from .context import Context
@@ -47,6 +47,7 @@ class Step:
     why: str
 
 
+@with_keys_in_errors()
 def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener: Listener = silent) -> Results:
     """Run every stage that is not done, or `only` one, and return the results by stage. Collective over the world.
 
@@ -91,6 +92,7 @@ def _run_stages(
     return walk.done
 
 
+@with_keys_in_errors()
 def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, listener: Listener = silent) -> str:
     """Run one task's share of a search, in parallel to other tasks in the same run folder; return its status as text.
 

@@ -13,8 +13,9 @@ import yaml
 from ..convert import read_config
 from ..files import whole_file
 from ..forecast import model_origins
-from ..layout import Shape, parameters
+from ..layout import SIZED_AXES, Shape, parameters
 from ..model import ModelConfig
+from ..recipe import with_keys
 from ..records import read_summary
 from ..serve import client_notes, client_warnings
 from .context import Context
@@ -60,8 +61,7 @@ def _card(context: Context, folder: Path) -> str:
         "score": {"sources"},
     }
     keys = recipe.model_dump(mode="json", exclude_none=True, exclude=private)
-    axes = ("layers", "hidden", "ffn", "heads", "kv_groups", "experts", "expert_ffn", "shared_ffn")
-    shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in axes if getattr(teacher, axis)]
+    shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in SIZED_AXES if getattr(teacher, axis)]
     sources = [(name, source["tokens"], source["weight"]) for name, source in done["prepare"]["sources"].items()]
     training = [(stage, done[stage]["tokens"]) for stage in ("correct", "distill") if stage in done]
     parts = [
@@ -107,7 +107,7 @@ def _clients(exported: ModelConfig, teacher: Shape) -> str:
     """Return a section on the clients that cannot serve the export."""
     original, student = replace(exported, shape=teacher), exported.shape
     sentences = (*client_warnings(original, student, "own"), *client_notes(original, student, "own"))
-    return "## Clients\n\n" + "".join(f"* {sentence}\n" for sentence in sentences) if sentences else ""
+    return "## Clients\n\n" + "".join(f"* {with_keys(sentence)}\n" for sentence in sentences) if sentences else ""
 
 
 def _repair(context: Context) -> str:

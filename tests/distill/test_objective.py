@@ -227,7 +227,7 @@ def test_a_teacher_with_more_padding_teaches_what_is_shared(
     [
         (None, None, r"the teacher has 300 vocabulary entries and the student 131\. .* only in padding, pass"),
         (132, None, "132 vocabulary entries cannot be shared: the teacher has 300 and the student 131"),
-        (131, 132, "top_k is 132, but there are 131 vocabulary entries"),
+        (131, 132, "`top_k` is 132, but there are 131 vocabulary entries"),
     ],
 )
 def test_vocabularies_that_cannot_be_shared_are_refused(
