@@ -15,11 +15,12 @@ from typing import TypeVar
 
 from typing_extensions import TypedDict
 
+from .. import numbers
 from ..errors import FileError
 from ..files import read_as, whole_file
 from ..records import SAFE_MARGIN, Row
 from ..run_folder import RunFolder
-from . import numbers, plots
+from . import plots
 from .importance import KEPT, kept_rows, shares
 from .listeners import MetricsLine, lost_lines, read_metrics
 from .measured import PREDICTED, predicted_rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.console import Group
@@ -12,11 +13,11 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import TypedDict
 
+from .. import numbers
 from ..errors import CheckpointError
 from ..files import read_as
 from ..records import DepthScores, Plan, Scores, read_summary
 from ..run_folder import RunFolder
-from . import numbers
 from .importance import CUT, KEPT, SCORED, cut_rows, kept_rows, score_rows
 from .measured import PREDICTED, predicted_rows
 from .page import write_report
@@ -66,7 +67,8 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     numbers."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if number and column != SCORED[-1] else "left")
+        justify: Literal["left", "right"] = "right" if number and column != SCORED[-1] else "left"
+        table.add_column(Text(column), justify=justify, no_wrap=bool(number), overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import numbers
+from .. import numbers
 from .plots import BenchRow
 from .searched import ESTIMATED, EstimatedCandidate, estimated_rows
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import numbers
+from ... import numbers
 from .style import COLOURS, GREY, count_axis, legend_outside, new_figure
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .. import numbers
+from ... import numbers
 from ..searched import SearchedCandidate, SearchTable
 from .style import COLOURS, GREY, PALE, legend_outside, new_figure
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ... import numbers
 from ...files import whole_file
-from .. import numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
