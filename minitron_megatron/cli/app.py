@@ -202,7 +202,7 @@ def bench(
     with Progress() as progress:
         rows = measure(loaded, backend, listener=fan_out(raise_if_interrupted, progress))
     Console().print(bench_table(rows))
-    if plot := plot_bench(rows, RunFolder(loaded.out).bench / "ratios.png"):
+    if plot := plot_bench(rows, RunFolder(loaded.out).bench / "ratios.png", paper=backend == "trtllm"):
         print(f"plot: {plot}")
     if backend == "trtllm" and any(row["student"] is None for row in rows):
         commands = RunFolder(loaded.out).bench / "commands.sh"
