@@ -112,9 +112,12 @@ def _leave(code: int) -> None:
 
 
 def _quiet() -> None:
-    """Silence the warnings of torch and megatron-core about packages that are optional here."""
+    """Silence libraries' warnings and progress bars, and print the other warnings as one line without source code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides socket warnings; a lost rank is reported once anyway
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for module in ("megatron", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt|not a leaf Tensor|DTensor).*")

@@ -24,7 +24,7 @@ Row = tuple[str, ...]
 MOST = 20
 """Most rows of a table; the file has all candidates."""
 
-SEARCHED = ("candidate", "parameters", "loss after pruning", "loss after light distillation", "")
+SEARCHED = ("candidate", "parameters", "loss after\npruning", "loss after light\ndistillation", "")
 ESTIMATED = ("candidate", "parameters", "memory", "compute\nper token", "decoding\nstep", "light\ndistillation")
 
 

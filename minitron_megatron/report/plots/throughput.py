@@ -63,7 +63,8 @@ def _bars(axes: Axes, rows: Sequence[BenchRow], ending: str) -> None:
     drawn = {label: key for label, key in kinds.items() if any(key in row for row in rows)}
     for number, (label, key) in enumerate(drawn.items()):
         bars = [(at + BAR * (number - (len(drawn) - 1) / 2), row[key]) for at, row in enumerate(rows) if key in row]
-        axes.bar(*zip(*bars, strict=True), BAR, color=COLOURS[number], label=label)
+        places, ratios = zip(*bars, strict=True)
+        axes.bar(places, ratios, BAR, color=COLOURS[number], label=label)
     axes.set_xticks(range(len(rows)), [f"{row['inputs']} / {row['outputs']}" for row in rows], fontsize=8)
     axes.set_xlim(-0.6, len(rows) - 0.4)
 
