@@ -12,6 +12,7 @@ from rich.console import Console
 from ..run_folder import RunFolder
 from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
+from .printing import print_made, print_report, print_steps
 
 if TYPE_CHECKING:
     from ..parallel import Topology
@@ -75,7 +76,7 @@ Mfu = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Model FLOP
 def run(recipe: RecipePath, overrides: Set = None, out: Out = None, dry_run: DryRun = False) -> None:
     """Run all stages in order. Finished stages are skipped, and an interrupted one resumes."""
     if dry_run:
-        _print_steps(recipe, overrides, out)
+        print_steps(recipe, overrides, out)
     else:
         _run(recipe, overrides, out)
 
@@ -293,25 +294,10 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
         metrics = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
         listener = fan_out(raise_if_interrupted, progress, metrics, Machine(metrics), watchdog)
         run_stages(recipe, topology, only=only, listener=listener)
-    _print_made(recipe, only)
+    print_made(recipe, only)
     if only is None:
-        _print_report(recipe.out)
+        print_report(recipe.out)
     return recipe, topology
-
-
-def _print_made(recipe: Recipe, only: str | None) -> None:
-    """Print what the command's stage made, or a search chose, and whether there was nothing to do."""
-    from ..records import read_status
-    from ..report import made_by
-    from ..run import STAGES
-
-    folder = RunFolder(recipe.out)
-    status = read_status(folder.status)
-    if status and "ran" not in status["stages"].values():
-        print(f"Nothing to do: {f'the stage {only}' if only else 'every stage'} is done already.")
-    stage = only or ("search" if recipe.search else "")
-    if stage and (words := made_by(recipe.out, stage)):
-        print(f"{stage}: {words}; in {STAGES[stage].makes(folder)}")
 
 
 def _hand_over(
@@ -379,23 +365,3 @@ def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task
     with Progress() as progress, watchdog:
         listener = fan_out(raise_if_interrupted, progress, MetricsFile(RunFolder(recipe.out).metrics), watchdog)
         print(search_task(recipe, topology, *share, listener=listener))
-
-
-def _print_report(out: Path) -> None:
-    from ..records import read_summary
-    from ..report import print_summary, report_run
-
-    print_summary(read_summary(RunFolder(out).summary))
-    print(f"report: {report_run(out)}")
-    print(f"export: {RunFolder(out).model('export')}")
-
-
-def _print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
-    from ..parallel import launched
-    from ..recipe import load_recipe
-    from ..run import dry_run
-
-    if launched("RANK", 0) != 0:
-        return
-    for step in dry_run(load_recipe(path, overrides or (), out)):
-        print(f"{step.stage:<10} {step.state}{': ' + step.why if step.why else ''}")

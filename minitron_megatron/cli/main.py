@@ -49,7 +49,7 @@ def main() -> None:
             _interrupted()
         raise
     except MinitronError as error:
-        _fail(WRONG_INPUT, error, f"{type(error).__name__}: {error}")
+        _fail(WRONG_INPUT, error, f"error: {error}")
     except Preempted:
         _print_on_first_rank("Saved, because the scheduler sent a signal. Run the same command again to resume.")
         _leave(PREEMPTED)
@@ -57,7 +57,7 @@ def main() -> None:
         if interrupted():  # a library turned the KeyboardInterrupt into another exception
             _interrupted()
         if isinstance(error, OSError) and (message := told_by(error)):
-            _fail(WRONG_INPUT, error, message)
+            _fail(WRONG_INPUT, error, f"error: {message}")
         _fail(OUR_FAULT, error, traceback.format_exc().strip())
     finally:
         ignore()

@@ -42,18 +42,32 @@ def say(*arguments: object) -> str:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bad_input_is_exit_2_and_one_message(recipe_file: Write, ranks: int) -> None:
-    done = call("run", recipe_file(), "--set", "prune.hiden=3", ranks=ranks)
+    recipe = recipe_file()
+    done = call("run", recipe, "--set", "prune.hiden=3", ranks=ranks)
     assert done.returncode == 2
+    assert f"error: recipe {recipe}: prune.hiden is not" in done.stderr
     assert done.stderr.count("prune.hiden is not a known key. Did you mean 'hidden'?") == 1
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_warning_is_one_line_and_libraries_show_no_bars() -> None:
+    program = """
+from minitron_megatron.cli.main import _quiet
+_quiet()
+import warnings, huggingface_hub.utils, tqdm
+warnings.warn("the margin is small")
+list(tqdm.tqdm([1]))
+assert huggingface_hub.utils.are_progress_bars_disabled()  # transformers asks this too
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert (done.returncode, done.stderr) == (0, "warning: the margin is small\n")
 
 
 def test_an_error_that_only_the_models_know_is_one_message_too(recipe_file: Write) -> None:
     done = call("run", recipe_file(prune={"ffn": 33}), "--set", "parallel.tp=2", ranks=2)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        "TopologyError: axis ffn has 33 units, which cannot be split over TP=2. "
-        "Run with TP 1, or choose a multiple of 2."
+        "error: axis ffn has 33 units, which cannot be split over TP=2. Run with TP 1, or choose a multiple of 2."
     ]
 
 
