@@ -67,7 +67,8 @@ def _searched(result: Result) -> str:
 
 def _pruned(result: Result) -> str:
     sizes = [f"{axis} {size}" for axis, size in result["rounds"][-1].items()]
-    return "kept " + ", ".join([*([f"{len(result['layers'])} layers"] if result["layers"] else []), *sizes])
+    layers = [f"layers {len(result['layers'])}"] if result["layers"] else []
+    return "kept " + ", ".join([*layers, *sizes])
 
 
 def _evaluated(result: Result) -> str:

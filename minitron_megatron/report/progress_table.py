@@ -60,11 +60,13 @@ def run_state(run: Path, now: float) -> RunState:
     if status is None:  # a run of an older version
         return RunState([_row(folder, path.stem, "done", [], 0.0) for path in folder.record_paths()], "", over=True)
     lines = [line for line in read_metrics(folder.metrics) if _is_progress(line) and _time(line) >= status["since"]]
-    rows = [_row(folder, stage, state, lines, now - status["since"]) for stage, state in status["stages"].items()]
+    gone = not status["ended"] and _is_dead(status)
+    states = {name: "stopped" if gone and state == "running" else state for name, state in status["stages"].items()}
+    rows = [_row(folder, stage, state, lines, now - status["since"]) for stage, state in states.items()]
     if status["ended"] and lines:  # tasks of a search write no status
         rows.append(_working(str(lines[-1]["stage"]), "running", lines, 0.0))
         return RunState(rows, _last_progress(folder, now), over=False)
-    return RunState(rows, _sentence(folder, status, now), status["ended"] or _is_dead(status))
+    return RunState(rows, _sentence(folder, status, now, gone=gone), status["ended"] or gone)
 
 
 def _is_progress(line: MetricsLine) -> bool:
@@ -131,14 +133,14 @@ def _rate(lines: Sequence[MetricsLine], key: str) -> float:
     return grown / seconds if seconds > 0 and grown > 0 and _time(first) else 0.0
 
 
-def _sentence(folder: RunFolder, status: RunStatus, now: float) -> str:
-    """Return how the last command ended, or when its last progress was."""
+def _sentence(folder: RunFolder, status: RunStatus, now: float, *, gone: bool) -> str:
+    """Return how the last command ended, or when its last progress was. gone: its process is known to have ended."""
     at = next((f" in {stage}" for stage, state in status["stages"].items() if state in ("running", "stopped")), "")
     if status["why"]:
         return f"Stopped{at}: {status['why']}. Run the same command again to resume."
     if status["ended"]:
         return "Done."
-    if _is_dead(status):
+    if gone:
         return f"Stopped{at}: its process is gone (killed?). Run the same command again to resume."
     return _last_progress(folder, now)
 
@@ -156,8 +158,8 @@ def _is_dead(status: RunStatus) -> bool:
         return False
     try:
         os.kill(status["process"], 0)
-    except (ProcessLookupError, OverflowError):
-        return True
     except PermissionError:
         return False
+    except (ProcessLookupError, OverflowError):
+        return True
     return False

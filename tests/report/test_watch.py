@@ -52,7 +52,7 @@ def test_the_stage_at_work_has_its_step_loss_rate_and_time_left(run: Path) -> No
     rows = {row[0]: row[1:] for row in run_state(run, BEGAN + 100).rows}
     assert rows == {
         "prepare": ("done", "900 tokens, and 90 held out", "", "3.0 s"),
-        "prune": ("done", "kept 1 layers, ffn 8", "", "1.0 s"),
+        "prune": ("done", "kept layers 1, ffn 8", "", "1.0 s"),
         "distill": ("running", "8 of 20 steps, loss 0.1250", "50 tokens/s", "24.0 s left"),
         "export": ("waiting", "", "", ""),
     }
@@ -80,6 +80,7 @@ def test_how_it_ended(run: Path, changes: dict[str, Any], says: str) -> None:
     found = run_state(run, BEGAN + 100)
     assert found.sentence.startswith(says)
     assert found.over is ("progress" not in says)
+    assert ("running" in {row[1] for row in found.rows}) is not found.over
 
 
 def test_tasks_of_a_search_are_at_work_after_the_last_command(run: Path) -> None:
