@@ -17,7 +17,9 @@ import yaml
 from typer.testing import CliRunner
 
 from minitron_megatron.cli import app
+from minitron_megatron.cli.printing import print_made
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.files import write_json
 from minitron_megatron.recipe import load_recipe
 from tests.limits import HANGS
 from tests.warm import PYTHON, warm
@@ -108,6 +110,22 @@ def test_a_schedulers_signal_saves_and_asks_to_be_requeued(recipe_file: Write) -
     assert "Saved, because the scheduler sent a signal. Run the same command again to resume." in said
     assert list((out / "checkpoints").glob("*/step_*"))
     assert "resume" in call("run", recipe, "--dry-run", "--set", "data.repeat=true").stdout
+
+
+def test_a_command_says_what_it_made_and_when_there_was_nothing_to_do(
+    recipe_file: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(recipe_file())
+    status = {"stages": {"prepare": "ran"}, "since": 1.0, "ended": True, "why": "", "host": "h", "process": 1}
+    sources = {"sources": {"a": {"tokens": 2214, "validation_tokens": 246}}}
+    write_json(recipe.out / "stages" / "prepare.json", {"seconds": 1.0, "result": sources})
+    write_json(recipe.out / "status.json", status)
+    print_made(recipe, "prepare")
+    made = f"prepare: 2,214 tokens, and 246 held out; in {recipe.out / 'data'}\n"
+    assert capsys.readouterr().out == made
+    write_json(recipe.out / "status.json", status | {"stages": {"prepare": "done"}})
+    print_made(recipe, "prepare")
+    assert capsys.readouterr().out == f"Nothing to do: the stage prepare is done already.\n{made}"
 
 
 def test_init_makes_a_recipe_that_loads(material: Path, tmp_path: Path) -> None:
