@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def status(self) -> Path:
+        """State of each stage in the last command, and how it ended."""
+        return self.path / "status.json"
+
+    @property
     def heartbeat(self) -> Path:
         """Empty file; its modification time is the time of the last progress."""
         return self.path / "heartbeat"

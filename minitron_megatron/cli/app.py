@@ -12,6 +12,7 @@ from rich.console import Console
 from ..run_folder import RunFolder
 from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
+from .printing import print_made, print_report, print_steps
 
 if TYPE_CHECKING:
     from ..parallel import Topology
@@ -33,11 +34,31 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     name="minitron",
     cls=_Commands,
-    help="Prune and distil a pretrained LLM on Megatron-Core.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+RUN, STAGE, LOOK, PLAN = "Run", "Single stages", "Look", "Plan"
+"""Groups of the commands in the help."""
+
+
+def _print_version(wanted: bool) -> None:
+    from .. import __version__
+
+    if wanted:
+        print(f"minitron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Prune and distil a pretrained LLM on Megatron-Core."""
 
 
 Format = Literal["hf", "megatron"]
@@ -51,11 +72,11 @@ Memory = Annotated[float, typer.Option("--memory", min=0.001, help="GiB per GPU;
 Mfu = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Model FLOPs utilisation: share of the peak.")]
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def run(recipe: RecipePath, overrides: Set = None, out: Out = None, dry_run: DryRun = False) -> None:
     """Run all stages in order. Finished stages are skipped, and an interrupted one resumes."""
     if dry_run:
-        _print_steps(recipe, overrides, out)
+        print_steps(recipe, overrides, out)
     else:
         _run(recipe, overrides, out)
 
@@ -66,7 +87,7 @@ def _stage_command(stage: str, help_text: str) -> None:
     def command(recipe: RecipePath, overrides: Set = None, out: Out = None) -> None:
         _run(recipe, overrides, out, only=stage)
 
-    app.command(stage, help=help_text)(command)
+    app.command(stage, help=help_text, rich_help_panel=STAGE)(command)
 
 
 _stage_command("prepare", "Tokenize the text.")
@@ -75,7 +96,7 @@ _stage_command("correct", "Fine-tune the teacher on the distillation data.")
 _stage_command("score", "Measure the importance of every unit.")
 
 
-@app.command()
+@app.command(rich_help_panel=STAGE)
 def search(
     recipe: RecipePath,
     overrides: Set = None,
@@ -96,7 +117,7 @@ _stage_command("distill", "Distil the teacher into the pruned student.")
 _stage_command("baseline", "Distil the teacher into a random student of the same shape.")
 
 
-@app.command()
+@app.command(rich_help_panel=STAGE)
 def evaluate(
     recipe: RecipePath,
     overrides: Set = None,
@@ -112,7 +133,7 @@ def evaluate(
         _evaluate_folder(recipe, overrides, out, model)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGE)
 def export(
     recipe: RecipePath,
     overrides: Set = None,
@@ -139,7 +160,7 @@ def export(
         _hand_over(recipe, overrides, out, to, checkpoint, form)
 
 
-@app.command()
+@app.command(rich_help_panel=PLAN)
 def init(
     model: Annotated[
         Path,
@@ -155,7 +176,7 @@ def init(
     print(starter_recipe(model, tokenizer), end="")
 
 
-@app.command()
+@app.command(rich_help_panel=PLAN)
 def estimate(
     recipe: RecipePath,
     overrides: Set = None,
@@ -185,7 +206,7 @@ def estimate(
     found.expect_to_fit(memory)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def bench(
     recipe: RecipePath,
     overrides: Set = None,
@@ -202,7 +223,7 @@ def bench(
     with Progress() as progress:
         rows = measure(loaded, backend, listener=fan_out(raise_if_interrupted, progress))
     Console().print(bench_table(rows))
-    if plot := plot_bench(rows, RunFolder(loaded.out).bench / "ratios.png"):
+    if plot := plot_bench(rows, RunFolder(loaded.out).bench / "ratios.png", paper=backend == "trtllm"):
         print(f"plot: {plot}")
     if backend == "trtllm" and any(row["student"] is None for row in rows):
         commands = RunFolder(loaded.out).bench / "commands.sh"
@@ -210,7 +231,7 @@ def bench(
         print("Then run this command again. Or use `--backend torch` to compare the models on this machine.")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def show(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A scores file, plan, model or run folder.")],
 ) -> None:
@@ -220,7 +241,7 @@ def show(
     Console().print(describe(path))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Write the report of a run: an HTML page with tables and plots."""
     from ..report import report_run
@@ -228,18 +249,16 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     print(report_run(run))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def watch(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Follow a running job; Ctrl-C stops. When output is not a terminal, print once and exit."""
-    from ..report import Progress
+    """Follow a running job until it ends; Ctrl-C stops. When output is not a terminal, print once and exit."""
     from ..report import watch as follow
 
-    console = Console()
-    with Progress(console, short_seconds=0.0) as progress, suppress(KeyboardInterrupt):
-        follow(run, progress, goes_on=lambda: console.is_terminal)
+    with suppress(KeyboardInterrupt):
+        follow(run)
 
 
-@app.command()
+@app.command(rich_help_panel=PLAN)
 def schema() -> None:
     """Print the recipe's JSON Schema."""
     print((Path(__file__).parents[1] / "recipe" / "schema.json").read_text(encoding="utf-8"), end="")
@@ -278,8 +297,9 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
         metrics = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
         listener = fan_out(raise_if_interrupted, progress, metrics, Machine(metrics), watchdog)
         run_stages(recipe, topology, only=only, listener=listener)
+    print_made(recipe, only)
     if only is None:
-        _print_report(recipe.out)
+        print_report(recipe.out)
     return recipe, topology
 
 
@@ -348,23 +368,3 @@ def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task
     with Progress() as progress, watchdog:
         listener = fan_out(raise_if_interrupted, progress, MetricsFile(RunFolder(recipe.out).metrics), watchdog)
         print(search_task(recipe, topology, *share, listener=listener))
-
-
-def _print_report(out: Path) -> None:
-    from ..records import read_summary
-    from ..report import print_summary, report_run
-
-    print_summary(read_summary(RunFolder(out).summary))
-    print(f"report: {report_run(out)}")
-    print(f"export: {RunFolder(out).model('export')}")
-
-
-def _print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
-    from ..parallel import launched
-    from ..recipe import load_recipe
-    from ..run import dry_run
-
-    if launched("RANK", 0) != 0:
-        return
-    for step in dry_run(load_recipe(path, overrides or (), out)):
-        print(f"{step.stage:<10} {step.state}{': ' + step.why if step.why else ''}")

@@ -49,7 +49,7 @@ def main() -> None:
             _interrupted()
         raise
     except MinitronError as error:
-        _fail(WRONG_INPUT, error, f"{type(error).__name__}: {error}")
+        _fail(WRONG_INPUT, error, f"error: {error}")
     except Preempted:
         _print_on_first_rank("Saved, because the scheduler sent a signal. Run the same command again to resume.")
         _leave(PREEMPTED)
@@ -57,7 +57,7 @@ def main() -> None:
         if interrupted():  # a library turned the KeyboardInterrupt into another exception
             _interrupted()
         if isinstance(error, OSError) and (message := told_by(error)):
-            _fail(WRONG_INPUT, error, message)
+            _fail(WRONG_INPUT, error, f"error: {message}")
         _fail(OUR_FAULT, error, traceback.format_exc().strip())
     finally:
         ignore()
@@ -112,9 +112,12 @@ def _leave(code: int) -> None:
 
 
 def _quiet() -> None:
-    """Silence the warnings of torch and megatron-core about packages that are optional here."""
+    """Silence libraries' warnings and progress bars, and print the other warnings as one line without source code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides socket warnings; a lost rank is reported once anyway
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for module in ("megatron", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt|not a leaf Tensor|DTensor).*")

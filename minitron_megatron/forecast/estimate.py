@@ -8,6 +8,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from .. import numbers
 from ..convert import read_config
 from ..errors import TopologyError, expect_number
 from ..gpus import GPUS
@@ -72,6 +73,10 @@ class Estimate:
     refit_host_bytes: int
     """Host memory per rank in a refit: the states of both models at one layer, of this rank's samples."""
     hours: float
+    mfu: float
+    """Share of `peak_flops` that the hours assume."""
+    peak_flops: float
+    """Peak FLOPs per second of one GPU."""
     candidates: tuple[Candidate, ...]
     """Candidates of a search, the largest first. `student` is then the first of them, and `flops` an upper bound."""
     light_flops: Mapping[str, int]
@@ -112,20 +117,19 @@ class Estimate:
 
     def rows(self) -> dict[str, str]:
         """Return the estimate as label -> text."""
-        gib = 2**30
         rows = {
             "teacher": f"{self.teacher_parameters:,} parameters",
             "student": f"{self.student_parameters:,} parameters",
             "student shape": _shape_text(self.student),
-            "memory per rank": f"{self.rank_bytes / gib:.3f} GiB before activations",
-            "of which teacher states": f"{self.stash_bytes / gib:.3f} GiB",
-            "memory per rank, refit": f"{self.refit_bytes / gib:.3f} GiB, host {self.refit_host_bytes / gib:.3f} GiB",
-            "disk": f"{self.disk_bytes / gib:.3f} GiB",
-            "KV cache per sequence": f"{self.kv_cache_bytes / gib:.3f} GiB",
+            "memory per rank": f"{numbers.size(self.rank_bytes)} before activations",
+            "of which teacher states": numbers.size(self.stash_bytes),
+            "memory per rank, refit": f"{numbers.size(self.refit_bytes)}, host {numbers.size(self.refit_host_bytes)}",
+            "disk": numbers.size(self.disk_bytes),
+            "KV cache per sequence": numbers.size(self.kv_cache_bytes),
             "teacher correction": f"{self.correct_tokens:,} tokens",
             "distillation": f"{self.distill_tokens:,} tokens",
-            "compute": f"{self.flops:.3g} FLOPs",
-            "time": f"{self.hours:.3g} hours on {self.gpus} GPUs",
+            "compute": numbers.flops(self.flops),
+            "time": f"{numbers.duration(3600 * self.hours)} on {self._assumed_gpus()}",
         }
         if not self.refit_bytes:
             del rows["memory per rank, refit"]
@@ -133,10 +137,16 @@ class Estimate:
             name: " ".join(each) for name, each in (("warning", self.warnings), ("note", self.notes)) if each
         }
 
+    def _assumed_gpus(self) -> str:
+        """Return the GPUs that the hours are of: their number, kind and assumed speed."""
+        kind = next((name for name, gpu in GPUS.items() if gpu.flops == self.peak_flops), "")
+        gpus = " ".join(filter(None, (f"{self.gpus}", kind, "GPU" if self.gpus == 1 else "GPUs")))
+        return f"{gpus} at {self.mfu:.0%} of {numbers.flops(self.peak_flops)}/s"
+
 
 def _shape_text(shape: Shape) -> str:
-    width = f"hidden {shape.hidden}, ffn {shape.ffn}, {shape.heads} heads in {shape.kv_groups} kv_groups"
-    return f"{shape.layers} layers, {width} of {shape.head_dim}"
+    heads = f"{shape.heads} query heads and {shape.kv_groups} key-value heads of {shape.head_dim}"
+    return f"{shape.layers} layers, hidden {shape.hidden}, ffn {shape.ffn}, {heads}"
 
 
 @with_keys_in_errors()
@@ -194,6 +204,8 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
         refit_bytes=refit_bytes(recipe, teacher, student),
         refit_host_bytes=refit_host_bytes(recipe, teacher, student, replicas * parallel.cp),
         hours=work / (gpus * peak_flops * mfu) / 3600,
+        mfu=mfu,
+        peak_flops=peak_flops,
         candidates=found,
         light_flops=light,
         warnings=tuple(map(with_keys, client_warnings(served, student, recipe.export.architecture))),

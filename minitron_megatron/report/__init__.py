@@ -7,6 +7,7 @@ weights, processes, recipes.
 from .listeners import MetricsFile, Progress, fan_out, read_metrics
 from .loggers import logged
 from .machine import Machine
+from .made import made_by
 from .page import write_report
 from .plots import plot_bench
 from .records import describe, pairs_table, report_run
@@ -24,6 +25,7 @@ __all__ = [
     "describe",
     "fan_out",
     "logged",
+    "made_by",
     "pairs_table",
     "plot_bench",
     "print_summary",

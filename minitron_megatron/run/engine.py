@@ -26,6 +26,7 @@ from .preemption import PreemptionListener, raise_when_preempted
 from .stage import Record, Result, Stage
 from .stages import STAGES
 from .stages.search import search_share
+from .status import StatusFile
 from .versions import versions
 
 __all__ = ["Results", "Step", "dry_run", "results", "run", "search_task", "wanted"]
@@ -71,24 +72,27 @@ def _run_stages(
     """before: peak memory at the start of the run, in bytes."""
     _predict(recipe, topology)
     walk = _Walk(recipe)
-    for stage in walk.stages:
-        record: Record | None = broadcast_object(walk.recorded(stage))
-        if record is None:
-            if only not in (None, stage.name):
+    names = [stage.name for stage in walk.stages]
+    names = names if only is None else names[: names.index(only) + 1]
+    with StatusFile(RunFolder(recipe.out), names, writes=topology.rank == 0) as status:
+        for stage in walk.stages[: len(names)]:
+            record: Record | None = broadcast_object(walk.recorded(stage))
+            if record is None and only not in (None, stage.name):
                 raise RecipeError(
                     f"{only} needs the stage {stage.name}, which is not done. Run `minitron {stage.name}` first."
                 )
-            listener.begins(stage.name, keeps=stage.keeps is not None)
-            marks = partial(fingerprint, stage, done=dict(walk.done))
-            context = Context(walk.recipe, topology, listener, dict(walk.done), marks)
-            record = _run_stage(stage, walk.mark(stage), context, before)
-        walk.finish(stage, record)
-        if stage.decides:
-            _predict(walk.recipe, topology)
-        if stage.name == only:
-            break
-        if stage.name in CORPUS_CHECKS:
-            CORPUS_CHECKS[stage.name](walk.recipe, walk.done[stage.name]["sources"])
+            status.set(stage.name, "running" if record is None else "done")
+            if record is None:
+                listener.begins(stage.name, keeps=stage.keeps is not None)
+                marks = partial(fingerprint, stage, done=dict(walk.done))
+                context = Context(walk.recipe, topology, listener, dict(walk.done), marks)
+                record = _run_stage(stage, walk.mark(stage), context, before)
+                status.set(stage.name, "ran")
+            walk.finish(stage, record)
+            if stage.decides:
+                _predict(walk.recipe, topology)
+            if stage.name != only and stage.name in CORPUS_CHECKS:
+                CORPUS_CHECKS[stage.name](walk.recipe, walk.done[stage.name]["sources"])
     return walk.done
 
 

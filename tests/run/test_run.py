@@ -95,8 +95,8 @@ def test_a_run_leaves_a_table_a_plan_and_an_export_that_transformers_loads(finis
     assert not (out / "checkpoints").exists() or not list((out / "checkpoints").iterdir())
     ratios = {row[0]: row[3] for row in predicted_rows(out)}
     counted = [name for name in ratios if name.startswith("parameters, ")]
-    assert len(counted) == 6 and {ratios[name] for name in (*counted, "bytes of the export")} == {"1.000"}
-    assert float(ratios["peak bytes per rank (predicted: without activations)"]) > 1
+    assert len(counted) == 6 and {ratios[name] for name in (*counted, "size of the export")} == {"1.000"}
+    assert float(ratios["memory of the fullest rank (predicted: without activations)"]) > 1
 
 
 def test_a_second_run_does_nothing(finished: Path) -> None:

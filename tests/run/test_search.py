@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from minitron_megatron.convert import read_config
 from minitron_megatron.errors import MinitronError, RecipeError, TopologyError
@@ -20,7 +21,7 @@ from minitron_megatron.forecast import estimate
 from minitron_megatron.forecast.candidates import candidates_of, conditions_of, speed_rows
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
-from minitron_megatron.report import write_report
+from minitron_megatron.report import describe, write_report
 from minitron_megatron.run import bench, dry_run, run, search_task
 from minitron_megatron.search import costs_of
 from minitron_megatron.testing import Pool
@@ -307,6 +308,9 @@ def test_the_report_shows_who_was_found_and_when_the_ranks_settled(searched: Pat
     page = write_report(out).read_text()
     assert all(name in page for name in [row["name"] for row in found["candidates"]][:3])
     assert "chosen" in page
+    with (shown := Console(width=80)).capture() as said:
+        shown.print(describe(out))
+    assert "chosen" in said.get()
     for plot in ("search", "ranks"):
         assert (out / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in found["settled"]] == [2, 4, 6] and found["settled"][-1][1] == 1.0
