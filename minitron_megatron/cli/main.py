@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import traceback
 import warnings
-from types import FrameType
 
 from rich.console import Console
 
 from .gc_tuning import relax_gc
-from .interrupt import Interrupted, ignore, interrupted, listen
+from .interrupt import Interrupted, ignore, interrupted, listen, listen_to_scheduler, preempted
 from .output import keep_writing
 
 __all__ = ["main"]
@@ -37,8 +35,7 @@ def main() -> None:
 
     try:
         listen(LEAVE_SECONDS, _interrupted)
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # a running stage installs its own handlers
-            signal.signal(number, _preempted)
+        listen_to_scheduler()
         from .app import app
 
         app()
@@ -51,11 +48,12 @@ def main() -> None:
     except MinitronError as error:
         _fail(WRONG_INPUT, error, f"error: {error}")
     except Preempted:
-        _print_on_first_rank("Saved, because the scheduler sent a signal. Run the same command again to resume.")
-        _leave(PREEMPTED)
+        _leave_preempted()
     except Exception as error:
-        if interrupted():  # a library turned the KeyboardInterrupt into another exception
+        if interrupted():  # a library turned the exception of the signal into another, or failed without it
             _interrupted()
+        if preempted():
+            _leave_preempted()
         if isinstance(error, OSError) and (message := told_by(error)):
             _fail(WRONG_INPUT, error, f"error: {message}")
         _fail(OUR_FAULT, error, traceback.format_exc().strip())
@@ -63,10 +61,9 @@ def main() -> None:
         ignore()
 
 
-def _preempted(number: int, frame: FrameType | None) -> None:
-    from ..errors import Preempted
-
-    raise Preempted
+def _leave_preempted() -> None:
+    _print_on_first_rank("Saved, because the scheduler sent a signal. Run the same command again to resume.")
+    _leave(PREEMPTED)
 
 
 def _interrupted() -> None:

@@ -1,4 +1,4 @@
-"""What each finished stage made, in words."""
+"""A sentence for each finished stage on what it made."""
 
 from __future__ import annotations
 
