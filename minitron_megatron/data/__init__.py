@@ -1,13 +1,15 @@
-"""Tokenizing text to disk, and batches of tokens, with megatron-core's indexed datasets.
+"""Tokenizing text and chats to disk, and batches of tokens, with megatron-core's indexed datasets.
 
-Knows: text files, tokenizers, `.bin/.idx` pairs, the samples of each step and data-parallel rank. Must not know:
-models, losses, recipes. Every rank reads its own batches; no tokens are broadcast.
+Knows: text files, tokenizers and their chat templates, `.bin/.idx` pairs, the samples of each step and data-parallel
+rank. Must not know: models, losses, recipes. Every rank reads its own batches; no tokens are broadcast.
 """
 
 from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches
+from .chat_encode import LossOn
 from .corpus import Corpus, samples_by_source
 from .prepare import prepare
 from .sources import HUB, input_files, most_bytes, places, text_files
+from .template import chat_marks
 from .token_files import Prepared, PreparedSplit, check_content
 from .tokenizer import (
     check_same_tokenizer,
@@ -24,10 +26,12 @@ __all__ = [
     "HUB",
     "Batch",
     "Corpus",
+    "LossOn",
     "Prepared",
     "PreparedSplit",
     "calibration",
     "calibration_batches",
+    "chat_marks",
     "check_content",
     "check_same_tokenizer",
     "check_tokenizer",

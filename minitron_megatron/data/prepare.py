@@ -77,13 +77,11 @@ def prepare(
     """Tokenize the text of `sources`: files, folders, globs, and data sets of the Hub (`hf://owner/name:split`).
 
     A source that names a tokenized `.bin/.idx` pair is used in place (`use_pair`), and must be the only one.
-
     `text_key` is the key or column of the text in `.jsonl`, `.json`, `.parquet` and `.arrow` files; `separator` parts
     the documents of `.txt` files.
 
-    `chat` says that records are conversations, which go through the tokenizer's chat template, and whose tokens are
-    trained on: those that the assistant wrote, or all. A pair `<out_prefix>.<split>.mask` then holds a mark for each
-    token.
+    `chat` says that records are conversations, and which tokens are trained on: the assistant's, or all. A pair
+    `<out_prefix>.<split>.mask` then holds a mark for each token.
 
     Writes `<out_prefix>.train.bin/.idx` and `<out_prefix>.valid.bin/.idx`. `validation` is the fraction of documents
     to hold out, drawn by `seed` (0: no validation split), or the sources to hold out. `tokenizer` is a Hugging Face
@@ -98,8 +96,7 @@ def prepare(
     share, held_out_sources = _held_out(validation)
     if any(map(pair_prefix, (*sources, *held_out_sources))):
         if chat:
-            told = ", ".join(map(str, (*sources, *held_out_sources)))
-            raise DataError(f"{told} is tokenized and holds no chats. Set the format of the source to text.")
+            raise DataError(f"{sources[0]} is tokenized and holds no chats. Set the format of the source to text.")
         return use_pair(
             sources, held_out_sources, tokenizer, out_prefix, share=share, seed=seed, vocab=vocab, listener=listener
         )
@@ -119,15 +116,21 @@ def prepare(
         if stopped := _is_enough(work.writers, limits):
             work.save(position, every=0)
         work.finish(goes_on=stopped)
+    _warn_of_surrogates(position)
+    read = min(1.0, position.source_bytes / job.bytes) if stopped else 1.0
+    return _prepared(work.writers, out_prefix, encoder.end, read)
+
+
+def _warn_of_surrogates(position: Position) -> None:
     if position.replaced:
         told = f"{position.replaced} unpaired surrogates became U+FFFD, the first in {position.first}."
-        warnings.warn(told, stacklevel=2)
-    content = content_of(writer.content for writer in work.writers.values())
-    made = {
-        name: PreparedSplit(Path(f"{out_prefix}.{name}"), w.documents, w.tokens) for name, w in work.writers.items()
-    }
-    read = min(1.0, position.source_bytes / job.bytes) if stopped else 1.0
-    return Prepared(made["train"], made.get("valid"), encoder.end, content, read)
+        warnings.warn(told, stacklevel=3)
+
+
+def _prepared(writers: Mapping[str, TokenFileWriter], out_prefix: str | Path, end: int, read: float) -> Prepared:
+    content = content_of(writer.content for writer in writers.values())
+    made = {name: PreparedSplit(Path(f"{out_prefix}.{name}"), w.documents, w.tokens) for name, w in writers.items()}
+    return Prepared(made["train"], made.get("valid"), end, content, read)
 
 
 def _encoder(tokenizer: str | Path, chat: LossOn | None) -> Encoder | ChatEncoder:
