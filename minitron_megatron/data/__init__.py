@@ -7,6 +7,7 @@ rank. Must not know: models, losses, recipes. Every rank reads its own batches; 
 from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches
 from .chat_encode import LossOn
 from .corpus import Corpus, samples_by_source
+from .preferences import PreferencePair, preference_pairs
 from .prepare import prepare
 from .sources import HUB, input_files, most_bytes, places, text_files
 from .template import chat_marks
@@ -27,6 +28,7 @@ __all__ = [
     "Batch",
     "Corpus",
     "LossOn",
+    "PreferencePair",
     "Prepared",
     "PreparedSplit",
     "calibration",
@@ -42,6 +44,7 @@ __all__ = [
     "load_tokenizer",
     "most_bytes",
     "places",
+    "preference_pairs",
     "prepare",
     "samples_by_source",
     "settings_without_chat",
