@@ -49,7 +49,7 @@ class Fields(NamedTuple):
     separator: str = "<|endoftext|>"
     """Text between the documents of a .txt file."""
     form: Literal["text", "chat", "preference"] = "text"
-    """What a record holds."""
+    """Content of a record."""
 
 
 def document_of(record: object, key: str, size: int, place: str) -> Document:

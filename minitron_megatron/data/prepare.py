@@ -150,7 +150,7 @@ class _Job:
     seed: int
     vocab: int | None
     marks: Sequence[object]
-    """What the tokens of a chat depend on besides the tokenizer."""
+    """Everything but the tokenizer that determines the tokens of a chat."""
 
     @property
     def bytes(self) -> int:

@@ -43,7 +43,7 @@ class CalibrationSource(Settings):
     weight: Positive = 1.0
     """Share of the samples, relative to the other sources."""
     format: AddedLater[Literal["text", "chat"]] = "text"
-    """What a record holds: `text` under `data.text_key`; or a `chat`, a conversation under `messages` (and `tools`), or
+    """Content of a record: `text` under `data.text_key`; or a `chat`, a conversation under `messages` (and `tools`), or
     `prompt` and `response`, which goes through the tokenizer's chat template."""
     loss_on: AddedLater[LossOn | None] = None
     """Tokens of a chat that are trained on: those of the `assistant` (the default), or `all`. Only for chats."""
