@@ -1,14 +1,17 @@
-"""Tokenizing text to disk, and batches of tokens, with megatron-core's indexed datasets.
+"""Tokenizing text and chats to disk, and batches of tokens, with megatron-core's indexed datasets.
 
-Knows: text files, tokenizers, `.bin/.idx` pairs, the samples of each step and data-parallel rank. Must not know:
-models, losses, recipes. Every rank reads its own batches; no tokens are broadcast.
+Knows: text files, tokenizers and their chat templates, `.bin/.idx` pairs, the samples of each step and data-parallel
+rank. Must not know: models, losses, recipes. Every rank reads its own batches; no tokens are broadcast.
 """
 
 from .batches import Batch, calibration, calibration_batches, check_split, held_out_batches, step_batches
+from .chat_encode import LossOn
 from .corpus import Corpus, samples_by_source
 from .document import SEPARATOR, TEXT_KEY
+from .preferences import PreferencePair, preference_pairs
 from .prepare import HELD_OUT_SHARE, prepare
 from .sources import HUB, input_files, most_bytes, places, text_files
+from .template import chat_marks
 from .token_files import Prepared, PreparedSplit, check_content
 from .tokenizer import (
     check_same_tokenizer,
@@ -28,10 +31,13 @@ __all__ = [
     "TEXT_KEY",
     "Batch",
     "Corpus",
+    "LossOn",
+    "PreferencePair",
     "Prepared",
     "PreparedSplit",
     "calibration",
     "calibration_batches",
+    "chat_marks",
     "check_content",
     "check_same_tokenizer",
     "check_split",
@@ -43,6 +49,7 @@ __all__ = [
     "load_tokenizer",
     "most_bytes",
     "places",
+    "preference_pairs",
     "prepare",
     "samples_by_source",
     "settings_without_chat",

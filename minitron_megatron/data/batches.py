@@ -25,7 +25,7 @@ class Batch:
     labels: Int64[Tensor, "batch seq"]
     """Next token of each token."""
     mask: Bool[Tensor, "batch seq"]
-    """Whether a token counts in the loss."""
+    """Whether a token, of which the label is predicted, counts in the loss."""
     attention_context: AttentionContext | None = None
     """None: each sample is one document."""
 
@@ -93,8 +93,8 @@ def held_out_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int,
     share = -(-len(corpus) // unit) * micro_batch * rounds
 
     def sample(index: int) -> Sample:
-        tokens, labels, mask = corpus[min(index, len(corpus) - 1)]
-        return tokens, labels, mask if index < len(corpus) else torch.zeros_like(mask)
+        found = corpus[min(index, len(corpus) - 1)]
+        return found if index < len(corpus) else found._replace(mask=torch.zeros_like(found.mask))
 
     starts = range(dp_rank * share, (dp_rank + 1) * share, micro_batch)
     return [_stack((sample(i) for i in range(a, a + micro_batch)), corpus.end) for a in starts]
@@ -114,9 +114,7 @@ def check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
 
 def _stack(samples: Iterable[Sample], end: int | None) -> Batch:
     """Stack samples to a Batch. end: end-of-document token; documents are then separate, and the loss does not count at
-    that token, since the next token is unrelated. None: attention crosses document boundaries."""
-    tokens, labels, mask = (torch.stack(parts) for parts in zip(*samples, strict=True))
-    if end is None:
-        return Batch(tokens, labels, mask)
-    ends = tokens == end
-    return Batch(tokens, labels, mask & ~ends, AttentionContext(documents=ends.cumsum(1) - ends.long()))
+    the last token of one, since the next token is unrelated. None: attention crosses document boundaries."""
+    tokens, labels, mask, ends = (torch.stack(parts) for parts in zip(*samples, strict=True))
+    context = None if end is None else AttentionContext(documents=ends.cumsum(1) - ends.long())
+    return Batch(tokens, labels, mask, context)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 from ..errors import DataError
 
@@ -15,6 +16,8 @@ __all__ = [
     "Document",
     "Fields",
     "document_of",
+    "kind_of",
+    "listed",
     "missing_key",
     "not_utf8",
     "too_long",
@@ -50,6 +53,8 @@ class Fields(NamedTuple):
     """Key or column of the text."""
     separator: str = SEPARATOR
     """Text between the documents of a .txt file."""
+    form: Literal["text", "chat", "preference"] = "text"
+    """Content of a record."""
 
 
 def document_of(record: object, key: str, size: int, place: str) -> Document:
@@ -58,11 +63,11 @@ def document_of(record: object, key: str, size: int, place: str) -> Document:
         return Document(text, size, place)
     if not isinstance(record, dict):
         raise DataError(
-            f"{place} has no text under the key {key!r}; it holds {_kind(record)}. Each record must be an object."
+            f"{place} has no text under the key {key!r}; it holds {kind_of(record)}. Each record must be an object."
         )
     if key in record:
         raise DataError(
-            f"{place} has no text under the key {key!r}: its value is {_kind(record[key])}. "
+            f"{place} has no text under the key {key!r}: its value is {kind_of(record[key])}. "
             "Remove the record, or set `text_key` to another key."
         )
     raise missing_key(place, key, list(record), "key")
@@ -70,16 +75,22 @@ def document_of(record: object, key: str, size: int, place: str) -> Document:
 
 def missing_key(place: str, key: str, there: list[str], word: str) -> DataError:
     """Return the error for a record without the key of the text. word: `key` or `column`."""
-    names = [repr(name if len(name) <= MOST_KEY_CHARS else name[:MOST_KEY_CHARS] + "...") for name in there]
-    more = f" and {len(names) - MOST_KEYS} more" if len(names) > MOST_KEYS else ""
-    held = f"the {word}s {', '.join(names[:MOST_KEYS])}{more}" if names else f"no {word}s"
     outermost = " of the outermost object" if word == "key" else ""
     return DataError(
-        f"{place} has no text under the {word} {key!r}; it holds {held}. Set `text_key` to the right {word}{outermost}."
+        f"{place} has no text under the {word} {key!r}; it holds {listed(there, word)}. "
+        f"Set `text_key` to the right {word}{outermost}."
     )
 
 
-def _kind(value: object) -> str:
+def listed(there: Iterable[str], word: str) -> str:
+    """Return the first keys or columns of a record, for a message. word: `key` or `column`."""
+    names = [repr(name if len(name) <= MOST_KEY_CHARS else name[:MOST_KEY_CHARS] + "...") for name in there]
+    more = f" and {len(names) - MOST_KEYS} more" if len(names) > MOST_KEYS else ""
+    return f"the {word}s {', '.join(names[:MOST_KEYS])}{more}" if names else f"no {word}s"
+
+
+def kind_of(value: object) -> str:
+    """Return a JSON value's type, for a message."""
     return JSON_TYPES.get(type(value), "a number")
 
 

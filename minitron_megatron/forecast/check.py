@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from ..convert import check_weights, read_config
 from ..data import (
+    chat_marks,
     check_same_tokenizer,
     check_split,
     check_tokenizer,
@@ -70,6 +71,8 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         check_weights(recipe.model)
     if not counts_only or any(recipe.model.glob("tokenizer*")):
         check_tokenizer(recipe.model, shape.vocab)
+        if any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
+            chat_marks(recipe.model)
     _check_paths(places)
     _check_held_out(recipe)
     if recipe.student:
@@ -363,9 +366,9 @@ def _check_lora(recipe: Recipe, teacher: Shape) -> None:
 
 def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPhase]]) -> None:
     """Refuse a source that is too small even at one byte per token, before anything is tokenized."""
-    most = [most_bytes(source.paths) for source in recipe.data.sources]
+    most = [_most_tokens(source, source.paths) for source in recipe.data.sources]
     for source, size in zip(recipe.data.sources, most, strict=True):
-        text = most_bytes(source.held_out_paths) if source.held_out_paths else size
+        text = _most_tokens(source, source.held_out_paths) if source.held_out_paths else size
         if text <= recipe.data.sequence:
             raise DataError(
                 f"the held-out text of {source.name} has {text:,} bytes, less than one sample of "
@@ -373,7 +376,12 @@ def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPh
             )
     _check_bytes(recipe.data.sources, most, _sample_demands(recipe))
     if own := recipe.score.sources:
-        _check_bytes(own, [most_bytes(source.paths) for source in own], _calibration_demands(recipe))
+        _check_bytes(own, [_most_tokens(source, source.paths) for source in own], _calibration_demands(recipe))
+
+
+def _most_tokens(source: CalibrationSource, places: Sequence[str]) -> float:
+    """Return an upper limit of a source's tokens: its bytes, but for chats, to which the template may add any text."""
+    return math.inf if source.chat else most_bytes(places)
 
 
 def _check_bytes(sources: Sequence[CalibrationSource], most: Sequence[float], demands: Iterable[Demand]) -> None:

@@ -31,6 +31,7 @@ OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
     "path": ("file", "name", "dataset", "paths"),
     "validation": ("val", "valid", "eval", "held_out", "split"),
     "text_key": ("json_key", "json_keys", "text_field", "text_column", "key"),
+    "loss_on": ("train_on", "mask", "loss_mask", "train_on_inputs", "assistant_only_loss", "answer_only_loss"),
     "workers": ("num_workers", "num_proc"),
     "model": ("teacher", "model_path", "model_name", "checkpoint", "base_model", "teacher_path", "hf_model"),
     "out": ("output", "output_dir", "out_dir", "save_dir", "run_dir", "save"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from ..convert import Architecture
-from ..data import HELD_OUT_SHARE, SEPARATOR, TEXT_KEY
+from ..data import HELD_OUT_SHARE, SEPARATOR, TEXT_KEY, LossOn
 from ..evaluate import PROGRAMS, SUITES, Task
 from ..layout import PUBLIC_AXES
 from ..model import Recompute, Spec
@@ -38,13 +38,29 @@ __all__ = ["CalibrationSource", "Data", "Depth", "Recipe", "Source", "json_schem
 
 
 class CalibrationSource(Settings):
-    """One source of a blend of text."""
+    """One source of a blend of text and chats."""
 
     path: Sources
     """File, folder, glob, or a list of them: .jsonl, .json, .txt (also .gz, .zst), .parquet, .arrow; or the prefix of a
     tokenized .bin/.idx pair, used in place; or hf://owner/name[:split], a data set of the Hugging Face Hub."""
     weight: Positive = 1.0
     """Share of the samples, relative to the other sources."""
+    format: AddedLater[Literal["text", "chat"]] = "text"
+    """Content of a record: `text` under `data.text_key`; or a `chat`, a conversation under `messages` (and `tools`), or
+    `prompt` and `response`, which goes through the tokenizer's chat template."""
+    loss_on: AddedLater[LossOn | None] = None
+    """Tokens of a chat that are trained on: those of the `assistant` (the default), or `all`. Only for chats."""
+
+    @model_validator(mode="after")
+    def _text_has_no_assistant(self) -> Self:
+        if self.format == "text" and self.loss_on:
+            raise ValueError("loss_on is for chats: set format to chat, or remove loss_on")
+        return self
+
+    @property
+    def chat(self) -> LossOn | None:
+        """Tokens of a chat that are trained on; None for text."""
+        return (self.loss_on or "assistant") if self.format == "chat" else None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -83,7 +99,8 @@ class Data(Settings):
     samples are an error."""
     cross_documents: bool = True
     """Let tokens attend to earlier documents packed into the same sample, as in Megatron's pretraining. If false,
-    attention stays within a document, and the token after a document's end is not a training target."""
+    attention stays within a document, and the token after a document's end is not a training target. Default: true, but
+    false where a source holds chats."""
     beyond_positions: bool = False
     """Allow samples longer than the model's `max_position_embeddings` or sliding window, on which it was not trained.
     If false, they are an error."""
@@ -94,6 +111,15 @@ class Data(Settings):
     `evaluate.samples` of held-out text. A larger budget goes on from there."""
     workers: HowToRun[Annotated[Count, Field(le=1024)]] = 1
     """Processes used for tokenization."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _chats_are_separate(cls, keys: Any) -> Any:
+        """Set the default of `cross_documents` to false where a source holds chats."""
+        sources = keys.get("sources") if isinstance(keys, dict) and "cross_documents" not in keys else ()
+        listed = sources if isinstance(sources, list | tuple) else ()
+        formats = [each.get("format") if isinstance(each, dict) else getattr(each, "format", None) for each in listed]
+        return {**keys, "cross_documents": False} if "chat" in formats else keys
 
 
 class Depth(Settings):

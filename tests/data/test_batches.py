@@ -43,7 +43,7 @@ def test_a_sample_is_a_window_of_whole_documents_and_labels_are_the_next_tokens(
     documents = pieces(stream(corpora[0]))
     assert len(corpus) == 40
     for i in range(len(corpus)):
-        tokens, labels, mask = corpus[i]
+        tokens, labels, mask, _ = corpus[i]
         assert tokens.dtype == labels.dtype == torch.int64 and mask.dtype == torch.bool and mask.all()
         assert tokens.shape == labels.shape == mask.shape == (SEQUENCE,)
         assert tokens[1:].equal(labels[:-1])
