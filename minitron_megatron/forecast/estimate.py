@@ -213,6 +213,8 @@ def _corrected_tokens(recipe: Recipe) -> int:
 
 def _stash_bytes(recipe: Recipe, teacher: Shape, replicas: int) -> int:
     """Return the bytes of the teacher's final hidden states that wait for the student, in the largest phase."""
+    if not recipe.distill.has_teacher:
+        return 0
     parallel, window = recipe.parallel, recipe.distill.teacher_window
     ahead = max(
         min(phase.keys.global_batch // replicas, (window or phase.keys.global_batch) * phase.keys.micro_batch)
@@ -224,7 +226,10 @@ def _stash_bytes(recipe: Recipe, teacher: Shape, replicas: int) -> int:
 
 
 def _teacher_flops(recipe: Recipe, teacher: Shape) -> int:
-    """Return the teacher's FLOPs in one distillation; a continuously corrected one trains there."""
+    """Return the teacher's FLOPs in one distillation; a continuously corrected one trains there. Without a
+    teacher: 0."""
+    if not recipe.distill.has_teacher:
+        return 0
     passes = 3 if recipe.correct and recipe.correct.continuous else 1
     return passes * _phase_flops(recipe, teacher)
 
@@ -311,6 +316,7 @@ def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stas
     frozen = model_bytes(teacher, topology, recipe.frozen_teacher_dtype, packed=packed)
     teaching = frozen if recipe.corrects_first or not recipe.correct else trained
     both = zip(teaching, training_bytes(student, topology, dtype, world), strict=True)
-    distill = [teacher_bytes + student_bytes for teacher_bytes, student_bytes in both]
+    taught = recipe.distill.has_teacher
+    distill = [teacher_bytes * taught + student_bytes for teacher_bytes, student_bytes in both]
     distill[-1] += stash
     return round(max(distill + (trained if recipe.corrects_first else [])))
