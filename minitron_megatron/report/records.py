@@ -23,7 +23,7 @@ from .page import write_report
 from .plots import ByLayer, DepthCurves
 from .tables import summary_table
 
-__all__ = ["describe", "pairs_table", "report_run"]
+__all__ = ["describe", "pairs_table", "report_run", "text_table"]
 
 
 def report_run(run: Path) -> Path:
