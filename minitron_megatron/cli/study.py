@@ -37,7 +37,7 @@ def run_study(
 ) -> None:
     """Run a study, or one task of its array, on the launched processes; print its table once every run is done."""
     from ..errors import RecipeError
-    from ..forecast import check
+    from ..forecast import check, planned
     from ..parallel import Topology, launched
     from ..studies import LAST, load_study, plan_study, share_of
 
@@ -46,6 +46,8 @@ def run_study(
     plan = plan_study(name, load_study(name), recipe, overrides, out, seeds)
     jobs = share_of(plan.jobs, *share("--array", array)) if array else plan.jobs
     if dry_run:
+        for job in plan.jobs:
+            check(job.recipe, planned(job.recipe, launched("WORLD_SIZE", 0)))
         if launched("RANK", 0) == 0:
             _print_plan(plan)
         return
@@ -66,9 +68,10 @@ def _print_plan(plan: Plan) -> None:
     from ..studies import plan_rows
 
     rows = plan_rows(plan)
-    columns = ("arm", "seed", "stages that no run before it makes", "FLOPs of the run alone")
-    Console().print(text_table(plan.study.title, columns, rows))
-    print(f"{len(rows)} runs in {shlex.quote(str(plan.folder))}")
+    cells = [[arm, str(seed), f"{flops:.2e}", ", ".join(stages) or "none"] for arm, seed, stages, flops in rows]
+    columns = ("arm", "seed", "FLOPs", "stages that no run before it makes")
+    Console().print(text_table(plan.study.title, columns, cells))
+    print(f"{len(rows)} runs, {sum(row[3] for row in rows):.2e} FLOPs, in {shlex.quote(str(plan.folder))}")
 
 
 def _print_results(plan: Plan) -> None:

@@ -283,7 +283,9 @@ def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> 
     if recipe.search is None or recipe.search.light is None:
         return {}
     keys, sequence = light_recipe(recipe).distill, recipe.data.sequence
-    tokens, taught = keys.steps(sequence) * keys.global_batch * sequence, flops_per_token(teacher, sequence)
+    tokens, taught = keys.steps(sequence) * keys.global_batch * sequence, 0
+    if keys.has_teacher:
+        taught = flops_per_token(teacher, sequence)
     return {each.name: (3 * flops_per_token(each.shape, sequence) + taught) * tokens for each in found}
 
 

@@ -80,8 +80,7 @@ class SharedStages:
         for output in _outputs(stage, run):
             _put(entry / FILES / output.relative_to(run.path), output)
         if (entry / METRICS).is_file():
-            with run.metrics.open("ab") as metrics:
-                metrics.write((entry / METRICS).read_bytes())
+            _append(run.metrics, (entry / METRICS).read_bytes())
         write_json(run.record(stage.name), record)
         return record
 
@@ -123,6 +122,14 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
+
+
+def _append(path: Path, lines: bytes) -> None:
+    """Append lines to a file, in place of a last line that a kill truncated."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(lines)
 
 
 def _metrics(stage: Stage, path: Path) -> bytes:

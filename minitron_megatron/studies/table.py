@@ -20,8 +20,8 @@ from .study import Arm, Measure
 __all__ = ["collect", "is_done", "sign_test"]
 
 RANDOM = "random init"
-TRAINED_BY = {RANDOM: "baseline"}
-"""Row of the summary -> the stage that trained it, where that is not `distill`."""
+TRAINED_BY = {"distilled": "distill", RANDOM: "baseline"}
+"""Row of the summary -> the stage that trained it; no other model is trained."""
 BEFORE = ("correct", "score", "search", "prune")
 """Stages that a student's cost includes besides its own training; a random one's, only the teacher's correction."""
 
@@ -87,19 +87,18 @@ def _value(rows: Mapping[str, Row], measure: Measure, arm: Arm, name: str) -> fl
 
 def _arm(plan: Plan, name: str, found: Mapping[str, Mapping[str, list[float | None]]]) -> ArmResult:
     arm, jobs, study = plan.study.arms[name], _jobs(plan, name), plan.study
+    recipe, first = jobs[0].recipe, next(iter(study.arms))
     model = _row_name(list(study.measures.values())[-1], arm)
-    stage = TRAINED_BY.get(model or "", "distill")
-    rows = read_summary(RunFolder(jobs[0].recipe.out).summary)
-    recipe = jobs[0].recipe
-    expected = count(recipe, gpus=1)
+    rows, expected = read_summary(RunFolder(recipe.out).summary), count(recipe, gpus=1)
+    stage = TRAINED_BY.get(model or "")
     before = BEFORE if model != RANDOM else BEFORE[:1] if recipe.distill.has_teacher else ()
-    first = next(iter(study.arms))
+    corrected = expected.correct_tokens if "correct" in before else 0
     return {
         "arm": name,
         "parameters": next((row.get("parameters") for row in rows if row["model"] == model), None),
-        "tokens": expected.distill_tokens + (expected.correct_tokens if "correct" in before else 0),
-        "flops": sum(expected.stage_flops[each] for each in (*before, stage)),
-        "teacher_flops": expected.teacher_flops,
+        "tokens": corrected + (expected.distill_tokens if stage else 0),
+        "flops": sum(expected.stage_flops[each] for each in (*before, *([stage] if stage else []))),
+        "teacher_flops": expected.teacher_flops if stage else 0,
         "measures": {
             key: _compared(values, found[first][key], study.measures[key].better, arm.printed.get(key), name == first)
             for key, values in found[name].items()
@@ -160,7 +159,7 @@ def _verdict(plan: Plan, key: str, found: Mapping[str, Mapping[str, list[float |
     }
 
 
-def _curve(jobs: Sequence[Job], stage: str) -> dict[int, float]:
+def _curve(jobs: Sequence[Job], stage: str | None) -> dict[int, float]:
     """Return step -> mean validation loss, at the steps that every seed has."""
     curves = []
     for job in jobs:
@@ -174,10 +173,10 @@ def _flips(arms: Sequence[ArmResult], measures: Sequence[str]) -> Iterator[str]:
     """Yield a sentence for each pair whose order by the first measure is not that of the validation curves."""
     for one, other in combinations(arms, 2):
         steps = sorted(set(one["curve"]) & set(other["curve"]))
-        starts = [arm["measures"][measures[0]]["mean"] for arm in (one, other)]
-        if len(measures) < 2 or not steps or None in starts or starts[0] == starts[1]:
+        start, other_start = (arm["measures"][measures[0]]["mean"] for arm in (one, other))
+        if len(measures) < 2 or not steps or start is None or other_start is None or start == other_start:
             continue
-        low, high = (one, other) if starts[0] < starts[1] else (other, one)  # type: ignore[operator]
+        low, high = (one, other) if start < other_start else (other, one)
         ahead = [high["curve"][step] < low["curve"][step] for step in steps]
         if ahead[-1]:
             since = len(ahead) - next((n for n, each in enumerate(reversed(ahead)) if not each), len(ahead))

@@ -25,12 +25,13 @@ def write_study(plan: Plan, table: StudyTable) -> None:
         partial.write_text(study_markdown(table, PLOT), encoding="utf-8")
 
 
-def plan_rows(plan: Plan) -> list[list[str]]:
-    """Return a row per run: arm, seed, its stages that no run before it makes, and the FLOPs of the whole run alone."""
-    return [
-        [arm, str(seed), ", ".join(stages) or "none", f"{count(job.recipe, gpus=1).flops:.2e}"]
-        for ((arm, seed), stages), job in zip(plan.executions().items(), plan.jobs, strict=True)
-    ]
+def plan_rows(plan: Plan) -> list[tuple[str, int, list[str], int]]:
+    """Return (arm, seed, stages, their FLOPs) of each run, without the stages that a run before it makes."""
+    rows = []
+    for ((arm, seed), stages), job in zip(plan.executions().items(), plan.jobs, strict=True):
+        flops = count(job.recipe, gpus=1).stage_flops
+        rows.append((arm, seed, stages, sum(flops.get(stage, 0) for stage in stages)))
+    return rows
 
 
 def describe_studies() -> str:
