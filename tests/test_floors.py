@@ -29,6 +29,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"recipe", "report"}),
     frozenset({"forecast"}),
     frozenset({"run"}),
+    frozenset({"studies"}),
     frozenset({"cli"}),
     frozenset({"testing", "__main__"}),  # above everything: no other module imports them
 )

@@ -13,6 +13,7 @@ from ..run_folder import RunFolder
 from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
 from .printing import print_made, print_report, print_steps
+from .running import carry_out, share, start
 
 if TYPE_CHECKING:
     from ..parallel import Topology
@@ -231,6 +232,30 @@ def bench(
         print("Then run this command again. Or use `--backend torch` to compare the models on this machine.")
 
 
+@app.command(rich_help_panel=RUN)
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A study of `--list`, or a YAML file of yours.")] = "",
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML recipe.")] = None,
+    overrides: Set = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of all studies, by default OUT-studies.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, max=1000, help="Runs per arm, from the recipe's seed on.")
+    ] = 3,
+    array: Annotated[str, typer.Option("--array", metavar="I/N", help="Only task I of N (from 0) of an array.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the runs, and the stages they share.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Print each study, its claim and its arms.")] = False,
+) -> None:
+    """Compare variants of a recipe over several seeds, as the papers' tables do."""
+    from .study import list_studies, run_study
+
+    if listed:
+        list_studies()
+    else:
+        run_study(name, recipe, overrides or [], out, seeds=seeds, array=array, dry_run=dry_run)
+
+
 @app.command(rich_help_panel=LOOK)
 def show(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A scores file, plan, model or run folder.")],
@@ -264,42 +289,17 @@ def schema() -> None:
     print((Path(__file__).parents[1] / "recipe" / "schema.json").read_text(encoding="utf-8"), end="")
 
 
-def _start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Topology]:
-    """Load a recipe and set up the topology of the launched processes. Collective over them."""
-    from ..parallel import Topology
-    from ..recipe import load_recipe, with_keys_in_errors
-
-    recipe = load_recipe(path, overrides or (), out)
-    with with_keys_in_errors("parallel"):
-        topology = Topology.start(recipe.parallel)
-    restore_gc()
-    return recipe, topology
-
-
 def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | None = None) -> tuple[Recipe, Topology]:
     """Run a recipe's stages on the launched processes, then write the report on rank 0.
 
     Returns the recipe and the topology.
     """
-    from ..recipe import with_keys_in_errors
-    from ..report import Machine, MetricsFile, Progress, Watchdog, fan_out, logged
-    from ..run import run as run_stages
-
-    recipe, topology = _start(path, overrides, out)
-    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
-    if topology.rank != 0:
-        with watchdog:
-            run_stages(recipe, topology, only=only, listener=fan_out(raise_if_interrupted, watchdog))
-        return recipe, topology
-    config = recipe.model_dump(mode="json")
-    logs = logged(recipe.out, config, **recipe.log.model_dump())
-    with with_keys_in_errors("log"), logs as log, Progress() as progress, watchdog:
-        metrics = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
-        listener = fan_out(raise_if_interrupted, progress, metrics, Machine(metrics), watchdog)
-        run_stages(recipe, topology, only=only, listener=listener)
-    print_made(recipe, only)
-    if only is None:
-        print_report(recipe.out)
+    recipe, topology = start(path, overrides, out)
+    carry_out(recipe, topology, only=only)
+    if topology.rank == 0:
+        print_made(recipe, only)
+        if only is None:
+            print_report(recipe.out)
     return recipe, topology
 
 
@@ -310,7 +310,7 @@ def _hand_over(
     from ..report import Progress, Watchdog, fan_out
     from ..run import hand_over
 
-    recipe, topology = _start(path, overrides, out)
+    recipe, topology = start(path, overrides, out)
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
         with watchdog:
@@ -330,7 +330,7 @@ def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, 
     from ..report import Progress, Watchdog, fan_out, print_summary
     from ..run import evaluate_folder
 
-    recipe, topology = _start(path, overrides, out)
+    recipe, topology = start(path, overrides, out)
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
         with watchdog:
@@ -351,20 +351,16 @@ def _check_export(recipe: Recipe, topology: Topology) -> None:
 
 
 def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task: str) -> None:
-    from ..errors import RecipeError
     from ..report import MetricsFile, Progress, Watchdog, fan_out
     from ..run import search_task
 
-    number, _, count = task.partition("/")
-    if not number.isdecimal() or not count.isdecimal():
-        raise RecipeError(f"--task {task!r} does not have the form I/N, such as 0/6 for the first of six tasks.")
-    recipe, topology = _start(path, overrides, out)
-    share = int(number), int(count)
+    number, count = share("--task", task)
+    recipe, topology = start(path, overrides, out)
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
         with watchdog:
-            search_task(recipe, topology, *share, listener=fan_out(raise_if_interrupted, watchdog))
+            search_task(recipe, topology, number, count, listener=fan_out(raise_if_interrupted, watchdog))
         return
     with Progress() as progress, watchdog:
         listener = fan_out(raise_if_interrupted, progress, MetricsFile(RunFolder(recipe.out).metrics), watchdog)
-        print(search_task(recipe, topology, *share, listener=listener))
+        print(search_task(recipe, topology, number, count, listener=listener))

@@ -226,6 +226,8 @@ def _corrected_tokens(recipe: Recipe) -> int:
 
 def _stash_bytes(recipe: Recipe, teacher: Shape, replicas: int) -> int:
     """Return the bytes of the teacher's final hidden states that wait for the student, in the largest phase."""
+    if not recipe.distill.has_teacher:
+        return 0
     parallel, window = recipe.parallel, recipe.distill.teacher_window
     ahead = max(
         min(phase.keys.global_batch // replicas, (window or phase.keys.global_batch) * phase.keys.micro_batch)
@@ -237,7 +239,10 @@ def _stash_bytes(recipe: Recipe, teacher: Shape, replicas: int) -> int:
 
 
 def _teacher_flops(recipe: Recipe, teacher: Shape) -> int:
-    """Return the teacher's FLOPs in one distillation; a continuously corrected one trains there."""
+    """Return the teacher's FLOPs in one distillation; a continuously corrected one trains there. Without a
+    teacher: 0."""
+    if not recipe.distill.has_teacher:
+        return 0
     passes = 3 if recipe.correct and recipe.correct.continuous else 1
     return passes * _phase_flops(recipe, teacher)
 
@@ -291,7 +296,9 @@ def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> 
     if recipe.search is None or recipe.search.light is None:
         return {}
     keys, sequence = light_recipe(recipe).distill, recipe.data.sequence
-    tokens, taught = keys.steps(sequence) * keys.global_batch * sequence, flops_per_token(teacher, sequence)
+    tokens, taught = keys.steps(sequence) * keys.global_batch * sequence, 0
+    if keys.has_teacher:
+        taught = flops_per_token(teacher, sequence)
     return {each.name: (3 * flops_per_token(each.shape, sequence) + taught) * tokens for each in found}
 
 
@@ -324,6 +331,7 @@ def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stas
     frozen = model_bytes(teacher, topology, recipe.frozen_teacher_dtype, packed=packed)
     teaching = frozen if recipe.corrects_first or not recipe.correct else trained
     both = zip(teaching, training_bytes(student, topology, dtype, world), strict=True)
-    distill = [teacher_bytes + student_bytes for teacher_bytes, student_bytes in both]
+    taught = recipe.distill.has_teacher
+    distill = [teacher_bytes * taught + student_bytes for teacher_bytes, student_bytes in both]
     distill[-1] += stash
     return round(max(distill + (trained if recipe.corrects_first else [])))

@@ -387,6 +387,11 @@ class Recipe(Settings):
             return self
         if self.correct.objective != "cross_entropy":
             raise ValueError("correct.continuous trains the teacher by cross-entropy: remove correct.objective")
+        if not self.distill.has_teacher:
+            raise ValueError(
+                f"correct.continuous trains the teacher during distillation, but distill.objective is "
+                f"{self.distill.objective}: remove one of them"
+            )
         for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
             if getattr(self.distill, key):
                 raise ValueError(f"correct.continuous trains the teacher, so distill.{key} cannot apply: remove it")

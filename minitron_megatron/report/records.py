@@ -25,7 +25,7 @@ from .progress_table import run_state
 from .searched import SEARCHED, SearchTable, searched_rows
 from .tables import at_dashes, summary_table
 
-__all__ = ["describe", "pairs_table", "report_run"]
+__all__ = ["describe", "pairs_table", "report_run", "text_table"]
 
 
 def report_run(run: Path) -> Path:

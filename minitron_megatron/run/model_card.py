@@ -88,10 +88,15 @@ def _card(context: Context, folder: Path) -> str:
 def _making(context: Context) -> tuple[str, str, str]:
     """Return the name of the model whose weights the export began with, a title, and how it was made."""
     teacher, student = _name(context, "model", context.recipe.model), context.recipe.student
+    keys = context.recipe.distill
+    trained = "distilled" if keys.has_teacher else "trained"
+    source = "from its logits" if keys.has_teacher else f"without it ({keys.objective})"
     if student is None:
         how = "Made by the Minitron method: the least important parts of the teacher were pruned, and the rest was "
-        return teacher, f"{teacher} pruned and distilled", f"{how}distilled from its logits."
+        return teacher, f"{teacher} pruned and {trained}", f"{how}{trained} {source}."
     base = _name(context, "student", student)
+    if not keys.has_teacher:
+        return base, f"{base} trained", f"Trained without a teacher ({keys.objective}); nothing was pruned."
     return base, f"{base} distilled from {teacher}", "Distilled from the teacher's logits; nothing was pruned."
 
 

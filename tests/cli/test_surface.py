@@ -31,6 +31,7 @@ VERBS = {
     "init": {"--tokenizer"},
     "estimate": STAGE | {"--gpus", "--mfu", "--memory", "--slurm"},
     "bench": STAGE | {"--backend"},
+    "study": STAGE | {"--seeds", "--array", "--dry-run", "--list"},
     "show": set(),
     "report": set(),
     "watch": set(),

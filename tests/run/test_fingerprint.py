@@ -40,6 +40,7 @@ OBJECTIVES["perplexity"] = LMObjective
 EDITS: dict[str, Any] = {
     "plugins": ["json"],
     "correct.objective": "perplexity",
+    "distill.objective": "perplexity",
     "dtype": "bfloat16",
     "recompute": "full",
     "spec": "te",
@@ -149,7 +150,7 @@ def base(material: Path, key: str) -> dict[str, Any]:
     recipe = tiny_recipe(material) | {"score": {"samples": 16, "micro_batch": 2, "depth": {}}}
     states: dict[str, Any] = {"states": {"outputs": ["0:0"]}} if key.startswith("distill.states") else {}
     recipe["distill"] = recipe["distill"] | states | {"phases": [{"tokens": 2 * 8 * 16}], "loss": {"divergence": "jsd"}}
-    if key in ("distill.loss.temperature", "distill.loss.divergence"):
+    if key in ("distill.loss.temperature", "distill.loss.divergence", "distill.objective"):
         recipe["distill"]["loss"] = {}
     recipe["evaluate"] = recipe["evaluate"] | {"tasks": [{"name": "piqa"}]}
     if key == "student":
