@@ -105,7 +105,8 @@ def _cells(found: Compared) -> list[str]:
 
 def _costs(arm: ArmResult) -> list[str]:
     share = f"{arm['teacher_flops'] / arm['flops']:.0%}" if arm["flops"] else numbers.ABSENT
-    return [arm["arm"], numbers.count(arm["parameters"]), numbers.count(arm["tokens"]), numbers.flops(arm["flops"]), share]
+    cost = numbers.count(arm["tokens"]), numbers.flops(arm["flops"])
+    return [arm["arm"], numbers.count(arm["parameters"]), *cost, share]
 
 
 def study_text(table: StudyTable) -> Group:
