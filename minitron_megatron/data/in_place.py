@@ -160,7 +160,7 @@ def _write(
                 _, tokens, documents = part.sequences(idx)
             if not tokens:
                 raise DataError(
-                    f"validation={part.share if part else 0} leaves no document for the {split} split of "
+                    f"`validation` {part.share if part else 0} leaves no document for the {split} split of "
                     f"{pair.prefix}. Set another fraction, or 0, or name another pair to hold out."
                 )
             known = sums[pair.prefix]

@@ -197,7 +197,7 @@ def _held_out(validation: float | Sequence[str | Path]) -> tuple[float, Sequence
         return 0.0, validation
     if not 0 <= validation < 1:
         raise DataError(
-            f"validation={validation} is not a fraction of the documents. Give 0, a number below 1, or files."
+            f"`validation` {validation} is not a fraction of the documents. Give 0, a number below 1, or files."
         )
     return float(validation), []
 
@@ -298,6 +298,6 @@ def _refuse_empty(writers: Mapping[str, TokenFileWriter], validation: object) ->
     for split, writer in writers.items():
         if not writer.documents:
             raise DataError(
-                f"validation={validation} leaves no document for the {split} split of "
+                f"`validation` {validation} leaves no document for the {split} split of "
                 f"{sum(w.documents for w in writers.values())}. Set another fraction, or 0, or name files to hold out."
             )

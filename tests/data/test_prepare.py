@@ -208,9 +208,9 @@ def test_bad_files_are_named(name: str, content: bytes | None, message: str, tok
 
 def test_a_share_that_leaves_a_split_empty_is_refused(tokenizer: Path, lines: Lines, tmp_path: Path) -> None:
     source = lines("a.jsonl", '{"text": "w1"}', '{"text": "w2"}')
-    with pytest.raises(DataError, match="validation=1e-09 leaves no document for the valid split of 2"):
+    with pytest.raises(DataError, match="`validation` 1e-09 leaves no document for the valid split of 2"):
         prepare([source], tokenizer, tmp_path / "a", validation=1e-9)
-    with pytest.raises(DataError, match=r"validation=1\.5 is not a fraction"):
+    with pytest.raises(DataError, match=r"`validation` 1\.5 is not a fraction"):
         prepare([source], tokenizer, tmp_path / "a", validation=1.5)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 

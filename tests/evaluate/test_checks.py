@@ -217,7 +217,7 @@ def test_prompts_and_settings_have_to_fit_the_model(model: Path, tmp_path: Path)
         check_tasks([Task("gsm8k", 0)], None, tokenizer=model, model=small)
     check_tasks([Task("arc_easy", 0)], None, tokenizer=small)
     files = written(tmp_path, arc_easy__test=ARC, arc_easy__train=[{**row, "question": "x" * 90} for row in ARC])
-    with pytest.raises(DataError, match=r"a prompt of \d+ tokens is longer than the \d+ .*evaluate\.truncate"):
+    with pytest.raises(DataError, match=r"a prompt of \d+ tokens is longer than the \d+ .*`truncate`"):
         check_tasks([Task("arc_easy", 3)], files, tokenizer=small)
     check_tasks([Task("arc_easy", 3)], files, tokenizer=small, truncate=True)
     (small / "generation_config.json").write_text('{"num_beams": 3}')

@@ -183,7 +183,7 @@ def test_several_ends_at_other_layouts(pool: Pool, base: Path, tmp_path: Path, l
 @pytest.mark.parametrize(
     ("settings", "request_", "message"),
     [
-        ({}, PAIRS[10], r"a prompt of \d+ tokens is longer .* evaluate\.truncate"),
+        ({}, PAIRS[10], r"a prompt of \d+ tokens is longer .* `truncate`"),
         ({}, ("loglikelihood", ("a", "")), "the answer '' adds no tokens"),
         ({}, ("loglikelihood", ("", "")), "the answer '' adds no tokens"),
         ({}, ("loglikelihood", ("a", "b" * 50)), "continuation of 50 tokens is longer than the model's context of 48"),

@@ -158,7 +158,7 @@ def test_no_program_runs_unless_the_recipe_says_so(recipe_file: Any, files: Path
     }
     allowed = load_recipe(recipe_file(evaluate={"suite": "base", "samples": 4, "run_code": True}))
     assert allowed.evaluate.wanted() == list(SUITES["base"])
-    with pytest.raises(RecipeError, match=r"task humaneval runs programs .* Set evaluate\.run_code"):
+    with pytest.raises(RecipeError, match=r"task humaneval runs programs .* Set `run_code`"):
         check_tasks([Task("humaneval", 0)], files)
     check_tasks([Task("humaneval", 0)], files, run_code=True)
     with pytest.raises(RecipeError, match="task mbpp with 3 shots is not supported"):

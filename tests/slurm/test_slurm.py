@@ -148,20 +148,20 @@ def test_a_preempted_run_that_loses_a_node_ends_as_an_undisturbed_one(
 @needs_slurm
 def test_an_array_reruns_what_was_killed_and_no_other(slurm: Environment, home: Path, recipe_file: Write) -> None:
     recipe = recipe_file(correct=None, random_baseline=False)
-    lines = [f"--out '{home}/candidate {ffn}' --set prune.ffn={ffn}" for ffn in (32, 40, 48)]
+    lines = [f"--out '{home}/candidate {ffn}' --set prune.ffn={ffn}" for ffn in (32, 40)]
     (home / "candidates.txt").write_text("".join(line + "\n" for line in lines))
-    job = submit(slurm, home, "--array=0-2", "slurm/array.sbatch", "candidates.txt", "run", recipe)
+    job = submit(slurm, home, "--array=0-1", "slurm/array.sbatch", "candidates.txt", "run", recipe)
     victim = home / "candidate 40" / "metrics.jsonl"
     wait_for(lambda: victim.exists() and '"stage": "distill"' in victim.read_text())
     ask(slurm, "scancel", f"{job}_1")
     wait_for(lambda: not ask(slurm, "squeue", "-h", "-j", job))
-    done = {ffn: (home / f"candidate {ffn}" / "export").is_dir() for ffn in (32, 40, 48)}
-    assert done == {32: True, 40: False, 48: True}
-    before = {ffn: (home / f"candidate {ffn}" / "summary.json").stat().st_mtime_ns for ffn in (32, 48)}
-    again = submit(slurm, home, "--array=0-2", "slurm/array.sbatch", "candidates.txt", "run", recipe)
+    done = {ffn: (home / f"candidate {ffn}" / "export").is_dir() for ffn in (32, 40)}
+    assert done == {32: True, 40: False}
+    before = (home / "candidate 32" / "summary.json").stat().st_mtime_ns
+    again = submit(slurm, home, "--array=0-1", "slurm/array.sbatch", "candidates.txt", "run", recipe)
     wait_for(lambda: not ask(slurm, "squeue", "-h", "-j", again))
-    assert all((home / f"candidate {ffn}" / "export").is_dir() for ffn in (32, 40, 48))
-    assert before == {ffn: (home / f"candidate {ffn}" / "summary.json").stat().st_mtime_ns for ffn in (32, 48)}
+    assert all((home / f"candidate {ffn}" / "export").is_dir() for ffn in (32, 40))
+    assert before == (home / "candidate 32" / "summary.json").stat().st_mtime_ns
 
 
 @needs_slurm
