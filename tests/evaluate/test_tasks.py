@@ -229,7 +229,7 @@ def test_what_cannot_be_run_is_one_message(pool: Pool, model: Path, files: Path,
         check_tasks([Task("hellaswag")], files)
     write_lines(tmp_path / "lambada_openai" / "test.jsonl", [{"text": "a b " * 200 + "end"}])
     long = (Task("lambada_openai"),)
-    with pytest.raises(DataError, match=r"a prompt of \d+ tokens is longer than the \d+ .* evaluate\.truncate"):
+    with pytest.raises(DataError, match=r"a prompt of \d+ tokens is longer than the \d+ .* `truncate`"):
         pool.run(megatron, model, tmp_path, long, tp=2)
     assert pool.run(megatron, model, tmp_path, long, True)[0]["scores"].keys() == {"lambada_openai"}
 
