@@ -9,7 +9,7 @@ from .check_tasks import check_evaluation, settings_folder
 from .estimate import Estimate, count, estimate
 from .memory import WEIGHT_BYTES
 from .model_folders import ModelOrigin, model_origins, model_places, with_model_folders
-from .sizes import depth_sweep, measures_depth, rounds, scores_wanted
+from .sizes import depth_sweep, measures_depth, rounds, scores_wanted, student_shape
 from .slurm import slurm_commands
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "scores_wanted",
     "settings_folder",
     "slurm_commands",
+    "student_shape",
     "untimed_candidates",
     "with_model_folders",
 ]

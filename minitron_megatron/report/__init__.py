@@ -10,6 +10,7 @@ from .machine import Machine
 from .page import write_report
 from .plots import plot_bench
 from .records import describe, pairs_table, report_run
+from .rehearsed import rehearsal_tables
 from .tables import bench_table, candidates_table, print_summary, summary_table
 from .watch import watch
 from .watchdog import Watchdog
@@ -28,6 +29,7 @@ __all__ = [
     "plot_bench",
     "print_summary",
     "read_metrics",
+    "rehearsal_tables",
     "report_run",
     "summary_table",
     "watch",
