@@ -5,20 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from minitron_megatron.data import Batch
 from minitron_megatron.distill import KDObjective
 from minitron_megatron.layout import Shape
-from minitron_megatron.model import Chunk, ModelConfig, Recompute, assign, build, named_shards
+from minitron_megatron.model import Chunk, ModelConfig, assign, build, named_shards
 from minitron_megatron.parallel import Topology
-from minitron_megatron.rehearsal import Ledger, Section, rehearsed_rank
+from minitron_megatron.rehearsal import Ledger, rehearsed_rank
 from minitron_megatron.testing import LivePeak
 from minitron_megatron.train import Learner, Training
 
@@ -29,12 +26,12 @@ STUDENT = TEACHER.resized(hidden=48, ffn=64)
 SEQUENCE = 32
 
 Facts = dict[str, Any]
-"""Bytes after the step, peak bytes, FLOPs, and bytes sent by operation."""
+"""Bytes before the step, peak bytes and FLOPs."""
 
 
-def empty(shape: Shape, topology: Topology, recompute: Recompute = "none") -> list[Chunk]:
+def empty(shape: Shape, topology: Topology) -> list[Chunk]:
     """Return a bf16 model on the topology's device; all its weights are 0.01."""
-    model = build(ModelConfig(shape, max_positions=64), topology, torch.bfloat16, recompute=recompute)
+    model = build(ModelConfig(shape, max_positions=64), topology, torch.bfloat16)
     for shard in named_shards(model):
         assign(shard, torch.full(shard.tensor.shape, 0.01, dtype=torch.bfloat16, device=topology.device))
     return model
@@ -49,9 +46,9 @@ def batches(topology: Topology, count: int = 2) -> list[Batch]:
     return made
 
 
-def student_step(topology: Topology, recompute: Recompute) -> Any:
+def student_step(topology: Topology) -> Any:
     """Return a function that runs one step of distillation, after a first one that made the optimizer's states."""
-    teacher, student = empty(TEACHER, topology), empty(STUDENT, topology, recompute)
+    teacher, student = empty(TEACHER, topology), empty(STUDENT, topology)
     objective = KDObjective(teacher, topology, vocab=TEACHER.vocab)
     learner = Learner(student, Training(steps=4), topology)
     data = batches(topology)
@@ -80,49 +77,27 @@ class _Total(LivePeak):
             super()._count(tensor)
 
 
-class _Sent(TorchDispatchMode):
-    """Bytes of each collective of a real run, by operation and size of its group."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: dict[str, float] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            leaves = tree_leaves((args, kwargs or {}))
-            objects = [each for each in leaves if isinstance(each, torch.ScriptObject)]
-            groups = [dist.ProcessGroup.unbox(each) for each in objects if "ProcessGroup" in str(each._type())]
-            name = func._schema.name.split("::")[1].rstrip("_")
-            if groups and groups[0].size() > 1 and name != "barrier":
-                size = max((x.nbytes for x in leaves if isinstance(x, Tensor)), default=0)
-                key = f"{name} in {groups[0].size()}"
-                self.sent[key] = self.sent.get(key, 0) + size
-        return func(*args, **(kwargs or {}))
-
-
-def on_cpu(topology: Topology, recompute: Recompute = "none") -> Facts:
+def on_cpu() -> Facts:
     """Run two steps on this CPU, with torch's plain attention; return the facts of the second."""
+    topology = Topology.start()
     with sdpa_kernel(SDPBackend.MATH), LivePeak() as meter:
-        step = student_step(topology, recompute)
+        step = student_step(topology)
         meter.peak = meter.now
         before = meter.now - meter.start
-        with FlopCounterMode(display=False) as flops, _Sent() as sent:
+        with FlopCounterMode(display=False) as flops:
             step()
-        return {"before": before, "peak": meter.extra, "flops": flops.get_total_flops(), "sent": sent.sent}
+        return {"before": before, "peak": meter.extra, "flops": flops.get_total_flops()}
 
 
-def rehearsed(rank: int, world: int, recompute: Recompute = "none", **layout: Any) -> Facts:
+def rehearsed(rank: int, world: int, **layout: Any) -> Facts:
     """Run the same as one rehearsed rank, whose allocator has blocks of one byte."""
     with rehearsed_rank(rank, world, ledger=Ledger(block=1), fused=False) as ledger:
         topology = Topology.start(**layout)
         with _Total(ledger) as meter:
-            step = student_step(topology, recompute)
+            step = student_step(topology)
             meter.highest = before = meter.total
             section = ledger.begin()
             step()
         topology.stop()
-    return {"before": before, "peak": meter.highest, "device": section.peak} | _sums(section)
-
-
-def _sums(section: Section) -> Facts:
-    return {"flops": sum(section.flops.values()), "sent": dict(section.sent)}
+    flops = sum(section.flops.values())
+    return {"before": before, "peak": meter.highest, "device": section.peak, "flops": flops}

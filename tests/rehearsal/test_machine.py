@@ -1,4 +1,4 @@
-"""A rehearsed rank has the bytes, FLOPs and traffic of a real one, and shows what would fail on a GPU."""
+"""A rehearsed rank has the bytes and FLOPs of a real one, and shows what would fail on a GPU."""
 
 from __future__ import annotations
 
@@ -9,57 +9,36 @@ from typing import Any
 
 import pytest
 
-from minitron_megatron.parallel import Topology
-from minitron_megatron.testing import Pool
+from minitron_megatron.errors import TopologyError
 from tests.rehearsal.planted import FAULTS, planted
 from tests.rehearsal.steps import on_cpu, rehearsed
 
-Rehearse = Callable[..., Any]
+Call = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def rehearse() -> Iterator[Rehearse]:
-    """Return a function that calls another one in a process that has not run on the CPU backend."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        yield lambda function, *args, **options: process.submit(function, *args, **options).result()
+def process() -> Iterator[Call]:
+    """Yield a function that calls another one in a new process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as worker:
+        yield lambda function, *args: worker.submit(function, *args).result()
 
 
-CASES: tuple[tuple[str, dict[str, Any], int], ...] = (
-    ("none", {}, 1),
-    ("full", {}, 1),
-    ("selective", {"tp": 2, "sequence_parallel": True}, 2),
-    ("none", {"pp": 2}, 2),
-    ("none", {"dp": 2}, 2),
-)
+rehearse = pytest.fixture(process, scope="module", name="rehearse")
+on_the_cpu = pytest.fixture(process, scope="module", name="on_the_cpu")
 
 
-@pytest.mark.parametrize(("recompute", "layout", "world"), CASES)
-def test_a_rehearsed_step_is_a_real_one(
-    recompute: str, layout: dict[str, Any], world: int, rehearse: Rehearse, pool: Pool
-) -> None:
-    """To the byte: what is alive before a step and at its peak; FLOPs; bytes of each collective."""
-    real = pool.run(on_cpu, recompute, **layout)
-    sizes = {key: value for key, value in layout.items() if key != "dp"}
-    for rank in range(world):
-        found = rehearse(rehearsed, rank, world, recompute, **sizes)
-        facts = {key: found[key] for key in real[rank]}
-        assert facts == real[rank]
-        assert 0 <= found["peak"] - found["device"] < 1000  # of the host: optimizer's step counters, and scalars
+def test_a_rehearsed_step_is_a_real_one(rehearse: Call, on_the_cpu: Call) -> None:
+    """To the byte: what is alive before a step of distillation and at its peak; and FLOPs."""
+    real, found = on_the_cpu(on_cpu), rehearse(rehearsed, 0, 1)
+    assert {key: found[key] for key in real} == real
+    assert 0 <= found["peak"] - found["device"] < 1000  # on the host: step counters of the optimizer
+
+
+def test_a_process_that_ran_on_the_cpu_is_refused(on_the_cpu: Call) -> None:
+    with pytest.raises(TopologyError, match="needs a process of its own"):
+        on_the_cpu(rehearsed, 0, 1)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault: str, rehearse: Rehearse) -> None:
+def test_a_planted_fault_is_found(fault: str, rehearse: Call) -> None:
     error = rehearse(planted, fault)
     assert FAULTS[fault] in error, error
-
-
-def refused(topology: Topology) -> str:
-    try:
-        rehearsed(0, 1)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_a_process_that_ran_on_the_cpu_is_refused(pool: Pool) -> None:
-    assert "needs a process of its own" in pool.run(refused)[0]
