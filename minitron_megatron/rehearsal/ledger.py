@@ -95,8 +95,9 @@ class Ledger:
 
     @contextmanager
     def naming(self, kind: str) -> Iterator[None]:
-        """Count what is allocated inside the context as this kind."""
-        before, self._named = self._named, kind
+        """Count what is allocated inside the context as this kind; an outer context's kind comes first."""
+        before = self._named
+        self._named = before or kind
         try:
             yield
         finally:

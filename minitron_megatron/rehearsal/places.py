@@ -29,7 +29,7 @@ KINDS = (
 
 
 class _Code(NamedTuple):
-    """What is known of a function, whichever of its lines runs."""
+    """Facts of a function that hold for all its lines."""
 
     ours: str
     """Path inside the package; empty for other code."""

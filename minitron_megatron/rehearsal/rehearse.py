@@ -68,7 +68,7 @@ class Rehearsal:
     """GiB of a GPU."""
     ranks: tuple[RankResult, ...]
     seconds: float
-    """Of a training step of the whole cluster, or of the stage where it does not train."""
+    """Seconds of a training step of the whole cluster, or of the stage where it does not train."""
     steps: int
     """Training steps; 1 for a stage that does not train."""
     tokens: int
