@@ -23,7 +23,7 @@ from minitron_megatron.report import Progress
 from minitron_megatron.run import run
 from minitron_megatron.run.context import Context
 from minitron_megatron.run.engine import results
-from minitron_megatron.run.stages.search import _Work
+from minitron_megatron.run.stages.search import _CandidateSearch
 from minitron_megatron.search import rank_correlation, settled
 
 STEPS, TOP = 48, 6
@@ -35,7 +35,7 @@ def study(folder: Path, seed: int, topology: Topology, progress: Progress) -> di
     recipe = load_recipe(RECIPE, keys, folder / f"seed-{seed}")
     for stage in ("prepare", "score"):
         run(recipe, topology, only=stage, listener=progress)
-    work = _Work(Context(recipe, topology, progress, results(recipe, "score"), lambda other: ""))
+    work = _CandidateSearch(Context(recipe, topology, progress, results(recipe, "score"), lambda other: ""))
     first = {name: part["loss"] for name, part in work.after_cut().items()}
     best = sorted(first, key=lambda name: first[name])
     alone = [name for name in best if (work.candidates[name].shape.layers, work.candidates[name].shape.heads) == (8, 8)]

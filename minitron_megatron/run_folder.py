@@ -23,7 +23,7 @@ class RunFolder:
         folder = cls(path)
         if not folder.recipe.is_file():
             raise CheckpointError(
-                f"{path} is not a run folder: it has no {folder.recipe.name}. Give the `out` of a recipe."
+                f"{path} is not a run folder: it has no {folder.recipe.name}. Give the folder of a run."
             )
         return folder
 
@@ -60,6 +60,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """Every event of the run, one JSON object per line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def status(self) -> Path:
+        """State of each stage in the last command, and how it ended."""
+        return self.path / "status.json"
 
     @property
     def heartbeat(self) -> Path:
@@ -101,7 +106,7 @@ class RunFolder:
 
     @property
     def calibration(self) -> Path:
-        """Tokenized corpora of `score.sources`, one file prefix per source."""
+        """Tokenized corpora of the calibration text, one file prefix per source."""
         return self.path / "calibration"
 
     def unfinished(self, corpora: Path) -> Path:

@@ -27,6 +27,12 @@ def zst(content: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role + ' ' + message.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+
+
 def token_pair(prefix: Path, texts: Sequence[str]) -> Path:
     """Write texts of words w1, w2, ... as a pair, with megatron-core's own builder; return its prefix."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -52,6 +58,8 @@ def every_format(folder: Path, texts: Sequence[str]) -> None:
     rows.save_to_disk(str(folder / "saved_data_set"))
     shutil.copy(next((folder / "saved_data_set").glob("*.arrow")), folder / "corpus.arrow")
     token_pair(folder / "corpus_text_document", texts)
+    chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": text}] for text in texts]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
 
 
 def cache_of_the_hub(folder: Path, texts: Sequence[str]) -> dict[str, str]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from minitron_megatron.recipe.key_names import key_paths
 
 PACKAGE = "minitron_megatron"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "events"}),
+    frozenset({"errors", "events", "numbers"}),
     frozenset({"files", "gpus", "layout", "registry", "run_folder", "settings"}),
     frozenset({"parallel"}),
     frozenset({"records"}),
@@ -25,7 +29,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"recipe", "report"}),
     frozenset({"forecast"}),
     frozenset({"run"}),
-    frozenset({"rehearsal"}),
+    frozenset({"rehearsal", "studies"}),
     frozenset({"cli"}),
     frozenset({"testing", "__main__"}),  # above everything: no other module imports them
 )
@@ -185,6 +189,46 @@ def test_the_check_of_circles_bites() -> None:
     lazy = {"m.r.a": "from .b import x", "m.r.b": "def f():\n    from . import c", "m.r.c": "import m.r.a"}
     with pytest.raises(CycleError):
         TopologicalSorter(needs(lazy)).prepare()
+
+
+def texts(source: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, text) of every string but the help of settings; `{}` stands for each value of an f-string."""
+    tree = ast.parse(source)
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    documented = [after for body in bodies for of, after in pairwise(body) if isinstance(of, ast.AnnAssign)]
+    help_texts = {each.value for each in documented if isinstance(each, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+            yield node.lineno, "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in help_texts:
+            yield node.lineno, node.value
+
+
+@cache
+def asked() -> re.Pattern[str]:
+    """Pattern of a command, and of a recipe key in a block: `data.text_key`, `search.{}`."""
+    dotted = {key for key in key_paths() if "." in key}
+    dotted |= {f"{key.rpartition('.')[0]}.{{}}" for key in dotted}
+    return re.compile(rf"`minitron |(?<![\w./])({'|'.join(map(re.escape, dotted))})(?![\w/])")
+
+
+def recipe_words(source: str) -> list[str]:
+    return [f"{line}: {text}" for line, text in texts(source) if asked().search(text)]
+
+
+def test_rooms_below_the_recipe_name_no_key_and_no_command() -> None:
+    """They raise facts; `with_keys_in_errors` adds the key."""
+    lower = [each for each in modules() if FLOOR[each[1].split(".")[1]] <= FLOOR["recipe"] and ".recipe" not in each[1]]
+    assert not [f"{name}:{found}" for path, name in lower for found in recipe_words(path.read_text())]
+
+
+@pytest.mark.parametrize(
+    "source", ['"Set data.text_key."', 'f"search.{axis} is {size}"', 'f"{x}: run `minitron score`"']
+)
+def test_the_check_of_words_bites(source: str) -> None:
+    assert recipe_words(source)
+    assert not recipe_words(f"class A:\n    x: int\n    {source.removeprefix('f')}\n")
 
 
 def test_importing_the_package_imports_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from minitron_megatron.forecast import estimate
 from minitron_megatron.recipe import load_recipe
-from tests.formats import cache_of_the_hub, every_format, model_of_the_hub
+from tests.formats import CHAT_TEMPLATE, cache_of_the_hub, every_format, model_of_the_hub
 from tests.guide import ROOT, commands, run_command
 from tests.recipes import tiny_recipe
 
@@ -29,6 +30,8 @@ def folder(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = tiny_recipe(material) | {"out": "runs/own", "random_baseline": False, "bench": BENCH}
     recipe["correct"] = recipe["correct"] | BUDGET
     recipe["distill"] = recipe["distill"] | BUDGET | {"retain": True}
+    recipe["model"] = str(shutil.copytree(material / "model", here / "model"))
+    (here / "model" / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (here / "corpus.jsonl").symlink_to(material / "corpus.jsonl")
     every_format(here, texts(material))

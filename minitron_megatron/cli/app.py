@@ -12,6 +12,8 @@ from rich.console import Console
 from ..run_folder import RunFolder
 from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
+from .printing import print_made, print_report, print_steps
+from .running import carry_out, share, start
 
 if TYPE_CHECKING:
     from ..parallel import Topology
@@ -33,11 +35,31 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     name="minitron",
     cls=_Commands,
-    help="Prune and distil a pretrained LLM on Megatron-Core.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+RUN, STAGE, LOOK, PLAN = "Run", "Single stages", "Look", "Plan"
+"""Groups of the commands in the help."""
+
+
+def _print_version(wanted: bool) -> None:
+    from .. import __version__
+
+    if wanted:
+        print(f"minitron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Prune and distil a pretrained LLM on Megatron-Core."""
 
 
 Format = Literal["hf", "megatron"]
@@ -51,11 +73,11 @@ Memory = Annotated[float, typer.Option("--memory", min=0.001, help="GiB per GPU;
 Mfu = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Model FLOPs utilisation: share of the peak.")]
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def run(recipe: RecipePath, overrides: Set = None, out: Out = None, dry_run: DryRun = False) -> None:
     """Run all stages in order. Finished stages are skipped, and an interrupted one resumes."""
     if dry_run:
-        _print_steps(recipe, overrides, out)
+        print_steps(recipe, overrides, out)
     else:
         _run(recipe, overrides, out)
 
@@ -66,7 +88,7 @@ def _stage_command(stage: str, help_text: str) -> None:
     def command(recipe: RecipePath, overrides: Set = None, out: Out = None) -> None:
         _run(recipe, overrides, out, only=stage)
 
-    app.command(stage, help=help_text)(command)
+    app.command(stage, help=help_text, rich_help_panel=STAGE)(command)
 
 
 _stage_command("prepare", "Tokenize the text.")
@@ -75,7 +97,7 @@ _stage_command("correct", "Fine-tune the teacher on the distillation data.")
 _stage_command("score", "Measure the importance of every unit.")
 
 
-@app.command()
+@app.command(rich_help_panel=STAGE)
 def search(
     recipe: RecipePath,
     overrides: Set = None,
@@ -96,7 +118,7 @@ _stage_command("distill", "Distil the teacher into the pruned student.")
 _stage_command("baseline", "Distil the teacher into a random student of the same shape.")
 
 
-@app.command()
+@app.command(rich_help_panel=STAGE)
 def evaluate(
     recipe: RecipePath,
     overrides: Set = None,
@@ -112,7 +134,7 @@ def evaluate(
         _evaluate_folder(recipe, overrides, out, model)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGE)
 def export(
     recipe: RecipePath,
     overrides: Set = None,
@@ -139,7 +161,7 @@ def export(
         _hand_over(recipe, overrides, out, to, checkpoint, form)
 
 
-@app.command()
+@app.command(rich_help_panel=PLAN)
 def init(
     model: Annotated[
         Path,
@@ -155,7 +177,7 @@ def init(
     print(starter_recipe(model, tokenizer), end="")
 
 
-@app.command()
+@app.command(rich_help_panel=PLAN)
 def estimate(
     recipe: RecipePath,
     overrides: Set = None,
@@ -185,7 +207,7 @@ def estimate(
     found.expect_to_fit(memory)
 
 
-@app.command()
+@app.command(rich_help_panel=PLAN)
 def rehearse(
     recipe: RecipePath,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs of the cluster.")],
@@ -216,7 +238,7 @@ def rehearse(
     found.expect_to_fit()
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def bench(
     recipe: RecipePath,
     overrides: Set = None,
@@ -233,7 +255,7 @@ def bench(
     with Progress() as progress:
         rows = measure(loaded, backend, listener=fan_out(raise_if_interrupted, progress))
     Console().print(bench_table(rows))
-    if plot := plot_bench(rows, RunFolder(loaded.out).bench / "ratios.png"):
+    if plot := plot_bench(rows, RunFolder(loaded.out).bench / "ratios.png", paper=backend == "trtllm"):
         print(f"plot: {plot}")
     if backend == "trtllm" and any(row["student"] is None for row in rows):
         commands = RunFolder(loaded.out).bench / "commands.sh"
@@ -241,7 +263,31 @@ def bench(
         print("Then run this command again. Or use `--backend torch` to compare the models on this machine.")
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A study of `--list`, or a YAML file of yours.")] = "",
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="A YAML recipe.")] = None,
+    overrides: Set = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder of all studies, by default OUT-studies.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, max=1000, help="Runs per arm, from the recipe's seed on.")
+    ] = 3,
+    array: Annotated[str, typer.Option("--array", metavar="I/N", help="Only task I of N (from 0) of an array.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the runs, and the stages they share.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Print each study, its claim and its arms.")] = False,
+) -> None:
+    """Compare variants of a recipe over several seeds, as the papers' tables do."""
+    from .study import list_studies, run_study
+
+    if listed:
+        list_studies()
+    else:
+        run_study(name, recipe, overrides or [], out, seeds=seeds, array=array, dry_run=dry_run)
+
+
+@app.command(rich_help_panel=LOOK)
 def show(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A scores file, plan, model or run folder.")],
 ) -> None:
@@ -251,7 +297,7 @@ def show(
     Console().print(describe(path))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
     """Write the report of a run: an HTML page with tables and plots."""
     from ..report import report_run
@@ -259,32 +305,19 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder
     print(report_run(run))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def watch(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Follow a running job; Ctrl-C stops. When output is not a terminal, print once and exit."""
-    from ..report import Progress
+    """Follow a running job until it ends; Ctrl-C stops. When output is not a terminal, print once and exit."""
     from ..report import watch as follow
 
-    console = Console()
-    with Progress(console, short_seconds=0.0) as progress, suppress(KeyboardInterrupt):
-        follow(run, progress, goes_on=lambda: console.is_terminal)
+    with suppress(KeyboardInterrupt):
+        follow(run)
 
 
-@app.command()
+@app.command(rich_help_panel=PLAN)
 def schema() -> None:
     """Print the recipe's JSON Schema."""
     print((Path(__file__).parents[1] / "recipe" / "schema.json").read_text(encoding="utf-8"), end="")
-
-
-def _start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Topology]:
-    """Load a recipe and set up the topology of the launched processes. Collective over them."""
-    from ..parallel import Topology
-    from ..recipe import load_recipe
-
-    recipe = load_recipe(path, overrides or (), out)
-    topology = Topology.start(recipe.parallel)
-    restore_gc()
-    return recipe, topology
 
 
 def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | None = None) -> tuple[Recipe, Topology]:
@@ -292,22 +325,12 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
 
     Returns the recipe and the topology.
     """
-    from ..report import Machine, MetricsFile, Progress, Watchdog, fan_out, logged
-    from ..run import run as run_stages
-
-    recipe, topology = _start(path, overrides, out)
-    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
-    if topology.rank != 0:
-        with watchdog:
-            run_stages(recipe, topology, only=only, listener=fan_out(raise_if_interrupted, watchdog))
-        return recipe, topology
-    config = recipe.model_dump(mode="json")
-    with logged(recipe.out, config, **recipe.log.model_dump()) as log, Progress() as progress, watchdog:
-        metrics = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
-        listener = fan_out(raise_if_interrupted, progress, metrics, Machine(metrics), watchdog)
-        run_stages(recipe, topology, only=only, listener=listener)
-    if only is None:
-        _print_report(recipe.out)
+    recipe, topology = start(path, overrides, out)
+    carry_out(recipe, topology, only=only)
+    if topology.rank == 0:
+        print_made(recipe, only)
+        if only is None:
+            print_report(recipe.out)
     return recipe, topology
 
 
@@ -318,7 +341,7 @@ def _hand_over(
     from ..report import Progress, Watchdog, fan_out
     from ..run import hand_over
 
-    recipe, topology = _start(path, overrides, out)
+    recipe, topology = start(path, overrides, out)
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
         with watchdog:
@@ -338,7 +361,7 @@ def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, 
     from ..report import Progress, Watchdog, fan_out, print_summary
     from ..run import evaluate_folder
 
-    recipe, topology = _start(path, overrides, out)
+    recipe, topology = start(path, overrides, out)
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
         with watchdog:
@@ -359,40 +382,16 @@ def _check_export(recipe: Recipe, topology: Topology) -> None:
 
 
 def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task: str) -> None:
-    from ..errors import RecipeError
     from ..report import MetricsFile, Progress, Watchdog, fan_out
     from ..run import search_task
 
-    number, _, count = task.partition("/")
-    if not number.isdecimal() or not count.isdecimal():
-        raise RecipeError(f"--task {task!r} does not have the form I/N, such as 0/6 for the first of six tasks.")
-    recipe, topology = _start(path, overrides, out)
-    share = int(number), int(count)
+    number, count = share("--task", task)
+    recipe, topology = start(path, overrides, out)
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
     if topology.rank != 0:
         with watchdog:
-            search_task(recipe, topology, *share, listener=fan_out(raise_if_interrupted, watchdog))
+            search_task(recipe, topology, number, count, listener=fan_out(raise_if_interrupted, watchdog))
         return
     with Progress() as progress, watchdog:
         listener = fan_out(raise_if_interrupted, progress, MetricsFile(RunFolder(recipe.out).metrics), watchdog)
-        print(search_task(recipe, topology, *share, listener=listener))
-
-
-def _print_report(out: Path) -> None:
-    from ..records import read_summary
-    from ..report import print_summary, report_run
-
-    print_summary(read_summary(RunFolder(out).summary))
-    print(f"report: {report_run(out)}")
-    print(f"export: {RunFolder(out).model('export')}")
-
-
-def _print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
-    from ..parallel import launched
-    from ..recipe import load_recipe
-    from ..run import dry_run
-
-    if launched("RANK", 0) != 0:
-        return
-    for step in dry_run(load_recipe(path, overrides or (), out)):
-        print(f"{step.stage:<10} {step.state}{': ' + step.why if step.why else ''}")
+        print(search_task(recipe, topology, number, count, listener=listener))

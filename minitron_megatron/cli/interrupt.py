@@ -1,8 +1,8 @@
-"""Ctrl-C as a KeyboardInterrupt that cannot get lost.
+"""Ctrl-C and the scheduler's signal as exceptions that cannot get lost.
 
-A KeyboardInterrupt can get lost: Python drops it in a finalizer, a library's bare `except` swallows it (perhaps in the
-middle of its import), and it is not raised while C code waits for another rank. So the next event of the run raises it
-again, and after a timeout the process ends in any case.
+An exception of a signal handler can get lost: Python drops it in a finalizer, a library's bare `except` swallows it
+(perhaps in the middle of its import, which then fails later), and it is not raised while C code waits for another rank.
+So the next event of the run raises it again, and after Ctrl-C the process ends in any case after a timeout.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from ..errors import Preempted
 from ..events import Event
 
-__all__ = ["Interrupted", "ignore", "interrupted", "listen", "raise_if_interrupted"]
+__all__ = ["Interrupted", "ignore", "interrupted", "listen", "listen_to_scheduler", "preempted", "raise_if_interrupted"]
 
 SAME_SECONDS = 1.0
 """SIGINTs within this time count as one Ctrl-C: the terminal signals every process, and a launcher signals them
@@ -30,6 +31,9 @@ class Interrupted(Exception):
 
 _received: list[int] = []
 """The first SIGINT. A list, because the lock of a threading.Event could deadlock in a nested signal handler."""
+
+_preempted: list[int] = []
+"""The scheduler's signals, but those of a stage, which handles its own."""
 
 
 def listen(seconds: float, end: Callable[[], None]) -> None:
@@ -62,6 +66,17 @@ def listen(seconds: float, end: Callable[[], None]) -> None:
     threading.Thread(target=watch, name="interrupt", daemon=True).start()
 
 
+def listen_to_scheduler() -> None:
+    """Raise Preempted at the scheduler's signals where no stage handles them."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        _preempted.append(number)
+        raise Preempted
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handle)
+
+
 def ignore() -> None:
     """Ignore SIGINT from now on: the work is done, and Python's shutdown takes a second."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -72,10 +87,17 @@ def interrupted() -> bool:
     return bool(_received)
 
 
+def preempted() -> bool:
+    """Whether the scheduler's signal came while no stage handled it."""
+    return bool(_preempted)
+
+
 def raise_if_interrupted(event: Event) -> None:
-    """Listener that raises a lost KeyboardInterrupt again; for the main thread."""
+    """Listener that raises a lost KeyboardInterrupt or Preempted again; for the main thread."""
     if interrupted():
         raise KeyboardInterrupt
+    if preempted():
+        raise Preempted
 
 
 def _drain(pipe: int) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 import traceback
 import warnings
-from types import FrameType
 
 from rich.console import Console
 
 from .gc_tuning import relax_gc
-from .interrupt import Interrupted, ignore, interrupted, listen
+from .interrupt import Interrupted, ignore, interrupted, listen, listen_to_scheduler, preempted
 from .output import keep_writing
 
 __all__ = ["main"]
@@ -37,8 +35,7 @@ def main() -> None:
 
     try:
         listen(LEAVE_SECONDS, _interrupted)
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # a running stage installs its own handlers
-            signal.signal(number, _preempted)
+        listen_to_scheduler()
         from .app import app
 
         app()
@@ -49,24 +46,24 @@ def main() -> None:
             _interrupted()
         raise
     except MinitronError as error:
-        _fail(WRONG_INPUT, error, f"{type(error).__name__}: {error}")
+        _fail(WRONG_INPUT, error, f"error: {error}")
     except Preempted:
-        _print_on_first_rank("Saved, because the scheduler sent a signal. Run the same command again to resume.")
-        _leave(PREEMPTED)
+        _leave_preempted()
     except Exception as error:
-        if interrupted():  # a library turned the KeyboardInterrupt into another exception
+        if interrupted():  # a library turned the exception of the signal into another, or failed without it
             _interrupted()
+        if preempted():
+            _leave_preempted()
         if isinstance(error, OSError) and (message := told_by(error)):
-            _fail(WRONG_INPUT, error, message)
+            _fail(WRONG_INPUT, error, f"error: {message}")
         _fail(OUR_FAULT, error, traceback.format_exc().strip())
     finally:
         ignore()
 
 
-def _preempted(number: int, frame: FrameType | None) -> None:
-    from ..errors import Preempted
-
-    raise Preempted
+def _leave_preempted() -> None:
+    _print_on_first_rank("Saved, because the scheduler sent a signal. Run the same command again to resume.")
+    _leave(PREEMPTED)
 
 
 def _interrupted() -> None:
@@ -112,9 +109,12 @@ def _leave(code: int) -> None:
 
 
 def _quiet() -> None:
-    """Silence the warnings of torch and megatron-core about packages that are optional here."""
+    """Silence libraries' warnings and progress bars, and print the other warnings as one line without source code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides socket warnings; a lost rank is reported once anyway
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     for module in ("megatron", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt|not a leaf Tensor|DTensor).*")

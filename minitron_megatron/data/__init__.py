@@ -1,13 +1,17 @@
-"""Tokenizing text to disk, and batches of tokens, with megatron-core's indexed datasets.
+"""Tokenizing text and chats to disk, and batches of tokens, with megatron-core's indexed datasets.
 
-Knows: text files, tokenizers, `.bin/.idx` pairs, the samples of each step and data-parallel rank. Must not know:
-models, losses, recipes. Every rank reads its own batches; no tokens are broadcast.
+Knows: text files, tokenizers and their chat templates, `.bin/.idx` pairs, the samples of each step and data-parallel
+rank. Must not know: models, losses, recipes. Every rank reads its own batches; no tokens are broadcast.
 """
 
-from .batches import Batch, calibration, calibration_batches, held_out_batches, step_batches
+from .batches import Batch, calibration, calibration_batches, check_split, held_out_batches, step_batches
+from .chat_encode import LossOn
 from .corpus import Corpus, samples_by_source
-from .prepare import prepare
+from .document import SEPARATOR, TEXT_KEY
+from .preferences import PreferencePair, preference_pairs
+from .prepare import HELD_OUT_SHARE, prepare
 from .sources import HUB, input_files, most_bytes, places, text_files
+from .template import chat_marks
 from .token_files import Prepared, PreparedSplit, check_content
 from .tokenizer import (
     check_same_tokenizer,
@@ -21,15 +25,22 @@ from .tokenizer import (
 )
 
 __all__ = [
+    "HELD_OUT_SHARE",
     "HUB",
+    "SEPARATOR",
+    "TEXT_KEY",
     "Batch",
     "Corpus",
+    "LossOn",
+    "PreferencePair",
     "Prepared",
     "PreparedSplit",
     "calibration",
     "calibration_batches",
+    "chat_marks",
     "check_content",
     "check_same_tokenizer",
+    "check_split",
     "check_tokenizer",
     "corpus_marks",
     "end_of_document",
@@ -38,6 +49,7 @@ __all__ = [
     "load_tokenizer",
     "most_bytes",
     "places",
+    "preference_pairs",
     "prepare",
     "samples_by_source",
     "settings_without_chat",

@@ -14,7 +14,7 @@ from ..errors import RecipeError
 from ..parallel import AttentionContext, ContextShard, Topology
 from .corpus import Blend, Corpus, Sample
 
-__all__ = ["Batch", "calibration", "calibration_batches", "held_out_batches", "step_batches"]
+__all__ = ["Batch", "calibration", "calibration_batches", "check_split", "held_out_batches", "step_batches"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Batch:
     labels: Int64[Tensor, "batch seq"]
     """Next token of each token."""
     mask: Bool[Tensor, "batch seq"]
-    """Whether a token counts in the loss."""
+    """Whether a token, of which the label is predicted, counts in the loss."""
     attention_context: AttentionContext | None = None
     """None: each sample is one document."""
 
@@ -57,7 +57,7 @@ def step_batches(
     At any `dp` and `micro_batch`, the ranks together read the samples from `step * global_batch` to `(step + 1) *
     global_batch - 1`. Raises RecipeError where `global_batch` is not a multiple of `micro_batch * dp`.
     """
-    _check_split("global_batch", global_batch, micro_batch, dp)
+    check_split("global_batch", global_batch, micro_batch, dp)
     share = global_batch // dp
     start = step * global_batch + dp_rank * share
     starts = range(start, start + share, micro_batch)
@@ -79,7 +79,7 @@ def calibration_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: i
 
     Raises RecipeError where the number of samples is not a multiple of `micro_batch * dp`.
     """
-    _check_split("samples", len(corpus), micro_batch, dp)
+    check_split("samples", len(corpus), micro_batch, dp)
     return step_batches(corpus, 0, global_batch=len(corpus), micro_batch=micro_batch, dp_rank=dp_rank, dp=dp)
 
 
@@ -93,29 +93,28 @@ def held_out_batches(corpus: Corpus, *, micro_batch: int, dp_rank: int, dp: int,
     share = -(-len(corpus) // unit) * micro_batch * rounds
 
     def sample(index: int) -> Sample:
-        tokens, labels, mask = corpus[min(index, len(corpus) - 1)]
-        return tokens, labels, mask if index < len(corpus) else torch.zeros_like(mask)
+        found = corpus[min(index, len(corpus) - 1)]
+        return found if index < len(corpus) else found._replace(mask=torch.zeros_like(found.mask))
 
     starts = range(dp_rank * share, (dp_rank + 1) * share, micro_batch)
     return [_stack((sample(i) for i in range(a, a + micro_batch)), corpus.end) for a in starts]
 
 
-def _check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
+def check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
+    """Raise RecipeError unless `total` samples divide into micro-batches on `dp` data-parallel ranks."""
     unit = micro_batch * dp
     if total < 1 or total % unit:
         below = total // unit * unit
         near = f"{below} or {below + unit}" if below > 0 else f"{unit}"
         raise RecipeError(
-            f"{name}={total} cannot be split into micro-batches of {micro_batch} on {dp} data-parallel ranks. "
-            f"Set it to a multiple of {unit}, such as {near}, or change micro_batch."
+            f"{name} is {total}, which cannot be split into micro-batches of {micro_batch} on {dp} data-parallel "
+            f"ranks. Choose a multiple of {unit}, such as {near}."
         )
 
 
 def _stack(samples: Iterable[Sample], end: int | None) -> Batch:
     """Stack samples to a Batch. end: end-of-document token; documents are then separate, and the loss does not count at
-    that token, since the next token is unrelated. None: attention crosses document boundaries."""
-    tokens, labels, mask = (torch.stack(parts) for parts in zip(*samples, strict=True))
-    if end is None:
-        return Batch(tokens, labels, mask)
-    ends = tokens == end
-    return Batch(tokens, labels, mask & ~ends, AttentionContext(documents=ends.cumsum(1) - ends.long()))
+    the last token of one, since the next token is unrelated. None: attention crosses document boundaries."""
+    tokens, labels, mask, ends = (torch.stack(parts) for parts in zip(*samples, strict=True))
+    context = None if end is None else AttentionContext(documents=ends.cumsum(1) - ends.long())
+    return Batch(tokens, labels, mask, context)

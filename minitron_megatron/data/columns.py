@@ -1,4 +1,4 @@
-"""Readers of the text column of Parquet and Arrow files. Rows are numbered from 0."""
+"""Readers of the columns of text or of chats of Parquet and Arrow files. Rows are numbered from 0."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import DataError
-from .document import MOST_CHARS, Document, Fields, document_of, missing_key, not_utf8, too_long
+from .chat import CHAT_KEYS, record_document
+from .document import MOST_CHARS, Document, Fields, document_of, listed, missing_key, not_utf8, too_long
 from .streams import pyarrow
 
 if TYPE_CHECKING:
@@ -25,17 +26,17 @@ FILE_MAGIC = b"ARROW1"
 
 
 def parquet_rows(file: Path, fields: Fields) -> Iterator[Document]:
-    """Yield one document per row: the text in the column `text_key`."""
+    """Yield one document per row: the text in the column `text_key`, or a chat."""
     parquet = pyarrow(file, "pyarrow.parquet")
     with _explained(file, "Parquet"), parquet.ParquetFile(str(file), buffer_size=BUFFER, pre_buffer=False) as table:
-        _check_column(table.schema_arrow, file, fields.text_key)
+        columns = _columns(table.schema_arrow, file, fields)
         size = file.stat().st_size // max(1, table.metadata.num_rows)
-        batches = table.iter_batches(batch_size=ROWS, columns=[fields.text_key])
-        yield from _rows(batches, file, fields.text_key, size)
+        batches = table.iter_batches(batch_size=ROWS, columns=columns)
+        yield from _rows(batches, columns, file, fields, size)
 
 
 def arrow_rows(file: Path, fields: Fields) -> Iterator[Document]:
-    """Yield one document per row: the text in the column `text_key`. Holds one record batch in memory."""
+    """Yield one document per row: the text in the column `text_key`, or a chat. Holds one record batch in memory."""
     arrow = pyarrow(file, "pyarrow.ipc")
     with file.open("rb") as stream:
         begins = stream.read(len(FILE_MAGIC))
@@ -44,9 +45,9 @@ def arrow_rows(file: Path, fields: Fields) -> Iterator[Document]:
     whole = begins == FILE_MAGIC
     with _explained(file, "Arrow"), pyarrow(file).memory_map(str(file)) as content:
         reader = arrow.open_file(content) if whole else arrow.open_stream(content)
-        _check_column(reader.schema, file, fields.text_key)
+        columns = _columns(reader.schema, file, fields)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if whole else reader
-        yield from _rows(batches, file, fields.text_key, None)
+        yield from _rows(batches, columns, file, fields, None)
 
 
 @contextmanager
@@ -60,6 +61,20 @@ def _explained(file: Path, kind: str) -> Iterator[None]:
         raise DataError(f"{file} is damaged or no {kind} file: {reason}. Copy or write it again.") from error
 
 
+def _columns(schema: Schema, file: Path, fields: Fields) -> list[str]:
+    """Return the columns to read. Raises DataError where there are none of the right kind."""
+    if fields.form == "text":
+        _check_column(schema, file, fields.text_key)
+        return [fields.text_key]
+    there = [name for name in CHAT_KEYS if name in schema.names]
+    if not there or any(schema.names.count(name) > 1 for name in there):
+        raise DataError(
+            f"{file} holds {listed(schema.names, 'column')}, and chats have messages, or prompt and response, each "
+            "once. Rename its columns."
+        )
+    return there
+
+
 def _check_column(schema: Schema, file: Path, key: str) -> None:
     if schema.names.count(key) != 1:
         if key in schema.names:
@@ -69,25 +84,42 @@ def _check_column(schema: Schema, file: Path, key: str) -> None:
     inner = kind.value_type if arrow.types.is_dictionary(kind) else kind
     if not any(fits(inner) for fits in (arrow.types.is_string, arrow.types.is_large_string)):
         raise DataError(
-            f"{file} has no text in the column {key!r}: it holds {str(kind)[:80]}. "
-            "Set data.text_key to a column of text."
+            f"{file} has no text in the column {key!r}: it holds {str(kind)[:80]}. Set `text_key` to a column of text."
         )
 
 
-def _rows(batches: Iterable[RecordBatch], file: Path, key: str, size: int | None) -> Iterator[Document]:
+def _rows(
+    batches: Iterable[RecordBatch], columns: list[str], file: Path, fields: Fields, size: int | None
+) -> Iterator[Document]:
     """size: bytes of a row in the file; None: the bytes that it has in memory."""
-    arrow, row = pyarrow(file), 0
+    row = 0
     for batch in batches:
-        column = batch.column(batch.schema.get_field_index(key))
-        if arrow.types.is_dictionary(column.type):
-            column.validate(full=True)
-            column = column.dictionary_decode()
-        column = column.cast(arrow.large_binary())
-        column.validate(full=True)  # of a damaged file, offsets may lead outside of the data
         each = size if size is not None else batch.nbytes // max(1, len(batch))
-        for scalar in column:
-            yield _document(scalar.as_py(), key, each, f"{file}, row {row}")
+        if fields.form == "text":
+            for text in _texts(batch, fields.text_key, file):
+                yield _document(text, fields.text_key, each, f"{file}, row {row}")
+                row += 1
+            continue
+        chosen = batch.select(columns)
+        for column in chosen.columns:
+            column.validate(full=True)  # of a damaged file, offsets may lead outside of the data
+        for record in chosen.to_pylist():
+            there = {key: value for key, value in record.items() if value is not None}
+            yield record_document(there, fields, each, f"{file}, row {row}")
             row += 1
+
+
+def _texts(batch: RecordBatch, key: str, file: Path) -> Iterator[bytes | None]:
+    """Yield the values of a column of text."""
+    arrow = pyarrow(file)
+    column = batch.column(batch.schema.get_field_index(key))
+    if arrow.types.is_dictionary(column.type):
+        column.validate(full=True)
+        column = column.dictionary_decode()
+    column = column.cast(arrow.large_binary())
+    column.validate(full=True)
+    for scalar in column:
+        yield scalar.as_py()
 
 
 def _document(value: bytes | None, key: str, size: int, place: str) -> Document:

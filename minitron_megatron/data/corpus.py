@@ -7,10 +7,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import uuid4
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..parallel import broadcast_object, fail_together
 from .cache import write_once
+from .chat_encode import COUNTS, LAST
 from .token_files import TokenFiles, check_blocks, find_token_files
 
 if TYPE_CHECKING:
@@ -28,8 +30,16 @@ __all__ = ["Corpus", "samples_by_source"]
 Blend = Sequence[tuple[str | Path, float]]
 """Pairs (prefix of a prepared corpus, weight); the weights need not add up to 1."""
 
-Sample = tuple[Int64[Tensor, "seq"], Int64[Tensor, "seq"], Bool[Tensor, "seq"]]
-"""Tokens, labels (the next token of each), and whether a token counts in the loss."""
+
+class Sample(NamedTuple):
+    tokens: Int64[Tensor, "seq"]
+    labels: Int64[Tensor, "seq"]
+    """Next token of each token."""
+    mask: Bool[Tensor, "seq"]
+    """Whether the label of a token counts in the loss."""
+    ends: Bool[Tensor, "seq"]
+    """Whether a token is the last one of its document, where documents are separate; else false."""
+
 
 STAND_IN = SimpleNamespace(vocab_size=None, eod=None, unique_identifiers={})
 """Placeholder for the tokenizer that mcore's configuration requires: nothing here tokenizes, pads or masks with it."""
@@ -40,7 +50,8 @@ class Corpus:
 
     Sample i is the same at every layout: it depends on the corpora, their weights, `sequence`, `samples` and `seed`. A
     corpus too small for its share is read again in another order (mcore's epochs), or refused if `repeat` is false.
-    `end`: end-of-document token, after which batches begin another document.
+    `end`: end-of-document token of text, after which batches begin another document; chats have marks of their own.
+    None: documents are not separate.
     Collective over the world: rank 0 writes the index to `cache`, a folder that every rank must see. Raises DataError
     where a corpus is missing, damaged or too small.
     """
@@ -74,11 +85,12 @@ class Corpus:
         key = json.dumps([megatron, split, sequence, seed, counts, [pair.content for pair in pairs]])
         folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
-        def index(folder: Path) -> list[GPTDataset]:
-            return [_dataset(p, count, split, sequence, seed, folder) for p, count in zip(pairs, counts, strict=True)]
+        def index(folder: Path) -> list[_Source]:
+            each = zip(pairs, counts, strict=True)
+            return [_Source(pair, count, split, sequence, seed, folder) for pair, count in each]
 
         write_once(folder, index, first_rank=first_rank)
-        self._datasets = index(folder)
+        self._sources = index(folder)
 
     def __len__(self) -> int:
         return len(self._choice)
@@ -86,8 +98,31 @@ class Corpus:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is out of range: there are {len(self)}")
-        sample = self._datasets[self._choice[index]][int(self._place[index])]
-        return sample["tokens"], sample["labels"], sample["loss_mask"].bool()
+        return self._sources[self._choice[index]].sample(int(self._place[index]), self.end)
+
+
+class _Source:
+    """Samples of one corpus: mcore's GPTDataset, and of chats another one, of the marks, with the same index."""
+
+    def __init__(self, pair: TokenFiles, samples: int, split: str, sequence: int, seed: int, folder: Path) -> None:
+        self._tokens, *marks = (
+            _dataset(prefix, pair, samples, split, sequence, seed, folder)
+            for prefix in (pair.prefix, pair.mask)
+            if prefix
+        )
+        self._marks = marks[0] if marks else None
+
+    def sample(self, index: int, end: int | None) -> Sample:
+        """Return a sample. end: end-of-document token where documents are separate."""
+        found = self._tokens[index]
+        tokens, labels, mask = found["tokens"], found["labels"], found["loss_mask"].bool()
+        last = tokens == end
+        if self._marks is not None:
+            marks = self._marks[index]
+            mask = (marks["labels"] & COUNTS) > 0
+            last = (marks["tokens"] & LAST) > 0
+        ends = last if end is not None else torch.zeros_like(mask)
+        return Sample(tokens, labels, mask & ~ends, ends)
 
 
 def _normalised(blend: Blend) -> NDArray[np.float64]:
@@ -119,19 +154,24 @@ def _check_size(pair: TokenFiles, sequence: int, count: int) -> None:
     if held < count:
         raise DataError(
             f"{count} different sequences of {sequence} tokens are asked of {pair.prefix}, which holds {held} "
-            f"({pair.tokens} tokens). Use fewer tokens or less of this corpus, or let it repeat (data.repeat)."
+            f"({pair.tokens} tokens). Use fewer tokens or less of this corpus, or set `repeat` to true."
         )
 
 
-def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: int, folder: Path) -> GPTDataset:
-    """Return mcore's GPTDataset with its index in `folder`; by mcore's rule, only rank 0 writes a missing index."""
+def _dataset(
+    prefix: Path, pair: TokenFiles, samples: int, split: str, sequence: int, seed: int, folder: Path
+) -> GPTDataset:
+    """Return mcore's GPTDataset of the pair at a prefix, which has the documents of `pair`, with its index in `folder`.
+
+    By mcore's rule, only rank 0 writes a missing index.
+    """
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
 
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence,
-        blend_per_split=[([str(pair.prefix)], None), None, None],
+        blend_per_split=[([str(prefix)], None), None, None],
         path_to_cache=str(folder),
         tokenizer=STAND_IN,
         reset_position_ids=False,
@@ -139,7 +179,7 @@ def _dataset(pair: TokenFiles, samples: int, split: str, sequence: int, seed: in
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    tokens = GPTDataset.build_low_level_dataset(str(pair.prefix), config)
+    tokens = GPTDataset.build_low_level_dataset(str(prefix), config)
     chosen = np.arange(len(tokens), dtype=np.int32) if pair.sequences is None else pair.sequences
     # named by content, since a corpus may move
     return GPTDataset(tokens, pair.content, chosen, samples, Split[split], config)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 from ..errors import DataError
 
 __all__ = [
     "HALF_SURROGATE",
     "MOST_CHARS",
+    "SEPARATOR",
+    "TEXT_KEY",
     "Document",
     "Fields",
     "document_of",
+    "kind_of",
+    "listed",
     "missing_key",
     "not_utf8",
     "too_long",
 ]
+
+TEXT_KEY, SEPARATOR = "text", "<|endoftext|>"
+"""Defaults of `Fields`."""
 
 MOST_CHARS = 1 << 30
 """Maximum characters of a line or document; a longer one is refused, since lengths are stored as int32."""
@@ -39,12 +47,14 @@ class Document(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """Keys of a recipe that say how the documents of a file are found."""
+    """How the documents of a file are found."""
 
-    text_key: str = "text"
+    text_key: str = TEXT_KEY
     """Key or column of the text."""
-    separator: str = "<|endoftext|>"
+    separator: str = SEPARATOR
     """Text between the documents of a .txt file."""
+    form: Literal["text", "chat", "preference"] = "text"
+    """Content of a record."""
 
 
 def document_of(record: object, key: str, size: int, place: str) -> Document:
@@ -53,29 +63,34 @@ def document_of(record: object, key: str, size: int, place: str) -> Document:
         return Document(text, size, place)
     if not isinstance(record, dict):
         raise DataError(
-            f"{place} has no text under the key {key!r}; it holds {_kind(record)}. Each record must be an object."
+            f"{place} has no text under the key {key!r}; it holds {kind_of(record)}. Each record must be an object."
         )
     if key in record:
         raise DataError(
-            f"{place} has no text under the key {key!r}: its value is {_kind(record[key])}. "
-            "Remove the record, or set data.text_key to another key."
+            f"{place} has no text under the key {key!r}: its value is {kind_of(record[key])}. "
+            "Remove the record, or set `text_key` to another key."
         )
     raise missing_key(place, key, list(record), "key")
 
 
 def missing_key(place: str, key: str, there: list[str], word: str) -> DataError:
     """Return the error for a record without the key of the text. word: `key` or `column`."""
-    names = [repr(name if len(name) <= MOST_KEY_CHARS else name[:MOST_KEY_CHARS] + "...") for name in there]
-    more = f" and {len(names) - MOST_KEYS} more" if len(names) > MOST_KEYS else ""
-    held = f"the {word}s {', '.join(names[:MOST_KEYS])}{more}" if names else f"no {word}s"
     outermost = " of the outermost object" if word == "key" else ""
     return DataError(
-        f"{place} has no text under the {word} {key!r}; it holds {held}. "
-        f"Set data.text_key to the right {word}{outermost}."
+        f"{place} has no text under the {word} {key!r}; it holds {listed(there, word)}. "
+        f"Set `text_key` to the right {word}{outermost}."
     )
 
 
-def _kind(value: object) -> str:
+def listed(there: Iterable[str], word: str) -> str:
+    """Return the first keys or columns of a record, for a message. word: `key` or `column`."""
+    names = [repr(name if len(name) <= MOST_KEY_CHARS else name[:MOST_KEY_CHARS] + "...") for name in there]
+    more = f" and {len(names) - MOST_KEYS} more" if len(names) > MOST_KEYS else ""
+    return f"the {word}s {', '.join(names[:MOST_KEYS])}{more}" if names else f"no {word}s"
+
+
+def kind_of(value: object) -> str:
+    """Return a JSON value's type, for a message."""
     return JSON_TYPES.get(type(value), "a number")
 
 
@@ -90,5 +105,5 @@ def not_utf8(place: str, content: bytes, error: UnicodeDecodeError, what: str = 
 
 def too_long(place: str) -> DataError:
     return DataError(
-        f"{place} begins a document of more than {MOST_CHARS:,} characters. Split it, or set data.separator."
+        f"{place} begins a document of more than {MOST_CHARS:,} characters. Split it, or set another `separator`."
     )

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -17,11 +17,15 @@ from tokenizers import Tokenizer
 
 from ..errors import DataError
 
-__all__ = ["EncodeError", "Encoder", "encode_all", "foreign"]
+__all__ = ["Columns", "EncodeError", "Encoder", "encode_all", "foreign"]
+
+Columns = tuple[NDArray, ...]
+"""Token ids of a document, and of a chat also the mark of each token."""
+Encode = Callable[[Sequence[str]], list[Columns]]
 
 
 class EncodeError(Exception):
-    """A text cannot be tokenized. Arguments: its index in the batch, and the reason."""
+    """A text cannot be tokenized. Arguments: its index in the batch, the reason, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,15 @@ class Encoder:
     tokenizer: Tokenizer
     end: int
     dtype: DTypeLike
+    marks: tuple[()] = ()
 
-    def __call__(self, texts: Sequence[str]) -> list[NDArray]:
-        return [self._ids(number, text) for number, text in enumerate(texts)]
+    @property
+    def types(self) -> list[DTypeLike]:
+        """Types of the columns."""
+        return [self.dtype]
+
+    def __call__(self, texts: Sequence[str]) -> list[Columns]:
+        return [(self._ids(number, text),) for number, text in enumerate(texts)]
 
     def _ids(self, number: int, text: str) -> NDArray:
         try:
@@ -41,7 +51,7 @@ class Encoder:
         except BaseException as error:
             if not foreign(error):
                 raise
-            raise EncodeError(number, str(error)) from None
+            raise EncodeError(number, str(error), "Correct the text, or the model's tokenizer.") from None
 
 
 def foreign(error: BaseException) -> bool:
@@ -49,7 +59,7 @@ def foreign(error: BaseException) -> bool:
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def encode_all(batches: Iterable[Sequence[str]], encoder: Encoder, workers: int) -> Iterator[list[NDArray]]:
+def encode_all(batches: Iterable[Sequence[str]], encoder: Encode, workers: int) -> Iterator[list[Columns]]:
     """Yield the encoded batches, in the order of `batches`; only a few batches per worker are in memory at a time.
 
     Raises EncodeError for a text that cannot be tokenized, when its batch is due.
@@ -60,7 +70,7 @@ def encode_all(batches: Iterable[Sequence[str]], encoder: Encoder, workers: int)
     context = multiprocessing.get_context("forkserver")  # fork is unsafe in a process with threads
     context.set_forkserver_preload([__name__])  # so that imports run once, not once per worker
     with ProcessPoolExecutor(workers, context, _start, (encoder,)) as pool:
-        waiting: deque[Future[list[NDArray]]] = deque()
+        waiting: deque[Future[list[Columns]]] = deque()
         try:
             for batch in batches:
                 waiting.append(pool.submit(_encode, batch))
@@ -70,14 +80,14 @@ def encode_all(batches: Iterable[Sequence[str]], encoder: Encoder, workers: int)
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise DataError(
-                "A tokenizer process was killed, perhaps for lack of memory. Reduce data.workers."
+                "A tokenizer process was killed, perhaps for lack of memory. Use fewer `workers`."
             ) from error
 
 
-_encoder: Encoder
+_encoder: Encode
 
 
-def _start(encoder: Encoder) -> None:
+def _start(encoder: Encode) -> None:
     """Initialise a worker: keep the encoder, so that batches need not carry it, and end with the parent process."""
     global _encoder
     _encoder = encoder
@@ -92,5 +102,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(texts: Sequence[str]) -> list[NDArray]:
+def _encode(texts: Sequence[str]) -> list[Columns]:
     return _encoder(texts)

@@ -21,6 +21,7 @@ from .sources import pair_prefix
 from .token_files import (
     BLOCK,
     KINDS,
+    MASK,
     SPLITS,
     Checksums,
     Prepared,
@@ -88,8 +89,10 @@ def _only_pair(sources: Sequence[str | Path]) -> TokenFiles:
         told = ", ".join(map(str, sources))
         raise DataError(
             f"{told} mixes a tokenized corpus with others. Make each .bin/.idx pair a source of its own, and hold out "
-            "a share of its documents or another pair (data.sources[].validation)."
+            "a share of its documents or another pair, by `validation`."
         )
+    if Path(f"{prefixes[0]}.{MASK}.idx").exists():
+        raise DataError(f"{prefixes[0]} is a tokenized chat, whose mask would be lost. Name the chats themselves.")
     return find_pair(prefixes[0].absolute(), "Copy or tokenize it again.")
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from ..errors import DataError
-from .document import HALF_SURROGATE, MOST_CHARS, Document, Fields, document_of, not_utf8, too_long
+from .chat import CHAT_KEYS, record_document
+from .document import HALF_SURROGATE, MOST_CHARS, Document, Fields, not_utf8, too_long
 
 __all__ = ["json_lines", "json_records"]
 
@@ -18,7 +19,15 @@ CHUNK_CHARS = 1 << 16
 NEAR_END = 16
 """A JSON error within this many characters of the buffer's end may only mean that a number or word goes on."""
 BLANK = " \t\r\n"
-DECODER = json.JSONDecoder(parse_int=float)  # Python refuses to parse an int of 5,000 digits
+MOST_DIGITS = 1000
+
+
+def _number(digits: str) -> int | float:
+    """Parse a whole number; Python refuses to parse an int of 5,000 digits."""
+    return int(digits) if len(digits) <= MOST_DIGITS else float(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=_number)
 
 
 def json_lines(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Document]:
@@ -40,7 +49,7 @@ def json_lines(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Documen
                 raise _too_deep(place) from error
             except ValueError as error:
                 raise _not_json(place, error) from error
-            yield _document(value, content, fields.text_key, len(line), place)
+            yield _document(value, content, fields, len(line), place)
 
 
 def json_records(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Document]:
@@ -62,7 +71,7 @@ def json_records(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Docum
         number += 1
         place = f"{text.place} (record {number})"
         value, content = text.value(place)
-        yield _document(value, content, fields.text_key, len(content), place)
+        yield _document(value, content, fields, len(content), place)
     if in_list and not following:
         raise DataError(f"{text.place} ends within a list. Copy the file again.")
     text.at += 1
@@ -119,15 +128,16 @@ class _Text:
         return bool(more)
 
 
-def _document(value: object, content: str, key: str, size: int, place: str) -> Document:
+def _document(value: object, content: str, fields: Fields, size: int, place: str) -> Document:
     """content: text of the value."""
-    try:
-        repeated = content.count(f'"{key}"') > 1 and isinstance(value, dict) and _is_repeated(content, key)
-    except RecursionError as error:
-        raise _too_deep(place) from error
-    if repeated:
-        raise DataError(f"{place} has the key {key!r} twice. Keep one of them.")
-    document = document_of(value, key, size, place)
+    for key in (fields.text_key,) if fields.form == "text" else CHAT_KEYS:
+        try:
+            repeated = content.count(f'"{key}"') > 1 and isinstance(value, dict) and _is_repeated(content, key)
+        except RecursionError as error:
+            raise _too_deep(place) from error
+        if repeated:
+            raise DataError(f"{place} has the key {key!r} twice. Keep one of them.")
+    document = record_document(value, fields, size, place)
     if "\\u" not in content:
         return document
     text, halves = HALF_SURROGATE.subn("\ufffd", document.text)

@@ -12,21 +12,27 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
+from tokenizers import Tokenizer
 
 from ..errors import DataError
 from ..events import Event, Listener, silent
 from ..files import file_marks
-from .document import Document, Fields
+from .chat_encode import ChatEncoder, LossOn
+from .document import SEPARATOR, TEXT_KEY, Document, Fields
 from .encode import EncodeError, Encoder, encode_all
 from .hub import hub_files
 from .in_place import use_pair
 from .readers import documents
 from .sources import HUB, left_out, names, pair_prefix, text_files
+from .template import load_template
 from .token_files import SPLITS, Prepared, PreparedSplit, content_of
 from .token_writer import PairWriters, TokenFileWriter, pair_writers, token_dtype
 from .tokenizer import corpus_marks, end_of_document, load_tokenizer, vocabulary
 
-__all__ = ["prepare"]
+__all__ = ["HELD_OUT_SHARE", "prepare"]
+
+HELD_OUT_SHARE = 0.01
+"""Share of the documents that is held out by default."""
 
 BATCH_CHARS = 1 << 20
 """Characters of text sent to a worker process at a time."""
@@ -61,25 +67,28 @@ def prepare(
     tokenizer: str | Path,
     out_prefix: str | Path,
     *,
-    validation: float | Sequence[str | Path] = 0.01,
+    validation: float | Sequence[str | Path] = HELD_OUT_SHARE,
     workers: int = 1,
-    text_key: str = "text",
-    separator: str = "<|endoftext|>",
+    text_key: str = TEXT_KEY,
+    separator: str = SEPARATOR,
     seed: int = 0,
     vocab: int | None = None,
+    chat: LossOn | None = None,
     enough: Mapping[str, int] | None = None,
     listener: Listener = silent,
 ) -> Prepared:
     """Tokenize the text of `sources`: files, folders, globs, and data sets of the Hub (`hf://owner/name:split`).
 
     A source that names a tokenized `.bin/.idx` pair is used in place (`use_pair`), and must be the only one.
-
     `text_key` is the key or column of the text in `.jsonl`, `.json`, `.parquet` and `.arrow` files; `separator` parts
     the documents of `.txt` files.
 
+    `chat` says that records are conversations, and which tokens are trained on: the assistant's, or all. A pair
+    `<out_prefix>.<split>.mask` then holds a mark for each token.
+
     Writes `<out_prefix>.train.bin/.idx` and `<out_prefix>.valid.bin/.idx`. `validation` is the fraction of documents
     to hold out, drawn by `seed` (0: no validation split), or the sources to hold out. `tokenizer` is a Hugging Face
-    folder; each document ends with its end-of-sequence token and gets no other special token. `vocab` is the number of
+    folder; each text ends with its end-of-sequence token and gets no other special token. `vocab` is the number of
     entries of the model's embedding. `enough` are the tokens of the splits `train` and `valid` after which to stop; a
     later call with more goes on from there. So does one after a kill. Not collective: call it in one process.
 
@@ -89,33 +98,48 @@ def prepare(
     """
     share, held_out_sources = _held_out(validation)
     if any(map(pair_prefix, (*sources, *held_out_sources))):
+        if chat:
+            raise DataError(f"{sources[0]} is tokenized and holds no chats. Set the format of the source to text.")
         return use_pair(
             sources, held_out_sources, tokenizer, out_prefix, share=share, seed=seed, vocab=vocab, listener=listener
         )
     if not separator:
-        raise DataError("An empty separator cannot separate documents. Set data.separator to the text between them.")
-    reader = load_tokenizer(tokenizer)
-    encoder = Encoder(reader, end_of_document(tokenizer, reader), token_dtype(vocabulary(reader)))
+        raise DataError("An empty separator cannot separate documents. Set `separator` to the text between them.")
+    encoder = _encoder(tokenizer, chat)
+    fields = Fields(text_key, separator, "chat" if chat else "text")
     held_out = _files(held_out_sources)
-    job = _Job(held_out, _files(sources), Fields(text_key, separator), share, seed, vocab)
+    job = _Job(held_out, _files(sources), fields, share, seed, vocab, encoder.marks)
     splits = SPLITS if share or held_out else SPLITS[:1]
     limits = {split: enough[split] for split in splits if enough and not (held_out and split == "valid")}
-    with pair_writers(out_prefix, splits, encoder.dtype, job.key(tokenizer)) as work:
+    with pair_writers(out_prefix, splits, encoder.types, job.key(tokenizer)) as work:
         if _is_enough(work.writers, limits):
-            work.restart(splits, encoder.dtype)  # a smaller budget gives what it would have given at once
-        end = _tokenize(work, job, encoder, workers, limits, listener)
+            work.restart(splits)  # a smaller budget gives what it would have given at once
+        position = _tokenize(work, job, encoder, workers, limits, listener)
         _refuse_empty(work.writers, validation)
         if stopped := _is_enough(work.writers, limits):
-            work.save(end, every=0)
+            work.save(position, every=0)
         work.finish(goes_on=stopped)
-    if end.replaced:
-        warnings.warn(f"{end.replaced} unpaired surrogates became U+FFFD, the first in {end.first}.", stacklevel=2)
-    content = content_of(writer.content for writer in work.writers.values())
-    made = {
-        name: PreparedSplit(Path(f"{out_prefix}.{name}"), w.documents, w.tokens) for name, w in work.writers.items()
-    }
-    read = min(1.0, end.source_bytes / job.bytes) if stopped else 1.0
-    return Prepared(made["train"], made.get("valid"), encoder.end, content, read)
+    _warn_of_surrogates(position)
+    read = min(1.0, position.source_bytes / job.bytes) if stopped else 1.0
+    return _prepared(work.writers, out_prefix, encoder.end, read)
+
+
+def _warn_of_surrogates(position: Position) -> None:
+    if position.replaced:
+        told = f"{position.replaced} unpaired surrogates became U+FFFD, the first in {position.first}."
+        warnings.warn(told, stacklevel=3)
+
+
+def _prepared(writers: Mapping[str, TokenFileWriter], out_prefix: str | Path, end: int, read: float) -> Prepared:
+    content = content_of(writer.content for writer in writers.values())
+    made = {name: PreparedSplit(Path(f"{out_prefix}.{name}"), w.documents, w.tokens) for name, w in writers.items()}
+    return Prepared(made["train"], made.get("valid"), end, content, read)
+
+
+def _encoder(tokenizer: str | Path, chat: LossOn | None) -> Encoder | ChatEncoder:
+    reader = load_tokenizer(tokenizer)
+    end, dtype = end_of_document(tokenizer, reader), token_dtype(vocabulary(reader))
+    return ChatEncoder(reader, end, dtype, load_template(tokenizer), chat) if chat else Encoder(reader, end, dtype)
 
 
 @dataclass(frozen=True)
@@ -128,6 +152,8 @@ class _Job:
     share: float
     seed: int
     vocab: int | None
+    marks: Sequence[object]
+    """Everything but the tokenizer that determines the tokens of a chat."""
 
     @property
     def bytes(self) -> int:
@@ -137,7 +163,7 @@ class _Job:
     def key(self, tokenizer: str | Path) -> str:
         """Return a checksum of all that the tokens depend on."""
         marks = [file_marks(self.held_out), file_marks(self.files), corpus_marks(tokenizer), tokenizers.__version__]
-        keys = [*self.fields, self.share, self.seed, self.vocab]
+        keys = [*self.fields, self.share, self.seed, self.vocab, *self.marks]
         return hashlib.sha256(json.dumps([*marks, *keys]).encode()).hexdigest()
 
     def items(self, position: Position) -> Iterator[Item]:
@@ -148,7 +174,12 @@ class _Job:
 
 
 def _tokenize(
-    work: PairWriters, job: _Job, encoder: Encoder, workers: int, limits: Mapping[str, int], listener: Listener
+    work: PairWriters,
+    job: _Job,
+    encoder: Encoder | ChatEncoder,
+    workers: int,
+    limits: Mapping[str, int],
+    listener: Listener,
 ) -> Position:
     """Write the documents that are not written yet, until the limits are reached; return the position after them."""
     position, total = Position(*work.position), job.bytes
@@ -221,7 +252,7 @@ def _is_enough(writers: Mapping[str, TokenFileWriter], limits: Mapping[str, int]
 def _write(
     writers: Mapping[str, TokenFileWriter],
     batches: Iterator[list[Item]],
-    encoder: Encoder,
+    encoder: Encoder | ChatEncoder,
     workers: int,
     vocab: int | None,
     limits: Mapping[str, int],
@@ -233,24 +264,23 @@ def _write(
     try:
         for encoded in encode_all(texts, encoder, workers):
             batch = next(batches)
-            for item, ids in zip(batch, encoded, strict=True):
+            for item, columns in zip(batch, encoded, strict=True):
+                ids = columns[0]
                 if may_exceed and ids.max() >= vocab:
-                    raise _unknown(item.document, int(ids[ids >= vocab][0]), encoder, vocab)
-                writers[item.split].add(ids)
+                    raise _unknown(item.document, int(ids[ids >= vocab][0]), encoder.tokenizer, vocab)
+                writers[item.split].add(*columns)
                 if _is_enough(writers, limits):
                     yield item.after
                     return
             yield batch[-1].after
     except EncodeError as error:
-        number, reason = error.args
+        number, reason, advice = error.args
         place = next(batches)[number].document.place
-        raise DataError(
-            f"{place} cannot be tokenized: {reason}. Correct the text, or the model's tokenizer."
-        ) from error
+        raise DataError(f"{place} cannot be tokenized: {reason}. {advice}") from error
 
 
-def _unknown(document: Document, token: int, encoder: Encoder, vocab: int | None) -> DataError:
-    word = encoder.tokenizer.id_to_token(token)
+def _unknown(document: Document, token: int, tokenizer: Tokenizer, vocab: int | None) -> DataError:
+    word = tokenizer.id_to_token(token)
     return DataError(
         f"The document that begins at {document.place} has the token {word!r} ({token}), and the model has {vocab} "
         f"entries. Remove the token from the text, or use the tokenizer that came with the model."

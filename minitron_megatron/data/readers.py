@@ -20,6 +20,8 @@ CHUNK_CHARS = 1 << 26
 
 def separated_text(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Document]:
     """Yield the parts of the file between separators, stripped of newlines at their ends."""
+    if fields.form != "text":
+        raise DataError(f"{file} is plain text and holds no chats. Give .jsonl, .json, .parquet or .arrow.")
     rest, line, separator = "", 1, fields.separator
     text = TextIOWrapper(stream, encoding="utf-8-sig")
     while chunk := text.read(CHUNK_CHARS):

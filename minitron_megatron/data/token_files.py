@@ -1,6 +1,9 @@
 """`.bin/.idx` pairs in megatron-core's format: finding and checking them.
 
-A `.json` file beside a pair holds the checksums of both files; the `.bin` file has one per block. Pairs written by
+A second pair, `<prefix>.mask.bin/.idx`, holds a mark for each token of a chat (`chat_encode`): trained on, last of its
+document.
+
+A `.json` file beside a pair holds the checksums of its files; the `.bin` file has one per block. Pairs written by
 other programs have no `.json`. A `.json` without a pair beside it names a pair elsewhere that is used in place, and the
 documents of it that belong to the split.
 """
@@ -24,6 +27,7 @@ from .idx import count_tokens, read_index
 __all__ = [
     "BLOCK",
     "KINDS",
+    "MASK",
     "SPLITS",
     "Checksums",
     "Prepared",
@@ -39,8 +43,9 @@ __all__ = [
 ]
 
 SPLITS = ("train", "valid")
-KINDS = ("idx", "json", "bin")
-"""Files of a pair, in reverse order of their renaming into place."""
+MASK = "mask"
+KINDS = ("idx", f"{MASK}.idx", "json", f"{MASK}.bin", "bin")
+"""Files of a split, in reverse order of their renaming into place; only chats have a mask."""
 BLOCK = 1 << 24
 """Bytes of a `.bin` file per checksum."""
 BLOCKS_CHECKED = 64
@@ -121,6 +126,13 @@ class Checksums(TypedDict, total=False):
     """Prefix of the pair that is used in place."""
     part: Part | None
     """Documents of that pair that belong to the split; None: all."""
+    mask: MaskSums
+    """Checksums of the pair of marks; absent without one."""
+
+
+class MaskSums(TypedDict):
+    idx: str
+    bin: list[str]
 
 
 @dataclass(frozen=True)
@@ -135,6 +147,11 @@ class TokenFiles:
     """Sequences of the index that belong to the split; None: all."""
     checksums: Checksums = field(default_factory=Checksums)
 
+    @property
+    def mask(self) -> Path | None:
+        """Prefix of the pair of marks, if there is one."""
+        return Path(f"{self.prefix}.{MASK}") if "mask" in self.checksums else None
+
 
 def find_token_files(prefix: str | Path, split: str) -> TokenFiles:
     """Return the pair of a split, or its part of a pair that is used in place.
@@ -146,6 +163,10 @@ def find_token_files(prefix: str | Path, split: str) -> TokenFiles:
     found = find_pair(_place(here, sums), f"Prepare the corpus {prefix} again.")
     if sums and sums["idx"] != found.content:
         raise DataError(f"{found.prefix}.idx has changed since it was written. Prepare the corpus {prefix} again.")
+    if "mask" in sums:
+        marks = find_pair(Path(f"{here}.{MASK}"), f"Prepare the corpus {prefix} again.")
+        if marks.content != sums["mask"]["idx"] or marks.tokens != found.tokens:
+            raise DataError(f"{marks.prefix}.idx has changed since it was written. Prepare the corpus {prefix} again.")
     if not (part := sums.get("part")):
         return replace(found, checksums=sums)
     share = Share(**part)
@@ -173,14 +194,19 @@ def find_pair(prefix: Path, again: str) -> TokenFiles:
 
 
 def check_blocks(pair: TokenFiles) -> None:
-    """Raise DataError where blocks of the `.bin` file have changed since it was written.
+    """Raise DataError where blocks of the `.bin` files have changed since they were written.
 
-    Checks the first, the last and random other blocks, up to `BLOCKS_CHECKED`: all blocks of a corpus of up to a
-    gigabyte.
+    Checks the first, the last and random other blocks of each, up to `BLOCKS_CHECKED`: all blocks of a corpus of up to
+    a gigabyte.
     """
     if not (sums := pair.checksums):
         return
-    data, block, known = Path(f"{pair.prefix}.bin"), sums["block"], sums["bin"]
+    _check_blocks(Path(f"{pair.prefix}.bin"), sums["block"], sums["bin"])
+    if pair.mask:
+        _check_blocks(Path(f"{pair.mask}.bin"), sums["block"], sums["mask"]["bin"])
+
+
+def _check_blocks(data: Path, block: int, known: list[str]) -> None:
     chosen = {0, len(known) - 1, *random.SystemRandom().sample(range(len(known)), min(len(known), BLOCKS_CHECKED - 2))}
     with data.open("rb") as stream:
         for number in sorted(chosen if len(known) > BLOCKS_CHECKED else range(len(known))):
@@ -211,7 +237,9 @@ def _checksums(prefix: Path) -> Checksums:
     match sums:
         case {"content": str(), "idx": str(), "block": int(block), "bin": [*known]} if 0 < block <= BLOCK:
             data = Path(f"{_place(prefix, sums)}.bin")
-            if data.is_file() and len(known) == -(-data.stat().st_size // block) and _is_part(sums.get("part")):
+            masked = "mask" not in sums or _is_mask(sums["mask"], Path(f"{prefix}.{MASK}.bin"), block)
+            whole = data.is_file() and len(known) == -(-data.stat().st_size // block)
+            if whole and masked and _is_part(sums.get("part")):
                 return sums
     raise DataError(f"{file} holds no checksums of {data}. Prepare the corpus again.")
 
@@ -219,6 +247,13 @@ def _checksums(prefix: Path) -> Checksums:
 def _place(prefix: Path, sums: Checksums) -> Path:
     """Return the prefix of the pair that a split uses in place, else its own."""
     return Path(sums["pair"]) if isinstance(sums.get("pair"), str) else prefix
+
+
+def _is_mask(mask: object, data: Path, block: int) -> bool:
+    match mask:
+        case {"idx": str(), "bin": [*known]}:
+            return not data.is_file() or len(known) == -(-data.stat().st_size // block)
+    return False
 
 
 def _is_part(part: object) -> bool:

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedRandom
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from typing_extensions import TypedDict
 from ..errors import FileError, MinitronError, Preempted
 from ..files import FULL, PARTIAL, checksum, read_as, write_json
 from .idx import read_index, write_index
-from .token_files import BLOCK, KINDS, SPLITS, find_pair, split_file
+from .token_files import BLOCK, KINDS, MASK, SPLITS, find_pair, split_file
 
 __all__ = ["PairWriters", "TokenFileWriter", "pair_writers", "token_dtype"]
 
@@ -57,7 +58,7 @@ def token_dtype(vocab: int) -> DTypeLike:
 class _Hash(Protocol):
     """A running SHA-256."""
 
-    def update(self, data: memoryview, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None: ...
 
     def hexdigest(self) -> str: ...
 
@@ -90,39 +91,61 @@ class Blocks:
 
 
 class TokenFileWriter:
-    """Writer of documents to `<prefix>.bin` and of their lengths to `<prefix>.lengths`, with counts and checksums."""
+    """Writer of documents to `<prefix>.bin` and of their lengths to `<prefix>.lengths`, with counts and checksums.
 
-    def __init__(self, prefix: Path, dtype: DTypeLike, documents: int) -> None:
+    types: type of each of a document's columns, which have one value a token. The second one, if there is one, goes to
+    `<prefix>.mask.bin`.
+    """
+
+    def __init__(self, prefix: Path, types: Sequence[DTypeLike], documents: int) -> None:
         """documents: number of the documents already there that are kept. Raises ValueError if there are fewer."""
-        self._prefix, self._dtype = prefix, np.dtype(dtype)
-        self._hash, self._blocks, self._lengths = hashlib.sha256(), Blocks(), array("i")
+        self._prefix, self._types = prefix, [np.dtype(kind) for kind in types]
+        self._hash, self._lengths = hashlib.sha256(), array("i")
+        self._blocks = [Blocks() for _ in types]
         self.tokens = 0
-        self._bin, self._sizes = (open(f"{prefix}.{kind}", "a+b") for kind in ("bin", "lengths"))  # noqa: SIM115
+        self._bins = [open(f"{place}.bin", "a+b") for place in self._places]  # noqa: SIM115
+        self._sizes = open(f"{prefix}.lengths", "a+b")  # noqa: SIM115
         self._keep(documents)
+
+    @property
+    def _places(self) -> list[str]:
+        """Prefix of the pair of each column."""
+        return [f"{self._prefix}", f"{self._prefix}.{MASK}"][: len(self._types)]
 
     def _keep(self, documents: int) -> None:
         self._sizes.seek(0)
         kept = array("i", self._sizes.read(self._lengths.itemsize * documents))
-        self._bin.seek(0)
+        for file in self._bins:
+            file.seek(0)
         for length in kept:
-            data = self._bin.read(length * self._dtype.itemsize)
-            if len(data) < length * self._dtype.itemsize:
-                raise ValueError(f"{self._prefix}.bin is too short")
-            self._count(data, length)
+            parts = [file.read(length * kind.itemsize) for file, kind in self._columns]
+            for place, part, kind in zip(self._places, parts, self._types, strict=True):
+                if len(part) < length * kind.itemsize:
+                    raise ValueError(f"{place}.bin is too short")
+            self._count(parts, length)
         if self.documents < documents:
             raise ValueError(f"{self._prefix}.lengths is too short")
-        self._bin.truncate(self.tokens * self._dtype.itemsize)
+        for file, kind in self._columns:
+            file.truncate(self.tokens * kind.itemsize)
         self._sizes.truncate(self._lengths.itemsize * documents)
         self._saved = documents
 
-    def add(self, ids: NDArray) -> None:
-        data = ids.tobytes()
-        self._bin.write(data)
-        self._count(data, len(ids))
+    @property
+    def _columns(self) -> list[tuple[BufferedRandom, np.dtype]]:
+        return list(zip(self._bins, self._types, strict=True))
 
-    def _count(self, data: bytes, length: int) -> None:
-        self._hash.update(length.to_bytes(8, "little") + data)
-        self._blocks.add(data)
+    def add(self, *columns: NDArray) -> None:
+        """Write a document: its token ids and, of a chat, the mark of each."""
+        parts = [column.tobytes() for column in columns]
+        for file, part in zip(self._bins, parts, strict=True):
+            file.write(part)
+        self._count(parts, len(columns[0]))
+
+    def _count(self, parts: Sequence[bytes], length: int) -> None:
+        self._hash.update(length.to_bytes(8, "little"))
+        for blocks, part in zip(self._blocks, parts, strict=True):
+            self._hash.update(part)
+            blocks.add(part)
         self._lengths.append(length)
         self.tokens += length
 
@@ -134,34 +157,37 @@ class TokenFileWriter:
         """Put everything on the disk."""
         self._sizes.write(self._lengths[self._saved :].tobytes())
         self._saved = self.documents
-        for file in (self._bin, self._sizes):
+        for file in (*self._bins, self._sizes):
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Write the index and the pair's checksums beside the `.bin` file."""
+        """Write the indices and the checksums of all files beside the `.bin` files."""
         self.close()
-        idx = Path(f"{self._prefix}.idx")
-        write_index(idx, np.frombuffer(self._lengths, np.int32), self._dtype)
-        sums = {"content": self.content, "idx": checksum(idx), "block": BLOCK, "bin": self._blocks.end()}
+        found = []
+        for place, kind, blocks in zip(self._places, self._types, self._blocks, strict=True):
+            write_index(Path(f"{place}.idx"), np.frombuffer(self._lengths, np.int32), kind)
+            found.append({"idx": checksum(Path(f"{place}.idx")), "bin": blocks.end()})
+        sums = {"content": self.content, "block": BLOCK} | found[0] | ({MASK: found[1]} if found[1:] else {})
         Path(f"{self._prefix}.json").write_text(json.dumps(sums) + "\n", encoding="utf-8")
 
     def close(self) -> None:
-        self._bin.close()
-        self._sizes.close()
+        for file in (*self._bins, self._sizes):
+            file.close()
 
     @property
     def content(self) -> str:
-        """SHA-256 over the token ids and the document lengths."""
+        """SHA-256 over the token ids, their marks and the document lengths."""
         return self._hash.hexdigest()
 
 
 class PairWriters:
     """Writers of the pairs of all splits, in a folder of their own until they are whole."""
 
-    def __init__(self, out_prefix: str | Path, splits: Sequence[str], dtype: DTypeLike, key: str) -> None:
-        """key: checksum of all that the tokens depend on; what is there is kept only if it was written under it."""
-        self._out, self._key = Path(out_prefix), key
+    def __init__(self, out_prefix: str | Path, splits: Sequence[str], types: Sequence[DTypeLike], key: str) -> None:
+        """types: those of a document's columns. key: checksum of all that the tokens depend on; what is there is kept
+        only if it was written under it."""
+        self._out, self._types, self._key = Path(out_prefix), types, key
         self.folder = Path(f"{out_prefix}{PARTIAL}")
         self.position: list[Any] = []
         """Place in the sources up to which documents were written before; empty at the beginning."""
@@ -171,26 +197,26 @@ class PairWriters:
             found = read_as(self.folder / PROGRESS, Progress)
             if found["key"] != key or set(found["documents"]) != set(splits):
                 raise ValueError("it was written from other sources")
-            self.writers = self._open(dtype, found["documents"])
+            self.writers = self._open(found["documents"])
             if found["content"] != self._content:
                 raise ValueError("it has changed since it was written")
             self.position = found["position"]
         except (OSError, ValueError):  # a FileError is a ValueError
-            self.restart(splits, dtype)
+            self.restart(splits)
         self._last = time.monotonic()
 
-    def restart(self, splits: Sequence[str], dtype: DTypeLike) -> None:
+    def restart(self, splits: Sequence[str]) -> None:
         """Begin with empty files."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
-        self.writers, self.position = self._open(dtype, dict.fromkeys(splits, 0)), []
+        self.writers, self.position = self._open(dict.fromkeys(splits, 0)), []
 
     @property
     def _content(self) -> dict[str, str]:
         return {split: writer.content for split, writer in self.writers.items()}
 
-    def _open(self, dtype: DTypeLike, documents: Mapping[str, int]) -> dict[str, TokenFileWriter]:
-        return {split: TokenFileWriter(self.folder / split, dtype, count) for split, count in documents.items()}
+    def _open(self, documents: Mapping[str, int]) -> dict[str, TokenFileWriter]:
+        return {split: TokenFileWriter(self.folder / split, self._types, count) for split, count in documents.items()}
 
     def _take_back(self, splits: Sequence[str]) -> None:
         """Copy what an earlier call finished before the end of the sources, so that it goes on."""
@@ -202,9 +228,10 @@ class PairWriters:
             for split in splits:
                 pair = find_pair(split_file(self._out, split, "bin").with_suffix(""), "")
                 read_index(Path(f"{pair.prefix}.idx")).lengths.tofile(self.folder / f"{split}.lengths")
-                shutil.copyfile(f"{pair.prefix}.bin", self.folder / f"{split}.bin")
+                for kind in ("bin", f"{MASK}.bin")[: len(self._types)]:
+                    shutil.copyfile(f"{pair.prefix}.{kind}", self.folder / f"{split}.{kind}")
             shutil.copyfile(progress, self.folder / PROGRESS)
-        except MinitronError:
+        except (MinitronError, FileNotFoundError):
             return  # what is there is damaged, and is made anew
 
     @property
@@ -226,7 +253,8 @@ class PairWriters:
         """Replace all earlier pairs at the prefix. goes_on: keep the progress, since the sources hold more."""
         for writer in self.writers.values():
             writer.finish()
-        files = [(kind, split) for kind in reversed(KINDS) for split in self.writers]  # an .idx appears last
+        kinds = KINDS if self._types[1:] else [kind for kind in KINDS if MASK not in kind]
+        files = [(kind, split) for kind in reversed(kinds) for split in self.writers]  # an .idx appears last
         for kind, split in files:
             with (self.folder / f"{split}.{kind}").open("rb") as written:
                 os.fsync(written.fileno())
@@ -247,14 +275,16 @@ class PairWriters:
 
 
 @contextmanager
-def pair_writers(out_prefix: str | Path, splits: Sequence[str], dtype: DTypeLike, key: str) -> Iterator[PairWriters]:
+def pair_writers(
+    out_prefix: str | Path, splits: Sequence[str], types: Sequence[DTypeLike], key: str
+) -> Iterator[PairWriters]:
     """Yield the writers of pairs at `<out_prefix>.<split>`; the block ends with their `finish`.
 
     After a kill, an interruption or on a full disk, what was saved is kept for the next call; after another error
     nothing is left. Raises FileError where files cannot be written.
     """
     try:
-        writers = PairWriters(out_prefix, splits, dtype, key)
+        writers = PairWriters(out_prefix, splits, types, key)
         try:
             yield writers
         except BaseException as error:

@@ -93,7 +93,7 @@ class HarnessMethods:
         except TemplateError as error:
             raise DataError(
                 f"the tokenizer's chat template fails on a prompt: {str(error)[:200].rstrip('.')}. "
-                "Leave out evaluate.chat or this task."
+                "Leave out `chat` or this task."
             ) from error
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
@@ -235,7 +235,7 @@ def _cut(tokens: list[int], most: int, truncate: bool) -> list[int]:
     if len(tokens) > most and not truncate:
         raise DataError(
             f"a prompt of {len(tokens)} tokens is longer than the {most} that fit the model's context. "
-            "Use fewer shots, or set evaluate.truncate to drop the beginnings of prompts."
+            "Use fewer shots, or set `truncate` to drop the beginnings of prompts."
         )
     return tokens[-most:]
 

@@ -64,13 +64,11 @@ class Predictor:
     def __init__(
         self, model: Model, topology: Topology, *, micro_batch: int = 8, run: RunBatches | None = None
     ) -> None:
-        """run: replaces `forward_only` of the model."""
+        """model: in eval mode, as `evaluating` has it. run: replaces `forward_only` of the model."""
         self._run: RunBatches = run or partial(forward_only, model)
         self.model, self.topology, self.micro_batch = chunks_of(model), topology, micro_batch
         self.vocab, self.positions = (field_of(self.model[0], field) for field in ("vocab", "max_positions"))
         self._uses_cache = run is None and all(reads_past(chunk) for chunk in self.model)
-        for chunk in self.model:
-            chunk.eval()
 
     @torch.no_grad()
     def likelihoods(

@@ -1,4 +1,4 @@
-"""Lookup of the harness's tasks. Its own index of all 13,000 files takes half a minute, so it is built only if needed.
+"""Lookup of the harness's tasks: only files that can name a task are parsed, for all 13,000 take most of a minute.
 
 Metrics of the `evaluate` package are code from the Hugging Face hub; offline mode keeps it from downloading them.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")  # read when the harness is im
 HarnessConfig = Mapping[str, Any]
 """Configuration of a task or group in the harness: the keys of its YAML file, with the functions that they name."""
 
+NAMED = re.compile(rb"^[\"']?(?:task|group|tag)[\"']?:(.*(?:\n[ \t]*-[^:\n]*$)*)", re.MULTILINE)
+"""The value of a key that names tasks, groups or tags."""
 NO_CONFIGURATIONS = (".py", ".pyc", ".md", ".jsonl", ".json", ".txt", ".ipynb", ".sh", ".csv", ".tsv", ".pdf", ".png")
 
 
@@ -36,21 +40,22 @@ def loader() -> TaskManager:
 
 @cache
 def registered(name: str) -> Entry | None:
-    """Return the harness's entry of a task, a group or a tag; None if there is none."""
-    return _single(name) or _index().get(name)
+    """Return the entry that the harness's own index has for a task, a group or a tag; None if there is none."""
+    from lm_eval.tasks._index import TaskIndex
+    from lm_eval.tasks._yaml_loader import load_yaml
 
-
-def every_name() -> list[str]:
-    """Return the names of all tasks, groups and tags."""
-    return list(_index())
+    index: dict[str, Entry] = {}
+    for path in sorted(_naming(name)):
+        with suppress(Exception):  # files that the harness's index leaves out too
+            TaskIndex.process_cfg(load_yaml(path, resolve_func=False), Path(path), index)
+    return index.get(name)
 
 
 @cache
-def _index() -> Mapping[str, Entry]:
-    from lm_eval.tasks import TaskManager
-
-    index: Mapping[str, Entry] = TaskManager().task_index
-    return index
+def every_name() -> Set[str]:
+    """Return the names of all tasks, groups and tags."""
+    values = (value for text in _texts().values() for value in NAMED.findall(text))
+    return {name.decode() for value in values for name in re.findall(rb"(?<![^\s\"',\[])[\w.+-]*\w", value)}
 
 
 @cache
@@ -66,23 +71,26 @@ def _texts() -> Mapping[str, bytes]:
     return texts
 
 
-def _single(name: str) -> Entry | None:
-    """Return the entry of a task that one file defines and whose name no tag or group has; None: use the index."""
-    from lm_eval.tasks._index import Entry, Kind
-    from lm_eval.tasks._yaml_loader import load_yaml
+@cache
+def _including() -> Mapping[str, Sequence[str]]:
+    """Return name of a file, without its folder -> paths of the files that may include a file of this name."""
+    part = re.compile(rb"^[\"']?include[\"']?:(.*\n?(?:[ \t]*-.*\n?)*)", re.MULTILINE)
+    including = defaultdict(list)
+    for path, text in _texts().items():
+        for listed in part.findall(text):
+            for included in re.findall(rb"[^\s\"'\[\],/]+(?=[\s\"'\],]|$)", listed):
+                including[included.decode()].append(path)
+    return including
 
-    encoded, word = name.encode(), re.escape(name).encode()
-    plain = re.compile(rb"^[\"']?task[\"']?:\s*[\"']?%b[\"']?\s*$" % word, re.MULTILINE)
-    other = re.compile(rb"^\s*(-\s*|[\"']?(tag|group)[\"']?:.*)[\"'\s\[]?%b[\"'\s\],]*$" % word, re.MULTILINE)
-    holding = {path: text for path, text in _texts().items() if encoded in text}
-    naming = [path for path, text in holding.items() if plain.search(text)]
-    if len(naming) != 1 or not naming[0].endswith(".yaml"):
-        return None
-    for path in (path for path, text in holding.items() if other.search(text)):
-        config = load_yaml(Path(path), resolve_func=False)
-        tags = config.get("tag") or []
-        if name in ([tags] if isinstance(tags, str) else tags) or name == config.get("group"):
-            return None
-    config = load_yaml(Path(naming[0]), resolve_func=False)
-    kind = Kind.PY_TASK if "class" in config else Kind.TASK
-    return Entry(name=name, kind=kind, yaml_path=Path(naming[0]), cfg=config) if config.get("task") == name else None
+
+def _naming(name: str) -> Set[str]:
+    """Return the paths of all configurations that may give a task, group or tag this name, or list it."""
+    scalar = rb"[\"'\[,\s]%b(?=[\"'\],\s]|$)" % re.escape(name.encode())
+    line = re.compile(rb"^(?:[ \t]*-|[\"']?(?:task|group|tag)[\"']?:).*%b" % scalar, re.MULTILINE)
+    found = {path for path, text in _texts().items() if name.encode() in text and line.search(text)}
+    waiting = [*found]
+    while waiting:
+        more = set(_including().get(os.path.basename(waiting.pop()), ())) - found
+        found |= more
+        waiting += more
+    return {path for path in found if path.endswith(".yaml")}

@@ -17,7 +17,7 @@ from ..convert import read_config
 from ..data import end_of_document, load_tokenizer, transformers_tokenizer
 from ..errors import DataError, RecipeError, did_you_mean, first_line
 from ..events import Listener, silent
-from ..model import Model
+from ..model import Model, evaluating
 from ..parallel import Topology, broadcast_object
 from .decoding import TransformersTokenizer, generation_settings
 from .extra_tasks import EXTRA_TASKS, PROGRAMS, graded
@@ -92,7 +92,7 @@ def _checked(task: Task, leaf: str, keys: HarnessConfig, files: Path | None, run
     if leaf in PROGRAMS and not run_code:
         raise RecipeError(
             f"task {leaf} runs programs that a model wrote, on this machine and with your permissions. "
-            "Set evaluate.run_code if this is acceptable, as in a container without a network."
+            "Set `run_code` if this is acceptable, as in a container without a network."
         )
     config = _configured(task, leaf, files, keys)
     check_metric(leaf, config, task.metric)
@@ -122,9 +122,9 @@ def _checking_model(folder: Path, model: Path, chat: bool, truncate: bool) -> Ha
         except Exception as error:  # a template raises anything
             lines = str(error).strip().splitlines()
             raise RecipeError(
-                f"evaluate.chat needs a chat template, but the tokenizer in {folder} has no working one: "
+                f"`chat` needs a chat template, but the tokenizer in {folder} has no working one: "
                 f"{lines[0][:200].rstrip('.') if lines else type(error).__name__}. "
-                "Leave out evaluate.chat, or put a template into chat_template.jinja there."
+                "Leave out `chat`, or put a template into chat_template.jinja there."
             ) from error
     return lm
 
@@ -204,7 +204,7 @@ def run_tasks(
     )
     first = topology.rank == 0
     leaves = [(task, leaf, keys) for task in tasks for leaf, keys in _leaves(task.name).items()]
-    with _seeded(), quiet() as messages, named_errors():
+    with evaluating(model), _seeded(), quiet() as messages, named_errors():
         configs = [_configured(task, leaf, files, keys, run_code=first) for task, leaf, keys in leaves]
         found = evaluate(
             lm=lm,

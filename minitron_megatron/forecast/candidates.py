@@ -12,7 +12,7 @@ from ..files import check_as, read_as
 from ..layout import Shape
 from ..model import check_fits
 from ..parallel import Topology
-from ..recipe import Recipe
+from ..recipe import Recipe, with_keys_in_errors
 from ..records import read_shape
 from ..search import TIMED, Candidate, Conditions, FittedSpeed, Roofline, SpeedRow, candidates
 from ..settings import Count, NotNegative
@@ -21,12 +21,14 @@ from .memory import WEIGHT_BYTES
 __all__ = ["candidates_of", "check_candidates", "conditions_of", "speed_rows", "untimed_candidates"]
 
 
+@with_keys_in_errors("search")
 def candidates_of(recipe: Recipe, teacher: Shape) -> list[Candidate]:
     """Return the candidates within the budget, the largest first. Raises RecipeError with the reason if none is."""
     assert recipe.search is not None
     return candidates(recipe.search.space(), teacher, recipe.search.budget.limits(), conditions_of(recipe))
 
 
+@with_keys_in_errors("search")
 def untimed_candidates(recipe: Recipe, teacher: Shape) -> list[Candidate]:
     """Return the candidates without the budgets on time, so that their times can be measured."""
     assert recipe.search is not None
@@ -43,8 +45,16 @@ def conditions_of(recipe: Recipe) -> Conditions:
         keys.context or recipe.data.sequence,
         WEIGHT_BYTES[keys.weights],
         WEIGHT_BYTES[keys.kv_cache],
-        Roofline.of(keys.gpu) if keys.gpu else FittedSpeed.to(speed_rows(keys.table)) if keys.table else None,
+        Roofline.of(keys.gpu) if keys.gpu else _fitted(keys.table) if keys.table else None,
     )
+
+
+def _fitted(table: Path) -> FittedSpeed:
+    rows = speed_rows(table)
+    try:
+        return FittedSpeed.to(rows)
+    except RecipeError as error:
+        raise _no_table(table, error) from error
 
 
 def speed_rows(table: Path) -> list[SpeedRow]:
@@ -56,11 +66,15 @@ def speed_rows(table: Path) -> list[SpeedRow]:
         times = _times(raw, shapes, table)
         return [_speed_row(shapes[name], weight_bytes[name], workload, ms) for workload, name, ms in times]
     except (KeyError, ValueError) as error:
-        cause = str(error).rstrip(".")
-        raise RecipeError(
-            f"search.serving.table {table} is not a table of speeds ({cause}). Make one with "
-            "`minitron bench --backend torch`."
-        ) from error
+        raise _no_table(table, error) from error
+
+
+def _no_table(table: Path, error: Exception) -> RecipeError:
+    cause = str(error).rstrip(".")
+    return RecipeError(
+        f"search.serving.table {table} is not a table of speeds ({cause}). Make one with "
+        "`minitron bench --backend torch`."
+    )
 
 
 def _times(raw: _Speeds, names: Iterable[str], table: Path) -> Iterator[tuple[_Workload, str, float]]:

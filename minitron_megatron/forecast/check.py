@@ -14,12 +14,21 @@ import psutil
 from typing_extensions import TypedDict
 
 from ..convert import check_weights, read_config
-from ..data import check_same_tokenizer, check_tokenizer, input_files, most_bytes, places, samples_by_source
-from ..errors import DataError, RecipeError, did_you_mean
+from ..data import (
+    chat_marks,
+    check_same_tokenizer,
+    check_split,
+    check_tokenizer,
+    input_files,
+    most_bytes,
+    places,
+    samples_by_source,
+)
+from ..errors import DataError, PlanError, RecipeError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
-from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved
+from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved, with_keys_in_errors
 from ..serve import check_fp8
 from .check_tasks import check_evaluation
 from .model_folders import with_model_folders
@@ -33,6 +42,7 @@ INDEX_BYTES = 30
 """Host memory per sample of a phase: its source, its position, and megatron-core's document and sample indices."""
 
 
+@with_keys_in_errors("parallel")
 def planned(recipe: Recipe, processes: int | None = None) -> PlannedTopology:
     """Return the recipe's layout over this many processes, by default the fewest that it needs.
 
@@ -45,6 +55,7 @@ def planned(recipe: Recipe, processes: int | None = None) -> PlannedTopology:
     return topology
 
 
+@with_keys_in_errors()
 def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> None:
     """Raise a MinitronError for the first problem that a run of this recipe would meet. Not collective.
 
@@ -60,6 +71,8 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         check_weights(recipe.model)
     if not counts_only or any(recipe.model.glob("tokenizer*")):
         check_tokenizer(recipe.model, shape.vocab)
+        if any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
+            chat_marks(recipe.model)
     _check_paths(places)
     _check_held_out(recipe)
     if recipe.student:
@@ -67,7 +80,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     check_fits(shape, topology)
     check_pruning(recipe, shape, topology)
     if recipe.export.quantize == "fp8":
-        check_fp8(student_shape(recipe, shape))
+        _check_fp8(student_shape(recipe, shape))
     recipe.distill.loss.check(min(shape.vocab, student_shape(recipe, shape).vocab))
     _check_search(recipe)
     if not counts_only:
@@ -284,12 +297,8 @@ def _check_independent_replicas(recipe: Recipe, topology: Topology) -> None:
 
 def _check_split(key: str, total: int, micro: int, topology: Topology, replicas: int) -> None:
     """Check that samples divide into micro-batches. replicas: the data-parallel ranks that share the samples."""
+    check_split(key, total, micro, replicas)
     unit = micro * replicas
-    if total % unit:
-        raise RecipeError(
-            f"{key} is {total}, which cannot be split into micro-batches of {micro} on {replicas} data-parallel "
-            f"ranks. Choose a multiple of {unit}."
-        )
     if topology.vp > 1 and total // unit % topology.pp:
         raise RecipeError(
             f"{key} gives {total // unit} micro-batches, but the interleaved schedule needs a multiple of "
@@ -312,6 +321,13 @@ def _check_student(recipe: Recipe, teacher: Shape, *, weights: bool) -> None:
             )
     elif weights:
         raise RecipeError(f"{recipe.student} has no tokenizer to compare with the teacher's. Put it there.")
+
+
+def _check_fp8(student: Shape) -> None:
+    try:
+        check_fp8(student)
+    except PlanError as error:
+        raise PlanError(f"export.quantize: {error}") from error
 
 
 def _check_start(recipe: Recipe, teacher: Shape) -> None:
@@ -350,9 +366,9 @@ def _check_lora(recipe: Recipe, teacher: Shape) -> None:
 
 def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPhase]]) -> None:
     """Refuse a source that is too small even at one byte per token, before anything is tokenized."""
-    most = [most_bytes(source.paths) for source in recipe.data.sources]
+    most = [_most_tokens(source, source.paths) for source in recipe.data.sources]
     for source, size in zip(recipe.data.sources, most, strict=True):
-        text = most_bytes(source.held_out_paths) if source.held_out_paths else size
+        text = _most_tokens(source, source.held_out_paths) if source.held_out_paths else size
         if text <= recipe.data.sequence:
             raise DataError(
                 f"the held-out text of {source.name} has {text:,} bytes, less than one sample of "
@@ -360,7 +376,12 @@ def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPh
             )
     _check_bytes(recipe.data.sources, most, _sample_demands(recipe))
     if own := recipe.score.sources:
-        _check_bytes(own, [most_bytes(source.paths) for source in own], _calibration_demands(recipe))
+        _check_bytes(own, [_most_tokens(source, source.paths) for source in own], _calibration_demands(recipe))
+
+
+def _most_tokens(source: CalibrationSource, places: Sequence[str]) -> float:
+    """Return an upper limit of a source's tokens: its bytes, but for chats, to which the template may add any text."""
+    return math.inf if source.chat else most_bytes(places)
 
 
 def _check_bytes(sources: Sequence[CalibrationSource], most: Sequence[float], demands: Iterable[Demand]) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from .. import numbers
 from ..convert import read_config
 from ..errors import TopologyError, expect_number
 from ..gpus import GPUS
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..model import is_megatron_checkpoint
 from ..parallel import Topology
-from ..recipe import Recipe, light_recipe, resolved
+from ..recipe import Recipe, light_recipe, resolved, with_keys, with_keys_in_errors
 from ..score import DEPTH_METRICS
 from ..search import Candidate
 from ..serve import client_notes, client_warnings
@@ -72,6 +73,10 @@ class Estimate:
     refit_host_bytes: int
     """Host memory per rank in a refit: the states of both models at one layer, of this rank's samples."""
     hours: float
+    mfu: float
+    """Share of `peak_flops` that the hours assume."""
+    peak_flops: float
+    """Peak FLOPs per second of one GPU."""
     candidates: tuple[Candidate, ...]
     """Candidates of a search, the largest first. `student` is then the first of them, and `flops` an upper bound."""
     light_flops: Mapping[str, int]
@@ -112,20 +117,19 @@ class Estimate:
 
     def rows(self) -> dict[str, str]:
         """Return the estimate as label -> text."""
-        gib = 2**30
         rows = {
             "teacher": f"{self.teacher_parameters:,} parameters",
             "student": f"{self.student_parameters:,} parameters",
             "student shape": _shape_text(self.student),
-            "memory per rank": f"{self.rank_bytes / gib:.3f} GiB before activations",
-            "of which teacher states": f"{self.stash_bytes / gib:.3f} GiB",
-            "memory per rank, refit": f"{self.refit_bytes / gib:.3f} GiB, host {self.refit_host_bytes / gib:.3f} GiB",
-            "disk": f"{self.disk_bytes / gib:.3f} GiB",
-            "KV cache per sequence": f"{self.kv_cache_bytes / gib:.3f} GiB",
+            "memory per rank": f"{numbers.size(self.rank_bytes)} before activations",
+            "of which teacher states": numbers.size(self.stash_bytes),
+            "memory per rank, refit": f"{numbers.size(self.refit_bytes)}, host {numbers.size(self.refit_host_bytes)}",
+            "disk": numbers.size(self.disk_bytes),
+            "KV cache per sequence": numbers.size(self.kv_cache_bytes),
             "teacher correction": f"{self.correct_tokens:,} tokens",
             "distillation": f"{self.distill_tokens:,} tokens",
-            "compute": f"{self.flops:.3g} FLOPs",
-            "time": f"{self.hours:.3g} hours on {self.gpus} GPUs",
+            "compute": numbers.flops(self.flops),
+            "time": f"{numbers.duration(3600 * self.hours)} on {self._assumed_gpus()}",
         }
         if not self.refit_bytes:
             del rows["memory per rank, refit"]
@@ -133,12 +137,19 @@ class Estimate:
             name: " ".join(each) for name, each in (("warning", self.warnings), ("note", self.notes)) if each
         }
 
+    def _assumed_gpus(self) -> str:
+        """Return the GPUs that the hours are of: their number, kind and assumed speed."""
+        kind = next((name for name, gpu in GPUS.items() if gpu.flops == self.peak_flops), "")
+        gpus = " ".join(filter(None, (f"{self.gpus}", kind, "GPU" if self.gpus == 1 else "GPUs")))
+        return f"{gpus} at {self.mfu:.0%} of {numbers.flops(self.peak_flops)}/s"
+
 
 def _shape_text(shape: Shape) -> str:
-    width = f"hidden {shape.hidden}, ffn {shape.ffn}, {shape.heads} heads in {shape.kv_groups} kv_groups"
-    return f"{shape.layers} layers, {width} of {shape.head_dim}"
+    heads = f"{shape.heads} query heads and {shape.kv_groups} key-value heads of {shape.head_dim}"
+    return f"{shape.layers} layers, hidden {shape.hidden}, ffn {shape.ffn}, {heads}"
 
 
+@with_keys_in_errors()
 def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_flops: float = PEAK_FLOPS) -> Estimate:
     """Estimate a recipe, after the checks that `run` makes. Needs no weights and no GPU.
 
@@ -193,9 +204,11 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
         refit_bytes=refit_bytes(recipe, teacher, student),
         refit_host_bytes=refit_host_bytes(recipe, teacher, student, replicas * parallel.cp),
         hours=work / (gpus * peak_flops * mfu) / 3600,
+        mfu=mfu,
+        peak_flops=peak_flops,
         candidates=found,
         light_flops=light,
-        warnings=client_warnings(served, student, recipe.export.architecture),
+        warnings=tuple(map(with_keys, client_warnings(served, student, recipe.export.architecture))),
         notes=client_notes(served, student, recipe.export.architecture),
     )
 
@@ -213,6 +226,8 @@ def _corrected_tokens(recipe: Recipe) -> int:
 
 def _stash_bytes(recipe: Recipe, teacher: Shape, replicas: int) -> int:
     """Return the bytes of the teacher's final hidden states that wait for the student, in the largest phase."""
+    if not recipe.distill.has_teacher:
+        return 0
     parallel, window = recipe.parallel, recipe.distill.teacher_window
     ahead = max(
         min(phase.keys.global_batch // replicas, (window or phase.keys.global_batch) * phase.keys.micro_batch)
@@ -224,7 +239,10 @@ def _stash_bytes(recipe: Recipe, teacher: Shape, replicas: int) -> int:
 
 
 def _teacher_flops(recipe: Recipe, teacher: Shape) -> int:
-    """Return the teacher's FLOPs in one distillation; a continuously corrected one trains there."""
+    """Return the teacher's FLOPs in one distillation; a continuously corrected one trains there. Without a
+    teacher: 0."""
+    if not recipe.distill.has_teacher:
+        return 0
     passes = 3 if recipe.correct and recipe.correct.continuous else 1
     return passes * _phase_flops(recipe, teacher)
 
@@ -278,7 +296,9 @@ def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> 
     if recipe.search is None or recipe.search.light is None:
         return {}
     keys, sequence = light_recipe(recipe).distill, recipe.data.sequence
-    tokens, taught = keys.steps(sequence) * keys.global_batch * sequence, flops_per_token(teacher, sequence)
+    tokens, taught = keys.steps(sequence) * keys.global_batch * sequence, 0
+    if keys.has_teacher:
+        taught = flops_per_token(teacher, sequence)
     return {each.name: (3 * flops_per_token(each.shape, sequence) + taught) * tokens for each in found}
 
 
@@ -311,6 +331,7 @@ def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stas
     frozen = model_bytes(teacher, topology, recipe.frozen_teacher_dtype, packed=packed)
     teaching = frozen if recipe.corrects_first or not recipe.correct else trained
     both = zip(teaching, training_bytes(student, topology, dtype, world), strict=True)
-    distill = [teacher_bytes + student_bytes for teacher_bytes, student_bytes in both]
+    taught = recipe.distill.has_teacher
+    distill = [teacher_bytes * taught + student_bytes for teacher_bytes, student_bytes in both]
     distill[-1] += stash
     return round(max(distill + (trained if recipe.corrects_first else [])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ..gpus import GPUS
 from ..layout import Shape, flops_per_token
 from ..parallel import Topology
 from ..recipe import Recipe
@@ -13,8 +14,8 @@ from .memory import WEIGHT_BYTES, model_bytes
 
 __all__ = ["refit_bytes", "refit_delay", "refit_flops", "refit_host_bytes"]
 
-FP64_SHARE = 67 / 989
-"""FP64 matrix products over dense bf16 ones, peak of an H100 (SXM)."""
+FP64_SHARE = (GPUS["H100"].fp64_flops or 0) / GPUS["H100"].flops
+"""FP64 matrix products over dense bf16 ones, peak of an H100."""
 
 
 class _Site(NamedTuple):

@@ -9,7 +9,9 @@ from .shape import Shape
 from .table import (
     PER_LAYER,
     PUBLIC_AXES,
+    SIZED_AXES,
     TABLE,
+    TP_AXES,
     WITHIN,
     Keep,
     axis_coords,
@@ -24,7 +26,9 @@ from .table import (
 __all__ = [
     "PER_LAYER",
     "PUBLIC_AXES",
+    "SIZED_AXES",
     "TABLE",
+    "TP_AXES",
     "WITHIN",
     "Axis",
     "Keep",

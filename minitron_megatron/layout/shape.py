@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 from ..errors import ModelError
@@ -65,6 +65,16 @@ class Shape:
         """Rows of the embedding in memory, padding included; an export holds `vocab` of them."""
         return -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
+    @property
+    def heads_per_group(self) -> int:
+        return self.heads // self.kv_groups
+
+    def with_heads(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return `sizes` (public axis -> size) with heads, which follow from kv_groups where only these are given."""
+        if "kv_groups" not in sizes:
+            return dict(sizes)
+        return {**sizes, "heads": sizes.get("heads", self.heads_per_group * sizes["kv_groups"])}
+
     def sizes(self, *, padded: bool = True) -> dict[str, int]:
         """Return the size of every axis that the table's words name."""
         return {
@@ -72,7 +82,7 @@ class Shape:
             "hidden": self.hidden,
             "ffn": self.ffn,
             "kv_group": self.kv_groups,
-            "q": self.heads // self.kv_groups,
+            "q": self.heads_per_group,
             "head_dim": self.head_dim,
             "expert": self.experts,
             "expert_ffn": self.expert_ffn,

@@ -70,6 +70,12 @@ PUBLIC_AXES: Mapping[str, tuple[str, ...]] = {
 }
 """Public axis -> the words of the table whose product it is. An index on `heads` is kv_group * q_per_group + q."""
 
+SIZED_AXES = ("layers", *PUBLIC_AXES)
+"""The public axes, with the number of layers: all that pruning makes smaller."""
+
+TP_AXES = tuple(axis for axis, made_of in PUBLIC_AXES.items() if made_of in {(row.tp,) for row in TABLE.values()})
+"""The public axes that tensor parallelism splits."""
+
 WITHIN: Mapping[str, str] = {"heads": "kv_groups", "expert_ffn": "experts"}
 """Axis -> the axis whose units contain its own. Every kept container keeps the same number of units; a removed
 container loses all of its units."""

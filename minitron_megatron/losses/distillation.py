@@ -44,7 +44,7 @@ class KDLoss(Settings):
     def check(self, vocab: int) -> None:
         """Raise RecipeError where a vocabulary of `vocab` entries is smaller than `top_k`."""
         if self.top_k is not None and self.top_k > vocab:
-            raise RecipeError(f"top_k is {self.top_k}, but there are {vocab} vocabulary entries. Ask for fewer.")
+            raise RecipeError(f"`top_k` is {self.top_k}, but there are {vocab} vocabulary entries. Ask for fewer.")
 
     @cached_property
     def measure(self) -> Divergence:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ModelError, TopologyError
-from ..layout import Shape
+from ..layout import TP_AXES, Shape
 from ..parallel import Topology
 
 __all__ = ["ACTIVATIONS", "HfConfig", "ModelConfig", "Recompute", "activation_name", "check_fits", "rotary_frequencies"]
@@ -99,7 +99,7 @@ def check_fits(shape: Shape, topology: Topology) -> None:
     """Raise TopologyError where a shape cannot be split over a layout; the message names the sizes of tp that fit."""
     topology.stages(shape.layers)
     _check_experts(shape, topology)
-    sizes = {axis: shape.axis_size(axis) for axis in ("kv_groups", "ffn", "shared_ffn")} | {"vocab": shape.padded_vocab}
+    sizes = {axis: shape.axis_size(axis) for axis in TP_AXES} | {"vocab": shape.padded_vocab}
     for axis, size in sizes.items():
         if size % topology.tp:
             fits = [str(tp) for tp in range(1, 9) if all(each % tp == 0 for each in sizes.values())]
@@ -119,7 +119,7 @@ def _check_experts(shape: Shape, topology: Topology) -> None:
             f"Run with EP {fits}, or choose a multiple of {topology.ep}."
         )
     if shape.experts and topology.tp > 1 and not topology.sequence_parallel:
-        raise TopologyError("experts at tp of 2 or more need sequence parallelism. Set sequence_parallel to true.")
+        raise TopologyError("experts at tp of 2 or more need sequence parallelism. Set `sequence_parallel` to true.")
 
 
 def pipeline_layout(layers: int, topology: Topology) -> list[list[str]] | None:

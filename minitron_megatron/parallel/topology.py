@@ -132,10 +132,11 @@ class Topology(Parallel):
                 f"tp={self.tp} x pp={self.pp} needs a multiple of {self.tp * self.pp} processes, not {world}. "
                 f"Start {self.tp * self.pp} of them: launch/local.sh {self.tp * self.pp} run RECIPE."
             )
-        if world // (self.tp * self.pp) % self.cp:
+        needed = self.tp * self.pp * self.cp
+        if world % needed:
             raise TopologyError(
-                f"cp={self.cp} shares sequences among data-parallel ranks, but {world} processes give "
-                f"{world // (self.tp * self.pp)}. Start a multiple of {self.tp * self.pp * self.cp} processes."
+                f"tp={self.tp} x pp={self.pp} x cp={self.cp} needs a multiple of {needed} processes, not {world}. "
+                f"Start {needed} of them: launch/local.sh {needed} run RECIPE."
             )
         if world // self.pp % self.ep:
             raise TopologyError(
@@ -145,7 +146,7 @@ class Topology(Parallel):
         if self.vp > 1 and self.pp == 1:
             raise TopologyError(f"vp={self.vp} needs pp of 2 or more. Set vp to 1.")
         if self.sequence_parallel and self.tp == 1:
-            raise TopologyError("sequence_parallel has no effect at tp=1. Set it to false.")
+            raise TopologyError("`sequence_parallel` has no effect at tp=1. Set it to false.")
 
     @property
     def world(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,9 +15,10 @@ from ..errors import PlanError, did_you_mean
 from ..layout import PER_LAYER, PUBLIC_AXES, WITHIN, Shape
 from ..records import SAFE_MARGIN, Plan, Scores
 
-__all__ = ["SCOPES", "best_plan", "checked_sizes", "choose", "scores_of"]
+__all__ = ["Scope", "best_plan", "checked_sizes", "choose", "scores_of"]
 
-SCOPES = ("layer", "network")
+Scope = Literal["layer", "network"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 Ranked = Mapping[int | None, Float[Tensor, "units"]]
 """Layer (None: shared by all layers) -> score of each unit of an axis."""
@@ -77,8 +79,7 @@ def checked_sizes(shape: Shape, sizes: Mapping[str, int]) -> dict[str, int]:
     """
     if "heads" in sizes and shape.heads == shape.kv_groups:
         sizes = {"kv_groups": sizes["heads"], **sizes}
-    if "kv_groups" in sizes:
-        sizes = {**sizes, "heads": sizes.get("heads", shape.heads // shape.kv_groups * sizes["kv_groups"])}
+    sizes = shape.with_heads(sizes)
     for axis, size in sizes.items():
         if axis not in PUBLIC_AXES:
             raise PlanError(
@@ -106,9 +107,9 @@ def _check_heads(shape: Shape, heads: int | None, groups: int) -> None:
             f"axis heads should keep {heads}, which cannot be spread evenly over {groups} kv_groups. "
             f"Keep a multiple of {groups}."
         )
-    if heads > shape.heads // shape.kv_groups * groups:
+    if heads > (held := shape.heads_per_group * groups):
         raise PlanError(
-            f"axis heads should keep {heads}, but {groups} kv_groups hold {shape.heads // shape.kv_groups * groups}. "
+            f"axis heads should keep {heads}, but {groups} kv_groups hold {held}. "
             f"Keep at most that many, or keep more kv_groups."
         )
 
@@ -138,7 +139,7 @@ def best_plan(
 def _group_sizes(axis: str, shape: Shape, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Return (units to keep, units) of each group of an axis; an axis without groups is one group."""
     if axis == "heads":
-        return sizes[axis] // sizes.get("kv_groups", shape.kv_groups), shape.heads // shape.kv_groups
+        return sizes[axis] // sizes.get("kv_groups", shape.kv_groups), shape.heads_per_group
     return sizes[axis], shape.axis_size(axis)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -12,13 +15,17 @@ from ..parallel import Topology, fail_together, gather_sequence
 from ..records import Plan, Scores
 from .choose import scores_of
 
-__all__ = ["MERGES", "SIGNS", "check_merge", "merge_heads"]
+__all__ = ["MERGES", "SIGNS", "Merge", "Sign", "check_merge", "merge_heads"]
 
-MERGES = ("q", "q+o", "qkvo")
+Merge = Literal["q", "q+o", "qkvo"]
 """Projections to merge. `qkvo` needs a key and a value for each query head."""
 
-SIGNS = {"printed": 1, "reversed": -1}
+MERGES: tuple[Merge, ...] = get_args(Merge)
+
+Sign = Literal["printed", "reversed"]
 """`printed`: head + (head - partner), as in the Minitron paper; `reversed`: head + (partner - head), as in LaCo."""
+
+SIGNS: Mapping[str, int] = dict(zip(get_args(Sign), (1, -1), strict=True))
 
 HeadPair = tuple[int, int]
 """(kept head, its removed partner), as indices of the axis that is cut."""
@@ -62,7 +69,7 @@ def check_merge(teacher: Shape, student: Shape, merge: str) -> None:
         raise PlanError(
             "merge qkvo needs a key and a value for each head, but here several heads share one. Use q or q+o."
         )
-    total, kept = teacher.heads // teacher.kv_groups, student.heads // student.kv_groups
+    total, kept = teacher.heads_per_group, student.heads_per_group
     if axis == "kv_groups":
         total, kept = teacher.heads, student.heads
     if total == kept:
@@ -76,7 +83,7 @@ def _pairs(scores: Scores, plan: Plan, layer: int) -> list[HeadPair]:
     units, kept = scores_of(axis, scores)[layer], set(plan.keep[axis][layer])
     groups = [range(plan.shape.heads)]
     if axis == "heads":
-        each = plan.shape.heads // plan.shape.kv_groups
+        each = plan.shape.heads_per_group
         groups = [range(group * each, (group + 1) * each) for group in plan.kept_at("kv_groups", layer)]
     pairs = []
     for group in groups:

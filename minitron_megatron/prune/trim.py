@@ -9,7 +9,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from ..errors import PlanError
-from ..layout import PUBLIC_AXES, Param, Shape, expert_of, kept_rows, layer_of, lookup
+from ..layout import SIZED_AXES, Param, Shape, expert_of, kept_rows, layer_of, lookup
 from ..model import Chunk, Model, NamedShard, assign, check_fits, chunks_of, named_shards, owner_rank, rebuild, shape_of
 from ..parallel import Topology, all_to_all, fail_together, move
 from ..records import Plan
@@ -82,7 +82,7 @@ def _check(chunks: Sequence[Chunk], plan: Plan) -> None:
 
 
 def _sizes(shape: Shape) -> dict[str, int]:
-    return {axis: shape.axis_size(axis) for axis in ("layers", *PUBLIC_AXES)}
+    return {axis: shape.axis_size(axis) for axis in SIZED_AXES}
 
 
 Shards = dict[tuple[str, bool], NamedShard]

@@ -3,9 +3,11 @@
 Knows: the keys and their defaults, YAML. Must not know: how a run is carried out, or what it costs.
 """
 
+from .data_keys import CalibrationSource, Source
+from .key_names import with_keys, with_keys_in_errors
 from .load import load_recipe
 from .phases import ResolvedPhase, light_recipe, prefixes, resolved
-from .schema import CalibrationSource, Depth, Recipe, Source, json_schema
+from .schema import Depth, Recipe, json_schema
 from .search_keys import CHOOSE_BY, Search
 from .starter import starter_recipe
 from .training_keys import TrainingKeys
@@ -27,4 +29,6 @@ __all__ = [
     "read_yaml",
     "resolved",
     "starter_recipe",
+    "with_keys",
+    "with_keys_in_errors",
 ]

@@ -1,13 +1,16 @@
-"""Suggest a key for an unknown one: by spelling, by other tools' names for it, or from another block."""
+"""Names of keys: a suggestion for an unknown one, and the key of an argument that an error of a lower room names."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from ..errors import did_you_mean
+from ..errors import MinitronError, did_you_mean
+from .schema import json_schema
 
-__all__ = ["nearest_key"]
+__all__ = ["key_paths", "nearest_key", "with_keys", "with_keys_in_errors"]
 
 Schema = Mapping[str, Any]
 """JSON Schema, or a part of it."""
@@ -28,6 +31,7 @@ OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
     "path": ("file", "name", "dataset", "paths"),
     "validation": ("val", "valid", "eval", "held_out", "split"),
     "text_key": ("json_key", "json_keys", "text_field", "text_column", "key"),
+    "loss_on": ("train_on", "mask", "loss_mask", "train_on_inputs", "assistant_only_loss", "answer_only_loss"),
     "workers": ("num_workers", "num_proc"),
     "model": ("teacher", "model_path", "model_name", "checkpoint", "base_model", "teacher_path", "hf_model"),
     "out": ("output", "output_dir", "out_dir", "save_dir", "run_dir", "save"),
@@ -62,8 +66,9 @@ OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
 """Key -> names that other tools use for it."""
 
 
-def nearest_key(loc: Sequence[int | str], schema: Schema) -> str:
+def nearest_key(loc: Sequence[int | str]) -> str:
     """Return ` Did you mean 'x'?` for the unknown key at `loc` in a recipe, or the empty string."""
+    schema = json_schema()
     *place, last = loc
     word = str(last)
     known = list(_block(place, schema).get("properties", ()))
@@ -74,6 +79,39 @@ def nearest_key(loc: Sequence[int | str], schema: Schema) -> str:
     names = {word, *(key for key, words in OTHER_WORDS.items() if word.lower() in words)}
     elsewhere = [path for path in _paths(schema, schema) if path.rpartition(".")[2] in names]
     return f" Did you mean {' or '.join(map(repr, elsewhere[:3]))}?" if elsewhere else ""
+
+
+def key_paths() -> list[str]:
+    """Return the path of every key, outermost first."""
+    schema = json_schema()
+    return list(_paths(schema, schema))
+
+
+def with_keys(text: str, block: str = "") -> str:
+    """Return a message of a lower room with recipe keys in place of arguments: `` `text_key` `` becomes data.text_key.
+
+    An argument in backticks is the one key of its name in `block`, or else in the whole recipe. Where there is no such
+    key, or several, it stays.
+    """
+    paths = key_paths()
+
+    def key(found: re.Match[str]) -> str:
+        everywhere = [path for path in paths if path.rpartition(".")[2] == found[1]]
+        inside = [path for path in everywhere if path.startswith(f"{block}.")]
+        matching = inside or everywhere
+        return matching[0] if len(matching) == 1 else found[0]
+
+    return re.sub(r"`(\w+)`", key, text)
+
+
+@contextmanager
+def with_keys_in_errors(block: str = "") -> Iterator[None]:
+    """Name recipe keys in the MinitronErrors that leave the block of code, as `with_keys` does."""
+    try:
+        yield
+    except MinitronError as error:
+        error.args = (with_keys(str(error), block),)
+        raise
 
 
 def _block(place: Sequence[int | str], schema: Schema) -> Schema:
@@ -96,8 +134,9 @@ def _resolved(node: Schema, schema: Schema) -> Schema:
 
 
 def _paths(block: Schema, schema: Schema, before: str = "") -> Iterator[str]:
-    """Yield every key's path, outermost first; lists of blocks are left out."""
+    """Yield every key's path, outermost first; keys of a block in a list as `data.sources[].validation`."""
     inner = {name: _resolved(node, schema) for name, node in block.get("properties", {}).items()}
     yield from (f"{before}{name}" for name in inner)
     for name, node in inner.items():
         yield from _paths(node, schema, f"{before}{name}.")
+        yield from _paths(_resolved(node.get("items", {}), schema), schema, f"{before}{name}[].")

@@ -11,7 +11,7 @@ from ..errors import RecipeError
 from ..settings import explain, shown
 from .key_names import nearest_key
 from .plugins import import_plugins
-from .schema import Recipe, json_schema
+from .schema import Recipe
 from .yaml_tree import Tree, read_yaml
 
 __all__ = ["load_recipe"]
@@ -45,7 +45,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = No
             import_plugins(plugins, path.parent)
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"recipe {path}: {explain(error, _nearest)}") from error
+        raise RecipeError(f"recipe {path}: {explain(error, nearest_key)}") from error
     except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from error
 
@@ -69,7 +69,3 @@ def _replaced(node: Tree, path: Sequence[str], value: Tree, text: str) -> dict[s
         raise RecipeError(f"--set {shown(text)}: the parent of {first} is a value, not a block of keys.")
     block = node or {}
     return {**block, first: _replaced(block.get(first), rest, value, text) if rest else value}
-
-
-def _nearest(place: Sequence[int | str]) -> str:
-    return nearest_key(place, json_schema())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .schema import Data, Recipe
+from .data_keys import Data
+from .schema import Recipe
 from .training_keys import Distill, TrainingKeys
 
 __all__ = ["ResolvedPhase", "light_recipe", "prefixes", "resolved"]

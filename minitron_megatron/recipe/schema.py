@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Annotated, Literal
 
+from ..convert import Architecture
 from ..evaluate import PROGRAMS, SUITES, Task
 from ..layout import PUBLIC_AXES
 from ..model import Recompute, Spec
 from ..parallel import Parallel
+from ..prune import Merge, Scope, Sign
 from ..records import Statistic
+from ..refit import Method
 from ..score import DEPTH_METRICS
 from ..serve import LADDER
 from ..settings import (
@@ -26,70 +27,12 @@ from ..settings import (
     Text,
     model_validator,
 )
-from .keys import DType, HeldOut, Layers, Sources
+from .data_keys import CalibrationSource, Data
+from .keys import DType, Layers
 from .search_keys import Search
 from .training_keys import Correct, Distill
 
-__all__ = ["CalibrationSource", "Data", "Depth", "Recipe", "Source", "json_schema"]
-
-
-class CalibrationSource(Settings):
-    """One source of a blend of text."""
-
-    path: Sources
-    """File, folder, glob, or a list of them: .jsonl, .json, .txt (also .gz, .zst), .parquet, .arrow; or the prefix of a
-    tokenized .bin/.idx pair, used in place; or hf://owner/name[:split], a data set of the Hugging Face Hub."""
-    weight: Positive = 1.0
-    """Share of the samples, relative to the other sources."""
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """All places of this source's text."""
-        return (self.path,) if isinstance(self.path, str) else self.path
-
-    @property
-    def name(self) -> str:
-        """Name of the source for people and in files: that of its first file or folder."""
-        return re.sub("[*?:]+", "_", Path(self.paths[0]).stem)
-
-
-class Source(CalibrationSource):
-    """One source of the data blend."""
-
-    validation: HeldOut = 0.01
-    """Path of held-out files, or the share of documents to hold out (between 0 and 1)."""
-
-    @property
-    def held_out_paths(self) -> tuple[str, ...]:
-        """Places of held-out text, if a share of the documents is not held out instead."""
-        return (self.validation,) if isinstance(self.validation, str) else ()
-
-
-class Data(Settings):
-    """Training corpus of distillation, teacher correction and calibration."""
-
-    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Sources to blend by weight."""
-    sequence: Count = 8192
-    """Tokens per sample."""
-    text_key: Text = "text"
-    """Key of a JSON object, or column of a table, that holds the text."""
-    repeat: HowToRun[bool] = False
-    """Repeat a source, shuffled differently each time, if a budget needs more samples than it has. If false, too few
-    samples are an error."""
-    cross_documents: bool = True
-    """Let tokens attend to earlier documents packed into the same sample, as in Megatron's pretraining. If false,
-    attention stays within a document, and the token after a document's end is not a training target."""
-    beyond_positions: bool = False
-    """Allow samples longer than the model's `max_position_embeddings` or sliding window, on which it was not trained.
-    If false, they are an error."""
-    separator: Text = "<|endoftext|>"
-    """Text that separates the documents of a .txt file."""
-    tokenize: AddedLater[Literal["all", "needed"]] = "all"
-    """How much of each source is tokenized: `all`, or as much from its beginning as is `needed` by the budgets and for
-    `evaluate.samples` of held-out text. A larger budget goes on from there."""
-    workers: HowToRun[Annotated[Count, Field(le=1024)]] = 1
-    """Processes used for tokenization."""
+__all__ = ["Depth", "Recipe", "json_schema"]
 
 
 class Depth(Settings):
@@ -153,17 +96,17 @@ class Prune(Settings):
     by: Literal["importance", "random", "first"] = "importance"
     """How units are chosen. `random` (seeded by `seed`) and `first` (the lowest indices) are baselines for
     importance."""
-    scope: Literal["layer", "network"] = "layer"
+    scope: Scope = "layer"
     """`layer` ranks neurons and heads in each layer separately; `network` ranks them by their scores summed over the
     layers, so that every layer keeps the same indices."""
     iterations: Annotated[Count, Field(le=1000)] = 1
     """Score and prune the widths in this many even steps, each on the model left by the step before. Layers are removed
     in the first step. The papers found no gain."""
-    merge: Literal["none", "q", "q+o", "qkvo"] = "none"
+    merge: Literal["none", Merge] = "none"
     """Head-residual merge: add to a kept head its difference from a removed head, in these projections."""
-    merge_sign: Literal["printed", "reversed"] = "printed"
+    merge_sign: Sign = "printed"
     """Sign of the merge: head + (head - partner), as printed in the paper, or head - (head - partner)."""
-    refit: Literal["none", "outputs", "sequential"] = "none"
+    refit: Literal["none", Method] = "none"
     """Repair the linear layers of the cut model by least squares on calibration samples, before distillation: each
     layer on the teacher's states (`outputs`), or on the student's own states so far, aiming at the teacher's
     (`sequential`), which makes up for dropped layers too."""
@@ -219,7 +162,7 @@ class Export(Settings):
 
     dtype: DType = "bfloat16"
     """Dtype of the exported weights."""
-    architecture: Literal["auto", "own"] = "auto"
+    architecture: Architecture = "auto"
     """`auto` writes a Qwen2 model whose hidden size is not heads x head_dim as a Llama with `attention_bias`: it gives
     the same results, and more inference engines can load it. `own` always writes the teacher's architecture."""
     quantize: Literal["none", "fp8"] = "none"
@@ -357,6 +300,11 @@ class Recipe(Settings):
             return self
         if self.correct.objective != "cross_entropy":
             raise ValueError("correct.continuous trains the teacher by cross-entropy: remove correct.objective")
+        if not self.distill.has_teacher:
+            raise ValueError(
+                f"correct.continuous trains the teacher during distillation, but distill.objective is "
+                f"{self.distill.objective}: remove one of them"
+            )
         for key in ("offload_teacher", "teacher_window", "teacher_dtype"):
             if getattr(self.distill, key):
                 raise ValueError(f"correct.continuous trains the teacher, so distill.{key} cannot apply: remove it")

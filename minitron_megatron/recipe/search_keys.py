@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from ..errors import did_you_mean
-from ..layout import PUBLIC_AXES
+from ..layout import SIZED_AXES
 from ..search import FILLED, Limit, Serving, Space
 from ..settings import (
     BeforeValidator,
@@ -21,7 +21,6 @@ from ..settings import (
 
 __all__ = ["CHOOSE_BY", "Budget", "Light", "Search", "Serving"]
 
-AXES = ("layers", *PUBLIC_AXES)
 CHOOSE_BY = ("loss", "pareto")
 """Values of `choose` other than the name of a task."""
 MOST_SIZES = 10_000
@@ -62,8 +61,8 @@ def _multiples(value: object) -> object:
     if not isinstance(value, dict):
         return value
     for axis, unit in value.items():
-        if axis not in AXES:
-            raise ValueError(f"multiples has the unknown axis {axis!r}.{did_you_mean(str(axis), AXES)}")
+        if axis not in SIZED_AXES:
+            raise ValueError(f"multiples has the unknown axis {axis!r}.{did_you_mean(str(axis), SIZED_AXES)}")
         if isinstance(unit, str) and not unit[:1].isdigit() and (axis, unit) != ("hidden", FILLED):
             raise ValueError(f"multiples.{axis} is {unit!r}. Give a whole number; hidden may also be {FILLED!r}")
     return value
@@ -165,5 +164,5 @@ class Search(Settings):
         return self
 
     def space(self) -> Space:
-        sizes = {axis: tuple(given) for axis in AXES if (given := getattr(self, axis)) is not None}
+        sizes = {axis: tuple(given) for axis in SIZED_AXES if (given := getattr(self, axis)) is not None}
         return Space(sizes, self.expansion, self.multiples)

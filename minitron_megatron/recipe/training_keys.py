@@ -85,6 +85,13 @@ class Phase(Settings):
     """Steps of linear warm-up."""
 
 
+DISTILLATION = "distillation"
+
+
+def _distill_objective(name: str) -> str:
+    return name if name == DISTILLATION else OBJECTIVES.known(name)
+
+
 class Distill(TrainingKeys):
     """Distillation of the teacher into the pruned student."""
 
@@ -109,6 +116,24 @@ class Distill(TrainingKeys):
     offload_teacher: HowToRun[bool] = False
     """Keep the teacher in host memory while the student trains: saves device memory, and copies the teacher to the
     device in each step."""
+    objective: AddedLater[
+        Annotated[str, AfterValidator(_distill_objective), Field(examples=[DISTILLATION, *OBJECTIVES])]
+    ] = DISTILLATION
+    """Loss that is minimised: `distillation`, from the teacher; or conventional training without a teacher, for
+    comparison: `cross_entropy`, or the name of a plugin's objective."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher runs beside the student."""
+        return self.objective == DISTILLATION
+
+    @model_validator(mode="after")
+    def _needs_a_teacher(self) -> Distill:
+        given = [name for name in ("states", "teacher_window", "teacher_dtype") if getattr(self, name)]
+        given += ["loss"] * (self.loss != KDLoss()) + ["offload_teacher"] * self.offload_teacher
+        if given and not self.has_teacher:
+            raise ValueError(f"objective: {self.objective} has no teacher, so {given[0]} cannot apply: remove it")
+        return self
 
     @model_validator(mode="after")
     def _sees_whole_steps(self) -> Distill:

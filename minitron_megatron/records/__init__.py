@@ -8,6 +8,7 @@ from .plan import SAFE_MARGIN, Plan
 from .scores import Scores
 from .shape import read_shape
 from .statistic import REDUCTIONS, Reduction, Statistic
+from .status import RunStatus, StageState, read_status
 from .summary import Row, read_summary
 
 __all__ = [
@@ -17,8 +18,11 @@ __all__ = [
     "Plan",
     "Reduction",
     "Row",
+    "RunStatus",
     "Scores",
+    "StageState",
     "Statistic",
     "read_shape",
+    "read_status",
     "read_summary",
 ]

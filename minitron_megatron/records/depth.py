@@ -76,6 +76,6 @@ class DepthScores:
                 raise FileError(f"{path}: greedy names a layer outside of the model's {shape.layers} layers.")
         except FileError as error:
             cause = str(error).rstrip(".")
-            raise CheckpointError(f"{path} holds no depth scores ({cause}). Run `minitron score` again.") from error
+            raise CheckpointError(f"{path} holds no depth scores ({cause}). Score the model again.") from error
         blocks = {(first, length): value for first, length, value in raw.blocks}
         return cls(**{**vars(raw), "shape": shape, "blocks": blocks, "greedy": tuple(raw.greedy)})

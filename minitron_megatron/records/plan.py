@@ -108,8 +108,7 @@ class Plan:
     def target(self) -> Shape:
         """Shape of the pruned model."""
         sizes = {axis: len(next(iter(by_layer.values()))) for axis, by_layer in self.keep.items()}
-        if "kv_groups" in sizes:
-            sizes.setdefault("heads", self.shape.heads // self.shape.kv_groups * sizes["kv_groups"])
+        sizes = self.shape.with_heads(sizes)
         if "expert_ffn" in sizes:
             sizes["expert_ffn"] //= sizes.get("experts", self.shape.experts)
         return self.shape.resized(layers=len(self.kept_layers), **sizes)
@@ -146,7 +145,7 @@ class Plan:
             }
         except ValueError as error:
             cause = str(error).rstrip(".")
-            raise CheckpointError(f"{path} holds no plan ({cause}). Run `minitron prune` again.") from error
+            raise CheckpointError(f"{path} holds no plan ({cause}). Prune the model again.") from error
         try:
             return cls(shape, keep, raw["layers"], margins, raw["model_hash"])
         except PlanError as error:

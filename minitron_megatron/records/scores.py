@@ -24,7 +24,7 @@ class About(TypedDict):
     """Header of a scores file."""
 
     shape: dict[str, object]
-    statistic: Statistic
+    statistic: dict[str, str]
     samples: int
     tokens: int
     model_hash: str
@@ -78,10 +78,11 @@ class Scores:
             about = check_as(raw, About, "its header")
             shape = read_shape(about["shape"], "its header")
             _check_values(values, shape)
-            return cls(values, shape, about["statistic"], about["samples"], about["tokens"], about["model_hash"])
+            statistic = Statistic.recorded(about["statistic"])
+            return cls(values, shape, statistic, about["samples"], about["tokens"], about["model_hash"])
         except (OSError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
             cause = str(error).rstrip(".") or type(error).__name__
-            raise CheckpointError(f"{path} holds no scores ({cause}). Run `minitron score` again.") from error
+            raise CheckpointError(f"{path} holds no scores ({cause}). Score the model again.") from error
 
 
 def _check_values(values: Values, shape: Shape) -> None:

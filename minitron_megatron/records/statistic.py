@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -79,3 +79,10 @@ class Statistic(Settings):
     heads: Literal["norm_last", "norm_first"] = "norm_last"
     """When the L2 norm over a head's channels is taken: `norm_last`, after aggregation (as in ModelOpt); `norm_first`,
     at each position (as printed in the paper)."""
+
+    @classmethod
+    def recorded(cls, names: Mapping[str, str]) -> Statistic:
+        """Return the statistic of a scores file; its reductions may be those of a plugin that is not imported."""
+        foreign = {key: names[key] for key in ("batch", "sequence") if names[key] not in REDUCTIONS}
+        known = {key: name for key, name in names.items() if key not in foreign}
+        return cls.model_validate(known).model_copy(update=foreign)

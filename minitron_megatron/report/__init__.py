@@ -7,31 +7,43 @@ weights, processes, recipes.
 from .listeners import MetricsFile, Progress, fan_out, read_metrics
 from .loggers import logged
 from .machine import Machine
+from .made import made_by
 from .page import write_report
-from .plots import plot_bench
-from .records import describe, pairs_table, report_run
+from .plots import plot_bench, plot_study
+from .records import describe, pairs_table, report_run, text_table
 from .rehearsed import rehearsal_tables
+from .studied import ArmResult, Compared, StudyTable, Verdict, study_markdown, study_notes, study_text
 from .tables import bench_table, candidates_table, print_summary, summary_table
 from .watch import watch
 from .watchdog import Watchdog
 
 __all__ = [
+    "ArmResult",
+    "Compared",
     "Machine",
     "MetricsFile",
     "Progress",
+    "StudyTable",
+    "Verdict",
     "Watchdog",
     "bench_table",
     "candidates_table",
     "describe",
     "fan_out",
     "logged",
+    "made_by",
     "pairs_table",
     "plot_bench",
+    "plot_study",
     "print_summary",
     "read_metrics",
     "rehearsal_tables",
     "report_run",
+    "study_markdown",
+    "study_notes",
+    "study_text",
     "summary_table",
+    "text_table",
     "watch",
     "write_report",
 ]

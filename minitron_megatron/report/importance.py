@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
-from . import numbers
+from .. import numbers
 from .plots import ByLayer
 
 __all__ = ["CUT", "KEPT", "SCORED", "cut_rows", "kept_rows", "score_rows", "shares"]

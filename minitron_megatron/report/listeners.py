@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
+from .. import numbers
 from ..errors import CheckpointError
 from ..events import Event, Listener
-from . import numbers
 
 __all__ = ["MetricsFile", "Progress", "fan_out", "lost_lines", "parse_line", "read_metrics"]
 

@@ -37,7 +37,7 @@ def logged(
     config: Mapping[str, object],
     *,
     wandb: WandbMode | None = None,
-    project: str = "minitron",
+    project: str | None = None,
     tensorboard: bool = False,
 ) -> Iterator[Listener]:
     """Yield a listener for all configured loggers. They open at the first measurement, when the run folder is locked.
@@ -46,7 +46,7 @@ def logged(
     """
     for name, wanted in (("wandb", wandb), ("tensorboard", tensorboard)):
         if wanted and find_spec(name) is None:
-            raise RecipeError(f"log.{name} is set, but {name} is not installed. Run `pip install {name}`.")
+            raise RecipeError(f"`{name}` is set, but {name} is not installed. Run `pip install {name}`.")
     with ExitStack() as held:
         listeners: list[Listener] = []
 
@@ -64,7 +64,7 @@ def logged(
 
 
 @contextmanager
-def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, object]) -> Iterator[Listener]:
+def _wandb(folder: Path, mode: WandbMode, project: str | None, config: Mapping[str, object]) -> Iterator[Listener]:
     """Log to the wandb run whose id is stored in `folder`; each stage has its own step axis."""
     import wandb
 
@@ -83,7 +83,7 @@ def _wandb(folder: Path, mode: WandbMode, project: str, config: Mapping[str, obj
             settings=wandb.Settings(console="off", silent=True),
         )
     except wandb.Error as error:
-        raise RecipeError(f"wandb failed: {error}. Run `wandb login`, or set log.wandb to offline.") from error
+        raise RecipeError(f"wandb failed: {error}. Run `wandb login`, or set `wandb` to offline.") from error
     stages: set[str] = set()
 
     def listen(event: Event) -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 from typing_extensions import TypedDict
 
+from .. import numbers
 from ..errors import CheckpointError
 from ..files import read_json
 from ..run_folder import RunFolder
-from . import numbers
 from .listeners import MetricsLine, read_metrics
 
 __all__ = ["PREDICTED", "predicted_rows"]
 
-PREDICTED = ("", "predicted", "measured", "measured / predicted")
+PREDICTED = ("", "predicted", "measured", "ratio")
+INDENT = "  "
+"""Beginning of the name of a row that belongs to the one above."""
 DISTIL = ("distill", "baseline")
 TRAIN = ("correct", *DISTIL)
 Row = tuple[str, ...]
@@ -66,16 +68,24 @@ def _sizes(run: RunFolder, predicted: Predicted, stages: Mapping[str, StageCost]
         if folder.is_dir():
             rows.append(_row(f"parameters, {model}", parameters, _stored(folder)[0]))
     if run.model("export").is_dir():
-        rows.append(_row("bytes of the export", predicted["export_bytes"], _stored(run.model("export"))[1]))
+        stored = _stored(run.model("export"))[1]
+        rows.append(_row("size of the export", predicted["export_bytes"], stored, numbers.size))
     peak = max((stages[name].get("peak_bytes", 0) for name in TRAIN if name in stages), default=0)
     if peak:
-        rows.append(_row("peak bytes per rank (predicted: without activations)", predicted["rank_bytes"], peak))
+        rows.append(
+            _row(
+                "memory of the fullest rank (predicted: without activations)",
+                predicted["rank_bytes"],
+                peak,
+                numbers.size,
+            )
+        )
     return rows
 
 
-def _row(name: str, predicted: int, measured: int) -> Row:
+def _row(name: str, predicted: int, measured: int, write: Callable[[float], str] = numbers.count) -> Row:
     ratio = f"{measured / predicted:.3f}" if predicted else numbers.ABSENT
-    return name, numbers.count(predicted), numbers.count(measured), ratio
+    return name, write(predicted), write(measured), ratio
 
 
 def _work(predicted: Predicted, stages: Mapping[str, StageCost], metrics: Sequence[MetricsLine]) -> list[Row]:
@@ -83,16 +93,16 @@ def _work(predicted: Predicted, stages: Mapping[str, StageCost], metrics: Sequen
     rows: list[Row] = []
     for stage, flops in predicted["flops"].items():
         lines = [line for line in metrics if line["stage"] == stage and line.get("tokens_per_second")]
-        seconds, name = stages.get(stage, {}).get("seconds"), f"FLOPs of {stage}"
+        seconds, name = stages.get(stage, {}).get("seconds"), f"compute of {stage}"
         if stage in TRAIN and lines:
             last = lines[-1]
-            flops, name = flops / last["total"], f"FLOPs per step of {stage}"
+            flops, name = flops / last["total"], f"compute per step of {stage}"
             seconds = last["tokens"] / last["done"] / median(line["tokens_per_second"] for line in lines)
         if flops and seconds:
             teacher = predicted["teacher_flops"] / predicted["flops"][stage] if stage in DISTIL else 0
-            share = f", {teacher:.0%} the teacher's" if teacher else ""
-            speed = f"{numbers.duration(seconds)}: {flops / seconds:.2e} FLOP/s"
-            rows.append((name, f"{flops:.2e}{share}", speed, numbers.ABSENT))
+            rows.append((name, numbers.flops(flops), f"{numbers.flops(flops / seconds)}/s", numbers.ABSENT))
+            if teacher:
+                rows.append((f"{INDENT}of it the teacher's", f"{teacher:.0%}", numbers.ABSENT, numbers.ABSENT))
     return rows
 
 
@@ -106,8 +116,9 @@ def _slowest(metrics: Sequence[MetricsLine]) -> list[Row]:
             ratio = median(
                 line["slowest_seconds"] / line["median_seconds"] for line in samples if line["slowest_rank"] == rank
             )
-            text = f"rank {rank}, in {often} of {len(samples)} measurements: {ratio:.2f} x the median time"
-            rows.append((f"slowest rank of {stage}, own work", numbers.ABSENT, text, numbers.ABSENT))
+            text = f"rank {rank} in {often} of {len(samples)}"
+            rows.append((f"slowest rank of {stage}, its own work", numbers.ABSENT, text, numbers.ABSENT))
+            rows.append((f"{INDENT}its time over the median rank's", numbers.ABSENT, f"{ratio:.2f}", numbers.ABSENT))
     return rows
 
 

@@ -15,11 +15,12 @@ from typing import TypeVar
 
 from typing_extensions import TypedDict
 
+from .. import numbers
 from ..errors import FileError
 from ..files import read_as, whole_file
 from ..records import SAFE_MARGIN, Row
 from ..run_folder import RunFolder
-from . import numbers, plots
+from . import plots
 from .importance import KEPT, kept_rows, shares
 from .listeners import MetricsLine, lost_lines, read_metrics
 from .measured import PREDICTED, predicted_rows
@@ -155,8 +156,8 @@ _CAPTIONS = {
     "the last layer of the block. Dashed: the same number of layers, removed one by one where it hurts least.",
     "search": "All candidates within the budget. The line joins the Pareto-optimal ones: no other candidate is better "
     "in loss and in every budgeted cost.",
-    "ranks": "Candidates that were distilled to the last step, ranked by held-out loss. Below: Spearman's correlation "
-    "of each ranking with the last one.",
+    "ranks": "Held-out loss of each candidate during its light distillation, and the ranks of those that were "
+    "distilled to the last step. Below: Spearman's correlation of each ranking with the last one.",
     "shares": "Sum of the scores of the kept units, over that of all units in the layer.",
     "margins": "Relative difference between the scores of the last kept and the first pruned unit. "
     "An exact tie is drawn at the lower edge.",

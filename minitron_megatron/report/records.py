@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
-from typing_extensions import TypedDict
 
+from .. import numbers
 from ..errors import CheckpointError
 from ..files import read_as
-from ..records import DepthScores, Plan, Scores, read_summary
+from ..records import DepthScores, Plan, Scores, read_status, read_summary
 from ..run_folder import RunFolder
-from . import numbers
 from .importance import CUT, KEPT, SCORED, cut_rows, kept_rows, score_rows
 from .measured import PREDICTED, predicted_rows
 from .page import write_report
 from .plots import ByLayer, DepthCurves
-from .tables import summary_table
+from .progress_table import run_state
+from .searched import SEARCHED, SearchTable, searched_rows
+from .tables import at_dashes, summary_table
 
-__all__ = ["describe", "pairs_table", "report_run"]
+__all__ = ["describe", "pairs_table", "report_run", "text_table"]
 
 
 def report_run(run: Path) -> Path:
@@ -66,9 +68,10 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     numbers."""
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if number and column != SCORED[-1] else "left")
+        justify: Literal["left", "right"] = "right" if number and column != SCORED[-1] else "left"
+        table.add_column(Text(column), justify=justify, no_wrap=bool(number), overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(at_dashes(row[0]), *map(Text, row[1:]))
     return table
 
 
@@ -78,10 +81,7 @@ def describe(path: Path) -> Table | Group:
 
     run = RunFolder(path)
     if run.summary.is_file():
-        scores, plan, margins = _cut(run)
-        kept = text_table("Pruning", KEPT, kept_rows(plan, scores, margins))
-        predicted = text_table("Predicted and measured", PREDICTED, predicted_rows(path))
-        return Group(summary_table(read_summary(run.summary)), kept, predicted)
+        return _run(run)
     if path.suffix == ".safetensors":
         return _scores(Scores.load(path))
     if path.name == run.depth.name and path.is_file():
@@ -91,11 +91,31 @@ def describe(path: Path) -> Table | Group:
     for inside in (run.scores.name, run.plan.name):
         if (path / inside).is_file():
             return describe(path / inside)
-    if run.records.is_dir():
-        return pairs_table(f"run {path}", {record.stem: _stage(record) for record in run.record_paths()})
+    if run.records.is_dir() or run.status.is_file():
+        return _state(run)
     if (config := local_folder(path) / "config.json").is_file():
         return pairs_table(f"model {path}", _config(config))
     raise CheckpointError(f"{path} is not a scores file, a plan, a model folder or a run folder.")
+
+
+def _run(run: RunFolder) -> Group:
+    """Describe an evaluated run: its models, search, cuts and costs; and its state, if it has more to do."""
+    scores, plan, margins = _cut(run)
+    search = read_as(run.search_table, SearchTable) if run.search_table.is_file() else None
+    tables = {
+        "Search": (SEARCHED, searched_rows(search)),
+        "Pruning": (KEPT, kept_rows(plan, scores, margins)),
+        "Predicted and measured": (PREDICTED, predicted_rows(run.path)),
+    }
+    shown = [text_table(title, columns, rows) for title, (columns, rows) in tables.items() if rows]
+    status = read_status(run.status)
+    unfinished = status is not None and not {*status["stages"].values()} <= {"done", "ran"}
+    return Group(*([_state(run)] if unfinished else []), summary_table(read_summary(run.summary)), *shown)
+
+
+def _state(run: RunFolder) -> Group:
+    """Describe how far a run is."""
+    return run_state(run.path, time.time()).shown(run.path)
 
 
 def _scores(scores: Scores) -> Group:
@@ -138,15 +158,3 @@ def _config(path: Path) -> dict[str, object]:
     keys = (*keys, "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "torch_dtype")
     config = read_as(path, dict[str, object])
     return {key: config[key] for key in keys if key in config}
-
-
-class StageRecord(TypedDict):
-    """Fields of a stage's record that are shown."""
-
-    seconds: float
-    result: dict[str, object]
-
-
-def _stage(path: Path) -> str:
-    record = read_as(path, StageRecord)
-    return f"{numbers.duration(record['seconds'])}  {json.dumps(record['result'])[:100]}"

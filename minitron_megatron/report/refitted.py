@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from typing_extensions import TypedDict
 
-from . import numbers
+from .. import numbers
 
 __all__ = ["REFITTED", "Fit", "refitted_rows"]
 

@@ -9,11 +9,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from . import numbers
+from .. import numbers
 
 __all__ = ["rehearsal_tables"]
 
-GIB = 2**30
 MODELLED = "modelled, not measured"
 
 
@@ -30,10 +29,12 @@ def rehearsal_tables(found: Mapping[str, Any]) -> Iterator[Table]:
 def _whole(found: Mapping[str, Any]) -> dict[str, str]:
     share = found["utilisation"]
     rows = {
-        "step": f"{found['seconds_of_a_step']:.3g} s, {numbers.count(found['tokens_of_a_step'])} tokens",
-        "tokens per second": f"{found['tokens_per_second']:,.0f}, {found['tokens_per_second_per_gpu']:,.0f} a GPU",
+        "step": f"{numbers.duration(found['seconds_of_a_step'])}, {numbers.count(found['tokens_of_a_step'])} tokens",
+        "tokens per second": (
+            f"{numbers.count(found['tokens_per_second'])}, {numbers.count(found['tokens_per_second_per_gpu'])} a GPU"
+        ),
         "utilisation": numbers.ABSENT if share is None else f"{share:.2f} of the bf16 peak",
-        "time": f"{found['hours']:.3g} hours",
+        "time": numbers.duration(3600 * found["hours"]),
     }
     return rows | {"assumed": found[MODELLED]}
 
@@ -41,15 +42,16 @@ def _whole(found: Mapping[str, Any]) -> dict[str, str]:
 def _rank(rank: Mapping[str, Any]) -> dict[str, str]:
     kinds = sorted(rank["peak_bytes_by_kind"].items(), key=lambda each: -each[1])
     sent = {
-        name: f"{each['calls']:,.0f} x, {each['bytes'] / GIB:.3f} GiB" for name, each in rank["communication"].items()
+        name: f"{numbers.count(each['calls'])} x, {numbers.size(each['bytes'])}"
+        for name, each in rank["communication"].items()
     }
     rows = {
-        "peak memory": f"{rank['peak_bytes'] / GIB:.3f} GiB",
-        "at the step's peak": ", ".join(f"{name} {size / GIB:.3f}" for name, size in kinds if size),
-        "compute": f"{rank['flops']:.3g} FLOPs, {rank['kernels']:,.0f} kernels",
-        "bytes touched": f"{rank['bytes_touched'] / GIB:,.1f} GiB",
-        "time by resource": ", ".join(f"{name} {1000 * each:,.1f} ms" for name, each in rank["seconds"].items()),
-        "host waits": f"{sum(rank['host_waits'].values()):,.0f}",
+        "peak memory": numbers.size(rank["peak_bytes"]),
+        "at the step's peak": ", ".join(f"{name} {numbers.size(size)}" for name, size in kinds if size),
+        "compute": f"{numbers.flops(rank['flops'])}, {numbers.count(rank['kernels'])} kernels",
+        "bytes touched": numbers.size(rank["bytes_touched"]),
+        "time by resource": ", ".join(f"{name} {numbers.duration(each)}" for name, each in rank["seconds"].items()),
+        "host waits": numbers.count(sum(rank["host_waits"].values())),
     }
     return rows | sent
 

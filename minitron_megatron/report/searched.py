@@ -7,7 +7,7 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from . import numbers
+from .. import numbers
 
 __all__ = [
     "ESTIMATED",
@@ -24,8 +24,8 @@ Row = tuple[str, ...]
 MOST = 20
 """Most rows of a table; the file has all candidates."""
 
-SEARCHED = ("candidate", "parameters", "loss after pruning", "loss after light distillation", "")
-ESTIMATED = ("candidate", "parameters", "memory\n(GiB)", "FLOPs\nper token", "decoding\n(ms)", "light\n(hours)")
+SEARCHED = ("candidate", "parameters", "loss after\npruning", "loss after light\ndistillation", "")
+ESTIMATED = ("candidate", "parameters", "memory", "compute\nper token", "decoding\nstep", "light\ndistillation")
 
 
 class SearchedCandidate(TypedDict):
@@ -83,11 +83,11 @@ def estimated_rows(candidates: Sequence[EstimatedCandidate]) -> list[Row]:
         costs = each["costs"]
         return (
             each["name"],
-            f"{costs['params']:,}",
-            f"{costs['memory_bytes'] / 2**30:.3g}",
-            f"{costs['flops_per_token']:.3g}",
-            f"{costs['decode_ms']:.3g}" if "decode_ms" in costs else numbers.ABSENT,
-            f"{each['hours']:.3g}",
+            numbers.count(costs["params"]),
+            numbers.size(costs["memory_bytes"]),
+            numbers.flops(costs["flops_per_token"]),
+            f"{costs['decode_ms']:.3g} ms" if "decode_ms" in costs else numbers.ABSENT,
+            numbers.duration(3600 * each["hours"]),
         )
 
     return [row(each) for each in candidates]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import numbers
+from .. import numbers
 from .plots import BenchRow
 from .searched import ESTIMATED, EstimatedCandidate, estimated_rows
 
-__all__ = ["COLUMNS", "bench_table", "candidates_table", "cells", "print_summary", "summary_table", "tasks_of"]
+__all__ = [
+    "COLUMNS",
+    "at_dashes",
+    "bench_table",
+    "candidates_table",
+    "cells",
+    "print_summary",
+    "summary_table",
+    "tasks_of",
+]
 
 SummaryRow = Mapping[str, Any]
 """Row of `summary.json`, or of a model that was measured apart from the run."""
@@ -67,8 +77,22 @@ def candidates_table(candidates: Sequence[EstimatedCandidate]) -> Table:
     for number, title in enumerate(ESTIMATED):
         table.add_column(title, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
     for row in estimated_rows(candidates):
-        table.add_row(*map(Text, row))
+        table.add_row(at_dashes(row[0]), *map(Text, row[1:]))
     return table
+
+
+NAME_WIDTH = 22
+"""Most letters of a line of a candidate's name."""
+
+
+def at_dashes(name: str) -> Text:
+    """Return a name; one that is long and without spaces is broken after dashes only, so that its sizes stay whole."""
+    lines = [""]
+    for part in re.findall("[^-]*-|[^-]+$", name) if " " not in name and len(name) > NAME_WIDTH else [name]:
+        if lines[-1] and len(lines[-1] + part) > NAME_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return Text("\n".join(lines))
 
 
 RATIOS = {

@@ -5,15 +5,17 @@ Knows: recipes, forecasts, the run folder. Must not know: terminals, plots, comm
 
 from .bench import bench
 from .context import Context
-from .engine import Step, dry_run, run, search_task
+from .engine import Step, dry_run, planned_marks, results, run, search_task
 from .evaluation import check_export, evaluate_folder
 from .handover import hand_over
+from .shared import SharedStages
 from .stage import Stage
 from .stages import STAGES
 
 __all__ = [
     "STAGES",
     "Context",
+    "SharedStages",
     "Stage",
     "Step",
     "bench",
@@ -21,6 +23,8 @@ __all__ = [
     "dry_run",
     "evaluate_folder",
     "hand_over",
+    "planned_marks",
+    "results",
     "run",
     "search_task",
 ]

@@ -197,8 +197,12 @@ class Context:
     @property
     def _end(self) -> int | None:
         """The end-of-document token if attention stays within documents; otherwise None."""
+        return None if self.recipe.data.cross_documents else self._end_token
+
+    @property
+    def _end_token(self) -> int:
         first = next(iter(self.done["prepare"]["sources"].values()))
-        return None if self.recipe.data.cross_documents else int(first["end"])
+        return int(first["end"])
 
     def _weighted(self, weights: Sequence[float]) -> list[tuple[Path, float]]:
         return self._corpora(self.folders.data, self.done["prepare"]["sources"], weights)
@@ -245,13 +249,14 @@ class Context:
     def calibration(self, samples: int | None = None) -> Corpus:
         """Return all calibration samples, by default as many as scoring takes. Collective over the world."""
         keys = self.recipe.score
+        chats = any(source.chat for source in keys.sources)
         return calibration(
             self._calibration_blend,
             samples=samples or keys.samples,
             sequence=self.recipe.data.sequence,
             seed=self.recipe.seed,
             cache=self.folders.index,
-            end=self._end,
+            end=self._end_token if chats else self._end,
         )
 
     def held_out(self) -> ValidationSet:

@@ -17,18 +17,20 @@ from ..events import Listener, silent
 from ..files import check_as, locked, read_as, read_text, whole_file, write_json
 from ..forecast import check, check_calibration, check_corpus, count, planned, with_model_folders
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, launched, peak_bytes
-from ..recipe import Recipe, prefixes, read_yaml
+from ..recipe import Recipe, prefixes, read_yaml, with_keys_in_errors
 from ..run_folder import RunFolder
 from .bring_in import bring_in
 from .context import Context
 from .fingerprint import fingerprint
 from .preemption import PreemptionListener, raise_when_preempted
+from .shared import SharedStages
 from .stage import Record, Result, Stage
 from .stages import STAGES
 from .stages.search import search_share
+from .status import StatusFile
 from .versions import versions
 
-__all__ = ["Results", "Step", "dry_run", "results", "run", "search_task", "wanted"]
+__all__ = ["Results", "Step", "dry_run", "planned_marks", "results", "run", "search_task", "wanted"]
 
 Results = dict[str, Result]
 """Stage -> its result, and its duration as `seconds`."""
@@ -47,50 +49,72 @@ class Step:
     why: str
 
 
-def run(recipe: Recipe, topology: Topology, *, only: str | None = None, listener: Listener = silent) -> Results:
+@with_keys_in_errors()
+def run(
+    recipe: Recipe,
+    topology: Topology,
+    *,
+    only: str | None = None,
+    until: str | None = None,
+    shared: SharedStages | None = None,
+    listener: Listener = silent,
+) -> Results:
     """Run every stage that is not done, or `only` one, and return the results by stage. Collective over the world.
 
-    Raises MinitronErrors alike on every rank, and before anything is written if the recipe itself is wrong. Raises
-    Preempted after SIGTERM or SIGUSR1.
+    until: the last stage to run. shared: stages that other runs have finished are taken from there, and this run's are
+    added. Raises MinitronErrors alike on every rank, and before anything is written if the recipe itself is wrong.
+    Raises Preempted after SIGTERM or SIGUSR1.
     """
     before = peak_bytes()
     with ExitStack() as held:
         with fail_together():
-            _check_wanted(recipe, only)
+            _check_wanted(recipe, only, until)
             check(recipe, topology)
             if topology.rank == 0:
                 held.enter_context(_claimed(recipe, topology))
         recipe = bring_in(recipe, topology, listener)
-        return _run_stages(recipe, topology, only, held.enter_context(raise_when_preempted(listener)), before)
+        preemption = held.enter_context(raise_when_preempted(listener))
+        return _run_stages(recipe, topology, only, until, shared, preemption, before)
 
 
 def _run_stages(
-    recipe: Recipe, topology: Topology, only: str | None, listener: PreemptionListener, before: int
+    recipe: Recipe,
+    topology: Topology,
+    only: str | None,
+    until: str | None,
+    shared: SharedStages | None,
+    listener: PreemptionListener,
+    before: int,
 ) -> Results:
     """before: peak memory at the start of the run, in bytes."""
     _predict(recipe, topology)
     walk = _Walk(recipe)
-    for stage in walk.stages:
-        record: Record | None = broadcast_object(walk.recorded(stage))
-        if record is None:
-            if only not in (None, stage.name):
+    names = [stage.name for stage in walk.stages]
+    last = only or until or names[-1]
+    names = names[: names.index(last) + 1]
+    with StatusFile(RunFolder(recipe.out), names, writes=topology.rank == 0) as status:
+        for stage in walk.stages[: len(names)]:
+            record: Record | None = broadcast_object(walk.recorded(stage))
+            if record is None and only not in (None, stage.name):
                 raise RecipeError(
                     f"{only} needs the stage {stage.name}, which is not done. Run `minitron {stage.name}` first."
                 )
-            listener.begins(stage.name, keeps=stage.keeps is not None)
-            marks = partial(fingerprint, stage, done=dict(walk.done))
-            context = Context(walk.recipe, topology, listener, dict(walk.done), marks)
-            record = _run_stage(stage, walk.mark(stage), context, before)
-        walk.finish(stage, record)
-        if stage.decides:
-            _predict(walk.recipe, topology)
-        if stage.name == only:
-            break
-        if stage.name in CORPUS_CHECKS:
-            CORPUS_CHECKS[stage.name](walk.recipe, walk.done[stage.name]["sources"])
+            status.set(stage.name, "running" if record is None else "done")
+            if record is None:
+                listener.begins(stage.name, keeps=stage.keeps is not None)
+                marks = partial(fingerprint, stage, done=dict(walk.done))
+                context = Context(walk.recipe, topology, listener, dict(walk.done), marks)
+                record = _obtain(stage, walk.mark(stage), context, before, shared)
+                status.set(stage.name, "ran")
+            walk.finish(stage, record)
+            if stage.decides:
+                _predict(walk.recipe, topology)
+            if stage.name != last and stage.name in CORPUS_CHECKS:
+                CORPUS_CHECKS[stage.name](walk.recipe, walk.done[stage.name]["sources"])
     return walk.done
 
 
+@with_keys_in_errors()
 def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, listener: Listener = silent) -> str:
     """Run one task's share of a search, in parallel to other tasks in the same run folder; return its status as text.
 
@@ -163,6 +187,18 @@ def results(recipe: Recipe, until: str) -> Results:
     return walk.done
 
 
+def planned_marks(recipe: Recipe, until: str) -> dict[str, str]:
+    """Return a mark of each stage up to and including `until`: two recipes have the same one if they will share the
+    stage. Nothing has to be done yet; the marks are not fingerprints, which hold the results of earlier stages."""
+    marks: dict[str, str] = {}
+    recipe = with_model_folders(recipe)
+    for stage in wanted(recipe):
+        marks[stage.name] = fingerprint(stage, recipe, {name: {"mark": mark} for name, mark in marks.items()})
+        if stage.name == until:
+            break
+    return marks
+
+
 def wanted(recipe: Recipe) -> list[Stage]:
     """Return the stages of this recipe, in order."""
     return [stage for stage in STAGES.values() if stage.wanted(recipe)]
@@ -212,7 +248,21 @@ class _Walk:
         return "run", "its inputs changed" if self._folder.record(stage.name).is_file() else "not done yet"
 
 
-def _run_stage(stage: Stage, mark: str, context: Context, before: int) -> Record:
+def _obtain(stage: Stage, mark: str, context: Context, before: int, shared: SharedStages | None) -> Record:
+    """Take a stage's outputs from the shared ones if they are there, or run it; return its record."""
+    if shared is None:
+        return _run_stage(stage, mark, context, before)
+    with ExitStack() as held:
+        taken = None
+        with fail_together():
+            if context.topology.rank == 0:
+                held.enter_context(shared.claimed(stage, mark, context.listener))
+                taken = shared.take(stage, mark, context.folders)
+        found: Record | None = broadcast_object(taken)
+        return found or _run_stage(stage, mark, context, before, shared)
+
+
+def _run_stage(stage: Stage, mark: str, context: Context, before: int, shared: SharedStages | None = None) -> Record:
     """Run a stage, write its record and return it. `peak_bytes`: peak memory of the fullest rank, minus `before`."""
     began = time.perf_counter()
     result = stage.does(context)
@@ -220,6 +270,11 @@ def _run_stage(stage: Stage, mark: str, context: Context, before: int) -> Record
     seconds = round(time.perf_counter() - began, 3)
     peak = max(gather_objects(peak_bytes() - before))
     record: Record = {"fingerprint": mark, "result": result, "seconds": seconds, "peak_bytes": peak}
+    with fail_together():
+        if (
+            shared is not None and context.topology.rank == 0
+        ):  # before the record, so that a kill leaves no stage unshared
+            shared.give(stage, record, context.folders)
     if context.topology.rank == 0:
         write_json(context.folders.record(stage.name), record)
         if not (stage.name == "distill" and context.recipe.distill.retain):
@@ -229,10 +284,11 @@ def _run_stage(stage: Stage, mark: str, context: Context, before: int) -> Record
     return record
 
 
-def _check_wanted(recipe: Recipe, only: str | None) -> None:
+def _check_wanted(recipe: Recipe, *asked: str | None) -> None:
     names = [stage.name for stage in wanted(recipe)]
-    if only is not None and only not in names:
-        raise RecipeError(f"this recipe does not use the stage {only}. Its stages are {', '.join(names)}.")
+    for name in asked:
+        if name is not None and name not in names:
+            raise RecipeError(f"this recipe does not use the stage {name}. Its stages are {', '.join(names)}.")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from ..events import Listener, silent
 from ..forecast import check_evaluation, with_model_folders
 from ..model import check_fits
 from ..parallel import Topology, fail_together
-from ..recipe import Recipe
+from ..recipe import Recipe, with_keys_in_errors
 from .context import DTYPES, Context
 from .engine import results
 from .measure_tasks import Measured, measured_row
@@ -24,6 +24,7 @@ CHECKED_TOKENS = 256
 """Tokens whose logits are compared. Few suffice, since every layer and vocabulary entry takes part in each."""
 
 
+@with_keys_in_errors()
 def evaluate_folder(recipe: Recipe, topology: Topology, folder: Path, *, listener: Listener = silent) -> Measured:
     """Return the summary row of a Hugging Face folder that has the tokenizer of the recipe's model.
 

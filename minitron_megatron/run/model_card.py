@@ -13,8 +13,9 @@ import yaml
 from ..convert import read_config
 from ..files import whole_file
 from ..forecast import model_origins
-from ..layout import Shape, parameters
+from ..layout import SIZED_AXES, Shape, parameters
 from ..model import ModelConfig
+from ..recipe import with_keys
 from ..records import read_summary
 from ..serve import client_notes, client_warnings
 from .context import Context
@@ -60,8 +61,7 @@ def _card(context: Context, folder: Path) -> str:
         "score": {"sources"},
     }
     keys = recipe.model_dump(mode="json", exclude_none=True, exclude=private)
-    axes = ("layers", "hidden", "ffn", "heads", "kv_groups", "experts", "expert_ffn", "shared_ffn")
-    shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in axes if getattr(teacher, axis)]
+    shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in SIZED_AXES if getattr(teacher, axis)]
     sources = [(name, source["tokens"], source["weight"]) for name, source in done["prepare"]["sources"].items()]
     training = [(stage, done[stage]["tokens"]) for stage in ("correct", "distill") if stage in done]
     parts = [
@@ -88,10 +88,15 @@ def _card(context: Context, folder: Path) -> str:
 def _making(context: Context) -> tuple[str, str, str]:
     """Return the name of the model whose weights the export began with, a title, and how it was made."""
     teacher, student = _name(context, "model", context.recipe.model), context.recipe.student
+    keys = context.recipe.distill
+    trained = "distilled" if keys.has_teacher else "trained"
+    source = "from its logits" if keys.has_teacher else f"without it ({keys.objective})"
     if student is None:
         how = "Made by the Minitron method: the least important parts of the teacher were pruned, and the rest was "
-        return teacher, f"{teacher} pruned and distilled", f"{how}distilled from its logits."
+        return teacher, f"{teacher} pruned and {trained}", f"{how}{trained} {source}."
     base = _name(context, "student", student)
+    if not keys.has_teacher:
+        return base, f"{base} trained", f"Trained without a teacher ({keys.objective}); nothing was pruned."
     return base, f"{base} distilled from {teacher}", "Distilled from the teacher's logits; nothing was pruned."
 
 
@@ -107,7 +112,7 @@ def _clients(exported: ModelConfig, teacher: Shape) -> str:
     """Return a section on the clients that cannot serve the export."""
     original, student = replace(exported, shape=teacher), exported.shape
     sentences = (*client_warnings(original, student, "own"), *client_notes(original, student, "own"))
-    return "## Clients\n\n" + "".join(f"* {sentence}\n" for sentence in sentences) if sentences else ""
+    return "## Clients\n\n" + "".join(f"* {with_keys(sentence)}\n" for sentence in sentences) if sentences else ""
 
 
 def _repair(context: Context) -> str:

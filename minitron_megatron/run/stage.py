@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,8 @@ class Stage:
     """Top-level recipe keys that the stage reads. It runs again when one changes."""
     after: tuple[str, ...] = ()
     """Earlier stages whose results the stage uses. It runs again when one changes."""
+    makes_too: Callable[[RunFolder], Sequence[Path]] = lambda run: ()
+    """Further outputs, each of which exists only for some recipes."""
     wanted: Callable[[Recipe], bool] = lambda recipe: True
     """Whether a recipe has this stage."""
     extra_inputs: Callable[[Recipe], object] = lambda recipe: None

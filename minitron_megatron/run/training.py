@@ -12,7 +12,7 @@ from ..events import Event
 from ..files import file_marks
 from ..model import Chunk, shape_of
 from ..recipe import Recipe, ResolvedPhase, TrainingKeys, prefixes, resolved
-from ..train import Learner, Lora, Objective, Saving, Training, train, train_norms_only
+from ..train import OBJECTIVES, Learner, Lora, Objective, Saving, Training, train, train_norms_only
 from .context import Context
 
 __all__ = ["correcting", "distil", "distillation_inputs", "train_in_phases"]
@@ -29,11 +29,14 @@ def distillation_inputs(recipe: Recipe) -> list[object]:
 
 
 def distil(context: Context, student: list[Chunk], label: str, *, until: int | None = None) -> int:
-    """Distil the run's teacher into a student, in place; return the tokens seen.
+    """Train a student in place, by distillation from the run's teacher or without it, as `distill.objective` says;
+    return the tokens seen.
 
     until: step to stop after; another call resumes from it.
     """
     keys, correct, topology = context.recipe.distill, context.recipe.correct, context.topology
+    if not keys.has_teacher:
+        return train_in_phases(context, student, OBJECTIVES[keys.objective](topology), keys, label, until=until)
     continuous = correct is not None and correct.continuous
     teacher, loss = context.load_teacher(trains=continuous), keys.loss
     vocab = shape_of(student[0]).vocab

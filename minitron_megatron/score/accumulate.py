@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from ..parallel import Group, all_reduce, local_sequence
+from ..data import Batch
+from ..parallel import Group, Topology, all_reduce, local_sequence
 from ..records import REDUCTIONS, Statistic
 
-__all__ = ["Accumulator"]
+__all__ = ["Accumulator", "count"]
 
 
 class Accumulator:
@@ -51,3 +54,10 @@ class Accumulator:
         assert self.sums is not None, "no activation was added to this tap"
         total, squares, samples = self.sums if data_group is None else all_reduce(self.sums.clone(), data_group)
         return REDUCTIONS[self.statistic.batch].over_samples(total, squares, samples)
+
+
+def count(batches: Sequence[Batch], topology: Topology) -> tuple[int, int]:
+    """Return (samples, counted tokens) over all data-parallel ranks. Collective over dp."""
+    counts = torch.tensor([sum(len(b.tokens) for b in batches), sum(int(b.mask.sum()) for b in batches)])
+    samples, tokens = all_reduce(counts.to(topology.device), topology.dp_group).tolist()
+    return samples, tokens

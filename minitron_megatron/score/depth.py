@@ -29,8 +29,9 @@ from ..model import (
     shape_of,
     windows,
 )
-from ..parallel import Topology, all_reduce, sum_over_world
+from ..parallel import Topology, sum_over_world
 from ..records import DepthScores
+from .accumulate import count
 from .bare import bare_chunks
 
 __all__ = ["LOSSES", "Metric", "RunBatches", "TokenMetric", "blocks_of", "count", "expect_finite", "leave_out"]
@@ -142,13 +143,6 @@ def expect_finite(found: Mapping[tuple[int, int], float], baseline: float = 0.0)
                 f"leaving out layers {first} to {first + length - 1} measures {value}, which cannot be ranked. "
                 "Check the weights there for NaN or infinity, or score in float32."
             )
-
-
-def count(batches: Sequence[Batch], topology: Topology) -> tuple[int, int]:
-    """Return (samples, counted tokens) over all data-parallel ranks. Collective over dp."""
-    counts = torch.tensor([sum(len(b.tokens) for b in batches), sum(int(b.mask.sum()) for b in batches)])
-    samples, tokens = all_reduce(counts.to(topology.device), topology.dp_group).tolist()
-    return samples, tokens
 
 
 def _progress(listener: Listener, total: int, each: int = 1) -> Progress:

@@ -14,8 +14,9 @@ from ..events import Event, Listener, silent
 from ..model import MicroBatch, Model, States, evaluating, forward_kept, shape_of, windows
 from ..parallel import Topology, move, sum_over_world
 from ..records import DepthScores
+from .accumulate import count
 from .bare import bare_chunks
-from .depth import blocks_of, count, expect_finite
+from .depth import blocks_of, expect_finite
 
 __all__ = ["block_importance"]
 

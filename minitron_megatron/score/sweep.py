@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -25,9 +24,9 @@ from ..model import (
     shape_of,
     windows,
 )
-from ..parallel import Topology, all_reduce, fail_together, gather_objects
+from ..parallel import Topology, fail_together, gather_objects
 from ..records import Scores, Statistic
-from .accumulate import Accumulator
+from .accumulate import Accumulator, count
 from .bare import bare_chunks
 from .experts import mixtures
 from .taps import Tap, axes_of, axis_scores, channel_units, check_axes, head_norms, taps_of
@@ -154,8 +153,7 @@ def score(
     finally:
         for handle in sweep.handles:
             handle.remove()
-    counts = torch.tensor([sum(len(b.tokens) for b in batches), sum(int(b.mask.sum()) for b in batches)])
-    samples, tokens = (int(n) for n in all_reduce(counts.to(topology.device), topology.dp_group))
+    samples, tokens = count(batches, topology)
     return Scores(_merge(*sweep.results(), topology), shape, statistic, samples, tokens, model_hash)
 
 

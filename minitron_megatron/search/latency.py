@@ -110,9 +110,7 @@ class FittedSpeed:
     def to(cls, rows: Sequence[SpeedRow]) -> FittedSpeed:
         """Return the fit with the least squared relative errors. Raises RecipeError for fewer than two shapes."""
         if len({row.shape for row in rows}) < 2:
-            raise RecipeError(
-                "a speed table needs at least two models. Measure more: `minitron bench --backend torch`."
-            )
+            raise RecipeError("a table of speeds needs at least two models. Measure more of them.")
         terms = [{"step": 1.0, "layers": float(row.shape.layers), **_work(row.shape, row.conditions)} for row in rows]
         names = list(terms[0])
         scale = {name: max(term[name] for term in terms) or 1.0 for name in names}

@@ -8,13 +8,12 @@ from functools import cached_property
 from itertools import product
 
 from ..errors import PlanError, RecipeError, expect_number
-from ..layout import PUBLIC_AXES, Shape, active_parameters, flops_per_token, parameters
+from ..layout import SIZED_AXES, Shape, active_parameters, flops_per_token, parameters
 from ..prune import checked_sizes
 from .latency import Conditions
 
 __all__ = ["COSTS", "FILLED", "MORE_IS_BETTER", "TIMED", "Candidate", "Limit", "Space", "candidates", "costs_of"]
 
-AXES = ("layers", *PUBLIC_AXES)
 
 FILLED = "heads x head_dim"
 """Value in `Space.multiples` for `hidden`: hidden must equal heads x head_dim, which some inference clients assume."""
@@ -150,24 +149,22 @@ class _Rule:
 
 def _seconds(shape: Shape, conditions: Conditions) -> float:
     if conditions.speed is None:
-        raise RecipeError(
-            "a budget in time needs the speed of the machine. Set search.serving.gpu or search.serving.table."
-        )
+        raise RecipeError("a budget in time needs the speed of the machine. Set `gpu` or `table`.")
     return conditions.speed(shape, conditions)
 
 
 def _check_axes(space: Space, teacher: Shape) -> None:
     if space.expansions and "ffn" in space.sizes:
-        raise RecipeError("search has both ffn and expansion, which is ffn / hidden. Leave one out.")
+        raise RecipeError("the search has both `ffn` and `expansion`, which is ffn / hidden. Leave one out.")
     if not space.sizes and not space.expansions:
-        raise RecipeError(f"search varies no axis. Give sizes for some of {', '.join(AXES)}.")
+        raise RecipeError(f"the search varies no axis. Give sizes for some of {', '.join(SIZED_AXES)}.")
     for axis, sizes in space.sizes.items():
         whole = teacher.axis_size(axis)
         over = [size for size in sizes if size > whole]
         if not whole:
-            raise PlanError(f"search.{axis} is given, but the model does not have this axis. Leave it out.")
+            raise PlanError(f"sizes of `{axis}` are given, but the model does not have this axis. Leave them out.")
         if over:
-            raise PlanError(f"search.{axis} tries {over[0]}, but the teacher has {whole}. Use 1 to {whole}.")
+            raise PlanError(f"the search tries `{axis}` {over[0]}, but the teacher has {whole}. Use 1 to {whole}.")
 
 
 def _check_budget(budget: Mapping[str, Limit], teacher: Shape, conditions: Conditions) -> None:
@@ -176,22 +173,22 @@ def _check_budget(budget: Mapping[str, Limit], teacher: Shape, conditions: Condi
         end = limit.at_most if most else limit.at_least
         if end is not None and (end >= has if most else end <= has):
             raise RecipeError(
-                f"search.budget.{name} asks for {limit}, but the teacher has {has:,.6g}: nothing needs to be cut. "
+                f"the limit on `{name}` is {limit}, but the teacher has {has:,.6g}: nothing needs to be cut. "
                 f"Ask for {'less' if most else 'more'}."
             )
 
 
 def _grid(space: Space, teacher: Shape) -> Iterator[dict[str, int]]:
     """Yield the sizes of every combination except the teacher's."""
-    axes = [axis for axis in AXES if axis in space.sizes]
-    whole = {axis: teacher.axis_size(axis) for axis in AXES}
+    axes = [axis for axis in SIZED_AXES if axis in space.sizes]
+    whole = {axis: teacher.axis_size(axis) for axis in SIZED_AXES}
     for each in product(*(space.sizes[axis] for axis in axes)):
         sizes = dict(zip(axes, each, strict=True))
         hidden = sizes.get("hidden", teacher.hidden)
         for more in [{"ffn": round(ratio * hidden)} for ratio in space.expansions] or [{}]:
             both = sizes | more
             if any(size != whole[axis] for axis, size in both.items()):
-                yield {axis: both[axis] for axis in AXES if axis in both}
+                yield {axis: both[axis] for axis in SIZED_AXES if axis in both}
 
 
 def _rules(space: Space, budget: Mapping[str, Limit]) -> list[_Rule]:
@@ -242,7 +239,7 @@ def _within(name: str, limit: Limit) -> tuple[Callable[[_Point], bool], Callable
 
 
 def _sizes(shape: Shape) -> str:
-    return ", ".join(f"{axis} {shape.axis_size(axis)}" for axis in AXES if shape.axis_size(axis))
+    return ", ".join(f"{axis} {shape.axis_size(axis)}" for axis in SIZED_AXES if shape.axis_size(axis))
 
 
 def _why_empty(points: Sequence[_Point], possible: Sequence[_Point], rules: Sequence[_Rule]) -> str:
@@ -251,9 +248,9 @@ def _why_empty(points: Sequence[_Point], possible: Sequence[_Point], rules: Sequ
     That is the one rule without which some points would be left; if there is none, the first rule after which none is
     left. possible: the points that can be cut out of the teacher.
     """
-    what = f"none of the {len(points)} combinations of search is left"
+    what = f"none of the {len(points)} combinations of the search is left"
     if not points:
-        return "search has no combination except the teacher itself. Try other sizes."
+        return "the search has no combination except the teacher itself. Try other sizes."
     if not possible:
         return f"{what}: none can be cut out of the teacher. {points[0].problem}"
     for rule in rules:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ..data import Batch
 from ..events import Event, Listener, silent
-from ..model import Chunk, Model
+from ..model import Chunk, Model, evaluating
 from ..parallel import Topology, fail_together, gather_objects
 from ..prune import check_cut, trimmed_view
 from ..records import Plan
@@ -70,8 +70,7 @@ def _candidate(
 def _measured(
     candidate: list[Chunk], batches: Sequence[Batch], topology: Topology, score: Callable[[list[Chunk]], float] | None
 ) -> Found:
-    for chunk in candidate:
-        chunk.eval()
-    loss, _ = mean_loss(candidate, batches, LMObjective(topology), topology, topology.model_group)
+    with evaluating(candidate):
+        loss, _ = mean_loss(candidate, batches, LMObjective(topology), topology, topology.model_group)
     found: Found = {"loss": loss if math.isfinite(loss) else None}
     return found if score is None else {**found, "score": score(candidate)}

@@ -90,7 +90,7 @@ def gaps(model_type: str, student: Shape) -> list[Gap]:
 def client_warnings(teacher: ModelConfig, student: Shape, architecture: Architecture) -> tuple[str, ...]:
     """Return a warning for each property of an export that some client does not support.
 
-    architecture: the recipe's `export.architecture`.
+    architecture: as `save_hf` takes it.
     """
     return tuple(_sentences(teacher, student, architecture, noted=False))
 
@@ -120,7 +120,7 @@ def _advice(condition: Condition, model_type: str, student: Shape, teacher: Mode
     if condition is not UNFILLED or model_type != "qwen2" or teacher.window is not None:
         return condition.advice(student, teacher.shape) + "."
     if student.hidden % student.heads == 0:
-        return "Set export.architecture to auto, which writes a Llama that more clients can load."
+        return "Set `architecture` to auto, which writes a Llama that more clients can load."
     return f"Choose hidden {_nearest(student, teacher.shape)}, which is exported as a Llama that more clients can load."
 
 

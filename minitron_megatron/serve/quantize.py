@@ -39,7 +39,7 @@ def check_fp8(shape: Shape) -> None:
             below = size // MULTIPLE * MULTIPLE
             raise PlanError(
                 f"FP8 needs multiples of {MULTIPLE}, but {name} is {size}. "
-                f"Prune to {below} or {below + MULTIPLE}, or remove export.quantize."
+                f"Prune to {below} or {below + MULTIPLE}, or do not quantise."
             )
 
 

@@ -17,7 +17,9 @@ import yaml
 from typer.testing import CliRunner
 
 from minitron_megatron.cli import app
+from minitron_megatron.cli.printing import print_made
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.files import write_json
 from minitron_megatron.recipe import load_recipe
 from tests.limits import HANGS
 from tests.warm import PYTHON, warm
@@ -42,18 +44,32 @@ def say(*arguments: object) -> str:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bad_input_is_exit_2_and_one_message(recipe_file: Write, ranks: int) -> None:
-    done = call("run", recipe_file(), "--set", "prune.hiden=3", ranks=ranks)
+    recipe = recipe_file()
+    done = call("run", recipe, "--set", "prune.hiden=3", ranks=ranks)
     assert done.returncode == 2
+    assert f"error: recipe {recipe}: prune.hiden is not" in done.stderr
     assert done.stderr.count("prune.hiden is not a known key. Did you mean 'hidden'?") == 1
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_warning_is_one_line_and_libraries_show_no_bars() -> None:
+    program = """
+from minitron_megatron.cli.main import _quiet
+_quiet()
+import warnings, huggingface_hub.utils, tqdm
+warnings.warn("the margin is small")
+list(tqdm.tqdm([1]))
+assert huggingface_hub.utils.are_progress_bars_disabled()  # transformers asks this too
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert (done.returncode, done.stderr) == (0, "warning: the margin is small\n")
 
 
 def test_an_error_that_only_the_models_know_is_one_message_too(recipe_file: Write) -> None:
     done = call("run", recipe_file(prune={"ffn": 33}), "--set", "parallel.tp=2", ranks=2)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        "TopologyError: axis ffn has 33 units, which cannot be split over TP=2. "
-        "Run with TP 1, or choose a multiple of 2."
+        "error: axis ffn has 33 units, which cannot be split over TP=2. Run with TP 1, or choose a multiple of 2."
     ]
 
 
@@ -96,6 +112,22 @@ def test_a_schedulers_signal_saves_and_asks_to_be_requeued(recipe_file: Write) -
     assert "resume" in call("run", recipe, "--dry-run", "--set", "data.repeat=true").stdout
 
 
+def test_a_command_says_what_it_made_and_when_there_was_nothing_to_do(
+    recipe_file: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(recipe_file())
+    status = {"stages": {"prepare": "ran"}, "since": 1.0, "ended": True, "why": "", "host": "h", "process": 1}
+    sources = {"sources": {"a": {"tokens": 2214, "validation_tokens": 246}}}
+    write_json(recipe.out / "stages" / "prepare.json", {"seconds": 1.0, "result": sources})
+    write_json(recipe.out / "status.json", status)
+    print_made(recipe, "prepare")
+    made = f"prepare: 2,214 tokens, and 246 held out; in {recipe.out / 'data'}\n"
+    assert capsys.readouterr().out == made
+    write_json(recipe.out / "status.json", status | {"stages": {"prepare": "done"}})
+    print_made(recipe, "prepare")
+    assert capsys.readouterr().out == f"Nothing to do: the stage prepare is done already.\n{made}"
+
+
 def test_init_makes_a_recipe_that_loads(material: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(say("init", material / "model"))
@@ -106,7 +138,8 @@ def test_init_makes_a_recipe_that_loads(material: Path, tmp_path: Path) -> None:
 
 def test_estimate_counts_what_is_built(recipe_file: Write) -> None:
     said = say("estimate", recipe_file(), "--gpus", "2")
-    assert "parameters" in said and "hours on 2 GPUs" in said
+    assert "parameters" in said and "on 2 H100 GPUs at 40% of 989 TFLOP/s" in " ".join(said.split())
+    assert "MiB before activations" in said
 
 
 def test_schema_is_a_json_schema() -> None:

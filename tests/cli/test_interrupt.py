@@ -107,3 +107,22 @@ def test_a_forked_process_has_a_plain_one(waits: float) -> None:
 
 def test_none_is_heard_when_the_work_is_done() -> None:
     assert ends("listen(60, end); ignore(); Falls(); os.kill(os.getpid(), signal.SIGINT); os._exit(0)") == 0
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
+def test_a_lost_signal_of_the_scheduler_is_raised_by_the_next_event(number: str) -> None:
+    program = f"""
+        from minitron_megatron.cli.interrupt import listen_to_scheduler, preempted
+        from minitron_megatron.errors import Preempted
+        listen_to_scheduler()
+        raise_if_interrupted(Event("score", 1, 2))
+        try:
+            os.kill(os.getpid(), signal.{number})
+        except Exception:  # as a library does
+            pass
+        try:
+            raise_if_interrupted(Event("score", 2, 2))
+        except Preempted:
+            os._exit(3 if preempted() else 4)
+    """
+    assert ends(program) == 3

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
+from minitron_megatron import __version__
 from minitron_megatron.cli import app
 from tests.cli.test_commands import ENVIRONMENT
 from tests.limits import HANGS
@@ -30,6 +32,7 @@ VERBS = {
     "estimate": STAGE | {"--gpus", "--mfu", "--memory", "--slurm"},
     "rehearse": STAGE | {"--gpus", "--gpu", "--memory", "--stage", "--json"},
     "bench": STAGE | {"--backend"},
+    "study": STAGE | {"--seeds", "--array", "--dry-run", "--list"},
     "show": set(),
     "report": set(),
     "watch": set(),
@@ -71,6 +74,19 @@ def test_verbs_and_flags_are_these() -> None:
         for name, command in commands.items()
     }
     assert found == VERBS
+
+
+def test_the_help_has_groups_and_the_version_is_printed() -> None:
+    said = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output
+    panels = [line.split()[1:-1] for line in said.splitlines() if line.startswith("╭")]
+    assert [" ".join(word for word in panel if not word.startswith("─")) for panel in panels] == [
+        "Options",
+        "Run",
+        "Single stages",
+        "Plan",
+        "Look",
+    ]
+    assert CliRunner().invoke(app, ["--version"]).output == f"minitron {__version__}\n"
 
 
 def test_the_architecture_lists_them() -> None:

@@ -229,7 +229,7 @@ TORN: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "no column": (
         "a.parquet",
         lambda: parquet(table(WHOLE).rename_columns(["id", "body"])),
-        "a.parquet has no text under the column 'text'; it holds the columns 'id', 'body'. Set data.text_key",
+        "a.parquet has no text under the column 'text'; it holds the columns 'id', 'body'. Set `text_key`",
     ),
     "a column twice": ("a.arrow", lambda: arrow(table(WHOLE).rename_columns(["text"] * 2), pa.ipc.new_stream), "twice"),
     "a column of numbers": ("a.parquet", lambda: parquet(table(WHOLE).rename_columns(["text", "x"])), "holds int64"),

@@ -170,9 +170,9 @@ def test_wrong_input_leaves_nothing_to_go_on_from(source: Path, tokenizer: Path,
 
 
 def test_positions_survive_json(tmp_path: Path) -> None:
-    writers = PairWriters(tmp_path / "a", ["train"], np.uint16, "key")
+    writers = PairWriters(tmp_path / "a", ["train"], [np.uint16], "key")
     writers.writers["train"].add(np.array([1, 2, 0], np.uint16))
     position = Position(1, 2, 3, 4, 5, "there")
     writers.save(position)
-    assert Position(*PairWriters(tmp_path / "a", ["train"], np.uint16, "key").position) == position
-    assert PairWriters(tmp_path / "a", ["train"], np.uint16, "another").position == []
+    assert Position(*PairWriters(tmp_path / "a", ["train"], [np.uint16], "key").position) == position
+    assert PairWriters(tmp_path / "a", ["train"], [np.uint16], "another").position == []

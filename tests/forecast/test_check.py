@@ -33,7 +33,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["parallel.ep=2"], "ep=2"),
     (["parallel.cp=2", "data.sequence=15"], "cp=2"),
     (["parallel.vp=2"], "vp=2"),
-    (["parallel.sequence_parallel=true"], "sequence_parallel"),
+    (["parallel.sequence_parallel=true"], "parallel.sequence_parallel has no effect"),
     (["distill.global_batch=9"], "distill.global_batch is 9"),
     (["correct.micro_batch=3"], "correct.global_batch"),
     (["score.samples=3"], "score.samples is 3"),
@@ -55,6 +55,10 @@ WRONG: list[tuple[list[str], str]] = [
     (["prune={hidden: 47, iterations: 40}"], "prune.iterations is 40"),
     (["correct.parameters=lora", "correct.lora_rank=49"], "correct.lora_rank is 49"),
     (["search={hidden: [32], budget: {params: 7e4}, choose: losss}", "prune={}"], "search.choose 'losss'"),
+    (["distill.loss.top_k=132"], "distill.loss.top_k is 132"),
+    (["search={hidden: [80], budget: {params: 7e4}}", "prune={}"], "tries search.hidden 80"),
+    (["search={hidden: [32], budget: {params: 7e9}}", "prune={}"], "the limit on search.budget.params is at most"),
+    (["search={hidden: [32], budget: {decode_ms: 1}}", "prune={}"], "Set search.serving.gpu or search.serving.table"),
 ]
 
 

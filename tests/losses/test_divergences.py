@@ -197,7 +197,7 @@ def test_a_vocabulary_that_is_not_shared_is_refused(pool: Pool) -> None:
         RecipeError, match=r"the teacher has 48 rows .* fewer than the 50 .* only their padding may differ"
     ):
         pool.run(fused, Case(KDLoss(), teacher_rows=48), tp=2)
-    with pytest.raises(RecipeError, match="top_k is 51, but there are 50"):
+    with pytest.raises(RecipeError, match="`top_k` is 51, but there are 50"):
         pool.run(fused, Case(KDLoss(top_k=51)), tp=2)
 
 

@@ -107,7 +107,10 @@ def cut_short(topology: Topology) -> None:
 def test_what_cannot_be_shared_is_refused(pool: Pool) -> None:
     with pytest.raises(TopologyError, match=r"cp=2 .*cannot work independently"):
         pool.run(enter_independent_replicas, dp=2, cp=2)
-    with pytest.raises(TopologyError, match=r"cp=3 .*2 processes give 2\. Start a multiple of 3"):
+    with pytest.raises(
+        TopologyError,
+        match=r"cp=3 needs a multiple of 3 processes, not 2\. Start 3 of them",
+    ):
         pool.run(places, dp=2, cp=3)
     with pytest.raises(RecipeError, match=r"sequences of 6 .*multiple of 4"):
         pool.run(cut_short, dp=2, cp=2)

@@ -22,6 +22,7 @@ from minitron_megatron.score import score
 from minitron_megatron.testing import LivePeak, Pool
 from minitron_megatron.train import LMObjective, Training, mean_loss, train
 from tests.tiny import (
+    EVERY,
     LAYOUTS,
     SHAPE,
     SHAPES,
@@ -135,7 +136,7 @@ def best(pool: Pool, checkpoints: dict[str, Path]) -> dict[str, Plan]:
     return found
 
 
-MODELS = [*(("untied", layout) for layout in LAYOUTS), *(("tied", layout) for layout in ("pp2-vp2", "tp2-pp2"))]
+MODELS = [*(("untied", layout) for layout in EVERY), *(("tied", layout) for layout in ("pp2-vp2", "tp2-pp2"))]
 
 
 @pytest.mark.parametrize(("name", "layout"), MODELS)

@@ -10,9 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from minitron_megatron import recipe as package
-from minitron_megatron.errors import RecipeError
+from minitron_megatron.data import prepare
+from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.losses import KDLoss
-from minitron_megatron.recipe import json_schema, load_recipe
+from minitron_megatron.recipe import json_schema, load_recipe, with_keys, with_keys_in_errors
 
 Write = Callable[..., Path]
 
@@ -112,6 +113,24 @@ def test_the_words_of_other_tools_are_understood(recipe_file: Write, overrides: 
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_file(), overrides)
     assert said in str(caught.value)
+
+
+def test_an_error_about_an_argument_names_the_key_that_sets_it(material: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Set data\.text_key to the right key"), with_keys_in_errors():
+        prepare([material / "corpus.jsonl"], material / "model", tmp_path / "out", text_key="body")
+
+
+@pytest.mark.parametrize(
+    ("text", "block", "said"),
+    [
+        ("another pair, by `validation`", "", "another pair, by data.sources[].validation"),
+        ("tries `hidden` 80", "search", "tries search.hidden 80"),
+        ("tries `hidden` 80", "", "tries `hidden` 80"),  # prune.hidden or search.hidden
+        ("run `pip` on `data/truncate`, not truncate", "", "run `pip` on `data/truncate`, not truncate"),
+    ],
+)
+def test_an_argument_becomes_a_key_where_only_one_is_meant(text: str, block: str, said: str) -> None:
+    assert with_keys(text, block) == said
 
 
 @pytest.mark.parametrize(

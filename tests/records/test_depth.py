@@ -80,7 +80,7 @@ def test_a_torn_or_foreign_file_holds_no_depth_scores(tmp_path: Path, content: s
     path.write_text(json.dumps(WHOLE))
     assert DepthScores.load(path).blocks == {(0, 1): 2.0}
     path.write_text(content)
-    with pytest.raises(CheckpointError, match=r"holds no depth scores .* Run `minitron score` again"):
+    with pytest.raises(CheckpointError, match=r"holds no depth scores .* Score the model again"):
         DepthScores.load(path)
 
 

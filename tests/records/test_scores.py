@@ -83,6 +83,15 @@ def test_the_same_scores_are_the_same_bytes(tmp_path: Path) -> None:
     assert first != (tmp_path / "other").read_bytes()
 
 
+def test_scores_of_a_plugin_are_read_without_it(tmp_path: Path) -> None:
+    path = tmp_path / "scores.safetensors"
+    save_file(UNITS, str(path), metadata(statistic=Statistic().model_dump() | {"batch": "rms"}))
+    scores = Scores.load(path)
+    assert (scores.statistic.batch, scores.statistic.sequence) == ("rms", "mean")
+    scores.save(tmp_path / "again.safetensors")
+    assert Scores.load(tmp_path / "again.safetensors").statistic == scores.statistic
+
+
 def metadata(**changes: object) -> dict[str, str]:
     about = {"shape": asdict(SHAPE), "statistic": Statistic().model_dump(), "samples": 1, "tokens": 1, "model_hash": ""}
     about |= changes
@@ -116,7 +125,7 @@ UNITS = {"ffn.0": torch.ones(6)}
 def test_a_foreign_file_holds_no_scores(tmp_path: Path, tensors: dict, about: dict | None) -> None:
     path = tmp_path / "scores.safetensors"
     save_file(tensors, str(path), about)
-    with pytest.raises(CheckpointError, match=r"holds no scores .* Run `minitron score` again"):
+    with pytest.raises(CheckpointError, match=r"holds no scores .* Score the model again"):
         Scores.load(path)
 
 

@@ -87,7 +87,7 @@ def margins() -> dict[str, dict[int | None, float]]:
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect every figure drawn in a test."""
-    from minitron_megatron.report.plots import cuts, depth, losses, scores, style
+    from minitron_megatron.report.plots import cuts, depth, losses, scores, search, style, throughput
 
     drawn: list[Any] = []
 
@@ -97,6 +97,6 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             drawn.append(figure)
             yield figure
 
-    for module in (cuts, depth, losses, scores):
+    for module in (cuts, depth, losses, scores, search, throughput):
         monkeypatch.setattr(module, "new_figure", recorded)
     return drawn

@@ -13,7 +13,6 @@ import pytest
 from rich.console import Console
 
 from minitron_megatron.errors import MinitronError
-from minitron_megatron.events import silent
 from minitron_megatron.forecast.candidates import speed_rows
 from minitron_megatron.layout import Shape
 from minitron_megatron.records import DepthScores, Plan
@@ -87,7 +86,10 @@ SPEEDS = {
 STAGE = {"fingerprint": "a", "result": {"hash": "b"}, "seconds": 2.0, "peak_bytes": 9}
 PREDICTED = {"model": "m", "parameters": {"teacher": 9}, "export_bytes": 9, "rank_bytes": 9}
 PREDICTED |= {"flops": {"distill": 9}, "teacher_flops": 3}
-LINE = {"time": "t", "stage": "distill", "done": 1, "total": 2, "unit": "steps", "loss": 1.0, "tokens_per_second": 9.0}
+STATUS = {"stages": {"prepare": "done", "distill": "running"}, "since": 2.0, "ended": False, "why": ""}
+STATUS |= {"host": "h", "process": 9}
+LINE = {"time": "2026-01-02T03:04:05+00:00", "stage": "distill", "done": 1, "total": 2, "unit": "steps"}
+LINE |= {"loss": 1.0, "tokens_per_second": 9.0}
 
 
 def shown(path: Path) -> None:
@@ -98,7 +100,7 @@ def seen(path: Path) -> None:
     """Run every reader on a run folder."""
     run = path.parent if (path.parent / "recipe.yaml").is_file() else path.parents[1]
     report_run(run)
-    watch(run, silent, goes_on=lambda: False)
+    watch(run, Console(file=io.StringIO()))
     shown(run)
 
 
@@ -108,6 +110,7 @@ KINDS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any]]] = {
     "summary.json": (written(ROWS), seen),
     "versions.json": (written({"torch": "2"}), seen),
     "predicted.json": (written(PREDICTED), seen),
+    "status.json": (written(STATUS), seen),
     "stages/distill.json": (written(STAGE), seen),
     "search/table.json": (written(TABLE), seen),
     "metrics.jsonl": (written(LINE), seen),

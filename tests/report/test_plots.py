@@ -159,3 +159,43 @@ def test_margins_stand_at_their_layers_and_ties_at_the_edge(margins: Any, figure
     assert shown(ffn)[:2] == [1e-3, 4.2e-7] and 0 < shown(ffn)[2] < 4.2e-7
     assert list(heads.get_xdata()) == [0, 3]
     assert "shared" in [label.get_text() for label in axes.get_xticklabels()]
+
+
+def test_candidates_of_a_search_have_a_curve_each_and_none_among_the_training_losses(
+    metrics: list[dict[str, Any]], figures: list[Any], tmp_path: Path
+) -> None:
+    light = {"stage": "light", "loss": 0.5, "validation_loss": 5.0, "lr": 1e-4, "tokens": 128, "unit": "steps"}
+    plots.loss_curves(
+        [*metrics[-160:-150], *(light | {"done": done} for done in (1, 2, 7))], [], tmp_path / "losses.png"
+    )
+    assert not [text for axes in figures[0].axes for text in legend(axes) if text.startswith("light")]
+    curves = {"a": {"2": 3.0, "4": 2.0}, "b": {"2": 2.5, "4": 2.25}, "halved": {"2": 4.0}}
+    table: Any = {
+        "candidates": [{"name": name, "costs": {"params": 9}, "curve": curve} for name, curve in curves.items()],
+        "settled": [(2, -1.0), (4, 1.0)],
+    }
+    assert plots.search_ranks(table, tmp_path / "ranks.png")
+    losses, ranks, _ = figures[1].axes
+    assert legend(losses) == ["a", "b", "halved"]
+    assert {line.get_label(): shown(line) for line in losses.lines} == {"a": [3, 2], "b": [2.5, 2.25], "halved": [4]}
+    assert [shown(line) for line in ranks.lines] == [[1, 2], [2, 1]]
+    assert all(float(tick) == int(tick) for tick in ranks.get_yticks())
+
+
+@pytest.mark.parametrize(("fp8", "paper"), [(False, False), (True, True)])
+def test_bars_of_throughput_stand_on_their_ticks_beside_the_teacher(
+    figures: list[Any], tmp_path: Path, fp8: bool, paper: bool
+) -> None:
+    rows = [{"inputs": 128, "outputs": at, "batch": 1, "ratio": 2.0 + at} for at in (8, 16)]
+    rows = [row | ({"ratio_fp8": 3.0} if fp8 else {}) for row in rows]
+    assert plots.plot_bench(rows, tmp_path / "ratios.png", paper=paper)
+    (axes,) = figures[0].axes
+    bars = {at: [bar for bar in axes.patches if abs(bar.get_center()[0] - at) < 0.5] for at in axes.get_xticks()}
+    assert len(bars) == 2 and {len(of_tick) for of_tick in bars.values()} == {2 if fp8 else 1}
+    for at, of_tick in bars.items():
+        assert sum(bar.get_center()[0] for bar in of_tick) / len(of_tick) == pytest.approx(at)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["128 / 8", "128 / 16"]
+    assert axes.get_xlabel() == "input / output tokens"
+    assert next(shown(line) for line in axes.lines if line.get_label() == "teacher") == [1.0, 1.0]
+    others = [line.get_label() for line in axes.lines if line.get_label() != "teacher"]
+    assert len(others) == (3 if paper else 0) and all("paper" in label and "H100" in label for label in others)

@@ -54,7 +54,7 @@ def test_without_the_tool_it_says_what_to_run(exported: Path, monkeypatch: pytes
     script = (recipe.out / "bench" / "commands.sh").read_text()
     assert script.count("trtllm-bench") == 8 and "--concurrency 3" in script
     assert len((recipe.out / "bench" / "4-4-b2.jsonl").read_text().splitlines()) == 4
-    assert plot_bench(rows, recipe.out / "plot.png") is None and bench_table(rows).row_count == 4
+    assert plot_bench(rows, recipe.out / "plot.png", paper=True) is None and bench_table(rows).row_count == 4
 
 
 def test_reports_become_ratios(exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_reports_become_ratios(exported: Path, monkeypatch: pytest.MonkeyPatch, 
     assert rows[0]["student"]["tokens_per_second"] == 1200.0
     assert bench_table(rows).row_count == 4
     assert read_json(recipe.out / "bench" / "table.json")["rows"] == json.loads(json.dumps(rows))
-    plot = plot_bench(rows, recipe.out / "plot.png")
+    plot = plot_bench(rows, recipe.out / "plot.png", paper=True)
     assert plot and plot.stat().st_size > 5000
     tool.unlink()
     assert bench(recipe) == rows  # existing reports are not measured again

@@ -40,6 +40,7 @@ OBJECTIVES["perplexity"] = LMObjective
 EDITS: dict[str, Any] = {
     "plugins": ["json"],
     "correct.objective": "perplexity",
+    "distill.objective": "perplexity",
     "dtype": "bfloat16",
     "recompute": "full",
     "spec": "te",
@@ -47,6 +48,10 @@ EDITS: dict[str, Any] = {
     "data.separator": "---",
     "data.tokenize": "needed",
     "data.sources.validation": 0.5,
+    "data.sources.format": "chat",
+    "data.sources.loss_on": "all",
+    "score.sources.format": "chat",
+    "score.sources.loss_on": "all",
     "correct.parameters": "norms",
     "score.dtype": "bfloat16",
     "score.statistic.batch": "mean",
@@ -145,13 +150,15 @@ def base(material: Path, key: str) -> dict[str, Any]:
     recipe = tiny_recipe(material) | {"score": {"samples": 16, "micro_batch": 2, "depth": {}}}
     states: dict[str, Any] = {"states": {"outputs": ["0:0"]}} if key.startswith("distill.states") else {}
     recipe["distill"] = recipe["distill"] | states | {"phases": [{"tokens": 2 * 8 * 16}], "loss": {"divergence": "jsd"}}
-    if key in ("distill.loss.temperature", "distill.loss.divergence"):
+    if key in ("distill.loss.temperature", "distill.loss.divergence", "distill.objective"):
         recipe["distill"]["loss"] = {}
     recipe["evaluate"] = recipe["evaluate"] | {"tasks": [{"name": "piqa"}]}
     if key == "student":
         recipe |= {"student": str(material / "model"), "prune": {}, "score": {}}
     if key.startswith("score.sources."):
         recipe["score"] = recipe["score"] | {"sources": [{"path": str(material / "corpus.jsonl")}]}
+    if key.endswith("sources.loss_on"):
+        recipe[key.partition(".")[0]]["sources"][0]["format"] = "chat"
     if key.startswith("search."):
         size = {"hidden": [48]} if key == "search.expansion" else {"ffn": [48, 64]}
         recipe["search"] = {**size, "budget": {"params": 10**6}, "light": {"tokens": 128}}
@@ -199,6 +206,7 @@ def elsewhere(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("elsewhere")
     for name in ("model", "other-model"):
         shutil.copytree(material / "model", folder / name)
+        (folder / name / "chat_template.jinja").write_text("{{ messages[0].content }}")
     for name in ("corpus.jsonl", "other-corpus.jsonl"):
         shutil.copyfile(material / "corpus.jsonl", folder / name)
     return folder
@@ -245,6 +253,17 @@ def test_a_file_counts_by_what_a_stage_reads_of_it(
     rewritten(tmp_path / "model" / name, **changes)
     after = marks(recipe)
     assert {stage for stage in before if before[stage] != after[stage]} == again
+
+
+def test_a_chat_template_counts_for_chats(material: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(material) | {"model": str(shutil.copytree(material / "model", tmp_path / "model"))}
+    recipe["data"]["sources"][0]["format"] = "chat"
+    keys, found = Recipe.model_validate(recipe), []
+    for template in ("{{ messages[0].content }}", "{{ messages[1].content }}"):
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+        found.append(fingerprint(STAGES["prepare"], keys, {}))
+    assert found[0] != found[1]
+    assert not keys.data.cross_documents and Recipe.model_validate(tiny_recipe(material)).data.cross_documents
 
 
 def test_weights_written_anew_are_seen(material: Path, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def card_of(folder: Path, name: str) -> str:
     row = {"model": "teacher", "parameters": 5, "loss_nats_per_token": 1.0, "perplexity": 2.7, "tasks": {name: 0.5}}
     write_json(folder / "summary.json", [row])
     done = {"prepare": {"sources": {name: {"tokens": 7, "weight": 1.0}}}, "distill": {"tokens": 9}}
-    recipe = Told(model=model, student=None, tokenizer=None, out=folder / "out", hostile=name)
+    distill = SimpleNamespace(has_teacher=True)
+    recipe = Told(model=model, student=None, tokenizer=None, out=folder / "out", hostile=name, distill=distill)
     topology, folders = SimpleNamespace(rank=0), SimpleNamespace(summary=folder / "summary.json")
     write_card(SimpleNamespace(recipe=recipe, done=done, topology=topology, folders=folders), model)  # type: ignore[arg-type]
     return (model / "README.md").read_text(encoding="utf-8")

@@ -68,7 +68,7 @@ def recipe_of(recipe_file: Write) -> Callable[..., Path]:
     return write
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2"])
+@pytest.mark.parametrize("layout", ["tp2-pp2"])
 def test_two_iterations_are_two_cuts_by_hand(pool: Pool, recipe_of: Write, layout: str) -> None:
     recipe = recipe_of(layers=[0, 1, 3, 4], iterations=2, **WIDTHS)
     keys = tuple(f"parallel.{key}={value}" for key, value in LAYOUTS[layout].items())
@@ -157,7 +157,7 @@ def run_only_score(topology: Topology, recipe: Path) -> None:
     run(load_recipe(recipe), topology, only="score")
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2"])
+@pytest.mark.parametrize("layout", ["tp2-pp2"])
 @pytest.mark.parametrize("metric", ["loss", "kl", "bi"])
 def test_a_number_of_layers_leaves_out_the_best_block(pool: Pool, recipe_of: Write, layout: str, metric: str) -> None:
     """Layers and widths are pruned by one plan, and the report plots the measurements."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from minitron_megatron.convert import read_config
 from minitron_megatron.errors import MinitronError, RecipeError, TopologyError
@@ -20,7 +21,7 @@ from minitron_megatron.forecast import estimate
 from minitron_megatron.forecast.candidates import candidates_of, conditions_of, speed_rows
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
-from minitron_megatron.report import write_report
+from minitron_megatron.report import describe, write_report
 from minitron_megatron.run import bench, dry_run, run, search_task
 from minitron_megatron.search import costs_of
 from minitron_megatron.testing import Pool
@@ -119,7 +120,7 @@ def test_a_finished_search_is_not_run_again_and_an_edited_one_measures_only_what
     assert len(table(recipe)["candidates"]) > len(table(searched)["candidates"])
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"tp": 2, "pp": 2}], ids=str)
 def test_the_losses_after_the_cut_do_not_depend_on_the_layout(
     searched: Path, material: Path, tmp_path: Path, pool: Pool, layout: dict[str, int]
 ) -> None:
@@ -135,7 +136,7 @@ def test_the_losses_after_the_cut_do_not_depend_on_the_layout(
     }
 
 
-@pytest.mark.parametrize("kill_at", [("search", "search", 5), ("search", "light", 9)], ids=["after-cut", "light"])
+@pytest.mark.parametrize("kill_at", [("search", "light", 9)], ids=["light"])
 def test_a_killed_search_goes_on_to_the_same_table(
     searched: Path, material: Path, tmp_path: Path, kill_at: tuple[str, str, int]
 ) -> None:
@@ -155,9 +156,6 @@ def test_a_killed_search_goes_on_to_the_same_table(
     ("layout", "apart"),
     [
         ({"dp": 2}, False),
-        ({"dp": 2}, True),
-        ({"tp": 2}, False),
-        ({"pp": 2}, False),
         ({"tp": 2, "pp": 2}, False),
         ({"tp": 2, "dp": 2}, True),
     ],
@@ -274,7 +272,7 @@ def searched_by(pool: Pool, recipe: Path, **layout: int) -> dict[str, Any]:
     return table(recipe)
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"tp": 2, "pp": 2}], ids=str)
 def test_a_task_chooses_alike_at_every_layout(
     material: Path, tmp_path: Path, pool: Pool, layout: dict[str, int]
 ) -> None:
@@ -310,6 +308,9 @@ def test_the_report_shows_who_was_found_and_when_the_ranks_settled(searched: Pat
     page = write_report(out).read_text()
     assert all(name in page for name in [row["name"] for row in found["candidates"]][:3])
     assert "chosen" in page
+    with (shown := Console(width=80)).capture() as said:
+        shown.print(describe(out))
+    assert "chosen" in said.get()
     for plot in ("search", "ranks"):
         assert (out / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in found["settled"]] == [2, 4, 6] and found["settled"][-1][1] == 1.0

@@ -124,16 +124,16 @@ WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
         Space({"hidden": (80,)}),
         {"params": Limit(at_most=1e4)},
         PlanError,
-        ["search.hidden tries 80, but the teacher has 64"],
+        ["the search tries `hidden` 80, but the teacher has 64"],
     ),
     (
         Space({"experts": (2,)}),
         {"params": Limit(at_most=1e4)},
         PlanError,
-        ["search.experts", "does not have this axis"],
+        ["sizes of `experts`", "does not have this axis"],
     ),
     (Space({}), {"params": Limit(at_most=1e4)}, RecipeError, ["varies no axis"]),
-    (Space({"ffn": (32,)}, (2.0,)), {"params": Limit(at_most=1e4)}, RecipeError, ["both ffn and expansion"]),
+    (Space({"ffn": (32,)}, (2.0,)), {"params": Limit(at_most=1e4)}, RecipeError, ["both `ffn` and `expansion`"]),
     (Space({"hidden": (32,)}), {"params": Limit(at_most=1e9)}, RecipeError, ["nothing needs to be cut", "less"]),
     (Space({"hidden": (64,)}), {"params": Limit(at_most=1e4)}, RecipeError, ["no combination except the teacher"]),
     (
@@ -173,7 +173,7 @@ WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
         Space({"hidden": (32,)}),
         {"decode_ms": Limit(at_most=1)},
         RecipeError,
-        ["search.serving.gpu"],
+        ["Set `gpu` or `table`"],
     ),
 ]
 

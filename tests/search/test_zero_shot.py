@@ -78,8 +78,7 @@ def truth(pool: Pool, checkpoints: dict[str, Path], tmp_path_factory: pytest.Tem
     return found
 
 
-LAYOUTS = [{}, {"tp": 2}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"pp": 2, "vp": 2}, {"tp": 2, "pp": 2}]
-LAYOUTS += [{"dp": 2}]
+LAYOUTS = [{}, {"tp": 2, "sequence_parallel": True}, {"pp": 2, "vp": 2}, {"tp": 2, "pp": 2}, {"dp": 2}]
 CASES = [("untied", layout) for layout in LAYOUTS] + [("tied", {"pp": 2}), ("tied", {"tp": 2, "dp": 2})]
 
 

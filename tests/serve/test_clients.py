@@ -94,7 +94,7 @@ def test_nothing_is_said_of_what_every_client_reads() -> None:
 def test_a_qwen2_is_told_of_as_what_it_is_exported() -> None:
     assert said("qwen2", hidden=192) == ""
     own, odd = said("qwen2", "own", hidden=192), said("qwen2", hidden=160)
-    assert "a qwen2 with hidden size 192" in own and "Set export.architecture to auto" in own
+    assert "a qwen2 with hidden size 192" in own and "Set `architecture` to auto" in own
     assert "a qwen2 with hidden size 160" in odd and "Choose hidden 156 or 162, which is exported as a Llama" in odd
 
 

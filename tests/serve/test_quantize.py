@@ -19,12 +19,11 @@ SHAPE = Shape(layers=2, hidden=48, ffn=64, heads=4, kv_groups=2, head_dim=16, vo
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@pytest.mark.parametrize("kv_cache", [False, True])
-def test_names_dtypes_and_values(tmp_path: Path, kv_cache: bool) -> None:
+def test_names_dtypes_and_values(tmp_path: Path) -> None:
     source, folder = write_llama(tmp_path / "bf16", SHAPE, 1), tmp_path / "fp8"
     (source / "README.md").write_text("card")
     samples = list(torch.randint(0, SHAPE.vocab, (2, 2, 16), generator=torch.Generator().manual_seed(0)))
-    quantize_fp8(source, folder, samples, kv_cache=kv_cache)
+    quantize_fp8(source, folder, samples, kv_cache=True)
     before, after = load_file(source / "model.safetensors"), load_file(folder / "model.safetensors")
     quantised = [name for name in before if any(f".{part}.weight" in name for part in LINEAR)]
     assert len(quantised) == SHAPE.layers * len(LINEAR)
@@ -42,11 +41,11 @@ def test_names_dtypes_and_values(tmp_path: Path, kv_cache: bool) -> None:
         assert (
             error <= weight.float().abs() / 16 + scale * 2**-10
         ).all()  # half a step with 3 mantissa bits, or a subnormal step
-    assert any("k_scale" in name or "k_proj.k_scale" in name for name in after) == kv_cache
+    assert any("k_scale" in name or "k_proj.k_scale" in name for name in after)
     about = json.loads((folder / "hf_quant_config.json").read_text())
     assert about["producer"]["name"] == "modelopt"
     assert about["quantization"]["quant_algo"] == "FP8"
-    assert about["quantization"]["kv_cache_quant_algo"] == ("FP8" if kv_cache else None)
+    assert about["quantization"]["kv_cache_quant_algo"] == "FP8"
     assert "lm_head" in about["quantization"]["exclude_modules"]
     config = read_json(folder / "config.json")
     assert config.pop("quantization_config")["quant_algo"] == "FP8"

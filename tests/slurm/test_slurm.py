@@ -21,6 +21,7 @@ from minitron_megatron.recipe import load_recipe
 from tests.forecast.test_presets import CASES, PRESETS, material_of
 from tests.limits import HANGS
 from tests.slurm.cluster import lacks, running
+from tests.warm import warm
 
 Write = Callable[..., Path]
 Environment = dict[str, str]
@@ -33,13 +34,8 @@ needs_slurm = pytest.mark.skipif(bool(lacks()), reason=lacks() or "there is one"
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environment]:
     root = tmp_path_factory.mktemp("slurm")
     with running(root) as environment:
-        yield environment | {
-            "MINITRON_GPUS": "1",
-            "GRACE_SECONDS": "3",
-            "PYTHON": sys.executable,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
+        more = {"MINITRON_GPUS": "1", "GRACE_SECONDS": "3", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        yield warm(environment | more)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from minitron_megatron.events import Event
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import LMObjective, Saving, Training, mean_loss, train
-from tests.tiny import CONTEXT, LAYOUTS, Stop, cross_entropy, naive_training, note, samples, share, transformer
+from tests.tiny import CONTEXT, EVERY, LAYOUTS, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
 TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, clip=1.0, save_async=False)
 BATCH = 8
@@ -92,7 +92,7 @@ def truth(checkpoints: dict[str, Path]) -> dict[str, tuple[Curve, Any]]:
 
 
 MODELS = [
-    *(("untied", layout) for layout in (*LAYOUTS, "cp2", "cp2-dp2")),
+    *(("untied", layout) for layout in (*EVERY, "cp2", "cp2-dp2")),
     *(("tied", layout) for layout in ("pp2-vp2", "tp2-pp2", "cp2-pp2-vp2")),
 ]
 

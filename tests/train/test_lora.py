@@ -19,7 +19,7 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import LMObjective, Lora, Saving, Training, mean_loss, train
 from minitron_megatron.train.lora import SCALE, initial_down
-from tests.tiny import LAYOUTS, SHAPES, Stop, cross_entropy, naive_training, note, samples, share, transformer
+from tests.tiny import EVERY, LAYOUTS, SHAPES, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
 TRAINING = Training(steps=6, lr=1e-2, min_lr=1e-3, warmup_steps=2, save_every=1, keep_checkpoints=9, save_async=False)
 RANK, SEED, BATCH = 3, 5, 8
@@ -113,7 +113,7 @@ def truth(folder: Path, name: str) -> tuple[Corrected, list[dict[str, float]]]:
 @pytest.mark.parametrize(
     ("name", "layout", "recompute"),
     [
-        *(("untied", layout, "none") for layout in LAYOUTS),
+        *(("untied", layout, "none") for layout in EVERY),
         ("tied", "pp2", "none"),
         ("untied", "tp2-sp", "full"),
         ("untied", "pp2", "selective"),

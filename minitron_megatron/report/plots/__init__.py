@@ -9,6 +9,7 @@ from .depth import DepthCurves, depth_curves
 from .losses import bars, loss_curves
 from .scores import ByLayer, importance
 from .search import search_front, search_ranks
+from .study import plot_study
 from .throughput import BenchRow, plot_bench
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "loss_curves",
     "margins",
     "plot_bench",
+    "plot_study",
     "search_front",
     "search_ranks",
     "shares",

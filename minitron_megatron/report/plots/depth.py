@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .. import numbers
+from ... import numbers
 from .style import COLOURS, GREY, count_axis, legend_outside, new_figure
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .. import numbers
+from ... import numbers
 from .style import COLOURS, GREY, count_axis, legend_outside, new_figure
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ __all__ = ["bars", "loss_curves"]
 
 DISTILLED = ("distill", "baseline")
 """Stages whose training loss compares with the teacher, not with the text."""
+CANDIDATES = "light"
+"""Label of the light distillation of a search: many candidates, whose curves `search_ranks` shows one by one."""
 
 Line = Mapping[str, Any]
 """A line of metrics, or a row of the summary."""
@@ -44,7 +46,8 @@ class Panel(NamedTuple):
 def loss_curves(metrics: Sequence[Line], summary: Sequence[Line], path: Path) -> Path | None:
     """Plot training and validation losses against tokens, one panel per kind of loss.
 
-    The summary's first model, the teacher, is a dashed line in the validation panel.
+    The summary's first model, the teacher, is a dashed line in the validation panel. A search's candidates are left
+    out: `search_ranks` shows them.
     """
     panels = [panel for panel in _panels(metrics) if panel.stages("done")]
     if not panels:
@@ -70,6 +73,7 @@ def loss_curves(metrics: Sequence[Line], summary: Sequence[Line], path: Path) ->
 
 def _panels(metrics: Sequence[Line]) -> list[Panel]:
     """Return the panels; a line with a learning rate belongs to training."""
+    metrics = [line for line in metrics if line["stage"] != CANDIDATES]
     training = [line for line in metrics if "loss" in line and "lr" in line]
     distilled = [line for line in training if line["stage"] in DISTILLED]
     plain = [line for line in training if line["stage"] not in DISTILLED]

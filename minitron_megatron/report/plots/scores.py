@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .. import numbers
+from ... import numbers
 from .style import COLOURS, PALE, count_axis, heat_map, layer_bar, layer_colours, legend_outside, new_figure
 
 if TYPE_CHECKING:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from .. import numbers
+from ... import numbers
 from ..searched import SearchedCandidate, SearchTable
-from .style import COLOURS, GREY, PALE, legend_outside, new_figure
+from .style import COLOURS, PALE, count_axis, legend_outside, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["search_front", "search_ranks"]
 
-COSTS = {
-    "params": "parameters",
-    "active_params": "active parameters",
-    "memory_bytes": "bytes of weights and KV cache",
-    "flops_per_token": "FLOPs per token",
-    "decode_ms": "milliseconds per decoding step",
-    "tokens_per_second": "tokens per second",
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "params": ("parameters", numbers.count),
+    "active_params": ("active parameters", numbers.count),
+    "memory_bytes": ("memory of weights and KV cache", numbers.size),
+    "flops_per_token": ("compute per token", numbers.flops),
+    "decode_ms": ("time of a decoding step (ms)", "{:g}".format),
+    "tokens_per_second": ("tokens per second", numbers.count),
 }
+"""Cost -> (axis label, formatter of its ticks)."""
 MOST_NAMED = len(COLOURS)
 
 
@@ -41,7 +42,7 @@ def search_front(table: SearchTable | None, path: Path) -> Path | None:
     panels = panels if trained else panels[:1]
     with new_figure(path, 9.0, 3.6) as figure:
         for axes, (title, shown, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            axes.set(title=title, xlabel=COSTS[cost], ylabel="loss (nats per token)")
+            axes.set(title=title, ylabel="loss (nats per token)")
             others = [row for row in shown if not row["front"] and not row["winner"]]
             axes.plot(*_points(others, cost, key), "o", color=PALE, markersize=4, label="other candidates")
             if key == "loss" or not trained:
@@ -49,7 +50,9 @@ def search_front(table: SearchTable | None, path: Path) -> Path | None:
                 axes.plot(*_points(best, cost, key), "o-", color=COLOURS[0], markersize=4, label="Pareto-optimal")
             chosen = [row for row in shown if row["winner"]]
             axes.plot(*_points(chosen, cost, key), "*", color=COLOURS[1], markersize=13, label="winner")
-            axes.xaxis.set_major_formatter(lambda value, _: numbers.count(value))
+            name, write = COSTS[cost]
+            axes.set_xlabel(name)
+            axes.xaxis.set_major_formatter(lambda value, _, write=write: write(value))
             axes.legend(fontsize=8)
     return path
 
@@ -67,26 +70,41 @@ def _reached(row: SearchedCandidate, rows: Sequence[SearchedCandidate]) -> bool:
 
 
 def search_ranks(table: SearchTable | None, path: Path) -> Path | None:
-    """Plot ranks by held-out loss against steps of light distillation, and their correlation with the last ranking
-    (figure 9 of Minitron's first paper)."""
-    rows = [row for row in (table["candidates"] if table else ()) if row["curve"]]
-    rows = [row for row in rows if _reached(row, rows)]
+    """Plot each candidate's held-out loss and rank against steps of light distillation, and the correlation of each
+    ranking with the last one (figure 9 of Minitron's first paper).
+
+    Ranks are of the candidates that were distilled to the last step.
+    """
+    known = [row for row in (table["candidates"] if table else ()) if row["curve"]]
+    rows = [row for row in known if _reached(row, known)]
     if not table or len(rows) < 2 or len(rows[0]["curve"]) < 2:
         return None
     steps = sorted(int(step) for step in rows[0]["curve"])
     orders = {step: sorted(rows, key=lambda row: _loss(row, step)) for step in steps}
-    with new_figure(path, 9.0, 1.6 + 0.22 * max(len(rows), 8)) as figure:
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        for place, row in enumerate(rows):
-            ranks = [orders[step].index(row) + 1 for step in steps]
-            strong = place < MOST_NAMED
-            colour = COLOURS[place % len(COLOURS)] if strong else GREY
-            upper.plot(steps, ranks, "o-", markersize=3.5, color=colour, label=row["name"] if strong else None)
-        upper.set(title="Ranks during light distillation", ylabel="rank by held-out loss")
-        upper.invert_yaxis()
-        legend_outside(upper)
-        _agreement(lower, table["settled"])
+    height = 0.22 * max(len(rows), 8)
+    with new_figure(path, 9.0, 3.4 + 2 * height) as figure:
+        losses, ranks, agreement = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1])
+        for place, row in reversed([*enumerate(known)]):  # the best lie on top
+            named = place < MOST_NAMED
+            style = {"markersize": 3.5, "color": COLOURS[place] if named else PALE}
+            losses.plot(*_curve(row), "o-", label=row["name"] if named else None, **style)
+            if row in rows:
+                ranks.plot(steps, [orders[step].index(row) + 1 for step in steps], "o-", **style)
+        losses.set(
+            title="Loss of the candidates in light distillation", ylabel="held-out cross-entropy\n(nats per token)"
+        )
+        ranks.set_title("Their ranks")
+        count_axis(ranks, "rank by held-out loss", side="y")
+        ranks.invert_yaxis()
+        legend_outside(losses, reverse=True)
+        _agreement(agreement, table["settled"])
     return path
+
+
+def _curve(row: SearchedCandidate) -> tuple[list[int], list[float]]:
+    """Return (steps, losses); a loss that was not finite is a gap."""
+    steps = sorted(map(int, row["curve"]))
+    return steps, [math.nan if (loss := row["curve"][str(step)]) is None else loss for step in steps]
 
 
 def _loss(row: SearchedCandidate, step: int) -> float:
@@ -97,5 +115,6 @@ def _loss(row: SearchedCandidate, step: int) -> float:
 def _agreement(axes: Axes, settled: Sequence[tuple[int, float | None]]) -> None:
     values = [math.nan if value is None else value for _, value in settled]
     axes.plot([step for step, _ in settled], values, "o-", markersize=3.5, color=COLOURS[0])
-    axes.set(ylabel="correlation\nwith the last", xlabel="steps")
+    axes.set(ylabel="correlation\nwith the last")
     axes.set_ylim(top=1.08)
+    count_axis(axes, "steps")

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from ... import numbers
 from ...files import whole_file
-from .. import numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,18 +80,19 @@ def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
             figure.savefig(partial, format="png")
 
 
-def count_axis(axes: Axes, name: str) -> None:
-    """Label an x axis of counts; ticks are whole numbers, written as `250 k`."""
+def count_axis(axes: Axes, name: str, *, side: Literal["x", "y"] = "x") -> None:
+    """Label an axis of counts; ticks are whole numbers, written as `250 k`."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    axes.set_xlabel(name)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.count(value)))
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    axis.set_label_text(name)
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: numbers.count(value)))
 
 
-def legend_outside(axes: Axes) -> None:
-    """Put the legend to the right of the data."""
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0)
+def legend_outside(axes: Axes, *, reverse: bool = False) -> None:
+    """Put the legend to the right of the data. reverse: name what was drawn last first."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0, reverse=reverse)
 
 
 def layer_colours(layers: Sequence[int | None]) -> dict[int | None, Colour]:

@@ -13,7 +13,7 @@ from ...parallel import broadcast_object, fail_together
 from ...recipe import Recipe
 from ..context import Context
 from ..stage import Result, Stage
-from .prepare import Source, tokenized
+from .prepare import Source, tokenized, with_chat
 
 __all__ = ["CALIBRATE"]
 
@@ -39,7 +39,7 @@ def calibration_inputs(recipe: Recipe) -> Any:
     """Return the sources, marks of their files, and the tokens that are needed of each."""
     sources = recipe.score.sources
     files = file_marks(path for source in sources for path in places(source.paths))
-    return [[source.deciding() for source in sources], files, needed_calibration(recipe)]
+    return with_chat(recipe, sources, [[source.deciding() for source in sources], files, needed_calibration(recipe)])
 
 
 CALIBRATE = Stage(

@@ -77,6 +77,7 @@ EVALUATE = Stage(
     do_evaluate,
     result=Evaluated,
     makes=lambda run: run.summary,
+    makes_too=lambda run: (run.evaluation,),
     reads=("evaluate", "dtype"),
     after=("prepare", "correct", "prune", "distill", "baseline"),
     extra_inputs=lambda recipe: task_marks(recipe) if recipe.evaluate.wanted() else None,

@@ -46,6 +46,7 @@ EXPORT = Stage(
     do_export,
     result=Exported,
     makes=lambda run: run.model("export"),
+    makes_too=lambda run: (run.model("export-fp8"),),
     reads=("export",),
     after=("prepare", "calibrate", "distill", "evaluate"),
     extra_inputs=lambda recipe: carried_marks(recipe.student or recipe.model),

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from ...convert import folder_hash, read_config
-from ...data import check_tokenizer, prepare
+from ...data import chat_marks, check_tokenizer, prepare
 from ...forecast import needed_tokens
 from ...parallel import broadcast_object, fail_together
-from ...recipe import CalibrationSource
+from ...recipe import CalibrationSource, Recipe
 from ..context import Context
 from ..fingerprint import config_digest
 from ..stage import Result, Stage
 
-__all__ = ["PREPARE", "Source", "tokenized"]
+__all__ = ["PREPARE", "Source", "tokenized", "with_chat"]
 
 
 class Source(TypedDict):
@@ -78,6 +78,7 @@ def tokenized(
         separator=recipe.data.separator,
         seed=recipe.seed,
         vocab=read_config(recipe.model).shape.vocab,
+        chat=source.chat,
         enough=enough,
         listener=context.listener,
     )
@@ -94,12 +95,17 @@ def tokenized(
     }
 
 
+def with_chat(recipe: Recipe, sources: Sequence[CalibrationSource], inputs: object) -> object:
+    """Return a stage's further inputs, with the chat template where a source holds chats."""
+    return [inputs, chat_marks(recipe.model)] if any(source.chat for source in sources) else inputs
+
+
 PREPARE = Stage(
     "prepare",
     do_prepare,
     result=Prepared,
     makes=lambda run: run.data,
     reads=("model", "data", "seed"),
-    extra_inputs=needed_tokens,
+    extra_inputs=lambda recipe: with_chat(recipe, recipe.data.sources, needed_tokens(recipe)),
     keeps=lambda run, mark: run.unfinished(run.data),
 )

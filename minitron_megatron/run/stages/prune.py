@@ -135,6 +135,7 @@ PRUNE = Stage(
     do_prune,
     result=Pruned,
     makes=lambda run: run.model("pruned"),
+    makes_too=lambda run: (run.model("trimmed"),),
     reads=("prune", "dtype"),
     after=("prepare", "calibrate", "correct", "score"),
     wanted=lambda recipe: recipe.student is None,

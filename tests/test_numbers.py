@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from minitron_megatron.report import numbers
+from minitron_megatron import numbers
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_counts(number: float | None, text: str) -> None:
     ("seconds", "text"),
     [
         (None, "-"),
-        (0.04, "0.0 s"),
+        (0.04, "under 0.1 s"),
         (4.23, "4.2 s"),
         (59.97, "1 min 00 s"),
         (185.4, "3 min 05 s"),
@@ -54,3 +54,19 @@ def test_durations(seconds: float | None, text: str) -> None:
 )
 def test_perplexities(perplexity: float | None, text: str) -> None:
     assert numbers.perplexity(perplexity) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(None, "-"), (22, "22 B"), (1023.6, "1.00 KiB"), (3.1 * 2**30, "3.10 GiB"), (5000 * 2**40, "5,000 TiB")],
+)
+def test_sizes(number: float | None, text: str) -> None:
+    assert numbers.size(number) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(None, "-"), (12, "12 FLOP"), (2.2e9, "2.20 GFLOP"), (989e12, "989 TFLOP"), (6e24, "6,000 ZFLOP")],
+)
+def test_flops(number: float | None, text: str) -> None:
+    assert numbers.flops(number) == text

@@ -1,0 +1,50 @@
+"""Lines that a command prints about what it did, or would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+__all__ = ["print_made", "print_report", "print_steps"]
+
+
+def print_made(recipe: Recipe, only: str | None) -> None:
+    """Print what the command's stage made, or a search chose, and whether there was nothing to do."""
+    from ..records import read_status
+    from ..report import made_by
+    from ..run import STAGES
+
+    folder = RunFolder(recipe.out)
+    status = read_status(folder.status)
+    if status and "ran" not in status["stages"].values():
+        print(f"Nothing to do: {f'the stage {only}' if only else 'every stage'} is done already.")
+    stage = only or ("search" if recipe.search else "")
+    if stage and (words := made_by(recipe.out, stage)):
+        print(f"{stage}: {words}; in {STAGES[stage].makes(folder)}")
+
+
+def print_report(out: Path) -> None:
+    """Print the summary of a run, write its report, and print where both are."""
+    from ..records import read_summary
+    from ..report import print_summary, report_run
+
+    print_summary(read_summary(RunFolder(out).summary))
+    print(f"report: {report_run(out)}")
+    print(f"export: {RunFolder(out).model('export')}")
+
+
+def print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
+    """Print what a run would do, on the first of the launched processes."""
+    from ..parallel import launched
+    from ..recipe import load_recipe
+    from ..run import dry_run
+
+    if launched("RANK", 0) != 0:
+        return
+    for step in dry_run(load_recipe(path, overrides or (), out)):
+        print(f"{step.stage:<10} {step.state}{': ' + step.why if step.why else ''}")

@@ -1,0 +1,66 @@
+"""Running of recipes with progress, metrics and the watchdog, for every command that does so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..run_folder import RunFolder
+from .gc_tuning import restore_gc
+from .interrupt import raise_if_interrupted
+
+if TYPE_CHECKING:
+    from ..parallel import Topology
+    from ..recipe import Recipe
+    from ..run import SharedStages
+
+__all__ = ["carry_out", "share", "start"]
+
+
+def start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Topology]:
+    """Load a recipe and set up the topology of the launched processes. Collective over them."""
+    from ..parallel import Topology
+    from ..recipe import load_recipe, with_keys_in_errors
+
+    recipe = load_recipe(path, overrides or (), out)
+    with with_keys_in_errors("parallel"):
+        topology = Topology.start(recipe.parallel)
+    restore_gc()
+    return recipe, topology
+
+
+def carry_out(
+    recipe: Recipe,
+    topology: Topology,
+    *,
+    only: str | None = None,
+    until: str | None = None,
+    shared: SharedStages | None = None,
+) -> None:
+    """Run a recipe's stages, as `run.run` does, and report them. Collective over the world."""
+    from ..recipe import with_keys_in_errors
+    from ..report import Machine, MetricsFile, Progress, Watchdog, fan_out, logged
+    from ..run import run
+
+    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
+    if topology.rank != 0:
+        with watchdog:
+            listener = fan_out(raise_if_interrupted, watchdog)
+            run(recipe, topology, only=only, until=until, shared=shared, listener=listener)
+        return
+    config = recipe.model_dump(mode="json")
+    logs = logged(recipe.out, config, **recipe.log.model_dump())
+    with with_keys_in_errors("log"), logs as log, Progress() as progress, watchdog:
+        metrics = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
+        listener = fan_out(raise_if_interrupted, progress, metrics, Machine(metrics), watchdog)
+        run(recipe, topology, only=only, until=until, shared=shared, listener=listener)
+
+
+def share(option: str, text: str) -> tuple[int, int]:
+    """Return (task, tasks) of an option's value `I/N`. Raises RecipeError for any other text."""
+    from ..errors import RecipeError
+
+    number, _, count = text.partition("/")
+    if not number.isdecimal() or not count.isdecimal():
+        raise RecipeError(f"{option} {text!r} does not have the form I/N, such as 0/6 for the first of six tasks.")
+    return int(number), int(count)

@@ -1,0 +1,171 @@
+"""Records of chats: conversations, pairs of prompt and response, and preference pairs, checked and in one form."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NotRequired, TypedDict
+
+from ..errors import DataError, did_you_mean
+from .document import Document, Fields, document_of, kind_of, listed
+
+__all__ = ["CHAT_KEYS", "ROLES", "Conversation", "Message", "Preference", "record_document"]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+RESPONSES = ("response", "completion")
+REWARDS = ("chosen_reward", "rejected_reward")
+CHAT_KEYS = ("messages", "tools", "prompt", *RESPONSES, "chosen", "rejected", *REWARDS)
+"""Keys of a record that are read; other ones are ignored."""
+
+Message = dict[str, Any]
+"""`role`, one of `ROLES`, `content`, text, and whatever else the chat template may use, such as `tool_calls`."""
+
+
+class Conversation(TypedDict):
+    messages: list[Message]
+    tools: NotRequired[list[dict[str, Any]]]
+    """JSON schemas of the tools that the assistant may call."""
+
+
+class Preference(TypedDict):
+    """Two responses to one prompt."""
+
+    prompt: list[Message]
+    chosen: Message
+    rejected: Message
+    tools: NotRequired[list[dict[str, Any]]]
+    rewards: NotRequired[tuple[float, float]]
+    """Rewards of the chosen and the rejected response."""
+
+
+def record_document(record: object, fields: Fields, size: int, place: str) -> Document:
+    """Return the document in a record, as `fields.form` says; chats as the JSON of a Conversation or Preference.
+
+    Raises DataError, which names the place, for a record of another form.
+    """
+    if fields.form == "text":
+        return document_of(record, fields.text_key, size, place)
+    if not isinstance(record, dict):
+        raise DataError(f"{place} is no chat; it holds {kind_of(record)}. Each record must be an object.")
+    return Document(json.dumps(FORMS[fields.form](record, place), ensure_ascii=False), size, place)
+
+
+def _conversation(record: dict[str, Any], place: str) -> Conversation:
+    """Return a conversation: that under `messages`, or a prompt with its response."""
+    if "messages" in record:
+        messages = _messages(record["messages"], "messages", place)
+    elif "prompt" in record and (key := next((key for key in RESPONSES if key in record), None)):
+        messages = [*_prompt(record["prompt"], place), *_response(record[key], key, place)]
+    else:
+        raise DataError(
+            f"{place} holds {listed(record, 'key')}, and a chat has messages, or prompt and response. "
+            "Rename its keys, or set the format of the source to text."
+        )
+    return Conversation(messages=messages) | _tools(record, place)
+
+
+def _preference(record: dict[str, Any], place: str) -> Preference:
+    """Return a preference pair: `prompt`, `chosen` and `rejected`, or two conversations that differ in their end."""
+    if missing := [key for key in ("chosen", "rejected") if key not in record]:
+        raise DataError(f"{place} has no {missing[0]}; it holds {listed(record, 'key')}. A pair needs both.")
+    chosen, rejected = (_response(record[key], key, place) for key in ("chosen", "rejected"))
+    prompt = _prompt(record["prompt"], place) if record.get("prompt") is not None else []
+    if len(chosen) > 1 or not prompt:
+        prompt = chosen[:-1]
+        chosen, rejected = _without(prompt, chosen), _without(prompt, rejected)
+    if not prompt or len(chosen) != 1 or len(rejected) != 1:
+        raise DataError(
+            f"{place} is no preference pair: chosen and rejected must each be one response to the same prompt. "
+            "Correct it, or remove it."
+        )
+    if chosen == rejected:
+        raise DataError(f"{place} has the same response as chosen and as rejected. Remove it.")
+    pair = Preference(prompt=prompt, chosen=chosen[0], rejected=rejected[0])
+    return pair | _tools(record, place) | _rewards(record, place)
+
+
+def _without(prompt: list[Message], conversation: list[Message]) -> list[Message]:
+    """Return what follows a prompt; nothing where the conversation does not begin with it."""
+    return conversation[len(prompt) :] if conversation[: len(prompt)] == prompt else []
+
+
+def _rewards(record: dict[str, Any], place: str) -> Any:
+    given = [record.get(key) for key in REWARDS]
+    if given == [None, None]:
+        return {}
+    if any(isinstance(reward, bool) or not isinstance(reward, int | float) for reward in given):
+        raise DataError(f"{place} needs numbers as {' and '.join(REWARDS)}, or neither of them.")
+    return {"rewards": tuple(map(float, given))}  # type: ignore[arg-type]
+
+
+FORMS: dict[str, Callable[[dict[str, Any], str], Conversation | Preference]] = {
+    "chat": _conversation,
+    "preference": _preference,
+}
+
+
+def _prompt(value: object, place: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    return _messages(value, "prompt", place)
+
+
+def _response(value: object, key: str, place: str) -> list[Message]:
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    messages = _messages([value] if isinstance(value, dict) else value, key, place)
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"{place} has a {key} that does not end with an assistant turn. Correct it, or remove it.")
+    return messages
+
+
+def _messages(value: object, key: str, place: str) -> list[Message]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        held = "an empty list" if value == [] else kind_of(value)
+        raise DataError(f"{place} has no list of messages under the key {key!r}: its value is {held}. Correct it.")
+    return [_message(each, f"{place}, {key}[{number}]") for number, each in enumerate(value)]
+
+
+def _message(value: object, place: str) -> Message:
+    if not isinstance(value, dict):
+        raise DataError(f"{place} is {kind_of(value)}. Each message must be an object with role and content.")
+    if "role" not in value:
+        raise DataError(f"{place} holds {listed(value, 'key')}, and a message has role and content. Rename its keys.")
+    role, content = value["role"], value.get("content")
+    if role not in ROLES:
+        told = repr(role[:40]) if isinstance(role, str) else kind_of(role)
+        raise DataError(
+            f"{place} has the role {told}, and the roles are {', '.join(ROLES)}.{did_you_mean(str(role), ROLES)} "
+            "Rename it."
+        )
+    message = {name: held for name, held in value.items() if held is not None}  # templates would print None
+    if content is None and message.get("tool_calls"):
+        return message
+    return message | {"content": _text(content, place)}
+
+
+def _text(content: object, place: str) -> str:
+    """Return the text of a content, the parts of a list joined."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise DataError(f"{place} has no text as content; its value is {kind_of(content)}. Correct it, or remove it.")
+    texts = []
+    for number, part in enumerate(content):
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else None
+            told = f"of type {kind!r}" if isinstance(kind, str) and kind != "text" else kind_of(part)
+            raise DataError(f"{place} has content that is not text: part {number} is {told}. Remove the record.")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tools(record: dict[str, Any], place: str) -> Any:
+    """Return the tools of a record, if any, under their key."""
+    tools = record.get("tools")
+    if tools is None or tools == []:
+        return {}
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{place} has tools that are not a list of JSON schemas, but {kind_of(tools)}. Correct it.")
+    return {"tools": tools}

@@ -1,0 +1,50 @@
+"""Preference pairs are read and rendered as chats are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_megatron.data import load_tokenizer, preference_pairs
+from minitron_megatron.errors import DataError
+from tests.chats import CHATML, write_tokenizer
+from tests.data.test_chat import ANSWER, USER, write
+
+OTHER = {"role": "assistant", "content": "c"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("pairs"), CHATML, "<|endoftext|>")
+
+
+def test_a_pair_is_a_prompt_and_two_responses(folder: Path, tmp_path: Path) -> None:
+    texts: dict[str, Any] = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    lists = {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}
+    longer = {"prompt": [USER, ANSWER, USER], "chosen": OTHER, "rejected": [ANSWER]}
+    rewarded = texts | {"chosen_reward": 2, "rejected_reward": -0.5}
+    pairs = list(preference_pairs([write(tmp_path / "a.jsonl", texts, lists, longer, rewarded)], folder))
+    decode = load_tokenizer(folder).decode
+    said = [[decode(part.tolist(), skip_special_tokens=False) for part in pair[:3]] for pair in pairs]
+    prompt = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    ends = "<|im_end|>\n<|endoftext|>"
+    assert said[0] == said[1] == said[3] == [prompt, f"b{ends}", f"c{ends}"]
+    assert said[2] == [f"{prompt}b<|im_end|>\n{prompt}", f"c{ends}", f"b{ends}"]
+    assert [pair.rewards for pair in pairs] == [None, None, None, (2.0, -0.5)]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "a.jsonl:1 has no rejected; it holds the keys 'prompt', 'chosen'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "has the same response as chosen and as rejected"),
+        ({"chosen": [USER, ANSWER], "rejected": [OTHER]}, "one response to the same prompt"),
+        ({"chosen": "b", "rejected": "c"}, "one response to the same prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "chosen_reward": 1}, "needs numbers as chosen_reward and"),
+    ],
+)
+def test_what_is_no_pair_is_refused(record: object, message: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        list(preference_pairs([write(tmp_path / "a.jsonl", record)], folder))

@@ -1,0 +1,243 @@
+"""Studies: their arms are recipes that pass every check; runs share stages, resume, and are dealt out to an array."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minitron_megatron.cli.study import run_study
+from minitron_megatron.errors import RecipeError
+from minitron_megatron.events import Event, silent
+from minitron_megatron.files import read_json
+from minitron_megatron.forecast import check, planned
+from minitron_megatron.parallel import Topology
+from minitron_megatron.recipe import load_recipe
+from minitron_megatron.run import STAGES, SharedStages, Stage, run
+from minitron_megatron.run_folder import RunFolder
+from minitron_megatron.studies import describe_studies, load_study, plan_rows, plan_study, shipped, sign_test
+from minitron_megatron.studies.quantities import filled
+from minitron_megatron.testing import Pool
+from tests.limits import HANGS
+from tests.recipes import tiny_recipe
+
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.warm.imports"])
+SHARED = {"prepare", "correct", "score", "prune"}
+STUDY = {
+    "title": "With a teacher or without",
+    "claim": "A teacher helps.",
+    "paper": "none",
+    "set": {"random_baseline": False},
+    "measures": {
+        "before": {"about": "loss before", "model": "pruned"},
+        "after": {"about": "loss after", "order": [["taught"], ["alone"]]},
+    },
+    "arms": {
+        "taught": {"printed": {"after": 1.5}},
+        "alone": {"set": {"distill.objective": "cross_entropy", "distill.lr": "{lr / 2}"}},
+    },
+}
+
+
+@pytest.mark.parametrize("name", [name for name, _ in shipped()])
+def test_every_arm_of_every_study_passes_the_checks_of_a_run(
+    name: str, recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    plan = plan_study(name, load_study(name), recipe_file(), out=tmp_path / "studies", seeds=1)
+    for job in plan.jobs:
+        check(job.recipe, planned(job.recipe, 1))
+    made = [stage for stages in plan.executions().values() for stage in stages]
+    assert len({job.recipe.out for job in plan.jobs}) == len(plan.jobs) == len(plan.study.arms)
+    assert (made.count("prepare"), made.count("correct")) == (1, 3 if name == "correction" else 1)
+
+
+def conduct(recipe: Path, study: Path, out: Path, log: Path, array: str = "", kill_at: int = 0) -> None:
+    """Run a study in this process. log: receives a line for each stage that was done. kill_at: kill -9 at this step of
+    distillation, counted over all runs."""
+    import torch
+
+    from minitron_megatron.cli import running
+
+    torch.set_num_threads(1)
+    for name, stage in STAGES.items():
+        STAGES._things[name] = replace(stage, does=counted(stage, log))  # type: ignore[assignment]
+    seen = 0
+
+    def listener(event: Event) -> None:
+        nonlocal seen
+        seen += event.label == "distill" and "lr" in event.values
+        if kill_at and seen == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    running.raise_if_interrupted = listener
+    run_study(str(study), recipe, [], out, seeds=2, array=array, dry_run=False)
+
+
+def counted(stage: Stage, log: Path) -> Callable[..., Any]:
+    def does(context: Any) -> Any:
+        result = stage.does(context)
+        with log.open("a") as file:
+            file.write(stage.name + "\n")
+        return result
+
+    return does
+
+
+def test_a_study_shares_stages_resumes_and_is_dealt_out(material: Path, tmp_path: Path) -> None:
+    budget = {"tokens": 2 * 8 * 16, "save_every": 1, "validate_every": 1, "warmup_steps": 1}
+    training, few = tiny_recipe(material)["distill"] | budget, {"samples": 8, "micro_batch": 8}
+    recipe, study = tmp_path / "recipe.yaml", tmp_path / "mine.yaml"
+    keys = tiny_recipe(material) | {"correct": training, "distill": training, "score": few, "evaluate": few}
+    keys |= {"out": str(tmp_path / "run")}
+    recipe.write_text(yaml.safe_dump(keys))
+    study.write_text(yaml.safe_dump(STUDY, sort_keys=False))
+
+    def start(log: str, *more: Any) -> Any:
+        process = FORKS.Process(target=conduct, args=(recipe, study, tmp_path / log, tmp_path / f"{log}.txt", *more))
+        process.start()
+        return process
+
+    def end(process: Any) -> int | None:
+        process.join(HANGS)
+        return process.exitcode
+
+    assert end(start("serial", "", 4)) == -signal.SIGKILL
+    assert not (tmp_path / "serial" / "mine" / "table.json").exists()
+    assert end(start("serial")) == 0
+    tasks = [start("array", f"{task}/3") for task in range(3)]
+    assert [end(task) for task in tasks] == [0, 0, 0]
+    table = (tmp_path / "serial" / "mine" / "table.json").read_text()
+    assert (tmp_path / "array" / "mine" / "table.json").read_text() == table
+    for log in ("serial", "array"):
+        done = (tmp_path / f"{log}.txt").read_text().split()
+        assert {name: done.count(name) for name in done} == {
+            **dict.fromkeys(SHARED, 2),  # once per seed
+            **dict.fromkeys(("distill", "evaluate"), 4),
+        }
+    _expect_table(tmp_path / "serial" / "mine")
+
+
+def _expect_table(folder: Path) -> None:
+    """The table holds what the runs' summaries hold, and what follows from it."""
+    taught, alone = read_json(folder / "table.json")["arms"]
+    losses = {
+        arm: [
+            {row["model"]: row["loss_nats_per_token"] for row in read_json(folder / arm / f"seed-{seed}/summary.json")}
+            for seed in (1, 2)
+        ]
+        for arm in ("taught", "alone")
+    }
+    assert taught["measures"]["after"]["values"] == [each["distilled"] for each in losses["taught"]]
+    apart = [b["distilled"] - a["distilled"] for a, b in zip(*losses.values(), strict=True)]
+    found = alone["measures"]["after"]
+    assert found["difference"] == pytest.approx(sum(apart) / 2, abs=1e-12)
+    assert found["signs"] == [sum(each < 0 for each in apart), sum(each > 0 for each in apart)]
+    assert alone["measures"]["before"]["difference"] == 0.0
+    assert alone["teacher_flops"] == 0 and taught["flops"] - alone["flops"] == taught["teacher_flops"] > 0
+    assert list(taught["curve"]) == list(alone["curve"]) == ["1", "2"]
+    lines = [
+        line for line in (folder / "alone" / "seed-1" / "metrics.jsonl").read_text().splitlines() if "distill" in line
+    ]
+    assert not any("validation_kl" in line for line in lines)
+    page = (folder / "table.md").read_text()
+    assert "| taught |" in page and "1.5" in page and (folder / "table.png").is_file()
+
+
+def prepare_twice(topology: Topology, recipe: Path, folder: Path) -> None:
+    for name in ("one", "other"):
+        shared, keys = SharedStages(folder / "shared"), load_recipe(recipe, [], folder / name)
+        run(keys, topology, until="prepare", shared=shared)
+
+
+def test_several_ranks_share_a_stage(recipe_file: Callable[..., Path], pool: Pool, tmp_path: Path) -> None:
+    pool.run(prepare_twice, recipe_file(), tmp_path, dp=2)
+    (one, other) = (RunFolder(tmp_path / name) for name in ("one", "other"))
+    assert read_json(one.record("prepare")) == read_json(other.record("prepare"))
+    tokens = "0-corpus.train.bin"
+    assert (one.data / tokens).stat().st_ino == (other.data / tokens).stat().st_ino
+    assert not one.record("correct").exists()
+
+
+def test_a_damaged_shared_stage_is_done_again(tmp_path: Path) -> None:
+    stage = Stage("correct", lambda context: {}, makes=lambda run: run.model("corrected"), result=dict, reads=())
+    one, other, shared = RunFolder(tmp_path / "one"), RunFolder(tmp_path / "other"), SharedStages(tmp_path / "shared")
+    one.model("corrected").mkdir(parents=True)
+    (one.model("corrected") / "weights").write_text("abc")
+    one.metrics.write_text('{"stage": "correct", "done": 1}\n{"stage": "other", "done": 1}\n{"stage": "corr')
+    record: Any = {"fingerprint": "f" * 64, "result": {}, "seconds": 1.0, "peak_bytes": 1}
+    shared.give(stage, record, one)
+    other.path.mkdir()
+    other.metrics.write_text('{"stage": "trunc')
+    with shared.claimed(stage, record["fingerprint"], silent):
+        assert shared.take(stage, record["fingerprint"], other) == record
+    assert (other.model("corrected") / "weights").stat().st_ino == (one.model("corrected") / "weights").stat().st_ino
+    assert other.metrics.read_text() == '{"stage": "correct", "done": 1}\n'
+    (other.model("corrected") / "weights").write_text("abd")
+    with pytest.warns(UserWarning, match="weights has changed since it was written.* correct is done again"):
+        assert shared.take(stage, record["fingerprint"], other) is None
+    assert shared.take(stage, record["fingerprint"], other) is None
+
+
+def test_what_is_no_study_is_one_message(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no study 'loses'. Did you mean 'losses'\?"):
+        load_study("loses")
+    with pytest.raises(RecipeError, match="the study correction needs correct in the recipe"):
+        plan_study("correction", load_study("correction"), recipe_file(correct=None))
+    for change, says in (
+        ({"arm": {}}, "arm is not a known key"),
+        ({"set": {"seed": 2}, "arms": {"a": {}, "b": {}}}, "A study cannot set seed"),
+        ({"arms": {"a b": {}, "A-b": {}}}, "Two arms would have the folder 'a-b'"),
+        ({"arms": {"a": {"printed": {"las": 1.0}}, "b": {}}}, "arms.a.printed names 'las', which is not there"),
+    ):
+        (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(STUDY | {"measures": {"last": {"about": "x"}}} | change))
+        with pytest.raises(RecipeError, match=says):
+            load_study(str(tmp_path / "wrong.yaml"))
+    (tmp_path / "typo.yaml").write_text(
+        yaml.safe_dump(
+            STUDY | {"arms": {"a": {}, "b": {"set": {"distil.lr": 1.0}}}} | {"measures": {"last": {"about": "x"}}}
+        )
+    )
+    with pytest.raises(RecipeError, match=r"arm 'b' of the study typo.yaml: .*Did you mean"):
+        plan_study("typo.yaml", load_study(str(tmp_path / "typo.yaml")), recipe_file())
+
+
+def test_values_in_braces_are_arithmetic_alone() -> None:
+    names = {"layers": 9, "lr": 1e-3}
+    value = {"a": ["{max(0, layers // 2 - 3)}:{layers - 1}", "{lr / 2}"], "b": "{range(layers // 3)}", "c": True}
+    assert filled(value, names) == {"a": ["1:8", 5e-4], "b": [0, 1, 2], "c": True}
+    for text in ("{layer}", "{layers ** 99}", "{__import__('os')}", "{layers / 0}", "{layers.real}", "{'a'}"):
+        with pytest.raises(RecipeError, match="cannot be computed"):
+            filled(text, names)
+
+
+def test_the_sign_test_is_exact() -> None:
+    assert [sign_test(*each) for each in ((3, 0), (0, 3), (2, 1), (5, 0), (0, 0))] == [0.25, 0.25, 1.0, 0.0625, None]
+
+
+def test_the_page_lists_every_study_and_its_example_is_one(
+    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    assert describe_studies() in page
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    (tmp_path / "mine.yaml").write_text(block)
+    run_study(str(tmp_path / "mine.yaml"), recipe_file(), [], None, seeds=1, array="", dry_run=True)
+    printed = capsys.readouterr().out
+    assert "4 runs, " in printed and str(tmp_path / "run-studies" / "mine") in printed
+    rows = plan_rows(plan_study("mine", load_study(str(tmp_path / "mine.yaml")), recipe_file(), seeds=1))
+    assert [row[:3] for row in rows[:2]] == [
+        ("KL", 1, ["prepare", "correct", "score", "prune", "distill", "evaluate"]),
+        ("KL + CE", 1, ["distill", "evaluate"]),
+    ]
+    assert rows[0][3] > rows[1][3] > 0
+    with pytest.raises(RecipeError, match="--array 2/2 is out of range: use 0/2 to 1/2"):
+        run_study("losses", recipe_file(), [], None, seeds=1, array="2/2", dry_run=False)
