@@ -48,9 +48,15 @@ class RankResult:
     micro_batch_seconds: float
 
     @property
+    def fullest(self) -> Section:
+        """Section with the most bytes alive at a time."""
+        sections = (self.section, self.loading, self.validation)
+        return max((each for each in sections if each is not None), key=lambda each: each.peak)
+
+    @property
     def peak(self) -> int:
         """Most bytes alive at a time in any section."""
-        return max(each.peak for each in (self.section, self.loading, self.validation) if each is not None)
+        return self.fullest.peak
 
     @property
     def seconds(self) -> float:
@@ -93,12 +99,12 @@ class Rehearsal:
         over = worst.peak / GIB - self.memory
         if over <= 0:
             return
-        kinds = sorted(worst.section.peak_by_kind.items(), key=lambda each: -each[1])[:3]
+        kinds = sorted(worst.fullest.peak_by_kind.items(), key=lambda each: -each[1])[:3]
         largest = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in kinds)
         first = worst.section.over or worst.loading.over or "the teacher's states of all micro-batches"
         raise TopologyError(
-            f"{worst.kind.name} needs {worst.peak / GIB:.2f} GiB (modelled), {over:.2f} GiB more than the "
-            f"{self.memory:g} GiB of a GPU; the first tensor that does not fit: {first}; largest: {largest}. Raise "
+            f"{worst.kind.name} needs {worst.peak / GIB:.2f} GiB (modelled, not measured), {over:.2f} GiB more than "
+            f"the {self.memory:g} GiB of a GPU; the first tensor that does not fit: {first}; largest: {largest}. Raise "
             "parallel.tp or pp, or recompute more."
         )
 
