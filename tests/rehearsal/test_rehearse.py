@@ -35,9 +35,7 @@ def test_what_cannot_be_rehearsed_is_refused(
 
 
 def test_what_does_not_fit_names_the_rank_the_excess_and_the_largest_bytes() -> None:
-    full = Section(
-        peak=3 * GIB, peak_by_kind=Sums(weights=1.0 * GIB, optimizer=2.0 * GIB), over="float32 [9] at a.py:1"
-    )
+    full = Section(peak=3 * GIB, peak_by_kind=Sums(weights=1.0 * GIB, optimizer=2.0 * GIB), over="bf16 [9] at a.py:1")
     results = [
         RankResult(RankKind(rank, name), section, Section(), None, 1.0)
         for rank, name, section in ((0, "tp 1 of 2", Section(peak=GIB)), (1, "tp 2 of 2", full))
