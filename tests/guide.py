@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def run_command(line: str, folder: Path, places: Mapping[str, Path]) -> subproce
     for named, place in {"launch/": ROOT / "launch", "examples/": ROOT / "examples", **places}.items():
         line = line.replace(named, f"{place}/" if named.endswith("/") else str(place))
     environment = warm(os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GRACE_SECONDS": "1"})
-    line = re.sub(r"^minitron", f"{PYTHON} -m minitron_megatron", line)
+    cold = line.startswith("minitron rehearse")  # a warm interpreter has the CPU's backend, which it refuses
+    line = re.sub(r"^minitron", f"{sys.executable if cold else PYTHON} -m minitron_megatron", line)
     return subprocess.run(
         line, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANGS, check=False
     )

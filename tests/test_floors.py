@@ -29,14 +29,14 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"recipe", "report"}),
     frozenset({"forecast"}),
     frozenset({"run"}),
-    frozenset({"studies"}),
+    frozenset({"rehearsal", "studies"}),
     frozenset({"cli"}),
     frozenset({"testing", "__main__"}),  # above everything: no other module imports them
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 OUTSIDE: dict[str, frozenset[str]] = {
-    "torch.distributed": frozenset({"parallel", "testing"}),
+    "torch.distributed": frozenset({"parallel", "rehearsal", "testing"}),
     "megatron.core.parallel_state": frozenset({"parallel"}),
     "megatron.bridge": frozenset({"convert"}),
     "megatron": frozenset(

@@ -5,7 +5,7 @@ the differences between mcore's versions. Must not know: scores, plans, losses, 
 """
 
 from .attention_context import AttentionContext
-from .backend import install_cpu_backend, peak_bytes, peak_flops
+from .backend import has_cpu_backend, install_cpu_backend, peak_bytes, peak_flops
 from .collectives import (
     Group,
     all_reduce,
@@ -70,6 +70,7 @@ __all__ = [
     "gather_sequence",
     "group_rank",
     "group_size",
+    "has_cpu_backend",
     "independent_replicas",
     "install_cpu_backend",
     "keep_own_states",

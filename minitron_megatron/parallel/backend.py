@@ -10,7 +10,7 @@ from ..gpus import gpu_of_name
 from .mcore_patches import patch_mcore, patch_mcore_for_cpu
 from .torch_patches import patch_torch, uncompiled
 
-__all__ = ["install_cpu_backend", "peak_bytes", "peak_flops"]
+__all__ = ["has_cpu_backend", "install_cpu_backend", "peak_bytes", "peak_flops"]
 
 
 def peak_bytes() -> int:
@@ -41,3 +41,8 @@ def install_cpu_backend() -> None:
     with uncompiled():
         patch_mcore_for_cpu()
         patch_mcore()
+
+
+def has_cpu_backend() -> bool:
+    """Return whether `install_cpu_backend` has patched this process, in which `cuda` means the CPU from then on."""
+    return _installed

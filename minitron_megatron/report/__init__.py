@@ -11,6 +11,7 @@ from .made import made_by
 from .page import write_report
 from .plots import plot_bench, plot_study
 from .records import describe, pairs_table, report_run, text_table
+from .rehearsed import rehearsal_tables
 from .studied import ArmResult, Compared, StudyTable, Verdict, study_markdown, study_notes, study_text
 from .tables import bench_table, candidates_table, print_summary, summary_table
 from .watch import watch
@@ -36,6 +37,7 @@ __all__ = [
     "plot_study",
     "print_summary",
     "read_metrics",
+    "rehearsal_tables",
     "report_run",
     "study_markdown",
     "study_notes",

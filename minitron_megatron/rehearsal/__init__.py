@@ -1,0 +1,22 @@
+"""Rehearsal of a run on a cluster that is not there: one rank of each kind, at full size, on a CPU.
+
+Knows: stages of a run, fake CUDA tensors, process groups that reach nobody. Must not know: terminals, command lines.
+"""
+
+from .fault import DeviceFault
+from .ledger import Ledger, Section
+from .machine import rehearsed_rank
+from .rehearse import RankKind, Rehearsal, rank_kinds, rehearse
+from .stages import COVERED
+
+__all__ = [
+    "COVERED",
+    "DeviceFault",
+    "Ledger",
+    "RankKind",
+    "Rehearsal",
+    "Section",
+    "rank_kinds",
+    "rehearse",
+    "rehearsed_rank",
+]

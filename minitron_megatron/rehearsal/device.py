@@ -1,0 +1,314 @@
+"""A GPU that is not there: every tensor on `cuda` is fake, and every operation on one is checked and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from .clock import Clock
+from .fault import DeviceFault
+from .kernels import attention_choice, attention_flops
+from .ledger import Ledger
+from .places import Places
+from .values import Values, mutated
+
+__all__ = ["Device"]
+
+aten = torch.ops.aten
+NCCL_DTYPES = {
+    *(torch.int8, torch.uint8, torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16),
+    *(torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
+}
+DYNAMIC = {
+    *(aten.nonzero.default, aten._unique2.default, aten.unique_consecutive.default),
+    *(aten.masked_select.default, aten.unique_dim.default),
+}
+"""Operations whose result has a size that depends on numbers: the host waits for them."""
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+PUT = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "mv", "dot"}
+JOINS = {"cat", "stack"}
+NO_KERNEL = {
+    *("detach", "alias", "view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"),
+    *("_unsafe_view", "as_strided", "split", "chunk", "unbind", "narrow", "split_with_sizes", "_reshape_alias"),
+    *("set_", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"),
+}
+MOST_FP64 = 2**22
+"""Numbers of a float64 tensor above which it is a fault: activations are never of 8 bytes a number on purpose."""
+
+
+class _Fakes(FakeTensorMode):
+    """torch's mode, which must not touch this machine's CUDA."""
+
+    avoid_device_init = True  # type: ignore[assignment]
+
+
+class Device(TorchDispatchMode):
+    """Mode under which `cuda:0` is fake and the CPU is real. Numbers on the GPU are unknown, but for `Values`."""
+
+    def __init__(self, ledger: Ledger, clock: Clock, places: Places) -> None:
+        super().__init__()
+        self.ledger, self.clock, self.places = ledger, clock, places
+        self.values = Values()
+        self.fakes = _Fakes(allow_non_fake_inputs=True)
+        self.backends: dict[str, str] = {}
+        """Name of each process group -> its backend on a GPU: `nccl`, `gloo` or `both`."""
+        self.reduces_by: Any = dist.ReduceOp.SUM
+        """Operation of the all-reduce that is being run."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        fakes = any(isinstance(each, FakeTensor) for each in leaves)
+        if func.namespace == "c10d":
+            return self._collective(func, args, kwargs, leaves, fakes)
+        target = kwargs.get("device")
+        if not fakes and (target is None or torch.device(target).type != "cuda"):
+            return func(*args, **{**kwargs, "pin_memory": False} if kwargs.get("pin_memory") else kwargs)
+        if func is aten._local_scalar_dense.default:
+            return self._item(args[0])
+        if func is aten._fused_sdp_choice.default:
+            return attention_choice(*args)
+        if func is aten.equal.default:
+            self.waits_for("equal")
+            return True
+        if func is aten.is_pinned.default:
+            return False
+        self._check(func, args, leaves)
+        if func in DYNAMIC or (func is aten.index.Tensor and _has_mask(args[1])):
+            return self._dynamic(func, args, kwargs)
+        if func in PUT and _has_mask(args[1]):
+            args = self._put(args)
+        if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
+            return self._to_host(args[0], args[1])
+        return self._run(func, args, kwargs)
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation on fake tensors, count it, and carry known values along."""
+        try:
+            with self.fakes:
+                out = func(*args, **kwargs)
+        except RuntimeError as error:
+            if "device" not in str(error) and "dtype" not in str(error):
+                raise
+            raise DeviceFault(f"{_name(func)} at {self.places.here().line}: {str(error).splitlines()[0]}") from error
+        self._count(func, args, kwargs, out)
+        self.values.carry(func, args, kwargs, out)
+        if isinstance(out, (list, tuple)):
+            return type(out)(map(self._landed, out)) if type(out) in (list, tuple) else out
+        return self._landed(out)
+
+    # ---- faults that torch's fake mode lets pass
+
+    def _check(self, func: Any, args: Any, leaves: Sequence[Any]) -> None:
+        name, tensors = _name(func), [each for each in leaves if isinstance(each, Tensor)]
+        if name in INDEXING and not isinstance(args[0], FakeTensor):
+            if any(isinstance(each, FakeTensor) for each in args[1]):
+                self._fault("a tensor on the CPU is indexed by one on the GPU")
+        elif name in PRODUCTS and len({each.dtype for each in tensors}) > 1:
+            self._fault(f"{name} of {' and '.join(sorted({str(each.dtype) for each in tensors}))}")
+        elif name in JOINS and len({isinstance(each, FakeTensor) for each in tensors}) > 1:
+            self._fault(f"{name} of tensors on the CPU and on the GPU")
+
+    def _fault(self, what: str) -> None:
+        raise DeviceFault(f"{what}, at {self.places.here().line}".replace("torch.", ""))
+
+    # ---- numbers
+
+    def waits_for(self, why: str) -> str:
+        """Count a wait of the host for the device; return its line."""
+        line = self.places.here().line
+        self.ledger.section.waits[f"{why} at {line}"] += 1
+        return line
+
+    def _item(self, tensor: FakeTensor) -> Any:
+        self.waits_for("item")
+        found = self.values.of(tensor)
+        if found is not None:
+            return found.item()
+        return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
+
+    def _as_index(self, index: Any) -> list[Any]:
+        """Return a mask as the positions that are true; of an unknown one all are."""
+        if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8):
+            return [index]
+        found = self.values.of(index)
+        found = torch.ones(index.shape, dtype=torch.bool) if found is None else found
+        return [self._fake(each.contiguous()) for each in found.nonzero(as_tuple=True)]
+
+    def _put(self, args: Any) -> Any:
+        """Return the arguments of an index_put by a mask with positions; one number fills without a wait."""
+        if args[2].numel() > 1 or isinstance(args[2], FakeTensor):
+            self.waits_for("mask")
+        return args[0], [part for each in args[1] for part in self._as_index(each)], *args[2:]
+
+    def _dynamic(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.waits_for(_name(func))
+        if func is aten.index.Tensor:
+            return self._run(func, (args[0], [part for each in args[1] for part in self._as_index(each)]), kwargs)
+        if func is aten.masked_select.default:
+            return self._run(aten.index.Tensor, (args[0].expand_as(args[1]), self._as_index(args[1])), {})
+        found = self.values.of(args[0])
+        found = torch.ones(args[0].shape, dtype=args[0].dtype) if found is None else found
+        out = func(found, *args[1:], **kwargs)
+        return tree_map(lambda each: self._fake(each) if isinstance(each, Tensor) else each, out)
+
+    def _fake(self, value: Tensor) -> FakeTensor:
+        """Return a tensor on the GPU with known values."""
+        with self.fakes:
+            made: Any = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+        self.ledger.allocate(made, self.places.here)
+        self.values.renew(made)
+        self.values.set(made, value)
+        return made
+
+    def _to_host(self, target: Tensor, source: FakeTensor) -> Tensor:
+        self.waits_for("copy to the host")
+        found = self.values.of(source)
+        return target.fill_(1) if found is None else target.copy_(found)
+
+    def _landed(self, value: Any) -> Any:
+        """Return a result on the CPU as a real tensor, and any other as it is."""
+        if not isinstance(value, FakeTensor) or value.device.type != "cpu":
+            return value
+        self.waits_for("copy to the host")
+        found = getattr(value, "known_values", None)
+        return torch.ones(value.shape, dtype=value.dtype) if found is None else found.clone()
+
+    # ---- counting
+
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        results = [each for each in tree_leaves(out) if isinstance(each, FakeTensor) and each.device.type == "cuda"]
+        name, written = _name(func), mutated(func, args, kwargs)
+        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, FakeTensor)]
+        here = cache(self.places.here)
+        for each in results:
+            if each.device.index not in (None, 0):
+                self._fault(f"a tensor on {each.device}, and this rank's device is cuda:0")
+            if each.dtype == torch.float64 and each.numel() > MOST_FP64:
+                self._fault(f"a float64 tensor of {list(each.shape)}")
+            if self.ledger.allocate(each, here):
+                self.values.renew(each)
+        old = {each.untyped_storage()._cdata for each in inputs}
+        is_view = not written and all(each.untyped_storage()._cdata in old for each in results)
+        if name in NO_KERNEL or not (results or written) or is_view or (name == "copy_" and _is_itself(*args[:2])):
+            return
+        reads = 0 if name in ("zero_", "fill_") else sum(map(_bytes, inputs))
+        touched, flops = reads + sum(map(_bytes, results or written)), self._flops(func, args, kwargs, out)
+        resource, seconds = self.clock.operation(name, flops, touched, (results or written)[0].dtype)
+        section, line = self.ledger.section, here().line
+        section.kernels[name] += 1
+        section.touched[name] += touched
+        section.flops[name] += flops
+        section.seconds[line] += seconds
+        section.by_resource[resource] += seconds
+
+    def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
+        packet = func._overloadpacket
+        if "attention" in packet.__name__:
+            return attention_flops(packet.__name__, args)
+        counter = flop_registry.get(packet)
+        return counter(*args, **kwargs, out_val=out) if counter else 0
+
+    # ---- collectives
+
+    def _collective(self, func: Any, args: Any, kwargs: Any, leaves: Sequence[Any], fakes: bool) -> Any:
+        name, tensors = _name(func).rstrip("_"), [each for each in leaves if isinstance(each, Tensor)]
+        group = next((found for each in leaves if (found := _group(each)) is not None), None)
+        size, backend = (group.size(), self.backends.get(group.group_name, "both")) if group else (1, "both")
+        if tensors and name != "barrier":
+            self._check_collective(name, tensors, backend)
+        sent = max(map(_bytes, tensors), default=0)
+        if name in ("allgather", "gather", "scatter", "alltoall"):
+            sent = sum(map(_bytes, (each for each in tree_leaves(args[0]) if isinstance(each, Tensor))))
+            if fakes and name == "allgather":  # NCCL gathers into one flat tensor first
+                self.ledger.hold(sent)
+        if size > 1 and (fakes or name in ("send", "recv")):
+            self._count_collective(f"{name} in {size}", sent, size)
+        if not fakes:
+            return func(*args, **kwargs)
+        self._spread(name, size, args, tensors)
+        work = FakeWork().boxed()
+        return work if len(func._schema.returns) == 1 else (args[0], work)
+
+    def _check_collective(self, name: str, tensors: Sequence[Tensor], backend: str) -> None:
+        hosts = [not isinstance(each, FakeTensor) for each in tensors]
+        if any(hosts) and not all(hosts):
+            self._fault(f"{name} of tensors on the CPU and on the GPU")
+        if all(hosts) and backend == "nccl":
+            self._fault(f"{name} of a tensor on the CPU in a group of NCCL")
+        if not any(hosts) and backend == "gloo":
+            self._fault(f"{name} of a tensor on the GPU in a group of gloo")
+        for each in tensors if not any(hosts) else ():
+            if each.dtype not in NCCL_DTYPES:
+                self._fault(f"{name} of {each.dtype}, which NCCL does not have")
+            if not each.is_contiguous():
+                self._fault(f"{name} of a tensor {list(each.shape)} that is not contiguous")
+
+    def _count_collective(self, name: str, sent: int, size: int) -> None:
+        section, seconds = self.ledger.section, self.clock.collective(name.split()[0], sent, size)
+        section.calls[name] += 1
+        section.sent[name] += sent
+        section.by_resource["communication"] += seconds
+        section.seconds[f"{name}, {self.places.here().line}"] += seconds
+
+    def _spread(self, name: str, size: int, args: Any, tensors: Sequence[Tensor]) -> None:
+        """Keep known values known: the other ranks are taken to have the same."""
+        if name == "broadcast":
+            return
+        if name == "allreduce":
+            for each in tensors:
+                value = self.values.of(each)
+                if value is not None and self.reduces_by == dist.ReduceOp.SUM and value.dtype != torch.bool:
+                    value.mul_(size)
+            return
+        part = self.values.of(args[1]) if name == "_allgather_base" else None
+        if part is not None:
+            whole = part.repeat(size, *(1 for _ in part.shape[1:])).reshape(args[0].shape)
+            self.values.renew(args[0])
+            self.values.set(args[0], whole)
+            return
+        for each in tensors:
+            if isinstance(each, FakeTensor):
+                self.values.forget(each)
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.split("::")[1]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in indices)
+
+
+def _group(value: Any) -> Any:
+    """Return the process group that an argument of a collective is; None: it is none."""
+    if not isinstance(value, torch.ScriptObject):
+        return None
+    try:
+        return dist.ProcessGroup.unbox(value)
+    except RuntimeError:
+        return None
+
+
+def _is_itself(target: Tensor, source: Any) -> bool:
+    """Return whether both are the same view: torch copies nothing, as at the end of `a[some] += b`."""
+    if not isinstance(source, Tensor) or target.untyped_storage()._cdata != source.untyped_storage()._cdata:
+        return False
+    return (target.shape, target.stride(), target.storage_offset(), target.dtype) == (
+        *(source.shape, source.stride(), source.storage_offset(), source.dtype),
+    )

@@ -1,0 +1,63 @@
+"""Tables of a rehearsal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from .. import numbers
+
+__all__ = ["rehearsal_tables"]
+
+MODELLED = "modelled, not measured"
+
+
+def rehearsal_tables(found: Mapping[str, Any]) -> Iterator[Table]:
+    """Yield the tables of a rehearsal's JSON: the whole, each kind of rank, and the costliest lines of the slowest."""
+    yield _pairs(f"{found['stage']} on {found['gpus']} {found['gpu']} ({MODELLED})", _whole(found))
+    for rank in found["ranks"]:
+        yield _pairs(f"{rank['kind']}, rank {rank['rank']} ({MODELLED})", _rank(rank))
+    slowest = max(found["ranks"], key=lambda each: sum(each["seconds"].values()))
+    lines = {line: f"{1000 * seconds:,.1f} ms" for line, seconds in slowest["costliest_lines"].items()}
+    yield _pairs(f"costliest lines of {slowest['kind']} ({MODELLED})", lines)
+
+
+def _whole(found: Mapping[str, Any]) -> dict[str, str]:
+    share = found["utilisation"]
+    rows = {
+        "step": f"{numbers.duration(found['seconds_of_a_step'])}, {numbers.count(found['tokens_of_a_step'])} tokens",
+        "tokens per second": (
+            f"{numbers.count(found['tokens_per_second'])}, {numbers.count(found['tokens_per_second_per_gpu'])} a GPU"
+        ),
+        "utilisation": numbers.ABSENT if share is None else f"{share:.2f} of the bf16 peak",
+        "time": numbers.duration(3600 * found["hours"]),
+    }
+    return rows | {"assumed": found[MODELLED]}
+
+
+def _rank(rank: Mapping[str, Any]) -> dict[str, str]:
+    kinds = sorted(rank["peak_bytes_by_kind"].items(), key=lambda each: -each[1])
+    sent = {
+        name: f"{numbers.count(each['calls'])} x, {numbers.size(each['bytes'])}"
+        for name, each in rank["communication"].items()
+    }
+    rows = {
+        "peak memory": numbers.size(rank["peak_bytes"]),
+        "at the step's peak": ", ".join(f"{name} {numbers.size(size)}" for name, size in kinds if size),
+        "compute": f"{numbers.flops(rank['flops'])}, {numbers.count(rank['kernels'])} kernels",
+        "bytes touched": numbers.size(rank["bytes_touched"]),
+        "time by resource": ", ".join(f"{name} {numbers.duration(each)}" for name, each in rank["seconds"].items()),
+        "host waits": numbers.count(sum(rank["host_waits"].values())),
+    }
+    return rows | sent
+
+
+def _pairs(title: str, pairs: Mapping[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
+    for name, text in pairs.items():
+        table.add_row(Text(name), Text(text))
+    return table

@@ -1,0 +1,62 @@
+"""A rehearsed rank has the bytes and FLOPs of a real one, and shows what would fail on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+
+from minitron_megatron.errors import TopologyError
+from minitron_megatron.testing import Pool
+from tests.rehearsal.planted import FAULTS, planted
+from tests.rehearsal.steps import real, rehearsed, rehearsed_in_a_world
+
+Call = Callable[..., Any]
+
+
+def process() -> Iterator[Call]:
+    """Yield a function that calls another one in a new process, which has rehearsed before and holds no less later."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as worker:
+        worker.submit(rehearsed, 0, 1, {}).result()
+        yield lambda function, *args: worker.submit(function, *args).result()
+
+
+rehearse = pytest.fixture(process, scope="module", name="rehearse")
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "selective": {"recompute": "selective"},
+    "full": {"recompute": "full"},
+    "tp2": {"tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "dp2": {"dp": 2},
+}
+"""Name -> layout of the ranks, in which `dp` is what a world of so many ranks leaves, and recomputation."""
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_rehearsed_step_is_a_real_one(name: str, pool: Pool, rehearse: Call) -> None:
+    """To the byte, on every rank: what is alive before a step of distillation and at its peak; FLOPs; what is sent."""
+    layout = dict(LAYOUTS[name])
+    recompute = layout.pop("recompute", "none")
+    real_ranks = pool.run(real, recompute, **layout)
+    layout.pop("dp", None)
+    for rank, facts in enumerate(real_ranks):
+        found = rehearse(rehearsed, rank, len(real_ranks), layout, recompute)
+        assert {key: found[key] for key in facts} == facts
+        assert bool(facts["sent"]) == (len(real_ranks) > 1)
+        assert 0 <= found["peak"] - found["device"] < 1000  # on the host: step counters of the optimizer
+
+
+def test_a_process_that_ran_on_the_cpu_is_refused(pool: Pool) -> None:
+    with pytest.raises(TopologyError, match="needs a process of its own"):
+        pool.run(rehearsed_in_a_world)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, rehearse: Call) -> None:
+    error = rehearse(planted, fault)
+    assert FAULTS[fault] in error, error

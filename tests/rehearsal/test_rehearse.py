@@ -1,0 +1,48 @@
+"""`rehearse` refuses by name what it cannot do, before any rank is rehearsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_megatron.errors import MinitronError, RecipeError, TopologyError
+from minitron_megatron.recipe import load_recipe
+from minitron_megatron.rehearsal import RankKind, Rehearsal, Section, rehearse
+from minitron_megatron.rehearsal.ledger import Sums
+from minitron_megatron.rehearsal.rehearse import RankResult
+
+Write = Callable[..., Path]
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"gpus": 3}, TopologyError, "3"),
+        ({"gpus": 2, "stage": "prune"}, RecipeError, "the stage 'prune' cannot be rehearsed"),
+        ({"gpus": 2, "stage": "export"}, RecipeError, "the stage 'export' cannot be rehearsed"),
+        ({"gpus": 2, "gpu": "H10"}, RecipeError, "the GPU 'H10' is not known"),
+    ],
+)
+def test_what_cannot_be_rehearsed_is_refused(
+    options: dict[str, Any], error: type[MinitronError], words: str, recipe_file: Write
+) -> None:
+    with pytest.raises(error, match=words):
+        rehearse(load_recipe(recipe_file(parallel={"tp": 2})), **options)
+
+
+def test_what_does_not_fit_names_the_rank_the_excess_and_the_largest_bytes() -> None:
+    full = Section(peak=3 * GIB, peak_by_kind=Sums(weights=1.0 * GIB, optimizer=2.0 * GIB), over="bf16 [9] at a.py:1")
+    results = [
+        RankResult(RankKind(rank, name), section, Section(), None, 1.0)
+        for rank, name, section in ((0, "tp 1 of 2", Section(peak=GIB)), (1, "tp 2 of 2", full))
+    ]
+    found = Rehearsal("distill", 2, "H100", 2.5, tuple(results), 1.0, 1, 1, None)
+    with pytest.raises(TopologyError) as error:
+        found.expect_to_fit()
+    text = str(error.value)
+    assert text.startswith("tp 2 of 2 needs 3.00 GiB (modelled, not measured), 0.50 GiB more than the 2.5 GiB of a GPU")
+    assert "bf16 [9] at a.py:1; largest: optimizer 2.00 GiB, weights 1.00 GiB" in text
