@@ -63,7 +63,7 @@ def rehearsable(recipe: Recipe, stage: str) -> Recipe:
     assert keys is not None
     phase = max(resolved(keys, recipe.data), key=lambda each: each.keys.micro_batch * each.sequence)
     never = {"save_every": SAVES_NEVER, "validate_every": SAVES_NEVER}
-    short = phase.keys.replaced(**never, **({"phases": ()} if stage == "distill" else {}))
+    short = phase.keys.replaced(**never, **({"phases": (), "retain": False} if stage == "distill" else {}))
     return recipe.replaced(**{stage: short}, data=recipe.data.replaced(sequence=phase.sequence))
 
 
