@@ -9,12 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..convert import read_config
 from ..errors import RecipeError, TopologyError, did_you_mean, expect_number
 from ..events import Event, Listener, silent
-from ..forecast import check, planned, student_shape, with_model_folders
+from ..forecast import check, count, planned, with_model_folders
 from ..gpus import GPUS
-from ..layout import flops_per_token
 from ..parallel import PlannedTopology, Topology
 from ..recipe import Recipe, resolved
 from .clock import ASSUMED
@@ -251,10 +249,7 @@ def _steps(recipe: Recipe, stage: str) -> int:
 
 
 def _flops_per_token(recipe: Recipe, stage: str) -> float:
-    """Return the models' FLOPs per token: a pass of each frozen model, and three of each that trains."""
-    teacher, sequence = read_config(recipe.model).shape, recipe.data.sequence
-    large, small = (flops_per_token(each, sequence) for each in (teacher, student_shape(recipe, teacher)))
-    if stage == "correct":
-        return 3 * large
-    continuous = recipe.correct is not None and recipe.correct.continuous
-    return 3 * small + (3 if continuous else 1) * large
+    """Return the models' FLOPs per token of training, as `estimate` counts them: without recomputation."""
+    expected = count(recipe, gpus=1)
+    tokens = {"correct": expected.correct_tokens, "distill": expected.distill_tokens}[stage]
+    return expected.stage_flops[stage] / tokens

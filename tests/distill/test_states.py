@@ -325,7 +325,7 @@ def test_masks_of_packed_chats_reach_every_loss_at_every_layout(
     [batch] = pool.run(packed_chats, replace(job, micro_batch=BATCH))[0]
     assert 8 < batch.mask.sum() < 40 and batch.attention_context.documents.max() > 1
     found = {}
-    for layout in ("tp1", "tp2-sp", "pp2", "cp2"):
+    for layout in ("tp1", "tp2-sp", "pp2", "tp2-pp2", "cp2"):
         pool.run(gradients, job, tmp_path / layout, **(LAYOUTS | CONTEXT)[layout])
         found[layout] = dict(transformer(tmp_path / layout).named_parameters())
         for name, gradient in found[layout].items():

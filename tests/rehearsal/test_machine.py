@@ -33,6 +33,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2, "sequence_parallel": True},
     "pp2": {"pp": 2},
     "dp2": {"dp": 2},
+    "tp2-pp2": {"tp": 2, "pp": 2},
 }
 """Name -> layout of the ranks, in which `dp` is what a world of so many ranks leaves, and recomputation."""
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from minitron_megatron.convert import read_config
 from minitron_megatron.errors import MinitronError, RecipeError, TopologyError
+from minitron_megatron.forecast import student_shape
+from minitron_megatron.layout import flops_per_token
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.rehearsal import RankKind, Rehearsal, Section, rehearse
 from minitron_megatron.rehearsal.ledger import Sums
-from minitron_megatron.rehearsal.rehearse import RankResult
+from minitron_megatron.rehearsal.rehearse import RankResult, _flops_per_token
 
 Write = Callable[..., Path]
 GIB = 2**30
@@ -46,3 +49,14 @@ def test_what_does_not_fit_names_the_rank_the_excess_and_the_largest_bytes() -> 
     text = str(error.value)
     assert text.startswith("tp 2 of 2 needs 3.00 GiB (modelled, not measured), 0.50 GiB more than the 2.5 GiB of a GPU")
     assert "bf16 [9] at a.py:1; largest: optimizer 2.00 GiB, weights 1.00 GiB" in text
+
+
+@pytest.mark.parametrize(("objective", "passes_of_the_teacher"), [("distillation", 1), ("cross_entropy", 0)])
+def test_utilisation_counts_the_models_that_are_there(
+    objective: str, passes_of_the_teacher: int, recipe_file: Write
+) -> None:
+    recipe = load_recipe(recipe_file(), [f"distill.objective={objective}"])
+    teacher, sequence = read_config(recipe.model).shape, recipe.data.sequence
+    of_teacher, of_student = (flops_per_token(each, sequence) for each in (teacher, student_shape(recipe, teacher)))
+    assert _flops_per_token(recipe, "distill") == 3 * of_student + passes_of_the_teacher * of_teacher
+    assert _flops_per_token(recipe, "correct") == 3 * of_teacher

@@ -24,7 +24,7 @@ from minitron_megatron.run.stages.prune import composed
 from minitron_megatron.run_folder import RunFolder
 from minitron_megatron.score import score
 from minitron_megatron.testing import Pool
-from tests.tiny import LAYOUTS, SHAPE
+from tests.tiny import SHAPE
 
 Write = Callable[..., Path]
 WIDTHS = {"hidden": 32, "ffn": 48, "heads": 4}
@@ -68,11 +68,9 @@ def recipe_of(recipe_file: Write) -> Callable[..., Path]:
     return write
 
 
-@pytest.mark.parametrize("layout", ["tp2-pp2"])
-def test_two_iterations_are_two_cuts_by_hand(pool: Pool, recipe_of: Write, layout: str) -> None:
+def test_two_iterations_are_two_cuts_by_hand(pool: Pool, recipe_of: Write) -> None:
     recipe = recipe_of(layers=[0, 1, 3, 4], iterations=2, **WIDTHS)
-    keys = tuple(f"parallel.{key}={value}" for key, value in LAYOUTS[layout].items())
-    pool.run(until_pruned, recipe, keys, **LAYOUTS[layout])
+    pool.run(until_pruned, recipe, ("parallel.tp=2", "parallel.pp=2"), tp=2, pp=2)
     found = result(recipe, "prune")
     assert {found["hash"]} == set(pool.run(by_hand, recipe))
     assert (found["rounds"], found["layers"]) == ([HALF_WAY, WIDTHS], [0, 1, 3, 4])
@@ -157,13 +155,11 @@ def run_only_score(topology: Topology, recipe: Path) -> None:
     run(load_recipe(recipe), topology, only="score")
 
 
-@pytest.mark.parametrize("layout", ["tp2-pp2"])
 @pytest.mark.parametrize("metric", ["loss", "kl", "bi"])
-def test_a_number_of_layers_leaves_out_the_best_block(pool: Pool, recipe_of: Write, layout: str, metric: str) -> None:
+def test_a_number_of_layers_leaves_out_the_best_block(pool: Pool, recipe_of: Write, metric: str) -> None:
     """Layers and widths are pruned by one plan, and the report plots the measurements."""
     recipe = recipe_of({"depth": {"metric": metric, "lengths": [1]}}, layers=3, **WIDTHS)
-    keys = tuple(f"parallel.{key}={value}" for key, value in LAYOUTS[layout].items())
-    pool.run(until_pruned, recipe, keys, **LAYOUTS[layout])
+    pool.run(until_pruned, recipe, ("parallel.tp=2", "parallel.pp=2"), tp=2, pp=2)
     depth, plan = DepthScores.load(folders(recipe).depth), Plan.load(folders(recipe).plan)
     assert (depth.metric, depth.lengths, depth.samples, depth.shape) == (metric, (1, 2), 16, SHAPE)
     best = min(range(4), key=lambda first: depth.blocks[first, 2])

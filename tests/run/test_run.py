@@ -149,12 +149,14 @@ def test_the_layout_reruns_nothing(finished: Path) -> None:
 KILLS = [
     ("prepare", "prepare", 1),
     ("correct", "correct", 6),
+    ("score", "score", 1),
     ("prune", "export", 5),
     ("distill", "distill", 9),
+    ("baseline", "baseline", 6),
     ("evaluate", "evaluate", 2),
     ("export", "export", 5),
 ]
-KEEPS = ("prepare", "correct", "distill", "evaluate")  # each kill leaves partial results
+KEEPS = ("prepare", "correct", "distill", "baseline", "evaluate")  # each kill leaves partial results
 
 
 @pytest.mark.parametrize("kill_at", KILLS, ids=["-".join(map(str, kill)) for kill in KILLS])

@@ -136,12 +136,9 @@ def test_the_losses_after_the_cut_do_not_depend_on_the_layout(
     }
 
 
-@pytest.mark.parametrize("kill_at", [("search", "light", 9)], ids=["light"])
-def test_a_killed_search_goes_on_to_the_same_table(
-    searched: Path, material: Path, tmp_path: Path, kill_at: tuple[str, str, int]
-) -> None:
+def test_a_killed_search_goes_on_to_the_same_table(searched: Path, material: Path, tmp_path: Path) -> None:
     recipe = scored(searched, written(material, tmp_path))
-    assert in_a_process(recipe, kill_at) == -signal.SIGKILL
+    assert in_a_process(recipe, ("search", "light", 9)) == -signal.SIGKILL
     parts = list((load_recipe(recipe).out / "search" / "parts").rglob("*.json"))
     assert len(parts) >= 4
     assert {step.stage: step.state for step in dry_run(load_recipe(recipe))}["search"] == "resume"
