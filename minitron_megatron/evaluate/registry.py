@@ -53,7 +53,7 @@ def registered(name: str) -> Entry | None:
 
 @cache
 def every_name() -> Set[str]:
-    """Return the names of all tasks, groups and tags."""
+    """Return the names of all tasks, groups and tags, for suggestions: a few words of descriptions are among them."""
     values = (value for text in _texts().values() for value in NAMED.findall(text))
     return {name.decode() for value in values for name in re.findall(rb"(?<![^\s\"',\[])[\w.+-]*\w", value)}
 
