@@ -26,6 +26,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"model", "data", "losses"}),
     frozenset({"score", "prune", "refit", "train", "convert"}),
     frozenset({"distill", "search", "evaluate", "serve"}),
+    frozenset({"align"}),
     frozenset({"recipe", "report"}),
     frozenset({"forecast"}),
     frozenset({"run"}),
@@ -42,9 +43,11 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "megatron": frozenset(
         {"parallel", "model", "data", "losses", "score", "prune", "refit", "train", "distill", "testing"}
     ),
-    "transformers": frozenset({"convert", "data", "serve"}),  # data: tokenizers without a tokenizer.json
+    "transformers": frozenset(
+        {"align", "convert", "data", "serve"}
+    ),  # align: reward models; data: tokenizers without a tokenizer.json
     "huggingface_hub": frozenset({"convert"}),
-    "safetensors": frozenset({"records", "convert", "serve"}),
+    "safetensors": frozenset({"align", "records", "convert", "serve"}),
     "tokenizers": frozenset({"data"}),
     "pyarrow": frozenset({"data"}),
     "datasets": frozenset({"data", "evaluate"}),

@@ -1,0 +1,4 @@
+"""Alignment of a distilled student: preference pairs, their losses, and answers with rewards that make new pairs.
+
+Knows: the training loop's objectives, evaluation's engine, records of chats. Must not know: recipes, stages.
+"""
