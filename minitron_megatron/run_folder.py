@@ -104,6 +104,10 @@ class RunFolder:
         """Tokenized corpora, one file prefix per source."""
         return self.path / "data"
 
+    def alignment(self, number: int) -> Path:
+        """Data of a round of alignment, from 1."""
+        return self.path / "alignment" / f"{number}"
+
     @property
     def calibration(self) -> Path:
         """Tokenized corpora of the calibration text, one file prefix per source."""
@@ -157,8 +161,8 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def model(self, name: str) -> Path:
-        """Hugging Face folder of a model: `corrected`, `pruned`, `distilled`, `random`, `export`, `export-fp8`; or one
-        that a Megatron checkpoint became, `imported-model` or `imported-student`."""
+        """Hugging Face folder of a model: `corrected`, `pruned`, `distilled`, `aligned-1` and so on, `random`,
+        `export`, `export-fp8`; or one that a Megatron checkpoint became, `imported-model` or `imported-student`."""
         return self.path / name
 
     @property

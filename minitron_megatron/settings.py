@@ -214,7 +214,7 @@ def explain(error: ValidationError, nearest: Callable[[Sequence[int | str]], str
 
 def _told(problem: ErrorDetails, nearest: Callable[[Sequence[int | str]], str]) -> str:
     kind, value = problem["type"], problem["input"]
-    where = ".".join(str(part) for part in problem["loc"])
+    where = ".".join(part for part in map(str, problem["loc"]) if not part.startswith("("))  # tags of unions
     if kind == "extra_forbidden":
         return f"{where} is not a known key.{nearest(problem['loc'])}"
     if kind == "missing":

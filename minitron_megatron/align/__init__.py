@@ -2,3 +2,34 @@
 
 Knows: the training loop's objectives, evaluation's engine, records of chats. Must not know: recipes, stages.
 """
+
+from .objective import PairLoss, PreferenceObjective, response_likelihoods
+from .pairs import (
+    PairBatch,
+    PairFile,
+    Reference,
+    held_out_pairs,
+    pair_batch,
+    pair_order,
+    save_arrays,
+    step_pairs,
+    write_pairs,
+)
+from .reference import load_reference, measure_reference
+
+__all__ = [
+    "PairBatch",
+    "PairFile",
+    "PairLoss",
+    "PreferenceObjective",
+    "Reference",
+    "held_out_pairs",
+    "load_reference",
+    "measure_reference",
+    "pair_batch",
+    "pair_order",
+    "response_likelihoods",
+    "save_arrays",
+    "step_pairs",
+    "write_pairs",
+]

@@ -115,6 +115,7 @@ def search(
 
 _stage_command("prune", "Prune the teacher to the student's shape by importance.")
 _stage_command("distill", "Distil the teacher into the pruned student.")
+_stage_command("align", "Align the student: every round of fine-tuning and preference optimisation.")
 _stage_command("baseline", "Distil the teacher into a random student of the same shape.")
 
 

@@ -17,15 +17,16 @@ def print_made(recipe: Recipe, only: str | None) -> None:
     """Print what the command's stage made, or a search chose, and whether there was nothing to do."""
     from ..records import read_status
     from ..report import made_by
-    from ..run import STAGES
+    from ..run import wanted
 
     folder = RunFolder(recipe.out)
     status = read_status(folder.status)
     if status and "ran" not in status["stages"].values():
         print(f"Nothing to do: {f'the stage {only}' if only else 'every stage'} is done already.")
     stage = only or ("search" if recipe.search else "")
-    if stage and (words := made_by(recipe.out, stage)):
-        print(f"{stage}: {words}; in {STAGES[stage].makes(folder)}")
+    for each in wanted(recipe):
+        if stage and each.is_called(stage) and (words := made_by(recipe.out, each.name)):
+            print(f"{each.name}: {words}; in {each.makes(folder)}")
 
 
 def print_report(out: Path) -> None:

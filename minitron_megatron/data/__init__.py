@@ -5,6 +5,7 @@ rank. Must not know: models, losses, recipes. Every rank reads its own batches; 
 """
 
 from .batches import Batch, calibration, calibration_batches, check_split, held_out_batches, step_batches
+from .chat import REWARDS
 from .chat_encode import LossOn
 from .corpus import Corpus, samples_by_source
 from .document import SEPARATOR, TEXT_KEY
@@ -27,6 +28,7 @@ from .tokenizer import (
 __all__ = [
     "HELD_OUT_SHARE",
     "HUB",
+    "REWARDS",
     "SEPARATOR",
     "TEXT_KEY",
     "Batch",

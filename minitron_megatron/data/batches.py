@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from jaxtyping import Bool, Int64
@@ -29,10 +30,15 @@ class Batch:
     attention_context: AttentionContext | None = None
     """None: each sample is one document."""
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.labels.to(device), self.mask.to(device), self.attention_context)
+    @property
+    def counted(self) -> Tensor:
+        """Number of tokens over which the loss is averaged, on this rank."""
+        return self.mask.sum()
 
-    def shared(self, topology: Topology) -> Batch:
+    def to(self, device: torch.device) -> Self:
+        return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device), mask=self.mask.to(device))
+
+    def shared(self, topology: Topology) -> Self:
         """Return this rank's part of the batch, where context-parallel ranks share sequences.
 
         Raises RecipeError where the sequence length does not fit.
@@ -46,7 +52,8 @@ class Batch:
             )
         shard = ContextShard(topology.cp_rank, topology.cp, topology.cp_group, sequence)
         context = replace(self.attention_context or AttentionContext(), shard=shard)
-        return Batch(shard.take(self.tokens), shard.take(self.labels), shard.take(self.mask), context)
+        tokens, labels, mask = (shard.take(part) for part in (self.tokens, self.labels, self.mask))
+        return replace(self, tokens=tokens, labels=labels, mask=mask, attention_context=context)
 
 
 def step_batches(

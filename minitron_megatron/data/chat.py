@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict
 from ..errors import DataError, did_you_mean
 from .document import Document, Fields, document_of, kind_of, listed
 
-__all__ = ["CHAT_KEYS", "ROLES", "Conversation", "Message", "Preference", "record_document"]
+__all__ = ["CHAT_KEYS", "REWARDS", "ROLES", "Conversation", "Message", "Preference", "record_document"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 RESPONSES = ("response", "completion")

@@ -30,6 +30,8 @@ class PreferencePair(NamedTuple):
     rejected: NDArray[np.int64]
     rewards: tuple[float, float] | None
     """Rewards of the chosen and the rejected response, where the record has them."""
+    place: str
+    """File and line, item or row of the record."""
 
 
 def preference_pairs(sources: Sequence[str | Path], tokenizer: str | Path) -> Iterator[PreferencePair]:
@@ -44,19 +46,19 @@ def preference_pairs(sources: Sequence[str | Path], tokenizer: str | Path) -> It
     for file in text_files(sources):
         for document in documents(file, Fields(form="preference")):
             try:
-                yield _pair(encoder, json.loads(document.text))
+                yield _pair(encoder, json.loads(document.text), document.place)
             except ChatError as error:
                 raise DataError(f"{document.place} cannot be tokenized: {error.args[0]}. {error.args[1]}") from error
 
 
-def _pair(encoder: ChatEncoder, pair: Preference) -> PreferencePair:
+def _pair(encoder: ChatEncoder, pair: Preference, place: str) -> PreferencePair:
     prompt, chosen = _split(encoder, pair, "chosen")
     other, rejected = _split(encoder, pair, "rejected")
     if not np.array_equal(prompt, other):
         raise ChatError("its prompt has other tokens before the rejected response", "Correct the template.")
     better, worse = pair.get("rewards", (None, None))
     rewards = None if better is None or worse is None else (better, worse)
-    return PreferencePair(prompt, chosen, rejected, rewards)
+    return PreferencePair(prompt, chosen, rejected, rewards, place)
 
 
 def _split(encoder: ChatEncoder, pair: Preference, which: str) -> tuple[NDArray, NDArray]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import psutil
 from typing_extensions import TypedDict
@@ -17,11 +16,8 @@ from ..convert import check_weights, read_config
 from ..data import (
     chat_marks,
     check_same_tokenizer,
-    check_split,
     check_tokenizer,
-    input_files,
     most_bytes,
-    places,
     samples_by_source,
 )
 from ..errors import DataError, PlanError, RecipeError, did_you_mean
@@ -30,7 +26,10 @@ from ..model import ModelConfig, check_fits, check_spec
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
 from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved, with_keys_in_errors
 from ..serve import check_fp8
+from .check_align import check_rounds
+from .check_files import check_files
 from .check_tasks import check_evaluation
+from .check_training import check_micro_batches, check_schedule
 from .model_folders import with_model_folders
 from .sizes import check_pruning, student_shape
 
@@ -73,8 +72,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         check_tokenizer(recipe.model, shape.vocab)
         if any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
             chat_marks(recipe.model)
-    _check_paths(places)
-    _check_held_out(recipe)
+    check_files(places, recipe)
     if recipe.student:
         _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)
     check_fits(shape, topology)
@@ -89,14 +87,17 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     for key, phase in phases:
         _check_samples(key, phase, recipe, topology)
     for key, phase in phases:
-        _check_schedule(key, phase)
+        check_schedule(key, phase.keys, phase.steps)
         _check_index(key, phase)
+    check_rounds(recipe, topology)
     for each in (config, *([read_config(recipe.student)] if recipe.student else [])):
         _check_lengths(recipe, each, phases)
     _check_independent_replicas(recipe, topology)
-    _check_split("score.samples", recipe.score.samples, recipe.score.micro_batch, topology, topology.dp)
+    check_micro_batches("score.samples", recipe.score.samples, recipe.score.micro_batch, topology, topology.dp)
     if recipe.prune.refit != "none":
-        _check_split("prune.refit_samples", recipe.prune.refit_samples, recipe.score.micro_batch, topology, topology.dp)
+        check_micro_batches(
+            "prune.refit_samples", recipe.prune.refit_samples, recipe.score.micro_batch, topology, topology.dp
+        )
     _check_lora(recipe, shape)
     _check_text_is_enough(recipe, phases)
     check_evaluation(recipe)
@@ -202,59 +203,10 @@ def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:
         yield "search.light", resolved(light_recipe(recipe).distill, recipe.data)[0]
 
 
-def _check_paths(recipe: Recipe) -> None:
-    """Check that the run folder is separate from the run's inputs, so that their files cannot be confused."""
-    out = recipe.out.resolve()
-    read = [("model", recipe.model), ("student", recipe.student), ("distill.start", recipe.distill.start)]
-    read += [("data.sources", path) for source in recipe.data.sources for path in places(source.paths)]
-    read += [("data.sources", path) for source in recipe.data.sources for path in places(source.held_out_paths)]
-    read += [("score.sources", path) for source in recipe.score.sources for path in places(source.paths)]
-    for key, path in read:
-        if path is None:
-            continue
-        there = path.resolve()
-        if out == there or (there.is_dir() and there in out.parents):
-            raise RecipeError(f"out is {recipe.out}, which is inside {path} ({key}). Give a separate folder.")
-        if out in there.parents and key.endswith(".sources"):
-            raise RecipeError(f"{path} ({key}) is inside the run folder {recipe.out}. Move one of them.")
-
-
-def _check_held_out(recipe: Recipe) -> None:
-    """Check that no held-out file is also training text or calibration text."""
-    sources = (*recipe.data.sources, *recipe.score.sources)
-    trained = {file.resolve() for source in sources for file in _text(source.paths)}
-    for source in recipe.data.sources:
-        both = trained & {file.resolve() for file in _text(source.held_out_paths)}
-        if both:
-            raise RecipeError(
-                f"{min(both)} is both training text and held-out text. Give other files in "
-                "data.sources[].validation, or a share of the documents."
-            )
-
-
-def _text(places: Sequence[str]) -> list[Path]:
-    if not most_bytes(places) and places:
-        raise DataError(f"data source {', '.join(places)} is empty. Check data.sources.")
-    return input_files(places)
-
-
-def _check_schedule(key: str, phase: ResolvedPhase) -> None:
-    keys = phase.keys
-    if keys.lr < keys.min_lr:
-        raise RecipeError(
-            f"{key}.lr is {keys.lr:g}, below {key}.min_lr, {keys.min_lr:g}. Set {key}.min_lr to {keys.lr:g} or less."
-        )
-    if keys.warmup_steps >= phase.steps and keys.warmup_steps > 0:
-        raise RecipeError(
-            f"{key}.warmup_steps is {keys.warmup_steps}, but training has only {phase.steps} steps. "
-            f"Set {key}.warmup_steps below {phase.steps}, or raise {key}.tokens."
-        )
-
-
 def _check_samples(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Topology) -> None:
     alone = key == "search.light" and recipe.search and recipe.search.light and recipe.search.light.independent_replicas
     replicas = 1 if alone else topology.replicas
-    _check_split(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology, replicas)
+    check_micro_batches(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology, replicas)
     if len(phase.weights) != len(recipe.data.sources):
         raise RecipeError(
             f"{key}.weights has {len(phase.weights)} entries, but data.sources has {len(recipe.data.sources)}. "
@@ -281,6 +233,7 @@ def _check_lengths(recipe: Recipe, config: ModelConfig, phases: Iterable[tuple[s
     """Check that no sample is longer than the model's context."""
     lengths = {"data.sequence": recipe.data.sequence}
     lengths |= {f"{key}.sequence": phase.sequence for key, phase in phases if key.startswith("distill.phases")}
+    lengths |= {f"align.{number}.sequence": keys.sequence for number, keys in enumerate(recipe.align) if keys.sequence}
     for key, length in lengths.items():
         if length > config.longest and not recipe.data.beyond_positions:
             what = "max_position_embeddings" if config.longest == config.max_positions else "sliding_window"
@@ -293,17 +246,6 @@ def _check_lengths(recipe: Recipe, config: ModelConfig, phases: Iterable[tuple[s
 def _check_independent_replicas(recipe: Recipe, topology: Topology) -> None:
     if recipe.search and recipe.search.light and recipe.search.light.independent_replicas:
         check_independent_replicas(topology)
-
-
-def _check_split(key: str, total: int, micro: int, topology: Topology, replicas: int) -> None:
-    """Check that samples divide into micro-batches. replicas: the data-parallel ranks that share the samples."""
-    check_split(key, total, micro, replicas)
-    unit = micro * replicas
-    if topology.vp > 1 and total // unit % topology.pp:
-        raise RecipeError(
-            f"{key} gives {total // unit} micro-batches, but the interleaved schedule needs a multiple of "
-            f"pp={topology.pp}. Choose a multiple of {unit * topology.pp}, or vp: 1."
-        )
 
 
 def _check_student(recipe: Recipe, teacher: Shape, *, weights: bool) -> None:

@@ -1,13 +1,15 @@
 """Output layer fused with the loss over chunks of tokens: forward and backward in one sweep.
 
 The gradients of the hidden states and of the output weight are computed while a chunk's logits are alive. Memory is
-therefore a few chunks of logits, never those of all tokens, and no logits are computed twice.
+therefore a few chunks of logits, never those of all tokens, and no logits are computed twice, except where the loss is
+not a sum over tokens (`sample_likelihood`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, Shaped
@@ -19,7 +21,7 @@ from .distillation import Distillation, KDLoss
 from .divergences import Logits, PerToken
 from .vocab import CrossEntropy, Output, Vocabulary
 
-__all__ = ["chunk_tokens", "distill_loss", "lm_loss"]
+__all__ = ["chunk_tokens", "distill_loss", "lm_loss", "sample_likelihood"]
 
 LIVE_OF_CROSS_ENTROPY = 2
 SHARE_OF_LOGITS, MOST_BYTES, LEAST_TOKENS = 1 / 8, 512 * 2**20, 32
@@ -95,6 +97,27 @@ def distill_loss(
     return total
 
 
+def sample_likelihood(
+    model: Output,
+    labels: Int64[Tensor, "batch seq"],
+    mask: Bool[Tensor, "batch seq"],
+    vocabulary: Vocabulary,
+    *,
+    chunk: int | None = None,
+) -> Float32[Tensor, "batch"]:
+    """Return log p of the labels in nats, summed over the tokens of each sample whose mask is true.
+
+    Equal on every rank. Arguments as for `lm_loss`. The backward pass computes the logits again, chunk by chunk, since
+    the weight of a sample's gradient is known only then. Both passes are collective over the vocabulary's group.
+    """
+    tokens, held = _tokens(mask), model.weight.shape[0]
+    cross_entropy = CrossEntropy(vocabulary, _flat(labels)[tokens], held)
+    chunk = chunk or chunk_tokens(len(tokens), held, LIVE_OF_CROSS_ENTROPY)
+    of_chunk = _BySample(cross_entropy, tokens % len(mask), len(mask))
+    hidden, weight = model if torch.is_grad_enabled() else (part.detach() for part in model)
+    return _SampleLikelihood.apply(hidden, weight, tokens, of_chunk, vocabulary, chunk)
+
+
 @torch.no_grad()
 def _teacher_logits(teacher: Output, tokens: Tensor, vocabulary: Vocabulary, held: int) -> Callable[[slice], Logits]:
     """Return a function: rows of `tokens` -> the teacher's logits, split as the student's vocabulary is."""
@@ -155,12 +178,7 @@ class _Fused(torch.autograd.Function):
         total = _sweep(states, weight, tokens, of_chunk, vocabulary, chunk, d_states, d_weight)
         all_reduce(total, vocabulary.group)
         if d_states is not None and d_weight is not None:
-            d_hidden = d_states.view(-1, *hidden.shape[1:])
-            if vocabulary.sequence_parallel:
-                d_hidden = scatter_sequence(d_hidden, vocabulary.group)
-            else:
-                all_reduce(d_hidden, vocabulary.group)
-            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+            ctx.save_for_backward(_summed(d_states, hidden, vocabulary), d_weight.to(weight.dtype))
         return total
 
     @staticmethod
@@ -168,6 +186,72 @@ class _Fused(torch.autograd.Function):
         """Scale the saved gradients, in place: they are used only once."""
         d_hidden, d_weight = (saved.mul_(upstream[0]) for saved in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _BySample:
+    """Cross-entropy of one chunk, added up by sample, with a gradient of each sample's own weight."""
+
+    of_chunk: CrossEntropy
+    sample: Int64[Tensor, "counted"]
+    """The sample of each counted token."""
+    samples: int
+
+    def likelihood(self, total: Float32[Tensor, "batch"]) -> OfChunk:
+        """Return the loss of a chunk; log p is added to `total` along the way."""
+
+        def of_chunk(logits: Logits, rows: slice) -> tuple[PerToken, Logits]:
+            loss, gradient = self.of_chunk(logits, rows)
+            total.index_add_(0, self.sample[rows], -loss)
+            return loss, gradient
+
+        return of_chunk
+
+    def weighted(self, weights: Float32[Tensor, "batch"]) -> OfChunk:
+        """Return the loss of a chunk with the gradient of the samples' likelihoods, multiplied by their weights."""
+
+        def of_chunk(logits: Logits, rows: slice) -> tuple[PerToken, Logits]:
+            loss, gradient = self.of_chunk(logits, rows)
+            return loss, gradient.mul_(-weights[self.sample[rows]].unsqueeze(-1))
+
+        return of_chunk
+
+
+class _SampleLikelihood(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        of_chunk: _BySample,
+        vocabulary: Vocabulary,
+        chunk: int,
+    ) -> Tensor:
+        total = hidden.new_zeros(of_chunk.samples, dtype=torch.float32)
+        states = _states(hidden, vocabulary)
+        _sweep(states, weight, tokens, of_chunk.likelihood(total), vocabulary, chunk, None, None)
+        all_reduce(total, vocabulary.group)
+        ctx.save_for_backward(hidden, weight, tokens)
+        ctx.of_chunk, ctx.vocabulary, ctx.chunk = of_chunk, vocabulary, chunk
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, tokens = ctx.saved_tensors
+        states = _states(hidden, ctx.vocabulary)
+        d_states, d_weight = torch.zeros_like(states), torch.zeros_like(weight, dtype=torch.float32)
+        of_chunk = ctx.of_chunk.weighted(upstream[0])
+        _sweep(states, weight, tokens, of_chunk, ctx.vocabulary, ctx.chunk, d_states, d_weight)
+        return _summed(d_states, hidden, ctx.vocabulary), d_weight.to(weight.dtype), None, None, None, None
+
+
+def _summed(d_states: Tensor, hidden: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Return the gradient of the hidden states, summed over the ranks that split the vocabulary."""
+    d_hidden = d_states.view(-1, *hidden.shape[1:])
+    if vocabulary.sequence_parallel:
+        return scatter_sequence(d_hidden, vocabulary.group)
+    return all_reduce(d_hidden, vocabulary.group)
 
 
 def _sweep(

@@ -36,8 +36,18 @@ class MicroBatch(Protocol):
         ...
 
 
+class TrainingBatch(MicroBatch, Protocol):
+    """Interface of a micro-batch that a loss is taken of."""
+
+    @property
+    def counted(self) -> Tensor:
+        """Number of tokens (or of other units) over which the loss is averaged."""
+        ...
+
+
 Item = TypeVar("Item")
 BatchT = TypeVar("BatchT", bound=MicroBatch)
+TrainingT = TypeVar("TrainingT", bound=TrainingBatch)
 
 LossOf = Callable[[Chunk, Tensor, BatchT, int], Tensor]
 """(chunk, hidden, batch, index of the micro-batch) -> summed loss."""
@@ -54,25 +64,25 @@ Indexed = Iterator[tuple[int, BatchT]]
 
 def forward_backward(
     model: Model,
-    batches: Sequence[BatchT],
-    loss_of: LossOf[BatchT],
+    batches: Sequence[TrainingT],
+    loss_of: LossOf[TrainingT],
     *,
     backward: bool = True,
-    forward: Forward[BatchT] | None = None,
+    forward: Forward[TrainingT] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the micro-batches of a step; gradients accumulate in the model's buffers, divided by the global token count.
+    """Run the micro-batches of a step; gradients accumulate in the model's buffers, divided by the global count.
 
-    Returns (summed loss in nats: fp64, counted tokens: int64) of this rank's micro-batches; zeros before the last
-    pipeline stage. forward: replaces a chunk's forward pass. Collective over the model's ranks.
+    Returns (summed loss in nats: fp64, what the batches count: int64) of this rank's micro-batches; zeros before the
+    last pipeline stage. forward: replaces a chunk's forward pass. Collective over the model's ranks.
     """
 
-    def last(chunk: Chunk, batch: BatchT, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        loss, tokens = loss_of(chunk, hidden, batch, index), batch.mask.sum()
-        return loss, tokens.int(), torch.stack([loss.detach().double(), tokens.double()])
+    def last(chunk: Chunk, batch: TrainingT, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, count = loss_of(chunk, hidden, batch, index), batch.counted
+        return loss, count.int(), torch.stack([loss.detach().double(), count.double()])
 
     sums = torch.zeros(2, dtype=torch.float64, device=batches[0].tokens.device)
-    for loss_and_tokens in _run_schedule(model, batches, last, forward or run_chunk, forward_only=not backward):
-        sums += loss_and_tokens
+    for loss_and_count in _run_schedule(model, batches, last, forward or run_chunk, forward_only=not backward):
+        sums += loss_and_count
     return sums[0], sums[1].long()
 
 

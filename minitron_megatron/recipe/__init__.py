@@ -3,6 +3,7 @@
 Knows: the keys and their defaults, YAML. Must not know: how a run is carried out, or what it costs.
 """
 
+from .align_keys import PairRound, SftRound
 from .data_keys import CalibrationSource, Source
 from .key_names import with_keys, with_keys_in_errors
 from .load import load_recipe
@@ -10,16 +11,19 @@ from .phases import ResolvedPhase, light_recipe, prefixes, resolved
 from .schema import Depth, Recipe, json_schema
 from .search_keys import CHOOSE_BY, Search
 from .starter import starter_recipe
-from .training_keys import TrainingKeys
+from .training_keys import Distill, TrainingKeys
 from .yaml_tree import read_yaml
 
 __all__ = [
     "CHOOSE_BY",
     "CalibrationSource",
     "Depth",
+    "Distill",
+    "PairRound",
     "Recipe",
     "ResolvedPhase",
     "Search",
+    "SftRound",
     "Source",
     "TrainingKeys",
     "json_schema",

@@ -90,14 +90,15 @@ def key_paths() -> list[str]:
 def with_keys(text: str, block: str = "") -> str:
     """Return a message of a lower room with recipe keys in place of arguments: `` `text_key` `` becomes data.text_key.
 
-    An argument in backticks is the one key of its name in `block`, or else in the whole recipe. Where there is no such
-    key, or several, it stays.
+    An argument in backticks is the one key of its name in `block`, or else in the whole recipe but for the rounds of
+    alignment. Where there is no such key, or several, it stays.
     """
     paths = key_paths()
 
     def key(found: re.Match[str]) -> str:
-        everywhere = [path for path in paths if path.rpartition(".")[2] == found[1]]
-        inside = [path for path in everywhere if path.startswith(f"{block}.")]
+        named = [path for path in paths if path.rpartition(".")[2] == found[1]]
+        everywhere = [path for path in named if not path.startswith("align[]")] or named
+        inside = [path for path in named if path.startswith(f"{block}.")]
         matching = inside or everywhere
         return matching[0] if len(matching) == 1 else found[0]
 
@@ -118,6 +119,9 @@ def _block(place: Sequence[int | str], schema: Schema) -> Schema:
     """Return the schema of the block at a place in the tree; empty if there is no block."""
     at: Schema = schema
     for part in place:
+        if str(part).startswith("("):  # tag of a union
+            at = schema["$defs"][str(part).strip("()")]
+            continue
         inner = at.get("items", {}) if isinstance(part, int) else at.get("properties", {}).get(part, {})
         at = _resolved(inner, schema)
     return at
@@ -134,7 +138,13 @@ def _resolved(node: Schema, schema: Schema) -> Schema:
 
 
 def _paths(block: Schema, schema: Schema, before: str = "") -> Iterator[str]:
-    """Yield every key's path, outermost first; keys of a block in a list as `data.sources[].validation`."""
+    """Yield every key's path, outermost first; keys of a block in a list as `data.sources[].validation`.
+
+    Of blocks of several kinds, the keys of each.
+    """
+    if kinds := block.get("oneOf"):
+        yield from dict.fromkeys(path for kind in kinds for path in _paths(_resolved(kind, schema), schema, before))
+        return
     inner = {name: _resolved(node, schema) for name, node in block.get("properties", {}).items()}
     yield from (f"{before}{name}" for name in inner)
     for name, node in inner.items():

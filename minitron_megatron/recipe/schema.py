@@ -27,6 +27,7 @@ from ..settings import (
     Text,
     model_validator,
 )
+from .align_keys import AlignRound
 from .data_keys import CalibrationSource, Data
 from .keys import DType, Layers
 from .search_keys import Search
@@ -236,6 +237,9 @@ class Recipe(Settings):
     """Search the student's shape within a budget. `prune` then must not give sizes."""
     prune: Prune = Prune()
     distill: Distill = Distill()
+    align: AddedLater[tuple[AlignRound, ...]] = ()
+    """Rounds of alignment after distillation, each from the model of the round before. The second paper: `sft` on maths
+    and code, `sft` on instructions, then two rounds of `rpo`."""
     random_baseline: bool = False
     """Also distil into a randomly initialised student of the same shape on the same tokens, for comparison."""
     evaluate: Evaluate = Evaluate()

@@ -39,7 +39,7 @@ def made_by(run: Path, stage: str) -> str:
 def made(stage: str, result: Result) -> str:
     """Return a stage's result in words; empty for a stage of a plugin, or a result of another version."""
     try:
-        return _WORDS[stage](result)
+        return _WORDS["align" if stage.startswith("align-") else stage](result)
     except (LookupError, TypeError, ValueError, AttributeError):
         return ""
 
@@ -53,6 +53,11 @@ def _corpora(result: Result) -> str:
 
 def _trained(result: Result) -> str:
     return f"trained on {numbers.count(result['tokens'])} tokens"
+
+
+def _aligned(result: Result) -> str:
+    unit = "tokens" if result["method"] == "sft" else "pairs"
+    return f"{result['method']}, trained on {numbers.count(result['units'])} {unit}"
 
 
 def _scored(result: Result) -> str:
@@ -83,6 +88,7 @@ _WORDS: dict[str, Callable[[Result], str]] = {
     "search": _searched,
     "prune": _pruned,
     "distill": _trained,
+    "align": _aligned,
     "baseline": _trained,
     "evaluate": _evaluated,
     "export": lambda result: f"weights in {result['dtype']}",

@@ -59,6 +59,7 @@ def write_report(
     figures = {
         "losses": lambda path: plots.loss_curves(metrics, summary, path),
         "models": lambda path: plots.bars(summary, path),
+        "preferences": lambda path: plots.preference_curves(metrics, path),
         "importance": lambda path: plots.importance(scores, plan, path),
         "depth": lambda path: plots.depth_curves(depth, path),
         "shares": lambda path: plots.shares(shares(plan, scores), path),
@@ -71,6 +72,7 @@ def write_report(
     sections = [
         _section("Models", _summary(summary) + drawn["models"]),
         _section("Training", drawn["losses"]),
+        _section("Preference optimisation", drawn["preferences"]),
         _section("Search", _table(SEARCHED, searched_rows(search)) + drawn["search"] + drawn["ranks"]),
         _section("Pruning", _table(KEPT, kept_rows(plan, scores, margins)) + kept),
         _section("Refit", _table(REFITTED, refitted_rows(_read(folder.refit, list[Fit], warnings)))),
@@ -150,6 +152,9 @@ _CAPTIONS = {
     "models": "Cross-entropy of each model on the same validation tokens. Lower is better.",
     "losses": "Thin lines show single steps, thick lines a running mean over a fortieth of the curve. "
     "Cross-entropy and KL divergence are not comparable, so each has its own panel.",
+    "preferences": "Faint lines: training. Dots: held-out pairs. A gain is log p under the student minus log p under "
+    "the start of the round; the distance is minus the mean gain, which estimates KL(start || student) if the start of "
+    "the round wrote the responses.",
     "importance": "Scores sorted from the best unit to the worst. Kept units are drawn in full colour, pruned ones "
     "faintly. A dashed line marks the cut where every layer keeps exactly its best units.",
     "depth": "Metric without a block of layers (for block importance: between the block's input and output), against "

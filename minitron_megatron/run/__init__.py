@@ -5,7 +5,7 @@ Knows: recipes, forecasts, the run folder. Must not know: terminals, plots, comm
 
 from .bench import bench
 from .context import Context
-from .engine import Step, dry_run, planned_marks, results, run, search_task
+from .engine import Step, dry_run, planned_marks, results, run, search_task, wanted
 from .evaluation import check_export, evaluate_folder
 from .handover import hand_over
 from .shared import SharedStages
@@ -27,4 +27,5 @@ __all__ = [
     "results",
     "run",
     "search_task",
+    "wanted",
 ]

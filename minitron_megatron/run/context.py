@@ -39,6 +39,11 @@ Result = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def _writer(folder: str) -> str | None:
+    """Return the stage that writes a model folder of a run, by its name; None for other folders."""
+    return WRITES.get(folder) or (folder.replace("aligned", "align") if folder.startswith("aligned-") else None)
+
+
 @dataclass(frozen=True)
 class Context:
     """A stage's view of the run."""
@@ -52,6 +57,8 @@ class Context:
     """Recipe -> fingerprint of the running stage with that recipe."""
     place: str = ""
     """Name of the model being trained, in a stage that trains several."""
+    corpora: Path | None = None
+    """Folder of the tokenized training text. None: the run's."""
 
     @cached_property
     def folders(self) -> RunFolder:
@@ -76,6 +83,15 @@ class Context:
     def untrained_student(self) -> Path:
         """Folder of the student before distillation: the pruned model, or the recipe's own `student`."""
         return self.recipe.student or self.folders.model("pruned")
+
+    @property
+    def student(self) -> Path:
+        """Folder of the run's student: distilled, and aligned if the recipe aligns it."""
+        return self.aligned(len(self.recipe.align))
+
+    def aligned(self, rounds: int) -> Path:
+        """Return the folder of the student after so many rounds of alignment."""
+        return self.folders.model(f"aligned-{rounds}" if rounds else "distilled")
 
     @property
     def student_files(self) -> Path:
@@ -114,7 +130,7 @@ class Context:
 
         Any other folder passes. Each rank reads its share of the files. Collective over the world.
         """
-        stage = WRITES.get(folder.name) if folder.parent == self.recipe.out else None
+        stage = _writer(folder.name) if folder.parent == self.recipe.out else None
         key = "trimmed_files" if folder.name == "trimmed" else "files"
         recorded, manifest = self.done.get(stage or "", {}).get(key), folder / MANIFEST
         with fail_together():
@@ -195,6 +211,11 @@ class Context:
         return self._weighted([source.weight for source in self.recipe.data.sources])
 
     @property
+    def _index(self) -> Path:
+        """Folder of the sample indices of the training text."""
+        return self.corpora / "index" if self.corpora else self.folders.index
+
+    @property
     def _end(self) -> int | None:
         """The end-of-document token if attention stays within documents; otherwise None."""
         return None if self.recipe.data.cross_documents else self._end_token
@@ -205,7 +226,7 @@ class Context:
         return int(first["end"])
 
     def _weighted(self, weights: Sequence[float]) -> list[tuple[Path, float]]:
-        return self._corpora(self.folders.data, self.done["prepare"]["sources"], weights)
+        return self._corpora(self.corpora or self.folders.data, self.done["prepare"]["sources"], weights)
 
     @property
     def _calibration_blend(self) -> list[tuple[Path, float]]:
@@ -229,7 +250,7 @@ class Context:
             sequence=phase.sequence,
             samples=phase.steps * keys.global_batch,
             seed=seed,
-            cache=self.folders.index,
+            cache=self._index,
             end=self._end,
             repeat=self.recipe.data.repeat,
         )
@@ -275,7 +296,7 @@ class Context:
                 sequence=sequence,
                 samples=max(1, min(keys.samples, held)),
                 seed=self.recipe.seed,
-                cache=self.folders.index,
+                cache=self._index,
                 end=self._end,
             )
             out[prefix.name] = self._on_device(held_out_batches(corpus, rounds=rounds, **self._share(keys.micro_batch)))

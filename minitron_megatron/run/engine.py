@@ -25,7 +25,7 @@ from .fingerprint import fingerprint
 from .preemption import PreemptionListener, raise_when_preempted
 from .shared import SharedStages
 from .stage import Record, Result, Stage
-from .stages import STAGES
+from .stages import STAGES, round_stage
 from .stages.search import search_share
 from .status import StatusFile
 from .versions import versions
@@ -90,12 +90,13 @@ def _run_stages(
     _predict(recipe, topology)
     walk = _Walk(recipe)
     names = [stage.name for stage in walk.stages]
-    last = only or until or names[-1]
+    asked = only or until
+    last = [stage.name for stage in walk.stages if asked is None or stage.is_called(asked)][-1]
     names = names[: names.index(last) + 1]
     with StatusFile(RunFolder(recipe.out), names, writes=topology.rank == 0) as status:
         for stage in walk.stages[: len(names)]:
             record: Record | None = broadcast_object(walk.recorded(stage))
-            if record is None and only not in (None, stage.name):
+            if record is None and only is not None and not stage.is_called(only):
                 raise RecipeError(
                     f"{only} needs the stage {stage.name}, which is not done. Run `minitron {stage.name}` first."
                 )
@@ -155,10 +156,10 @@ def dry_run(recipe: Recipe) -> list[Step]:
     """Return what a run would do, stage by stage, from the records alone. Raises the errors of `run`'s checks."""
     check(recipe, planned(recipe, launched("WORLD_SIZE", 0)))
     walk, steps = _Walk(with_model_folders(recipe)), list[Step]()
-    stale: set[str] = set()
+    stale: list[str] = []
     undecided: set[str] = set()
     for stage in walk.stages:
-        before = [name for name in (*stage.after, *undecided) if name in stale]
+        before = [name for name in stale if stage.uses(name) or name in undecided]
         record = None if before else walk.recorded(stage)
         if record is not None:
             if stage.name in CORPUS_CHECKS:
@@ -166,7 +167,7 @@ def dry_run(recipe: Recipe) -> list[Step]:
             walk.finish(stage, record)
             steps.append(Step(stage.name, "done", ""))
             continue
-        stale.add(stage.name)
+        stale.append(stage.name)
         if stage.decides:
             undecided.add(stage.name)
         state, why = ("run", f"after {', '.join(before)}") if before else walk.resumes(stage)
@@ -201,7 +202,10 @@ def planned_marks(recipe: Recipe, until: str) -> dict[str, str]:
 
 def wanted(recipe: Recipe) -> list[Stage]:
     """Return the stages of this recipe, in order."""
-    return [stage for stage in STAGES.values() if stage.wanted(recipe)]
+    rounds = [round_stage(number) for number in range(1, len(recipe.align) + 1)]
+    stages = [stage for stage in STAGES.values() if stage.wanted(recipe)]
+    end = [stage.name for stage in stages].index("evaluate")
+    return [*stages[:end], *rounds, *stages[end:]]
 
 
 class _Walk:
@@ -285,9 +289,10 @@ def _run_stage(stage: Stage, mark: str, context: Context, before: int, shared: S
 
 
 def _check_wanted(recipe: Recipe, *asked: str | None) -> None:
-    names = [stage.name for stage in wanted(recipe)]
+    stages = wanted(recipe)
+    names = [stage.name for stage in stages]
     for name in asked:
-        if name is not None and name not in names:
+        if name is not None and not any(stage.is_called(name) for stage in stages):
             raise RecipeError(f"this recipe does not use the stage {name}. Its stages are {', '.join(names)}.")
 
 

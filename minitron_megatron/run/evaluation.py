@@ -52,7 +52,7 @@ def check_export(recipe: Recipe, topology: Topology, *, listener: Listener = sil
         recipe = with_model_folders(recipe)
         context = Context(recipe, topology, listener, results(recipe, "export"), lambda other: "")
     context.expect_unchanged(context.folders.model("export"))
-    student = context.load(context.folders.model("distilled"), torch.float32)
+    student = context.load(context.student, torch.float32)
     for chunk in student:
         for weight in chunk.parameters():
             weight.data.copy_(weight.data.to(DTYPES[recipe.export.dtype]))

@@ -29,7 +29,7 @@ def fingerprint(stage: Stage, recipe: Recipe, done: Mapping[str, Result]) -> str
             "keys": {name: keys[name] for name in read},
             "asks": stage.extra_inputs(recipe),  # the key enters the hash: another name would rerun finished stages
             "files": _input_marks(recipe) if "data" in stage.reads else [],
-            "results": untimed({name: done[name] for name in stage.after if name in done}),
+            "results": untimed({name: result for name, result in done.items() if stage.uses(name)}),
         }
     )
 

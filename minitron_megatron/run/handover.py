@@ -42,13 +42,11 @@ def hand_over(
         if to.exists():
             raise RecipeError(f"{to} already exists. Give another folder with --to.")
         recipe = with_model_folders(recipe)
-        before = [stage.name for stage in wanted(recipe)]
-        until = before[before.index("distill") - bool(checkpoint)]
+        names = [stage.name for stage in wanted(recipe)]
+        until = names[names.index("distill") - 1] if checkpoint else names[names.index("evaluate") - 1]
         context = Context(recipe, topology, listener, results(recipe, until), lambda other: "")
         if form == "megatron":
-            check_megatron_lm(
-                read_config(context.untrained_student if checkpoint else context.folders.model("distilled"))
-            )
+            check_megatron_lm(read_config(context.untrained_student if checkpoint else context.student))
     if checkpoint:
         context.expect_unchanged(context.untrained_student)
         with fail_together():
@@ -57,7 +55,7 @@ def hand_over(
         load_weights(path, student, topology, identity)
         check_finite(student, str(path), "Give another checkpoint.")
     else:
-        path = context.folders.model("distilled")
+        path = context.student
         student = context.load(path)
     if form == "megatron":
         save_megatron_lm(student, to, topology, tokenizer=context.student_files.resolve())

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -50,20 +51,22 @@ def _card(context: Context, folder: Path) -> str:
     recipe, done = context.recipe, context.done
     exported, teacher = read_config(folder), read_config(recipe.model).shape
     student = exported.shape
-    tags = ["minitron", *([] if recipe.student else ["pruned"]), "distilled"]
+    tags = ["minitron", *([] if recipe.student else ["pruned"]), "distilled", *(["aligned"] if recipe.align else [])]
     base, made, how = _making(context)
     about = {"base_model": base, "library_name": "transformers", "tags": tags}
-    private: dict[str, bool | set[str]] = {
+    private: dict[str, Any] = {
         "model": True,
         "student": True,
         "out": True,
         "data": {"sources"},
         "score": {"sources"},
+        "align": {"__all__": {"sources", "pairs", "validation"}},
     }
     keys = recipe.model_dump(mode="json", exclude_none=True, exclude=private)
     shapes = [(axis, getattr(teacher, axis), getattr(student, axis)) for axis in SIZED_AXES if getattr(teacher, axis)]
     sources = [(name, source["tokens"], source["weight"]) for name, source in done["prepare"]["sources"].items()]
-    training = [(stage, done[stage]["tokens"]) for stage in ("correct", "distill") if stage in done]
+    training = [(stage, f"{done[stage]['tokens']:,} tokens", "") for stage in ("correct", "distill") if stage in done]
+    training += _rounds(context)
     parts = [
         f"---\n{_yaml(about)}---\n",
         f"# {_inline(folder.resolve().parent.name)}: {_inline(made)}\n",
@@ -71,7 +74,7 @@ def _card(context: Context, folder: Path) -> str:
         _table(("", "teacher", "student"), [*shapes, ("parameters", parameters(teacher), parameters(student))]),
         _clients(exported, student if recipe.student else teacher),
         "## Training\n",
-        _table(("stage", "tokens"), training),
+        _table(("stage", "length", "data"), training),
         _table(("source", "tokens", "weight"), sources),
         _repair(context),
         "## Evaluation\n",
@@ -83,6 +86,19 @@ def _card(context: Context, folder: Path) -> str:
         _table(("package", "version"), list(versions().items())),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _rounds(context: Context) -> list[tuple[str, str, str]]:
+    """Return stage, length and data of each round of alignment."""
+    rounds = {f"align-{number}": keys for number, keys in enumerate(context.recipe.align, 1)}
+    return [
+        (
+            f"{stage}: {keys.method}, {keys.loss}",
+            f"{context.done[stage]['units']:,} {keys.unit}",
+            ", ".join(Path(path).stem for path in keys.paths),
+        )
+        for stage, keys in rounds.items()
+    ]
 
 
 def _making(context: Context) -> tuple[str, str, str]:

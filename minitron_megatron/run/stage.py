@@ -52,7 +52,7 @@ class Stage:
     reads: tuple[str, ...]
     """Top-level recipe keys that the stage reads. It runs again when one changes."""
     after: tuple[str, ...] = ()
-    """Earlier stages whose results the stage uses. It runs again when one changes."""
+    """Earlier stages whose results the stage uses; `align` stands for all rounds. It runs again when one changes."""
     makes_too: Callable[[RunFolder], Sequence[Path]] = lambda run: ()
     """Further outputs, each of which exists only for some recipes."""
     wanted: Callable[[Recipe], bool] = lambda recipe: True
@@ -63,3 +63,17 @@ class Stage:
     """(recipe, result) -> recipe for the later stages. They see the stage's result only through it."""
     keeps: Callable[[RunFolder, str], Path] | None = None
     """(run folder, fingerprint) -> folder of partial results that an interrupted stage resumes from."""
+
+    def is_called(self, name: str) -> bool:
+        """Return whether `name` means this stage: its own name, or `align` for each round of alignment."""
+        return name in (self.name, _kind(self.name))
+
+    def uses(self, stage: str) -> bool:
+        """Return whether this stage uses the result of another one."""
+        return stage in self.after or _kind(stage) in self.after
+
+
+def _kind(stage: str) -> str:
+    """Return `align` for a round of alignment, `align-1`, `align-2` and so on; other names as they are."""
+    kind, _, number = stage.partition("-")
+    return kind if kind == "align" and number.isdecimal() else stage

@@ -79,7 +79,7 @@ def train(
     batches_of: step (from 0) -> this rank's micro-batches. saving: None saves nothing. until: step after which to save
     and stop, with the schedule of the whole training. co_trained: models that the objective trains in the same steps.
     validate: measurements after every `validate_every` steps and at the end. Returns the last step's values: `loss`
-    (nats per token), `tokens` seen, `skipped` steps, `spikes` of the loss.
+    (nats per token, or per pair of responses), `tokens` (or `pairs`) seen, `skipped` steps, `spikes` of the loss.
 
     A step whose loss or gradient is not finite changes no weight. Raises TrainingError after `MOST_SKIPPED` such steps
     in a row and if there is no result (`_Run.finish`), and Preempted after a signal on any rank; saves first.
@@ -88,7 +88,7 @@ def train(
     run = _Run(learners, objective, training, topology, label, saving or Saving())
     try:
         run.resume()
-        values = {"tokens": float(run.tokens)}
+        values = {objective.unit: float(run.tokens)}
         end = training.steps if until is None else min(until, training.steps)
         with any_rank_signalled(topology) as preempted:
             for step in range(run.step + 1, end + 1):
@@ -105,7 +105,10 @@ def train(
 
 @dataclass
 class _Run:
-    """State of a running training: its counters and what a checkpoint holds besides the models."""
+    """State of a running training: its counters and what a checkpoint holds besides the models.
+
+    tokens: tokens seen, or what else the objective counts.
+    """
 
     learners: Sequence[Learner]
     objective: Objective
@@ -156,7 +159,7 @@ class _Run:
             self.skipped_in_a_row = 0
             if self.spikes.see(loss):
                 self._warn(f"step {done} of {self.label} has a loss of {loss:.4g}, far above that of the steps before.")
-        values = {"loss": loss, "lr": self.learners[0].lr, "grad_norm": norm, "tokens": self.tokens}
+        values = {"loss": loss, "lr": self.learners[0].lr, "grad_norm": norm, self.objective.unit: self.tokens}
         values |= {"skipped": self.skipped, "spikes": self.spikes.count} | self.objective.finish()
         if self.store:
             self.store.poll()
@@ -180,7 +183,7 @@ class _Run:
         shape = shape_of(self.learners[0].chunks[0].module)
         sequence = batches[0].tokens.shape[1] * self.topology.cp
         work = {"": 3 * flops_per_token(shape, sequence), "teacher_": self.objective.further_flops(sequence)}
-        rates = {"tokens_per_second": counted / seconds}
+        rates = {f"{self.objective.unit}_per_second": counted / seconds}
         for name, flops in work.items():
             if flops:
                 rates[f"{name}tflops"] = flops * second / 1e12

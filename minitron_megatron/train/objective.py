@@ -21,6 +21,8 @@ class Objective(ABC):
 
     window: int | None = None
     """Micro-batches that one `prepare` covers; None: all of a step."""
+    unit = "tokens"
+    """Name of what `Batch.counted` counts."""
 
     def prepare(self, batches: Sequence[Batch]) -> None:  # noqa: B027 (most objectives need no preparation)
         """Prepare for a window of micro-batches, numbered from 0; called on every rank."""
@@ -31,7 +33,7 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, chunk: Chunk, hidden: Tensor, batch: Batch, index: int) -> Tensor:
-        """Return the loss in nats, summed over micro-batch `index`'s counted tokens: scalar. Last pipeline stage only.
+        """Return the loss in nats, summed over what micro-batch `index` counts: scalar. Last pipeline stage only.
 
         hidden: [seq (over tp with sequence parallelism), batch, hidden]; chunk: the model chunk that computed it.
         """

@@ -25,6 +25,7 @@ VERBS = {
     "search": STAGE | {"--task"},
     "prune": STAGE,
     "distill": STAGE,
+    "align": STAGE,
     "baseline": STAGE,
     "evaluate": STAGE | {"--model"},
     "export": STAGE | {"--to", "--checkpoint", "--format", "--check"},

@@ -7,6 +7,7 @@ they come from. A plot with nothing to show writes no file and returns None; mat
 from .cuts import margins, shares
 from .depth import DepthCurves, depth_curves
 from .losses import bars, loss_curves
+from .preferences import preference_curves
 from .scores import ByLayer, importance
 from .search import search_front, search_ranks
 from .study import plot_study
@@ -23,6 +24,7 @@ __all__ = [
     "margins",
     "plot_bench",
     "plot_study",
+    "preference_curves",
     "search_front",
     "search_ranks",
     "shares",

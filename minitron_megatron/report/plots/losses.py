@@ -47,7 +47,7 @@ def loss_curves(metrics: Sequence[Line], summary: Sequence[Line], path: Path) ->
     """Plot training and validation losses against tokens, one panel per kind of loss.
 
     The summary's first model, the teacher, is a dashed line in the validation panel. A search's candidates are left
-    out: `search_ranks` shows them.
+    out, since `search_ranks` shows them, and so are rounds on pairs (`preference_curves`).
     """
     panels = [panel for panel in _panels(metrics) if panel.stages("done")]
     if not panels:
@@ -73,16 +73,21 @@ def loss_curves(metrics: Sequence[Line], summary: Sequence[Line], path: Path) ->
 
 def _panels(metrics: Sequence[Line]) -> list[Panel]:
     """Return the panels; a line with a learning rate belongs to training."""
-    metrics = [line for line in metrics if line["stage"] != CANDIDATES]
+    metrics = [line for line in metrics if line["stage"] != CANDIDATES and "pairs" not in line]
     training = [line for line in metrics if "loss" in line and "lr" in line]
-    distilled = [line for line in training if line["stage"] in DISTILLED]
-    plain = [line for line in training if line["stage"] not in DISTILLED]
+    distilled = [line for line in training if _is_taught(line)]
+    plain = [line for line in training if not _is_taught(line)]
     return [
         Panel("Training loss on text", "cross-entropy", "loss", plain),
         Panel("Distillation loss", "the recipe's loss", "loss", distilled),
         Panel("Validation loss", "cross-entropy", "validation_loss", metrics),
         Panel("Validation: KL from the teacher", "KL divergence", "validation_kl", metrics),
     ]
+
+
+def _is_taught(line: Line) -> bool:
+    """Return whether a training loss compares with a teacher; one that does not count FLOPs runs beside none."""
+    return line["stage"] in DISTILLED or "teacher_tflops" in line
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

@@ -38,6 +38,7 @@ def do_evaluate(context: Context) -> Result:
     else:
         models |= {name: (context.folders.model(folder), "prune") for name, folder in refitted_models(context).items()}
     models["distilled"] = (context.folders.model("distilled"), "distill")
+    models |= {f"aligned-{n}": (context.aligned(n), f"align-{n}") for n in range(1, len(context.recipe.align) + 1)}
     if context.recipe.random_baseline:
         models["random init"] = (context.folders.model("random"), "baseline")
     rows: list[Row] = []
@@ -79,7 +80,7 @@ EVALUATE = Stage(
     makes=lambda run: run.summary,
     makes_too=lambda run: (run.evaluation,),
     reads=("evaluate", "dtype"),
-    after=("prepare", "correct", "prune", "distill", "baseline"),
+    after=("prepare", "correct", "prune", "distill", "align", "baseline"),
     extra_inputs=lambda recipe: task_marks(recipe) if recipe.evaluate.wanted() else None,
     keeps=lambda run, mark: run.evaluation_parts / mark[:16],
 )

@@ -21,7 +21,7 @@ class Exported(Model):
 def do_export(context: Context) -> Result:
     """Write the student as a Hugging Face folder, and as `export-fp8` if the recipe quantises it."""
     dtype = DTYPES[context.recipe.export.dtype]
-    model = context.load(context.folders.model("distilled"))
+    model = context.load(context.student)
     folder = context.folders.model("export")
     saved = context.save_sealed(model, folder, dtype, context.recipe.export.architecture)
     write_card(context, folder)  # after the checksums, since users may edit the card
@@ -48,6 +48,6 @@ EXPORT = Stage(
     makes=lambda run: run.model("export"),
     makes_too=lambda run: (run.model("export-fp8"),),
     reads=("export",),
-    after=("prepare", "calibrate", "distill", "evaluate"),
+    after=("prepare", "calibrate", "distill", "align", "evaluate"),
     extra_inputs=lambda recipe: carried_marks(recipe.student or recipe.model),
 )

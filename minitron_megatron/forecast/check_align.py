@@ -1,0 +1,28 @@
+"""Checks of the rounds of alignment."""
+
+from __future__ import annotations
+
+from ..data import chat_marks
+from ..errors import RecipeError
+from ..parallel import Topology
+from ..recipe import Recipe, SftRound
+from .check_training import check_micro_batches, check_schedule
+
+__all__ = ["check_rounds"]
+
+
+def check_rounds(recipe: Recipe, topology: Topology) -> None:
+    """Check schedules, batches and lengths, and that the tokenizer has a chat template."""
+    for number, keys in enumerate(recipe.align):
+        key, sequence, unit = f"align.{number}", keys.sequence or recipe.data.sequence, topology.sequence_unit
+        is_sft = isinstance(keys, SftRound)
+        tokens = keys.tokens if isinstance(keys, SftRound) else None
+        check_schedule(key, keys, -(-tokens // (keys.global_batch * sequence)) if tokens else None)
+        check_micro_batches(f"{key}.global_batch", keys.global_batch, keys.micro_batch, topology, topology.replicas)
+        if is_sft and sequence % unit:
+            raise RecipeError(
+                f"{key}.sequence is {sequence}, which cannot be split over cp={topology.cp} and the tensor-parallel "
+                f"ranks. Choose a multiple of {unit}."
+            )
+    if recipe.align and any(recipe.model.glob("tokenizer*")):
+        chat_marks(recipe.model)

@@ -1,0 +1,65 @@
+"""Checks of the files that a recipe names: they are there, apart from the run folder, and held-out ones apart from
+those that are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..data import input_files, most_bytes, places
+from ..errors import DataError, RecipeError
+from ..recipe import Recipe, SftRound
+
+__all__ = ["check_files"]
+
+Places = tuple[str, Sequence[str], Sequence[str]]
+"""Key in the recipe, places that are trained or calibrated on, and held-out places."""
+
+
+def check_files(asked: Recipe, recipe: Recipe) -> None:
+    """Check all paths. asked: the recipe as it was given, with models by the names that users gave."""
+    _check_paths(asked)
+    _check_held_out(recipe)
+
+
+def _text(recipe: Recipe) -> Iterator[Places]:
+    """Yield the places of all text, chats and pairs."""
+    yield from (("data.sources", source.paths, source.held_out_paths) for source in recipe.data.sources)
+    yield from (("score.sources", source.paths, ()) for source in recipe.score.sources)
+    for number, keys in enumerate(recipe.align):
+        block = "sources" if isinstance(keys, SftRound) else "pairs"
+        yield f"align.{number}.{block}", keys.paths, keys.held_out_paths
+
+
+def _check_paths(recipe: Recipe) -> None:
+    """Check that the run folder is separate from the run's inputs, so that their files cannot be confused."""
+    out = recipe.out.resolve()
+    models = {"model": recipe.model, "student": recipe.student, "distill.start": recipe.distill.start}
+    read = [(key, path, False) for key, path in models.items() if path is not None]
+    read += [(key, path, True) for key, paths, held in _text(recipe) for path in places([*paths, *held])]
+    for key, path, is_text in read:
+        there = path.resolve()
+        if out == there or (there.is_dir() and there in out.parents):
+            raise RecipeError(f"out is {recipe.out}, which is inside {path} ({key}). Give a separate folder.")
+        if is_text and out in there.parents:
+            raise RecipeError(f"{path} ({key}) is inside the run folder {recipe.out}. Move one of them.")
+
+
+def _check_held_out(recipe: Recipe) -> None:
+    """Check that every source holds something, and that no held-out file is also trained or calibrated on."""
+    every = list(_text(recipe))
+    trained = {file.resolve() for key, paths, _ in every for file in _files(key, paths)}
+    for key, _, held_out in every:
+        both = trained & {file.resolve() for file in _files(key, held_out)}
+        if both:
+            block = f"{key}[]" if key.endswith("sources") else key.rpartition(".")[0]
+            raise RecipeError(
+                f"{min(both)} is both training text and held-out text. Give other files in {block}.validation, or a "
+                "share of the documents."
+            )
+
+
+def _files(key: str, paths: Sequence[str]) -> list[Path]:
+    if paths and not most_bytes(paths):
+        raise DataError(f"data source {', '.join(paths)} is empty. Check {key}.")
+    return input_files(paths)
