@@ -2,3 +2,15 @@
 
 Knows: the training loop's objectives, evaluation's engine, records of chats. Must not know: recipes, stages.
 """
+
+from .pairing import PairsSummary, make_pairs
+from .rewards import REWARDS, Reward
+from .sampling import AnswerSettings
+
+__all__ = [
+    "REWARDS",
+    "AnswerSettings",
+    "PairsSummary",
+    "Reward",
+    "make_pairs",
+]
