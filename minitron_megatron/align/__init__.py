@@ -4,13 +4,14 @@ Knows: the training loop's objectives, evaluation's engine, records of chats. Mu
 """
 
 from .pairing import PairsSummary, make_pairs
-from .rewards import REWARDS, Reward
+from .rewards import REWARDS, Record, Reward
 from .sampling import AnswerSettings
 
 __all__ = [
     "REWARDS",
     "AnswerSettings",
     "PairsSummary",
+    "Record",
     "Reward",
     "make_pairs",
 ]
