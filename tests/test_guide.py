@@ -35,9 +35,20 @@ def folder(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (here / "corpus.jsonl").symlink_to(material / "corpus.jsonl")
     every_format(here, texts(material))
+    write_prompts(here)
     done = run_command("minitron run recipe.yaml", here, {})
     assert done.returncode == 0, done.stderr
     return here
+
+
+def write_prompts(folder: Path) -> None:
+    """Write the records and the plugin of the page on preference pairs."""
+    prompts = [{"prompt": f"w{number} w7", "characters": 9 * number} for number in range(1, 6)]
+    rated = {"prompt": "w1", "responses": ["w2", "w3"], "rewards": [0.9, 0.2]}
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    (folder / "rated.jsonl").write_text(json.dumps(rated))
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (GUIDE / "pairs.md").read_text(), re.S):
+        (folder / name).write_text(code)
 
 
 def test_every_page_is_in_the_order_and_every_link_leads_somewhere() -> None:

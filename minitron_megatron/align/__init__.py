@@ -4,6 +4,7 @@ Knows: the training loop's objectives, evaluation's engine, records of chats. Mu
 """
 
 from .objective import PairLoss, PreferenceObjective, response_likelihoods
+from .pairing import PairsSummary, make_pairs
 from .pairs import (
     PairBatch,
     PairFile,
@@ -13,23 +14,31 @@ from .pairs import (
     pair_order,
     save_arrays,
     step_pairs,
-    write_pairs,
+    tokenize_pairs,
 )
 from .reference import load_reference, measure_reference
+from .rewards import REWARDS, Record, Reward
+from .sampling import AnswerSettings
 
 __all__ = [
+    "REWARDS",
+    "AnswerSettings",
     "PairBatch",
     "PairFile",
     "PairLoss",
+    "PairsSummary",
     "PreferenceObjective",
+    "Record",
     "Reference",
+    "Reward",
     "held_out_pairs",
     "load_reference",
+    "make_pairs",
     "measure_reference",
     "pair_batch",
     "pair_order",
     "response_likelihoods",
     "save_arrays",
     "step_pairs",
-    "write_pairs",
+    "tokenize_pairs",
 ]

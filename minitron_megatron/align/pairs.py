@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data import REWARDS, Batch, PreferencePair, check_split
+from ..data import REWARD_KEYS, Batch, PreferencePair, check_split
 from ..errors import DataError, FileError
 from ..files import whole_file
 from ..parallel import Topology
@@ -29,7 +29,7 @@ __all__ = [
     "pair_order",
     "save_arrays",
     "step_pairs",
-    "write_pairs",
+    "tokenize_pairs",
 ]
 
 Reference = NDArray[np.float32]
@@ -73,7 +73,7 @@ class PairBatch(Batch):
         return replace(super().to(device), **own)
 
 
-def write_pairs(
+def tokenize_pairs(
     pairs: Iterable[PreferencePair],
     path: Path,
     *,
@@ -129,7 +129,8 @@ class _Columns:
             chosen, rejected = _fitting(pair, sequence)
             if rewarded and pair.rewards is None:
                 raise DataError(
-                    f"{pair.place} has no rewards, which this loss needs. Add {' and '.join(REWARDS)}, or train by dpo."
+                    f"{pair.place} has no rewards, which this loss needs. Add {' and '.join(REWARD_KEYS)}, or train "
+                    "by dpo."
                 )
             self.cut += len(chosen) < len(pair.chosen) or len(rejected) < len(pair.rejected)
             for part in (pair.prompt, chosen, rejected):
@@ -166,7 +167,7 @@ def save_arrays(path: Path, **arrays: NDArray) -> None:
 
 
 class PairFile:
-    """Pairs that `write_pairs` wrote, read one at a time. Raises FileError where the file is damaged."""
+    """Pairs that `tokenize_pairs` wrote, read one at a time. Raises FileError where the file is damaged."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open

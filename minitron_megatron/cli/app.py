@@ -12,8 +12,10 @@ from rich.console import Console
 from ..run_folder import RunFolder
 from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
+from .options import Out, RecipePath, Set
 from .printing import print_made, print_report, print_steps
-from .running import carry_out, share, start
+from .running import carry_out, reported, share, start
+from .sample import sample
 
 if TYPE_CHECKING:
     from ..parallel import Topology
@@ -64,9 +66,6 @@ def options(
 
 Format = Literal["hf", "megatron"]
 Backend = Literal["trtllm", "torch"]
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Override a recipe key; repeatable.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder, instead of the recipe's.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print which stages would run, and why.")]
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Number of GPUs; by default the layout's minimum.")]
 Memory = Annotated[float, typer.Option("--memory", min=0.001, help="GiB per GPU; an estimate above it is an error.")]
@@ -133,6 +132,9 @@ def evaluate(
         _run(recipe, overrides, out, only="evaluate")
     else:
         _evaluate_folder(recipe, overrides, out, model)
+
+
+app.command(rich_help_panel=STAGE)(sample)
 
 
 @app.command(rich_help_panel=STAGE)
@@ -339,19 +341,13 @@ def _hand_over(
     path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Format
 ) -> None:
     from ..model import MEGATRON_FLAGS
-    from ..report import Progress, Watchdog, fan_out
     from ..run import hand_over
 
     recipe, topology = start(path, overrides, out)
-    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
-    if topology.rank != 0:
-        with watchdog:
-            listener = fan_out(raise_if_interrupted, watchdog)
-            hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=listener)
-        return
-    with Progress() as progress, watchdog:
-        listener = fan_out(raise_if_interrupted, progress, watchdog)
+    with reported(recipe, topology) as listener:
         source = hand_over(recipe, topology, to, checkpoint=checkpoint, form=form, listener=listener)
+    if topology.rank != 0:
+        return
     print(f"{source} -> {to}")
     if form == "megatron":
         print((to / MEGATRON_FLAGS).read_text(encoding="utf-8"), end="")
@@ -359,18 +355,14 @@ def _hand_over(
 
 def _evaluate_folder(path: Path, overrides: list[str] | None, out: Path | None, model: Path) -> None:
     from ..records import read_summary
-    from ..report import Progress, Watchdog, fan_out, print_summary
+    from ..report import print_summary
     from ..run import evaluate_folder
 
     recipe, topology = start(path, overrides, out)
-    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
-    if topology.rank != 0:
-        with watchdog:
-            evaluate_folder(recipe, topology, model, listener=fan_out(raise_if_interrupted, watchdog))
-        return
-    with Progress() as progress, watchdog:
-        row = evaluate_folder(recipe, topology, model, listener=fan_out(raise_if_interrupted, progress, watchdog))
-    print_summary([*read_summary(RunFolder(recipe.out).summary), row])
+    with reported(recipe, topology) as listener:
+        row = evaluate_folder(recipe, topology, model, listener=listener)
+    if topology.rank == 0:
+        print_summary([*read_summary(RunFolder(recipe.out).summary), row])
 
 
 def _check_export(recipe: Recipe, topology: Topology) -> None:
@@ -383,16 +375,12 @@ def _check_export(recipe: Recipe, topology: Topology) -> None:
 
 
 def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task: str) -> None:
-    from ..report import MetricsFile, Progress, Watchdog, fan_out
+    from ..report import MetricsFile
     from ..run import search_task
 
     number, count = share("--task", task)
     recipe, topology = start(path, overrides, out)
-    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
-    if topology.rank != 0:
-        with watchdog:
-            search_task(recipe, topology, number, count, listener=fan_out(raise_if_interrupted, watchdog))
-        return
-    with Progress() as progress, watchdog:
-        listener = fan_out(raise_if_interrupted, progress, MetricsFile(RunFolder(recipe.out).metrics), watchdog)
-        print(search_task(recipe, topology, number, count, listener=listener))
+    with reported(recipe, topology, MetricsFile(RunFolder(recipe.out).metrics)) as listener:
+        found = search_task(recipe, topology, number, count, listener=listener)
+    if topology.rank == 0:
+        print(found)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..events import Listener
 from ..run_folder import RunFolder
 from .gc_tuning import restore_gc
 from .interrupt import raise_if_interrupted
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
     from ..run import SharedStages
 
-__all__ = ["carry_out", "share", "start"]
+__all__ = ["carry_out", "reported", "share", "start"]
 
 
 def start(path: Path, overrides: list[str] | None, out: Path | None) -> tuple[Recipe, Topology]:
@@ -54,6 +57,20 @@ def carry_out(
         metrics = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
         listener = fan_out(raise_if_interrupted, progress, metrics, Machine(metrics), watchdog)
         run(recipe, topology, only=only, until=until, shared=shared, listener=listener)
+
+
+@contextmanager
+def reported(recipe: Recipe, topology: Topology, *more: Listener) -> Iterator[Listener]:
+    """Yield a listener for work outside of a run's stages: Ctrl-C, the watchdog and, on rank 0, progress and `more`."""
+    from ..report import Progress, Watchdog, fan_out
+
+    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
+    if topology.rank != 0:
+        with watchdog:
+            yield fan_out(raise_if_interrupted, watchdog)
+        return
+    with Progress() as progress, watchdog:
+        yield fan_out(raise_if_interrupted, progress, *more, watchdog)
 
 
 def share(option: str, text: str) -> tuple[int, int]:

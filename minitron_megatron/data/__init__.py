@@ -5,13 +5,14 @@ rank. Must not know: models, losses, recipes. Every rank reads its own batches; 
 """
 
 from .batches import Batch, calibration, calibration_batches, check_split, held_out_batches, step_batches
-from .chat import REWARDS
+from .chat import REWARD_KEYS
 from .chat_encode import LossOn
 from .corpus import Corpus, samples_by_source
 from .document import SEPARATOR, TEXT_KEY
 from .preferences import PreferencePair, preference_pairs
 from .prepare import HELD_OUT_SHARE, prepare
-from .sources import HUB, input_files, most_bytes, places, text_files
+from .prompts import ChatCodec, PromptRecord, chat_codec, read_prompts
+from .sources import HUB, Sources, check_source, input_files, most_bytes, places, text_files
 from .template import chat_marks
 from .token_files import Prepared, PreparedSplit, check_content
 from .tokenizer import (
@@ -28,20 +29,25 @@ from .tokenizer import (
 __all__ = [
     "HELD_OUT_SHARE",
     "HUB",
-    "REWARDS",
+    "REWARD_KEYS",
     "SEPARATOR",
     "TEXT_KEY",
     "Batch",
+    "ChatCodec",
     "Corpus",
     "LossOn",
     "PreferencePair",
     "Prepared",
     "PreparedSplit",
+    "PromptRecord",
+    "Sources",
     "calibration",
     "calibration_batches",
+    "chat_codec",
     "chat_marks",
     "check_content",
     "check_same_tokenizer",
+    "check_source",
     "check_split",
     "check_tokenizer",
     "corpus_marks",
@@ -53,6 +59,7 @@ __all__ = [
     "places",
     "preference_pairs",
     "prepare",
+    "read_prompts",
     "samples_by_source",
     "settings_without_chat",
     "step_batches",

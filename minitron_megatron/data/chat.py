@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from ..errors import DataError, did_you_mean
 from .document import Document, Fields, document_of, kind_of, listed
 
-__all__ = ["CHAT_KEYS", "REWARDS", "ROLES", "Conversation", "Message", "Preference", "record_document"]
+__all__ = [
+    "CHAT_KEYS",
+    "REWARD_KEYS",
+    "ROLES",
+    "Conversation",
+    "Message",
+    "Preference",
+    "Prompt",
+    "Rated",
+    "record_document",
+]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 RESPONSES = ("response", "completion")
-REWARDS = ("chosen_reward", "rejected_reward")
-CHAT_KEYS = ("messages", "tools", "prompt", *RESPONSES, "chosen", "rejected", *REWARDS)
+REWARD_KEYS = ("chosen_reward", "rejected_reward")
+CHAT_KEYS = ("messages", "tools", "prompt", *RESPONSES, "chosen", "rejected", *REWARD_KEYS)
 """Keys of a record that are read; other ones are ignored."""
 
 Message = dict[str, Any]
@@ -38,8 +49,22 @@ class Preference(TypedDict):
     """Rewards of the chosen and the rejected response."""
 
 
+class Prompt(TypedDict):
+    """Messages that the assistant is to answer. The record's further keys, such as `answer`, stay beside these."""
+
+    prompt: list[Message]
+    tools: NotRequired[list[dict[str, Any]]]
+
+
+class Rated(Prompt):
+    """A prompt with responses to it, and the reward of each."""
+
+    responses: list[Message]
+    rewards: list[float]
+
+
 def record_document(record: object, fields: Fields, size: int, place: str) -> Document:
-    """Return the document in a record, as `fields.form` says; chats as the JSON of a Conversation or Preference.
+    """Return the document in a record, as `fields.form` says; chats as the JSON of the form's TypedDict.
 
     Raises DataError, which names the place, for a record of another form.
     """
@@ -47,7 +72,10 @@ def record_document(record: object, fields: Fields, size: int, place: str) -> Do
         return document_of(record, fields.text_key, size, place)
     if not isinstance(record, dict):
         raise DataError(f"{place} is no chat; it holds {kind_of(record)}. Each record must be an object.")
-    return Document(json.dumps(FORMS[fields.form](record, place), ensure_ascii=False), size, place)
+    try:
+        return Document(json.dumps(FORMS[fields.form](record, place), ensure_ascii=False), size, place)
+    except TypeError as error:  # columns of tables may hold dates, decimals or binary values
+        raise DataError(f"{place} holds what JSON cannot: {error}. Write it as text, or leave it out.") from error
 
 
 def _conversation(record: dict[str, Any], place: str) -> Conversation:
@@ -90,17 +118,53 @@ def _without(prompt: list[Message], conversation: list[Message]) -> list[Message
 
 
 def _rewards(record: dict[str, Any], place: str) -> Any:
-    given = [record.get(key) for key in REWARDS]
+    given = [record.get(key) for key in REWARD_KEYS]
     if given == [None, None]:
         return {}
-    if any(isinstance(reward, bool) or not isinstance(reward, int | float) for reward in given):
-        raise DataError(f"{place} needs numbers as {' and '.join(REWARDS)}, or neither of them.")
+    if not all(map(_is_finite, given)):
+        raise DataError(f"{place} needs numbers as {' and '.join(REWARD_KEYS)}, or neither of them.")
     return {"rewards": tuple(map(float, given))}  # type: ignore[arg-type]
 
 
-FORMS: dict[str, Callable[[dict[str, Any], str], Conversation | Preference]] = {
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _open_prompt(record: dict[str, Any], place: str) -> Prompt:
+    """Return a record whose `prompt`, or else `messages`, awaits the assistant's answer."""
+    key = next((key for key in ("prompt", "messages") if key in record), None)
+    if key is None:
+        raise DataError(f"{place} holds {listed(record, 'key')}, and a prompt has prompt or messages. Rename its keys.")
+    messages = _prompt(record[key], place) if key == "prompt" else _messages(record[key], key, place)
+    if messages[-1]["role"] == "assistant":
+        raise DataError(f"{place} ends with an assistant turn, so nothing is left to answer. Remove that turn.")
+    others = {name: value for name, value in record.items() if name != "tools"}
+    return Prompt(**others | {"prompt": messages} | _tools(record, place))  # type: ignore[typeddict-item]
+
+
+def _rated(record: dict[str, Any], place: str) -> Rated:
+    """Return a prompt with its `responses`, each text or messages, and their `rewards`."""
+    responses, rewards = record.get("responses", []), record.get("rewards", [])
+    lists = isinstance(responses, list) and isinstance(rewards, list)
+    if not lists or not responses or len(responses) != len(rewards):
+        raise DataError(
+            f"{place} needs two lists of one length, responses and rewards; it holds {listed(record, 'key')}. "
+            "Correct it, or remove it."
+        )
+    if not all(map(_is_finite, rewards)):
+        raise DataError(f"{place} has rewards that are not all finite numbers. Correct it, or remove it.")
+    turns = [_response(each, f"responses[{number}]", place) for number, each in enumerate(responses)]
+    if any(len(turn) != 1 for turn in turns):
+        raise DataError(f"{place} has a response of several messages. Put what comes before the last into the prompt.")
+    rated = {"responses": [turn[0] for turn in turns], "rewards": list(map(float, rewards))}
+    return Rated(**{**_open_prompt(record, place), **rated})  # type: ignore[typeddict-item]
+
+
+FORMS: dict[str, Callable[[dict[str, Any], str], Conversation | Preference | Prompt]] = {
     "chat": _conversation,
     "preference": _preference,
+    "prompt": _open_prompt,
+    "rated": _rated,
 }
 
 

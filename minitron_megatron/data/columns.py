@@ -66,7 +66,7 @@ def _columns(schema: Schema, file: Path, fields: Fields) -> list[str]:
     if fields.form == "text":
         _check_column(schema, file, fields.text_key)
         return [fields.text_key]
-    there = [name for name in CHAT_KEYS if name in schema.names]
+    there = list(schema.names) if fields.whole else [name for name in CHAT_KEYS if name in schema.names]
     if not there or any(schema.names.count(name) > 1 for name in there):
         raise DataError(
             f"{file} holds {listed(schema.names, 'column')}, and chats have messages, or prompt and response, each "

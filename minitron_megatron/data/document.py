@@ -53,8 +53,13 @@ class Fields(NamedTuple):
     """Key or column of the text."""
     separator: str = SEPARATOR
     """Text between the documents of a .txt file."""
-    form: Literal["text", "chat", "preference"] = "text"
+    form: Literal["text", "chat", "preference", "prompt", "rated"] = "text"
     """Content of a record."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all keys of a record are read, and not only those of a chat."""
+        return self.form in ("prompt", "rated")
 
 
 def document_of(record: object, key: str, size: int, place: str) -> Document:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from ..errors import DataError, first_line
-from .sources import HUB
+from .sources import HUB, text_files
 
-__all__ = ["hub_files"]
+__all__ = ["every_file", "hub_files"]
 
 NAME = re.compile(rf"{HUB}([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?::([\w.-]+))?")
+
+
+def every_file(sources: Sequence[str | Path]) -> list[Path]:
+    """Return the files to read of `sources`: those of this machine, then those of data sets of the Hub.
+
+    Raises DataError as `text_files` does, and where a data set is neither in the cache of `datasets` nor reachable.
+    """
+    online = [str(source) for source in sources if str(source).startswith(HUB)]
+    here = [source for source in sources if str(source) not in online]
+    return [*text_files(here), *(file for source in online for file in hub_files(source))]
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -130,7 +130,7 @@ class _Text:
 
 def _document(value: object, content: str, fields: Fields, size: int, place: str) -> Document:
     """content: text of the value."""
-    for key in (fields.text_key,) if fields.form == "text" else CHAT_KEYS:
+    for key in _keys_read(value, fields):
         try:
             repeated = content.count(f'"{key}"') > 1 and isinstance(value, dict) and _is_repeated(content, key)
         except RecursionError as error:
@@ -142,6 +142,13 @@ def _document(value: object, content: str, fields: Fields, size: int, place: str
         return document
     text, halves = HALF_SURROGATE.subn("\ufffd", document.text)
     return document._replace(text=text, replaced=halves)
+
+
+def _keys_read(value: object, fields: Fields) -> Iterable[str]:
+    """Return the keys of a record that are read."""
+    if fields.form == "text":
+        return (fields.text_key,)
+    return value if fields.whole and isinstance(value, dict) else CHAT_KEYS
 
 
 def _is_repeated(content: str, key: str) -> bool:

@@ -14,8 +14,8 @@ from ..errors import DataError
 from .chat import Conversation, Preference
 from .chat_encode import COUNTS, ChatEncoder
 from .document import Fields
+from .hub import every_file
 from .readers import documents
-from .sources import text_files
 from .template import ChatError, load_template
 from .tokenizer import end_of_document, load_tokenizer
 
@@ -35,7 +35,8 @@ class PreferencePair(NamedTuple):
 
 
 def preference_pairs(sources: Sequence[str | Path], tokenizer: str | Path) -> Iterator[PreferencePair]:
-    """Yield the pairs of files, folders and globs: `prompt`, `chosen` and `rejected`, each text or messages.
+    """Yield the pairs of files, folders, globs and data sets of the Hub: `prompt`, `chosen` and `rejected`, each text
+    or messages.
 
     They are read and rendered as chats are; a response is what the assistant writes in its turn. Raises DataError,
     which names the place, for a record that is no pair, or whose prompt differs between the two.
@@ -43,7 +44,7 @@ def preference_pairs(sources: Sequence[str | Path], tokenizer: str | Path) -> It
     reader = load_tokenizer(tokenizer)
     end = end_of_document(tokenizer, reader)
     encoder = ChatEncoder(reader, end, np.int64, load_template(tokenizer), "assistant")
-    for file in text_files(sources):
+    for file in every_file(sources):
         for document in documents(file, Fields(form="preference")):
             try:
                 yield _pair(encoder, json.loads(document.text), document.place)
@@ -71,6 +72,8 @@ def _split(encoder: ChatEncoder, pair: Preference, which: str) -> tuple[NDArray,
     counts = (marks & COUNTS) > 0
     starts = np.flatnonzero(counts & ~np.concatenate([[False], counts[:-1]]))
     turn = 1 + sum(message["role"] == "assistant" for message in pair["prompt"])
+    if len(starts) > turn and starts[-1] == len(ids) - 1:  # the end that was added, after what the template leaves out
+        starts = starts[:-1]
     if len(starts) < turn:
         raise ChatError("its response has no tokens of its own", "Correct the record, or the template.")
     return ids[: starts[-1]], ids[starts[-1] :]

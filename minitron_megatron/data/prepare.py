@@ -20,10 +20,10 @@ from ..files import file_marks
 from .chat_encode import ChatEncoder, LossOn
 from .document import SEPARATOR, TEXT_KEY, Document, Fields
 from .encode import EncodeError, Encoder, encode_all
-from .hub import hub_files
+from .hub import every_file
 from .in_place import use_pair
 from .readers import documents
-from .sources import HUB, left_out, names, pair_prefix, text_files
+from .sources import HUB, left_out, names, pair_prefix
 from .template import load_template
 from .token_files import SPLITS, Prepared, PreparedSplit, content_of
 from .token_writer import PairWriters, TokenFileWriter, pair_writers, token_dtype
@@ -204,12 +204,11 @@ def _held_out(validation: float | Sequence[str | Path]) -> tuple[float, Sequence
 
 def _files(sources: Sequence[str | Path]) -> list[Path]:
     """Return the files to read, and warn of those that are not."""
-    online = [str(source) for source in sources if str(source).startswith(HUB)]
-    here = [source for source in sources if str(source) not in online]
+    here = [source for source in sources if not str(source).startswith(HUB)]
     if left := left_out(here):
         told = "; ".join(f"{names(map(str, files), MOST_LEFT)} ({reason})" for reason, files in left.items())
         warnings.warn(f"Left out of the sources: {told}.", stacklevel=3)
-    return [*text_files(here), *(file for source in online for file in hub_files(source))]
+    return every_file(sources)
 
 
 def _read(files: Sequence[Path], fields: Fields, position: Position) -> Iterator[tuple[Document, Position]]:

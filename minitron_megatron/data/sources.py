@@ -7,12 +7,25 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from glob import glob, has_magic
 from pathlib import Path
+from typing import Annotated
 
 from ..errors import DataError
 from ..files import files_below, read_json
+from ..settings import BeforeValidator, check_path
 from .readers import FORMATS, is_compact, reader_of
 
-__all__ = ["HUB", "input_files", "left_out", "most_bytes", "names", "pair_prefix", "places", "text_files"]
+__all__ = [
+    "HUB",
+    "Sources",
+    "check_source",
+    "input_files",
+    "left_out",
+    "most_bytes",
+    "names",
+    "pair_prefix",
+    "places",
+    "text_files",
+]
 
 HUB = "hf://"
 """Beginning of a source that is a data set of the Hugging Face Hub."""
@@ -38,6 +51,21 @@ METADATA = ("dataset_info.json", "dataset_infos.json")
 
 MOST_NAMES = 4
 """Maximum number of files that an error lists."""
+
+
+def check_source(value: object) -> str:
+    """Return the path, glob or name of the Hub that a setting gives. Raises ValueError where it can be none."""
+    path = str(check_path(value))
+    return path if path.startswith(HUB) else str(Path(path))
+
+
+def _check_sources(value: object) -> object:
+    """Check a place of text or a list of places, with one message (pydantic gives one per alternative)."""
+    return tuple(map(check_source, value)) if isinstance(value, list | tuple) and value else check_source(value)
+
+
+Sources = Annotated[str | tuple[str, ...], BeforeValidator(_check_sources)]
+"""Setting: a file, a folder, a glob or a data set of the Hub, or a list of them."""
 
 Files = list[Path]
 LeftOut = dict[str, list[Path]]

@@ -3,15 +3,18 @@
 Knows: models, held-out batches, the harness. Must not know: how a model was made, recipes.
 """
 
+from .decoding import Decoding, decoding, generation_settings
 from .extra_tasks import PROGRAMS
 from .losses import ValidationSet, validation_loss
 from .predict import Predictor, RunBatches, Sampling
+from .programs import which_pass
 from .suites import SUITES, Task
 from .tasks import HarnessResults, check_tasks, lower_is_better, run_tasks, scores_of
 
 __all__ = [
     "PROGRAMS",
     "SUITES",
+    "Decoding",
     "HarnessResults",
     "Predictor",
     "RunBatches",
@@ -19,8 +22,11 @@ __all__ = [
     "Task",
     "ValidationSet",
     "check_tasks",
+    "decoding",
+    "generation_settings",
     "lower_is_better",
     "run_tasks",
     "scores_of",
     "validation_loss",
+    "which_pass",
 ]

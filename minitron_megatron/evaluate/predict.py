@@ -29,7 +29,7 @@ Adjust = Callable[[Sequence[int], int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampling:
-    """Choice of the next token from logits. Samples depend only on the seed and the prompt's number."""
+    """Choice of the next token from logits. Samples depend only on the seed and the prompt's number or key."""
 
     temperature: float = 0.0
     """0 is greedy decoding."""
@@ -38,6 +38,8 @@ class Sampling:
     top_p: float = 1.0
     """Nucleus sampling: sample among the likeliest tokens that together have this probability."""
     seed: int = 0
+    keys: Sequence[tuple[int, ...]] | None = None
+    """Name of each prompt in the random choices; None: its number."""
 
     def choose(self, prompts: Iterable[int], logits: Tensor, step: int) -> dict[int, int]:
         """Return prompt -> token, from a row of logits each: [prompts, vocab]."""
@@ -48,10 +50,13 @@ class Sampling:
             probabilities[:, self.top_k :] = 0
             probabilities /= probabilities.sum(-1, keepdim=True)
         probabilities[probabilities.cumsum(-1) - probabilities >= self.top_p] = 0
+        # back into the vocabulary's order: rounding decides the order of tokens that are about as likely
+        by_token = torch.empty_like(probabilities).scatter_(-1, tokens, probabilities)
         chosen = {}
-        for at, row, row_tokens in zip(prompts, probabilities, tokens, strict=True):
-            generator = torch.Generator(logits.device).manual_seed(hash((self.seed, step, at)) % 2**63)
-            chosen[at] = int(row_tokens[torch.multinomial(row, 1, generator=generator)])
+        for at, row in zip(prompts, by_token, strict=True):
+            key = at if self.keys is None else self.keys[at]
+            generator = torch.Generator(logits.device).manual_seed(hash((self.seed, step, key)) % 2**63)
+            chosen[at] = int(torch.multinomial(row, 1, generator=generator))
         return chosen
 
 

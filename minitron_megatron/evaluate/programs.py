@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-__all__ = ["Isolation", "candidates", "isolation", "passes", "share_that_pass"]
+__all__ = ["Isolation", "candidates", "isolation", "passes", "share_that_pass", "which_pass"]
 
 SECONDS = 10.0
 GRACE = 10.0
@@ -130,8 +130,13 @@ def passes(program: str, seconds: float = SECONDS, how: Isolation | None = None)
         return supervisor.returncode == 0
 
 
-def share_that_pass(programs: Sequence[str], tests: str) -> float:
-    """Return the share of programs that pass: an unbiased estimate of pass@1."""
+def which_pass(programs: Sequence[str]) -> list[bool]:
+    """Return whether each program with its tests runs to its end; as many run at a time as there are CPUs."""
     isolation()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return sum(threads.map(lambda program: passes(f"{program}\n{tests}\n"), programs)) / len(programs)
+        return list(threads.map(passes, programs))
+
+
+def share_that_pass(programs: Sequence[str], tests: str) -> float:
+    """Return the share of programs that pass: an unbiased estimate of pass@1."""
+    return sum(which_pass([f"{program}\n{tests}\n" for program in programs])) / len(programs)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ..align import REWARDS
 from ..data import chat_marks
 from ..errors import RecipeError
 from ..parallel import Topology
-from ..recipe import Recipe, SftRound
+from ..recipe import PairRound, Recipe, SftRound
 from .check_training import check_micro_batches, check_schedule
 
 __all__ = ["check_rounds"]
@@ -24,5 +25,7 @@ def check_rounds(recipe: Recipe, topology: Topology) -> None:
                 f"{key}.sequence is {sequence}, which cannot be split over cp={topology.cp} and the tensor-parallel "
                 f"ranks. Choose a multiple of {unit}."
             )
+        if isinstance(keys, PairRound) and keys.sample and keys.sample.reward in REWARDS:
+            REWARDS[keys.sample.reward].check(keys.sample.reward, [], recipe.evaluate.run_code)
     if recipe.align and any(recipe.model.glob("tokenizer*")):
         chat_marks(recipe.model)

@@ -27,7 +27,7 @@ def _text(recipe: Recipe) -> Iterator[Places]:
     yield from (("data.sources", source.paths, source.held_out_paths) for source in recipe.data.sources)
     yield from (("score.sources", source.paths, ()) for source in recipe.score.sources)
     for number, keys in enumerate(recipe.align):
-        block = "sources" if isinstance(keys, SftRound) else "pairs"
+        block = "sources" if isinstance(keys, SftRound) else "pairs" if keys.pairs else "sample.prompts"
         yield f"align.{number}.{block}", keys.paths, keys.held_out_paths
 
 

@@ -6,13 +6,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Tag
 
-from ..align import PairLoss
-from ..data import HELD_OUT_SHARE
+from ..align import AnswerSettings, PairLoss
+from ..data import HELD_OUT_SHARE, Sources
 from ..losses import KDLoss
 from ..settings import Count, Field, HowToRun, NotNegative, Positive, Steps, model_validator
 from ..train import TrainingSettings
 from .data_keys import Source
-from .keys import HeldOut, Sources
+from .keys import HeldOut
 
 __all__ = ["AlignRound", "PairRound", "SftRound"]
 
@@ -88,9 +88,11 @@ class PairRound(PairLoss, RoundKeys):
     method: Literal["dpo", "rpo"] = Field(kw_only=True)
     """`dpo`; or `rpo`, which takes the rewards of both responses into account, by default with the loss
     `rpo_bwd_kl`."""
-    pairs: Sources = Field(kw_only=True)
+    pairs: Sources | None = None
     """File, folder, glob, or a list of them: records of `prompt`, `chosen` and `rejected`, and for `rpo` also
     `chosen_reward` and `rejected_reward`."""
+    sample: AnswerSettings | None = None
+    """In place of `pairs`: the model that the round starts from answers prompts, and a reward chooses the pairs."""
     validation: HeldOut = HELD_OUT_SHARE
     """Path of held-out pairs, or the share of the pairs to hold out (between 0 and 1)."""
     global_batch: Count = 64
@@ -112,6 +114,12 @@ class PairRound(PairLoss, RoundKeys):
         return {"loss": BY_METHOD["rpo"][0]} | keys if rpo else keys
 
     @model_validator(mode="after")
+    def _pairs_come_from_one_place(self) -> Self:
+        if (self.pairs is None) == (self.sample is None):
+            raise ValueError("Give `pairs`, or `sample` to make them, and not both")
+        return self
+
+    @model_validator(mode="after")
     def _loss_fits_the_method(self) -> Self:
         other = next((name for name, losses in BY_METHOD.items() if self.loss in losses), self.method)
         if other != self.method:
@@ -124,7 +132,9 @@ class PairRound(PairLoss, RoundKeys):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All places of the pairs."""
+        """All places of the pairs, or of the prompts that they are made from."""
+        if self.pairs is None:
+            return self.sample.paths if self.sample else ()
         return (self.pairs,) if isinstance(self.pairs, str) else self.pairs
 
     @property

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from ..data import HELD_OUT_SHARE, SEPARATOR, TEXT_KEY, LossOn
+from ..data import HELD_OUT_SHARE, SEPARATOR, TEXT_KEY, LossOn, Sources
 from ..settings import (
     AddedLater,
     Count,
@@ -17,7 +17,7 @@ from ..settings import (
     Text,
     model_validator,
 )
-from .keys import HeldOut, Sources
+from .keys import HeldOut
 
 __all__ = ["CalibrationSource", "Data", "Source"]
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
-from ..data import HUB
-from ..settings import MOST, check_path
+from ..data import check_source
+from ..settings import MOST
 
-__all__ = ["DType", "HeldOut", "Layers", "Sources"]
+__all__ = ["DType", "HeldOut", "Layers"]
 
 DType = Literal["float32", "bfloat16"]
 
@@ -24,29 +23,16 @@ def _layers(value: object) -> object:
     return value
 
 
-def _sources(value: object) -> object:
-    """Check a place of text or a list of places, with one message (pydantic gives one per alternative)."""
-    if isinstance(value, list | tuple) and value:
-        return tuple(map(_source, value))
-    return _source(value)
-
-
-def _source(value: object) -> str:
-    path = str(check_path(value))
-    return path if path.startswith(HUB) else str(Path(path))
-
-
 def _held_out(value: object) -> object:
     """Check held-out files or a share of the documents, with one message (pydantic gives one per alternative)."""
     try:
         share = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        return _source(value)
+        return check_source(value)
     if not 0 < share < 1:
         raise ValueError("Give a path of held-out files, or the share of documents to hold out, between 0 and 1")
     return share
 
 
-Sources = Annotated[str | tuple[str, ...], BeforeValidator(_sources)]
 HeldOut = Annotated[str | float, BeforeValidator(_held_out)]
 Layers = Annotated[int | tuple[int, ...], BeforeValidator(_layers)]

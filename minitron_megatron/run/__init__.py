@@ -8,6 +8,7 @@ from .context import Context
 from .engine import Step, dry_run, planned_marks, results, run, search_task, wanted
 from .evaluation import check_export, evaluate_folder
 from .handover import hand_over
+from .sampling import sample_pairs
 from .shared import SharedStages
 from .stage import Stage
 from .stages import STAGES
@@ -26,6 +27,7 @@ __all__ = [
     "planned_marks",
     "results",
     "run",
+    "sample_pairs",
     "search_task",
     "wanted",
 ]

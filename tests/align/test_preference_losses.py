@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minitron_megatron.align import PairLoss, PreferenceObjective, measure_reference
-from minitron_megatron.align.pairs import PairFile, step_pairs, write_pairs
+from minitron_megatron.align.pairs import PairFile, step_pairs, tokenize_pairs
 from minitron_megatron.convert import load_hf
 from minitron_megatron.data import PreferencePair
 from minitron_megatron.events import silent
@@ -46,7 +46,7 @@ def pairs() -> list[PreferencePair]:
 
 def written(folder: Path) -> Path:
     path = folder / "pairs.safetensors"
-    write_pairs(pairs(), path, sequence=64, rewarded=True, held_out=0, seed=0)
+    tokenize_pairs(pairs(), path, sequence=64, rewarded=True, held_out=0, seed=0)
     return path
 
 

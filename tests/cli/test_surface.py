@@ -28,6 +28,9 @@ VERBS = {
     "align": STAGE,
     "baseline": STAGE,
     "evaluate": STAGE | {"--model"},
+    "sample": STAGE
+    | {"--to", "--prompts", "--model", "--reward", "--reward-model", "--answers", "--temperature", "--top-p"}
+    | {"--max-tokens", "--limit"},
     "export": STAGE | {"--to", "--checkpoint", "--format", "--check"},
     "init": {"--tokenizer"},
     "estimate": STAGE | {"--gpus", "--mfu", "--memory", "--slurm"},

@@ -9,7 +9,7 @@ import pytest
 
 from minitron_megatron.data import load_tokenizer, preference_pairs
 from minitron_megatron.errors import DataError
-from tests.chats import CHATML, write_tokenizer
+from tests.chats import CHATML, MARKED, write_tokenizer
 from tests.data.test_chat import ANSWER, USER, write
 
 OTHER = {"role": "assistant", "content": "c"}
@@ -35,6 +35,16 @@ def test_a_pair_is_a_prompt_and_two_responses(folder: Path, tmp_path: Path) -> N
     assert [pair.rewards for pair in pairs] == [None, None, None, (2.0, -0.5)]
 
 
+def test_the_end_of_a_conversation_is_part_of_the_response(tmp_path: Path) -> None:
+    """The marks of a template leave out the line break before the end that is added."""
+    folder = write_tokenizer(tmp_path / "marked", MARKED, "<|endoftext|>")
+    row = {"prompt": [USER, ANSWER, USER], "chosen": "b", "rejected": ""}
+    [pair] = preference_pairs([write(tmp_path / "a.jsonl", row)], folder)
+    decode = load_tokenizer(folder).decode
+    ends = "<|im_end|>\n<|endoftext|>"
+    assert [decode(part.tolist(), skip_special_tokens=False) for part in pair[1:3]] == [f"b{ends}", ends]
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -43,6 +53,10 @@ def test_a_pair_is_a_prompt_and_two_responses(folder: Path, tmp_path: Path) -> N
         ({"chosen": [USER, ANSWER], "rejected": [OTHER]}, "one response to the same prompt"),
         ({"chosen": "b", "rejected": "c"}, "one response to the same prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "chosen_reward": 1}, "needs numbers as chosen_reward and"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_reward": 1, "rejected_reward": float("-inf")},
+            "needs numbers as chosen_reward and",
+        ),
     ],
 )
 def test_what_is_no_pair_is_refused(record: object, message: str, folder: Path, tmp_path: Path) -> None:

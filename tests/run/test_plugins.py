@@ -29,6 +29,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from minitron_megatron.align import REWARDS, Record, Reward
 from minitron_megatron.convert import FAMILIES
 from minitron_megatron.data import Batch
 from minitron_megatron.files import write_json

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from ...align import (
+    AnswerSettings,
     PairBatch,
     PairFile,
     PreferenceObjective,
     Reference,
     held_out_pairs,
     load_reference,
+    make_pairs,
     measure_reference,
     pair_order,
     save_arrays,
     step_pairs,
-    write_pairs,
+    tokenize_pairs,
 )
 from ...data import chat_marks, places, preference_pairs
 from ...files import file_marks, read_as, write_json
@@ -35,6 +37,9 @@ from ..training import distil
 from .prepare import Source, tokenized
 
 __all__ = ["round_stage"]
+
+PAIRS = "pairs.jsonl"
+"""Pairs of a round that samples them; they stay in the run folder."""
 
 
 class Aligned(Model):
@@ -57,6 +62,8 @@ def do_round(number: int, context: Context) -> Result:
     saved = context.save_sealed(student, context.aligned(number))
     with fail_together():
         if context.topology.rank == 0:
+            if (work / PAIRS).is_file():
+                (work / PAIRS).replace(work.parent / PAIRS)
             shutil.rmtree(work)
     return {**saved, "method": keys.method, "units": units}
 
@@ -99,7 +106,7 @@ def _chats(context: Context, keys: SftRound, work: Path) -> dict[str, Source]:
 def _prefer(context: Context, number: int, keys: PairRound, student: list[Chunk], work: Path) -> int:
     """Train on preference pairs; return their number, with repetitions."""
     topology = context.topology
-    file = _pairs(context, keys, work)
+    file = _pairs(context, keys, student, work)
     reference = _reference(context, keys, student, file, work)
     used, held_out = file.split(held_out=False), file.split(held_out=True)[: context.recipe.evaluate.samples]
     steps = -(-max(1, round(keys.epochs * len(used))) // keys.global_batch)
@@ -134,14 +141,15 @@ def _prefer(context: Context, number: int, keys: PairRound, student: list[Chunk]
     return int(values["pairs"])
 
 
-def _pairs(context: Context, keys: PairRound, work: Path) -> PairFile:
-    """Return the round's pairs as tokens, written by rank 0 unless an interrupted run has. Collective."""
+def _pairs(context: Context, keys: PairRound, student: list[Chunk], work: Path) -> PairFile:
+    """Return the round's pairs as tokens, made and written unless an interrupted run has. Collective."""
     path, tokenizer = work / "pairs.safetensors", context.recipe.model
+    paths = [_sampled(context, keys.sample, student, work)] if keys.sample else keys.paths
     with fail_together():
         if context.topology.rank == 0 and not path.is_file():
             held = keys.held_out_paths
-            cut = write_pairs(
-                preference_pairs(keys.paths, tokenizer),
+            cut = tokenize_pairs(
+                preference_pairs(paths, tokenizer),
                 path,
                 sequence=keys.sequence or context.recipe.data.sequence,
                 rewarded=keys.method == "rpo",
@@ -152,6 +160,15 @@ def _pairs(context: Context, keys: PairRound, work: Path) -> PairFile:
                 warnings.warn(f"{cut} pairs have a response that is cut off at the end of the sample.", stacklevel=2)
     with fail_together():
         return PairFile(path)
+
+
+def _sampled(context: Context, settings: AnswerSettings, student: list[Chunk], work: Path) -> str:
+    """Return the file of the pairs that the student's answers give, made unless an interrupted run has. Collective."""
+    path, recipe = work / PAIRS, context.recipe
+    if not broadcast_object(path.is_file()):
+        how = {"seed": recipe.seed, "run_code": recipe.evaluate.run_code, "listener": context.listener}
+        make_pairs(student, context.topology, settings, recipe.model, path, work / "answers", **how)
+    return str(path)
 
 
 def _reference(context: Context, keys: PairRound, student: list[Chunk], file: PairFile, work: Path) -> Reference:
