@@ -46,11 +46,12 @@ class Reward:
         for key, kinds in self.needs.items():
             for record, place in prompts:
                 value = record.get(key)
-                if isinstance(value, bool) or not isinstance(value, kinds) or value in ("", []):
+                of_kind = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+                if not of_kind or value in ("", []):
                     told = f"{key} is {str(value)[:40]!r}" if key in record else f"there is no {key}"
                     raise DataError(
                         f"{place} cannot be rated by the reward {name}: {told}. Give each record "
-                        f"{key}: {' or '.join(KINDS[kind] for kind in kinds)}."
+                        f"{key}: {' or '.join(KINDS.get(kind, kind.__name__) for kind in kinds)}."
                     )
 
 

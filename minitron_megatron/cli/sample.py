@@ -23,7 +23,7 @@ def sample(
     overrides: Set = None,
     out: Out = None,
     model: Annotated[
-        Path | None, typer.Option("--model", metavar="DIR", help="Hugging Face folder, instead of the run's student.")
+        Path | None, typer.Option("--model", metavar="DIR", help="Hugging Face folder, not the run's newest student.")
     ] = None,
     reward: Annotated[
         str | None,

@@ -33,9 +33,9 @@ def sample_pairs(
 ) -> PairsSummary:
     """Write preference pairs to the file `to`, and return what they were made from. Collective over the world.
 
-    model: Hugging Face folder that answers, with its own tokenizer; None: the run's student. What an
-    interrupted call has sampled lies in `<to>.parts`, from which the same call goes on. Raises RecipeError if `to`
-    exists or the student is not there yet.
+    model: Hugging Face folder that answers, with its own tokenizer; None: the run's newest student, aligned or
+    distilled. What an interrupted call has sampled lies in `<to>.parts`, from which the same call goes on. Raises
+    RecipeError if `to` exists or the student is not there yet.
     """
     with fail_together():
         if to.exists():
@@ -67,7 +67,8 @@ def _who_answers(context: Context, settings: AnswerSettings, model: Path | None)
         if model:
             raise RecipeError("the records hold the responses, so that no model answers. Remove the model.")
         return context.recipe.model
-    folder = model or context.student
+    rounds = range(len(context.recipe.align), -1, -1)
+    folder = model or next(filter(Path.is_dir, map(context.aligned, rounds)), context.aligned(0))
     if not folder.is_dir():
         raise RecipeError(f"there is no model {folder}. Run `minitron distill` first, or give another model.")
     check_fits(read_config(folder).shape, context.topology)
