@@ -12,7 +12,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-gpu test-latest test-slurm slurm quickstart schema soak clean
+.PHONY: help install check test test-gpu test-latest test-slurm slurm quickstart align schema soak clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -60,6 +60,10 @@ slurm:  # where it can be installed; the tests that need it skip and say so wher
 
 quickstart: install runs/corpus  ## prune and distil a small model on this machine
 	$(BIN)/minitron run examples/quickstart/recipe.yaml
+
+align: install runs/corpus  ## then teach a small model to follow instructions: fine-tuning, and two rounds of RPO
+	$(BIN)/python examples/align/tasks.py runs/align-data
+	$(BIN)/minitron run examples/align/recipe.yaml
 
 schema: install  ## write recipe/schema.json anew, after a change of the recipe's keys
 	$(BIN)/python -c 'import json; from minitron_megatron.recipe import json_schema as keys; print(json.dumps(keys(), indent=2))' \

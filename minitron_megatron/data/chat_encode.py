@@ -72,12 +72,20 @@ class ChatEncoder:
             spans = [(0, len(text))]
         encoded = self.tokenizer.encode(text, add_special_tokens=False)
         ids, counts = list(encoded.ids), _within(encoded.offsets, spans)
-        if not text.rstrip().endswith(str(self.tokenizer.id_to_token(self.end))):
+        if not self.ends(text):
             ids.append(self.end)
             counts.append(self.loss_on == "all" or conversation["messages"][-1]["role"] == "assistant")
         marks = np.array(counts, MARK) * MARK(COUNTS)
         marks[-1] += LAST
         return np.array(ids, self.dtype), marks
+
+    def ids(self, text: str) -> NDArray:
+        """Return the ids of a text, without special tokens of the tokenizer's own."""
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, self.dtype)
+
+    def ends(self, text: str) -> bool:
+        """Return whether a conversation's text ends with `end` by itself."""
+        return text.rstrip().endswith(str(self.tokenizer.id_to_token(self.end)))
 
 
 def _within(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .chat import Conversation, Preference
-from .chat_encode import COUNTS, ChatEncoder
+from .chat_encode import ChatEncoder
 from .document import Fields
 from .hub import every_file
 from .readers import documents
@@ -63,17 +63,19 @@ def _pair(encoder: ChatEncoder, pair: Preference, place: str) -> PreferencePair:
 
 
 def _split(encoder: ChatEncoder, pair: Preference, which: str) -> tuple[NDArray, NDArray]:
-    """Return the tokens before the assistant's last turn, and the rest."""
-    messages = [*pair["prompt"], pair[which]]  # type: ignore[literal-required]
-    conversation = Conversation(messages=messages)
+    """Return the tokens before the assistant's last turn, and those of the turn with the end of the conversation.
+
+    The two are tokenized apart, as when a model answers: no token lies across the border, whatever the response.
+    """
+    conversation = Conversation(messages=[*pair["prompt"], pair[which]])  # type: ignore[literal-required]
     if "tools" in pair:
         conversation["tools"] = pair["tools"]
-    ids, marks = encoder.encode(conversation)
-    counts = (marks & COUNTS) > 0
-    starts = np.flatnonzero(counts & ~np.concatenate([[False], counts[:-1]]))
+    text, spans = encoder.template.turns(conversation)
+    start = spans[-1][0]
     turn = 1 + sum(message["role"] == "assistant" for message in pair["prompt"])
-    if len(starts) > turn and starts[-1] == len(ids) - 1:  # the end that was added, after what the template leaves out
-        starts = starts[:-1]
-    if len(starts) < turn:
+    if len(spans) < turn or not text[start:].strip():
         raise ChatError("its response has no tokens of its own", "Correct the record, or the template.")
-    return ids[: starts[-1]], ids[starts[-1] :]
+    prompt, response = (encoder.ids(part) for part in (text[:start], text[start:]))
+    if not encoder.ends(text):
+        response = np.append(response, encoder.end)
+    return prompt, response

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..align import REWARDS
-from ..data import chat_marks
+from ..align import REWARDS, AnswerSettings
+from ..data import HUB, chat_marks, read_prompts
 from ..errors import RecipeError
 from ..parallel import Topology
 from ..recipe import PairRound, Recipe, SftRound
@@ -25,7 +25,15 @@ def check_rounds(recipe: Recipe, topology: Topology) -> None:
                 f"{key}.sequence is {sequence}, which cannot be split over cp={topology.cp} and the tensor-parallel "
                 f"ranks. Choose a multiple of {unit}."
             )
-        if isinstance(keys, PairRound) and keys.sample and keys.sample.reward in REWARDS:
-            REWARDS[keys.sample.reward].check(keys.sample.reward, [], recipe.evaluate.run_code)
+        if isinstance(keys, PairRound) and keys.sample:
+            _check_sampling(keys.sample, recipe)
     if recipe.align and any(recipe.model.glob("tokenizer*")):
         chat_marks(recipe.model)
+
+
+def _check_sampling(keys: AnswerSettings, recipe: Recipe) -> None:
+    """Check the reward, and the records that are on this machine."""
+    here = not any(path.startswith(HUB) for path in keys.paths)
+    prompts = list(read_prompts(keys.paths, rated=not keys.samples, limit=keys.limit)) if here else []
+    if keys.reward in REWARDS:
+        REWARDS[keys.reward].check(keys.reward, prompts, recipe.evaluate.run_code)

@@ -217,8 +217,8 @@ class Recipe(Settings):
     in place of `prune`. Its vocabulary may differ from the teacher's in padding."""
     plugins: AddedLater[tuple[Text, ...]] = ()
     """Your own Python modules, imported before the recipe is read, from its folder or from `sys.path`. They run as
-    code, with your permissions, on every rank, and add divergences, statistics, depth metrics, objectives, model
-    families and stages (CONTRIBUTING.md), which other keys then take by name."""
+    code, with your permissions, on every rank, and add divergences, preference losses, rewards, statistics, depth
+    metrics, objectives, model families and stages (CONTRIBUTING.md), which other keys then take by name."""
     seed: Seed = 1
     """Seed of data order, initialisation and random choices."""
     dtype: DType = "bfloat16"

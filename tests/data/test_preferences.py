@@ -25,14 +25,16 @@ def test_a_pair_is_a_prompt_and_two_responses(folder: Path, tmp_path: Path) -> N
     lists = {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}
     longer = {"prompt": [USER, ANSWER, USER], "chosen": OTHER, "rejected": [ANSWER]}
     rewarded = texts | {"chosen_reward": 2, "rejected_reward": -0.5}
-    pairs = list(preference_pairs([write(tmp_path / "a.jsonl", texts, lists, longer, rewarded)], folder))
+    spaced = {"prompt": "a", "chosen": "\n\nb", "rejected": "\nc"}  # "\n\n" is one token, of prompt and response
+    pairs = list(preference_pairs([write(tmp_path / "a.jsonl", texts, lists, longer, rewarded, spaced)], folder))
     decode = load_tokenizer(folder).decode
     said = [[decode(part.tolist(), skip_special_tokens=False) for part in pair[:3]] for pair in pairs]
     prompt = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     ends = "<|im_end|>\n<|endoftext|>"
     assert said[0] == said[1] == said[3] == [prompt, f"b{ends}", f"c{ends}"]
     assert said[2] == [f"{prompt}b<|im_end|>\n{prompt}", f"c{ends}", f"b{ends}"]
-    assert [pair.rewards for pair in pairs] == [None, None, None, (2.0, -0.5)]
+    assert said[4] == [prompt, f"\n\nb{ends}", f"\nc{ends}"]
+    assert [pair.rewards for pair in pairs] == [None, None, None, (2.0, -0.5), None]
 
 
 def test_the_end_of_a_conversation_is_part_of_the_response(tmp_path: Path) -> None:

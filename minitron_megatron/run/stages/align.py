@@ -13,6 +13,7 @@ from ...align import (
     AnswerSettings,
     PairBatch,
     PairFile,
+    PairsSummary,
     PreferenceObjective,
     Reference,
     held_out_pairs,
@@ -38,8 +39,8 @@ from .prepare import Source, tokenized
 
 __all__ = ["round_stage"]
 
-PAIRS = "pairs.jsonl"
-"""Pairs of a round that samples them; they stay in the run folder."""
+PAIRS, SUMMARY = "pairs.jsonl", "sampled.json"
+"""Pairs of a round that samples them, which stay in the run folder, and what they were chosen from."""
 
 
 class Aligned(Model):
@@ -48,6 +49,8 @@ class Aligned(Model):
     method: str
     units: int
     """Tokens of a fine-tuning, pairs of a preference optimisation."""
+    sampled: PairsSummary | None
+    """Answers that the pairs were chosen from, where the round samples them."""
 
 
 def do_round(number: int, context: Context) -> Result:
@@ -60,12 +63,14 @@ def do_round(number: int, context: Context) -> Result:
     else:
         units = _prefer(context, number, keys, student, work)
     saved = context.save_sealed(student, context.aligned(number))
+    summary = work / SUMMARY
+    sampled = read_as(summary, PairsSummary) if summary.is_file() else None
     with fail_together():
         if context.topology.rank == 0:
             if (work / PAIRS).is_file():
                 (work / PAIRS).replace(work.parent / PAIRS)
             shutil.rmtree(work)
-    return {**saved, "method": keys.method, "units": units}
+    return {**saved, "method": keys.method, "units": units, "sampled": sampled}
 
 
 def _fine_tune(context: Context, number: int, keys: SftRound, student: list[Chunk], work: Path) -> int:
@@ -166,8 +171,19 @@ def _sampled(context: Context, settings: AnswerSettings, student: list[Chunk], w
     """Return the file of the pairs that the student's answers give, made unless an interrupted run has. Collective."""
     path, recipe = work / PAIRS, context.recipe
     if not broadcast_object(path.is_file()):
-        how = {"seed": recipe.seed, "run_code": recipe.evaluate.run_code, "listener": context.listener}
-        make_pairs(student, context.topology, settings, recipe.model, path, work / "answers", **how)
+        made = make_pairs(
+            student,
+            context.topology,
+            settings,
+            recipe.model,
+            path,
+            work / "answers",
+            seed=recipe.seed,
+            run_code=recipe.evaluate.run_code,
+            listener=context.listener,
+        )
+        if context.topology.rank == 0:
+            write_json(work / SUMMARY, made)
     return str(path)
 
 
@@ -187,7 +203,9 @@ def _reference(context: Context, keys: PairRound, student: list[Chunk], file: Pa
 def _inputs(number: int, recipe: Recipe) -> list[object]:
     """Return a round's keys, and marks of its files and of the chat template."""
     keys = recipe.align[number - 1]
-    return [keys.deciding(), file_marks(places([*keys.paths, *keys.held_out_paths])), chat_marks(recipe.model)]
+    models = [keys.sample.reward_model] if isinstance(keys, PairRound) and keys.sample else []
+    read = [*places([*keys.paths, *keys.held_out_paths]), *(model for model in models if model)]
+    return [keys.deciding(), file_marks(read), chat_marks(recipe.model)]
 
 
 def round_stage(number: int) -> Stage:
