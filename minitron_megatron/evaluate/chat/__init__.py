@@ -1,0 +1,1 @@
+"""Tasks of conversations that the harness lacks."""
