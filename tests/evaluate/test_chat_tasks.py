@@ -181,6 +181,14 @@ def test_calls_of_each_category_are_graded(files: Path) -> None:
     assert set(graded(BFCL, files / "bfcl_v2_live", wrong).values()) == {0.0}
 
 
+def test_messages_of_the_user_that_follow_each_other_are_one(files: Path, tmp_path: Path) -> None:
+    shutil.copytree(files / "bfcl_v2_live", tmp_path / "tasks")
+    said = [{"role": role, "content": text} for role, text in (("system", "S"), ("user", "a"), ("user", "b"))]
+    change(tmp_path / "tasks" / "BFCL_v3_live_simple.json", question=[said])
+    first = BFCL.questions(tmp_path / "tasks")[0]
+    assert first.turns == (({"role": "system", "content": "S"}, {"role": "user", "content": "a\n\nb"}),)
+
+
 def test_chatrag_is_graded_as_its_authors_do(files: Path) -> None:
     """The three of DoQA count as one set. A refusal of any form is one form in QuAC and DoQA alone."""
     answers = {

@@ -17,7 +17,7 @@ from ...events import Listener
 from .calls import calls_in
 from .judge import Judge
 from .match import LISTS, TYPES, all_match, plain_name
-from .task import Answered, Graded, Question, mean, read_records, the_file
+from .task import Answered, Graded, Message, Question, mean, read_records, the_file
 
 __all__ = ["BFCL"]
 
@@ -111,7 +111,20 @@ def _question(record: QuestionRecord, category: str, truths: Mapping[str, Any], 
             raise DataError(f"{place} has no true calls of its functions. Correct its ground_truth.")
         record = {**record, "ground_truth": truth}
     tools = [_tool(each) for each in record["function"]]
-    return Question(record["id"], category, (tuple(record["question"][0]),), record, tools)
+    return Question(record["id"], category, (_merged(record["question"][0], place),), record, tools)
+
+
+def _merged(messages: Sequence[Message], place: str) -> tuple[Message, ...]:
+    """Return messages with those of the user that follow each other as one: many templates want them to alternate."""
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        if not isinstance(message.get("content"), str) or "role" not in message:
+            raise DataError(f"{place} has a message without role or text. Correct it.")
+        if merged and message["role"] == merged[-1]["role"] == "user":
+            merged[-1]["content"] += f"\n\n{message['content']}"
+        else:
+            merged.append(dict(message))
+    return tuple(merged)
 
 
 def _check_function(function: FunctionRecord, place: str) -> None:

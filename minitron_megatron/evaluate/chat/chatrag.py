@@ -131,7 +131,8 @@ def _questions(folder: Path, name: str) -> list[Question]:
         if not good or messages[-1].get("role") != "user":
             raise DataError(f"{path}, record {number} does not end with a question of the user. Correct its messages.")
         turn = (_system(record["ctxs"]), *_instructed(messages, name))
-        question = Question(f"{name}-{number}", name, (turn,), record)
+        row = {key: value for key, value in record.items() if key != "ctxs"}
+        question = Question(f"{name}-{number}", name, (turn,), row)
         if not _truths(question) or (name == "convfinqa" and "exe_answer" not in record):
             raise DataError(f"{path}, record {number} has no true answer. Correct or remove it.")
         questions.append(question)

@@ -57,9 +57,16 @@ def check_chat_task(task: Task, files: Path | None, lm: HarnessMethods | None, j
     if judge is not None:
         chat.check_judge(folder)
     if lm is not None:
-        longest = sorted(questions, key=lambda question: -len(str(question.turns) + str(question.tools)))[:CHECKED]
-        lm.check_conversations([_prompt(lm, each, []) for each in longest], _sampling(task, chat, 0.0))
-        _check_tools(task, lm, longest)
+        checked = _samples(questions)
+        lm.check_conversations([_prompt(lm, each, []) for each in checked], _sampling(task, chat, 0.0))
+        _check_tools(task, lm, checked)
+
+
+def _samples(questions: Sequence[Question]) -> list[Question]:
+    """Return the longest questions, and one with each order of roles: a template may refuse some."""
+    by_roles = {tuple(message["role"] for message in question.turns[0]): question for question in questions}
+    longest = sorted(questions, key=lambda question: -len(str(question.turns) + str(question.tools)))
+    return [*longest[:CHECKED], *by_roles.values()]
 
 
 def _folder(task: Task, files: Path | None) -> Path:
