@@ -267,6 +267,13 @@ def change(path: Path, **keys: Any) -> None:
             {"function": [{"name": "f", "parameters": {"properties": {"a": {"type": "set"}}}}]},
             "the parameter a of f has no type that BFCL compares",
         ),
+        ("bfcl_v2_live", "BFCL_v3_live_simple.json", {"question": [[{"role": "user"}]]}, r"record 1 .*content"),
+        (
+            "bfcl_v2_live",
+            "BFCL_v3_live_simple.json",
+            {"function": [{"name": "f", "parameters": {"properties": {"a": 3}}}]},
+            r"question live_simple_0-0-0, f .*properties\.a",
+        ),
         ("mt_bench", "question.jsonl", {"turns": "one"}, "record 1 .* turns"),
         ("chatrag", "coqa/dev.json", None, r"has no coqa/dev\.json"),
     ],

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from ...errors import DataError
 from ...events import Listener
+from ...files import check_as
 from .calls import calls_in
 from .judge import Judge
 from .match import LISTS, TYPES, all_match, plain_name
@@ -31,6 +32,18 @@ FLOAT_HINT = " This is a float type value."
 """Added to the description of a float, for JSON Schema has numbers alone; as BFCL does."""
 
 
+class Parameter(TypedDict):
+    type: str
+    items: NotRequired[dict[str, Any]]
+
+
+class Parameters(TypedDict):
+    """What is compared of a function's parameters; templates get all of it."""
+
+    required: NotRequired[list[str]]
+    properties: dict[str, Parameter]
+
+
 class FunctionRecord(TypedDict):
     name: str
     description: NotRequired[str]
@@ -39,7 +52,7 @@ class FunctionRecord(TypedDict):
 
 class QuestionRecord(TypedDict):
     id: str
-    question: list[list[dict[str, Any]]]
+    question: list[list[Message]]
     function: list[FunctionRecord]
     ground_truth: NotRequired[list[dict[str, dict[str, list[Any]]]]]
 
@@ -111,29 +124,25 @@ def _question(record: QuestionRecord, category: str, truths: Mapping[str, Any], 
             raise DataError(f"{place} has no true calls of its functions. Correct its ground_truth.")
         record = {**record, "ground_truth": truth}
     tools = [_tool(each) for each in record["function"]]
-    return Question(record["id"], category, (_merged(record["question"][0], place),), record, tools)
+    return Question(record["id"], category, (_merged(record["question"][0]),), record, tools)
 
 
-def _merged(messages: Sequence[Message], place: str) -> tuple[Message, ...]:
+def _merged(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Return messages with those of the user that follow each other as one: many templates want them to alternate."""
-    merged: list[dict[str, Any]] = []
+    merged: list[Message] = []
     for message in messages:
-        if not isinstance(message.get("content"), str) or "role" not in message:
-            raise DataError(f"{place} has a message without role or text. Correct it.")
         if merged and message["role"] == merged[-1]["role"] == "user":
-            merged[-1]["content"] += f"\n\n{message['content']}"
+            merged[-1] = {"role": "user", "content": f"{merged[-1]['content']}\n\n{message['content']}"}
         else:
-            merged.append(dict(message))
+            merged.append(message)
     return tuple(merged)
 
 
 def _check_function(function: FunctionRecord, place: str) -> None:
-    parameters = function["parameters"].get("properties")
-    if not isinstance(parameters, dict):
-        raise DataError(f"{place}: the function {function['name']} has no properties of its parameters. Correct it.")
-    for name, parameter in parameters.items():
-        inner = parameter.get("items", {}).get("type") if parameter.get("type") in LISTS else "any"
-        if parameter.get("type") not in TYPES or inner not in TYPES:
+    parameters: Parameters = check_as(function["parameters"], Parameters, f"{place}, {function['name']}")
+    for name, parameter in parameters["properties"].items():
+        inner = parameter.get("items", {}).get("type") if parameter["type"] in LISTS else "any"
+        if parameter["type"] not in TYPES or inner not in TYPES:
             raise DataError(
                 f"{place}: the parameter {name} of {function['name']} has no type that BFCL compares. "
                 f"It has {', '.join(TYPES)}, and lists say the type of their items."

@@ -69,7 +69,7 @@ class Context(TypedDict):
 
 
 class Record(TypedDict):
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     ctxs: list[Context]
     answers: NotRequired[Any]
     answer: NotRequired[Any]
@@ -127,8 +127,7 @@ def _questions(folder: Path, name: str) -> list[Question]:
     questions = []
     for number, record in enumerate(records, 1):
         messages = record["messages"][-TURNS:]
-        good = messages and all(isinstance(each.get("content"), str) for each in messages)
-        if not good or messages[-1].get("role") != "user":
+        if not messages or messages[-1]["role"] != "user":
             raise DataError(f"{path}, record {number} does not end with a question of the user. Correct its messages.")
         turn = (_system(record["ctxs"]), *_instructed(messages, name))
         row = {key: value for key, value in record.items() if key != "ctxs"}
@@ -144,13 +143,12 @@ def _system(documents: Sequence[Context]) -> Message:
     return {"role": "system", "content": "\n\n".join([SYSTEM, *texts])}
 
 
-def _instructed(messages: Sequence[Mapping[str, Any]], name: str) -> list[Message]:
+def _instructed(messages: Sequence[Message], name: str) -> list[Message]:
     """Return a conversation with the instruction of its data set."""
     last = len(messages) - 1
     at = last if name in ASKED else next(at for at, each in enumerate(messages) if each["role"] == "user")
-    plain: list[Message] = [{"role": each["role"], "content": each["content"]} for each in messages]
-    plain[at] = {"role": "user", "content": ASKED.get(name, FULL) + plain[at]["content"]}
-    return plain
+    instructed: Message = {"role": "user", "content": ASKED.get(name, FULL) + messages[at]["content"]}
+    return [*messages[:at], instructed, *messages[at + 1 :]]
 
 
 def _truths(question: Question) -> list[str]:

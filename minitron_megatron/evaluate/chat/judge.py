@@ -9,7 +9,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -28,9 +28,6 @@ SECONDS = 120.0
 MOST_TOKENS = 2048
 PASSING = (408, 409, 425, 429, *range(500, 600))
 """HTTP statuses after which the same request may succeed."""
-
-Progress = Callable[[int], None]
-"""Receives the number of judgments so far."""
 
 
 def _check_url(url: str) -> str:
@@ -86,8 +83,8 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def judgments(
-    judge: Judge, conversations: Sequence[Sequence[dict[str, str]]], progress: Progress = lambda done: None
-) -> Iterator[tuple[int, str]]:
+    judge: Judge, conversations: Sequence[Sequence[dict[str, str]]]
+) -> Generator[tuple[int, str], None, None]:
     """Yield (number of a conversation, the judge's response to it) as they arrive.
 
     After the responses that were under way, raises RecipeError if the judge refuses a request, DataError if it does not
@@ -99,12 +96,10 @@ def judgments(
         waiting = {
             threads.submit(_response, judge, key, each, ended): number for number, each in enumerate(conversations)
         }
-        failed, done = None, 0
+        failed = None
         for future in as_completed(waiting):
             if not future.cancelled() and (error := future.exception()) is None:
-                done += 1
                 yield waiting[future], future.result()
-                progress(done)
             elif failed is None:
                 failed = error
                 ended.set()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NotRequired
 
@@ -19,7 +20,7 @@ from ...errors import DataError
 from ...events import Event, Listener
 from ..local import Row, read_rows
 from .judge import Judge, judgments
-from .task import Answered, Graded, Question, mean, read_records, the_file, write_lines
+from .task import Answered, Graded, Message, Question, mean, read_records, the_file, write_lines
 
 __all__ = ["MT_BENCH"]
 
@@ -103,7 +104,7 @@ def _question(record: QuestionRecord, path: str) -> Question:
         raise DataError(
             f"{path}, question {record['question_id']} has {len(record['turns'])} turns, and two are asked."
         )
-    turns = tuple(({"role": "user", "content": turn},) for turn in record["turns"])
+    turns = tuple((Message(role="user", content=turn),) for turn in record["turns"])
     temperature = TEMPERATURES.get(record["category"], 0.0)
     return Question(str(record["question_id"]), record["category"], turns, record, temperature=temperature)
 
@@ -202,11 +203,11 @@ def _rate(
 
     save()
     try:
-        for number, response in judgments(
-            judge, [each for *_, each in rest], lambda done: listener(Event("judge", done, len(rest), "ratings"))
-        ):
-            at, turn, _ = rest[number]
-            responses[at][turn] = response
+        with closing(judgments(judge, [each for *_, each in rest])) as found:
+            for done, (number, response) in enumerate(found, 1):
+                at, turn, _ = rest[number]
+                responses[at][turn] = response
+                listener(Event("judge", done, len(rest), "ratings"))
     finally:
         save()
 

@@ -8,16 +8,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from typing_extensions import TypedDict
+
 from ...errors import DataError
 from ...events import Listener
 from ...files import check_as, parse_json, read_text, whole_file
 from ..local import Row, read_rows
 from .judge import Judge
 
-__all__ = ["Answered", "ChatTask", "Graded", "Message", "Question", "mean", "read_records", "the_file", "write_lines"]
+__all__ = [
+    "Answered",
+    "ChatTask",
+    "Graded",
+    "Message",
+    "Question",
+    "mean",
+    "read_records",
+    "the_file",
+    "write_lines",
+]
 
-Message = Mapping[str, Any]
-"""`role` and `content`."""
+
+class Message(TypedDict):
+    """One message of a conversation, in the form that chat templates take."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
