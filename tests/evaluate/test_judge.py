@@ -106,6 +106,7 @@ def test_what_may_pass_is_tried_again(stub: Stub, first: Response) -> None:
     ("response", "says"),
     [
         ((401, b'{"error": "bad key secret-key"}'), r"401 Unauthorized .*bad key \*\*\*"),
+        ((400, b"." * 195 + KEY.encode()), r"400 Bad Request \(\.+\*\*\*\)"),
         ((404, b""), "404 Not Found"),
         ((307, b""), "307"),
     ],
@@ -137,6 +138,10 @@ def test_settings_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(RecipeError, match="JUDGE_KEY, which `key_env` names, is not set"):
         Judge("http://host/v1", "gpt", "JUDGE_KEY").key()
+    monkeypatch.setenv("JUDGE_KEY", "secret\nkey")
+    with pytest.raises(RecipeError, match="holds spaces or other characters") as found:
+        Judge("http://host/v1", "gpt", "JUDGE_KEY").key()
+    assert "secret" not in str(found.value)
     assert Judge("http://host/v1", "gpt").key() is None
 
 

@@ -1,7 +1,7 @@
 """BFCL v2 live: function calls that users asked for, compared with the true ones by their abstract syntax.
 
-Reads the files that BFCL publishes (github.com/ShishirPatil/gorilla), of v2 or any later version: `*_live_simple.json`
-and so on, with the true calls in `possible_answer/`, or in the same record.
+Reads the files that BFCL publishes (github.com/ShishirPatil/gorilla) since v3, which hold v2's live questions:
+`*_live_simple.json` and so on, with the true calls in `possible_answer/`, or in the same record.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Parameter(TypedDict):
 
 
 class Parameters(TypedDict):
-    """What is compared of a function's parameters; templates get all of it."""
+    """Parts of a function's parameters that the comparison reads; templates get all of them."""
 
     required: NotRequired[list[str]]
     properties: dict[str, Parameter]
@@ -159,8 +159,8 @@ def _schema(parameter: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(parameter)
     kind = parameter.get("type", "string")
     found["type"] = JSON_TYPES.get(kind, kind)
-    if kind == "float":
-        found |= {"format": "float", "description": parameter.get("description", "") + FLOAT_HINT}
+    if kind == "float" and "description" in parameter:
+        found |= {"format": "float", "description": f"{parameter['description']}{FLOAT_HINT}"}
     if isinstance(parameter.get("properties"), dict):
         found["properties"] = {name: _schema(each) for name, each in parameter["properties"].items()}
     if isinstance(parameter.get("items"), dict):

@@ -72,6 +72,11 @@ class Judge(Settings):
                 f"the environment variable {self.key_env}, which `key_env` names, is not set. Export the judge's API "
                 "key in it, or remove `key_env`."
             )
+        if not re.fullmatch(r"[!-~]+", key):  # http.client's own message would show the key
+            raise RecipeError(
+                f"the environment variable {self.key_env}, which `key_env` names, holds spaces or other characters "
+                "that no API key has. Export the key alone."
+            )
         return key
 
 
@@ -124,9 +129,10 @@ def _response(judge: Judge, key: str | None, messages: Sequence[dict[str, str]],
             break
         try:
             with opener.open(request, timeout=SECONDS) as response:
-                return _content(response.read())
+                return _content(response.read(), key)
         except urllib.error.HTTPError as error:
-            problem = _status(error, key)
+            with error:
+                problem = _status(error, key)
             if error.code not in PASSING:
                 raise RecipeError(
                     f"the judge at {judge.url} refuses a request: {problem}. Check `judge`, and its API key in the "
@@ -140,22 +146,27 @@ def _response(judge: Judge, key: str | None, messages: Sequence[dict[str, str]],
     )
 
 
-def _content(body: bytes) -> str:
+def _content(body: bytes, key: str | None) -> str:
     """Return the text of a chat completion. Raises ValueError for anything else."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"its response is no chat completion: {body[:100].decode(errors='replace')!r}") from error
+        raise ValueError(f"its response is no chat completion: {_shown(body, key)!r}") from error
     if not isinstance(content, str):
         raise ValueError("its response has no text")
     return content
 
 
 def _status(error: urllib.error.HTTPError, key: str | None) -> str:
-    """Return status, reason and the beginning of the body of an error, without the key should a server echo it."""
+    """Return status, reason and the beginning of the body of an error."""
     try:
-        body = " ".join(error.read(2000).decode(errors="replace").split())
+        body = _shown(error.read(), key)
     except (OSError, http.client.HTTPException):
         body = ""
-    told = f"{error.code} {error.reason}" + (f" ({body[:200]})" if body else "")
-    return told.replace(key, "***") if key else told
+    return f"{error.code} {error.reason}" + (f" ({body})" if body else "")
+
+
+def _shown(body: bytes, key: str | None) -> str:
+    """Return the beginning of a body in one line, without the API key should a server echo it."""
+    text = " ".join(body.decode(errors="replace").split())
+    return (text.replace(key, "***") if key else text)[:200]
