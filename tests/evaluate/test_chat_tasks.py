@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a random Llama with a chat template, whose answers have at most six tokens."""
     folder = write_llama(tmp_path_factory.mktemp("model"), SHAPE, 3)
     write_tokenizer(folder, CHATML, "<|im_end|>")
-    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 6}))
     return folder
@@ -242,6 +242,10 @@ def test_tasks_are_checked_before_they_run(model: Path, files: Path, tmp_path: P
     config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 200}
     (other / "config.json").write_text(json.dumps(config))
     check_tasks([Task("chatrag")], files, tokenizer=model)
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2080}))
+    with pytest.raises(DataError, match=r"a prompt of \d+ tokens is longer than the 32 "):
+        check_tasks([Task("mt_bench")], files, tokenizer=model, model=other)  # two answers of 1024 tokens
+    (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=r"a prompt of \d+ tokens is longer than the 136 .* `truncate`"):
         check_tasks([Task("chatrag")], files, tokenizer=model, model=other)
 

@@ -30,7 +30,7 @@ def path(recipe_file: Write, material: Path, tmp_path: Path) -> Path:
     """Return a recipe with MT-Bench, for a model whose template writes words alone."""
     model = tmp_path / "model"
     shutil.copytree(material / "model", model)
-    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 1200}
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 2400}
     (model / "config.json").write_text(json.dumps(config))
     (model / "generation_config.json").write_text(json.dumps({"max_new_tokens": 3}))
     (model / "chat_template.jinja").write_text(TEMPLATE)

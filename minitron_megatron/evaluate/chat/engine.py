@@ -58,7 +58,10 @@ def check_chat_task(task: Task, files: Path | None, lm: HarnessMethods | None, j
         chat.check_judge(folder)
     if lm is not None:
         checked = _samples(questions)
-        lm.check_conversations([_prompt(lm, each, []) for each in checked], _sampling(task, chat, 0.0))
+        for each in checked:
+            later = len(each.turns) - 1
+            room = {"max_gen_toks": chat.most_tokens * (later + 1)}  # answers of all turns fit the context
+            lm.check_conversations([_prompt(lm, each, ["."] * later)], _sampling(task, chat, 0.0) | room)
         _check_tools(task, lm, checked)
 
 
