@@ -1,8 +1,9 @@
-"""Evaluation of a model: loss on held-out text, and tasks of lm-evaluation-harness.
+"""Evaluation of a model: loss on held-out text, tasks of lm-evaluation-harness, and tasks that are conversations.
 
-Knows: models, held-out batches, the harness. Must not know: how a model was made, recipes.
+Knows: models, held-out batches, the harness, chat templates. Must not know: how a model was made, recipes.
 """
 
+from .chat import CHAT_TASKS, NEED_JUDGE, Judge
 from .decoding import Decoding, decoding, generation_settings
 from .extra_tasks import PROGRAMS
 from .losses import ValidationSet, validation_loss
@@ -12,10 +13,13 @@ from .suites import SUITES, Task
 from .tasks import HarnessResults, check_tasks, lower_is_better, run_tasks, scores_of
 
 __all__ = [
+    "CHAT_TASKS",
+    "NEED_JUDGE",
     "PROGRAMS",
     "SUITES",
     "Decoding",
     "HarnessResults",
+    "Judge",
     "Predictor",
     "RunBatches",
     "Sampling",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..events import Listener, silent
 from .decoding import Decoding, TransformersTokenizer, decoding, stopper
 from .predict import Predictor, Sampling
@@ -95,6 +95,33 @@ class HarnessMethods:
                 f"the tokenizer's chat template fails on a prompt: {str(error)[:200].rstrip('.')}. "
                 "Leave out `chat` or this task."
             ) from error
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """Return a conversation as a server puts it to the model, up to where the assistant's next turn begins.
+
+        tools: JSON schemas of functions. Raises DataError where the template refuses the conversation.
+        """
+        options = {"tools": list(tools)} if tools else {}
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+            )
+        except Exception as error:  # a template raises anything
+            raise DataError(
+                f"the tokenizer's chat template fails on a conversation: {first_line(error)[:200]}. "
+                "Leave out this task, or correct the template."
+            ) from error
+
+    def check_conversations(self, prompts: Sequence[str], kwargs: Mapping[str, object]) -> None:
+        """Raise DataError if the model cannot answer texts of `conversation`, as `replies` does."""
+        self._prompts(prompts, self._rules(kwargs)[2], special=False)
+
+    def replies(self, prompts: Sequence[str], kwargs: Mapping[str, object]) -> list[str]:
+        """Return the answers to texts of `conversation`, which hold all special tokens. Collective over the world.
+
+        kwargs: `generation_kwargs` as of a task.
+        """
+        return self._generated(prompts, kwargs, special=False)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         if (
@@ -193,18 +220,20 @@ class HarnessMethods:
         ends = handle_stop_sequences(options["until"], eos=self.tokenizer.decode(self.eot_token_id))
         return rules, ends, options["max_gen_toks"]
 
-    def _prompts(self, texts: Sequence[str], most: int) -> list[list[int]]:
-        """Return the tokens of prompts, cut to leave room for an answer of `most` tokens."""
+    def _prompts(self, texts: Sequence[str], most: int, special: bool | None = None) -> list[list[int]]:
+        """Return the tokens of prompts, cut to leave room for an answer of `most` tokens.
+
+        special: add special tokens; None: as the tokenizer does, unless the text begins with one.
+        """
         first = self.tokenizer.bos_token
-        special = [False if first and text.startswith(first) else None for text in texts]
-        found = [self._encoded(text, each) for text, each in zip(texts, special, strict=True)]
+        found = [self._encoded(text, False if first and text.startswith(first) else special) for text in texts]
         if not all(found):
             raise DataError("a prompt has no tokens, so nothing can be generated after it. Leave out its question.")
         return [_cut(tokens, self.context - most, self.truncate) for tokens in found]
 
-    def _generated(self, texts: Sequence[str], kwargs: Mapping[str, object]) -> list[str]:
+    def _generated(self, texts: Sequence[str], kwargs: Mapping[str, object], special: bool | None = None) -> list[str]:
         rules, ends, most = self._rules(kwargs)
-        prompts = self._prompts(texts, most)
+        prompts = self._prompts(texts, most, special)
         if rules.most is not None:
             most = min(rules.most, self.context - max(map(len, prompts)))
         made = self.predictor.continuations(

@@ -48,14 +48,13 @@ def first_metric(config: HarnessConfig) -> str | None:
     return next(iter(_metrics(config)[0]), None)
 
 
-def metric_value(task: str, found: Mapping[str, float | str], metric: Metric) -> float:
-    """Return the value of a metric in a task's results, or the mean of several."""
-    if isinstance(metric, tuple):
-        return sum(metric_value(task, found, each) for each in metric) / len(metric)
-    return float(found[metric_key(task, found, metric)])
+def metric_value(task: str, found: Mapping[str, float | str | None], metric: Metric) -> float | None:
+    """Return the value of a metric in a task's results, or the mean of several; None if one is not known."""
+    values = [found[metric_key(task, found, each)] for each in (metric if isinstance(metric, tuple) else (metric,))]
+    return None if None in values else sum(float(value or 0) for value in values) / len(values)
 
 
-def metric_key(task: str, found: Mapping[str, float | str], metric: str | None) -> str:
+def metric_key(task: str, found: Mapping[str, float | str | None], metric: str | None) -> str:
     """Return the key `metric,filter` of a metric in the harness's results; without a filter name, the first filter.
 
     Raises RecipeError if the results have no such metric.

@@ -12,7 +12,7 @@ __all__ = ["SUITES", "Task"]
 
 
 class Task(Settings):
-    """One task of lm-evaluation-harness, or of `extra_tasks.py`."""
+    """One task of lm-evaluation-harness, or `xlsum_english`, `bfcl_v2_live`, `mt_bench` or `chatrag`."""
 
     name: Text
     """Name in the harness. A group or a tag stands for all of its tasks."""
@@ -44,14 +44,18 @@ SUITES: Mapping[str, tuple[Task, ...]] = {
     ),
     "instruct": (
         Task("mmlu", 5, "acc"),
-        Task("gsm8k", 0, "exact_match"),
+        Task("gsm8k", 0, "exact_match,flexible-extract"),
         Task("gpqa_main_zeroshot", 0, "acc_norm"),
         Task("ifeval", 0, IFEVAL),
         Task("mbpp_instruct", 0, "pass_at_1"),
         Task("humaneval_instruct", 0, "pass_at_1"),
+        Task("bfcl_v2_live", 0, "accuracy"),
+        Task("mt_bench", 0, "rating", temperature=0.0),
+        Task("chatrag", 0, "score"),
     ),
 }
 """The tasks of both papers. For XL-Sum they state three shots in one place and none in another, and use a fifth of it.
-Left out: MT-Bench, which another model judges, and BFCL, which needs a service."""
+Their aligned models answer greedily and without examples, but for MMLU. Without examples no model knows that GSM8K's
+answers follow `####`: the last number of an answer counts there."""
 
 DEPTH_METRICS["winogrande"] = DepthMetric(leave_out, task=Task("winogrande", 5, "acc"))  # the second paper's

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired
+from typing import TYPE_CHECKING, Any, NotRequired
 
 import numpy as np
 from typing_extensions import TypedDict
@@ -19,6 +20,7 @@ from ..errors import DataError, RecipeError, did_you_mean, first_line
 from ..events import Listener, silent
 from ..model import Model, evaluating
 from ..parallel import Topology, broadcast_object
+from .chat import CHAT_TASKS, Judge, check_chat_task, run_chat_task
 from .decoding import TransformersTokenizer, generation_settings
 from .extra_tasks import EXTRA_TASKS, PROGRAMS, graded
 from .harness import HarnessMethods, harness_model
@@ -43,7 +45,7 @@ SAMPLED = 16
 HarnessResults = TypedDict(
     "HarnessResults",
     {
-        "results": Mapping[str, Mapping[str, float | str]],
+        "results": Mapping[str, Mapping[str, float | str | None]],
         "n-samples": Mapping[str, Mapping[str, int]],
         "higher_is_better": Mapping[str, Mapping[str, bool]],
         "programs": NotRequired[str],
@@ -61,25 +63,30 @@ def check_tasks(
     model: Path | None = None,
     chat: bool = False,
     truncate: bool = False,
+    judge: Judge | None = None,
 ) -> None:
     """Check tasks without running them and without downloads.
 
     tokenizer: folder of the tokenizer; None: do not check prompts. model: folder whose context length and generation
-    settings apply; None: the tokenizer's. chat, truncate: as in `run_tasks`. Raises RecipeError for a task that the
-    harness does not know, that lacks a package, a metric or examples besides the scored questions, or whose answers are
-    programs while `run_code` is false; DataError for missing or invalid files, and for prompts that do not fit.
+    settings apply; None: the tokenizer's. chat, truncate, judge: as in `run_tasks`. Raises RecipeError for a task that
+    nobody knows, that lacks a package, a metric, a chat template or examples besides the scored questions, or whose
+    answers are programs while `run_code` is false; DataError for missing or invalid files, and for prompts that do not
+    fit.
     """
-    lm = _checking_model(tokenizer, model or tokenizer, chat, truncate) if tokenizer is not None else None
+    lm = _checking_model(tokenizer, model or tokenizer, _user_of_template(tasks, chat), truncate) if tokenizer else None
     seen: set[str] = set()
     for task in tasks:
+        if task.name in CHAT_TASKS:
+            check_chat_task(task, files, lm, judge)
         firsts = set()
         for leaf, keys in _leaves(task.name).items():
             if leaf in seen:
                 raise RecipeError(f"task {leaf} is listed twice, but results hold each task once. Remove one.")
             seen.add(leaf)
-            config = _checked(task, leaf, keys, files, run_code)
-            firsts.add(first_metric(config))
-            _check_prompts(leaf, config, files, lm, chat)
+            if leaf not in CHAT_TASKS:
+                config = _checked(task, leaf, keys, files, run_code)
+                firsts.add(first_metric(config))
+                _check_prompts(leaf, config, files, lm, chat)
         if task.metric is None and len(firsts) > 1:
             raise RecipeError(
                 f"the tasks of {task.name} have different first metrics ({', '.join(sorted(map(str, firsts)))}), which "
@@ -105,8 +112,14 @@ def _checked(task: Task, leaf: str, keys: HarnessConfig, files: Path | None, run
     return config
 
 
-def _checking_model(folder: Path, model: Path, chat: bool, truncate: bool) -> HarnessMethods:
-    """Return a harness model without weights. Raises RecipeError for a missing or broken chat template."""
+def _user_of_template(tasks: Sequence[Task], chat: bool) -> str | None:
+    """Return the setting or the task that needs a chat template, for messages; None if nothing does."""
+    return "`chat`" if chat else next((f"task {task.name}" for task in tasks if task.name in CHAT_TASKS), None)
+
+
+def _checking_model(folder: Path, model: Path, user: str | None, truncate: bool) -> HarnessMethods:
+    """Return a harness model without weights. user: see `_user_of_template`. Raises RecipeError for a missing or broken
+    chat template."""
     config = read_config(model)
     lm = harness_model(
         transformers_tokenizer(folder),
@@ -116,15 +129,15 @@ def _checking_model(folder: Path, model: Path, chat: bool, truncate: bool) -> Ha
         settings=generation_settings(model),
         truncate=truncate,
     )
-    if chat:
+    if user:
         try:
             lm.apply_chat_template([{"role": "user", "content": "one"}])
         except Exception as error:  # a template raises anything
             lines = str(error).strip().splitlines()
             raise RecipeError(
-                f"`chat` needs a chat template, but the tokenizer in {folder} has no working one: "
+                f"{user} needs a chat template, but the tokenizer in {folder} has no working one: "
                 f"{lines[0][:200].rstrip('.') if lines else type(error).__name__}. "
-                "Leave out `chat`, or put a template into chat_template.jinja there."
+                f"Leave out {user}, or put a template into chat_template.jinja there."
             ) from error
     return lm
 
@@ -174,6 +187,8 @@ def run_tasks(
     limit: int | None = None,
     truncate: bool = False,
     chat: bool = False,
+    judge: Judge | None = None,
+    answers: Path | None = None,
     seed: int = 0,
     micro_batch: int = 8,
     run: RunBatches | None = None,
@@ -183,12 +198,12 @@ def run_tasks(
 
     files: folder with `<task>/<split>.jsonl`, with the same fields as the harness's data, instead of downloads. folder:
     folder of the generation settings; None: the tokenizer's. limit: questions per task. truncate: drop the beginnings
-    of prompts longer than the context. chat: apply the tokenizer's chat template. seed: seed of sampling. run: replaces
-    the model's forward pass. Programs that the model writes run only on the first rank; `programs` in the results says
-    how they were isolated.
+    of prompts longer than the context. chat: apply the tokenizer's chat template, as tasks of `CHAT_TASKS` always do.
+    judge: rates the answers of MT-Bench; None: they have no score. answers: beginning of the paths to which the answers
+    of `CHAT_TASKS` are written, `<answers>-<task>.jsonl`; None: they are not. seed: seed of sampling. run: replaces the
+    model's forward pass. Programs that the model writes run only on the first rank; `programs` in the results says how
+    they were isolated.
     """
-    from lm_eval import evaluate
-
     predictor = Predictor(model, topology, micro_batch=micro_batch, run=run)
     tokenizer_folder = Path(tokenizer.name_or_path)
     lm = harness_model(
@@ -202,9 +217,32 @@ def run_tasks(
         seed=seed,
         listener=listener,
     )
-    first = topology.rank == 0
+    own = [task for task in tasks if task.name in CHAT_TASKS]
+    with evaluating(model):
+        found = _run_harness(lm, [task for task in tasks if task not in own], files, limit=limit, chat=chat)
+        for task in own:
+            path = answers and answers.with_name(f"{answers.name}-{task.name.replace('_', '-')}.jsonl")
+            one = run_chat_task(lm, task, files, limit=limit, judge=judge, answers=path, listener=listener)
+            found["results"][task.name] = one["results"]
+            found["n-samples"][task.name] = one["samples"]
+            found["higher_is_better"][task.name] = one["higher_is_better"]
+            if topology.rank == 0:
+                for note in one["notes"]:
+                    warnings.warn(note, stacklevel=2)
+    return found
+
+
+def _run_harness(
+    lm: HarnessMethods, tasks: Sequence[Task], files: Path | None, *, limit: int | None, chat: bool
+) -> Any:
+    """Run the harness's tasks; return its results, of which `run_tasks` tells, on every rank."""
+    from lm_eval import evaluate
+
     leaves = [(task, leaf, keys) for task in tasks for leaf, keys in _leaves(task.name).items()]
-    with evaluating(model), _seeded(), quiet() as messages, named_errors():
+    if not leaves:
+        return {"results": {}, "n-samples": {}, "higher_is_better": {}}
+    first = lm.predictor.topology.rank == 0
+    with _seeded(), quiet() as messages, named_errors():
         configs = [_configured(task, leaf, files, keys, run_code=first) for task, leaf, keys in leaves]
         found = evaluate(
             lm=lm,
@@ -252,14 +290,16 @@ def _seeded() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-def scores_of(results: HarnessResults, tasks: Sequence[Task]) -> dict[str, float]:
-    """Return task -> its number for tables; for a group the mean over all its questions."""
-    scores = {}
+def scores_of(results: HarnessResults, tasks: Sequence[Task]) -> dict[str, float | None]:
+    """Return task -> its number for tables, for a group the mean over all its questions; None if nobody judged it."""
+    scores: dict[str, float | None] = {}
     for task in tasks:
         leaves = list(_leaves(task.name))
         counts = [results["n-samples"][leaf]["effective"] for leaf in leaves]
         values = [metric_value(leaf, results["results"][leaf], task.metric) for leaf in leaves]
-        scores[task.name] = sum(v * n for v, n in zip(values, counts, strict=True)) / sum(counts)
+        known = [value for value in values if value is not None]
+        total = sum(value * count for value, count in zip(known, counts, strict=True)) if known else None
+        scores[task.name] = None if total is None else total / sum(counts)
     return scores
 
 
@@ -273,11 +313,11 @@ def lower_is_better(results: HarnessResults, task: Task) -> bool:
 
 def _leaves(name: str) -> dict[str, HarnessConfig]:
     """Return the tasks of a task, group or tag -> keys set by its groups. Raises RecipeError for an unknown name."""
-    if name in EXTRA_TASKS:
+    if name in EXTRA_TASKS or name in CHAT_TASKS:
         return {name: {}}
     entry = registered(name)
     if entry is None:
-        raise RecipeError(f"there is no task {name}.{did_you_mean(name, [*every_name(), *EXTRA_TASKS])}")
+        raise RecipeError(f"there is no task {name}.{did_you_mean(name, [*every_name(), *EXTRA_TASKS, *CHAT_TASKS])}")
     if entry.kind.name == "TAG":
         return {leaf: keys for each in sorted(entry.tags) for leaf, keys in _leaves(each).items()}
     return _members(name, entry.cfg) if entry.kind.name == "GROUP" else {name: {}}

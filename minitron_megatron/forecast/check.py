@@ -100,7 +100,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         )
     _check_lora(recipe, shape)
     _check_text_is_enough(recipe, phases)
-    check_evaluation(recipe)
+    check_evaluation(recipe, counts_only=counts_only)
 
 
 class TokenCount(TypedDict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from ..convert import Architecture
-from ..evaluate import PROGRAMS, SUITES, Task
+from ..evaluate import CHAT_TASKS, PROGRAMS, SUITES, Judge, Task
 from ..layout import PUBLIC_AXES
 from ..model import Recompute, Spec
 from ..parallel import Parallel
@@ -129,25 +129,29 @@ class Prune(Settings):
 
 
 class Evaluate(Settings):
-    """Evaluation: loss on held-out text, and tasks of lm-evaluation-harness."""
+    """Evaluation: loss on held-out text, tasks of lm-evaluation-harness, and conversations."""
 
     samples: Count = 256
     """Held-out sequences per source."""
     micro_batch: HowToRun[Count] = 1
     """Samples per forward pass of one data-parallel rank."""
     suite: Literal["base", "instruct"] | None = None
-    """The papers' tasks, with their few-shot examples, metrics and sampling. HumanEval and MBPP need `run_code`."""
+    """The papers' tasks, with their few-shot examples, metrics and sampling. HumanEval and MBPP need `run_code`;
+    `instruct` needs `task_files` with BFCL v2 live, MT-Bench and ChatRAG-Bench, and a `judge` for MT-Bench's score."""
     tasks: tuple[Task, ...] = ()
     """Tasks in addition to the suite."""
     task_files: FilePath | None = None
-    """Folder with `<task>/<split>.jsonl` files, in the fields that the task reads. Default: the harness downloads
-    them."""
+    """Folder with `<task>/<split>.jsonl` files, in the fields that the task reads; for `bfcl_v2_live`, `mt_bench` and
+    `chatrag` it has the files that their authors publish. Default: the harness downloads its tasks."""
     limit: Count | None = None
     """Questions per task. Default: all."""
     truncate: bool = False
     """Cut off the beginning of a prompt that is longer than the model's context. If false, it is an error."""
     chat: bool = False
-    """Apply the tokenizer's chat template to prompts, for instruction-tuned models."""
+    """Apply the tokenizer's chat template to prompts, for instruction-tuned models. Always applied in `bfcl_v2_live`,
+    `mt_bench` and `chatrag`."""
+    judge: AddedLater[Judge | None] = None
+    """Model that rates the answers of MT-Bench. Without it they are kept, and have no score."""
     run_code: bool = False
     """Execute the code that models write for HumanEval and MBPP, on the machine of rank 0. It is sandboxed by
     bubblewrap or by unshare's namespaces if available; otherwise by resource limits alone, and only in a container."""
@@ -156,6 +160,11 @@ class Evaluate(Settings):
         """Return the tasks of the suite and of `tasks`."""
         suite = [each for each in SUITES.get(self.suite or "", ()) if self.run_code or each.name not in PROGRAMS]
         return [*suite, *self.tasks]
+
+    @property
+    def uses_template(self) -> bool:
+        """Whether prompts go through the tokenizer's chat template."""
+        return self.chat or any(task.name in CHAT_TASKS for task in self.wanted())
 
 
 class Export(Settings):

@@ -57,9 +57,9 @@ def carried_marks(folder: Path) -> dict[str, str]:
 
 def task_marks(recipe: Recipe) -> list[object]:
     """Return marks of the files that tasks read: the teacher's tokenizer and generation settings, its chat template
-    only if `evaluate.chat` applies it, and the questions."""
+    only if prompts go through it, and the questions."""
     files, marks = recipe.evaluate.task_files, carried_marks(recipe.model)
-    if not recipe.evaluate.chat:
+    if not recipe.evaluate.uses_template:
         marks = {name: mark for name, mark in marks.items() if "chat_template" not in name}
         marks["tokenizer_config.json"] = digest(settings_without_chat(recipe.model))
     return [marks, file_marks([files] if files else [])]

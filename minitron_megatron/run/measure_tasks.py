@@ -55,22 +55,30 @@ def measured_row(context: Context, name: str, folder: Path, held_out: Validation
     }
 
 
-def _evaluate_tasks(context: Context, model: list[Chunk], name: str, folder: Path) -> dict[str, float]:
-    """Return task -> score, and write the harness's own results to `evaluation/<name>.json`. Collective."""
+def _evaluate_tasks(context: Context, model: list[Chunk], name: str, folder: Path) -> dict[str, float | None]:
+    """Return task -> score, and write the results to `evaluation/<name>.json`. Collective.
+
+    Answers of conversations stand beside it, in `<name>-<task>.jsonl`.
+    """
     tasks = context.recipe.evaluate.wanted()
     if not tasks:
         return {}
-    found = _harness_results(context, model, tasks, folder=folder)
+    found = _harness_results(context, model, tasks, folder=folder, answers=context.folders.evaluation / name)
     if context.topology.rank == 0:
         write_json(context.folders.evaluation / f"{name}.json", found)
     return scores_of(found, tasks)
 
 
 def score_of(context: Context, model: list[Chunk], name: str) -> float:
-    """Return a model's score at one of the recipe's tasks, negated if lower is better. Collective."""
+    """Return a model's score at one of the recipe's tasks, negated if lower is better. Collective.
+
+    The task has a score: `check_evaluation` has seen that there is a judge if it needs one.
+    """
     task = next(task for task in context.recipe.evaluate.wanted() if task.name == name)
     found = _harness_results(context, model, [task])
-    return scores_of(found, [task])[name] * (-1 if lower_is_better(found, task) else 1)
+    score = scores_of(found, [task])[name]
+    assert score is not None
+    return score * (-1 if lower_is_better(found, task) else 1)
 
 
 def depth_metric(context: Context, model: list[Chunk], task: Task) -> Metric:
@@ -80,14 +88,21 @@ def depth_metric(context: Context, model: list[Chunk], task: Task) -> Metric:
     """
 
     def metric(run: RunBatches) -> float:
-        return scores_of(_harness_results(context, model, [task], run), [task])[task.name]
+        score = scores_of(_harness_results(context, model, [task], run), [task])[task.name]
+        assert score is not None
+        return score
 
     metric.__name__ = task.name
     return metric
 
 
 def _harness_results(
-    context: Context, model: list[Chunk], tasks: list[Task], run: RunBatches | None = None, folder: Path | None = None
+    context: Context,
+    model: list[Chunk],
+    tasks: list[Task],
+    run: RunBatches | None = None,
+    folder: Path | None = None,
+    answers: Path | None = None,
 ) -> HarnessResults:
     keys = context.recipe.evaluate
     return run_tasks(
@@ -100,6 +115,8 @@ def _harness_results(
         limit=keys.limit,
         truncate=keys.truncate,
         chat=keys.chat,
+        judge=keys.judge,
+        answers=answers,
         seed=context.recipe.seed,
         micro_batch=keys.micro_batch,
         run=run,
@@ -113,6 +130,8 @@ def write_table(rows: Sequence[Row], path: Path) -> None:
     if not names:
         return
     lines = [["model", *names], ["---"] * (len(names) + 1)]
-    lines += [[row["model"], *(f"{row['tasks'][name]:.4f}" for name in names)] for row in rows]
+    for row in rows:
+        scores = [row["tasks"][name] for name in names]
+        lines.append([row["model"], *("-" if score is None else f"{score:.4f}" for score in scores)])
     with whole_file(path) as partial:
         partial.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines), encoding="utf-8")
