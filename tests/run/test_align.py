@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +23,14 @@ from minitron_megatron.run import dry_run, run
 from minitron_megatron.run_folder import RunFolder
 from minitron_megatron.testing import Pool
 from tests.chats import CHATML, ENDS, write_tokenizer
+from tests.run.test_run import in_a_process
 from tests.tiny import SHAPE, Stop, write_llama
 
+LENGTH = """
+from minitron_megatron.align import REWARDS, Reward
+
+REWARDS["length"] = Reward(lambda records, responses: [float(len(each)) for each in responses])
+"""
 WORDS = ("red", "blue", "two", "three", "tall", "short", "yes", "no")
 STEPS = {"warmup_steps": 1, "lr": 2e-3, "min_lr": 1e-4, "save_every": 2, "validate_every": 2, "micro_batch": 2}
 
@@ -42,6 +49,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text("".join(json.dumps(record()) + "\n" for _ in range(count)))
 
     lines("text.jsonl", 120, lambda: {"text": words(30)})
+    lines("prompts.jsonl", 12, lambda: {"prompt": words(2)})
     lines("chats.jsonl", 60, lambda: {"prompt": words(4), "response": words(6)})
     lines(
         "pairs.jsonl",
@@ -80,6 +88,8 @@ def aligned(chats: Path, tmp_path_factory: pytest.TempPathFactory) -> Write:
         for each in recipe["align"]:
             if each["method"] == "sft":
                 each["sources"] = [{"path": str(chats / "chats.jsonl"), "validation": each.pop("validation")}]
+            elif "sample" in each:
+                each["sample"] = {"prompts": str(chats / "prompts.jsonl"), **each["sample"]}
             else:
                 each["pairs"] = str(chats / "pairs.jsonl")
         path = folder / "recipe.yaml"
@@ -172,6 +182,35 @@ def test_interrupted_rounds_resume_to_the_bit(pool: Pool, aligned: Write, whole:
     assert trained == [("align-2", step) for step in (3, 4, 5, 6)]
     found, expected = hashes(load_recipe(recipe).out), hashes(whole[0])
     assert [found[name] for name in ("align-1", "align-2")] == [expected[name] for name in ("align-1", "align-2")]
+
+
+SAMPLED = {
+    "method": "rpo",
+    "epochs": 2,
+    "sample": {"reward": "length", "answers": 3, "max_tokens": 8, "micro_batch": 8},
+}
+
+
+def test_two_sampled_rounds_killed_by_the_system_give_the_same_models(aligned: Write, chats: Path) -> None:
+    """Each round samples its own pairs; kills fall amid sampling, the reference, training and the second round."""
+    whole, cut = (aligned(SFT, SAMPLED, SAMPLED, plugins=["length"]) for _ in range(2))
+    for recipe in (whole, cut):
+        (recipe.parent / "length.py").write_text(LENGTH)
+    assert in_a_process(whole) == 0
+    for kill_at in (
+        ("align-1", "align-1", 3),
+        ("align-2", "generate", 2),
+        ("align-2", "align-2", 3),
+        ("align-3", "reference", 1),
+    ):
+        assert in_a_process(cut, kill_at) == -signal.SIGKILL
+    assert in_a_process(cut) == 0
+    expected, found = (hashes(load_recipe(recipe).out) for recipe in (whole, cut))
+    assert found == expected and len({found[f"align-{number}"] for number in (1, 2, 3)}) == 3
+    pairs = [(load_recipe(cut).out / "alignment" / str(number) / "pairs.jsonl").read_text() for number in (2, 3)]
+    assert pairs[0] != pairs[1]
+    record = read_json(RunFolder(load_recipe(cut).out).record("align-3"))["result"]
+    assert record["sampled"]["prompts"] == 12 and record["units"] > 0
 
 
 def test_a_reference_measured_at_one_layout_serves_another(pool: Pool, aligned: Write) -> None:

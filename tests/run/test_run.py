@@ -21,7 +21,7 @@ from minitron_megatron.files import MANIFEST, checksum, locked, read_json, write
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.report.measured import predicted_rows
-from minitron_megatron.run import STAGES, dry_run, run
+from minitron_megatron.run import STAGES, dry_run, run, wanted
 from minitron_megatron.testing import Pool
 from tests.limits import HANGS
 
@@ -47,8 +47,7 @@ def alone(recipe: Path, kill_at: tuple[str, str, int] | None = None) -> None:
         if kill_at is None or event.label != kill_at[1]:
             return
         done = {path.stem for path in (keys.out / "stages").glob("*.json")}
-        stages = [stage.name for stage in STAGES.values() if stage.wanted(keys)]
-        if next(stage for stage in stages if stage not in done) == kill_at[0]:
+        if next(stage.name for stage in wanted(keys) if stage.name not in done) == kill_at[0]:
             seen += 1
             if seen == kill_at[2]:
                 os.kill(os.getpid(), signal.SIGKILL)
