@@ -182,6 +182,13 @@ def test_a_table_by_hand() -> None:
         torch.testing.assert_close(found, torch.tensor(values, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
+def test_dpo_is_that_of_trl() -> None:
+    """Gaps of the pairs of this file at beta 0.3, and the loss of TRL 1.16.0's DPOTrainer (tests/compat/trl_dpo.py)."""
+    gap = [-3.59643, 0.20855, -1.42185, -0.6391, 4.30243, -5.98382, -2.05079, -3.71113]
+    pairs = Pairs(torch.tensor(gap, dtype=torch.float64), torch.full((8,), torch.nan), beta=0.3)
+    assert float(PREFERENCE_LOSSES["dpo"](pairs).mean()) == pytest.approx(1.0491307, abs=2e-6)
+
+
 def test_rpo_tends_to_dpo() -> None:
     gap = torch.linspace(-3, 3, 7, dtype=torch.float64)
     dpo = PREFERENCE_LOSSES["dpo"](Pairs(gap, gap, beta=0.5))
