@@ -24,6 +24,8 @@ import yaml
 from minitron_megatron.align import AnswerSettings, make_pairs
 from minitron_megatron.convert import load_hf
 from minitron_megatron.errors import DataError
+from minitron_megatron.events import Event
+from minitron_megatron.files import read_json, write_json
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.run import run
@@ -45,10 +47,18 @@ def success(folder: Path, tokenizer: Path, held_out: Path, topology: Topology) -
             return mean(reward for part in parts for each in part for reward in each["rewards"])
 
 
-def distance(out: Path) -> float:
-    """Return the last round's KL(start || model) on held-out pairs."""
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [line["validation_kl_to_reference"] for line in lines if "validation_kl_to_reference" in line][-1]
+def aligned(recipe: Path, topology: Topology) -> float:
+    """Run a recipe up to its last round; return that round's KL(start || model) on held-out pairs."""
+    loaded, found = load_recipe(recipe), list[float]()
+
+    def listen(event: Event) -> None:
+        found.extend(value for name, value in event.values.items() if name == "validation_kl_to_reference")
+
+    run(loaded, topology, until="align", listener=listen)
+    kept = loaded.out / "distance.json"  # of an earlier call, which left nothing to do
+    if found:
+        write_json(kept, found[-1])
+    return float(read_json(kept))
 
 
 def main() -> None:
@@ -69,11 +79,10 @@ def main() -> None:
             file = asked.out / f"{loss}-{seed}.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(yaml.safe_dump(keys | {"out": str(out), "seed": seed, "align": rounds, "plugins": []}))
-            run(load_recipe(file), topology, until="align")
+            far.append(aligned(file, topology))
             data = Path(keys["model"])
             for model in MODELS:
                 found[model].append(success(out / model, data, data.parent / "held_out.jsonl", topology))
-            far.append(distance(out))
             print(f"{loss} seed {seed}: " + ", ".join(f"{LABELS[m]} {found[m][-1]:.3f}" for m in MODELS), flush=True)
         before = None
         for model, rates in found.items():
