@@ -19,7 +19,7 @@ from minitron_megatron.testing import Pool
 
 from ..compat import configs
 
-SAMPLE = 71
+SAMPLE = 151
 """Only every so many variants of tests/compat/configs.py are tried here; that script runs all."""
 REQUIRED = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}
 NOT_OF_A_FILE = {"_attn_implementation_internal", "_experts_implementation_internal", "ignore_keys_at_rope_validation"}
@@ -77,7 +77,8 @@ def outcomes(topology: Topology, family: str, folder: Path, offset: int) -> list
     """Return the counts of equal and refused variants of a sample, and each variant that is neither."""
     flat = configs.make(family, folder)
     chosen = list(configs.variants(family, flat))[offset::SAMPLE]
-    found = [(variant, configs.check(variant, flat, folder, topology)) for variant in chosen]
+    known: dict[str, Any] = {}
+    found = [(variant, configs.check(variant, flat, folder, topology, known)) for variant in chosen]
     counts = {word: sum(each == word for _, each in found) for word in ("equal", "refused")}
     return [json.dumps(counts), *(f"{variant} -> {each}" for variant, each in found if each not in counts)]
 
