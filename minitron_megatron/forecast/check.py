@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,6 +74,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         check_tokenizer(recipe.model, shape.vocab)
         if any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
             chat_marks(recipe.model)
+    _check_out(places.out, must_be_writable=not counts_only)
     _check_paths(places)
     _check_held_out(recipe)
     if recipe.student:
@@ -200,6 +202,16 @@ def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:
             yield "correct", ResolvedPhase(keys, phase.sequence, phase.weights)
     if recipe.search and recipe.search.light:
         yield "search.light", resolved(light_recipe(recipe).distill, recipe.data)[0]
+
+
+def _check_out(out: Path, *, must_be_writable: bool) -> None:
+    """Check that the run folder is one, or can become one."""
+    found = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
+    if not found.is_dir():
+        what = "a link to nowhere" if found.is_symlink() and not found.exists() else "not a folder"
+        raise RecipeError(f"out is {out}, but {found} is {what}. Give another path, or remove it.")
+    if must_be_writable and not out.exists() and not os.access(found, os.W_OK | os.X_OK):
+        raise RecipeError(f"out is {out}, which cannot be made: {found} is not writable. Give another path.")
 
 
 def _check_paths(recipe: Recipe) -> None:
