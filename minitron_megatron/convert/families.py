@@ -266,6 +266,8 @@ def family_of(hf: HfConfig) -> Family:
     A family without a row here is looked up in Megatron-Bridge, if that is installed. Raises CheckpointError for a
     family that neither knows.
     """
+    if hf and hf.get("model_type") is None:
+        raise CheckpointError(f"the config does not say model_type. Known: {', '.join(FAMILIES)}.")
     model_type = str(hf.get("model_type")) if hf else "llama"
     if model_type == "llama" and hf.get("attention_bias") is True:
         return BIASED_LLAMA

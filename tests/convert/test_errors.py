@@ -75,7 +75,7 @@ def unknown_family(folder: Path) -> str:
 
 def no_family(folder: Path) -> str:
     with_config(folder, model_type="gone")
-    return "model_type 'None' is not supported."
+    return "the config does not say model_type."
 
 
 def attention_bias(folder: Path) -> str:
