@@ -157,11 +157,12 @@ class _Reader:
                 raise self.refusal(key, value, f"but {present[0]}: {values[0]}. Remove the wrong one.")
         return int(values[0])
 
-    def agreed(self, key: str, nested: HfConfig, kind: Kind) -> Any:
-        """Return a rope constant from the nested rope parameters or the top level; if both have it, they must agree."""
+    def agreed(self, key: str, where: str, nested: HfConfig, kind: Kind) -> Any:
+        """Return a rope constant from `nested`, the rope parameters under the key `where`, or from the top level; if
+        both have it, they must agree."""
         if key not in nested:
             return self.read(key, kind)
-        value = self.check(f"rope_parameters.{key}", nested[key], kind)
+        value = self.check(f"{where}.{key}", nested[key], kind)
         if key in self.hf and self.hf[key] != value:
             raise self.refusal(key, self.hf[key], f"but {value!r} among the rope parameters. Remove the wrong one.")
         return value
@@ -248,7 +249,7 @@ def _rope(reader: _Reader) -> tuple[float, float, HfConfig | None]:
         if key not in (*ROPE_KEYS, *constants):
             near = did_you_mean(key, (*ROPE_KEYS, *constants))
             raise reader.refusal(f"{where}.{key}", nested[key], f"which rope_type {kind!r} does not use.{near}")
-    base, share = float(reader.agreed("rope_theta", nested, POSITIVE)), _share(reader, where, nested)
+    base, share = float(reader.agreed("rope_theta", where, nested, POSITIVE)), _share(reader, where, nested)
     scaling = {key: _constant(reader, where, nested, kind, key) for key in constants}
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise reader.refusal(
@@ -259,7 +260,7 @@ def _rope(reader: _Reader) -> tuple[float, float, HfConfig | None]:
 
 def _constant(reader: _Reader, where: str, nested: HfConfig, kind: str, key: str) -> float:
     if key == "original_max_position_embeddings":
-        return reader.agreed(key, nested, SIZE) or reader.known["max_position_embeddings"]
+        return reader.agreed(key, where, nested, SIZE) or reader.known["max_position_embeddings"]
     if key not in nested:
         raise CheckpointError(f"{reader.path} lacks {key!r} in {where}. rope_type {kind!r} needs it.")
     return reader.check(f"{where}.{key}", nested[key], ROPE[kind][key])
@@ -269,7 +270,7 @@ def _share(reader: _Reader, where: str, nested: HfConfig) -> float:
     """Return the rotated share of a head. Only families that read the key may set it; transformers versions differ."""
     key = "partial_rotary_factor"
     if key in reader.family.read:
-        return float(reader.agreed(key, nested, SHARE))
+        return float(reader.agreed(key, where, nested, SHARE))
     if reader.check(f"{where}.{key}", nested.get(key, 1.0), SHARE) != 1:
         raise reader.refusal(
             f"{where}.{key}", nested[key], f"which is not supported in {reader.family.model_type}; only 1.0 is."

@@ -288,7 +288,8 @@ def outcome(variant: Variant, ours: Tensor | str, theirs: Tensor | str) -> str:
     """Return `equal`, `refused`, or a description of the problem."""
     if isinstance(ours, str):
         named = [variant.key, *(key for key, _ in variant.beside)]
-        nested = variant.value if isinstance(variant.value, dict) else {}
+        values = [variant.value, *(value for _, value in variant.beside)]
+        nested = [key for value in values if isinstance(value, dict) for key in value]
         return "refused" if any(str(key) in ours for key in [*named, *nested]) else f"UNNAMED {ours}"
     if isinstance(theirs, str):
         if VERSION == 4:

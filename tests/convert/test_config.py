@@ -125,6 +125,7 @@ def test_a_size_that_is_none_is_refused_by_name(tmp_path: Path, key: str, value:
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "null base": ({"rope_theta": None}, "rope_theta"),
+    "nested null base": ({"rope_scaling": {"type": "default", "rope_theta": None}}, "rope_scaling.rope_theta: None"),
     "null epsilon": ({"rms_norm_eps": None}, "rms_norm_eps"),
     "unknown": (
         {"num_hidden_layer": 3},
