@@ -141,6 +141,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "groups": ({"num_key_value_heads": 3}, "num_key_value_heads: 3, which does not divide num_attention_heads: 4"),
     "odd head": ({"head_dim": 7}, "head_dim: 7"),
     "padding": ({"pad_token_id": 96}, "pad_token_id: 96"),
+    "no probability": ({"resid_pdrop": 2}, "resid_pdrop: 2, which is not a number from 0 to 1"),
     "true is not 1": ({"pretraining_tp": True}, "pretraining_tp: True"),
 }
 
