@@ -140,7 +140,7 @@ class _Reader:
         if value is None and key in self.family.nullable:
             value = DERIVED[key]
         if value is ...:
-            raise CheckpointError(f"{self.path} does not say {key!r}. A {self.family.model_type} config must.")
+            raise self.missing(key)
         if key in DERIVED and value is DERIVED[key]:
             value = self.check(key, value(self.known), kind)
         elif key in self.hf:
@@ -148,9 +148,19 @@ class _Reader:
         self.known[key] = value
         return value
 
+    def missing(self, *keys: str) -> CheckpointError:
+        names = " or ".join(map(repr, keys))
+        return CheckpointError(f"{self.path} does not say {names}. A {self.family.model_type} config must.")
+
+    def present(self, keys: tuple[str, ...]) -> list[str]:
+        """Return those of a size's keys that the config has, or the family's first one."""
+        return [key for key in keys if key in self.hf] or [keys[0]]
+
     def size(self, keys: tuple[str, ...]) -> int:
         """Return a size that a config may give under several keys, which must agree."""
-        present = [key for key in keys if key in self.hf] or [keys[0]]
+        present = self.present(keys)
+        if present[0] not in self.hf and self.family.default(keys[0]) is ...:
+            raise self.missing(*keys)
         values = [self.read(key, SIZE) for key in present]
         for key, value in zip(present, values, strict=True):
             if value != values[0]:
@@ -321,10 +331,11 @@ def _refuse_impossible(reader: _Reader, sizes: Mapping[str, int], share: float, 
 
 def _refuse_experts(reader: _Reader, sizes: Mapping[str, int], renormalises: bool) -> None:
     experts, chosen, layers = sizes["experts"], sizes["experts_per_token"], reader.known["num_hidden_layers"]
+    key = reader.present(reader.family.keys["experts"])[0]
     if experts * layers > MOST_EXPERTS:
-        raise reader.refusal(reader.family.keys["experts"][0], experts, f"too many with num_hidden_layers: {layers}.")
+        raise reader.refusal(key, experts, f"too many with num_hidden_layers: {layers}.")
     if chosen > experts:
-        raise reader.refusal("num_experts_per_tok", chosen, f"more than {reader.family.keys['experts'][0]}: {experts}.")
+        raise reader.refusal("num_experts_per_tok", chosen, f"more than {key}: {experts}.")
     if chosen == 1 and renormalises:
         raise reader.refusal(
             "num_experts_per_tok", chosen, "which is not supported where router weights are normalised over the chosen "

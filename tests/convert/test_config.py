@@ -163,6 +163,8 @@ MIXTRAL = {**BASE, "model_type": "mixtral", "num_local_experts": 4}
         ({"num_experts": 5}, "num_experts: 5, but num_local_experts: 4"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok: 1"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok: 5"),
+        ({"model_type": "qwen3_moe", "num_local_experts": 1, "moe_intermediate_size": 8}, "num_local_experts: 1"),
+        ({"num_local_experts": 4, "num_experts": 0}, "num_experts: 0"),
     ],
 )
 def test_experts_that_cannot_be_are_refused_by_name(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
