@@ -320,8 +320,8 @@ def _refuse_impossible(reader: _Reader, sizes: Mapping[str, int], share: float, 
     if heads * width > LARGEST:
         raise reader.refusal("head_dim", width, f"too large with num_attention_heads: {heads}.")
     if int(width * share) % 2 or not int(width * share):
-        key = "head_dim" if share == 1 else "partial_rotary_factor"
-        raise reader.refusal(key, width if share == 1 else share, "which gives no even number of channels to rotate.")
+        of_part = "" if share == 1 else f" with partial_rotary_factor: {share}"
+        raise reader.refusal("head_dim", width, f"which gives no even number of channels to rotate{of_part}.")
     pad = reader.hf.get("pad_token_id", reader.family.defaults.get("pad_token_id"))
     if isinstance(pad, int) and pad >= values["vocab_size"]:
         raise reader.refusal("pad_token_id", pad, f"not below vocab_size: {values['vocab_size']}.")

@@ -149,8 +149,9 @@ class Variant:
     """Key -> other keys that change with it."""
 
     def __str__(self) -> str:
-        beside = "".join(f", {key}: {value!r}" for key, value in self.beside)
-        return f"{self.family} {self.key}: {'gone' if self.value is GONE else repr(self.value)[:90]}{beside}"
+        keys = ((self.key, self.value), *self.beside)
+        shown = (f"{key}: {'gone' if value is GONE else repr(value)[:200]}" for key, value in keys)
+        return f"{self.family} {', '.join(shown)}"
 
     def config(self, source: Mapping[str, Any]) -> dict[str, Any]:
         changed = {**source, **dict(self.beside), self.key: self.value}
