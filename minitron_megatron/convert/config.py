@@ -252,7 +252,7 @@ def _rope(reader: _Reader) -> tuple[float, float, HfConfig | None]:
     if kind not in reader.family.rope:
         kinds = " and ".join(map(repr, reader.family.rope))
         raise reader.refusal(
-            "rope_type", kind, f"which is not supported in {where} of {reader.family.model_type}; {kinds} are."
+            "rope_type", kind, f"which is not supported in {where} of {reader.family.model_type}; only {kinds}."
         )
     constants = ROPE[kind]
     for key in nested:

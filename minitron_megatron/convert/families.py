@@ -243,6 +243,7 @@ BUILT_IN: Mapping[str, Family] = {
                 "num_key_value_heads": ...,
             },
             nullable=("head_dim",),
+            rope=("default",),  # transformers 4.57 ignores any scaling here; 5 applies it
             only={"hidden_act": ("relu2",)},
             free=free("transformers reads only norm_eps", NUMBER, "rms_norm_eps layer_norm_eps"),
         ),

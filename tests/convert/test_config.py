@@ -138,6 +138,10 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "two bases": ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta: 5.0, but 6.0"),
     "two kinds": ({"rope_scaling": {**LINEAR, "type": "default"}}, "rope_scaling.type: 'default'"),
     "unread constant": ({"rope_scaling": {**LINEAR, "beta_fast": 3}}, "rope_scaling.beta_fast: 3"),
+    "scaling of nemotron": (
+        {"model_type": "nemotron", "hidden_act": "relu2", "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_type: 'linear', which is not supported in rope_scaling of nemotron; only 'default'",
+    ),
     "groups": ({"num_key_value_heads": 3}, "num_key_value_heads: 3, which does not divide num_attention_heads: 4"),
     "odd head": ({"head_dim": 7}, "head_dim: 7"),
     "padding": ({"pad_token_id": 96}, "pad_token_id: 96"),
