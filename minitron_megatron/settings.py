@@ -50,6 +50,8 @@ __all__ = [
     "shown",
 ]
 
+SMALLEST, LARGEST = 2.0**-126, 2.0**128
+"""Limits of a number's size, apart from 0, in fp32: beyond them it would become 0 or infinity in a computation."""
 MOST = 2**63 - 1
 """The largest count: the maximum of an int64 index."""
 LONGEST_NAME, LONGEST_PATH = 255, 4096
@@ -126,7 +128,7 @@ class _Meta(ModelMetaclass):
 
 
 class Settings(BaseModel, metaclass=_Meta):
-    """A block of settings. Numbers are finite, booleans are not accepted as numbers, and nothing changes later."""
+    """A block of settings. Numbers fit in fp32, booleans are not accepted as numbers, and nothing changes later."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=False
@@ -160,6 +162,22 @@ class Settings(BaseModel, metaclass=_Meta):
         elif not any(isinstance(kind, type) and issubclass(kind, Settings) for kind in kinds) and _holds_bool(value):
             raise ValueError("Give a value of another type; this key is not a true/false switch")
         return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _refuse_beyond_fp32(cls, value: object) -> object:
+        """Refuse a float that fp32 cannot hold."""
+        if any(number and not SMALLEST <= abs(number) < LARGEST for number in _floats(value)):
+            raise ValueError("Give 0, or a number between 1.2e-38 and 3.4e38 in size")
+        return value
+
+
+def _floats(value: object) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _floats(each)
 
 
 def _deciding(value: object, plain: Any) -> object:

@@ -140,7 +140,7 @@ class _Reader:
         if value is None and key in self.family.nullable:
             value = DERIVED[key]
         if value is ...:
-            raise CheckpointError(f"{self.path} does not say {key!r}. A {self.family.model_type} config must.")
+            raise self.missing(key)
         if key in DERIVED and value is DERIVED[key]:
             value = self.check(key, value(self.known), kind)
         elif key in self.hf:
@@ -148,20 +148,31 @@ class _Reader:
         self.known[key] = value
         return value
 
+    def missing(self, *keys: str) -> CheckpointError:
+        names = " or ".join(map(repr, keys))
+        return CheckpointError(f"{self.path} does not say {names}. A {self.family.model_type} config must.")
+
+    def present(self, keys: tuple[str, ...]) -> list[str]:
+        """Return those of a size's keys that the config has, or the family's first one."""
+        return [key for key in keys if key in self.hf] or [keys[0]]
+
     def size(self, keys: tuple[str, ...]) -> int:
         """Return a size that a config may give under several keys, which must agree."""
-        present = [key for key in keys if key in self.hf] or [keys[0]]
+        present = self.present(keys)
+        if present[0] not in self.hf and self.family.default(keys[0]) is ...:
+            raise self.missing(*keys)
         values = [self.read(key, SIZE) for key in present]
         for key, value in zip(present, values, strict=True):
             if value != values[0]:
                 raise self.refusal(key, value, f"but {present[0]}: {values[0]}. Remove the wrong one.")
         return int(values[0])
 
-    def agreed(self, key: str, nested: HfConfig, kind: Kind) -> Any:
-        """Return a rope constant from the nested rope parameters or the top level; if both have it, they must agree."""
+    def agreed(self, key: str, where: str, nested: HfConfig, kind: Kind) -> Any:
+        """Return a rope constant from `nested`, the rope parameters under the key `where`, or from the top level; if
+        both have it, they must agree."""
         if key not in nested:
             return self.read(key, kind)
-        value = self.check(f"rope_parameters.{key}", nested[key], kind)
+        value = self.check(f"{where}.{key}", nested[key], kind)
         if key in self.hf and self.hf[key] != value:
             raise self.refusal(key, self.hf[key], f"but {value!r} among the rope parameters. Remove the wrong one.")
         return value
@@ -241,14 +252,14 @@ def _rope(reader: _Reader) -> tuple[float, float, HfConfig | None]:
     if kind not in reader.family.rope:
         kinds = " and ".join(map(repr, reader.family.rope))
         raise reader.refusal(
-            "rope_type", kind, f"which is not supported in {where} of {reader.family.model_type}; {kinds} are."
+            "rope_type", kind, f"which is not supported in {where} of {reader.family.model_type}; only {kinds}."
         )
     constants = ROPE[kind]
     for key in nested:
         if key not in (*ROPE_KEYS, *constants):
             near = did_you_mean(key, (*ROPE_KEYS, *constants))
             raise reader.refusal(f"{where}.{key}", nested[key], f"which rope_type {kind!r} does not use.{near}")
-    base, share = float(reader.agreed("rope_theta", nested, POSITIVE)), _share(reader, where, nested)
+    base, share = float(reader.agreed("rope_theta", where, nested, POSITIVE)), _share(reader, where, nested)
     scaling = {key: _constant(reader, where, nested, kind, key) for key in constants}
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise reader.refusal(
@@ -259,7 +270,7 @@ def _rope(reader: _Reader) -> tuple[float, float, HfConfig | None]:
 
 def _constant(reader: _Reader, where: str, nested: HfConfig, kind: str, key: str) -> float:
     if key == "original_max_position_embeddings":
-        return reader.agreed(key, nested, SIZE) or reader.known["max_position_embeddings"]
+        return reader.agreed(key, where, nested, SIZE) or reader.known["max_position_embeddings"]
     if key not in nested:
         raise CheckpointError(f"{reader.path} lacks {key!r} in {where}. rope_type {kind!r} needs it.")
     return reader.check(f"{where}.{key}", nested[key], ROPE[kind][key])
@@ -269,7 +280,7 @@ def _share(reader: _Reader, where: str, nested: HfConfig) -> float:
     """Return the rotated share of a head. Only families that read the key may set it; transformers versions differ."""
     key = "partial_rotary_factor"
     if key in reader.family.read:
-        return float(reader.agreed(key, nested, SHARE))
+        return float(reader.agreed(key, where, nested, SHARE))
     if reader.check(f"{where}.{key}", nested.get(key, 1.0), SHARE) != 1:
         raise reader.refusal(
             f"{where}.{key}", nested[key], f"which is not supported in {reader.family.model_type}; only 1.0 is."
@@ -309,8 +320,8 @@ def _refuse_impossible(reader: _Reader, sizes: Mapping[str, int], share: float, 
     if heads * width > LARGEST:
         raise reader.refusal("head_dim", width, f"too large with num_attention_heads: {heads}.")
     if int(width * share) % 2 or not int(width * share):
-        key = "head_dim" if share == 1 else "partial_rotary_factor"
-        raise reader.refusal(key, width if share == 1 else share, "which gives no even number of channels to rotate.")
+        of_part = "" if share == 1 else f" with partial_rotary_factor: {share}"
+        raise reader.refusal("head_dim", width, f"which gives no even number of channels to rotate{of_part}.")
     pad = reader.hf.get("pad_token_id", reader.family.defaults.get("pad_token_id"))
     if isinstance(pad, int) and pad >= values["vocab_size"]:
         raise reader.refusal("pad_token_id", pad, f"not below vocab_size: {values['vocab_size']}.")
@@ -320,10 +331,11 @@ def _refuse_impossible(reader: _Reader, sizes: Mapping[str, int], share: float, 
 
 def _refuse_experts(reader: _Reader, sizes: Mapping[str, int], renormalises: bool) -> None:
     experts, chosen, layers = sizes["experts"], sizes["experts_per_token"], reader.known["num_hidden_layers"]
+    key = reader.present(reader.family.keys["experts"])[0]
     if experts * layers > MOST_EXPERTS:
-        raise reader.refusal(reader.family.keys["experts"][0], experts, f"too many with num_hidden_layers: {layers}.")
+        raise reader.refusal(key, experts, f"too many with num_hidden_layers: {layers}.")
     if chosen > experts:
-        raise reader.refusal("num_experts_per_tok", chosen, f"more than {reader.family.keys['experts'][0]}: {experts}.")
+        raise reader.refusal("num_experts_per_tok", chosen, f"more than {key}: {experts}.")
     if chosen == 1 and renormalises:
         raise reader.refusal(
             "num_experts_per_tok", chosen, "which is not supported where router weights are normalised over the chosen "

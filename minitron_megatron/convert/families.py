@@ -243,6 +243,7 @@ BUILT_IN: Mapping[str, Family] = {
                 "num_key_value_heads": ...,
             },
             nullable=("head_dim",),
+            rope=("default",),  # transformers 4.57 ignores any scaling here; 5 applies it
             only={"hidden_act": ("relu2",)},
             free=free("transformers reads only norm_eps", NUMBER, "rms_norm_eps layer_norm_eps"),
         ),
@@ -266,6 +267,8 @@ def family_of(hf: HfConfig) -> Family:
     A family without a row here is looked up in Megatron-Bridge, if that is installed. Raises CheckpointError for a
     family that neither knows.
     """
+    if hf and hf.get("model_type") is None:
+        raise CheckpointError(f"the config does not say model_type. Known: {', '.join(FAMILIES)}.")
     model_type = str(hf.get("model_type")) if hf else "llama"
     if model_type == "llama" and hf.get("attention_bias") is True:
         return BIASED_LLAMA

@@ -50,7 +50,7 @@ class Family:
     free: Mapping[str, tuple[Kind, str]] = field(default_factory=dict)
     """The family's own keys that change nothing; besides `FREE`."""
     rope: tuple[str, ...] = ("default", "linear", "llama3")
-    """Supported rope types that its class in transformers accepts too."""
+    """Supported rope types that its class applies in transformers 4.57 and 5."""
     strict: bool = True
     """Refuse unknown keys of its config."""
     norm_topk_prob: bool = True

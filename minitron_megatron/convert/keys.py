@@ -58,6 +58,7 @@ OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 SIZE, LAYERS, NATURAL = _whole(1, LARGEST), _whole(1, DEEPEST), _whole(0, 2**31 - 1)
 POSITIVE = _number("a number above 0", lambda value: value > 0)
 SHARE = _number("a number above 0 and at most 1", lambda value: 0 < value <= 1)
+PROBABILITY = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 EPSILON = Kind(
     "a fraction above 0 and below 1", lambda value: isinstance(value, float) and 0 < value < 1 and value > 1e-30
 )
@@ -155,7 +156,7 @@ def free(reason: str, kind: Kind, keys: str | Iterable[str]) -> dict[str, tuple[
 FREE: Mapping[str, tuple[Kind, str]] = {
     **free("model_type already determines the class", TEXTS | NULL, "architectures"),
     **free("it selects the family", TEXT, "model_type"),
-    **free("dropout acts only in training with transformers; here there is none", NUMBER,
+    **free("dropout acts only in training with transformers; here there is none", PROBABILITY,
            "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop classifier_dropout"),
     **free("a KV cache does not change the results", FLAG, "use_cache"),
     **free("stored dtype; the weight files say it themselves", DTYPE | NULL, "torch_dtype dtype"),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["SafetensorsWriter", "Weights", "conversion", "stored"]
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER = "adapter_config.json"
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 FLOATS = {"F64": torch.float64} | {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 SCALES = ("_scale", "_scale_inv")
@@ -105,21 +106,33 @@ class Weights:
                 )
 
 
+class _UnreadableError(CheckpointError):
+    """The weights are missing, or their place is taken by something else, such as a Git LFS pointer."""
+
+
 def stored(folder: Path) -> Weights | None:
-    """Return the tensors of a folder; None if none can be read, as in a folder with only a config."""
+    """Return the tensors of a folder; None if none can be read, as in a folder with only a config.
+
+    Raises CheckpointError where files contradict each other.
+    """
     try:
         return Weights(folder)
-    except CheckpointError:
+    except _UnreadableError:
         return None
 
 
 def _files(folder: Path) -> list[Path]:
     """Return the files that transformers reads: the single one, else those of the index."""
+    if (adapter := folder / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{adapter} belongs to an adapter, which would change the model. Merge it (merge_and_unload of peft), and "
+            "give the folder of the merged model."
+        )
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _indexed(folder)
-    raise CheckpointError(f"model {folder} has no model.safetensors and no {INDEX}. {_advice(folder)}")
+    raise _UnreadableError(f"model {folder} has no model.safetensors and no {INDEX}. {_advice(folder)}")
 
 
 def _advice(folder: Path) -> str:
@@ -193,7 +206,7 @@ def _open(file: Path) -> safe_open:
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is torn or not a safetensors file ({error}). Copy it again.") from error
+        raise _UnreadableError(f"{file} is torn or not a safetensors file ({error}). Copy it again.") from error
 
 
 class SafetensorsWriter:

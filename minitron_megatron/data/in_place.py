@@ -161,7 +161,7 @@ def _write(
             if not tokens:
                 raise DataError(
                     f"`validation` {part.share if part else 0} leaves no document for the {split} split of "
-                    f"{pair.prefix}. Set another fraction, or 0, or name another pair to hold out."
+                    f"{pair.prefix}. Set a larger fraction, or name another pair to hold out."
                 )
             known = sums[pair.prefix]
             content = content_of([known["idx"], *known["bin"], repr(part)])

@@ -298,5 +298,5 @@ def _refuse_empty(writers: Mapping[str, TokenFileWriter], validation: object) ->
         if not writer.documents:
             raise DataError(
                 f"`validation` {validation} leaves no document for the {split} split of "
-                f"{sum(w.documents for w in writers.values())}. Set another fraction, or 0, or name files to hold out."
+                f"{sum(w.documents for w in writers.values())}. Set a larger fraction, or name files to hold out."
             )

@@ -79,9 +79,11 @@ def text_files(sources: Sequence[str | Path]) -> Files:
     that may be data in another format, or where a file is named twice.
     """
     files = [file for source in sources for file in _find(source)[0]]
-    if len(set(files)) < len(files):
-        twice = next(file for number, file in enumerate(files) if file in files[:number])
-        raise DataError(f"{twice} is named twice by {names(map(str, sources))}. Name it once.")
+    seen: set[Path] = set()
+    for file in files:
+        if (real := file.resolve()) in seen:
+            raise DataError(f"{file} is named twice by {names(map(str, sources))}. Name it once.")
+        seen.add(real)
     return files
 
 
@@ -180,8 +182,9 @@ def _sorted_out(files: Files, folder: Path, where: str) -> tuple[Files, LeftOut]
     unread: Files = []
     left: LeftOut = defaultdict(list)
     saved = _saved_data_sets(files)
+    real = {file.resolve() for file in files if file.is_file() and not file.is_symlink()}
     for file in files:
-        if reason := _not_data(file, folder, saved):
+        if reason := _not_data(file, folder, saved) or _other_name(file, real):
             left[reason].append(file)
         else:
             (read if file.is_file() and reader_of(file) else unread).append(file)
@@ -213,6 +216,16 @@ def _not_data(file: Path, folder: Path, saved: dict[Path, set[str]]) -> str:
     if (name.startswith(".") and not file.suffix) or name.endswith(NO_DATA_SUFFIXES) or name.startswith(NO_DATA_NAMES):
         return "no data by its name"
     return "" if file.stat().st_size else "empty"
+
+
+def _other_name(file: Path, real: set[Path]) -> str:
+    """Return a reason to leave out a link to a file that is read anyway; else add its file to `real`."""
+    if not (file.is_symlink() and file.is_file() and reader_of(file)):
+        return ""
+    if (target := file.resolve()) in real:
+        return "a link to another of the files"
+    real.add(target)
+    return ""
 
 
 def _saved_data_sets(files: Files) -> dict[Path, set[str]]:

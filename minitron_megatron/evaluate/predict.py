@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
+from ..errors import expect_number
 from ..events import Event, Listener, silent
 from ..losses import token_likelihood
 from ..model import Model, chunks_of, field_of, forward_only, output_weight, reads_past
@@ -40,6 +41,13 @@ class Sampling:
     seed: int = 0
     keys: Sequence[tuple[int, ...]] | None = None
     """Name of each prompt in the random choices; None: its number."""
+
+    def __post_init__(self) -> None:
+        """Raise RecipeError for a value out of range; greedy decoding does not use `top_k` and `top_p`."""
+        expect_number("temperature", self.temperature, at_least=0)
+        if self.temperature:
+            expect_number("top_k", self.top_k, at_least=0, whole=True)
+            expect_number("top_p", self.top_p, above=0, at_most=1)
 
     def choose(self, prompts: Iterable[int], logits: Tensor, step: int) -> dict[int, int]:
         """Return prompt -> token, from a row of logits each: [prompts, vocab]."""

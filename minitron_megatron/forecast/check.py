@@ -72,7 +72,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         check_tokenizer(recipe.model, shape.vocab)
         if any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
             chat_marks(recipe.model)
-    check_files(places, recipe)
+    check_files(places, recipe, must_be_writable=not counts_only)
     if recipe.student:
         _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)
     check_fits(shape, topology)

@@ -3,6 +3,7 @@ those that are trained on."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,10 +17,21 @@ Places = tuple[str, Sequence[str], Sequence[str]]
 """Key in the recipe, places that are trained or calibrated on, and held-out places."""
 
 
-def check_files(asked: Recipe, recipe: Recipe) -> None:
+def check_files(asked: Recipe, recipe: Recipe, *, must_be_writable: bool) -> None:
     """Check all paths. asked: the recipe as it was given, with models by the names that users gave."""
+    _check_out(asked.out, must_be_writable=must_be_writable)
     _check_paths(asked)
     _check_held_out(recipe)
+
+
+def _check_out(out: Path, *, must_be_writable: bool) -> None:
+    """Check that the run folder is one, or can become one."""
+    found = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
+    if not found.is_dir():
+        what = "a link to nowhere" if found.is_symlink() and not found.exists() else "not a folder"
+        raise RecipeError(f"out is {out}, but {found} is {what}. Give another path, or remove it.")
+    if must_be_writable and not out.exists() and not os.access(found, os.W_OK | os.X_OK):
+        raise RecipeError(f"out is {out}, which cannot be made: {found} is not writable. Give another path.")
 
 
 def _text(recipe: Recipe) -> Iterator[Places]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from ..errors import CheckpointError
 from ..layout import Shape
 from .config import ACTIVATIONS, ModelConfig
 from .megatron_flags import RENAMED
-from .megatron_names import ARGUMENTS, FUNCTIONS, LLAMA3, POSITIONS, SHAPE_NAMES, from_megatron
+from .megatron_names import ARGUMENTS, FACTOR, FUNCTIONS, LLAMA3, POSITIONS, SHAPE_NAMES, from_megatron
 from .read_model import changed_settings, default_settings
 
 __all__ = ["config_of_arguments"]
@@ -99,7 +100,14 @@ def _vocabulary(given: Mapping[str, Any], vocab: int | None) -> int:
 
 def _rotary_scaling(given: Mapping[str, Any]) -> dict[str, Any] | None:
     if given.get("use_rope_scaling"):
-        return {"rope_type": "llama3", "factor": float(_required(given, "rope_scaling_factor")), **LLAMA3}
+        factor = float(_required(given, "rope_scaling_factor"))
+        if factor != FACTOR:
+            warnings.warn(
+                f"the checkpoint's arguments say rope_scaling_factor: {factor:g}, which is used here. Megatron-LM's "
+                f"pretrain_gpt.py ignores it: if that trained the checkpoint, it was with {FACTOR:g}.",
+                stacklevel=2,
+            )
+        return {"rope_type": "llama3", "factor": factor, **LLAMA3}
     factor = given.get("rotary_seq_len_interpolation_factor", 1)
     return {"rope_type": "linear", "factor": float(factor)} if factor != 1 else None
 

@@ -45,6 +45,11 @@ def check_megatron_lm(config: ModelConfig) -> None:
     for key, fixed in LLAMA3.items():
         if kind == "llama3" and scaling[key] != fixed:
             raise _inexpressible(f"{key}: {scaling[key]} of rope_type 'llama3'", f"it hard-codes {fixed:g}")
+    if kind == "llama3" and scaling["factor"] != FACTOR:
+        raise _inexpressible(
+            f"factor: {scaling['factor']} of rope_type 'llama3'",
+            f"its pretrain_gpt.py ignores --rope-scaling-factor and builds the model with {FACTOR:g}",
+        )
     if (config.shape.gated, config.activation) not in ACTIVATIONS:
         gate = "with" if config.shape.gated else "without"
         raise _inexpressible(
@@ -79,7 +84,6 @@ def megatron_lm_flags(config: ModelConfig, dtype: torch.dtype, tokenizer: Path |
             ("--window-size", f"{(config.window or 1) - 1},0"),
         ),  # Megatron-LM's window excludes the token itself
         (bool(scaling), ("--use-rope-scaling",)),
-        (bool(scaling), ("--rope-scaling-factor", repr(float(scaling.get("factor", FACTOR))))),
         (shape.shared_gate, ("--moe-shared-expert-gate",)),
         (dtype == torch.bfloat16, ("--bf16",)),
         (dtype == torch.float16, ("--fp16",)),
@@ -95,12 +99,6 @@ def arguments_script(config: ModelConfig, dtype: torch.dtype, tokenizer: Path | 
         "# Flags with which Megatron-LM 0.16 or later loads this checkpoint:",
         f'#   source {FLAGS}; torchrun ... pretrain_gpt.py "${{MEGATRON_ARGS[@]}}" ...',
     ]
-    factor = (config.rotary_scaling or {}).get("factor", FACTOR)
-    if factor != FACTOR:
-        lines += [
-            f"# WARNING: pretrain_gpt.py ignores --rope-scaling-factor and builds the model with {FACTOR:g} instead:",
-            f"# pass rope_scaling_factor={factor:g} to GPTModel there (gpt_config_from_args, or gpt_builders.py).",
-        ]
     flags = [" ".join(map(shlex.quote, flag)) for flag in megatron_lm_flags(config, dtype, tokenizer)]
     load = '--load "$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"'
     return "\n".join([*lines, "MEGATRON_ARGS=(", *(f"    {flag}" for flag in [load, *flags]), ")", ""])

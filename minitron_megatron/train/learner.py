@@ -38,6 +38,8 @@ class Learner:
         self.chunks, self.optimizer = _wrapped(chunks_of(model), training, self._finalize)
         self.scheduler = _schedule(self.optimizer, training)
         self.trainee = Trainee(self.chunks, self.optimizer, name)
+        self.has_updated = False
+        """Whether there was an update, here or before a resume; until then the optimizer has no state to save."""
 
     @property
     def lr(self) -> float:
@@ -57,6 +59,7 @@ class Learner:
         if not (math.isfinite(loss) and self._finite()):
             return loss, counted, math.nan
         _, norm, _ = self.optimizer.step()
+        self.has_updated = True
         return loss, counted, float(norm or 0.0)
 
     def _passes(self, batches: Sequence[Batch], objective: Objective) -> tuple[float, int]:

@@ -201,11 +201,14 @@ class _Run:
             self.store.poll(wait=True)
         self._expect_finite()
         last = values.get(SCORE, values.get("loss", 0.0))
-        if not math.isfinite(last) or self.skipped_in_a_row == self.training.steps:
+        if not math.isfinite(last) or self.skipped_in_a_row == self.training.steps or not self._all_updated():
             raise TrainingError(
                 f"{self.label} ended at step {self.step} without a result: its loss is not finite. Check the data, or "
                 "lower the learning rate (`lr`)."
             )
+
+    def _all_updated(self) -> bool:
+        return all(learner.has_updated for learner in self.learners)
 
     def _expect_finite(self) -> None:
         for learner in self.learners:
@@ -216,7 +219,8 @@ class _Run:
             )
 
     def save(self, score: float | None, *, wait: bool) -> None:
-        if self.store is None:
+        """Save a checkpoint, unless every step so far was skipped: then training starts again at its beginning."""
+        if self.store is None or not self._all_updated():
             return
         self._expect_finite()
         state = {
@@ -269,6 +273,8 @@ class _Run:
             try:
                 state = load_checkpoint(path, trainees, identity)
                 check_as(state, Saved, f"{path}'s state")
+                for learner in self.learners:
+                    learner.has_updated = True
                 return state
             except (CheckpointError, FileError) as error:
                 if older is None:

@@ -55,6 +55,14 @@ client() {
         environment "$1" "$torch" 'ctranslate2==4.8.5' 'transformers==4.57.6'
         read_by "$1" ctranslate2
         ;;
+    trl)
+        environment "$1" "$torch" 'trl==1.16.0' 'datasets==5.2.0' 'accelerate==1.15.0'
+        read_by "$1" trl
+        ;;
+    ortgenai)
+        environment "$1" "$torch" 'onnxruntime-genai==0.18.0' onnx onnx-ir 'transformers==4.57.6'
+        read_by "$1" ortgenai
+        ;;
     *)
         echo "There is no client $1." >&2
         exit 2
@@ -63,7 +71,7 @@ client() {
 }
 
 [ -d "$work/exports" ] || $python -W ignore tests/compat/clients.py write "$work"
-for each in ${*:-transformers5 transformers4 vllm llamacpp mlx openvino ctranslate2}; do
+for each in ${*:-transformers5 transformers4 vllm llamacpp mlx openvino ctranslate2 trl ortgenai}; do
     client "$each"
 done
 $python tests/compat/clients.py table "$work"

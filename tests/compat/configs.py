@@ -1,6 +1,6 @@
-"""Check every family x every config key of the installed transformers (and some other keys) x typical, boundary and
-wrong values: the logits equal those of transformers, or a MinitronError names the key. Prints a line for each variant
-that does neither, and the counts.
+"""Check every family x every config key of transformers 4.57 and 5 (and some other keys) x typical, boundary and wrong
+values, constants inside rope parameters, and random pairs of keys: the logits equal those of the installed version of
+transformers, or a MinitronError names the key. Prints a line for each variant that does neither, and the counts.
 
     python tests/compat/configs.py [--sample N] [FAMILY ...]        --sample: only every Nth variant
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import random
 import sys
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,16 @@ FOREIGN = (
     "logit_scale", "final_logit_softcapping", "clip_qkv", "query_pre_attn_scalar", "num_nextn_predict_layers",
     "tie_last_hidden_states", "transformers_weights", "torch_dtype", "dtype", "auto_map", "no_rope_layers",
     "attn_implementation", "quantization_config", "text_config", "max_length", "top_k", "temperature", "is_decoder",
-    "use_mrope",
+    "use_mrope", "add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "output_scores", "prefix", "remove_invalid_values",
+    "repetition_penalty", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_p", "typical_p", "use_bfloat16",
 )  # fmt: skip
-"""Keys that a family may lack in this version of transformers."""
+"""Keys that a family may lack in the installed version of transformers, but has in the other one, or elsewhere."""
+PAIRS = 400
+"""Random pairs of a family's variants."""
 
 
 VERSION = int(transformers.__version__.split(".")[0])
@@ -141,8 +149,9 @@ class Variant:
     """Key -> other keys that change with it."""
 
     def __str__(self) -> str:
-        beside = "".join(f", {key}: {value!r}" for key, value in self.beside)
-        return f"{self.family} {self.key}: {'gone' if self.value is GONE else repr(self.value)[:90]}{beside}"
+        keys = ((self.key, self.value), *self.beside)
+        shown = (f"{key}: {'gone' if value is GONE else repr(value)[:200]}" for key, value in keys)
+        return f"{self.family} {', '.join(shown)}"
 
     def config(self, source: Mapping[str, Any]) -> dict[str, Any]:
         changed = {**source, **dict(self.beside), self.key: self.value}
@@ -181,9 +190,35 @@ def variants(family: str, flat: Mapping[str, Any]) -> Iterator[Variant]:
             if not any(type(value) is type(each) and repr(value) == repr(each) for each in seen):
                 seen.append(value)
                 yield Variant(family, key, value)
-    for variant in together(family):
+    for variant in (*together(family), *nested(family), *pairs(family, own, flat)):
         if VERSION > 4 or not {variant.key, *(key for key, _ in variant.beside)} & {*OTHER_IN_4}:
             yield variant
+
+
+def pairs(family: str, own: Mapping[str, Any], flat: Mapping[str, Any]) -> Iterator[Variant]:
+    """Return random pairs of typical and boundary values of two keys, or of a value and an absent key."""
+    pick = random.Random(family)
+    keys = [key for key in dict.fromkeys([*own, *flat, *FOREIGN]) if key in BY_KEY and key != "quantization_config"]
+    for _ in range(PAIRS):
+        first, second = pick.sample(keys, 2)
+        gone = [GONE] if second in flat else []
+        other = pick.choice([*BY_KEY[second], *gone, *gone])
+        yield Variant(family, first, pick.choice(BY_KEY[first]), ((second, other),))
+
+
+def nested(family: str) -> Iterator[Variant]:
+    """Return rope parameters with one constant changed, added or absent."""
+    added = ["type", "original_max_position_embeddings", "attention_factor", "mrope_section", "full_attention"]
+    if VERSION > 4:
+        added += ["rope_theta", "partial_rotary_factor"]  # 4.x does not read these here
+    absent = (("rope_theta", GONE), ("partial_rotary_factor", GONE))
+    for form, beside in (("rope_scaling", ()), ("rope_parameters", absent)):
+        for constants in ({"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, LLAMA3):
+            for key in dict.fromkeys([*constants, *added]):
+                for value in [GONE, *BY_KEY.get(key, []), "linear", *ANY_KIND]:
+                    changed = {**constants, key: value}
+                    kept = {name: each for name, each in changed.items() if each is not GONE}
+                    yield Variant(family, form, kept, beside)
 
 
 def together(family: str) -> Iterator[Variant]:
@@ -229,26 +264,33 @@ def of_transformers(folder: Path) -> Tensor | str:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
 
 
-def of_ours(folder: Path, topology: Any) -> Tensor | str:
-    """Return our logits, or the message of a MinitronError. Other errors are raised."""
-    from minitron_megatron.convert import load_hf
+def of_ours(folder: Path, topology: Any, known: dict[str, Tensor]) -> Tensor | str:
+    """Return our logits, or the message of a MinitronError. Other errors are raised.
+
+    known: results by what was read from the config; the weights stay the same.
+    """
+    from minitron_megatron.convert import load_hf, read_config
     from minitron_megatron.convert.check import logits_of
     from minitron_megatron.data import Batch
     from minitron_megatron.errors import MinitronError
 
     try:
-        logits = logits_of(load_hf(folder, topology), Batch(TOKENS, TOKENS, TOKENS >= 0), topology)
+        read = repr(replace(read_config(folder), source={}))
+        if read not in known:
+            logits = logits_of(load_hf(folder, topology), Batch(TOKENS, TOKENS, TOKENS >= 0), topology)
+            assert logits is not None
+            known[read] = logits
     except MinitronError as error:
         return str(error)
-    assert logits is not None
-    return logits
+    return known[read]
 
 
 def outcome(variant: Variant, ours: Tensor | str, theirs: Tensor | str) -> str:
     """Return `equal`, `refused`, or a description of the problem."""
     if isinstance(ours, str):
         named = [variant.key, *(key for key, _ in variant.beside)]
-        nested = variant.value if isinstance(variant.value, dict) else {}
+        values = [variant.value, *(value for _, value in variant.beside)]
+        nested = [key for value in values if isinstance(value, dict) for key in value]
         return "refused" if any(str(key) in ours for key in [*named, *nested]) else f"UNNAMED {ours}"
     if isinstance(theirs, str):
         if VERSION == 4:
@@ -260,10 +302,10 @@ def outcome(variant: Variant, ours: Tensor | str, theirs: Tensor | str) -> str:
     return "equal" if apart < TOLERANCE else f"OTHER logits by {apart:.1e}"
 
 
-def check(variant: Variant, flat: Mapping[str, Any], folder: Path, topology: Any) -> str:
+def check(variant: Variant, flat: Mapping[str, Any], folder: Path, topology: Any, known: dict[str, Tensor]) -> str:
     (folder / "config.json").write_text(json.dumps(variant.config(flat)))
     try:
-        ours = of_ours(folder, topology)
+        ours = of_ours(folder, topology, known)
     except Exception as error:  # unexpected errors
         return f"CRASH {type(error).__name__}: {str(error).splitlines()[:1]}"
     return (
@@ -283,18 +325,21 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     from minitron_megatron.parallel import Topology
 
-    topology, counts = Topology.start(), Counter[str]()
+    topology, total = Topology.start(), Counter[str]()
     for family in asked.families or FAMILIES:
+        counts, known = Counter[str](), dict[str, Tensor]()
         with tempfile.TemporaryDirectory() as work:
             folder = Path(work)
             flat = make(family, folder)
             assert load_file(folder / "model.safetensors")
             for variant in list(variants(family, flat))[:: asked.sample]:
-                found = check(variant, flat, folder, topology)
+                found = check(variant, flat, folder, topology, known)
                 counts[found.split()[0]] += 1
                 if found not in ("equal", "refused", "5.x-alone"):
                     print(f"{variant}  ->  {found}", flush=True)
-    print(f"transformers {transformers.__version__}: {dict(counts)}")
+        total += counts
+        print(f"{family}: {dict(counts)}", flush=True)
+    print(f"transformers {transformers.__version__}: {total.total()} variants, {dict(total)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from minitron_megatron.testing import Pool
 
 from ..compat import configs
 
-SAMPLE = 71
+SAMPLE = 151
 """Only every so many variants of tests/compat/configs.py are tried here; that script runs all."""
 REQUIRED = {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"}
 NOT_OF_A_FILE = {"_attn_implementation_internal", "_experts_implementation_internal", "ignore_keys_at_rope_validation"}
@@ -77,7 +77,8 @@ def outcomes(topology: Topology, family: str, folder: Path, offset: int) -> list
     """Return the counts of equal and refused variants of a sample, and each variant that is neither."""
     flat = configs.make(family, folder)
     chosen = list(configs.variants(family, flat))[offset::SAMPLE]
-    found = [(variant, configs.check(variant, flat, folder, topology)) for variant in chosen]
+    known: dict[str, Any] = {}
+    found = [(variant, configs.check(variant, flat, folder, topology, known)) for variant in chosen]
     counts = {word: sum(each == word for _, each in found) for word in ("equal", "refused")}
     return [json.dumps(counts), *(f"{variant} -> {each}" for variant, each in found if each not in counts)]
 
@@ -124,6 +125,7 @@ def test_a_size_that_is_none_is_refused_by_name(tmp_path: Path, key: str, value:
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "null base": ({"rope_theta": None}, "rope_theta"),
+    "nested null base": ({"rope_scaling": {"type": "default", "rope_theta": None}}, "rope_scaling.rope_theta: None"),
     "null epsilon": ({"rms_norm_eps": None}, "rms_norm_eps"),
     "unknown": (
         {"num_hidden_layer": 3},
@@ -136,9 +138,14 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "two bases": ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta: 5.0, but 6.0"),
     "two kinds": ({"rope_scaling": {**LINEAR, "type": "default"}}, "rope_scaling.type: 'default'"),
     "unread constant": ({"rope_scaling": {**LINEAR, "beta_fast": 3}}, "rope_scaling.beta_fast: 3"),
+    "scaling of nemotron": (
+        {"model_type": "nemotron", "hidden_act": "relu2", "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_type: 'linear', which is not supported in rope_scaling of nemotron; only 'default'",
+    ),
     "groups": ({"num_key_value_heads": 3}, "num_key_value_heads: 3, which does not divide num_attention_heads: 4"),
     "odd head": ({"head_dim": 7}, "head_dim: 7"),
     "padding": ({"pad_token_id": 96}, "pad_token_id: 96"),
+    "no probability": ({"resid_pdrop": 2}, "resid_pdrop: 2, which is not a number from 0 to 1"),
     "true is not 1": ({"pretraining_tp": True}, "pretraining_tp: True"),
 }
 
@@ -160,6 +167,8 @@ MIXTRAL = {**BASE, "model_type": "mixtral", "num_local_experts": 4}
         ({"num_experts": 5}, "num_experts: 5, but num_local_experts: 4"),
         ({"num_experts_per_tok": 1}, "num_experts_per_tok: 1"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok: 5"),
+        ({"model_type": "qwen3_moe", "num_local_experts": 1, "moe_intermediate_size": 8}, "num_local_experts: 1"),
+        ({"num_local_experts": 4, "num_experts": 0}, "num_experts: 0"),
     ],
 )
 def test_experts_that_cannot_be_are_refused_by_name(tmp_path: Path, keys: dict[str, Any], words: str) -> None:

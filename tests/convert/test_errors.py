@@ -33,6 +33,8 @@ def try_to_load(topology: Topology, *folders: Path) -> str:
     """Return the error of this rank on its folder; ranks beyond the list take the last folder."""
     try:
         load_hf(folders[min(topology.rank, len(folders) - 1)], topology)
+    except CheckpointError as error:
+        return f"CheckpointError: {error}"
     except MinitronError as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -75,7 +77,7 @@ def unknown_family(folder: Path) -> str:
 
 def no_family(folder: Path) -> str:
     with_config(folder, model_type="gone")
-    return "model_type 'None' is not supported."
+    return "the config does not say model_type."
 
 
 def attention_bias(folder: Path) -> str:

@@ -149,6 +149,13 @@ def test_another_model_than_the_arguments_say_is_refused_by_name(
         local_folder(checkpoint)
 
 
+def test_a_factor_that_pretrain_gpt_ignores_is_used_and_warned_of(checkpoint: Path) -> None:
+    change(checkpoint, rope_scaling_factor=32.0)
+    with pytest.warns(UserWarning, match=r"rope_scaling_factor: 32, .* was with 8"):
+        scaling = MegatronCheckpoint(checkpoint).config().rotary_scaling
+    assert scaling is not None and scaling["factor"] == 32
+
+
 # ---- damage and malice
 
 

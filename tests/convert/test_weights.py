@@ -154,8 +154,9 @@ def test_one_file_beside_an_index_of_the_same_tensors_is_read(folder: Path) -> N
 )
 def test_one_file_beside_an_index_of_other_tensors_is_an_error(folder: Path, change: Callable[..., Any]) -> None:
     shard(folder, change)
-    with pytest.raises(CheckpointError, match=r"and their tensors differ\. Remove the stale one"):
-        folder_hash(folder)
+    for read in (folder_hash, read_config):  # an estimate reads the config alone
+        with pytest.raises(CheckpointError, match=r"and their tensors differ\. Remove the stale one"):
+            read(folder)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +178,16 @@ def test_an_index_that_is_none_is_one_message(folder: Path, index: Any, words: s
     with pytest.raises(CheckpointError) as caught:
         folder_hash(folder)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_is_refused(folder: Path, alone: bool) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    if alone:
+        (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    for read in (folder_hash, read_config):
+        with pytest.raises(CheckpointError, match=r"adapter_config.json belongs to an adapter.* Merge it"):
+            read(folder)
 
 
 def test_a_tensor_in_two_files_is_an_error(folder: Path) -> None:

@@ -91,6 +91,7 @@ def test_generation_keeps_within_the_window(pool: Pool, tmp_path: Path) -> None:
                 text = torch.cat([text, truth(text[None]).logits[0, -1:].argmax(-1)])
         want.append(text[length:].tolist())
     assert pool.run(greedy, folder)[0] == want
+    assert pool.run(greedy, folder, tp=2, pp=2) == [want] * 4
 
 
 def test_context_parallel_ranks_and_documents_keep_within_the_window() -> None:

@@ -13,6 +13,7 @@ import pytest
 from minitron_megatron.data import prepare, text_files
 from minitron_megatron.data.document import Fields
 from minitron_megatron.data.readers import documents
+from minitron_megatron.data.sources import left_out
 from minitron_megatron.errors import DataError, FileError
 from minitron_megatron.files import file_marks
 
@@ -61,6 +62,17 @@ def test_links_are_followed_and_no_folder_is_read_twice(tree: Callable[..., Path
     assert [Path(name).name for name, *_ in before] == ["1.jsonl", "3.jsonl", "2.txt", "d.jsonl"]
     (tmp_path / "store" / "more" / "3.jsonl").write_text('{"text": "w5 w6"}')
     assert file_marks([folder]) != before  # so that a run notices changed text
+
+
+def test_a_file_with_several_names_is_read_once(tree: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tree("1.jsonl", "b/2.jsonl")
+    (tmp_path / "3.jsonl").write_text('{"text": "w3"}')
+    for link, target in {"0.jsonl": "1.jsonl", "a.jsonl": "../3.jsonl", "b/c.jsonl": "../../3.jsonl"}.items():
+        (folder / link).symlink_to(target)
+    assert names(folder) == ["1.jsonl", "a.jsonl", "b/2.jsonl"]
+    assert left_out([folder]) == {"a link to another of the files": [folder / "0.jsonl", folder / "b/c.jsonl"]}
+    with pytest.raises(DataError, match=r"3\.jsonl is named twice by"):
+        text_files([folder, tmp_path / "3.jsonl"])
 
 
 def test_suffixes_are_read_in_any_case_and_folders_may_have_one(tree: Callable[..., Path]) -> None:

@@ -205,6 +205,14 @@ def test_what_is_generated_depends_on_the_seed_and_not_on_the_layout(pool: Pool,
         assert all(found == truth for found in pool.run(sampled, model, *how, **LAYOUTS[layout]))
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": float("nan")}, {"top_k": -1}]
+)
+def test_sampling_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(RecipeError, match=f"{next(iter(wrong))} is"):
+        Sampling(**{"temperature": 1.0, **wrong})  # type: ignore[arg-type]
+
+
 def answered(topology: Topology, model: Path) -> tuple[list[float], list[list[int]]]:
     pairs = [([5] * n, [6, 7]) for n in (3, 9, 20, 1)] + [([5] * 3, [6, 8])]
     predictor = Predictor(load_hf(model, topology), topology, micro_batch=1)

@@ -112,6 +112,16 @@ def test_a_run_folder_lies_apart_from_what_is_read(
         dry_run(load_recipe(recipe_file(), [f"data.sources={inside}", f"out={tmp_path}"]))
 
 
+@pytest.mark.parametrize("out", ["file", "file/run", "link", "link/run"])
+def test_a_run_folder_that_cannot_be_one_is_refused(recipe_file: Write, tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    recipe = load_recipe(recipe_file(), [f"out={tmp_path / out}"])
+    for look in (dry_run, estimate):
+        with pytest.raises(MinitronError, match=r"out is .*, but .*/(file is not a folder|link is a link to nowhere)"):
+            look(recipe)
+
+
 @pytest.mark.parametrize("kind", ["the file", "a link to it", "its folder", "another source's"])
 def test_training_text_is_no_held_out_text(recipe_file: Write, material: Path, tmp_path: Path, kind: str) -> None:
     corpus, folder = tmp_path / "text" / "a.jsonl", tmp_path / "text"

@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,16 @@ import torch
 
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.layout import Shape
-from minitron_megatron.model import ModelConfig, Spec, assign, build, check_megatron_lm, fill_initial, named_shards
+from minitron_megatron.model import (
+    MegatronCheckpoint,
+    ModelConfig,
+    Spec,
+    assign,
+    build,
+    check_megatron_lm,
+    fill_initial,
+    named_shards,
+)
 from minitron_megatron.model.megatron_flags import FLAGS, megatron_lm_flags
 from minitron_megatron.model.megatron_lm import save_megatron_lm
 from minitron_megatron.parallel import Topology
@@ -100,12 +110,31 @@ def test_a_mixture_loads_at_another_layout_and_spec(pool: Pool, layout: str, wri
         assert all(same for same, _ in pool.run(read, config, spec, tmp_path / "out", **LAYOUTS["tp2-sp"]))
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2_moe"])
+def test_tp2_pp2_writes_the_same_checkpoint_as_one_rank(pool: Pool, kind: str, tmp_path: Path) -> None:
+    config = CONFIGS[kind]
+    pool.run(write, config, "local", tmp_path / "one")
+    pool.run(write, config, "local", tmp_path / "four", tp=2, pp=2, sequence_parallel=True)
+    one, four = (MegatronCheckpoint(tmp_path / each) for each in ("one", "four"))
+    assert keys_of(one) == keys_of(four)
+    assert (tmp_path / "one" / FLAGS).read_text() == (tmp_path / "four" / FLAGS).read_text()
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    assert {**one.arguments, **layout} == four.arguments
+    for name in config.shape.names():
+        assert torch.equal(one.read(name), four.read(name)), name
+
+
+def keys_of(checkpoint: MegatronCheckpoint) -> set[str]:
+    """Return the keys of tensors and objects in the index of a checkpoint that these tests wrote."""
+    return set(pickle.loads((checkpoint.folder / ".metadata").read_bytes()).state_dict_metadata)
+
+
 # ---- flags
 
 
 ALWAYS = {"--use-checkpoint-args", "--exit-on-missing-checkpoint", "--ckpt-format", "--norm-epsilon"}
 EXPECTED = {
-    "llama": {"--use-rope-scaling", "--rope-scaling-factor"},
+    "llama": {"--use-rope-scaling"},
     "mistral": {"--window-size"},
     "qwen3": {"--qk-layernorm"},
     "nemotron": {"--apply-layernorm-1p"},
@@ -142,6 +171,7 @@ def test_the_script_beside_the_checkpoint_sets_them_wherever_it_lies(pool: Pool,
     ("changes", "message"),
     [
         ({"rotary_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"rotary_scaling": LLAMA3 | {"factor": 32.0}}, "factor: 32.0 of rope_type 'llama3': its pretrain"),
         ({"rotary_scaling": LLAMA3 | {"low_freq_factor": 2.0}}, "low_freq_factor: 2.0"),
         ({"rotary_scaling": LLAMA3 | {"high_freq_factor": 8.0}}, "high_freq_factor: 8.0"),
         ({"rotary_scaling": LLAMA3 | {"original_max_position_embeddings": 4096}}, "original_max_.*: 4096"),
@@ -155,12 +185,3 @@ def test_what_no_flag_expresses_is_refused_by_name(pool: Pool, changes: dict, me
     with pytest.raises(CheckpointError, match=rf"^Megatron-LM cannot express {message}"):
         pool.run(write, config, "local", tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_factor_that_pretrain_gpt_does_not_pass_on_is_warned_of(pool: Pool, tmp_path: Path) -> None:
-    for factor, warned in ((8.0, False), (32.0, True)):
-        config = replace(CONFIGS["llama"], rotary_scaling=LLAMA3 | {"factor": factor})
-        pool.run(write, config, "local", tmp_path / str(factor))
-        text = (tmp_path / str(factor) / FLAGS).read_text()
-        assert f"--rope-scaling-factor {factor}" in text
-        assert ("WARNING" in text and f"rope_scaling_factor={factor:g} to GPTModel" in text) == warned

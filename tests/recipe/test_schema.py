@@ -137,6 +137,9 @@ def test_an_argument_becomes_a_key_where_only_one_is_meant(text: str, block: str
     "override",
     [
         *(f"distill.lr={value}" for value in (".inf", "-.inf", ".nan", "inf", "nan", "1e999", "true", "[1]", "null")),
+        *(f"distill.lr={value}" for value in ("1e300", "1e-300", 10**40, "'1e39'")),
+        *("distill.loss={temperature: 1e-39}", "distill.loss={ce_weight: 1e39}"),
+        *("distill.phases=[{tokens: 512, weights: [1e300]}]",),
         *(f"seed={value}" for value in (-1, 2**32, "true", "1.5", "x", 10**30)),
         *(f"prune.hidden={value}" for value in ("true", "0", "-3", "1e30", ".inf", "{a: 1}")),
         *(f"out={value}" for value in ('""', "true", "no", "3", '"a\\0b"', "[x]", "/".join(["x" * 300]), "x/" * 3000)),

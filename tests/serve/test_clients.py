@@ -77,8 +77,8 @@ def said(model_type: str, architecture: Any = "auto", **sizes: int) -> str:
 
 def test_warnings_name_the_clients_the_shape_and_what_to_do() -> None:
     moe = said("qwen2_moe", hidden=192)
-    assert moe.startswith("llama.cpp and MLX-LM refuse a qwen2_moe with hidden size 192, which is not heads x head_dim")
-    assert "(6 x 64). vLLM gives wrong results for it, without an error. Choose hidden 384, or serve it with" in moe
+    assert moe.startswith("transformers 4, llama.cpp and MLX-LM refuse a qwen2_moe with hidden size 192, which is not ")
+    assert "heads x head_dim (6 x 64). vLLM gives wrong results for it, without an error. Choose hidden 384, or" in moe
     assert "MLX-LM refuses a mixtral with hidden size 192" in said("mixtral", hidden=192)
     assert "llama.cpp refuses a nemotron with hidden size 192" in said("nemotron", hidden=192)
     fewer = client_warnings(teacher("mixtral", hidden=192), replace(WHOLE, hidden=128), "auto")

@@ -149,6 +149,18 @@ def test_an_end_without_a_result_is_an_error(pool: Pool, checkpoints: dict[str, 
         assert error.startswith(f"TrainingError: {message}" if message else "") and bool(error) == bool(message)
 
 
+def test_before_the_first_update_there_is_nothing_to_save(
+    pool: Pool, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    training = TRAINING.replaced(save_every=1)
+    job = Job(checkpoints["untied"], frozenset({1, 2}), (0, 1), checkpoints=tmp_path, training=training)
+    [(_, error)] = pool.run(run, job)
+    assert error.startswith("Preempted") and not list(tmp_path.iterdir())
+    [(steps_seen, error)] = pool.run(run, replace(job, signalled=None))
+    assert error == "" and steps_seen[-1][:2] == (8, 2)
+    assert [path.name for path in tmp_path.iterdir()]
+
+
 def test_weights_that_are_not_finite_are_never_saved(pool: Pool, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     training = TRAINING.replaced(save_every=2, keep_checkpoints=1)
     job = Job(checkpoints["untied"], checkpoints=tmp_path, training=training, poisoned=5)
