@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import DataError, MinitronError
 from ..files import files_below, read_json
+from .globs import glob_paths
 from .readers import FORMATS, is_compact, reader_of
 
 __all__ = ["HUB", "input_files", "left_out", "most_bytes", "names", "pair_prefix", "places", "text_files"]
@@ -48,12 +49,14 @@ def text_files(sources: Sequence[str | Path]) -> Files:
     """Return the files to read, in the order of `sources`; those of a folder (recursively, through links) by name.
 
     A source is a file, a folder or a glob. Raises DataError where one holds nothing to read, where a folder holds files
-    that may be data in another format, or where a file is named twice.
+    that may be data in another format, or where a file is named twice, also through links.
     """
     files = [file for source in sources for file in _find(source)[0]]
-    if len(set(files)) < len(files):
-        twice = next(file for number, file in enumerate(files) if file in files[:number])
-        raise DataError(f"{twice} is named twice by {names(map(str, sources))}. Name it once.")
+    real: dict[Path, Path] = {}
+    for file in files:
+        if (first := real.setdefault(file.resolve(), file)) is not file:
+            twice = f"{file} is named twice" if file == first else f"{file} and {first} are the same file, named"
+            raise DataError(f"{twice} by {names(map(str, sources))}. Name it once.")
     return files
 
 
@@ -122,6 +125,8 @@ def _find(source: str | Path) -> tuple[Files, LeftOut]:
         if found := _matches(source):
             below = [file for each in found for file in (files_below(each) if each.is_dir() else [each])]
             return _sorted_out(list(dict.fromkeys(below)), Path(), f"The pattern {source}")
+    except MinitronError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(
             f"{source} cannot be read: {getattr(error, 'strerror', 0) or error}. Correct its path."
@@ -132,7 +137,7 @@ def _find(source: str | Path) -> tuple[Files, LeftOut]:
 def _matches(source: str | Path) -> Files:
     """Return the paths that match a glob, by name; empty for a path that exists."""
     magic = has_magic(str(source)) and not Path(source).exists()
-    return sorted(map(Path, glob(str(source), recursive=True))) if magic else []
+    return glob_paths(str(source)) if magic else []
 
 
 def _file(source: Path) -> Files:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import psutil
 from typing_extensions import TypedDict
@@ -19,17 +18,16 @@ from ..data import (
     check_same_tokenizer,
     check_split,
     check_tokenizer,
-    input_files,
     most_bytes,
-    places,
     samples_by_source,
 )
 from ..errors import DataError, PlanError, RecipeError, did_you_mean
 from ..layout import Shape
-from ..model import ModelConfig, check_fits, check_spec
+from ..model import ModelConfig, check_fits, check_spec, is_megatron_checkpoint
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
 from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved, with_keys_in_errors
 from ..serve import check_fp8
+from .check_places import check_places
 from .check_tasks import check_evaluation
 from .model_folders import with_model_folders
 from .sizes import check_pruning, student_shape
@@ -70,11 +68,11 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     if not counts_only and recipe.model == places.model:
         check_weights(recipe.model)
     if not counts_only or any(recipe.model.glob("tokenizer*")):
-        check_tokenizer(recipe.model, shape.vocab)
+        given = places.tokenizer if is_megatron_checkpoint(places.model) else None
+        check_tokenizer(given or recipe.model, shape.vocab)
         if any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
             chat_marks(recipe.model)
-    _check_paths(places)
-    _check_held_out(recipe)
+    check_places(places)
     if recipe.student:
         _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)
     check_fits(shape, topology)
@@ -200,42 +198,6 @@ def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:
             yield "correct", ResolvedPhase(keys, phase.sequence, phase.weights)
     if recipe.search and recipe.search.light:
         yield "search.light", resolved(light_recipe(recipe).distill, recipe.data)[0]
-
-
-def _check_paths(recipe: Recipe) -> None:
-    """Check that the run folder is separate from the run's inputs, so that their files cannot be confused."""
-    out = recipe.out.resolve()
-    read = [("model", recipe.model), ("student", recipe.student), ("distill.start", recipe.distill.start)]
-    read += [("data.sources", path) for source in recipe.data.sources for path in places(source.paths)]
-    read += [("data.sources", path) for source in recipe.data.sources for path in places(source.held_out_paths)]
-    read += [("score.sources", path) for source in recipe.score.sources for path in places(source.paths)]
-    for key, path in read:
-        if path is None:
-            continue
-        there = path.resolve()
-        if out == there or (there.is_dir() and there in out.parents):
-            raise RecipeError(f"out is {recipe.out}, which is inside {path} ({key}). Give a separate folder.")
-        if out in there.parents and key.endswith(".sources"):
-            raise RecipeError(f"{path} ({key}) is inside the run folder {recipe.out}. Move one of them.")
-
-
-def _check_held_out(recipe: Recipe) -> None:
-    """Check that no held-out file is also training text or calibration text."""
-    sources = (*recipe.data.sources, *recipe.score.sources)
-    trained = {file.resolve() for source in sources for file in _text(source.paths)}
-    for source in recipe.data.sources:
-        both = trained & {file.resolve() for file in _text(source.held_out_paths)}
-        if both:
-            raise RecipeError(
-                f"{min(both)} is both training text and held-out text. Give other files in "
-                "data.sources[].validation, or a share of the documents."
-            )
-
-
-def _text(places: Sequence[str]) -> list[Path]:
-    if not most_bytes(places) and places:
-        raise DataError(f"data source {', '.join(places)} is empty. Check data.sources.")
-    return input_files(places)
 
 
 def _check_schedule(key: str, phase: ResolvedPhase) -> None:
