@@ -69,7 +69,9 @@ def json_lines(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Documen
                 raise _unreadable(place, error) from error
             except ValueError as error:
                 raise _not_json(place, error) from error
-            yield _document(value, content, fields, len(line), place)
+            document = _document(value, content, fields, len(line), place)
+            del value, content, line  # a record may have hundreds of megabytes
+            yield document
 
 
 def json_records(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Document]:
