@@ -45,8 +45,6 @@ def main() -> None:
         if interrupted():  # typer caught the KeyboardInterrupt while it parsed the command line
             _interrupted()
         raise
-    except MinitronError as error:
-        _fail(WRONG_INPUT, error, f"error: {error}")
     except Preempted:
         _leave_preempted()
     except Exception as error:
@@ -54,6 +52,8 @@ def main() -> None:
             _interrupted()
         if preempted():
             _leave_preempted()
+        if isinstance(error, MinitronError):
+            _fail(WRONG_INPUT, error, f"error: {error}")
         if isinstance(error, OSError) and (message := told_by(error)):
             _fail(WRONG_INPUT, error, f"error: {message}")
         _fail(OUR_FAULT, error, traceback.format_exc().strip())

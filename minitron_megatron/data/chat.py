@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NotRequired, TypedDict
 
 from ..errors import DataError, did_you_mean
@@ -72,10 +72,11 @@ def record_document(record: object, fields: Fields, size: int, place: str) -> Do
         return document_of(record, fields.text_key, size, place)
     if not isinstance(record, dict):
         raise DataError(f"{place} is no chat; it holds {kind_of(record)}. Each record must be an object.")
+    found = FORMS[fields.form](record, place)
     try:
-        return Document(json.dumps(FORMS[fields.form](record, place), ensure_ascii=False), size, place)
-    except TypeError as error:  # columns of tables may hold dates, decimals or binary values
-        raise DataError(f"{place} holds what JSON cannot: {error}. Write it as text, or leave it out.") from error
+        return Document(json.dumps(found, ensure_ascii=False), size, place)
+    except TypeError as error:  # of a table: bytes, dates and decimals
+        raise DataError(f"{place} holds a value that JSON does not have: {error}. Correct it, or remove it.") from error
 
 
 def _conversation(record: dict[str, Any], place: str) -> Conversation:
@@ -184,7 +185,7 @@ def _response(value: object, key: str, place: str) -> list[Message]:
 
 
 def _messages(value: object, key: str, place: str) -> list[Message]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+    if not isinstance(value, list) or not value:
         held = "an empty list" if value == [] else kind_of(value)
         raise DataError(f"{place} has no list of messages under the key {key!r}: its value is {held}. Correct it.")
     return [_message(each, f"{place}, {key}[{number}]") for number, each in enumerate(value)]
@@ -212,7 +213,7 @@ def _text(content: object, place: str) -> str:
     """Return the text of a content, the parts of a list joined."""
     if isinstance(content, str):
         return content
-    if not isinstance(content, list | tuple):
+    if not isinstance(content, list):
         raise DataError(f"{place} has no text as content; its value is {kind_of(content)}. Correct it, or remove it.")
     texts = []
     for number, part in enumerate(content):
@@ -230,6 +231,9 @@ def _tools(record: dict[str, Any], place: str) -> Any:
     tools = record.get("tools")
     if tools is None or tools == []:
         return {}
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list):
         raise DataError(f"{place} has tools that are not a list of JSON schemas, but {kind_of(tools)}. Correct it.")
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, dict):
+            raise DataError(f"{place}, tools[{number}] is {kind_of(tool)}, and not a JSON schema. Correct it.")
     return {"tools": tools}

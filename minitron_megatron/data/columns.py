@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError
 from .chat import CHAT_KEYS, record_document
@@ -80,9 +80,9 @@ def _check_column(schema: Schema, file: Path, key: str) -> None:
         if key in schema.names:
             raise DataError(f"{file} has the column {key!r} twice. Keep one of them.")
         raise missing_key(str(file), key, schema.names, "column")
-    arrow, kind = pyarrow(file), schema.field(key).type
-    inner = kind.value_type if arrow.types.is_dictionary(kind) else kind
-    if not any(fits(inner) for fits in (arrow.types.is_string, arrow.types.is_large_string)):
+    types, kind = pyarrow(file).types, schema.field(key).type
+    inner = kind.value_type if types.is_dictionary(kind) else kind
+    if not any(fits(inner) for fits in (types.is_string, types.is_large_string, types.is_string_view)):
         raise DataError(
             f"{file} has no text in the column {key!r}: it holds {str(kind)[:80]}. Set `text_key` to a column of text."
         )
@@ -104,9 +104,20 @@ def _rows(
         for column in chosen.columns:
             column.validate(full=True)  # of a damaged file, offsets may lead outside of the data
         for record in chosen.to_pylist():
-            there = {key: value for key, value in record.items() if value is not None}
-            yield record_document(there, fields, each, f"{file}, row {row}")
+            place = f"{file}, row {row}"
+            yield record_document(_without_nulls(record, place), fields, each, place)
             row += 1
+
+
+def _without_nulls(value: Any, place: str) -> Any:
+    """Return a value of a row without the nulls of its structs: there a key that a record lacks is null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(held, place) for key, held in value.items() if held is not None}
+    if isinstance(value, list):
+        return [_without_nulls(held, place) for held in value]
+    if isinstance(value, tuple):
+        raise DataError(f"{place} holds an Arrow map, which is no object of a chat. Write it as a struct, or as JSON.")
+    return value
 
 
 def _texts(batch: RecordBatch, key: str, file: Path) -> Iterator[bytes | None]:

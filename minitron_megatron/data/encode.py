@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 from tokenizers import Tokenizer
 
 from ..errors import DataError
+from .pieces import LONG, pieces
 
 __all__ = ["Columns", "EncodeError", "Encoder", "encode_all", "foreign"]
 
@@ -43,15 +44,31 @@ class Encoder:
         return [self.dtype]
 
     def __call__(self, texts: Sequence[str]) -> list[Columns]:
-        return [(self._ids(number, text),) for number, text in enumerate(texts)]
-
-    def _ids(self, number: int, text: str) -> NDArray:
         try:
-            return np.array([*self.tokenizer.encode(text, add_special_tokens=False).ids, self.end], self.dtype)
+            short = iter(self._ids([text for text in texts if len(text) <= LONG]))
+            return [(next(short) if len(text) <= LONG else self._long(text),) for text in texts]
         except BaseException as error:
             if not foreign(error):
                 raise
-            raise EncodeError(number, str(error), "Correct the text, or the model's tokenizer.") from None
+            raise next(filter(None, map(self._refused, range(len(texts)), texts)), error) from None
+
+    def _ids(self, texts: Sequence[str]) -> list[NDArray]:
+        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # without offsets
+        return [np.array([*each.ids, self.end], self.dtype) for each in encoded]
+
+    def _long(self, text: str) -> NDArray:
+        parts = [self._ids([piece])[0][:-1] for piece in pieces(text, self.tokenizer)]
+        return np.concatenate([*parts, np.array([self.end], self.dtype)])
+
+    def _refused(self, number: int, text: str) -> EncodeError | None:
+        """Return the error of a text that cannot be tokenized."""
+        try:
+            self._long(text)
+        except BaseException as error:
+            if not foreign(error):
+                raise
+            return EncodeError(number, str(error), "Correct the text, or the model's tokenizer.")
+        return None
 
 
 def foreign(error: BaseException) -> bool:

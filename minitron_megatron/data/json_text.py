@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from ..errors import DataError
-from .chat import CHAT_KEYS, record_document
+from .chat import record_document
 from .document import HALF_SURROGATE, MOST_CHARS, Document, Fields, not_utf8, too_long
 
 __all__ = ["json_lines", "json_records"]
@@ -27,11 +27,31 @@ def _number(digits: str) -> int | float:
     return int(digits) if len(digits) <= MOST_DIGITS else float(digits)
 
 
-DECODER = json.JSONDecoder(parse_int=_number)
+class RepeatedKey(Exception):
+    """An object has a key twice. Argument: the key."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object, each of whose keys counts; Python's reader would silently take the last of several."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RepeatedKey(next(name for name in names if names.count(name) > 1))
+    return found
+
+
+TEXT_DECODER = json.JSONDecoder(parse_int=_number)
+CHAT_DECODER = json.JSONDecoder(parse_int=_number, object_pairs_hook=_object)
+
+
+def _decoder(fields: Fields) -> json.JSONDecoder:
+    """Return the decoder of a record: of a chat every key counts, of text the outermost ones (`_document`)."""
+    return TEXT_DECODER if fields.form == "text" else CHAT_DECODER
 
 
 def json_lines(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Document]:
     """Yield one document per line: the text under the key `text_key` of a JSON object."""
+    decoder = _decoder(fields)
     for number, line in enumerate(iter(partial(stream.readline, MOST_CHARS + 1), b""), 1):
         place = f"{file}:{number}"
         if len(line) > MOST_CHARS:
@@ -44,12 +64,14 @@ def json_lines(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Documen
             raise not_utf8(place, line, error) from error
         if content.strip():
             try:
-                value = DECODER.decode(content)
-            except RecursionError as error:
-                raise _too_deep(place) from error
+                value = decoder.decode(content)
+            except (RecursionError, RepeatedKey) as error:
+                raise _unreadable(place, error) from error
             except ValueError as error:
                 raise _not_json(place, error) from error
-            yield _document(value, content, fields, len(line), place)
+            document = _document(value, content, fields, len(line), place)
+            del value, content, line  # a record may have hundreds of megabytes
+            yield document
 
 
 def json_records(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Document]:
@@ -58,7 +80,7 @@ def json_records(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Docum
     Objects may span several lines. Reads a part of the file at a time.
     """
     # pyarrow's and gzip's streams have the methods of files, which is all that TextIOWrapper needs
-    text = _Text(TextIOWrapper(stream, encoding="utf-8-sig", newline=""), file)
+    text = _Text(TextIOWrapper(stream, encoding="utf-8-sig", newline=""), file, _decoder(fields))
     in_list, number = text.next() == "[", 0
     if in_list:
         text.at += 1
@@ -82,8 +104,8 @@ def json_records(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Docum
 class _Text:
     """Text of a file, of which only the part around the current position is in memory."""
 
-    def __init__(self, stream: TextIO, file: Path) -> None:
-        self._stream, self._file = stream, file
+    def __init__(self, stream: TextIO, file: Path, decoder: json.JSONDecoder) -> None:
+        self._stream, self._file, self._decoder = stream, file, decoder
         self._buffer, self._counted, self._line = "", 0, 1
         self.at = 0
         """Current position in the buffer."""
@@ -107,9 +129,9 @@ class _Text:
         """Return the JSON value that begins here, and its text."""
         while len(self._buffer) - self.at <= MOST_CHARS:
             try:
-                value, end = DECODER.raw_decode(self._buffer, self.at)
-            except RecursionError as error:
-                raise _too_deep(place) from error
+                value, end = self._decoder.raw_decode(self._buffer, self.at)
+            except (RecursionError, RepeatedKey) as error:
+                raise _unreadable(place, error) from error
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated") or error.pos >= len(self._buffer) - NEAR_END
                 if not cut or not self._fill():
@@ -130,13 +152,11 @@ class _Text:
 
 def _document(value: object, content: str, fields: Fields, size: int, place: str) -> Document:
     """content: text of the value."""
-    for key in _keys_read(value, fields):
+    if fields.form == "text":
         try:
-            repeated = content.count(f'"{key}"') > 1 and isinstance(value, dict) and _is_repeated(content, key)
-        except RecursionError as error:
-            raise _too_deep(place) from error
-        if repeated:
-            raise DataError(f"{place} has the key {key!r} twice. Keep one of them.")
+            _check_once(value, content, fields.text_key)
+        except (RecursionError, RepeatedKey) as error:
+            raise _unreadable(place, error) from error
     document = record_document(value, fields, size, place)
     if "\\u" not in content:
         return document
@@ -144,20 +164,17 @@ def _document(value: object, content: str, fields: Fields, size: int, place: str
     return document._replace(text=text, replaced=halves)
 
 
-def _keys_read(value: object, fields: Fields) -> Iterable[str]:
-    """Return the keys of a record that are read."""
-    if fields.form == "text":
-        return (fields.text_key,)
-    return value if fields.whole and isinstance(value, dict) else CHAT_KEYS
+def _check_once(value: object, content: str, key: str) -> None:
+    """Raise RepeatedKey where the outermost object has a key more than once."""
+    if content.count(f'"{key}"') > 1 and isinstance(value, dict):
+        pairs = json.JSONDecoder(parse_int=float, object_pairs_hook=list).decode(content)
+        if [name for name, _ in pairs].count(key) > 1:
+            raise RepeatedKey(key)
 
 
-def _is_repeated(content: str, key: str) -> bool:
-    """Return whether the outermost object has the key more than once; Python's reader would silently take the last."""
-    pairs = json.JSONDecoder(parse_int=float, object_pairs_hook=list).decode(content)
-    return [name for name, _ in pairs].count(key) > 1
-
-
-def _too_deep(place: str) -> DataError:
+def _unreadable(place: str, error: RecursionError | RepeatedKey) -> DataError:
+    if isinstance(error, RepeatedKey):
+        return DataError(f"{place} has the key {error.args[0]!r} twice. Keep one of them.")
     return DataError(f"{place} is nested too deeply to be read. Correct it, or remove it.")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 from typing import Annotated
 
-from ..errors import DataError
+from ..errors import DataError, MinitronError
 from ..files import files_below, read_json
 from ..settings import BeforeValidator, check_path
+from .globs import glob_paths
 from .readers import FORMATS, is_compact, reader_of
 
 __all__ = [
@@ -76,14 +77,14 @@ def text_files(sources: Sequence[str | Path]) -> Files:
     """Return the files to read, in the order of `sources`; those of a folder (recursively, through links) by name.
 
     A source is a file, a folder or a glob. Raises DataError where one holds nothing to read, where a folder holds files
-    that may be data in another format, or where a file is named twice.
+    that may be data in another format, or where a file is named twice, also through links.
     """
     files = [file for source in sources for file in _find(source)[0]]
-    seen: set[Path] = set()
+    real: dict[Path, Path] = {}
     for file in files:
-        if (real := file.resolve()) in seen:
-            raise DataError(f"{file} is named twice by {names(map(str, sources))}. Name it once.")
-        seen.add(real)
+        if (first := real.setdefault(file.resolve(), file)) is not file:
+            twice = f"{file} is named twice" if file == first else f"{file} and {first} are the same file, named"
+            raise DataError(f"{twice} by {names(map(str, sources))}. Name it once.")
     return files
 
 
@@ -152,6 +153,8 @@ def _find(source: str | Path) -> tuple[Files, LeftOut]:
         if found := _matches(source):
             below = [file for each in found for file in (files_below(each) if each.is_dir() else [each])]
             return _sorted_out(list(dict.fromkeys(below)), Path(), f"The pattern {source}")
+    except MinitronError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(
             f"{source} cannot be read: {getattr(error, 'strerror', 0) or error}. Correct its path."
@@ -162,7 +165,7 @@ def _find(source: str | Path) -> tuple[Files, LeftOut]:
 def _matches(source: str | Path) -> Files:
     """Return the paths that match a glob, by name; empty for a path that exists."""
     magic = has_magic(str(source)) and not Path(source).exists()
-    return sorted(map(Path, glob(str(source), recursive=True))) if magic else []
+    return glob_paths(str(source)) if magic else []
 
 
 def _file(source: Path) -> Files:

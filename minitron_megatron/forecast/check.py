@@ -22,7 +22,7 @@ from ..data import (
 )
 from ..errors import DataError, PlanError, RecipeError, did_you_mean
 from ..layout import Shape
-from ..model import ModelConfig, check_fits, check_spec
+from ..model import ModelConfig, check_fits, check_spec, is_megatron_checkpoint
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
 from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved, with_keys_in_errors
 from ..serve import check_fp8
@@ -69,10 +69,11 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     if not counts_only and recipe.model == places.model:
         check_weights(recipe.model)
     if not counts_only or any(recipe.model.glob("tokenizer*")):
-        check_tokenizer(recipe.model, shape.vocab)
+        given = places.tokenizer if is_megatron_checkpoint(places.model) else None
+        check_tokenizer(given or recipe.model, shape.vocab)
         if any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
             chat_marks(recipe.model)
-    check_files(places, recipe, must_be_writable=not counts_only)
+    check_files(places, must_be_writable=not counts_only)
     if recipe.student:
         _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)
     check_fits(shape, topology)

@@ -3,6 +3,7 @@ those that are trained on."""
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +18,12 @@ Places = tuple[str, Sequence[str], Sequence[str]]
 """Key in the recipe, places that are trained or calibrated on, and held-out places."""
 
 
-def check_files(asked: Recipe, recipe: Recipe, *, must_be_writable: bool) -> None:
-    """Check all paths. asked: the recipe as it was given, with models by the names that users gave."""
-    _check_out(asked.out, must_be_writable=must_be_writable)
-    _check_paths(asked)
-    _check_held_out(recipe)
+def check_files(recipe: Recipe, *, must_be_writable: bool) -> None:
+    """Raise a MinitronError for a run folder that cannot be one, and for text that is not there, is empty, or lies
+    where it would be confused with other. recipe: with models by the names that the user gave."""
+    _check_out(recipe.out, must_be_writable=must_be_writable)
+    _check_run_folder(recipe)
+    _check_overlaps(recipe)
 
 
 def _check_out(out: Path, *, must_be_writable: bool) -> None:
@@ -43,27 +45,34 @@ def _text(recipe: Recipe) -> Iterator[Places]:
         yield f"align.{number}.{block}", keys.paths, keys.held_out_paths
 
 
-def _check_paths(recipe: Recipe) -> None:
-    """Check that the run folder is separate from the run's inputs, so that their files cannot be confused."""
+def _check_run_folder(recipe: Recipe) -> None:
+    """Check that the run folder is separate from the run's inputs."""
     out = recipe.out.resolve()
     models = {"model": recipe.model, "student": recipe.student, "distill.start": recipe.distill.start}
-    read = [(key, path, False) for key, path in models.items() if path is not None]
-    read += [(key, path, True) for key, paths, held in _text(recipe) for path in places([*paths, *held])]
-    for key, path, is_text in read:
+    read = [(key, path) for key, path in models.items() if path is not None]
+    read += [(key, path) for key, paths, held_out in _text(recipe) for path in places([*paths, *held_out])]
+    for key, path in read:
         there = path.resolve()
         if out == there or (there.is_dir() and there in out.parents):
             raise RecipeError(f"out is {recipe.out}, which is inside {path} ({key}). Give a separate folder.")
-        if is_text and out in there.parents:
-            raise RecipeError(f"{path} ({key}) is inside the run folder {recipe.out}. Move one of them.")
+    for key, paths, held_out in _text(recipe):
+        for file in sorted(_files(key, paths) | _files(key, held_out)):
+            if out in file.parents:
+                raise RecipeError(f"{file} ({key}) is inside the run folder {recipe.out}. Move one of them.")
 
 
-def _check_held_out(recipe: Recipe) -> None:
-    """Check that every source holds something, and that no held-out file is also trained or calibrated on."""
-    every = list(_text(recipe))
-    trained = {file.resolve() for key, paths, _ in every for file in _files(key, paths)}
-    for key, _, held_out in every:
-        both = trained & {file.resolve() for file in _files(key, held_out)}
-        if both:
+def _check_overlaps(recipe: Recipe) -> None:
+    """Check that no held-out file is also trained or calibrated on, and that no two sources share one."""
+    own = [_files("data.sources", source.paths) for source in recipe.data.sources]
+    for (number, one), (other, more) in itertools.combinations(enumerate(own), 2):
+        if one & more:
+            raise RecipeError(
+                f"{min(one & more)} is in data.sources.{number} and in data.sources.{other}: what one holds out, the "
+                "other would train on. Name it once, with the sum of the weights."
+            )
+    trained = set().union(*(_files(key, paths) for key, paths, _ in _text(recipe)))
+    for key, _, held_out in _text(recipe):
+        if both := trained & _files(key, held_out):
             block = f"{key}[]" if key.endswith("sources") else key.rpartition(".")[0]
             raise RecipeError(
                 f"{min(both)} is both training text and held-out text. Give other files in {block}.validation, or a "
@@ -71,7 +80,8 @@ def _check_held_out(recipe: Recipe) -> None:
             )
 
 
-def _files(key: str, paths: Sequence[str]) -> list[Path]:
+def _files(key: str, paths: Sequence[str]) -> set[Path]:
+    """Return the real paths of a source's files. Raises DataError where it is empty."""
     if paths and not most_bytes(paths):
         raise DataError(f"data source {', '.join(paths)} is empty. Check {key}.")
-    return input_files(paths)
+    return {file.resolve() for file in input_files(paths)}

@@ -153,6 +153,8 @@ def _iteration(folder: Path) -> Path:
     if named != RELEASE and not named.isdecimal():
         raise CheckpointError(f"{folder / TRACKER} names no iteration: {named[:20]!r}. Give the folder of one.")
     iteration = folder / (named if named == RELEASE else f"iter_{int(named):07}")
+    if not iteration.is_dir():
+        raise CheckpointError(f"{folder / TRACKER} names {iteration.name}, which is not there. Copy it again.")
     if not (iteration / INDEX).is_file():
         raise CheckpointError(
             f"{iteration} is no distributed checkpoint. Convert it with Megatron-LM: --ckpt-convert-format torch_dist."

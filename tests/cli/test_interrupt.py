@@ -126,3 +126,22 @@ def test_a_lost_signal_of_the_scheduler_is_raised_by_the_next_event(number: str)
             os._exit(3 if preempted() else 4)
     """
     assert ends(program) == 3
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGINT", 130)])
+def test_a_signal_that_a_reader_took_for_damage_is_no_wrong_input(number: str, code: int) -> None:
+    program = f"""
+        import sys, types
+        from minitron_megatron.cli import main
+        from minitron_megatron.errors import DataError
+
+        def app():
+            try:
+                os.kill(os.getpid(), signal.{number})
+            except BaseException as error:
+                raise DataError("this is no tokenizer") from error
+
+        sys.modules["minitron_megatron.cli.app"] = types.SimpleNamespace(app=app)
+        main()
+    """
+    assert ends(program) == code

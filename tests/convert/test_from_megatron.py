@@ -208,6 +208,9 @@ def test_other_formats_are_refused_with_what_converts_them(checkpoint: Path, tmp
     (old / "latest_checkpointed_iteration.txt").write_text("100")
     with pytest.raises(MinitronError, match=r"iter_0000100 is no distributed checkpoint. Convert it"):
         local_folder(old)
+    (old / "latest_checkpointed_iteration.txt").write_text("99")
+    with pytest.raises(MinitronError, match=r"iteration.txt names iter_0000099, which is not there"):
+        local_folder(old)
     (old / "latest_checkpointed_iteration.txt").write_text("../..")
     with pytest.raises(MinitronError, match="names no iteration"):
         local_folder(old)

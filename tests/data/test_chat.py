@@ -247,6 +247,7 @@ THINKING = (
             "part 0 is of type 'image_url'",
         ),
         ({"messages": [USER, ANSWER], "tools": "weather"}, "has tools that are not a list of JSON schemas, but text"),
+        ({"messages": [USER, ANSWER], "tools": ["x"]}, r"in.jsonl:1, tools\[0\] is text, and not a JSON schema"),
         ({"messages": [USER]}, "in.jsonl:1 cannot be tokenized: it has no assistant turn. Remove it, or set loss_on"),
         ({"prompt": "a", "response": [USER]}, "a response that does not end with an assistant turn"),
     ],
@@ -297,3 +298,44 @@ def test_pairs_of_prompt_and_response_and_tables_are_chats(folders: dict[str, Pa
     with pytest.raises(DataError, match="is plain text and holds no chats"):
         (tmp_path / "a.txt").write_text("a")
         prepare([tmp_path / "a.txt"], folders["llama3"], tmp_path / "x", validation=0, chat="assistant")
+
+
+def test_a_tables_records_are_those_of_json(folders: dict[str, Path], tmp_path: Path) -> None:
+    """In a table each struct has the keys of all of its column; those that a record lacks are null."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def called(arguments: object) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return {"messages": [USER, ANSWER | {"tool_calls": [call]}], "tools": TOOLS}
+
+    records = [called({"day": 3}), called({"place": "x"}), {"messages": [USER, ANSWER]}]
+    write(tmp_path / "a.jsonl", *records)
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
+    made = [
+        prepare([tmp_path / name], folders["chatml"], tmp_path / name, validation=0, chat="assistant").content
+        for name in ("a.jsonl", "a.parquet")
+    ]
+    assert made[0] == made[1]
+    pairs = pa.array([[("day", "3")]], pa.map_(pa.string(), pa.string()))
+    for value, message in ((b"x", "holds a value that JSON does not have: .*bytes"), (pairs, "holds an Arrow map")):
+        column = pa.array([value]) if isinstance(value, bytes) else value
+        table = pa.table(
+            {
+                "prompt": ["a"],
+                "response": pa.StructArray.from_arrays(
+                    [pa.array(["assistant"]), pa.array(["b"]), column], ["role", "content", "x"]
+                ),
+            }
+        )
+        pq.write_table(table, tmp_path / "b.parquet")
+        with pytest.raises(DataError, match=rf"b\.parquet, row 0 {message}"):
+            prepare([tmp_path / "b.parquet"], folders["chatml"], tmp_path / "b", validation=0, chat="assistant")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_twice_anywhere_in_a_chat_is_refused(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    twice = '{"role": "user", "role": "system", "content": "x"}'
+    (tmp_path / name).write_text(f'{json.dumps({"messages": [USER, ANSWER]})}\n{{"messages": [{twice}]}}\n')
+    with pytest.raises(DataError, match=rf"{name}:2.* has the key 'role' twice"):
+        prepare([tmp_path / name], folders["chatml"], tmp_path / "out" / "a", validation=0, chat="assistant")

@@ -22,7 +22,7 @@ from minitron_megatron.data import most_bytes, places, prepare, text_files
 from minitron_megatron.data.document import Fields
 from minitron_megatron.data.hub import hub_files
 from minitron_megatron.data.readers import documents
-from minitron_megatron.errors import DataError
+from minitron_megatron.errors import DataError, FileError
 from tests.formats import cache_of_the_hub, zst
 
 TEXTS = [f"w{1 + i} " * (1 + i % 7) + ("\n\u00e9 \U0001f600 w2\u2028w3" if i % 3 else "") for i in range(300)]
@@ -76,6 +76,7 @@ WAYS: dict[str, tuple[str, Callable[[list[str]], bytes]]] = {
         lambda texts: parquet(table(texts).set_column(1, "text", table(texts)["text"].dictionary_encode())),
     ),
     "arrow stream": ("a.arrow", lambda texts: arrow(table(texts), pa.ipc.new_stream)),
+    "arrow view": ("a.arrow", lambda texts: arrow(table(texts, pa.string_view()), pa.ipc.new_file)),  # polars writes it
     "arrow file": ("a.ARROW", lambda texts: arrow(table(texts), pa.ipc.new_file)),
 }
 
@@ -150,6 +151,9 @@ def test_folders_that_datasets_saved_are_read_whole_and_nothing_else(
     state = json.loads((tmp_path / "both" / "train" / "state.json").read_text())
     (tmp_path / "both" / "train" / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{}]}))
     with pytest.raises(DataError, match="is a selection of rows"):
+        text_files([tmp_path / "both" / "train"])
+    (tmp_path / "both" / "train" / "state.json").write_text("{")
+    with pytest.raises(FileError, match=r"^\S*state.json is not JSON"):
         text_files([tmp_path / "both" / "train"])
 
 

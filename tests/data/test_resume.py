@@ -20,6 +20,7 @@ from minitron_megatron.data.prepare import Position
 from minitron_megatron.data.token_writer import PairWriters
 from minitron_megatron.errors import DataError, FileError, Preempted
 from minitron_megatron.events import Event
+from tests.chats import CHATML, ENDS, write_tokenizer
 from tests.data.test_prepare import snapshot, stored
 
 MODULE = sys.modules[prepare.__module__]
@@ -28,10 +29,14 @@ MODULE = sys.modules[prepare.__module__]
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Return a folder of text: three files of 100 documents each, one of them compressed."""
-    folder = tmp_path / "in"
+    return write_source(tmp_path / "in", '"text"')
+
+
+def write_source(folder: Path, key: str) -> Path:
+    """key: JSON before each text."""
     folder.mkdir()
     texts = [f"w{1 + i} " * (1 + i % 9) + (r"\ud83d" if i == 30 else "") for i in range(300)]
-    parts = ["".join(f'{{"text": "{text}"}}\n' for text in texts[i : i + 100]) for i in (0, 100, 200)]
+    parts = ["".join(f'{{{key}: "{text}"}}\n' for text in texts[i : i + 100]) for i in (0, 100, 200)]
     (folder / "a.jsonl").write_text(parts[0])
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(parts[1].encode()))
     (folder / "c.json").write_text(parts[2])
@@ -75,15 +80,21 @@ def test_an_interrupted_call_goes_on_where_it_was(after: int, source: Path, toke
     assert events[0].done > 0
 
 
-def test_a_killed_process_goes_on_to_the_same_bytes(source: Path, tokenizer: Path, tmp_path: Path) -> None:
-    expected = whole(source, tokenizer, tmp_path / "whole")
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_a_killed_process_goes_on_to_the_same_bytes(form: str, tokenizer: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {}
+    if form == "chat":
+        tokenizer, options = write_tokenizer(tmp_path / "model", CHATML, ENDS["chatml"]), {"chat": "assistant"}
+    source = write_source(tmp_path / "in", '"prompt": "Say", "response"' if options else '"text"')
+    more = options | {"workers": 1 if options else 2}
+    expected = whole(source, tokenizer, tmp_path / "whole", **options)
     script = (
         "import sys, time\n"
         "from minitron_megatron.data import prepare, token_writer\n"
         "sys.modules[prepare.__module__].BATCH_CHARS, token_writer.SAVE_SECONDS = 100, 0.0\n"
         "told = lambda event: (print(event.done, flush=True), time.sleep(0.05))\n"
         "if __name__ == '__main__':\n"
-        "    prepare([sys.argv[1]], sys.argv[2], sys.argv[3], validation=0.2, workers=2, listener=told)\n"
+        f"    prepare([sys.argv[1]], sys.argv[2], sys.argv[3], validation=0.2, listener=told, **{more})\n"
     )
     (tmp_path / "script.py").write_text(script)
     words = [sys.executable, str(tmp_path / "script.py"), str(source), str(tokenizer), str(tmp_path / "x" / "a")]
@@ -93,11 +104,13 @@ def test_a_killed_process_goes_on_to_the_same_bytes(source: Path, tokenizer: Pat
     os.kill(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert all(lines) and killed.returncode == -signal.SIGKILL
-    with (tmp_path / "x" / "a.partial" / "train.bin").open("ab") as torn:
-        torn.write(b"written after the last save")
+    for column in (tmp_path / "x" / "a.partial").glob("train*.bin"):
+        with column.open("ab") as torn:
+            torn.write(b"written after the last save")
     events: list[Event] = []
-    assert whole(source, tokenizer, tmp_path / "x", listener=events.append) == expected
+    assert whole(source, tokenizer, tmp_path / "x", listener=events.append, **options) == expected
     assert events[0].done >= int(lines[-3])
+    assert ("a.train.mask.bin" in expected) == (form == "chat")
 
 
 @pytest.mark.parametrize(

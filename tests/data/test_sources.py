@@ -6,12 +6,14 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 
 import pytest
 
 from minitron_megatron.data import prepare, text_files
 from minitron_megatron.data.document import Fields
+from minitron_megatron.data.globs import glob_paths
 from minitron_megatron.data.readers import documents
 from minitron_megatron.data.sources import left_out
 from minitron_megatron.errors import DataError, FileError
@@ -71,8 +73,44 @@ def test_a_file_with_several_names_is_read_once(tree: Callable[..., Path], tmp_p
         (folder / link).symlink_to(target)
     assert names(folder) == ["1.jsonl", "a.jsonl", "b/2.jsonl"]
     assert left_out([folder]) == {"a link to another of the files": [folder / "0.jsonl", folder / "b/c.jsonl"]}
-    with pytest.raises(DataError, match=r"3\.jsonl is named twice by"):
+    with pytest.raises(DataError, match=r"3\.jsonl (is named twice|and .* are the same file)"):
         text_files([folder, tmp_path / "3.jsonl"])
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*", "a*/*.jsonl", "**/*.jsonl", "*/**/c/?.jsonl", "**/.h/*", "**/b/**/*", "a[b-z]/./1.jsonl", "../in/b*"],
+)
+def test_a_glob_matches_what_pythons_does(
+    pattern: str, tree: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tree("1.jsonl", "ab/1.jsonl", "ab/b/c/2.jsonl", "b/.h/3.jsonl", ".h/4.jsonl", "b/c/b/[x].txt")
+    monkeypatch.chdir(folder)
+    for place in (pattern, f"{folder}/{pattern}"):
+        found = glob_paths(place)
+        assert found == sorted(set(map(Path, glob(place, recursive=True)))) and found
+    assert glob_paths(f"{folder}/nothing/*") == glob_paths("1.jsonl/*") == []
+
+
+def test_a_glob_meets_no_file_twice_and_passes_over_no_folder(
+    tree: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tree("a.jsonl", "b/c.jsonl")
+    (folder / "b" / "up").symlink_to("..")
+    assert text_files([f"{folder}/**/*.jsonl"]) == [folder / "a.jsonl", folder / "b" / "c.jsonl"]
+    assert len(glob(f"{folder}/**/*.jsonl", recursive=True)) > 20  # of Python's
+    (folder / "d.jsonl").symlink_to("b/c.jsonl")
+    with pytest.raises(DataError, match=r"d\.jsonl and .*c\.jsonl are the same file, named by .*in.*Name it once"):
+        text_files([folder / "d.jsonl", folder / "b"])
+
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.listdir", refuse)
+    monkeypatch.setattr("os.scandir", refuse)
+    for pattern in ("*/c.jsonl", "**/c.jsonl", "b/*"):
+        with pytest.raises((DataError, FileError), match=r"cannot be read: Permission denied\."):
+            text_files([f"{folder}/{pattern}"])
 
 
 def test_suffixes_are_read_in_any_case_and_folders_may_have_one(tree: Callable[..., Path]) -> None:

@@ -110,6 +110,11 @@ def test_a_run_folder_lies_apart_from_what_is_read(
     inside = json.dumps([{"path": str(tmp_path / "corpus"), "validation": 0.2}])
     with pytest.raises(MinitronError, match="is inside the run folder"):
         dry_run(load_recipe(recipe_file(), [f"data.sources={inside}", f"out={tmp_path}"]))
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "b.jsonl").write_bytes((material / "corpus.jsonl").read_bytes())
+    (tmp_path / "corpus" / "c").symlink_to(tmp_path / "later")
+    with pytest.raises(MinitronError, match=r"later/b\.jsonl \(data\.sources\) is inside the run folder"):
+        dry_run(load_recipe(recipe_file(), [f"data.sources={inside}", f"out={tmp_path / 'later'}"]))
 
 
 @pytest.mark.parametrize("out", ["file", "file/run", "link", "link/run"])
@@ -137,6 +142,15 @@ def test_training_text_is_no_held_out_text(recipe_file: Write, material: Path, t
     }
     said = json.dumps(sources[kind], default=str)
     with pytest.raises(MinitronError, match=r"a\.jsonl is both training text and held-out text"):
+        dry_run(load_recipe(recipe_file(), [f"data.sources={said}"]))
+
+
+def test_no_text_is_in_two_sources(recipe_file: Write, material: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(material / "corpus.jsonl")
+    said = json.dumps([{"path": str(material / "corpus.jsonl")}, {"path": f"{tmp_path}/*.jsonl", "validation": 0.3}])
+    with pytest.raises(
+        MinitronError, match=r"corpus\.jsonl is in data\.sources\.0 and in data\.sources\.1: .*Name it once"
+    ):
         dry_run(load_recipe(recipe_file(), [f"data.sources={said}"]))
 
 

@@ -68,7 +68,15 @@ def test_its_tokenizer_is_given_or_named_and_no_other_models(
     pool.run(save, material / "model", tmp_path / "lm")
     shutil.copytree(material / "model", tmp_path / "here", ignore=shutil.ignore_patterns("*.safetensors"))
     (tmp_path / "empty").mkdir()
-    for tokenizer, message in ((str(tmp_path / "here"), ""), (str(tmp_path / "empty"), "holds no tokenizer")):
+    shutil.copytree(tmp_path / "here", tmp_path / "other")
+    other = json.loads((tmp_path / "here" / "tokenizer.json").read_text())
+    other["model"]["vocab"]["<end>"] = 9999
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(other))
+    for tokenizer, message in (
+        (str(tmp_path / "here"), ""),
+        (str(tmp_path / "empty"), "holds no tokenizer"),
+        (str(tmp_path / "other"), f"The tokenizer in {tmp_path}/other ends documents with '<end>' (9999)"),
+    ):
         done = call("run", recipe_of("given", model=str(tmp_path / "lm"), tokenizer=tokenizer), "--dry-run")
         assert (done.returncode, message in done.stderr) == (2 if message else 0, True)
     done = call("run", recipe_of("needless", tokenizer=str(tmp_path / "here")), "--dry-run")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +28,7 @@ from minitron_megatron.run_folder import RunFolder
 from minitron_megatron.studies import describe_studies, load_study, plan_rows, plan_study, shipped, sign_test
 from minitron_megatron.studies.quantities import filled
 from minitron_megatron.testing import Pool
+from tests.formats import CHAT_TEMPLATE
 from tests.limits import HANGS
 from tests.recipes import tiny_recipe
 
@@ -223,12 +226,16 @@ def test_the_sign_test_is_exact() -> None:
     assert [sign_test(*each) for each in ((3, 0), (0, 3), (2, 1), (5, 0), (0, 0))] == [0.25, 0.25, 1.0, 0.0625, None]
 
 
-def test_the_page_lists_every_study_and_its_example_is_one(
-    recipe_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_page_lists_every_study_and_its_examples_are_some(
+    recipe_file: Callable[..., Path],
+    material: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
     assert describe_studies() in page
-    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    block, calibration = re.findall(r"```yaml\n(.*?)```", page, re.S)
     (tmp_path / "mine.yaml").write_text(block)
     run_study(str(tmp_path / "mine.yaml"), recipe_file(), [], None, seeds=1, array="", dry_run=True)
     printed = capsys.readouterr().out
@@ -241,3 +248,14 @@ def test_the_page_lists_every_study_and_its_example_is_one(
     assert rows[0][3] > rows[1][3] > 0
     with pytest.raises(RecipeError, match="--array 2/2 is out of range: use 0/2 to 1/2"):
         run_study("losses", recipe_file(), [], None, seeds=1, array="2/2", dry_run=False)
+    monkeypatch.chdir(tmp_path)
+    chat = {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2 " * 99}]}
+    (tmp_path / "chats.jsonl").write_text((json.dumps(chat) + "\n") * 20)
+    (tmp_path / "corpus.jsonl").symlink_to(material / "corpus.jsonl")
+    model = shutil.copytree(material / "model", tmp_path / "model")
+    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (tmp_path / "text.yaml").write_text(calibration)
+    plan = plan_study("text", load_study("text.yaml"), recipe_file(model=str(model)), seeds=1)
+    for job in plan.jobs:
+        check(job.recipe, planned(job.recipe, 1))
+    assert [len(job.recipe.score.sources) for job in plan.jobs] == [0, 1, 2]
