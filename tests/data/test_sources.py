@@ -100,7 +100,7 @@ def test_a_glob_meets_no_file_twice_and_passes_over_no_folder(
     assert text_files([f"{folder}/**/*.jsonl"]) == [folder / "a.jsonl", folder / "b" / "c.jsonl"]
     assert len(glob(f"{folder}/**/*.jsonl", recursive=True)) > 20  # of Python's
     (folder / "d.jsonl").symlink_to("b/c.jsonl")
-    with pytest.raises(DataError, match=r"d\.jsonl and .*c\.jsonl are the same file, named by .*in.*Name it once"):
+    with pytest.raises(DataError, match=r"c\.jsonl and .*d\.jsonl are the same file, named by"):
         text_files([folder / "d.jsonl", folder / "b"])
 
     def refuse(path: object) -> None:
