@@ -111,7 +111,7 @@ def prepare(
     job = _Job(held_out, _files(sources), fields, share, seed, vocab, encoder.marks)
     splits = SPLITS if share or held_out else SPLITS[:1]
     limits = {split: enough[split] for split in splits if enough and not (held_out and split == "valid")}
-    with pair_writers(out_prefix, splits, encoder.types, job.key(tokenizer)) as work:
+    with pair_writers(out_prefix, splits, encoder.types, job.key(tokenizer, encoder.tokenizer)) as work:
         if _is_enough(work.writers, limits):
             work.restart(splits)  # a smaller budget gives what it would have given at once
         position = _tokenize(work, job, encoder, workers, limits, listener)
@@ -160,9 +160,10 @@ class _Job:
         """Bytes of all files."""
         return sum(file.stat().st_size for file in (*self.held_out, *self.files))
 
-    def key(self, tokenizer: str | Path) -> str:
-        """Return a checksum of all that the tokens depend on."""
-        marks = [file_marks(self.held_out), file_marks(self.files), corpus_marks(tokenizer), tokenizers.__version__]
+    def key(self, folder: str | Path, tokenizer: Tokenizer) -> str:
+        """Return a checksum of all that the tokens depend on. folder: that of the tokenizer."""
+        from_tokenizer = corpus_marks(folder, tokenizer)
+        marks = [file_marks(self.held_out), file_marks(self.files), from_tokenizer, tokenizers.__version__]
         keys = [*self.fields, self.share, self.seed, self.vocab, *self.marks]
         return hashlib.sha256(json.dumps([*marks, *keys]).encode()).hexdigest()
 

@@ -234,9 +234,9 @@ def end_of_document(folder: str | Path, tokenizer: Tokenizer) -> int:
     )
 
 
-def corpus_marks(folder: str | Path) -> list[object]:
+def corpus_marks(folder: str | Path, tokenizer: Tokenizer | None = None) -> list[object]:
     """Return everything that determines the tokens of a corpus: checksums of the tokenizer's files, its settings where
-    they matter, and the end-of-document token.
+    they matter, and the end-of-document token. tokenizer: that of the folder, if it is loaded already.
 
     A chat template does not count; with a tokenizer.json, no setting but the end-of-document token does. Raises
     DataError where there is no tokenizer.
@@ -246,7 +246,7 @@ def corpus_marks(folder: str | Path) -> list[object]:
     files = TOKENIZER[:1] if self_contained else TOKENIZER
     paths = [folder / name for name in files if (folder / name).is_file()]
     settings = None if self_contained else settings_without_chat(folder)
-    return [*map(checksum, paths), settings, end_of_document(folder, load_tokenizer(folder))]
+    return [*map(checksum, paths), settings, end_of_document(folder, tokenizer or load_tokenizer(folder))]
 
 
 def settings_without_chat(folder: Path) -> dict[str, object] | None:
