@@ -28,7 +28,7 @@ from minitron_megatron.events import Event
 from minitron_megatron.files import read_json, write_json
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
-from minitron_megatron.run import run
+from minitron_megatron.run import SharedStages, run
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "align"
 MODELS = ("distilled", "aligned-1", "aligned-2", "aligned-3")
@@ -47,14 +47,17 @@ def success(folder: Path, tokenizer: Path, held_out: Path, topology: Topology) -
             return mean(reward for part in parts for each in part for reward in each["rewards"])
 
 
-def aligned(recipe: Path, topology: Topology) -> float:
-    """Run a recipe up to its last round; return that round's KL(start || model) on held-out pairs."""
+def aligned(recipe: Path, topology: Topology, shared: SharedStages) -> float:
+    """Run a recipe up to its last round; return that round's KL(start || model) on held-out pairs.
+
+    shared: arms share what they have in common, such as distillation.
+    """
     loaded, found = load_recipe(recipe), list[float]()
 
     def listen(event: Event) -> None:
         found.extend(value for name, value in event.values.items() if name == "validation_kl_to_reference")
 
-    run(loaded, topology, until="align", listener=listen)
+    run(loaded, topology, until="align", shared=shared, listener=listen)
     kept = loaded.out / "distance.json"  # of an earlier call, which left nothing to do
     if found:
         write_json(kept, found[-1])
@@ -79,7 +82,7 @@ def main() -> None:
             file = asked.out / f"{loss}-{seed}.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(yaml.safe_dump(keys | {"out": str(out), "seed": seed, "align": rounds, "plugins": []}))
-            far.append(aligned(file, topology))
+            far.append(aligned(file, topology, SharedStages(asked.out / "shared")))
             data = Path(keys["model"])
             for model in MODELS:
                 found[model].append(success(out / model, data, data.parent / "held_out.jsonl", topology))
