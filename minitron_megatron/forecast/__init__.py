@@ -4,7 +4,7 @@ Knows: recipes, shapes, the layout table. Must not know: weights, processes, wha
 """
 
 from .candidates import candidates_of, untimed_candidates
-from .check import check, check_calibration, check_corpus, needed_calibration, needed_tokens, planned
+from .check import check, check_calibration, check_corpus, check_held_out, needed_calibration, needed_tokens, planned
 from .check_tasks import check_evaluation, settings_folder
 from .check_training import check_schedule
 from .estimate import Estimate, count, estimate
@@ -22,6 +22,7 @@ __all__ = [
     "check_calibration",
     "check_corpus",
     "check_evaluation",
+    "check_held_out",
     "check_schedule",
     "count",
     "depth_sweep",

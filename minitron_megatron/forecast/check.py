@@ -33,7 +33,15 @@ from .check_training import check_micro_batches, check_schedule
 from .model_folders import with_model_folders
 from .sizes import check_pruning, student_shape
 
-__all__ = ["check", "check_calibration", "check_corpus", "needed_calibration", "needed_tokens", "planned"]
+__all__ = [
+    "check",
+    "check_calibration",
+    "check_corpus",
+    "check_held_out",
+    "needed_calibration",
+    "needed_tokens",
+    "planned",
+]
 
 Demand = tuple[str, int, int, list[float], bool]
 """Key, samples, tokens per sample, weight of each source, and whether text may repeat."""
@@ -121,15 +129,19 @@ def check_corpus(recipe: Recipe, sources: Mapping[str, SourceTokens]) -> None:
 
     sources: the result of `prepare` for each source, in the recipe's order.
     """
-    sequence = recipe.data.sequence
+    check_held_out(sources, recipe.data.sequence)
+    _check_demands(_sample_demands(recipe), sources)
+
+
+def check_held_out(sources: Mapping[str, SourceTokens], sequence: int, block: str = "data") -> None:
+    """Raise DataError if a source's held-out text is less than one sample. block: where the keys of the sources lie."""
     for name, source in sources.items():
         held = int(source["validation_tokens"])
         if held <= sequence:
             raise DataError(
                 f"the held-out text of {name} has {held:,} tokens, less than one sample of {sequence:,}. Hold out more "
-                "(data.sources[].validation), or set a shorter data.sequence."
+                f"({block}.sources[].validation), or set a shorter {block}.sequence."
             )
-    _check_demands(_sample_demands(recipe), sources)
 
 
 def check_calibration(recipe: Recipe, sources: Mapping[str, TokenCount]) -> None:

@@ -84,7 +84,7 @@ class Estimate:
     warnings: tuple[str, ...]
     """Clients that cannot serve the export."""
     notes: tuple[str, ...]
-    """The same for clients that the guide does not serve with."""
+    """The same for clients that the guide does not serve with, and stages whose cost is not counted."""
 
     def expect_to_fit(self, gib: float) -> None:
         """Raise TopologyError if a rank holds more than `gib` GiB, without activations."""
@@ -181,7 +181,7 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
     stage_flops = _stage_flops(recipe, teacher, student, found, light)
     flops = sum(stage_flops.values())
     work = flops + refit_delay(recipe, teacher, [student, *_refitted(recipe, found)])
-    written = 1 + (recipe.student is None) + recipe.random_baseline + (recipe.prune.refit != "none")
+    written = 1 + (recipe.student is None) + recipe.random_baseline + (recipe.prune.refit != "none") + len(recipe.align)
     models = parameters(student) * (weight * written + WEIGHT_BYTES[recipe.export.dtype])
     return Estimate(
         teacher=teacher,
@@ -209,7 +209,15 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
         candidates=found,
         light_flops=light,
         warnings=tuple(map(with_keys, client_warnings(served, student, recipe.export.architecture))),
-        notes=client_notes(served, student, recipe.export.architecture),
+        notes=(*client_notes(served, student, recipe.export.architecture), *_uncounted(recipe)),
+    )
+
+
+def _uncounted(recipe: Recipe) -> list[str]:
+    rounds = len(recipe.align)
+    told = f"The {rounds} rounds" if rounds > 1 else "The round"
+    return [f"{told} of align: tokens, FLOPs and hours are not counted, and memory only as in distillation."] * bool(
+        rounds
     )
 
 

@@ -41,7 +41,8 @@ class SftRound(RoundKeys):
     sources: Annotated[tuple[Source, ...], Field(min_length=1)] = Field(kw_only=True)
     """Chats to blend by weight, as in `data.sources`; the format is `chat` if it is not given."""
     tokens: Count | None = None
-    """Training tokens, rounded up to whole steps, in place of `epochs`."""
+    """Training tokens, rounded up to whole steps, in place of `epochs`. Chats that hold fewer are read again in another
+    order."""
     global_batch: Count = 128
     """Samples per step."""
     loss: Literal["ce", "kd", "mix"] = "ce"

@@ -27,7 +27,7 @@ from ...align import (
 )
 from ...data import chat_marks, places, preference_pairs
 from ...files import file_marks, read_as, write_json
-from ...forecast import check_schedule
+from ...forecast import check_held_out, check_schedule
 from ...model import Chunk, evaluating
 from ...parallel import broadcast_object, fail_together
 from ...recipe import Distill, PairRound, Recipe, SftRound
@@ -87,6 +87,7 @@ def _fine_tune(context: Context, number: int, keys: SftRound, student: list[Chun
         correct=recipe.correct if recipe.corrects_first else None,
         align=(),
     )
+    check_held_out(sources, sequence, f"align.{number - 1}")
     check_schedule(f"align.{number - 1}", keys, inner.distill.steps(sequence), "epochs")
     done = {**context.done, "prepare": context.done["prepare"] | {"sources": sources}}
     mark = context.mark_of(recipe)
