@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,6 @@ from ..data import (
     check_tokenizer,
     input_files,
     most_bytes,
-    places,
     samples_by_source,
 )
 from ..errors import DataError, PlanError, RecipeError, did_you_mean
@@ -31,6 +29,7 @@ from ..model import ModelConfig, check_fits, check_spec
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
 from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved, with_keys_in_errors
 from ..serve import check_fp8
+from .check_paths import check_paths
 from .check_tasks import check_evaluation
 from .model_folders import with_model_folders
 from .sizes import check_pruning, student_shape
@@ -74,8 +73,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         check_tokenizer(recipe.model, shape.vocab)
         if any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
             chat_marks(recipe.model)
-    _check_out(places.out, must_be_writable=not counts_only)
-    _check_paths(places)
+    check_paths(places, must_be_writable=not counts_only)
     _check_held_out(recipe)
     if recipe.student:
         _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)
@@ -202,33 +200,6 @@ def _training(recipe: Recipe) -> Iterator[tuple[str, ResolvedPhase]]:
             yield "correct", ResolvedPhase(keys, phase.sequence, phase.weights)
     if recipe.search and recipe.search.light:
         yield "search.light", resolved(light_recipe(recipe).distill, recipe.data)[0]
-
-
-def _check_out(out: Path, *, must_be_writable: bool) -> None:
-    """Check that the run folder is one, or can become one."""
-    found = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
-    if not found.is_dir():
-        what = "a link to nowhere" if found.is_symlink() and not found.exists() else "not a folder"
-        raise RecipeError(f"out is {out}, but {found} is {what}. Give another path, or remove it.")
-    if must_be_writable and not out.exists() and not os.access(found, os.W_OK | os.X_OK):
-        raise RecipeError(f"out is {out}, which cannot be made: {found} is not writable. Give another path.")
-
-
-def _check_paths(recipe: Recipe) -> None:
-    """Check that the run folder is separate from the run's inputs, so that their files cannot be confused."""
-    out = recipe.out.resolve()
-    read = [("model", recipe.model), ("student", recipe.student), ("distill.start", recipe.distill.start)]
-    read += [("data.sources", path) for source in recipe.data.sources for path in places(source.paths)]
-    read += [("data.sources", path) for source in recipe.data.sources for path in places(source.held_out_paths)]
-    read += [("score.sources", path) for source in recipe.score.sources for path in places(source.paths)]
-    for key, path in read:
-        if path is None:
-            continue
-        there = path.resolve()
-        if out == there or (there.is_dir() and there in out.parents):
-            raise RecipeError(f"out is {recipe.out}, which is inside {path} ({key}). Give a separate folder.")
-        if out in there.parents and key.endswith(".sources"):
-            raise RecipeError(f"{path} ({key}) is inside the run folder {recipe.out}. Move one of them.")
 
 
 def _check_held_out(recipe: Recipe) -> None:
