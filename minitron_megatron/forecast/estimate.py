@@ -214,11 +214,8 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
 
 
 def _uncounted(recipe: Recipe) -> list[str]:
-    rounds = len(recipe.align)
-    told = f"The {rounds} rounds" if rounds > 1 else "The round"
-    return [f"{told} of align: tokens, FLOPs and hours are not counted, and memory only as in distillation."] * bool(
-        rounds
-    )
+    told = "Tokens, FLOPs and hours of align are not counted, and its memory only as in distillation."
+    return [told] if recipe.align else []
 
 
 def _stored_bytes(folder: Path) -> int:

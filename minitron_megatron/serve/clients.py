@@ -73,6 +73,7 @@ GAPS = (
     Gap("transformers 4", ("qwen2_moe",), UNFILLED),
     Gap("transformers 5", ("llama",), NO_MULTIPLE),
     Gap("OpenVINO", ("llama",), NO_MULTIPLE),
+    Gap("TRL", ("llama",), NO_MULTIPLE),
     Gap("vLLM", ("llama",), NO_MULTIPLE),
     Gap("vLLM", ("qwen2", "qwen2_moe"), UNFILLED, silent=True),
     Gap("llama.cpp", ("qwen2", "qwen2_moe", "nemotron", "phi3"), UNFILLED),

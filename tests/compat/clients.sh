@@ -56,11 +56,11 @@ client() {
         read_by "$1" ctranslate2
         ;;
     trl)
-        environment "$1" "$torch" 'trl==1.16.0' 'datasets==5.2.0' 'accelerate==1.15.0'
+        environment "$1" "$torch" 'trl==1.16.0' 'transformers==5.23.0' 'datasets==5.2.0' 'accelerate==1.15.0'
         read_by "$1" trl
         ;;
     ortgenai)
-        environment "$1" "$torch" 'onnxruntime-genai==0.18.0' onnx onnx-ir 'transformers==4.57.6'
+        environment "$1" "$torch" 'onnxruntime-genai==0.18.0' 'onnx==1.23.2' 'onnx-ir==1.1.0' 'transformers==5.5.4'
         read_by "$1" ortgenai
         ;;
     *)

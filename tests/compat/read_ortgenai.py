@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,10 +13,14 @@ from reading import main
 
 def read(folder: Path, tokens: list[int]) -> np.ndarray:
     import onnxruntime_genai
-    from onnxruntime_genai.models.builder import create_model
 
     with TemporaryDirectory() as work:
-        create_model(None, str(folder), work, "fp32", "cpu", work)
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+        built = subprocess.run(
+            [*builder, "-i", str(folder), "-o", work, "-c", work], capture_output=True, text=True, check=False
+        )
+        if built.returncode:
+            raise RuntimeError(built.stderr.strip().splitlines()[-1])
         model = onnxruntime_genai.Model(work)
         settings = onnxruntime_genai.GeneratorParams(model)
         settings.set_search_options(max_length=len(tokens) + 1)
