@@ -4,7 +4,7 @@ Knows: Hugging Face's tensor names, configs and files. Must not know: scores, pl
 """
 
 from .by_transformers import transformers_failures, transformers_model
-from .carried import carried_files, carry
+from .carried import carried_files, carry, stop_at
 from .check import check_folder
 from .config import read_config
 from .export import save_hf
@@ -38,6 +38,7 @@ __all__ = [
     "model_hash",
     "read_config",
     "save_hf",
+    "stop_at",
     "transformers_failures",
     "transformers_model",
 ]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files import read_json, write_json
 
-__all__ = ["carried_files", "carry"]
+__all__ = ["carried_files", "carry", "stop_at"]
 
+GENERATION = "generation_config.json"
 CARRIED = (
     "tokenizer*.json",  # tokenizer.json, its settings, and versions of it (tokenizer.4.0.0.json)
     "tokenizer.model.v*",
@@ -34,7 +36,7 @@ CARRIED = (
     "chat_template*.jinja",
     "chat_template*.json",
     "additional_chat_templates/*.jinja",
-    "generation_config.json",
+    GENERATION,
 )
 """File name patterns that transformers' tokenizers and generation read. No pattern matches weights or code."""
 
@@ -70,6 +72,16 @@ def carry(source: Path, target: Path) -> None:
             shutil.copyfileobj(content, into)
         if path.name == "tokenizer_config.json":
             _drop_code(copy)
+
+
+def stop_at(folder: Path, ends: Iterable[int]) -> None:
+    """Add token ids to those at which generation ends, in a folder's `generation_config.json`."""
+    path = folder / GENERATION
+    settings = read_json(path) if path.is_file() else {}
+    known = settings.get("eos_token_id")
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    if missing := sorted(set(ends) - set(ids)):
+        write_json(path, settings | {"eos_token_id": [*ids, *missing]})
 
 
 def _drop_code(path: Path) -> None:

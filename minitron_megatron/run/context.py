@@ -10,8 +10,17 @@ from typing import Any
 
 import torch
 
-from ..convert import Architecture, folder_hash, load_hf, model_hash, read_config, save_hf
-from ..data import Batch, Corpus, calibration, calibration_batches, check_content, held_out_batches, step_batches
+from ..convert import Architecture, folder_hash, load_hf, model_hash, read_config, save_hf, stop_at
+from ..data import (
+    Batch,
+    Corpus,
+    calibration,
+    calibration_batches,
+    chat_codec,
+    check_content,
+    held_out_batches,
+    step_batches,
+)
 from ..errors import CheckpointError, FileError
 from ..evaluate import ValidationSet
 from ..events import Listener
@@ -180,7 +189,15 @@ class Context:
             architecture=architecture,
             listener=self.listener,
         )
+        if folder.name.startswith(("aligned-", "export")):
+            self.stop_at_turns(folder)
         return model_hash(model, self.topology)
+
+    def stop_at_turns(self, folder: Path) -> None:
+        """Let generation end where an aligned model ends its turn, in the generation settings of its folder."""
+        with fail_together():
+            if self.recipe.align and self.topology.rank == 0:
+                stop_at(folder, chat_codec(folder).ends())
 
     def sealed(self, folder: Path) -> str:
         """Write the checksums of a folder's files into it, and return the checksum of that list.

@@ -69,6 +69,7 @@ def hand_over(
             architecture=recipe.export.architecture,
             listener=listener,
         )
+        context.stop_at_turns(to)
     return path
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from minitron_megatron.data import load_tokenizer
 from minitron_megatron.errors import MinitronError
 from minitron_megatron.events import Event
 from minitron_megatron.files import read_json
@@ -148,6 +149,8 @@ def test_rounds_follow_distillation(aligned: Write, whole: Whole) -> None:
     assert rows == ["teacher", "pruned", "distilled", *("aligned-1", "aligned-2", "aligned-3")]
     found = hashes(out)
     assert len({found[name] for name in ("distill", *rounds)}) == 4
+    stops = read_json(out / "export" / "generation_config.json")["eos_token_id"]
+    assert load_tokenizer(out / "export").token_to_id(ENDS["chatml"]) in stops
     assert (out / "export" / "chat_template.jinja").is_file() and not list((out / "alignment").glob("*/*"))
 
 
@@ -219,6 +222,11 @@ def test_a_reference_measured_at_one_layout_serves_another(pool: Pool, aligned: 
         pool.run(work, recipe, ("align-1", 1), tp=2, pp=2)
     said = pool.run(work, aligned(RPO, out=load_recipe(recipe).out), None, "align")[0]
     assert "align-1" in [label for label, _, _ in said] and "reference" not in [label for label, _, _ in said]
+
+
+def test_the_papers_order_is_a_recipe() -> None:
+    recipe = load_recipe(Path(__file__).parents[2] / "examples" / "align" / "mn-minitron-8b-instruct.yaml")
+    assert [keys.method for keys in recipe.align] == ["sft", "sft", "rpo", "rpo"]
 
 
 @pytest.mark.parametrize(
