@@ -64,3 +64,15 @@ def test_the_end_of_a_conversation_is_part_of_the_response(tmp_path: Path) -> No
 def test_what_is_no_pair_is_refused(record: object, message: str, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         list(preference_pairs([write(tmp_path / "a.jsonl", record)], folder))
+
+
+def test_a_template_without_an_assistants_turn_is_refused(tmp_path: Path) -> None:
+    only_users = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% endif %}{% endfor %}"
+    )
+    folder = write_tokenizer(tmp_path / "users", only_users, "<|endoftext|>")
+    file = write(tmp_path / "a.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:1 cannot be tokenized: the chat template writes nothing for the assi"
+    ):
+        list(preference_pairs([file], folder))
