@@ -33,7 +33,7 @@ from minitron_megatron.align import REWARDS, Record, Reward
 from minitron_megatron.convert import FAMILIES
 from minitron_megatron.data import Batch
 from minitron_megatron.files import write_json
-from minitron_megatron.losses import DIVERGENCES, Entries
+from minitron_megatron.losses import DIVERGENCES, PREFERENCE_LOSSES, Entries, Pairs
 from minitron_megatron.parallel import Topology
 from minitron_megatron.records import REDUCTIONS
 from minitron_megatron.run import STAGES, Context, Stage
