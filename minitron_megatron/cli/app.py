@@ -13,7 +13,7 @@ from ..run_folder import RunFolder
 from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
 from .options import Out, RecipePath, Set
-from .printing import print_made, print_report, print_steps
+from .printing import print_comparison, print_made, print_report, print_steps
 from .running import carry_out, reported, share, start
 from .sample import sample
 
@@ -301,11 +301,22 @@ def show(
 
 
 @app.command(rich_help_panel=LOOK)
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Write the report of a run: an HTML page with tables and plots."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run folder, or several to compare.")],
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="DIR", help="Folder of a comparison, by default ./comparison.")
+    ] = None,
+) -> None:
+    """Write the report of a run, an HTML page with tables and plots; of several runs a page that compares them."""
+    from ..errors import RecipeError
     from ..report import report_run
 
-    print(report_run(run))
+    if len(runs) > 1:
+        print_comparison(runs, to or Path("comparison"))
+    elif to is not None:
+        raise RecipeError("--to is the folder of a comparison of several runs. Give more runs, or leave it out.")
+    else:
+        print(report_run(runs[0]))
 
 
 @app.command(rich_help_panel=LOOK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from ..run_folder import RunFolder
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-__all__ = ["print_made", "print_report", "print_steps"]
+__all__ = ["print_comparison", "print_made", "print_report", "print_steps"]
 
 
 def print_made(recipe: Recipe, only: str | None) -> None:
@@ -37,6 +38,16 @@ def print_report(out: Path) -> None:
     print_summary(read_summary(RunFolder(out).summary))
     print(f"report: {report_run(out)}")
     print(f"export: {RunFolder(out).model('export')}")
+
+
+def print_comparison(runs: Sequence[Path], to: Path) -> None:
+    """Write a page that compares runs, and print where it is."""
+    from ..files import read_text
+    from ..recipe import read_yaml
+    from ..report import compare_runs
+
+    recipes = {run: read_yaml(read_text(RunFolder.existing(run).recipe)) for run in runs}
+    print(compare_runs({run: keys if isinstance(keys, dict) else {} for run, keys in recipes.items()}, to))
 
 
 def print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:

@@ -4,6 +4,7 @@ Knows: events, the names of files in a run folder, rich and matplotlib (imported
 weights, processes, recipes.
 """
 
+from .compared import compare_runs
 from .listeners import MetricsFile, Progress, fan_out, read_metrics
 from .loggers import logged
 from .machine import Machine
@@ -28,6 +29,7 @@ __all__ = [
     "Watchdog",
     "bench_table",
     "candidates_table",
+    "compare_runs",
     "describe",
     "fan_out",
     "logged",

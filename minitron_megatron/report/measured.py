@@ -16,7 +16,7 @@ from ..files import read_json
 from ..run_folder import RunFolder
 from .listeners import MetricsLine, read_metrics
 
-__all__ = ["PREDICTED", "predicted_rows"]
+__all__ = ["PREDICTED", "Predicted", "predicted_rows"]
 
 PREDICTED = ("", "predicted", "measured", "ratio")
 INDENT = "  "

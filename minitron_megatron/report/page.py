@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import median
-from string import Template
 from typing import TypeVar
 
 from typing_extensions import TypedDict
@@ -21,13 +20,14 @@ from ..files import read_as, whole_file
 from ..records import SAFE_MARGIN, Row
 from ..run_folder import RunFolder
 from . import plots
+from .html import figure, section, table, warning_box, whole_page
 from .importance import KEPT, kept_rows, shares
 from .listeners import MetricsLine, lost_lines, read_metrics
 from .measured import PREDICTED, predicted_rows
 from .plots import ByLayer, DepthCurves
 from .refitted import REFITTED, Fit, refitted_rows
 from .searched import SEARCHED, SearchTable, searched_rows
-from .tables import COLUMNS, cells, tasks_of
+from .tables import COLUMNS, cells, headline, tasks_of
 
 __all__ = ["write_report"]
 
@@ -70,21 +70,20 @@ def write_report(
     drawn = {name: _figure(folder, name, draw, warnings) for name, draw in figures.items()}
     kept = "".join(drawn[name] for name in ("depth", "importance", "shares", "margins"))
     sections = [
-        _section("Models", _summary(summary) + drawn["models"]),
-        _section("Training", drawn["losses"]),
-        _section("Preference optimisation", drawn["preferences"]),
-        _section("Search", _table(SEARCHED, searched_rows(search)) + drawn["search"] + drawn["ranks"]),
-        _section("Pruning", _table(KEPT, kept_rows(plan, scores, margins)) + kept),
-        _section("Refit", _table(REFITTED, refitted_rows(_read(folder.refit, list[Fit], warnings)))),
-        _section("Predicted and measured", _table(PREDICTED, predicted_rows(run))),
-        _section("Stages", _stages(stages, metrics)),
-        _section("Recipe", _recipe(folder.recipe)),
-        _section("Versions", _pairs(versions or {})),
+        section("Models", _summary(summary) + drawn["models"]),
+        section("Training", drawn["losses"]),
+        section("Preference optimisation", drawn["preferences"]),
+        section("Search", table(SEARCHED, searched_rows(search)) + drawn["search"] + drawn["ranks"]),
+        section("Pruning", table(KEPT, kept_rows(plan, scores, margins)) + kept),
+        section("Refit", table(REFITTED, refitted_rows(_read(folder.refit, list[Fit], warnings)))),
+        section("Predicted and measured", table(PREDICTED, predicted_rows(run))),
+        section("Stages", _stages(stages, metrics)),
+        section("Recipe", _recipe(folder.recipe)),
+        section("Versions", _pairs(versions or {})),
     ]
-    body = _warnings(warnings) + "".join(sections)
+    body = warning_box(warnings) + "".join(sections)
     with whole_file(folder.report) as partial:
-        name = escape(run.resolve().name)
-        partial.write_text(_PAGE.substitute(name=name, body=body or "<p>Nothing here yet.</p>"), encoding="utf-8")
+        partial.write_text(whole_page(run.resolve().name, headline(summary), body), encoding="utf-8")
     return folder.report
 
 
@@ -176,31 +175,12 @@ def _figure(run: RunFolder, name: str, draw: Callable[[Path], Path | None], warn
     except Exception as error:
         warnings.append(f"The plot of {name} could not be drawn: {type(error).__name__}: {error}")
         return ""
-    if path is None:
-        return ""
-    caption = escape(_CAPTIONS[name])
-    return f'<figure><img src="plots/{path.name}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>\n" if body else ""
-
-
-def _warnings(sentences: Sequence[str]) -> str:
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return f'<section class="warning"><h2>Warnings</h2><ul>{items}</ul></section>\n' if items else ""
-
-
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return an HTML table with text in the first column and numbers in the others; empty without rows."""
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if body else ""
+    return figure(f"plots/{path.name}", _CAPTIONS[name]) if path else ""
 
 
 def _summary(rows: Sequence[Row]) -> str:
     tasks = tasks_of(rows)
-    return _table([*(title for title, _ in COLUMNS.values()), *tasks], (cells(row, tasks) for row in rows))
+    return table([*(title for title, _ in COLUMNS.values()), *tasks], (cells(row, tasks) for row in rows))
 
 
 def _stages(stages: Mapping[str, StageFile], metrics: Sequence[MetricsLine]) -> str:
@@ -209,7 +189,7 @@ def _stages(stages: Mapping[str, StageFile], metrics: Sequence[MetricsLine]) -> 
     rows = [(name, numbers.duration(seconds), *_work(name, metrics)) for name, seconds in times]
     if len(rows) > 1:
         rows.append(("all", numbers.duration(sum(seconds or 0.0 for _, seconds in times)), "", "", ""))
-    return _table(("stage", "time", "work", "tokens", "tokens/s (median)"), rows)
+    return table(("stage", "time", "work", "tokens", "tokens/s (median)"), rows)
 
 
 def _work(stage: str, metrics: Sequence[MetricsLine]) -> tuple[str, str, str]:
@@ -232,39 +212,4 @@ def _recipe(path: Path) -> str:
 def _pairs(pairs: Mapping[str, object]) -> str:
     """Return a mapping as a table with two columns."""
     rows = ((name, numbers.ABSENT if value is None else str(value)) for name, value in pairs.items())
-    return _table(("name", "version"), rows)
-
-
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$name - minitron report</title>
-<style>
-body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.5rem 5rem; color: #222; background: #f6f7f8;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { margin: 0 0 1.5rem; font-size: 1.7rem; }
-h1 small { display: block; color: #777; font-size: 0.9rem; font-weight: normal; }
-h2 { margin: 0 0 0.9rem; font-size: 1.15rem; }
-section { margin: 0 0 1.25rem; padding: 1.25rem 1.5rem;
-          background: #fff; border: 1px solid #e3e5e8; border-radius: 8px; }
-section.warning { background: #fff8f0; border-color: #e8a35c; }
-section.warning ul { margin: 0; padding-left: 1.2rem; }
-table { border-collapse: collapse; font-size: 0.93rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.35rem 1.6rem 0.35rem 0; text-align: right; border-bottom: 1px solid #ececec; }
-th { color: #666; font-weight: 600; }
-th:first-child, td:first-child { text-align: left; }
-tbody tr:last-child td { border-bottom: 0; }
-figure { margin: 1.25rem 0 0; }
-section > figure:first-of-type:nth-child(2) { margin-top: 0; }
-img { display: block; max-width: 100%; height: auto; }
-figcaption { margin-top: 0.4rem; color: #666; font-size: 0.87rem; }
-pre { margin: 0; overflow-x: auto; font: 0.85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
-</style>
-</head>
-<body>
-<h1>$name<small>minitron report</small></h1>
-$body</body>
-</html>
-""")
+    return table(("name", "version"), rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -21,13 +21,17 @@ __all__ = [
     "bench_table",
     "candidates_table",
     "cells",
+    "headline",
     "print_summary",
+    "student_of",
     "summary_table",
     "tasks_of",
 ]
 
 SummaryRow = Mapping[str, Any]
 """Row of `summary.json`, or of a model that was measured apart from the run."""
+
+RowT = TypeVar("RowT", bound=Mapping[str, Any])
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "model": ("model", str),
@@ -43,6 +47,26 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 def tasks_of(rows: Iterable[SummaryRow]) -> list[str]:
     """Return the tasks that any row has a score for, in their order."""
     return list(dict.fromkeys(name for row in rows for name in row.get("tasks") or ()))
+
+
+def student_of(rows: Sequence[RowT]) -> RowT | None:
+    """Return the row of the distilled student, which the loss on text measures; alignment aims at something else."""
+    return next((row for row in rows if row.get("model") == "distilled"), None)
+
+
+def headline(rows: Sequence[SummaryRow]) -> str:
+    """Return a sentence on what became of the teacher; empty where a number of it is not there."""
+    student = student_of(rows)
+    if student is None:
+        return ""
+    keys = ("parameters", "loss_nats_per_token")
+    size, loss, smaller, later = (row.get(key) for row in (rows[0], student) for key in keys)
+    if size is None or loss is None or smaller is None or later is None:
+        return ""
+    return (
+        f"{numbers.count(size)} parameters became {numbers.count(smaller)} ({smaller / size:.0%}); the loss went from "
+        f"{numbers.loss(loss)} to {numbers.loss(later)} ({later - loss:+.3f} nats per token)."
+    )
 
 
 def cells(row: SummaryRow, tasks: Sequence[str] = ()) -> list[str]:

@@ -38,7 +38,7 @@ VERBS = {
     "bench": STAGE | {"--backend"},
     "study": STAGE | {"--seeds", "--array", "--dry-run", "--list"},
     "show": set(),
-    "report": set(),
+    "report": {"--to"},
     "watch": set(),
     "schema": set(),
 }

@@ -145,11 +145,10 @@ def test_a_report_that_fails_leaves_the_old_one(run: Path, monkeypatch: pytest.M
     write_report(run)
     old = (run / "report.html").read_text()
 
-    class Broken:
-        def substitute(self, **_: str) -> str:
-            raise OSError("disk full")
+    def full(*_: str) -> str:
+        raise OSError("disk full")
 
-    monkeypatch.setattr(page, "_PAGE", Broken())
+    monkeypatch.setattr(page, "whole_page", full)
     with pytest.raises(OSError, match="disk full"):
         write_report(run)
     assert (run / "report.html").read_text() == old

@@ -4,6 +4,7 @@ Knows: lines of metrics, rows of a summary, and plain mappings of scores, kept u
 they come from. A plot with nothing to show writes no file and returns None; matplotlib is imported when one is drawn.
 """
 
+from .comparison import overlaid, sizes
 from .cuts import margins, shares
 from .depth import DepthCurves, depth_curves
 from .losses import bars, loss_curves
@@ -22,10 +23,12 @@ __all__ = [
     "importance",
     "loss_curves",
     "margins",
+    "overlaid",
     "plot_bench",
     "plot_study",
     "preference_curves",
     "search_front",
     "search_ranks",
     "shares",
+    "sizes",
 ]

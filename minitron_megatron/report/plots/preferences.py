@@ -23,7 +23,7 @@ PANELS = {
 def preference_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     """Plot the rounds that train on pairs against the pairs seen: training as a line, held-out pairs as dots."""
     lines = [line for line in metrics if line.get("pairs") is not None]
-    stages = list(dict.fromkeys(line["stage"] for line in lines))
+    stages = sorted({line["stage"] for line in lines}, key=lambda stage: (len(stage), stage))
     if not stages:
         return None
     with new_figure(path, 9.0, 2.3 * len(PANELS) + 0.3) as figure:

@@ -47,7 +47,8 @@ def do_evaluate(context: Context) -> Result:
         loss = {f"loss/{name}": row["loss_nats_per_token"]}
         context.listener(Event("evaluate", number, len(models), "models", loss))
         done = context.done.get(stage, {})
-        rows.append({**row, "tokens": done.get("tokens", 0), "seconds": done.get("seconds", 0.0)})
+        tokens = done["units"] if done.get("method") == "sft" else done.get("tokens", 0)
+        rows.append({**row, "tokens": tokens, "seconds": done.get("seconds", 0.0)})
     if context.topology.rank == 0:
         write_json(context.folders.summary, rows)
         write_table(rows, context.folders.evaluation / "table.md")
