@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -135,6 +136,16 @@ def whole(pool: Pool, aligned: Write) -> Whole:
     return load_recipe(recipe).out, said
 
 
+def distilled(aligned: Write, whole: Whole, *rounds: dict[str, Any], **changes: Any) -> Path:
+    """Return a recipe with a copy of the run up to distillation."""
+    recipe = aligned(*rounds, **changes)
+    out = load_recipe(recipe).out
+    shutil.copytree(whole[0], out)
+    for path in (*(out / "stages").glob("align-*.json"), out / "stages" / "evaluate.json"):
+        path.unlink()
+    return recipe
+
+
 def test_rounds_follow_distillation(aligned: Write, whole: Whole) -> None:
     out, said = whole
     rounds = ("align-1", "align-2", "align-3")
@@ -168,7 +179,7 @@ def test_an_edited_round_reruns_what_follows(aligned: Write, whole: Whole) -> No
 @pytest.mark.parametrize("layout", [{"tp": 2, "sequence_parallel": True}, {"tp": 2, "pp": 2}, {"dp": 2, "cp": 2}])
 def test_the_layout_changes_no_curve(pool: Pool, aligned: Write, whole: Whole, layout: dict[str, Any]) -> None:
     keys = {key: size for key, size in layout.items() if key != "dp"}
-    other = pool.run(work, aligned(SFT, RPO, parallel=keys), None, "align", **layout)[0]
+    other = pool.run(work, distilled(aligned, whole, SFT, RPO, parallel=keys), None, "align", **layout)[0]
     for label in ("align-1", "align-2"):
         for key in ("loss", "grad_norm", "validation_loss"):
             one, two = ([v[key] for name, _, v in said if name == label and key in v] for said in (whole[1], other))
@@ -176,7 +187,7 @@ def test_the_layout_changes_no_curve(pool: Pool, aligned: Write, whole: Whole, l
 
 
 def test_interrupted_rounds_resume_to_the_bit(pool: Pool, aligned: Write, whole: Whole) -> None:
-    recipe = aligned(SFT, RPO)
+    recipe = distilled(aligned, whole, SFT, RPO)
     for stop in (("align-1", 3), ("reference", 1), ("align-2", 3)):
         with pytest.raises(Stop):
             pool.run(work, recipe, stop)
@@ -216,8 +227,8 @@ def test_two_sampled_rounds_killed_by_the_system_give_the_same_models(aligned: W
     assert record["sampled"]["prompts"] == 12 and record["units"] > 0
 
 
-def test_a_reference_measured_at_one_layout_serves_another(pool: Pool, aligned: Write) -> None:
-    recipe = aligned(RPO, parallel={"tp": 2, "pp": 2})
+def test_a_reference_measured_at_one_layout_serves_another(pool: Pool, aligned: Write, whole: Whole) -> None:
+    recipe = distilled(aligned, whole, RPO, parallel={"tp": 2, "pp": 2})
     with pytest.raises(Stop):
         pool.run(work, recipe, ("align-1", 1), tp=2, pp=2)
     said = pool.run(work, aligned(RPO, out=load_recipe(recipe).out), None, "align")[0]
