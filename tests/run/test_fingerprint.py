@@ -12,14 +12,16 @@ from typing import Any, get_args
 import pytest
 
 from minitron_megatron.recipe import Recipe
-from minitron_megatron.run import STAGES
+from minitron_megatron.run import STAGES, wanted
 from minitron_megatron.run.fingerprint import fingerprint
 from minitron_megatron.settings import Settings
 from minitron_megatron.train import OBJECTIVES, LMObjective
 from tests.recipes import tiny_recipe
 
 DONE: dict[str, Any] = {"prepare": {"sources": {}, "model_hash": "a"}, "correct": {"hash": "b"}, "prune": {"hash": "c"}}
+DONE |= {"distill": {"hash": "d"}, "align-1": {"hash": "e"}}
 HOW_TO_RUN = {
+    *("align.1.sample.micro_batch", "evaluate.judge.key_env", "evaluate.judge.concurrent"),
     "tokenizer",  # its files count, in the folder that a Megatron checkpoint becomes
     *("out", "recompute", "spec", "hang_seconds", "data.repeat", "data.workers", "score.micro_batch"),
     *(
@@ -31,7 +33,7 @@ HOW_TO_RUN = {
     *("distill.loss.budget_mib", "distill.retain", "distill.teacher_window", "distill.offload_teacher"),
     *(
         f"{block}.{key}"
-        for block in ("correct", "distill")
+        for block in ("correct", "distill", "align.0", "align.1")
         for key in ("micro_batch", "save_every", "keep_checkpoints", "save_async", "validate_every")
     ),
 }
@@ -41,6 +43,20 @@ EDITS: dict[str, Any] = {
     "plugins": ["json"],
     "correct.objective": "perplexity",
     "distill.objective": "perplexity",
+    "align.0.sequence": 8,
+    "align.0.tokens": 999,
+    "align.0.loss": "kd",
+    "align.0.sources.validation": 0.5,
+    "align.0.sources.format": "text",
+    "align.0.sources.loss_on": "all",
+    "align.1.method": "rpo",
+    "align.1.loss": "ipo",
+    "align.1.label_smoothing": 0.1,
+    "align.1.sequence": 8,
+    "align.1.validation": 0.5,
+    "align.1.sample.reward": "column",
+    "align.1.sample.top_p": 0.5,
+    "align.1.sample.limit": 4,
     "dtype": "bfloat16",
     "recompute": "full",
     "spec": "te",
@@ -98,6 +114,9 @@ EDITS: dict[str, Any] = {
     "evaluate.tasks.temperature": 0.5,
     "evaluate.tasks.top_p": 0.5,
     "evaluate.limit": 4,
+    "evaluate.judge.url": "http://other/v1",
+    "evaluate.judge.model": "other",
+    "evaluate.judge.key_env": "OTHER",
     "export.dtype": "float32",
     "export.architecture": "own",
     "export.quantize": "fp8",
@@ -131,9 +150,12 @@ EDITS: dict[str, Any] = {
 
 
 def leaves(block: type[Settings], place: str = "") -> Iterator[str]:
+    """Yield the keys of a block; those of the kinds of a list's blocks by their number: `align.0.lr`, `align.1.lr`."""
     for name, field in block.model_fields.items():
         inner = [each for each in kinds(field.annotation) if isinstance(each, type) and issubclass(each, Settings)]
-        yield from leaves(inner[0], f"{place}{name}.") if inner else [f"{place}{name}"]
+        for number, each in enumerate(dict.fromkeys(inner)):
+            yield from leaves(each, f"{place}{name}.{number}." if len(inner) > 1 else f"{place}{name}.")
+        yield from [] if inner else [f"{place}{name}"]
 
 
 def kinds(annotation: Any) -> Iterator[Any]:
@@ -142,7 +164,8 @@ def kinds(annotation: Any) -> Iterator[Any]:
         yield from kinds(part)
 
 
-KEYS = list(leaves(Recipe))
+KEYS = [key for key in leaves(Recipe) if key != "align.0.method"]
+"""Every key, but for one that says which other keys there are."""
 
 
 def base(material: Path, key: str) -> dict[str, Any]:
@@ -153,12 +176,21 @@ def base(material: Path, key: str) -> dict[str, Any]:
     if key in ("distill.loss.temperature", "distill.loss.divergence", "distill.objective"):
         recipe["distill"]["loss"] = {}
     recipe["evaluate"] = recipe["evaluate"] | {"tasks": [{"name": "piqa"}]}
+    if key.startswith("evaluate.judge."):
+        recipe["evaluate"]["judge"] = {"url": "http://localhost/v1", "model": "judge"}
     if key == "student":
         recipe |= {"student": str(material / "model"), "prune": {}, "score": {}}
     if key.startswith("score.sources."):
         recipe["score"] = recipe["score"] | {"sources": [{"path": str(material / "corpus.jsonl")}]}
-    if key.endswith("sources.loss_on"):
+    if key.endswith("sources.loss_on") and not key.startswith("align"):
         recipe[key.partition(".")[0]]["sources"][0]["format"] = "chat"
+    if key.startswith("align."):
+        places = str(material / "corpus.jsonl")
+        sample: dict[str, Any] = {"prompts": places, "answers": 4}
+        if key.endswith("reward_model"):
+            sample |= {"reward": "model", "reward_model": str(material / "model")}
+        pairs = {"sample": sample} if ".sample." in key else {"pairs": places}
+        recipe["align"] = [{"method": "sft", "sources": [{"path": places}]}, {"method": "dpo", **pairs}]
     if key.startswith("search."):
         size = {"hidden": [48]} if key == "search.expansion" else {"ffn": [48, 64]}
         recipe["search"] = {**size, "budget": {"params": 10**6}, "light": {"tokens": 128}}
@@ -171,9 +203,13 @@ def edited(recipe: dict[str, Any], key: str, material: Path) -> dict[str, Any]:
     node: Any = new
     *path, last = key.split(".")
     for part in path:
-        old = getattr(old, part)
-        node = node.setdefault(part, {})
-        node, old = (node[0], old[0]) if isinstance(node, list) else (node, old)
+        if isinstance(node, list):
+            at = int(part) if part.isdecimal() else 0
+            node, old = node[at], old[at]
+        if not part.isdecimal():
+            old, node = getattr(old, part), node.setdefault(part, {})
+    if isinstance(node, list):
+        node, old = node[0], old[0]
     value = getattr(old, last)
     if key in EDITS:
         node[last] = EDITS[key]
@@ -182,12 +218,14 @@ def edited(recipe: dict[str, Any], key: str, material: Path) -> dict[str, Any]:
     elif isinstance(value, Path) or key in (
         "data.sources.path",
         "score.sources.path",
+        *("align.0.sources.path", "align.1.pairs", "align.1.sample.prompts"),
         "tokenizer",
         "evaluate.task_files",
         "distill.start",
         "search.serving.table",
     ):
-        source = material / ("corpus.jsonl" if key.startswith(("data", "search", "score")) else "model")
+        text = key.startswith(("data", "search", "score", "align")) and not key.endswith("reward_model")
+        source = material / ("corpus.jsonl" if text else "model")
         node[last] = str(material / f"other-{source.name}")
     else:
         assert isinstance(value, bool | int | float), f"{key} needs an edit here"
@@ -197,7 +235,7 @@ def edited(recipe: dict[str, Any], key: str, material: Path) -> dict[str, Any]:
 
 def marks(recipe: dict[str, Any]) -> dict[str, str]:
     loaded = Recipe.model_validate(recipe)
-    return {stage.name: fingerprint(stage, loaded, DONE) for stage in STAGES.values() if stage.wanted(loaded)}
+    return {stage.name: fingerprint(stage, loaded, DONE) for stage in wanted(loaded)}
 
 
 @pytest.fixture(scope="module")
