@@ -43,12 +43,9 @@ def compare_runs(recipes: Mapping[Path, Recipe], to: Path) -> Path:
     """
     runs = [_run(path, recipe, name) for (path, recipe), name in zip(recipes.items(), _names(recipes), strict=True)]
     drawn = "".join(_figures(runs, to))
-    body = "".join(
-        [
-            section("Students", table(STUDENTS, [_cells(run) for run in runs]) + drawn),
-            section("Keys in which the recipes differ", table(("key", *(run.name for run in runs)), _differences(runs))),
-        ]
-    )
+    unlike = table(("key", *(run.name for run in runs)), _differences(runs))
+    body = section("Students", table(STUDENTS, [_cells(run) for run in runs]) + drawn)
+    body += section("Keys in which the recipes differ", unlike)
     page = to / "report.html"
     to.mkdir(parents=True, exist_ok=True)
     with whole_file(page) as partial:

@@ -38,5 +38,5 @@ def test_tables_and_lines_give_the_same_records(tmp_path: Path) -> None:
 def test_a_date_in_a_table_is_named(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([{"prompt": "a", "day": datetime.date(2026, 1, 1)}])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="row 0 holds a value that JSON does not have: .*date"):
+    with pytest.raises(DataError, match=r"row 0 holds a value that JSON does not have: .*date"):
         list(read_prompts([tmp_path / "a.parquet"]))
