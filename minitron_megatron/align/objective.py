@@ -59,7 +59,7 @@ class PreferenceObjective(Objective):
         losses = PREFERENCE_LOSSES[keys.loss](pairs) - keys.sft_weight * likelihoods[:, 0]
         total = losses @ weights
         if (
-            not batch.counts
+            not batch.is_first_shard
         ):  # of ranks that share sequences, each has its part of the gradient, the first one the value
             return (total - total.detach()).float()
         self._measure(gains.detach(), rewards, weights)

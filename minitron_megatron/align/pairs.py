@@ -60,10 +60,10 @@ class PairBatch(Batch):
     @property
     def counted(self) -> Tensor:
         """Number of pairs; of ranks that share sequences, the first one counts them."""
-        return self.real.sum() * self.counts
+        return self.real.sum() * self.is_first_shard
 
     @property
-    def counts(self) -> bool:
+    def is_first_shard(self) -> bool:
         """Whether this rank is the first of those that share its sequences."""
         shard = self.attention_context.shard if self.attention_context else None
         return shard is None or shard.rank == 0
@@ -78,24 +78,26 @@ def tokenize_pairs(
     path: Path,
     *,
     sequence: int,
+    vocab: int,
     rewarded: bool,
     held_out: float | Iterable[PreferencePair],
     seed: int,
 ) -> int:
     """Write pairs to a file and return the number of those of which a response was cut off at `sequence` tokens.
 
-    rewarded: refuse pairs without rewards. held_out: pairs to hold out, or the share of the pairs to hold out, drawn by
-    the seed. Raises DataError, which names the place, where a prompt leaves no room for a response, or where the two
-    responses are equal as far as they are read; and where too few pairs are left.
+    vocab: entries of the model's vocabulary. rewarded: refuse pairs without rewards. held_out: pairs to hold out, or
+    the share of the pairs to hold out, drawn by the seed. Raises DataError, which names the place, for a token that the
+    model does not have, where a prompt leaves no room for a response, or where the two responses are equal as far as
+    they are read; and where too few pairs are left.
     """
-    kept = _Columns()
-    kept.add(pairs, sequence, rewarded)
+    kept = _Columns(sequence, vocab, rewarded)
+    kept.add(pairs)
     count = len(kept.rewards)
     if isinstance(held_out, float | int):
         held = max(1, round(held_out * count)) if held_out else 0
         chosen = np.random.default_rng(seed).permutation(count)[:held]
     else:
-        kept.add(held_out, sequence, rewarded)
+        kept.add(held_out)
         chosen = np.arange(count, len(kept.rewards))
     if len(chosen) >= len(kept.rewards) or not count:
         raise DataError(
@@ -118,16 +120,24 @@ def tokenize_pairs(
 class _Columns:
     """Pairs as they are written."""
 
+    sequence: int
+    vocab: int
+    rewarded: bool
     tokens: list[NDArray[np.int32]] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     rewards: list[tuple[float, float]] = field(default_factory=list)
     cut: int = 0
     total: int = 0
 
-    def add(self, pairs: Iterable[PreferencePair], sequence: int, rewarded: bool) -> None:
+    def add(self, pairs: Iterable[PreferencePair]) -> None:
         for pair in pairs:
-            chosen, rejected = _fitting(pair, sequence)
-            if rewarded and pair.rewards is None:
+            chosen, rejected = _fitting(pair, self.sequence)
+            if (largest := max(int(part.max()) for part in (pair.prompt, chosen, rejected))) >= self.vocab:
+                raise DataError(
+                    f"{pair.place} has the token {largest}, and the model has {self.vocab} entries. Remove the token "
+                    "from the text, or use the tokenizer that came with the model."
+                )
+            if self.rewarded and pair.rewards is None:
                 raise DataError(
                     f"{pair.place} has no rewards, which this loss needs. Add {' and '.join(REWARD_KEYS)}, or train "
                     "by dpo."

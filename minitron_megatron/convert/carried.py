@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
-from ..files import read_json, write_json
+from ..files import check_as, read_as, read_json, write_json
 
 __all__ = ["carried_files", "carry", "stop_at"]
 
@@ -75,10 +76,13 @@ def carry(source: Path, target: Path) -> None:
 
 
 def stop_at(folder: Path, ends: Iterable[int]) -> None:
-    """Add token ids to those at which generation ends, in a folder's `generation_config.json`."""
+    """Add token ids to those at which generation ends, in a folder's `generation_config.json`.
+
+    Raises FileError where that file does not hold generation settings.
+    """
     path = folder / GENERATION
-    settings = read_json(path) if path.is_file() else {}
-    known = settings.get("eos_token_id")
+    settings = read_as(path, dict[str, Any]) if path.is_file() else {}
+    known = check_as(settings.get("eos_token_id", []), list[int] | int | None, f"{path}: eos_token_id")  # type: ignore[arg-type]
     ids = known if isinstance(known, list) else [] if known is None else [known]
     if missing := sorted(set(ends) - set(ids)):
         write_json(path, settings | {"eos_token_id": [*ids, *missing]})

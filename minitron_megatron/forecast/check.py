@@ -29,7 +29,7 @@ from ..serve import check_fp8
 from .check_align import check_rounds
 from .check_files import check_files
 from .check_tasks import check_evaluation
-from .check_training import check_micro_batches, check_schedule
+from .check_training import check_micro_batches, check_schedule, check_sequence
 from .model_folders import with_model_folders
 from .sizes import check_pruning, student_shape
 
@@ -225,12 +225,8 @@ def _check_samples(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Top
             f"{key}.weights has {len(phase.weights)} entries, but data.sources has {len(recipe.data.sources)}. "
             "Give one weight per source."
         )
-    if phase.sequence % (unit := topology.sequence_unit):
-        where = "data.sequence" if phase.sequence == recipe.data.sequence else f"{key}.sequence"
-        by = [f"cp={topology.cp}"] * (topology.cp > 1) + [f"tp={topology.tp}"] * topology.sequence_parallel
-        raise RecipeError(
-            f"{where} is {phase.sequence}, which cannot be split over {' and '.join(by)}. Choose a multiple of {unit}."
-        )
+    where = "data.sequence" if phase.sequence == recipe.data.sequence else f"{key}.sequence"
+    check_sequence(where, phase.sequence, topology)
 
 
 def _check_index(key: str, phase: ResolvedPhase) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from ..align import REWARDS, AnswerSettings
 from ..data import HUB, chat_marks, read_prompts
-from ..errors import RecipeError
 from ..parallel import Topology
-from ..recipe import PairRound, Recipe, SftRound
-from .check_training import check_micro_batches, check_schedule
+from ..recipe import Recipe, SftRound
+from .check_training import check_micro_batches, check_schedule, check_sequence
 
 __all__ = ["check_rounds"]
 
@@ -15,17 +14,13 @@ __all__ = ["check_rounds"]
 def check_rounds(recipe: Recipe, topology: Topology) -> None:
     """Check schedules, batches and lengths, and that the tokenizer has a chat template."""
     for number, keys in enumerate(recipe.align):
-        key, sequence, unit = f"align.{number}", keys.sequence or recipe.data.sequence, topology.sequence_unit
-        is_sft = isinstance(keys, SftRound)
+        key, sequence = f"align.{number}", keys.sequence or recipe.data.sequence
         tokens = keys.tokens if isinstance(keys, SftRound) else None
         check_schedule(key, keys, -(-tokens // (keys.global_batch * sequence)) if tokens else None)
         check_micro_batches(f"{key}.global_batch", keys.global_batch, keys.micro_batch, topology, topology.replicas)
-        if is_sft and sequence % unit:
-            raise RecipeError(
-                f"{key}.sequence is {sequence}, which cannot be split over cp={topology.cp} and the tensor-parallel "
-                f"ranks. Choose a multiple of {unit}."
-            )
-        if isinstance(keys, PairRound) and keys.sample:
+        if isinstance(keys, SftRound):
+            check_sequence(f"{key}.sequence", sequence, topology)
+        elif keys.sample:
             _check_sampling(keys.sample, recipe)
     if recipe.align and any(recipe.model.glob("tokenizer*")):
         chat_marks(recipe.model)

@@ -7,7 +7,7 @@ from ..errors import RecipeError
 from ..parallel import Topology
 from ..train import TrainingSettings
 
-__all__ = ["check_micro_batches", "check_schedule"]
+__all__ = ["check_micro_batches", "check_schedule", "check_sequence"]
 
 
 def check_schedule(key: str, keys: TrainingSettings, steps: int | None, length: str = "tokens") -> None:
@@ -23,6 +23,15 @@ def check_schedule(key: str, keys: TrainingSettings, steps: int | None, length: 
         raise RecipeError(
             f"{key}.warmup_steps is {keys.warmup_steps}, but training has only {steps} steps. "
             f"Set {key}.warmup_steps below {steps}, or raise {key}.{length}."
+        )
+
+
+def check_sequence(key: str, sequence: int, topology: Topology) -> None:
+    """Check that samples divide over the ranks that share them."""
+    if sequence % (unit := topology.sequence_unit):
+        by = [f"cp={topology.cp}"] * (topology.cp > 1) + [f"tp={topology.tp}"] * topology.sequence_parallel
+        raise RecipeError(
+            f"{key} is {sequence}, which cannot be split over {' and '.join(by)}. Choose a multiple of {unit}."
         )
 
 

@@ -15,6 +15,7 @@ from minitron_megatron.align import PairLoss, PreferenceObjective, measure_refer
 from minitron_megatron.align.pairs import PairFile, step_pairs, tokenize_pairs
 from minitron_megatron.convert import load_hf
 from minitron_megatron.data import PreferencePair
+from minitron_megatron.errors import DataError
 from minitron_megatron.events import silent
 from minitron_megatron.losses import PREFERENCE_LOSSES, Pairs
 from minitron_megatron.model import forward_backward, named_shards
@@ -46,7 +47,7 @@ def pairs() -> list[PreferencePair]:
 
 def written(folder: Path) -> Path:
     path = folder / "pairs.safetensors"
-    tokenize_pairs(pairs(), path, sequence=64, rewarded=True, held_out=0, seed=0)
+    tokenize_pairs(pairs(), path, sequence=64, vocab=SHAPE.vocab, rewarded=True, held_out=0, seed=0)
     return path
 
 
@@ -164,6 +165,13 @@ def test_losses_at_every_layout(
                 whole = sum(rank[key] for rank in gradients if key in rank) / (1 if layout.endswith("sp") else tp)
             scale = float(gradient.abs().max()) * COUNT
             torch.testing.assert_close(whole.double(), gradient * COUNT, rtol=1e-4, atol=2e-5 * scale)
+
+
+def test_a_token_that_the_model_lacks_is_refused_by_place(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"pair \d has the token \d+, and the model has 100 entries"):
+        path = tmp_path / "pairs.safetensors"
+        tokenize_pairs(pairs(), path, sequence=64, vocab=100, rewarded=True, held_out=0, seed=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_by_hand() -> None:

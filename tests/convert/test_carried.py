@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import transformers
 
-from minitron_megatron.convert import carried_files, carry, load_hf, save_hf
+from minitron_megatron.convert import carried_files, carry, load_hf, save_hf, stop_at
 from minitron_megatron.errors import CheckpointError, FileError
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
@@ -100,3 +100,22 @@ def test_code_that_stays_behind_is_not_named_by_the_tokenizer(tmp_path: Path) ->
     (source / "tokenizer_config.json").write_text("{torn")
     with pytest.raises(FileError, match=r"tokenizer_config\.json is not JSON"):
         carry(source, target)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [(None, [1, 4]), ({"eos_token_id": 4, "top_p": 0.5}, [4, 1]), ({"eos_token_id": [7]}, [7, 1, 4])],
+)
+def test_ends_are_added_to_those_of_generation(tmp_path: Path, settings: object, ends: list[int]) -> None:
+    path = tmp_path / "generation_config.json"
+    if settings is not None:
+        path.write_text(json.dumps(settings))
+    stop_at(tmp_path, [4, 1])
+    assert json.loads(path.read_text()) == (settings or {}) | {"eos_token_id": ends}  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"eos_token_id": "four"}', "{"])
+def test_generation_settings_that_are_none_are_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(FileError, match=r"generation_config\.json"):
+        stop_at(tmp_path, [4])

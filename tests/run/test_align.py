@@ -51,6 +51,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text("".join(json.dumps(record()) + "\n" for _ in range(count)))
 
     lines("text.jsonl", 120, lambda: {"text": words(30)})
+    lines("rated.jsonl", 12, lambda: {"prompt": words(2), "responses": [words(2), words(3)], "rewards": [0.0, 1.0]})
     lines("prompts.jsonl", 12, lambda: {"prompt": words(2)})
     lines("chats.jsonl", 60, lambda: {"prompt": words(4), "response": words(6)})
     lines(
@@ -225,6 +226,17 @@ def test_two_sampled_rounds_killed_by_the_system_give_the_same_models(aligned: W
     assert pairs[0] != pairs[1]
     record = read_json(RunFolder(load_recipe(cut).out).record("align-3"))["result"]
     assert record["sampled"]["prompts"] == 12 and record["units"] > 0
+
+
+def test_a_round_of_rated_answers_at_several_ranks(pool: Pool, aligned: Write, whole: Whole, chats: Path) -> None:
+    """Each rank has the same result, on which the fingerprint of the next round depends."""
+    rated = RPO | {"sample": {"prompts": str(chats / "rated.jsonl"), "reward": "column"}}
+    recipe = distilled(aligned, whole, rated, DPO, parallel={"tp": 2, "pp": 2})
+    said = pool.run(work, recipe, None, "align", tp=2, pp=2)
+    steps = [[done for label, done, _ in events if label == "align-2"] for events in said]
+    assert steps == [[1, 2, 3, 4, 5]] * 4
+    found = read_json(RunFolder(load_recipe(recipe).out).record("align-1"))["result"]["sampled"]
+    assert (found["prompts"], found["pairs"], found["mean_best"]) == (12, 12, 1.0)
 
 
 def test_a_reference_measured_at_one_layout_serves_another(pool: Pool, aligned: Write, whole: Whole) -> None:

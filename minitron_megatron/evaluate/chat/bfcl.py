@@ -18,7 +18,7 @@ from ...files import check_as
 from .calls import calls_in
 from .judge import Judge
 from .match import LISTS, TYPES, all_match, plain_name
-from .task import Answered, Graded, Message, Question, mean, read_records, the_file
+from .task import Answered, ChatTask, Graded, Message, Question, mean, means_by_group, read_records, the_file
 
 __all__ = ["BFCL"]
 
@@ -62,7 +62,7 @@ class AnswerRecord(TypedDict):
     ground_truth: list[dict[str, dict[str, list[Any]]]]
 
 
-class Bfcl:
+class Bfcl(ChatTask):
     """The task: the share of questions of all six categories that are answered right, as in BFCL v2."""
 
     most_tokens = 512
@@ -71,9 +71,6 @@ class Bfcl:
     def questions(self, folder: Path) -> list[Question]:
         """Return the questions of all categories; see `ChatTask`."""
         return [each for category in CATEGORIES for each in _category(folder, category)]
-
-    def check_judge(self, folder: Path) -> None:
-        """Need no file for a judge."""
 
     def grade(
         self, answered: Sequence[Answered], folder: Path, judge: Judge | None, file: Path | None, listener: Listener
@@ -84,13 +81,8 @@ class Bfcl:
             {"id": each.question.id, "category": each.question.group, "answer": each.answers[0], "right": fits}
             for each, fits in zip(answered, right, strict=True)
         ]
-        by_category = {
-            category: mean(
-                [float(fits) for each, fits in zip(answered, right, strict=True) if each.question.group == category]
-            )
-            for category in CATEGORIES
-        }
-        return Graded({"accuracy": mean([float(fits) for fits in right]), **by_category}, lines)
+        scores = [float(fits) for fits in right]
+        return Graded({"accuracy": mean(scores), **means_by_group(answered, scores, CATEGORIES)}, lines)
 
 
 def _is_right(answered: Answered) -> bool:

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from ...errors import DataError
 from ...events import Listener
 from .judge import Judge
-from .task import Answered, Graded, Message, Question, mean, read_records, the_file
+from .task import Answered, ChatTask, Graded, Message, Question, mean, means_by_group, read_records, the_file
 
 __all__ = ["CHATRAG"]
 
@@ -76,7 +76,7 @@ class Record(TypedDict):
     exe_answer: NotRequired[float | int | str]
 
 
-class ChatRag:
+class ChatRag(ChatTask):
     """The task: the mean over ten data sets of the mean over their questions."""
 
     most_tokens = 64
@@ -85,9 +85,6 @@ class ChatRag:
     def questions(self, folder: Path) -> list[Question]:
         """Return the questions of all data sets; see `ChatTask`."""
         return [each for name in FILES for each in _questions(folder, name)]
-
-    def check_judge(self, folder: Path) -> None:
-        """Need no file for a judge."""
 
     def grade(
         self, answered: Sequence[Answered], folder: Path, judge: Judge | None, file: Path | None, listener: Listener
@@ -105,10 +102,7 @@ class ChatRag:
             }
             for each, score in zip(answered, scores, strict=True)
         ]
-        values: dict[str, list[float]] = {name: [] for name in FILES}
-        for each, score in zip(answered, scores, strict=True):
-            values[each.question.group].append(score)
-        means = {name: mean(found) for name, found in values.items()}
+        means = means_by_group(answered, scores, FILES)
         return Graded({"score": _overall(means), **means}, lines)
 
 

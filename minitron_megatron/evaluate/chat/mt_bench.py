@@ -20,7 +20,7 @@ from ...errors import DataError
 from ...events import Event, Listener
 from ..local import Row, read_rows
 from .judge import Judge, judgments
-from .task import Answered, Graded, Message, Question, mean, read_records, the_file, write_lines
+from .task import Answered, ChatTask, Graded, Message, Question, mean, read_records, the_file, write_lines
 
 __all__ = ["MT_BENCH"]
 
@@ -59,7 +59,7 @@ class Prompt(TypedDict):
     type: NotRequired[str]
 
 
-class MtBench:
+class MtBench(ChatTask):
     """The task: the mean of the ratings of both turns, over all questions."""
 
     most_tokens = 1024

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -23,6 +24,7 @@ __all__ = [
     "Message",
     "Question",
     "mean",
+    "means_by_group",
     "read_records",
     "the_file",
     "write_lines",
@@ -73,23 +75,22 @@ class Graded:
     """Warnings for the user."""
 
 
-class ChatTask(Protocol):
+class ChatTask(ABC):
     """A task's files, questions and grades."""
 
-    @property
-    def most_tokens(self) -> int:
-        """Largest number of tokens of an answer."""
+    most_tokens: int
+    """Largest number of tokens of an answer."""
+    metrics: Sequence[str]
+    """Names of the metrics, the task's own number first. Higher is better in all."""
 
-    @property
-    def metrics(self) -> Sequence[str]:
-        """Names of the metrics, the task's own number first. Higher is better in all."""
-
+    @abstractmethod
     def questions(self, folder: Path) -> list[Question]:
         """Return the questions in a task's folder. Raises DataError or FileError for missing or invalid files."""
 
-    def check_judge(self, folder: Path) -> None:
+    def check_judge(self, folder: Path) -> None:  # noqa: B027 (most tasks need no file for a judge)
         """Raise DataError or FileError if a file is missing or invalid that only a judge needs."""
 
+    @abstractmethod
     def grade(
         self, answered: Sequence[Answered], folder: Path, judge: Judge | None, file: Path | None, listener: Listener
     ) -> Graded:
@@ -125,6 +126,16 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
     """Write JSON lines, atomically."""
     with whole_file(path) as partial:
         partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def means_by_group(
+    answered: Sequence[Answered], scores: Sequence[float], groups: Iterable[str]
+) -> dict[str, float | None]:
+    """Return the mean score of the questions of each group."""
+    found: dict[str, list[float]] = {group: [] for group in groups}
+    for each, score in zip(answered, scores, strict=True):
+        found[each.question.group].append(score)
+    return {group: mean(values) for group, values in found.items()}
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -28,7 +28,7 @@ from ...align import (
 from ...data import chat_marks, places, preference_pairs
 from ...files import file_marks, read_as, write_json
 from ...forecast import check_held_out, check_schedule
-from ...model import Chunk, evaluating
+from ...model import Chunk, evaluating, field_of
 from ...parallel import broadcast_object, fail_together
 from ...recipe import Distill, PairRound, Recipe, SftRound
 from ...train import Saving, Training, TrainingSettings, mean_loss, train
@@ -63,14 +63,14 @@ def do_round(number: int, context: Context) -> Result:
     else:
         units = _prefer(context, number, keys, student, work)
     saved = context.save_sealed(student, context.aligned(number))
-    summary = work / SUMMARY
-    sampled = read_as(summary, PairsSummary) if summary.is_file() else None
+    sampled = None
     with fail_together():
         if context.topology.rank == 0:
-            if (work / PAIRS).is_file():
+            if (work / SUMMARY).is_file():
+                sampled = read_as(work / SUMMARY, PairsSummary)
                 (work / PAIRS).replace(work.parent / PAIRS)
             shutil.rmtree(work)
-    return {**saved, "method": keys.method, "units": units, "sampled": sampled}
+    return {**saved, "method": keys.method, "units": units, "sampled": broadcast_object(sampled)}
 
 
 def _fine_tune(context: Context, number: int, keys: SftRound, student: list[Chunk], work: Path) -> int:
@@ -158,6 +158,7 @@ def _pairs(context: Context, keys: PairRound, student: list[Chunk], work: Path) 
                 preference_pairs(paths, tokenizer),
                 path,
                 sequence=keys.sequence or context.recipe.data.sequence,
+                vocab=field_of(student[0], "vocab"),
                 rewarded=keys.method == "rpo",
                 held_out=preference_pairs(held, tokenizer) if held else float(keys.validation),
                 seed=context.recipe.seed,
@@ -171,7 +172,7 @@ def _pairs(context: Context, keys: PairRound, student: list[Chunk], work: Path) 
 def _sampled(context: Context, settings: AnswerSettings, student: list[Chunk], work: Path) -> str:
     """Return the file of the pairs that the student's answers give, made unless an interrupted run has. Collective."""
     path, recipe = work / PAIRS, context.recipe
-    if not broadcast_object(path.is_file()):
+    if not broadcast_object((work / SUMMARY).is_file()):  # which is written last
         made = make_pairs(
             student,
             context.topology,
