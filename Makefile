@@ -12,7 +12,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-gpu test-latest test-slurm slurm quickstart align schema soak clean
+.PHONY: help install check test test-gpu test-latest test-slurm system site quickstart align schema soak clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -34,7 +34,7 @@ check: install  ## lint, format and types
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
-test: check slurm  ## everything that a change must pass
+test: check system  ## everything that a change must pass
 	$(BIN)/python -m pytest --quiet --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-gpu: install  ## the tests that need a GPU; in NVIDIA's image see docs/versions.md
@@ -50,13 +50,18 @@ $(LATEST)/installed: pyproject.toml setup.py constraints.txt Makefile
 	$(LATEST)/bin/python -m pip install --quiet -c $(LATEST)/constraints.txt -e '.[dev]'
 	@touch $@
 
-test-slurm: install slurm  ## the cluster scripts on a Slurm of two nodes here, as root
+test-slurm: install system  ## the cluster scripts on a Slurm of two nodes here, as root
 	$(BIN)/python -m pytest --quiet tests/slurm
 
-slurm:  # where it can be installed; the tests that need it skip and say so where it cannot
-	@[ -x /usr/sbin/slurmctld ] || [ "$$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null || { apt-get update --quiet=2 \
-		&& DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet=2 --no-install-recommends slurm-wlm munge; } \
-		|| echo "Slurm could not be installed: the tests that need it will skip." >&2
+# Slurm and Chromium, where they can be installed; the tests that need them skip and say so where they cannot
+system:
+	@[ -x /usr/sbin/slurmctld -a -x /usr/bin/chromedriver ] || [ "$$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null \
+		|| { apt-get update --quiet=2 && DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet=2 \
+		--no-install-recommends slurm-wlm munge chromium chromium-driver; } \
+		|| echo "Slurm or Chromium could not be installed: the tests that need them will skip." >&2
+
+site: install  ## the guide as a site, in runs/site
+	$(BIN)/mkdocs build --quiet
 
 quickstart: install runs/corpus  ## prune and distil a small model on this machine
 	$(BIN)/minitron run examples/quickstart/recipe.yaml

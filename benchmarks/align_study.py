@@ -5,8 +5,8 @@
 An arm is a loss of the fine-tuning. Prints one line per arm and model: the share of sampled answers that do what the
 prompt asks (4 answers to each of the held-out prompts at temperature 1): mean and standard deviation over the seeds,
 the paired difference from the model before, and how many seeds it has the sign of; and the last round's distance
-KL(start || model) in nats per response, on the pairs held out from it. Run `python examples/align/tasks.py
-runs/align-data` and `make runs/corpus` first.
+KL(start || model) in nats per response, on the pairs held out from it. Draws the curves of all seeds to
+OUT/curves.png. Run `python examples/align/tasks.py runs/align-data` and `make runs/corpus` first.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import yaml
@@ -24,15 +26,18 @@ import yaml
 from minitron_megatron.align import AnswerSettings, make_pairs
 from minitron_megatron.convert import load_hf
 from minitron_megatron.errors import DataError
-from minitron_megatron.events import Event
-from minitron_megatron.files import read_json, write_json
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
+from minitron_megatron.report import MetricsFile, read_metrics
+from minitron_megatron.report.plots.style import COLOURS, legend_outside, new_figure
 from minitron_megatron.run import SharedStages, run
+from minitron_megatron.run_folder import RunFolder
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "align"
 MODELS = ("distilled", "aligned-1", "aligned-2", "aligned-3")
 LABELS = {"distilled": "distilled", "aligned-1": "sft", "aligned-2": "rpo", "aligned-3": "rpo again"}
+Curves = dict[str, list[list[dict[str, Any]]]]
+"""Arm -> metrics of each seed's run."""
 
 
 def success(folder: Path, tokenizer: Path, held_out: Path, topology: Topology) -> float:
@@ -47,21 +52,47 @@ def success(folder: Path, tokenizer: Path, held_out: Path, topology: Topology) -
             return mean(reward for part in parts for each in part for reward in each["rewards"])
 
 
-def aligned(recipe: Path, topology: Topology, shared: SharedStages) -> float:
-    """Run a recipe up to its last round; return that round's KL(start || model) on held-out pairs.
+def aligned(recipe: Path, topology: Topology, shared: SharedStages) -> list[dict[str, Any]]:
+    """Run a recipe up to its last round; return its metrics, also those of an earlier call.
 
     shared: arms share what they have in common, such as distillation.
     """
-    loaded, found = load_recipe(recipe), list[float]()
+    loaded = load_recipe(recipe)
+    metrics = RunFolder(loaded.out).metrics
+    run(loaded, topology, until="align", shared=shared, listener=MetricsFile(metrics))
+    return read_metrics(metrics)
 
-    def listen(event: Event) -> None:
-        found.extend(value for name, value in event.values.items() if name == "validation_kl_to_reference")
 
-    run(loaded, topology, until="align", shared=shared, listener=listen)
-    kept = loaded.out / "distance.json"  # of an earlier call, which left nothing to do
-    if found:
-        write_json(kept, found[-1])
-    return float(read_json(kept))
+def held_out(metrics: Sequence[Mapping[str, Any]], stage: str, name: str) -> list[tuple[float, float]]:
+    """Return (share of the stage that is done, value) wherever a stage measured `name` on held-out data."""
+    key = f"validation_{name}"
+    return [(line["done"] / line["total"], line[key]) for line in metrics if line["stage"] == stage and key in line]
+
+
+def draw(success: Mapping[str, Mapping[str, Sequence[float]]], curves: Curves, path: Path) -> None:
+    """Plot each arm's success after each round, and the two measures of its rounds on pairs; a line for each seed.
+
+    success: arm -> model -> value of each seed.
+    """
+    panels = {"preference_accuracy": "accuracy on held-out pairs", "kl_to_reference": "KL (nats per response)"}
+    with new_figure(path, 9.0, 7.2) as figure:
+        column = figure.subplots(1 + len(panels), 1)
+        column[0].set(title="Success at held-out prompts", ylabel="share of answers", ylim=(0, 1))
+        for axes, (name, label) in zip(column[1:], panels.items(), strict=True):
+            axes.set(title=name.replace("_", " ").capitalize(), ylabel=label)
+        for arm, colour in zip(success, COLOURS, strict=False):
+            by_seed = list(zip(*success[arm].values(), strict=True))
+            for seed, values in enumerate(by_seed):
+                column[0].plot(LABELS.values(), values, "o-", markersize=3.5, color=colour, label=arm * (not seed))
+            for metrics in curves[arm]:
+                for axes, name in zip(column[1:], panels, strict=True):
+                    for stage in (2, 3):
+                        points = held_out(metrics, f"align-{stage}", name)
+                        axes.plot([stage - 2 + share for share, _ in points], [at for _, at in points], color=colour)
+        for axes in column[1:]:
+            axes.set_xlabel("rounds on pairs (each re-based at its start)")
+        for axes in column:
+            legend_outside(axes)
 
 
 def main() -> None:
@@ -73,16 +104,18 @@ def main() -> None:
     torch.set_num_threads(1)
     topology = Topology.start()
     keys = yaml.safe_load((EXAMPLE / "recipe.yaml").read_text())
+    arms: dict[str, dict[str, list[float]]] = {}
+    curves: Curves = {}
     for loss in asked.sft:
-        found: dict[str, list[float]] = {model: [] for model in MODELS}
-        far = []
+        found = arms[loss] = {model: [] for model in MODELS}
+        curves[loss] = []
         for seed in range(1, asked.seeds + 1):
             out = asked.out / f"{loss}-{seed}"
             rounds = [keys["align"][0] | {"loss": loss}, *keys["align"][1:]]
             file = asked.out / f"{loss}-{seed}.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(yaml.safe_dump(keys | {"out": str(out), "seed": seed, "align": rounds, "plugins": []}))
-            far.append(aligned(file, topology, SharedStages(asked.out / "shared")))
+            curves[loss].append(aligned(file, topology, SharedStages(asked.out / "shared")))
             data = Path(keys["model"])
             for model in MODELS:
                 found[model].append(success(out / model, data, data.parent / "held_out.jsonl", topology))
@@ -97,7 +130,9 @@ def main() -> None:
                 )
             print(line, flush=True)
             before = rates
+        far = [held_out(metrics, "align-3", "kl_to_reference")[-1][1] for metrics in curves[loss]]
         print(f"{loss}: KL(start || model) of the last round {mean(far):.2f} nats a response", flush=True)
+    draw(arms, curves, asked.out / "curves.png")
 
 
 if __name__ == "__main__":

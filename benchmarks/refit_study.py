@@ -7,38 +7,47 @@ samples, and the order of the training samples, anew. For each cut and seed the 
 each method of refit is written; with `--steps` the students are distilled too, all on the same batches, at each of
 `--lr`, and their held-out loss is written at `--points`. The first seed sweeps the rates; the others take each arm's
 best. `--samples 16 64 256` refits on so many calibration samples instead, and distils nothing.
+
+The arm `replaceme` (cuts of layers alone) is arXiv 2505.02819's: one linear map after the MLP before each dropped
+block, merged into its output projection. `--untie` gives a teacher with tied embeddings an output layer of its own, of
+the same weights, which a refit then repairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from record import record
+from safetensors.torch import load_file, save_file
 
 from minitron_megatron.convert import load_hf
 from minitron_megatron.data import Batch, Corpus, calibration, calibration_batches, step_batches
 from minitron_megatron.distill import KDObjective
 from minitron_megatron.evaluate import validation_loss
 from minitron_megatron.events import Event, silent
-from minitron_megatron.files import read_json
-from minitron_megatron.model import shape_of
+from minitron_megatron.files import read_json, write_json
+from minitron_megatron.model import forward_only, shape_of
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import choose, trim
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.records import Plan
-from minitron_megatron.refit import refit
+from minitron_megatron.refit import RIDGES, refit
+from minitron_megatron.refit.solve import Problem, solve
 from minitron_megatron.run import run
 from minitron_megatron.run.context import Context
 from minitron_megatron.run_folder import RunFolder
 from minitron_megatron.score import score
 from minitron_megatron.train import Training, train
 
-ARMS = ("none", "outputs", "sequential")
+ARMS = ("none", "outputs", "sequential", "replaceme")
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,9 @@ class Study:
         """(a student of the cut, seconds of its refit)."""
         model = trim(load_hf(self.context.recipe.model, self.topology), self.plan, self.topology)
         start = time.process_time()
-        if arm != "none":
+        if arm == "replaceme":
+            merge_maps(model, self.teacher, self.plan, self.calibration)
+        elif arm != "none":
             refit(model, self.teacher, self.plan, self.calibration, self.topology, method=arm)  # type: ignore[arg-type]
         return model, time.process_time() - start
 
@@ -92,6 +103,53 @@ class Study:
         training = Training(steps=steps, lr=lr, min_lr=lr / 100, warmup_steps=max(1, steps // 10))
         train(student, objective, batches, training, self.topology, listener=listen)
         return curve
+
+
+@torch.no_grad()
+def merge_maps(student: Any, teacher: Any, plan: Plan, batches: Sequence[Batch]) -> None:
+    """Make up for dropped layers as ReplaceMe does, without parallelism.
+
+    With M the MLP's output of the layer before a dropped block and X the teacher's residual streams: T of least squares
+    with M T = M + X(after the block) - X(before it), of the ridge with the least error on an eighth of the tokens, and
+    T is merged into the MLP's output projection.
+    """
+    layers = teacher[0].decoder.layers
+    for number, (source, following) in enumerate(pairwise([*plan.kept_layers, len(layers)])):
+        if following == source + 1:
+            continue
+        outputs: dict[str, list[torch.Tensor]] = {"mlp": [], "before": [], "after": []}
+        watched = {"mlp": layers[source].mlp, "before": layers[source], "after": layers[following - 1]}
+        hooks = [
+            module.register_forward_hook(lambda _, __, found, kept=outputs[name]: kept.append(found[0]))
+            for name, module in watched.items()
+        ]
+        for batch in batches:
+            forward_only(teacher, [batch])
+        for hook in hooks:
+            hook.remove()
+        mlp, before, after = (torch.cat([each.flatten(0, 1) for each in kept]).double() for kept in outputs.values())
+        held_out = torch.arange(len(mlp)) % 8 == 7
+        rows = [~held_out, held_out]
+        gap = after - before
+        problem = Problem(
+            torch.stack([mlp[some].T @ mlp[some] for some in rows]),
+            torch.stack([gap[some].T @ mlp[some] for some in rows]),
+            torch.stack([gap[some].square().sum() for some in rows]),
+        )
+        step = solve(problem, RIDGES, lambda total: total).step
+        if step is not None:
+            weight = student[0].decoder.layers[number].mlp.linear_fc2.weight
+            weight += (step @ weight.double()).to(weight.dtype)
+
+
+def untied(model: Path, to: Path) -> Path:
+    """Write a model with tied embeddings, one safetensors file, as one whose output layer has weights of its own."""
+    shutil.copytree(model, to, dirs_exist_ok=True)
+    config = read_json(model / "config.json")
+    write_json(to / "config.json", config | {"tie_word_embeddings": False})
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, to / "model.safetensors")
+    return to
 
 
 def studies(args: argparse.Namespace, samples: int, sizes: dict[str, int], layers: Any) -> Callable[[int], Study]:
@@ -133,7 +191,7 @@ def untrained(args: argparse.Namespace, cut: str, samples: int) -> dict[str, Any
     for seed in args.seeds:
         study = of(seed)
         losses.setdefault("teacher", []).append(study.loss(study.teacher))
-        for arm in ARMS:
+        for arm in args.arms:
             student, took = study.student(arm)
             losses.setdefault(arm, []).append(study.loss(student))
             seconds.setdefault(arm, []).append(took)
@@ -144,11 +202,11 @@ def untrained(args: argparse.Namespace, cut: str, samples: int) -> dict[str, Any
 def trained(args: argparse.Namespace, cut: str) -> dict[str, Any]:
     """Arm -> rate -> curve of each seed; all rates of the first seed, each arm's best of the others."""
     of = studies(args, args.calibration, *parsed(cut))
-    curves: dict[str, dict[str, list[dict[str, float]]]] = {arm: {} for arm in ARMS}
+    curves: dict[str, dict[str, list[dict[str, float]]]] = {arm: {} for arm in args.arms}
     best: dict[str, float] = {}
     for seed in args.seeds:
         study = of(seed)
-        for arm in ARMS:
+        for arm in args.arms:
             for lr in [best[arm]] if arm in best else args.lr:
                 curve = study.distilled(arm, lr, args.steps, args.points)
                 curves[arm].setdefault(f"{lr:g}", []).append(curve)
@@ -170,10 +228,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--points", type=int, nargs="+", default=[10, 25, 50, 100])
     parser.add_argument("--lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3, 4e-3])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:3])
+    parser.add_argument("--untie", action="store_true")
     args = parser.parse_args()
-    from pathlib import Path
-
     args.recipe, args.work = Path(args.recipe), Path(args.work)
+    if args.untie:
+        tied = load_recipe(args.recipe, args.overrides, args.work).model
+        args.overrides.append(f"model={untied(Path(tied), args.work / 'untied')}")
     for cut in args.cut:
         for samples in args.samples or ([] if args.steps else [args.calibration]):
             record("refit_study", model=_name(args), threads=torch.get_num_threads(), **untrained(args, cut, samples))

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from minitron_megatron.align import PreferenceObjective
 from minitron_megatron.forecast import estimate
 from minitron_megatron.recipe import load_recipe
+from minitron_megatron.report import read_metrics
 from tests.formats import CHAT_TEMPLATE, cache_of_the_hub, every_format, model_of_the_hub
 from tests.guide import ROOT, commands, run_command
 from tests.recipes import tiny_recipe
@@ -19,6 +21,7 @@ from tests.recipes import tiny_recipe
 GUIDE = ROOT / "docs" / "guide"
 PAGES = list(dict.fromkeys(re.findall(r"\]\(([\w-]+)\.md\)", (GUIDE / "README.md").read_text())))
 """In the order in which the guide first names them, each once."""
+WITHOUT_COMMANDS = ("footguns", "metrics", "coming-from")
 BENCH = {"ladder": [[4, 4]], "batches": [1], "requests": 2}
 BUDGET = {"tokens": 4 * 8 * 16, "micro_batch": 2, "save_every": 2, "validate_every": 2}
 
@@ -58,6 +61,15 @@ def test_every_page_is_in_the_order_and_every_link_leads_somewhere() -> None:
             assert (GUIDE / link).exists(), (page.name, link)
 
 
+def test_every_logged_number_is_explained(folder: Path) -> None:
+    known = set(re.findall(r"`([^`]+)`", (GUIDE / "metrics.md").read_text()))
+    logged = {name for line in read_metrics(folder / "runs" / "own" / "metrics.jsonl") for name in line}
+    logged |= {"pairs", "pairs_per_second", "reward_gap", *PreferenceObjective._names}
+    assert len(logged) > 20
+    for name in logged:
+        assert name in known or name.split("/")[0] + "/" in {each.split("/")[0] + "/" for each in known}, name
+
+
 def texts(material: Path) -> list[str]:
     return [json.loads(line)["text"] for line in (material / "corpus.jsonl").read_text().splitlines()]
 
@@ -81,7 +93,7 @@ def test_its_commands_run(
         monkeypatch.setenv(name, value)
     places = {"path/to/llama": material / "model", "> recipe.yaml": "> started.yaml", "runs/quickstart": "runs/own"}
     lines = [line for line in commands(GUIDE / f"{page}.md") if not line.startswith("make")]
-    assert bool(lines) == (page != "footguns")
+    assert bool(lines) == (page not in WITHOUT_COMMANDS)
     for line in lines:
         done = run_command(line, folder, {named: Path(place) for named, place in places.items()})
         assert done.returncode == 0, (line, done.stdout, done.stderr)

@@ -65,7 +65,7 @@ def options(
 
 
 Format = Literal["hf", "megatron"]
-Backend = Literal["trtllm", "torch"]
+Backend = Literal["trtllm", "vllm", "torch"]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print which stages would run, and why.")]
 Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Number of GPUs; by default the layout's minimum.")]
 Memory = Annotated[float, typer.Option("--memory", min=0.001, help="GiB per GPU; an estimate above it is an error.")]
@@ -246,12 +246,15 @@ def bench(
     recipe: RecipePath,
     overrides: Set = None,
     out: Out = None,
-    backend: Annotated[Backend, typer.Option("--backend", help="trtllm-bench, or torch in this process.")] = "trtllm",
+    backend: Annotated[
+        Backend, typer.Option("--backend", help="trtllm-bench, `vllm bench throughput`, or torch in this process.")
+    ] = "trtllm",
 ) -> None:
     """Measure the serving throughput of teacher and student."""
     from ..recipe import load_recipe
     from ..report import Progress, bench_table, fan_out, plot_bench
     from ..run import bench as measure
+    from ..serve import SERVERS
 
     loaded = load_recipe(recipe, overrides or (), out)
     restore_gc()
@@ -260,9 +263,9 @@ def bench(
     Console().print(bench_table(rows))
     if plot := plot_bench(rows, RunFolder(loaded.out).bench / "ratios.png", paper=backend == "trtllm"):
         print(f"plot: {plot}")
-    if backend == "trtllm" and any(row["student"] is None for row in rows):
-        commands = RunFolder(loaded.out).bench / "commands.sh"
-        print(f"trtllm-bench is not installed here. In TensorRT-LLM's container, run: sh {commands}")
+    if backend != "torch" and any(row["student"] is None for row in rows):
+        server, commands = SERVERS[backend], RunFolder(loaded.out).bench / backend / "commands.sh"
+        print(f"`{server.tool}` is not installed here. In {server.name}'s container, run: sh {commands}")
         print("Then run this command again. Or use `--backend torch` to compare the models on this machine.")
 
 

@@ -16,8 +16,11 @@ __all__ = ["print_comparison", "print_made", "print_report", "print_steps"]
 
 def print_made(recipe: Recipe, only: str | None) -> None:
     """Print what the command's stage made, or a search chose, and whether there was nothing to do."""
+    from rich.console import Console
+
+    from ..files import read_as
     from ..records import read_status
-    from ..report import made_by
+    from ..report import SearchTable, front_table, made_by
     from ..run import wanted
 
     folder = RunFolder(recipe.out)
@@ -28,6 +31,8 @@ def print_made(recipe: Recipe, only: str | None) -> None:
     for each in wanted(recipe):
         if stage and each.is_called(stage) and (words := made_by(recipe.out, each.name)):
             print(f"{each.name}: {words}; in {each.makes(folder)}")
+            if each.is_called("search") and (front := front_table(read_as(folder.search_table, SearchTable))):
+                Console().print(front)
 
 
 def print_report(out: Path) -> None:

@@ -88,4 +88,4 @@ def _print_results(plan: Plan) -> None:
     print(plan.study.claim, f"({plan.study.paper})")
     for note in study_notes(table):
         print(f"* {note}")
-    print(f"table: {plan.folder / 'table.md'}")
+    print(f"report: {plan.folder / 'report.html'}")

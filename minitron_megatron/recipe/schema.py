@@ -192,7 +192,7 @@ class Bench(Settings):
     batches: Annotated[tuple[Count, ...], Field(min_length=1)] = (32, 64)
     """Concurrent requests. The papers use 32 and 64."""
     requests: Count = 256
-    """Requests per workload, for trtllm-bench."""
+    """Requests per workload, where a server runs the benchmark."""
     tp: Count = 1
     """GPUs per served model (tensor parallel)."""
 

@@ -13,8 +13,10 @@ from .page import write_report
 from .plots import plot_bench, plot_study
 from .records import describe, pairs_table, report_run, text_table
 from .rehearsed import rehearsal_tables
-from .studied import ArmResult, Compared, StudyTable, Verdict, study_markdown, study_notes, study_text
+from .searched import SearchTable
+from .studied import ArmResult, Compared, StudyTable, Verdict, study_markdown, study_notes, study_page, study_text
 from .tables import bench_table, candidates_table, print_summary, summary_table
+from .terminal import front_table
 from .watch import watch
 from .watchdog import Watchdog
 
@@ -24,6 +26,7 @@ __all__ = [
     "Machine",
     "MetricsFile",
     "Progress",
+    "SearchTable",
     "StudyTable",
     "Verdict",
     "Watchdog",
@@ -32,6 +35,7 @@ __all__ = [
     "compare_runs",
     "describe",
     "fan_out",
+    "front_table",
     "logged",
     "made_by",
     "pairs_table",
@@ -43,6 +47,7 @@ __all__ = [
     "report_run",
     "study_markdown",
     "study_notes",
+    "study_page",
     "study_text",
     "summary_table",
     "text_table",

@@ -94,7 +94,7 @@ def _figures(runs: Sequence[_Run], to: Path) -> Iterator[str]:
     }
     for caption, path in drawn.items():
         if path:
-            yield figure(f"plots/{path.name}", caption)
+            yield figure(path, caption)
 
 
 def _differences(runs: Sequence[_Run]) -> Iterator[list[str]]:

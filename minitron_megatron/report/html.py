@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+import json
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
+from importlib.resources import files
+from pathlib import Path
 from string import Template
+
+from .plots.charts import CHARTS
 
 __all__ = ["figure", "section", "table", "warning_box", "whole_page"]
 
+SHOWN = 'class="charts"'
 
-def figure(source: str, caption: str) -> str:
-    """Return an image with its caption, which is its text for screen readers too."""
+
+def figure(path: Path, caption: str) -> str:
+    """Return a PNG with its caption, which is its text for screen readers too; the page needs no other file.
+
+    Where its charts stand beside it (`report/plots/charts.py`), they are shown in its place by a browser that runs
+    scripts: with the values under the pointer, and wide enough for a phone.
+    """
     told = escape(caption)
-    return f'<figure><img src="{escape(source)}" alt="{told}"><figcaption>{told}</figcaption></figure>'
+    source = f"data:image/png;base64,{b64encode(path.read_bytes()).decode()}"
+    image = f'<div class="scroll" tabindex="0"><img src="{source}" alt="{told}"></div>'
+    beside = path.with_suffix(CHARTS)
+    charts = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else []
+    if charts:
+        data = json.dumps(charts).replace("<", "\\u003c")
+        image = (
+            f'<div {SHOWN} role="img" aria-label="{told}"><script type="application/json">{data}</script></div>{image}'
+        )
+    return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
 
 
 def section(title: str, body: str) -> str:
@@ -38,7 +59,13 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def whole_page(name: str, lead: str, body: str) -> str:
     """Return a page. lead: a sentence under its title; empty: none."""
     told = f'<p class="lead">{escape(lead)}</p>\n' if lead else ""
-    return _PAGE.substitute(name=escape(name), lead=told, body=body or "<p>Nothing here yet.</p>")
+    script = _SCRIPT.substitute(plotly=_plotly()) if SHOWN in body else ""
+    return _PAGE.substitute(name=escape(name), lead=told, body=body or "<p>Nothing here yet.</p>", script=script)
+
+
+def _plotly() -> str:
+    """Return Plotly's JavaScript (4.8 MB), without importing its Python."""
+    return (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
 
 
 _PAGE = Template("""<!DOCTYPE html>
@@ -68,18 +95,62 @@ table { border-collapse: collapse; font-size: 0.93rem; font-variant-numeric: tab
 th, td { padding: 0.35rem 1.6rem 0.35rem 0; text-align: right; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
+td { white-space: nowrap; }
 tbody tr:last-child td { border-bottom: 0; }
 figure { margin: 1.25rem 0 0; }
 section > figure:first-of-type:nth-child(2) { margin-top: 0; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+.chart { margin: 0 0 1rem; }
+.still { display: none; }
 figcaption { margin-top: 0.4rem; color: var(--soft); font-size: 0.87rem; }
 pre { margin: 0; overflow-x: auto; font: 0.85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
-@media (max-width: 40rem) { body { padding: 1.25rem 0.75rem 3rem; } section { padding: 1rem; } }
+@media (max-width: 40rem) {
+  body { padding: 1.25rem 0.75rem 3rem; }
+  section { padding: 1rem; }
+  img { max-width: none; width: 44rem; }
+}
 @media print { body { background: #fff; } section { break-inside: avoid; border: 0; padding: 0; } }
 </style>
 </head>
 <body>
+<main>
 <h1>$name<small>minitron report</small></h1>
-$lead$body</body>
+$lead$body</main>
+$script</body>
 </html>
+""")
+
+_SCRIPT = Template("""<script>$plotly</script>
+<script>
+function draw() {
+  const style = getComputedStyle(document.documentElement);
+  const ink = style.getPropertyValue("--text"), line = style.getPropertyValue("--line");
+  document.querySelectorAll(".charts").forEach((charts) => {
+    const narrow = charts.clientWidth < 640;
+    JSON.parse(charts.querySelector("script").textContent).forEach((chart, place) => {
+      const panel = charts.querySelectorAll(".chart")[place] || charts.appendChild(document.createElement("div"));
+      panel.className = "chart";
+      const named = chart.data.filter((trace) => trace.showlegend).length;
+      const axis = {gridcolor: line, zeroline: false, linecolor: line, automargin: true};
+      const layout = chart.layout;
+      if (narrow && layout.annotations.length) layout.xaxis.range[1] *= 1.5;
+      Object.assign(layout.xaxis, axis);
+      Object.assign(layout.yaxis, axis);
+      Object.assign(layout.title, {x: 0, xref: "container", font: {size: 15, weight: 600}});
+      Plotly.react(panel, chart.data, Object.assign(layout, {
+        height: 300 + (narrow ? 20 * named : 0),
+        margin: {l: 10, r: 10, t: 40, b: 10},
+        font: {color: ink, family: style.fontFamily, size: 12},
+        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+        hovermode: "closest", showlegend: named > 0,
+        legend: narrow ? {orientation: "h", x: 0, y: -0.3, yanchor: "top"} : {x: 1.02, y: 1},
+      }), {displayModeBar: false, responsive: true});
+    });
+    charts.nextElementSibling.className = "still";
+  });
+}
+draw();
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+addEventListener("resize", draw);
+</script>
 """)

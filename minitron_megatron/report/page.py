@@ -147,9 +147,9 @@ def _lost_losses(metrics: Iterable[MetricsLine]) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------- pieces of HTML
 
-_CAPTIONS = {
+CAPTIONS = {
     "models": "Cross-entropy of each model on the same validation tokens. Lower is better.",
-    "losses": "Thin lines show single steps, thick lines a running mean over a fortieth of the curve. "
+    "losses": "Thin lines show single steps, thick lines a running mean over a tenth of the curve. "
     "Cross-entropy and KL divergence are not comparable, so each has its own panel.",
     "preferences": "Faint lines: training. Dots: held-out pairs. A gain is log p under the student minus log p under "
     "the start of the round; the distance is minus the mean gain, which estimates KL(start || student) if the start of "
@@ -175,7 +175,7 @@ def _figure(run: RunFolder, name: str, draw: Callable[[Path], Path | None], warn
     except Exception as error:
         warnings.append(f"The plot of {name} could not be drawn: {type(error).__name__}: {error}")
         return ""
-    return figure(f"plots/{path.name}", _CAPTIONS[name]) if path else ""
+    return figure(path, CAPTIONS[name]) if path else ""
 
 
 def _summary(rows: Sequence[Row]) -> str:
@@ -204,7 +204,8 @@ def _work(stage: str, metrics: Sequence[MetricsLine]) -> tuple[str, str, str]:
 
 def _recipe(path: Path) -> str:
     try:
-        return f"<pre>{escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>"
+        text = path.read_text(encoding="utf-8", errors="replace")
+        return f'<pre tabindex="0">{escape(text)}</pre>'
     except OSError:
         return ""
 

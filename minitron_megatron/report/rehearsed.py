@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import numbers
+from .terminal import bars
 
 __all__ = ["rehearsal_tables"]
 
@@ -40,14 +41,13 @@ def _whole(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _rank(rank: Mapping[str, Any]) -> dict[str, str]:
-    kinds = sorted(rank["peak_bytes_by_kind"].items(), key=lambda each: -each[1])
     sent = {
         name: f"{numbers.count(each['calls'])} x, {numbers.size(each['bytes'])}"
         for name, each in rank["communication"].items()
     }
     rows = {
         "peak memory": numbers.size(rank["peak_bytes"]),
-        "at the step's peak": ", ".join(f"{name} {numbers.size(size)}" for name, size in kinds if size),
+        "at the step's peak": bars(rank["peak_bytes_by_kind"]),
         "compute": f"{numbers.flops(rank['flops'])}, {numbers.count(rank['kernels'])} kernels",
         "bytes touched": numbers.size(rank["bytes_touched"]),
         "time by resource": ", ".join(f"{name} {numbers.duration(each)}" for name, each in rank["seconds"].items()),

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
 
 from rich.console import Group
 from rich.text import Text
 from typing_extensions import TypedDict
 
 from .. import numbers
+from .html import figure, section, whole_page
+from .html import table as html_table
 from .records import text_table
 
-__all__ = ["ArmResult", "Compared", "StudyTable", "Verdict", "study_markdown", "study_notes", "study_text"]
+__all__ = [
+    "ArmResult",
+    "Compared",
+    "StudyTable",
+    "Verdict",
+    "study_markdown",
+    "study_notes",
+    "study_page",
+    "study_text",
+]
 
 
 class Compared(TypedDict):
@@ -144,6 +157,15 @@ def study_markdown(table: StudyTable, plot: str | None) -> str:
         f"![{table['title']}]({plot})" if plot else "",
     )
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def study_page(table: StudyTable, plot: Path) -> str:
+    """Return a study's results as an HTML page that needs no other file. plot: its PNG."""
+    made = f"Teacher: {table['model']}, hash {table['model_hash'][:16]}."
+    notes = "".join(f"<li>{escape(note)}</li>" for note in study_notes(table))
+    body = section("Arms", figure(plot, table["title"]) + f"<ul>{notes}</ul>")
+    body += "".join(section(title, html_table(columns, rows)) for title, columns, rows in _blocks(table))
+    return whole_page(table["title"], f"{table['claim']} ({table['paper']}) {made}", body)
 
 
 def _markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -17,11 +18,11 @@ from ..forecast import WEIGHT_BYTES, untimed_candidates, with_model_folders
 from ..model import ModelConfig
 from ..recipe import Recipe
 from ..run_folder import RunFolder
-from ..serve import Measured, Workload, command, has_trtllm, measure_locally, parse_report, write_requests
+from ..serve import SERVERS, Measured, Server, Workload, measure_locally, write_requests
 
 __all__ = ["Backend", "bench"]
 
-Backend = Literal["trtllm", "torch"]
+Backend = Literal["trtllm", "vllm", "torch"]
 
 Row = dict[str, Any]
 """Row of the table: `inputs`, `outputs`, `batch`, and the measurements of each model. `ratio` is the student's tokens
@@ -36,27 +37,28 @@ RATIOS = {"ratio": "student", "ratio_fp8": "student fp8"}
 def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = silent) -> list[Row]:
     """Measure every workload of `bench.ladder` and batch, write `bench/table.json` and return its rows. One process.
 
-    If trtllm-bench is not installed, write the requests and `bench/commands.sh`, to be run in TensorRT-LLM's container
-    with this folder mounted, and return the reports of an earlier call, if any. With the torch backend, a recipe with
+    If the server's benchmark is not installed, write the requests and `bench/BACKEND/commands.sh`, to be run in its
+    container with this folder mounted, and return the reports of an earlier call, if any. With the torch backend, a
+    recipe with
     a search may be measured before it has a student: then some candidates are measured with random weights, and the
     search fits the speed of the others to the table. Raises RecipeError if the student is not exported yet.
     """
     recipe = with_model_folders(recipe)
     models = _models(recipe, backend)
-    folder = RunFolder(recipe.out).bench
+    folder, server = RunFolder(recipe.out).bench / backend, SERVERS.get(backend)
     rows, commands = [], []
     workloads = list(_workloads(recipe, min(read_config(each).max_positions for each in models.values())))
     for done, workload in enumerate(workloads, 1):
         measured: dict[str, Measured | None]
-        if backend == "torch":
+        if server is None:
             measured = dict(zip(models, measure_locally(list(models.values()), workload), strict=True))
         else:
             requests = folder / f"{workload.name}.jsonl"
             if not requests.exists():
                 write_requests(requests, workload, read_config(models["teacher"]).shape.vocab, recipe.seed)
-            calls = _calls(models, folder, requests, workload, recipe.bench.tp)
+            calls = _calls(server, models, folder, requests, workload, recipe.bench.tp)
             commands += [shlex.join(call) for call, _ in calls.values()]
-            measured = {name: _measured(*call) for name, call in calls.items()}
+            measured = {name: _measured(server, workload, *call) for name, call in calls.items()}
         rows.append(_row(workload, measured))
         listener(Event("bench", done, len(workloads), "rungs"))
     _compare_batches(rows)
@@ -119,28 +121,28 @@ def _workloads(recipe: Recipe, context: int) -> Iterator[Workload]:
 
 
 def _calls(
-    models: dict[str, Path], folder: Path, requests: Path, workload: Workload, tp: int
+    server: Server, models: dict[str, Path], folder: Path, requests: Path, workload: Workload, tp: int
 ) -> dict[str, tuple[list[str], Path]]:
     """Return model -> (command, path of the report that it writes)."""
     calls = {}
     for name, model in models.items():
         report = folder / f"{workload.name}-{name.replace(' ', '-')}.json"
-        calls[name] = command(model.resolve().name, model, requests, report, workload, tp=tp), report
+        calls[name] = server.command(model, requests, report, workload, tp=tp), report
     return calls
 
 
-def _measured(call: list[str], report: Path) -> Measured | None:
-    """Read a report, after running trtllm-bench if needed; None if it is not installed here."""
+def _measured(server: Server, workload: Workload, call: list[str], report: Path) -> Measured | None:
+    """Read a report, after running the benchmark if needed; None if it is not installed here."""
     if not report.exists():
-        if not has_trtllm():
+        if not shutil.which(server.tool):
             return None
         done = subprocess.run(call, check=False, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
             raise DataError(
-                f"trtllm-bench failed with exit code {done.returncode}: {' '.join(last)}. Command: {shlex.join(call)}"
+                f"{server.tool} failed with exit code {done.returncode}: {' '.join(last)}. Command: {shlex.join(call)}"
             )
-    return parse_report(report)
+    return server.parse_report(report, workload)
 
 
 def _row(workload: Workload, measured: dict[str, Measured | None]) -> Row:

@@ -7,7 +7,7 @@ from textwrap import wrap
 
 from ..files import whole_file, write_json
 from ..forecast import count
-from ..report import StudyTable, plot_study, study_markdown
+from ..report import StudyTable, plot_study, study_markdown, study_page
 from .jobs import Plan
 from .study import Study, shipped
 
@@ -18,11 +18,13 @@ COLUMNS = 100
 
 
 def write_study(plan: Plan, table: StudyTable) -> None:
-    """Write `table.json`, `table.md` and `table.png` into the study's folder."""
+    """Write `table.json`, `table.md`, `table.png` and `report.html` into the study's folder."""
     write_json(plan.folder / "table.json", table)
     plot_study(table, plan.folder / PLOT)
     with whole_file(plan.folder / "table.md") as partial:
         partial.write_text(study_markdown(table, PLOT), encoding="utf-8")
+    with whole_file(plan.folder / "report.html") as partial:
+        partial.write_text(study_page(table, plan.folder / PLOT), encoding="utf-8")
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, int, list[str], int]]:

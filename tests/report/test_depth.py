@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from minitron_megatron.errors import CheckpointError
 from minitron_megatron.layout import Shape
 from minitron_megatron.records import DepthScores
 from minitron_megatron.report import describe, plots, report_run
+from minitron_megatron.report.page import CAPTIONS
 
 SHAPE = Shape(layers=4, hidden=8, ffn=6, heads=4, kv_groups=2, head_dim=2, vocab=11)
 BLOCKS = {(0, 1): 9.0, (1, 1): 3.0, (2, 1): 2.5, (3, 1): 4.0, (0, 2): 9.5, (1, 2): 3.75, (2, 2): 5.0}
@@ -65,10 +67,10 @@ def test_nothing_measured_is_no_file(tmp_path: Path) -> None:
 
 def test_the_page_holds_the_plot_where_a_run_has_depth_scores(tmp_path: Path) -> None:
     run = run_folder(tmp_path / "run")
-    assert 'src="plots/depth.png"' in report_run(run).read_text()
+    assert escape(CAPTIONS["depth"]) in report_run(run).read_text()
     assert (run / "plots" / "depth.png").stat().st_size > 10_000
     (run / "scores" / "depth.json").unlink()
-    assert "depth.png" not in report_run(run).read_text()
+    assert escape(CAPTIONS["depth"]) not in report_run(run).read_text()
 
 
 def test_show_names_the_best_block_of_each_length(tmp_path: Path) -> None:

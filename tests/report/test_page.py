@@ -26,7 +26,9 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag == "img":
-            self.images.append(str(dict(attrs)["src"]))
+            told = dict(attrs)
+            assert str(told["src"]).startswith("data:image/png;base64,")
+            self.images.append(str(told["alt"]))
         elif tag != "meta":
             self.open.append(tag)
 
@@ -62,8 +64,9 @@ def outline(run: Path, **records: Any) -> Outline:
 def test_a_whole_run(run: Path, scores: Any, plan: Any, margins: Any) -> None:
     seen = outline(run, scores=scores, plan=plan, margins=margins)
     assert seen.headings == ["Warnings", "Models", "Training", "Pruning", "Stages", "Recipe", "Versions"]
-    assert seen.images == [f"plots/{name}.png" for name in ("models", "losses", "importance", "shares", "margins")]
-    assert all((run / image).stat().st_size > 10_000 for image in seen.images)
+    drawn = ("models", "losses", "importance", "shares", "margins")
+    assert seen.images == [page.CAPTIONS[name] for name in drawn]
+    assert all((run / "plots" / f"{name}.png").stat().st_size > 10_000 for name in drawn)
     assert sorted(path.name for path in run.iterdir() if path.name.startswith("report")) == ["report.html"]
     assert str(run.parent) not in (run / "report.html").read_text()
 
@@ -125,8 +128,8 @@ def test_everything_from_the_run_is_escaped(run: Path) -> None:
         file.write("\n" + json.dumps({"stage": evil, "done": 1, "loss": None}) + "\n")
     seen = outline(run, margins={evil: {None: 0.0}}, plan={evil: {None: [0]}})
     text = (run / "report.html").read_text()
-    assert "<script" not in text and "<b>" not in text
-    assert text.count("&lt;script&gt;") == 7
+    assert evil not in text and "<b>" not in text
+    assert text.count("&lt;script&gt;") >= 7
     assert "$name $body" in text
     assert evil in seen.cells
 
@@ -138,7 +141,7 @@ def test_a_plot_that_fails_is_a_warning(run: Path, scores: Any, monkeypatch: pyt
     monkeypatch.setattr(page.plots, "importance", broken)
     seen = outline(run, scores=scores)
     assert "The plot of importance could not be drawn: ImportError: no <matplotlib> here" in seen.cells
-    assert seen.images == ["plots/models.png", "plots/losses.png"]
+    assert seen.images == [page.CAPTIONS[name] for name in ("models", "losses")]
 
 
 def test_a_report_that_fails_leaves_the_old_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_without_tokens_losses_stand_over_steps(figures: list[Any], tmp_path: Pa
 def test_smoothing_is_the_mean_of_a_window(size: int) -> None:
     chance = random.Random(size)
     values = [chance.random() for _ in range(size)]
-    reach = size // 80
+    reach = size // 20
     for place, smooth in enumerate(_smooth(values)):
         window = values[max(0, place - reach) : place + reach + 1]
         assert smooth == pytest.approx(sum(window) / len(window))

@@ -1,4 +1,4 @@
-"""`minitron bench`: with trtllm-bench, without it, and in torch."""
+"""`minitron bench`: with trtllm-bench and vLLM's benchmark, without them, and in torch."""
 
 from __future__ import annotations
 
@@ -32,6 +32,17 @@ json.dump({"performance": {"system_output_throughput_tok_s": speed * len(lines)}
 """
 
 
+VLLM = """#!/usr/bin/env python3
+import json, sys
+assert sys.argv[1:3] == ["bench", "throughput"]
+args = dict(zip(sys.argv[1:], sys.argv[2:]))
+assert int(args["--max-model-len"]) == int(args["--random-input-len"]) + int(args["--random-output-len"])
+assert args["--num-prompts"] == "4" and int(args["--max-num-seqs"]) in (2, 3)
+speed = 6.0 if args["--model"].endswith("export") else 2.0
+json.dump({"requests_per_second": speed, "tokens_per_second": 1e9}, open(args["--output-json"], "w"))
+"""
+
+
 def copy(topology: Topology, source: Path, to: Path) -> None:
     save_hf(load_hf(source, topology), to, topology, files_from=source)
 
@@ -51,18 +62,23 @@ def test_without_the_tool_it_says_what_to_run(exported: Path, monkeypatch: pytes
     rows = bench(recipe)
     assert [(row["inputs"], row["batch"]) for row in rows] == [(4, 2), (4, 3), (8, 2), (8, 3)]
     assert all(row["teacher"] is None and "ratio" not in row for row in rows)
-    script = (recipe.out / "bench" / "commands.sh").read_text()
+    script = (recipe.out / "bench" / "trtllm" / "commands.sh").read_text()
     assert script.count("trtllm-bench") == 8 and "--concurrency 3" in script
-    assert len((recipe.out / "bench" / "4-4-b2.jsonl").read_text().splitlines()) == 4
+    assert len((recipe.out / "bench" / "trtllm" / "4-4-b2.jsonl").read_text().splitlines()) == 4
     assert plot_bench(rows, recipe.out / "plot.png", paper=True) is None and bench_table(rows).row_count == 4
 
 
-def test_reports_become_ratios(exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tool = tmp_path / "bin" / "trtllm-bench"
-    tool.parent.mkdir()
-    tool.write_text(TOOL)
+def installed(tool: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a program that stands for a server's benchmark."""
+    tool.parent.mkdir(exist_ok=True)
+    tool.write_text(program)
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tool.parent}{os.pathsep}{os.environ['PATH']}")
+    return tool
+
+
+def test_reports_become_ratios(exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tool = installed(tmp_path / "bin" / "trtllm-bench", TOOL, monkeypatch)
     recipe = load_recipe(exported)
     rows = bench(recipe)
     assert [row["ratio"] for row in rows] == pytest.approx([3.0] * 4)
@@ -74,9 +90,19 @@ def test_reports_become_ratios(exported: Path, monkeypatch: pytest.MonkeyPatch, 
     assert plot and plot.stat().st_size > 5000
     tool.unlink()
     assert bench(recipe) == rows  # existing reports are not measured again
-    (recipe.out / "bench" / "4-4-b2-teacher.json").write_text("{")
+    (recipe.out / "bench" / "trtllm" / "4-4-b2-teacher.json").write_text("{")
     with pytest.raises(DataError, match="is not a report"):
         bench(recipe)
+
+
+def test_vllm_counts_the_generated_tokens_alone(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed(tmp_path / "bin" / "vllm", VLLM, monkeypatch)
+    rows = bench(load_recipe(exported), "vllm")
+    assert [row["ratio"] for row in rows] == pytest.approx([3.0] * 4)
+    assert rows[2]["student"]["tokens_per_second"] == 6.0 * 4 and rows[2]["student"]["requests_per_second"] == 6.0
+    assert bench_table(rows).row_count == 4
 
 
 def test_torch_gives_a_ratio_anywhere(exported: Path) -> None:

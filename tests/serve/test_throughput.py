@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from minitron_megatron.errors import DataError
-from minitron_megatron.serve import Measured, Workload, command, measure_locally, parse_report, write_requests
+from minitron_megatron.serve import Measured, Workload, measure_locally, write_requests
+from minitron_megatron.serve.trtllm import command, parse_report
 
 REPORT: dict[str, Any] = {
     "engine": {"model": "m", "backend": "Pytorch", "dtype": "bfloat16", "kv_cache_dtype": "FP8", "version": "1.2.1"},
@@ -28,38 +29,40 @@ REPORT: dict[str, Any] = {
 }
 
 
+WORKLOAD = Workload(inputs=5, outputs=7, batch=2, requests=3)
+
+
 def written(path: Path, report: Any) -> Path:
     path.write_text(report if isinstance(report, str) else json.dumps(report))
     return path
 
 
 def test_a_report_is_read(tmp_path: Path) -> None:
-    assert parse_report(written(tmp_path / "r.json", REPORT)) == Measured(5184.0, 40.5, 790.1, 21.5, 6.0, 2)
+    assert parse_report(written(tmp_path / "r.json", REPORT), WORKLOAD) == Measured(5184.0, 40.5, 790.1, 21.5, 6.0, 2)
 
 
 def test_an_older_report_gives_what_it_has(tmp_path: Path) -> None:
     older = {"performance": {"output_throughput_tok_s": 100, "avg_request_latency_ms": "n/a"}, "world_info": None}
-    assert parse_report(written(tmp_path / "r.json", older)) == Measured(100.0, None, None, None, None, None)
+    assert parse_report(written(tmp_path / "r.json", older), WORKLOAD) == Measured(100.0, None, None, None, None, None)
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", '{"engine": {}}', '"x"', '{"performance": 3}'])
 def test_what_is_no_report_is_one_message(tmp_path: Path, broken: str) -> None:
     with pytest.raises(DataError, match="is not a report of trtllm-bench"):
-        parse_report(written(tmp_path / "r.json", broken))
+        parse_report(written(tmp_path / "r.json", broken), WORKLOAD)
     with pytest.raises(DataError, match="is not a report of trtllm-bench"):
-        parse_report(tmp_path / "none.json")
+        parse_report(tmp_path / "none.json", WORKLOAD)
 
 
 def test_requests_and_the_command_are_as_documented(tmp_path: Path) -> None:
-    workload = Workload(inputs=5, outputs=7, batch=2, requests=3)
-    write_requests(tmp_path / "d.jsonl", workload, vocab=11)
+    write_requests(tmp_path / "d.jsonl", WORKLOAD, vocab=11)
     lines = [json.loads(line) for line in (tmp_path / "d.jsonl").read_text().splitlines()]
     assert [line["task_id"] for line in lines] == [0, 1, 2]
     assert all(len(line["input_ids"]) == 5 and line["output_tokens"] == 7 for line in lines)
     assert all(0 <= token < 11 for line in lines for token in line["input_ids"])
     evil = Path("a b/$(touch x)")
-    call = command("it's", evil, tmp_path / "d.jsonl", tmp_path / "r.json", workload, tp=2)
-    assert call[:2] == ["trtllm-bench", "--model"] and call[2] == "it's" and call[4] == str(evil)
+    call = command(evil, tmp_path / "d.jsonl", tmp_path / "r.json", WORKLOAD, tp=2)
+    assert call[:2] == ["trtllm-bench", "--model"] and call[2] == evil.name and call[4] == str(evil)
     for pair in (
         ("--concurrency", "2"),
         ("--tp", "2"),

@@ -91,9 +91,9 @@ def _is_taught(line: Line) -> bool:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Return a running mean over a window of a fortieth of the curve, narrower at the ends."""
+    """Return a running mean over a window of a tenth of the curve, narrower at the ends."""
     sums = [0.0, *accumulate(values)]
-    reach = len(values) // 80
+    reach = len(values) // 20
     spans = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
     return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
 

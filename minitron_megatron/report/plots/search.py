@@ -115,6 +115,6 @@ def _loss(row: SearchedCandidate, step: int) -> float:
 def _agreement(axes: Axes, settled: Sequence[tuple[int, float | None]]) -> None:
     values = [math.nan if value is None else value for _, value in settled]
     axes.plot([step for step, _ in settled], values, "o-", markersize=3.5, color=COLOURS[0])
-    axes.set(ylabel="correlation\nwith the last")
+    axes.set(title="Agreement of each step's ranking with the last one's", ylabel="correlation\nwith the last")
     axes.set_ylim(top=1.08)
     count_axis(axes, "steps")

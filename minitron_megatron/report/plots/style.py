@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ... import numbers
-from ...files import whole_file
+from ...files import whole_file, write_json
+from .charts import CHARTS, charts_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +66,8 @@ _STYLE: dict[str, object] = {
 def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """Yield a figure of the given size in inches; write it to `path` as PNG if the block succeeds.
 
-    matplotlib's global settings do not change.
+    Beside it, under the same name with `CHARTS`, stand the `charts_of` the figure, if any. matplotlib's global settings
+    do not change.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -78,6 +80,8 @@ def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         yield figure
         with whole_file(path) as partial:
             figure.savefig(partial, format="png")
+        if charts := charts_of(figure):
+            write_json(path.with_suffix(CHARTS), charts)
 
 
 def count_axis(axes: Axes, name: str, *, side: Literal["x", "y"] = "x") -> None:
@@ -91,7 +95,9 @@ def count_axis(axes: Axes, name: str, *, side: Literal["x", "y"] = "x") -> None:
 
 
 def legend_outside(axes: Axes, *, reverse: bool = False) -> None:
-    """Put the legend to the right of the data. reverse: name what was drawn last first."""
+    """Put the legend, if anything has a label, to the right of the data. reverse: name what was drawn last first."""
+    if not axes.get_legend_handles_labels()[0]:
+        return
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0.0, reverse=reverse)
 
 
