@@ -35,7 +35,7 @@ STUDENTS = {
     "full": {"width": LLAMA.resized(hidden=3072, ffn=9216), "depth": LLAMA.resized(layers=16)},
     "toy": {"width": TOY.resized(hidden=48, ffn=64), "depth": TOY.resized(layers=2)},
 }
-MICRO_BATCHES, REPEATS = 2, 5
+MICRO_BATCHES = 2
 
 
 class Unfused(KDObjective):
@@ -78,7 +78,9 @@ def peak(student: list[Any], objective: KDObjective, batches: Sequence[Batch], d
     return meter.peak
 
 
-def measure(name: str, teacher_shape: Shape, shape: Shape, sequence: int, topology: Topology) -> dict[str, Any]:
+def measure(
+    name: str, teacher_shape: Shape, shape: Shape, sequence: int, repeats: int, topology: Topology
+) -> dict[str, Any]:
     dtype, device = torch.bfloat16, topology.device
     teacher, student = model(teacher_shape, topology, dtype, 0), model(shape, topology, dtype, 1)
     draw = torch.randint(0, shape.vocab, (MICRO_BATCHES, 1, sequence + 1), generator=torch.Generator().manual_seed(0))
@@ -90,7 +92,7 @@ def measure(name: str, teacher_shape: Shape, shape: Shape, sequence: int, topolo
     }
     peaks = {loss: peak(student, objective, batches, device) for loss, objective in objectives.items()}
     seconds: dict[str, list[float]] = {loss: [] for loss in objectives}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for loss, objective in objectives.items():
             seconds[loss].append(step(student, objective, batches, device))
     tokens = MICRO_BATCHES * sequence
@@ -112,12 +114,12 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--toy", action="store_true", help="toy shapes on any machine; results are only printed")
     toy = options.parse_args().toy
-    topology = Topology.start()
-    if not toy and topology.device.type != "cuda":
+    if not toy and not torch.cuda.is_available():
         raise SystemExit("No GPU is here. Try --toy.")
-    teacher, sequence = (TOY, 64) if toy else (LLAMA, 8192)
+    topology = Topology.start()
+    teacher, sequence, repeats = (TOY, 64, 1) if toy else (LLAMA, 8192, 5)
     for name, shape in STUDENTS["toy" if toy else "full"].items():
-        found = measure(name, teacher, shape, sequence, topology)
+        found = measure(name, teacher, shape, sequence, repeats, topology)
         if toy:
             print(found)
         else:

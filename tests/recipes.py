@@ -38,8 +38,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_recipe(material: Path) -> dict[str, Any]:
     """Return a recipe with every stage, of a few steps each."""
-    training = {"tokens": 12 * 8 * 16, "global_batch": 8, "micro_batch": 4, "warmup_steps": 2, "lr": 5e-3}
-    training |= {"save_every": 4, "validate_every": 6}
+    training = {"tokens": 6 * 8 * 16, "global_batch": 8, "micro_batch": 4, "warmup_steps": 2, "lr": 5e-3}
+    training |= {"save_every": 2, "validate_every": 3}
     return {
         "model": str(material / "model"),
         "out": "run",

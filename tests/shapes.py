@@ -15,6 +15,7 @@ from pkgutil import iter_modules
 from types import FunctionType, ModuleType, UnionType
 from typing import Any, Union, get_args, get_origin
 
+import torch
 from jaxtyping import AbstractArray, jaxtyped
 from torch import Tensor
 
@@ -64,22 +65,49 @@ def checked(function: FunctionType, names: dict[str, Any]) -> FunctionType:
     if not hints:
         return function
     result = hints.pop("return", None)
-    signature = inspect.signature(function)
-    variadic = {name for name, each in signature.parameters.items() if each.kind is each.VAR_POSITIONAL}
+    parameters = inspect.signature(function).parameters
+    variadic = {name for name, each in parameters.items() if each.kind is each.VAR_POSITIONAL}
+    positional = [name for name, each in parameters.items() if each.kind is not each.KEYWORD_ONLY]
+    places = {name: place for place, name in enumerate(positional) if name in hints}
+    passed: set[object] = set()
+
+    def check(given: dict[str, object], *out: object) -> None:
+        with jaxtyped("context"), torch._C.DisableTorchFunction():  # an axis has the same size in all of them
+            for name, value in given.items():
+                for each in value if name in variadic else [value]:  # type: ignore[attr-defined]
+                    _check(each, hints[name], f"{function.__qualname__}: {name}")
+            for value in out:
+                _check(value, result, f"{function.__qualname__}: its result")
+
+    def check_once(given: dict[str, object], *out: object) -> None:
+        """Check what has other shapes and dtypes than all calls before."""
+        with torch._C.DisableTorchFunction():
+            key = (tuple(given), _described([*given.values(), *out]), len(out))
+        if key not in passed:
+            check(given, *out)
+            passed.add(key)
 
     @wraps(function)
     def wrapper(*args: object, **kwargs: object) -> object:
-        given = signature.bind(*args, **kwargs).arguments
-        with jaxtyped("context"):  # in which the same axis has the same size everywhere
-            for name, hint in hints.items():
-                for value in given.get(name, ()) if name in variadic else [given[name]] if name in given else []:
-                    _check(value, hint, f"{function.__qualname__}: {name}")
-            out = function(*args, **kwargs)
-            if result is not None:
-                _check(out, result, f"{function.__qualname__}: its result")
+        given: dict[str, Any] = {name: kwargs[name] for name in hints if name in kwargs}
+        given |= {name: args[place:] for name, place in places.items() if name in variadic}
+        given |= {name: args[place] for name, place in places.items() if name not in variadic and place < len(args)}
+        check_once(given)
+        out = function(*args, **kwargs)
+        if result is not None:
+            check_once(given, out)
         return out
 
     return wrapper  # type: ignore[return-value]
+
+
+def _described(value: object) -> object:
+    """Return all that the check of a value depends on: the dtype and shape of each tensor in it."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return tuple(map(_described, value)) if isinstance(value, list | tuple) else type(value)
 
 
 def _shaped(hint: object, names: dict[str, Any]) -> Any:

@@ -33,7 +33,7 @@ def test_the_two_make_commands_are_targets() -> None:
 
 def test_the_commands_for_ones_own_model_run(material: Path, recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """In the order of the page, on a tiny model and the recipe made for it."""
-    training = tiny_recipe(material)["distill"] | {"global_batch": 32}
+    training = tiny_recipe(material)["distill"] | {"tokens": 3 * 32 * 16, "global_batch": 32}
     shared = {key: {"samples": 32, "micro_batch": 4} for key in ("score", "evaluate")}  # by eight GPUs, as batches are
     shared |= {"correct": training, "distill": training, "bench": {"ladder": [[4, 4]], "batches": [1]}}
     recipe = recipe_file("recipe.yaml", **shared)

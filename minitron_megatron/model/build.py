@@ -94,13 +94,21 @@ def transformer_config(
         calculate_per_token_loss=True,
         use_cpu_initialization=spec == "local",  # passes no device, so that torch.device("meta") applies
         init_model_with_meta_device=spec == "te",  # TE's modules pass a device; only this key selects `meta`
-        perform_initialization=True,  # costs nothing on `meta`; sets the tensor-parallel attributes of parameters
+        perform_initialization=True,  # sets the tensor-parallel attributes of parameters
+        init_method=_as_it_is,
+        output_layer_init_method=_as_it_is,
+        embedding_init_method=_as_it_is,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def _as_it_is(weight: torch.Tensor) -> torch.Tensor:
+    """Leave a weight uninitialised: it is on `meta` and is filled later, and torch's own draw is slow there."""
+    return weight
 
 
 def _recomputed(recompute: Recompute, shape: Shape) -> dict[str, object]:

@@ -40,14 +40,14 @@ WRONG: list[tuple[list[str], str]] = [
     (["distill.lr=1e-6"], "distill.lr is 1e-06, below distill.min_lr"),
     (["correct.min_lr=1"], "correct.lr is 0.005, below correct.min_lr, 1"),
     (["distill.phases=[{tokens: 1e3, sequence: 16, lr: 1e-7}]"], "distill.phases.0.lr is 1e-07"),
-    (["distill.warmup_steps=12"], "distill.warmup_steps is 12, but training has only 12 steps"),
+    (["distill.warmup_steps=6"], "distill.warmup_steps is 6, but training has only 6 steps"),
     (["correct.warmup_steps=40"], "correct.warmup_steps is 40"),
     (["correct={continuous: true, tokens: 1, warmup_steps: 12}"], "correct.warmup_steps is 12"),
     (["distill.tokens=1e7"], "distill.tokens needs"),
     (["correct.tokens=1e7"], "correct.tokens needs"),
     (["score.samples=100000"], "score.samples needs"),
     (["distill.tokens=1e18", "data.repeat=true"], "index alone takes"),
-    (["data.sequence=65"], "a max_position_embeddings of 64"),
+    (["data.sequence=65", "correct.warmup_steps=1", "distill.warmup_steps=1"], "a max_position_embeddings of 64"),
     (["distill.phases=[{tokens: 1e5, sequence: 128}]"], "distill.phases.0.sequence is 128"),
     (["prune.merge=qkvo"], "merge qkvo"),
     (["prune={hidden: 32, merge: q}"], "the plan cuts no heads"),
@@ -155,11 +155,11 @@ def test_no_text_is_in_two_sources(recipe_file: Write, material: Path, tmp_path:
 
 
 def test_counted_tokens_are_held_against_every_later_budget(recipe_file: Write) -> None:
-    sources = {"0-corpus": {"tokens": 96 * 16 + 1, "validation_tokens": 17}}
+    sources = {"0-corpus": {"tokens": 48 * 16 + 1, "validation_tokens": 17}}
     recipe = load_recipe(recipe_file())
     check_corpus(recipe, sources)
     for tokens, asked in (
-        (96 * 16, "correct.tokens needs 96 samples of 16 tokens from 0-corpus"),
+        (48 * 16, "correct.tokens needs 48 samples of 16 tokens from 0-corpus"),
         (15 * 16 + 1, "correct.tokens"),
     ):
         with pytest.raises(DataError, match=asked):
@@ -168,19 +168,19 @@ def test_counted_tokens_are_held_against_every_later_budget(recipe_file: Write) 
     with pytest.raises(DataError, match=r"score\.samples needs 16 samples of 16 tokens from 0-corpus"):
         check_corpus(repeating, {"0-corpus": {"tokens": 15 * 16 + 1, "validation_tokens": 17}})
     with pytest.raises(DataError, match="held-out text of 0-corpus has 16 tokens"):
-        check_corpus(recipe, {"0-corpus": {"tokens": 96 * 16 + 1, "validation_tokens": 16}})
+        check_corpus(recipe, {"0-corpus": {"tokens": 48 * 16 + 1, "validation_tokens": 16}})
 
 
 def test_a_blend_asks_each_source_for_its_share(recipe_file: Write) -> None:
     sources = [{"path": "a.jsonl", "weight": 3.0}, {"path": "b.jsonl", "weight": 1.0}]
     recipe = load_recipe(recipe_file(), [f"data.sources={json.dumps(sources)}"])
     there = {
-        "0-a": {"tokens": 72 * 16 + 1, "validation_tokens": 17},
-        "1-b": {"tokens": 24 * 16 + 1, "validation_tokens": 17},
+        "0-a": {"tokens": 36 * 16 + 1, "validation_tokens": 17},
+        "1-b": {"tokens": 12 * 16 + 1, "validation_tokens": 17},
     }
     check_corpus(recipe, there)
-    with pytest.raises(DataError, match="needs 24 samples of 16 tokens from 1-b, but it has only 23"):
-        check_corpus(recipe, there | {"1-b": {"tokens": 24 * 16, "validation_tokens": 17}})
+    with pytest.raises(DataError, match="needs 12 samples of 16 tokens from 1-b, but it has only 11"):
+        check_corpus(recipe, there | {"1-b": {"tokens": 12 * 16, "validation_tokens": 17}})
 
 
 def test_estimate_needs_neither_weights_nor_tokenizer(recipe_file: Write, material: Path, tmp_path: Path) -> None:

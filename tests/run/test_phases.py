@@ -66,10 +66,10 @@ def test_phases_follow_each_other_and_one_more_continues(recipe_file: Write, poo
 
 
 def test_a_corpus_is_read_again_only_where_the_recipe_says_so(recipe_file: Write, pool: Pool) -> None:
-    recipe = phased(recipe_file, tokens=60 * 8 * 16, validate_every=60, save_every=60)
-    with pytest.raises(DataError, match=r"480 samples .* set data\.repeat to true"):
+    recipe = phased(recipe_file, tokens=20 * 8 * 16, validate_every=20, save_every=20)
+    with pytest.raises(DataError, match=r"160 samples .* set data\.repeat to true"):
         pool.run(work, recipe)
-    assert len(pool.run(work, recipe, ("data.repeat=true",))[0]) == 60
+    assert len(pool.run(work, recipe, ("data.repeat=true",))[0]) == 20
 
 
 def test_checkpoints_go_where_they_are_not_retained(recipe_file: Write, pool: Pool) -> None:

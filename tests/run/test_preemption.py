@@ -83,7 +83,7 @@ def test_a_model_that_is_measured_is_not_measured_again(pool: Pool, recipe_file:
 
 def test_a_training_that_ends_at_the_signal_is_not_done_again(pool: Pool, recipe_file: Write) -> None:
     recipe = recipe_file(random_baseline=False)
-    assert pool.run(signalled, recipe, "correct", 12) == [["Preempted", ""]]  # the last of 12 steps
+    assert pool.run(signalled, recipe, "correct", 6) == [["Preempted", ""]]  # the last of 6 steps
     assert done(recipe) == ["prepare"]
     assert pool.run(signalled, recipe, "correct", 1) == [["done", ""]]  # without one
 

@@ -85,7 +85,7 @@ def test_another_task_trains_nothing_again(recipe_file: Write, pool: Pool, files
     assert [step.stage for step in steps if step.state != "done"] == ["evaluate", "export"]
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}])
+@pytest.mark.parametrize("layout", [{}, {"pp": 2}])
 def test_layers_are_chosen_by_winogrande(recipe_file: Write, pool: Pool, files: Path, layout: dict) -> None:
     """Each position of the removed block has an accuracy, equal at every layout; the best block is removed."""
     path = shortened(recipe_file, files, prune={"layers": 3}, score={"samples": 8, "depth": {"metric": "winogrande"}})

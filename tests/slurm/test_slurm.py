@@ -20,6 +20,7 @@ from minitron_megatron.forecast import estimate, slurm_commands
 from minitron_megatron.recipe import load_recipe
 from tests.forecast.test_presets import CASES, PRESETS, material_of
 from tests.limits import HANGS
+from tests.recipes import tiny_recipe
 from tests.slurm.cluster import lacks, running
 from tests.warm import warm
 
@@ -146,8 +147,11 @@ def test_a_preempted_run_that_loses_a_node_ends_as_an_undisturbed_one(
 
 
 @needs_slurm
-def test_an_array_reruns_what_was_killed_and_no_other(slurm: Environment, home: Path, recipe_file: Write) -> None:
-    recipe = recipe_file(correct=None, random_baseline=False)
+def test_an_array_reruns_what_was_killed_and_no_other(
+    slurm: Environment, home: Path, recipe_file: Write, material: Path
+) -> None:
+    distill = tiny_recipe(material)["distill"] | {"tokens": 16 * 8 * 16}  # long enough to be killed
+    recipe = recipe_file(correct=None, random_baseline=False, distill=distill)
     lines = [f"--out '{home}/candidate {ffn}' --set prune.ffn={ffn}" for ffn in (32, 40)]
     (home / "candidates.txt").write_text("".join(line + "\n" for line in lines))
     job = submit(slurm, home, "--array=0-1", "slurm/array.sbatch", "candidates.txt", "run", recipe)
@@ -165,11 +169,20 @@ def test_an_array_reruns_what_was_killed_and_no_other(slurm: Environment, home: 
 
 
 @needs_slurm
-def test_a_search_is_spread_over_the_tasks_of_an_array(slurm: Environment, home: Path, recipe_file: Write) -> None:
+def test_a_search_is_spread_over_the_tasks_of_an_array(
+    slurm: Environment, home: Path, recipe_file: Write, material: Path
+) -> None:
     """One task is killed; the last job does its share."""
     light = {"top": 2, "tokens": 6 * 8 * 16, "measure_every": 3}
+    distill = tiny_recipe(material)["distill"] | {"tokens": 2 * 8 * 16, "warmup_steps": 1}
     search = {"hidden": [32, 40], "ffn": [32, 48], "budget": {"params": 80_000}, "light": light}
-    keys: dict[str, Any] = {"correct": None, "random_baseline": False, "prune": None, "search": search}
+    keys: dict[str, Any] = {
+        "correct": None,
+        "random_baseline": False,
+        "prune": None,
+        "search": search,
+        "distill": distill,
+    }
     recipes = [recipe_file(f"{name}.yaml", out=str(home / name), **keys) for name in ("alone", "spread")]
     ended(slurm, submit(slurm, home, "--nodes=1", "slurm/run.sbatch", recipes[0]), home)
     for stage in ("prepare", "score"):

@@ -75,9 +75,12 @@ def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+        figure = Figure(figsize=(width, height), layout=layout)
         FigureCanvasAgg(figure)
         yield figure
+        layout.execute(figure)
+        figure.set_layout_engine("none")  # else matplotlib draws the figure once more, only to lay it out
         with whole_file(path) as partial:
             figure.savefig(partial, format="png")
         if charts := charts_of(figure):
