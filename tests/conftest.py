@@ -16,7 +16,7 @@ from tests.recipes import material, recipe_file
 
 __all__ = ["material", "recipe_file"]
 
-multiprocessing.set_forkserver_preload(["tests.warm.imports"])  # of the pool's workers
+multiprocessing.set_forkserver_preload(["tests.warm.imports", "tests.tiny", "lm_eval.evaluator"])  # of the pool
 
 LONGEST = (
     "run/test_run.py",
