@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -111,7 +112,7 @@ def reference(model: Path, files: Path, tasks: tuple[Task, ...], chat: bool = Fa
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with quiet():
+    with quiet(), patch("lm_eval.evaluator.add_env_info"):  # which asks pip and the compilers for their versions
         lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=3)
         configured = [_configured(task, task.name, files) for task in tasks]
         found = simple_evaluate(
