@@ -7,8 +7,8 @@ from minitron_megatron.parallel import install_cpu_backend
 
 install_cpu_backend()
 
-import megatron.core.dist_checkpointing  # noqa: E402, F401
-import megatron.core.models.gpt  # noqa: E402, F401
+import megatron.core.dist_checkpointing  # noqa: E402
+import megatron.core.models.gpt  # noqa: E402
 import megatron.core.optimizer  # noqa: E402, F401
 import torch._dynamo  # noqa: E402, F401  # torch imports it with the first optimizer
 
