@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from minitron_megatron.testing import Pool
 from tests.recipes import material, recipe_file
 
 __all__ = ["material", "recipe_file"]
+
+multiprocessing.set_forkserver_preload(["tests.warm.imports", "tests.tiny", "lm_eval.evaluator"])  # of the pool
 
 LONGEST = (
     "run/test_run.py",

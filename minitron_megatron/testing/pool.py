@@ -2,6 +2,9 @@
 
 A job is an importable function, called on every rank as `fn(topology, *args)` in a world of its own. Messages are
 pickles sent over pipes between a process and its own children, never through files.
+
+Workers without a GPU are forked by multiprocessing's fork server. What `multiprocessing.set_forkserver_preload` names
+is imported there once, and not by each worker.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, Self, TypeVar
 
 import torch
@@ -167,10 +170,11 @@ class _Worker:
     """Worker process, the pipe to it, and whether an answer is pending."""
 
     def __init__(self, gpus: bool) -> None:
-        context = get_context("spawn")
+        # a process that has asked for GPUs cannot be forked
+        context: Any = get_context("spawn" if gpus else "forkserver")
         self.pipe, worker_pipe = context.Pipe()
         # not a daemon: a job may start processes of its own, as mcore's asynchronous checkpoint writer does
-        self.process: SpawnProcess = context.Process(target=_serve, args=(worker_pipe,), daemon=False)
+        self.process: BaseProcess = context.Process(target=_serve, args=(worker_pipe,), daemon=False)
         with _visible(gpus):
             self.process.start()
         worker_pipe.close()

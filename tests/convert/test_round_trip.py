@@ -24,9 +24,7 @@ from .conftest import KINDS, MIXTURES, make_folder
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp1": {},
-    "tp2": {"tp": 2},
     "tp2-sp": {"tp": 2, "sequence_parallel": True},
-    "pp2": {"pp": 2},
     "tp2-pp2": {"tp": 2, "pp": 2},
     "ep2": {"ep": 2, "dp": 2},
     "ep2-tp2": {"ep": 2, "tp": 2, "sequence_parallel": True},
@@ -41,9 +39,12 @@ def fits(kind: str, layout: str) -> dict[str, Any]:
     return {**sizes, "sequence_parallel": True} if kind in MIXTURES and "tp" in sizes else sizes
 
 
-EACH_KIND_AND_LAYOUT = pytest.mark.parametrize(
-    "kind, layout", [(kind, layout) for kind in KINDS for layout in LAYOUTS if kind in MIXTURES or "ep" not in layout]
-)
+KINDS_AND_LAYOUTS = [
+    ("llama", "tp1"),
+    *((kind, layout) for kind in KINDS if kind not in MIXTURES for layout in ("tp2-sp", "tp2-pp2")),
+    *(("qwen2_moe", layout) for layout in LAYOUTS),  # the one with shared experts
+    *((kind, layout) for kind in ("mixtral", "qwen3_moe") for layout in ("ep2-tp2", "ep2-pp2")),
+]
 HfFolder = Callable[[str], Path]
 
 
@@ -62,16 +63,6 @@ def there_and_back(topology: Topology, source: Path, target: Path, dtype: torch.
     model = load_hf(source, topology, dtype)
     save_hf(model, target, topology)
     return model_hash(model, topology)
-
-
-@EACH_KIND_AND_LAYOUT
-def test_every_byte_comes_back(pool: Pool, hf_folder: HfFolder, tmp_path: Path, kind: str, layout: str) -> None:
-    source = hf_folder(kind)
-    pool.run(there_and_back, source, tmp_path / "back", torch.float32, **fits(kind, layout))
-    want = tensors_of(source)
-    assert ("lm_head.weight" in want) == ("tied" not in kind)
-    assert want["model.embed_tokens.weight"].shape == (509, 40)
-    assert_same_bytes(tensors_of(tmp_path / "back"), want)
 
 
 def test_bf16_comes_back_and_fp32_is_rounded_to_it_on_demand(pool: Pool, hf_folder: HfFolder, tmp_path: Path) -> None:
@@ -128,14 +119,25 @@ def assert_same_logits(parts: list[Tensor | None], want: Tensor) -> None:
     assert not got[..., vocab:].any()
 
 
-@EACH_KIND_AND_LAYOUT
-def test_logits_equal_those_of_transformers(pool: Pool, hf_folder: HfFolder, kind: str, layout: str) -> None:
-    tokens = some_tokens(509)
-    parts = pool.run(logits, hf_folder(kind), tokens, **fits(kind, layout))
-    assert_same_logits(parts, logits_of_transformers(hf_folder(kind), tokens))
+def both(topology: Topology, source: Path, target: Path, tokens: Tensor) -> Tensor | None:
+    there_and_back(topology, source, target, torch.float32)
+    return logits(topology, source, tokens)
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2-sp", "pp2"])
+@pytest.mark.parametrize(("kind", "layout"), KINDS_AND_LAYOUTS)
+def test_every_byte_comes_back_and_logits_equal_those_of_transformers(
+    pool: Pool, hf_folder: HfFolder, tmp_path: Path, kind: str, layout: str
+) -> None:
+    source, tokens = hf_folder(kind), some_tokens(509)
+    parts = pool.run(both, source, tmp_path / "back", tokens, **fits(kind, layout))
+    want = tensors_of(source)
+    assert ("lm_head.weight" in want) == ("tied" not in kind)
+    assert want["model.embed_tokens.weight"].shape == (509, 40)
+    assert_same_bytes(tensors_of(tmp_path / "back"), want)
+    assert_same_logits(parts, logits_of_transformers(source, tokens))
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2-sp", "tp2-pp2"])
 def test_logits_of_a_trained_model_equal_those_of_transformers(pool: Pool, assets: Path, layout: str) -> None:
     folder, tokens = assets / "hf" / "stories260K", some_tokens(512)
     assert_same_logits(pool.run(logits, folder, tokens, **LAYOUTS[layout]), logits_of_transformers(folder, tokens))
@@ -162,9 +164,11 @@ def bytes_read_and_held(topology: Topology, folder: Path) -> tuple[int, int]:
     return sum(weights.bytes_read for weights in opened), held
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
 @pytest.mark.parametrize("kind", ["llama", "mistral-tied"])
-def test_a_rank_reads_little_more_than_it_holds(pool: Pool, hf_folder: HfFolder, kind: str, layout: str) -> None:
-    ranks = pool.run(bytes_read_and_held, hf_folder(kind), **LAYOUTS[layout])
+def test_a_rank_reads_little_more_than_it_holds(
+    pool: Pool, hf_folder: HfFolder, kind: str, layout: dict[str, int]
+) -> None:
+    ranks = pool.run(bytes_read_and_held, hf_folder(kind), **layout)
     for read, held in ranks:
         assert 0.9 * held < read <= 1.1 * held

@@ -25,7 +25,6 @@ from minitron_megatron.train import LMObjective, Training, mean_loss, train
 from tests.losses.cases import naive
 from tests.tiny import (
     CONTEXT,
-    EVERY,
     LAYOUTS,
     SHAPE,
     cross_entropy,
@@ -36,8 +35,9 @@ from tests.tiny import (
     write_llama,
 )
 
-TRAINING = Training(steps=5, lr=2e-3, min_lr=2e-4, warmup_steps=2)
+TRAINING = Training(steps=3, lr=2e-3, min_lr=2e-4, warmup_steps=1)
 BATCH, MICRO_BATCH = 8, 4
+HELD_OUT = samples(BATCH, seed=99)
 FORWARD_KL = KDLoss()
 
 
@@ -75,7 +75,7 @@ def distil(topology: Topology, job: Job) -> Result:
         listener=lambda event: curve.append(dict(event.values)),
     )
     save_hf(student, job.out, topology, files_from=job.student)
-    held_out = mean_loss(student, share(samples(10, seed=99), topology, 1), objective, topology)
+    held_out = mean_loss(student, share(HELD_OUT, topology, 2), objective, topology)
     weights = [weight for chunk in teacher for weight in chunk.parameters()]
     frozen = all(weight.grad is None and not weight.requires_grad for weight in weights)
     digest = "" if job.options.get("pack") else model_hash(teacher, topology)
@@ -91,12 +91,10 @@ def loss_of(student: Any, teacher: Any, batch: Batch, loss: KDLoss) -> Tensor:
 
 
 CASES = [
-    *(("untied", "student", layout, KDLoss()) for layout in (*EVERY, "cp2-dp2", "cp2-tp2-sp", "cp2-tp2-pp2")),
+    *(("untied", "student", layout, KDLoss()) for layout in ("tp1", "tp2-pp2", "cp2-tp2-sp")),
     ("tied", "student", "pp2-vp2", KDLoss()),
-    ("untied", "tied", "tp2", KDLoss()),
-    ("untied", "tied", "pp2", KDLoss("reverse_kl")),
-    ("untied", "student", "tp2", KDLoss(temperature=3.0)),
-    ("untied", "student", "tp2-pp2", KDLoss("reverse_kl", temperature=0.7)),
+    ("untied", "student", "cp2-pp2-vp2", KDLoss(temperature=3.0)),
+    ("untied", "tied", "tp2-pp2", KDLoss("reverse_kl", temperature=0.7)),
     ("untied", "student", "pp2", KDLoss("jsd", beta=0.3)),
     ("untied", "student", "pp2-vp2", KDLoss("mse")),
     ("untied", "student", "tp2-sp", KDLoss("cosine", ce_weight=0.5)),
@@ -130,22 +128,20 @@ def test_distillation_is_plain_torchs(
 
 
 def expect_held_out(result: Result, student: Any, teacher: Any, loss: KDLoss) -> None:
-    every = samples(10, seed=99)
     with torch.no_grad():
-        expected = loss_of(student, teacher, every, loss).item()
+        expected = loss_of(student, teacher, HELD_OUT, loss).item()
     assert result.held_out[0] == pytest.approx(expected, rel=1e-5)
-    assert result.held_out[1] == int(every.mask.sum())
+    assert result.held_out[1] == int(HELD_OUT.mask.sum())
 
 
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
         ("tp1", {"window": 3, "offload": True}),
-        ("pp2", {"offload": True}),
         ("tp2-sp", {"window": 2}),
         ("pp2-vp2", {"window": 2, "offload": True}),
     ],
-    ids=["tp1", "pp2", "tp2-sp", "pp2-vp2"],
+    ids=["tp1", "tp2-sp", "pp2-vp2"],
 )
 def test_a_teacher_that_lies_elsewhere_or_runs_in_windows_teaches_the_same(
     pool: Pool, checkpoints: dict[str, Path], layout: str, options: dict, tmp_path: Path
@@ -283,7 +279,7 @@ def test_a_packed_teacher_is_the_same_at_every_layout_and_a_byte_a_weight(
                 weight.copy_((weight / scale).to(torch.float8_e4m3fn).float() * scale)
         truth = cross_entropy(teacher, samples(BATCH)).item()
     assert abs(truth - before) > 1e-5
-    for layout in ("tp1", "tp2", "tp2-sp", "pp2", "tp2-pp2"):
+    for layout in ("tp2-sp", "tp2-pp2"):
         for loss, states, _, wide in pool.run(held, checkpoints["untied"], **LAYOUTS[layout]):
             assert loss == pytest.approx(truth, rel=1e-5)
             assert states <= 1 and all("norm" in name for name in wide)

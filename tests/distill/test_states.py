@@ -41,10 +41,10 @@ from tests.tiny import (
     transformer,
 )
 
-TRAINING = Training(steps=5, lr=2e-3, min_lr=2e-4, warmup_steps=2)
+TRAINING = Training(steps=4, lr=2e-3, min_lr=2e-4, warmup_steps=2)
 BATCH, SEED = 8, 5
 FORWARD_KL = KDLoss()
-TEACHER = Training(steps=5, lr=1e-3, min_lr=1e-4, warmup_steps=3)
+TEACHER = Training(steps=4, lr=1e-3, min_lr=1e-4, warmup_steps=3)
 EVERY_STATE = StatePairs(embedding=True, outputs=("2:1", "4:3"), mlp_inputs=("1:0",), attention=("4:3",))
 CASES = {
     "every": EVERY_STATE,
@@ -62,7 +62,7 @@ class Job:
     student: Path
     pairs: StatePairs = EVERY_STATE
     loss: KDLoss = FORWARD_KL
-    micro_batch: int = 2
+    micro_batch: int = 4
     recompute: Recompute = "none"
     continuous: bool = False
     """Whether the teacher is corrected continuously."""
@@ -275,8 +275,8 @@ def expect_same(found: list[dict[str, float]], expected: list[dict[str, float]],
     ("case", "layout"),
     [
         *(("every", layout) for layout in EVERY),
-        *((case, "tp2-pp2") for case in CASES if case not in ("every", "tokens")),
-        *(("tokens", layout) for layout in ("cp2-tp2-sp",)),
+        ("outputs", "tp2-pp2"),
+        ("tokens", "cp2-tp2-sp"),
     ],
 )
 def test_states_are_learnt_as_plain_torch_does(
@@ -289,23 +289,17 @@ def test_states_are_learnt_as_plain_torch_does(
         expect_same(curve, expected)
         for found in maps:
             torch.testing.assert_close(found, taught.raised.weight.detach().float(), rtol=1e-5, atol=1e-5)
-        assert maps or case == "attention"
+        assert maps
 
 
-@pytest.mark.parametrize(
-    ("case", "layout"),
-    [
-        *((case, "tp2-pp2") for case in CASES if case != "tokens"),
-        *(("every", layout) for layout in ("tp2-sp", "pp2")),
-    ],
-)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "tokens"])
 def test_gradients_are_those_of_plain_torch(
-    pool: Pool, checkpoints: dict[str, Path], case: str, layout: str, tmp_path: Path
+    pool: Pool, checkpoints: dict[str, Path], case: str, tmp_path: Path
 ) -> None:
     job = Job(checkpoints["untied"], checkpoints["student"], CASES[case], KDLoss(ce_weight=0.3))
     taught = Taught(job)
     taught(samples(BATCH, seed=0)).backward()
-    for maps in pool.run(gradients, job, tmp_path / "gradients", **LAYOUTS[layout]):
+    for maps in pool.run(gradients, job, tmp_path / "gradients", **LAYOUTS["tp2-pp2"]):
         for of_map in maps:
             for found, line in zip(of_map, taught.raised.parameters(), strict=True):
                 assert_close(found, line.grad.float(), 1e-5, "the map")
@@ -325,7 +319,7 @@ def test_masks_of_packed_chats_reach_every_loss_at_every_layout(
     [batch] = pool.run(packed_chats, replace(job, micro_batch=BATCH))[0]
     assert 8 < batch.mask.sum() < 40 and batch.attention_context.documents.max() > 1
     found = {}
-    for layout in ("tp1", "tp2-sp", "pp2", "tp2-pp2", "cp2"):
+    for layout in ("tp1", "tp2-sp", "tp2-pp2", "cp2"):
         pool.run(gradients, job, tmp_path / layout, **(LAYOUTS | CONTEXT)[layout])
         found[layout] = dict(transformer(tmp_path / layout).named_parameters())
         for name, gradient in found[layout].items():
@@ -340,27 +334,26 @@ def test_models_of_one_width_need_no_map(pool: Pool, checkpoints: dict[str, Path
         assert not maps
 
 
-@pytest.mark.parametrize("layout", ["tp2-sp", "tp2-pp2"])
-def test_a_teacher_that_is_corrected_meanwhile(pool: Pool, checkpoints: dict[str, Path], layout: str) -> None:
+def test_a_teacher_that_is_corrected_meanwhile(pool: Pool, checkpoints: dict[str, Path]) -> None:
     job = Job(checkpoints["untied"], checkpoints["student"], continuous=True)
     _, expected = truth(job)
-    for curve, _, _ in pool.run(distil, job, **LAYOUTS[layout]):
+    for curve, _, _ in pool.run(distil, job, **LAYOUTS["tp2-pp2"]):
         expect_same(curve, expected)
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("layout", ["tp1", "pp2-vp2"])
-def test_what_runs_again_is_compared_once(
-    pool: Pool, checkpoints: dict[str, Path], recompute: Recompute, layout: str
-) -> None:
+def test_what_runs_again_is_compared_once(pool: Pool, checkpoints: dict[str, Path], layout: str) -> None:
     job = Job(checkpoints["untied"], checkpoints["student"])
-    plain, again = (pool.run(distil, replace(job, recompute=how), **LAYOUTS[layout])[0] for how in ("none", recompute))
-    expect_same(again[0], plain[0])
+    plain, *again = (
+        pool.run(distil, replace(job, recompute=how), **LAYOUTS[layout])[0] for how in ("none", "selective", "full")
+    )
+    for curve, _, _ in again:
+        expect_same(curve, plain[0])
 
 
 def test_no_micro_batch_size_changes_it(pool: Pool, checkpoints: dict[str, Path]) -> None:
     job = Job(checkpoints["untied"], checkpoints["student"])
-    small, large = (pool.run(distil, replace(job, micro_batch=size))[0][0] for size in (1, 4))
+    small, large = (pool.run(distil, replace(job, micro_batch=size))[0][0] for size in (2, 8))
     expect_same(small, large)
 
 
@@ -372,7 +365,7 @@ def test_the_map_resumes_to_the_bit(pool: Pool, checkpoints: dict[str, Path], tm
         stopped = replace(job, checkpoints=tmp_path / name, stop_at=3)
         pool.run(distil, stopped, pp=2)
         curve, maps, weights = pool.run(distil, replace(stopped, stop_at=None), **layout)[0]
-        assert [step["step"] for step in curve] == [3, 4, 5]
+        assert [step["step"] for step in curve] == [3, 4]
         expect_same(curve, whole[0][2:])
         if name == "same":
             assert [(s["loss"], s["alpha"]) for s in curve] == [(s["loss"], s["alpha"]) for s in whole[0][2:]]

@@ -157,10 +157,13 @@ def test_likelihoods(pool: Pool, base: Path, tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_generation(pool: Pool, base: Path, tmp_path: Path, kind: str) -> None:
+    """Every way to generate by one tokenizer; the others, which change the prompts, with a third of them."""
     folder = variant(base, tmp_path, kind, SETTINGS["several ends"])
-    (found,) = pool.run(megatron, folder, GENERATED)
-    assert found == reference(folder, GENERATED)
-    assert len({len(each) for each in found}) > 5, "answers of many lengths: they end for many reasons"
+    requests = GENERATED if kind == "none" else GENERATED[::3]
+    (found,) = pool.run(megatron, folder, requests)
+    assert found == reference(folder, requests)
+    if kind == "none":
+        assert len({len(each) for each in found}) > 5, "answers of many lengths: they end for many reasons"
 
 
 @pytest.mark.parametrize("settings", [name for name in SETTINGS if name != "several ends"])

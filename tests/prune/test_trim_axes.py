@@ -131,7 +131,13 @@ def cut(topology: Topology, folder: Path, plan: Plan, out: Path) -> None:
     save_hf(trim(load_hf(folder, topology), plan, topology), out, topology, files_from=folder)
 
 
-CASES = [(kind, layout) for kind in KINDS for layout in LAYOUTS if kind in MIXTURES or "ep" not in layout]
+CASES = [
+    *(("llama-tied", layout) for layout in LAYOUTS if "ep" not in layout),
+    *((kind, "tp2-pp2") for kind in KINDS if kind not in ("llama-tied", *MIXTURES)),
+    *(("qwen2_moe", layout) for layout in LAYOUTS),  # the one with shared experts
+    *((kind, layout) for kind in ("mixtral", "qwen3_moe") for layout in ("ep2-tp2", "ep2-pp2")),
+]
+"""Every family at tp x pp or ep, and one of each kind at every layout: which rows are cut is read from one table."""
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)

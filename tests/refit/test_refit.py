@@ -31,7 +31,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"hidden": 32, "experts": 2, "expert_ffn": 16},
 }
 CASES = [
-    *(("llama", "sequential", layout) for layout in LAYOUTS if layout != "tp2"),
+    *(("llama", "sequential", layout) for layout in LAYOUTS if layout not in ("tp2", "pp2")),
     ("llama", "outputs", "pp2"),
     ("qwen3", "outputs", "tp2"),
     ("nemotron", "sequential", "tp2-sp"),

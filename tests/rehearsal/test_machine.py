@@ -27,11 +27,9 @@ def process() -> Iterator[Call]:
 rehearse = pytest.fixture(process, scope="module", name="rehearse")
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "one": {},
     "selective": {"recompute": "selective"},
     "full": {"recompute": "full"},
     "tp2": {"tp": 2, "sequence_parallel": True},
-    "pp2": {"pp": 2},
     "dp2": {"dp": 2},
     "tp2-pp2": {"tp": 2, "pp": 2},
 }

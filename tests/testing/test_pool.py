@@ -89,7 +89,7 @@ def test_a_hang_ends_the_workers_and_what_they_started(tmp_path) -> None:
         before = own.run(place, 0)[0][3]
         note = tmp_path / "child"
         with pytest.raises(TimeoutError, match="sleep_with_child: ranks \\[0\\] of 1"):
-            own.run(sleep_with_child, str(note), timeout=10.0)
+            own.run(sleep_with_child, str(note), timeout=3.0)
         assert not is_running(before)
         assert not is_running(int(note.read_text()))
 

@@ -61,7 +61,7 @@ def alone(model: Any, batch: Batch) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "recompute"), [*((layout, "none") for layout in LAYOUTS if layout != "dp2"), ("tp2-sp", "full")]
+    ("layout", "recompute"), [("tp1", "none"), ("pp2-vp2", "none"), ("tp2-pp2", "none"), ("tp2-sp", "full")]
 )
 @pytest.mark.parametrize("distilled", [False, True])
 def test_packing_changes_nothing(

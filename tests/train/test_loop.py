@@ -22,7 +22,7 @@ from minitron_megatron.events import Event
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import LMObjective, Saving, Training, mean_loss, train
-from tests.tiny import CONTEXT, EVERY, LAYOUTS, Stop, cross_entropy, naive_training, note, samples, share, transformer
+from tests.tiny import CONTEXT, LAYOUTS, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
 TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, clip=1.0, save_async=False)
 BATCH = 8
@@ -92,8 +92,8 @@ def truth(checkpoints: dict[str, Path]) -> dict[str, tuple[Curve, Any]]:
 
 
 MODELS = [
-    *(("untied", layout) for layout in (*EVERY, "cp2", "cp2-dp2")),
-    *(("tied", layout) for layout in ("pp2-vp2", "tp2-pp2", "cp2-pp2-vp2")),
+    *(("untied", layout) for layout in ("tp1", "tp2-sp", "pp2-vp2", "dp2", "cp2-dp2")),
+    *(("tied", layout) for layout in ("tp2-pp2", "cp2-pp2-vp2")),
 ]
 
 
@@ -175,7 +175,7 @@ def test_a_trained_model_trains_again(pool: Pool, checkpoints: dict[str, Path]) 
 
 # ---- stopped and resumed
 
-TWELVE = TRAINING.replaced(steps=12, save_every=3)
+TEN = TRAINING.replaced(steps=10, save_every=3)
 
 
 def broken(topology: Topology, job: Job, checkpoints: Path) -> tuple[Result, Result, Result, list[str]]:
@@ -197,7 +197,7 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     pool: Pool, checkpoints: dict[str, Path], layout: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """With bf16, the fp32 master weights are restored too."""
-    job = Job(checkpoints["untied"], TWELVE, dtype=dtype)
+    job = Job(checkpoints["untied"], TEN, dtype=dtype)
     for unbroken, stopped, resumed, left in pool.run(broken, job, tmp_path / "run", **LAYOUTS[layout]):
         assert left == ["step_00000003", "step_00000006"]
         assert timeless(stopped[0]) == timeless(unbroken[0])[:7]
@@ -263,7 +263,7 @@ def spoil(checkpoint: Path, how: str) -> None:
 @pytest.fixture(scope="module")
 def stopped(pool: Pool, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Result]:
     """Return a TP2 run that stopped after its second checkpoint, and the uninterrupted result."""
-    job = Job(checkpoints["untied"], TWELVE, checkpoints=tmp_path_factory.mktemp("stopped") / "run")
+    job = Job(checkpoints["untied"], TEN, checkpoints=tmp_path_factory.mktemp("stopped") / "run")
     pool.run(run, replace(job, stop_at=8), tp=2)
     return job, pool.run(run, replace(job, checkpoints=None), tp=2)[0]
 

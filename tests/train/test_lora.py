@@ -19,7 +19,7 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import LMObjective, Lora, Saving, Training, mean_loss, train
 from minitron_megatron.train.lora import SCALE, initial_down
-from tests.tiny import EVERY, LAYOUTS, SHAPES, Stop, cross_entropy, naive_training, note, samples, share, transformer
+from tests.tiny import LAYOUTS, SHAPES, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
 TRAINING = Training(steps=6, lr=1e-2, min_lr=1e-3, warmup_steps=2, save_every=1, keep_checkpoints=9, save_async=False)
 RANK, SEED, BATCH = 3, 5, 8
@@ -53,7 +53,7 @@ def correct(topology: Topology, job: Job) -> Result:
         train(
             model,
             objective,
-            lambda step: share(samples(BATCH, seed=step), topology),
+            lambda step: share(samples(BATCH, seed=step), topology, 4),
             TRAINING,
             topology,
             saving=Saving(job.checkpoints),
@@ -113,10 +113,10 @@ def truth(folder: Path, name: str) -> tuple[Corrected, list[dict[str, float]]]:
 @pytest.mark.parametrize(
     ("name", "layout", "recompute"),
     [
-        *(("untied", layout, "none") for layout in EVERY),
-        ("tied", "pp2", "none"),
+        *(("untied", layout, "none") for layout in ("tp1", "tp2-pp2", "dp2")),
         ("untied", "tp2-sp", "full"),
-        ("untied", "pp2", "selective"),
+        ("untied", "pp2-vp2", "selective"),
+        ("tied", "pp2", "none"),
     ],
 )
 def test_corrections_are_plain_torchs(
@@ -135,7 +135,7 @@ def test_corrections_are_plain_torchs(
     assert curve[-1]["loss"] != curve[0]["loss"]
 
 
-@pytest.mark.parametrize(("first", "then"), [("tp2", "tp2"), ("tp2", "pp2"), ("pp2", "tp2-sp"), ("tp1", "tp2-pp2")])
+@pytest.mark.parametrize(("first", "then"), [("tp2", "tp2"), ("tp2", "pp2"), ("pp2", "tp2-sp")])
 def test_corrections_resume(pool: Pool, checkpoints: dict[str, Path], first: str, then: str, tmp_path: Path) -> None:
     """Resuming is bit-equal at the same layout and equal to 1e-5 at another, which reshards the rows of gate and up."""
     folder = checkpoints["untied"]

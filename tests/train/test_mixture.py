@@ -43,7 +43,7 @@ def truth(mixture: Path) -> list[dict[str, float]]:
 def test_losses_and_gradients_are_those_of_plain_torch(
     pool: Pool, mixture: Path, truth: list[dict[str, float]], layout: str
 ) -> None:
-    curve, _ = pool.run(run, Job(mixture, TRAINING, micro_batch=2), **LAYOUTS[layout])[0]
+    curve, _ = pool.run(run, Job(mixture, TRAINING, micro_batch=4), **LAYOUTS[layout])[0]
     for key in ("loss", "grad_norm", "lr"):
         assert column(curve, key) == pytest.approx([step[key] for step in truth], rel=2e-4), key
 
@@ -52,8 +52,8 @@ def test_losses_and_gradients_are_those_of_plain_torch(
 def test_a_stopped_run_goes_on_at_another_spread(
     pool: Pool, mixture: Path, first: str, second: str, tmp_path: Path
 ) -> None:
-    whole, digest = pool.run(run, Job(mixture, TRAINING, micro_batch=2), **LAYOUTS[second])[0]
-    job = Job(mixture, TRAINING, micro_batch=2, checkpoints=tmp_path / "checkpoints")
+    whole, digest = pool.run(run, Job(mixture, TRAINING, micro_batch=4), **LAYOUTS[second])[0]
+    job = Job(mixture, TRAINING, micro_batch=4, checkpoints=tmp_path / "checkpoints")
     pool.run(run, replace(job, stop_at=4), **LAYOUTS[first])
     rest, resumed = pool.run(run, job, **LAYOUTS[second])[0]
     assert [step["step"] for step in rest] == [4, 5, 6]

@@ -7,7 +7,10 @@ from minitron_megatron.parallel import install_cpu_backend
 
 install_cpu_backend()
 
-import torch._dynamo  # noqa: E402, F401  # imported by the first optimizer
+import megatron.core.dist_checkpointing  # noqa: E402
+import megatron.core.models.gpt  # noqa: E402
+import megatron.core.optimizer  # noqa: E402, F401
+import torch._dynamo  # noqa: E402, F401  # torch imports it with the first optimizer
 
 import minitron_megatron.report  # noqa: E402, F401
 
