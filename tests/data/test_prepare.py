@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from minitron_megatron.data import prepare
@@ -234,6 +233,9 @@ def test_sound_text_gives_the_bytes_that_it_always_gave(tokenizer: Path, tmp_pat
 
 
 def test_the_token_dtype_follows_the_vocabulary() -> None:
+    from megatron.core.datasets.indexed_dataset import DType
+
     from minitron_megatron.data.token_writer import token_dtype
 
-    assert [np.dtype(token_dtype(vocab)) for vocab in (1536, 128256)] == [np.uint16, np.int32]
+    sizes = (1536, 65499, 65500, 128256)
+    assert [token_dtype(vocab) for vocab in sizes] == [DType.optimal_dtype(vocab) for vocab in sizes]
