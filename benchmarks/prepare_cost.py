@@ -84,7 +84,7 @@ def speed(args: argparse.Namespace) -> None:
 def measured(code: list[str]) -> tuple[tuple[float, float], int]:
     """Return the (wall, CPU) seconds of a whole process, and the number of tokens that it prints at its end."""
     wall, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = subprocess.run(code, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(code, stdout=subprocess.PIPE, text=True, check=True).stdout
     wall, after = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return (wall, cpu), int(said.split()[-1])
@@ -95,7 +95,7 @@ def memory(args: argparse.Namespace) -> None:
         text = Path(folder) / "text.jsonl"
         write_text(args.text, text, args.megabytes, args.largest)
         code = [sys.executable, "-c", PEAK, str(text), str(args.tokenizer), str(Path(folder) / "x")]
-        said = subprocess.run(code, capture_output=True, text=True, check=True).stdout.split()
+        said = subprocess.run(code, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     before, peak, tokens, cpu = map(float, said[-4:])
     largest = args.largest * 1e6
     record(
