@@ -4,8 +4,8 @@
     python benchmarks/prepare_cost.py memory TOKENIZER TEXT.jsonl MEGABYTES LARGEST
 
 TOKENIZER: a Hugging Face folder. All tools of `speed` (`prepare_tools.py`) go from the lines of JSON to token ids on
-the disk, each in a process of its own with one thread, in turn. The seconds are those of the whole process, with its
-imports; a text of one line measures these alone. `datatrove` runs in the Python that has it.
+the disk, each in a process of its own with one thread, in turn; ratios of pairs, and their median. Start-up is measured
+apart: from the start of the process to the end of a text of one line. `datatrove` runs in the Python that has it.
 
 `memory` repeats the text to MEGABYTES, of which one record has LARGEST megabytes, in a folder that is then removed.
 """
@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
-import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from typing import Self
 
+from prepare_tools import ANSWER
 from record import record
 
 from minitron_megatron.data import end_of_document, load_tokenizer
@@ -49,20 +51,24 @@ def main() -> None:
 
 
 def speed(args: argparse.Namespace) -> None:
-    pythons = {"prepare": sys.executable, "megatron": sys.executable, "datasets": sys.executable}
+    pythons = {name: sys.executable for name in ("prepare", "megatron", "datasets")}
     if args.datatrove:
         pythons["datatrove"] = args.datatrove
-    reader = load_tokenizer(args.tokenizer)
-    end = str(reader.id_to_token(end_of_document(args.tokenizer, reader)))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in pythons}
-    counts = {}
-    for _ in range(args.repeats):
-        for name, python in pythons.items():
-            with tempfile.TemporaryDirectory() as folder:
-                words = [name, str(args.tokenizer), str(args.text), folder, end]
-                taken, counts[name] = measured([python, str(TOOLS), *words])
-            times[name].append(taken)
-    assert len(set(counts.values())) == 1, counts
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        line = Path(folder) / "line.jsonl"
+        with args.text.open(encoding="utf-8") as text:
+            line.write_text(text.readline(), encoding="utf-8")
+        tools = {name: stack.enter_context(Tool(name, python, args.tokenizer)) for name, python in pythons.items()}
+        start = {name: tool.start(line) for name, tool in tools.items()}
+        for number in range(args.repeats):
+            counts = set()
+            for name, tool in tools.items():
+                taken, tokens = tool(args.text)
+                times[name].append(taken)
+                counts.add(tokens)
+                print(number, name, *taken, tokens, file=sys.stderr, flush=True)
+            assert len(counts) == 1, counts
 
     def ratio(name: str, clock: int) -> dict[str, float]:
         ratios = [other[clock] / mine[clock] for mine, other in zip(times["prepare"], times[name], strict=True)]
@@ -73,21 +79,43 @@ def speed(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer.name,
         text=args.text.name,
         bytes=args.text.stat().st_size,
-        tokens=counts["prepare"],
+        tokens=tokens,
         pairs=args.repeats,
-        cpu_seconds={name: median(cpu for _, cpu in each) for name, each in times.items()},
-        wall_seconds={name: median(wall for wall, _ in each) for name, each in times.items()},
+        start_cpu_seconds=start,
+        tokens_per_cpu_second={name: tokens / median(cpu for _, cpu in each) for name, each in times.items()},
         speed_over={name: {"cpu": ratio(name, 1), "wall": ratio(name, 0)} for name in pythons if name != "prepare"},
     )
 
 
-def measured(code: list[str]) -> tuple[tuple[float, float], int]:
-    """Return the (wall, CPU) seconds of a whole process, and the number of tokens that it prints at its end."""
-    wall, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = subprocess.run(code, stdout=subprocess.PIPE, text=True, check=True).stdout
-    wall, after = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return (wall, cpu), int(said.split()[-1])
+class Tool:
+    """A process of `prepare_tools.py`."""
+
+    def __init__(self, name: str, python: str, tokenizer: Path) -> None:
+        reader = load_tokenizer(tokenizer)
+        end = str(reader.id_to_token(end_of_document(tokenizer, reader)))
+        code = [python, str(TOOLS), name, str(tokenizer), end]
+        self._process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, text: Path) -> tuple[tuple[float, float], int]:
+        """Return the (wall, CPU) seconds of a text, and the number of its tokens."""
+        assert self._process.stdin and self._process.stdout
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps([str(text), folder]), file=self._process.stdin, flush=True)
+            answer = next(line for line in self._process.stdout if line.startswith(ANSWER))
+        wall, cpu, tokens = answer.split()[1:]
+        return (float(wall), float(cpu)), int(tokens)
+
+    def start(self, text: Path) -> float:
+        """Return the CPU seconds of the process up to the end of its first text."""
+        self(text)
+        user, system = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
 
 
 def memory(args: argparse.Namespace) -> None:

@@ -1,8 +1,10 @@
 """One tool of `prepare_cost.py`: from lines of JSON to token ids on the disk, in one process with one thread.
 
-    python benchmarks/prepare_tools.py TOOL TOKENIZER TEXT.jsonl FOLDER END
+    python benchmarks/prepare_tools.py TOOL TOKENIZER END
 
-prints the number of tokens. FOLDER: an empty folder for what the tool writes. END: the end-of-document token.
+reads lines of JSON, each the path of a text and of an empty folder for what the tool writes; to each it answers with
+the (wall, CPU) seconds that it took and the number of tokens. END: the end-of-document token.
+
 `megatron` is the loop of Megatron-LM's `preprocess_data.py`, which is not part of megatron-core: written here from
 knowledge of it (json.loads, the tokenizer's `input_ids`, the end-of-document id, and megatron-core's own builder).
 """
@@ -12,9 +14,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+ANSWER = "measured"
+"""First word of an answer; what tools print themselves has another."""
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 
 
@@ -81,7 +86,13 @@ def datatrove(tokenizer: str, text: str, folder: str, end: str) -> int:
     return sum(path.stat().st_size for path in Path(out).glob("*.ds")) // width
 
 
-if __name__ == "__main__":
+def serve(name: str, tokenizer: str, end: str) -> None:
     tools = {"prepare": prepare, "megatron": megatron, "datasets": datasets, "datatrove": datatrove}
-    tool, *words = sys.argv[1:]
-    print("tokens", tools[tool](*words))
+    for line in sys.stdin:
+        wall, cpu = time.perf_counter(), time.process_time()
+        tokens = tools[name](tokenizer, *json.loads(line), end)
+        print(ANSWER, time.perf_counter() - wall, time.process_time() - cpu, tokens, flush=True)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
