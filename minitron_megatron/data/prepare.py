@@ -35,7 +35,7 @@ __all__ = ["HELD_OUT_SHARE", "prepare"]
 HELD_OUT_SHARE = 0.01
 """Share of the documents that is held out by default."""
 
-BATCH_CHARS = 1 << 20
+BATCH_CHARS = 1 << 18
 """Characters of text sent to a worker process at a time."""
 MOST_LEFT = 20
 """Maximum number of files that a warning lists for one reason."""
