@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,3 +240,16 @@ def test_the_token_dtype_follows_the_vocabulary() -> None:
 
     sizes = (1536, 65499, 65500, 128256)
     assert [token_dtype(vocab) for vocab in sizes] == [DType.optimal_dtype(vocab) for vocab in sizes]
+
+
+def test_what_is_written_does_not_stay_in_memory(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[prepare.__module__], "BATCH_CHARS", 1000)
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "w1" + " " * 50_000}) + "\n") * 40)
+    tracemalloc.start()
+    try:
+        prepare([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", validation=0)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 50_000
+    finally:
+        tracemalloc.stop()
