@@ -1,13 +1,11 @@
 """Tokens a second of one process of `prepare`, beside other tools on the same text and tokenizer, and its peak memory.
 
-    python benchmarks/prepare_cost.py speed TOKENIZER TEXT.jsonl [--datatrove PYTHON]
+    python benchmarks/prepare_cost.py speed TOKENIZER TEXT.jsonl [--datatrove PYTHON] [--repeats N]
     python benchmarks/prepare_cost.py memory TOKENIZER TEXT.jsonl MEGABYTES LARGEST
 
-TOKENIZER: a Hugging Face folder. All of `speed` go from the lines of JSON to token ids on the disk, in one process with
-one thread, in turn; medians. `megatron` is the loop of Megatron-LM's `preprocess_data.py`, which is not part of
-megatron-core: written here from knowledge of it (json.loads, the tokenizer's `input_ids`, the end-of-document id, and
-megatron-core's own builder). `datatrove` runs in the Python that has it. `floor` only tokenizes: the lines are already
-read, and nothing is written.
+TOKENIZER: a Hugging Face folder. All tools of `speed` (`prepare_tools.py`) go from the lines of JSON to token ids on
+the disk, each in a process of its own with one thread, in turn; ratios of pairs, and their median. Start-up is measured
+apart: from the start of the process to the end of a text of one line. `datatrove` runs in the Python that has it.
 
 `memory` repeats the text to MEGABYTES, of which one record has LARGEST megabytes, in a folder that is then removed.
 """
@@ -20,37 +18,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Self
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-
-from clock import seconds
+from prepare_tools import ANSWER
 from record import record
 
-from minitron_megatron.data import end_of_document, load_tokenizer, prepare
+from minitron_megatron.data import end_of_document, load_tokenizer
 
-REPEATS = 3
-DATATROVE = """
-import sys, time
-from pathlib import Path
-from datatrove.executor.local import LocalPipelineExecutor
-from datatrove.pipeline.readers import JsonlReader
-from datatrove.pipeline.tokens import DocumentTokenizer
-tokenizer, text, out, end = sys.argv[1:]
-text = Path(text)
-steps = [
-    JsonlReader(str(text.parent), glob_pattern=text.name),
-    DocumentTokenizer(out + "/tokens", tokenizer_name_or_path=tokenizer + "/tokenizer.json", eos_token=end,
-                      shuffle_documents=False, local_working_dir=None),
-]
-wall, cpu = time.perf_counter(), time.process_time()
-LocalPipelineExecutor(steps, tasks=1, workers=1, logging_dir=out + "/logs").run()
-wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-print("measured", wall, cpu, sum(path.stat().st_size for path in Path(out, "tokens").glob("*.ds")))
-"""
+REPEATS = 5
+TOOLS = Path(__file__).with_name("prepare_tools.py")
 
 
 def main() -> None:
@@ -63,6 +42,7 @@ def main() -> None:
         verb.set_defaults(work=work)
         if name == "speed":
             verb.add_argument("--datatrove", help="Python of an environment that has it")
+            verb.add_argument("--repeats", type=int, default=REPEATS)
         else:
             verb.add_argument("megabytes", type=int)
             verb.add_argument("largest", type=int)
@@ -71,18 +51,24 @@ def main() -> None:
 
 
 def speed(args: argparse.Namespace) -> None:
-    tools: dict[str, Tool] = {"prepare": ours, "megatron": megatron, "datasets": by_datasets, "floor": floor}
+    pythons = {name: sys.executable for name in ("prepare", "megatron", "datasets")}
     if args.datatrove:
-        tools["datatrove"] = lambda *where: datatrove(args.datatrove, *where)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in tools}
-    counts = {}
-    for repeat in range(REPEATS + 1):
-        for name, tool in tools.items():
-            with tempfile.TemporaryDirectory() as folder:
-                taken, counts[name] = tool(args.tokenizer, args.text, Path(folder))
-            if repeat:  # the first includes imports
+        pythons["datatrove"] = args.datatrove
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in pythons}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        line = Path(folder) / "line.jsonl"
+        with args.text.open(encoding="utf-8") as text:
+            line.write_text(text.readline(), encoding="utf-8")
+        tools = {name: stack.enter_context(Tool(name, python, args.tokenizer)) for name, python in pythons.items()}
+        start = {name: tool.start(line) for name, tool in tools.items()}
+        for number in range(args.repeats):
+            counts = set()
+            for name, tool in tools.items():
+                taken, tokens = tool(args.text)
                 times[name].append(taken)
-    assert len(set(counts.values())) == 1, counts
+                counts.add(tokens)
+                print(number, name, *taken, tokens, file=sys.stderr, flush=True)
+            assert len(counts) == 1, counts
 
     def ratio(name: str, clock: int) -> dict[str, float]:
         ratios = [other[clock] / mine[clock] for mine, other in zip(times["prepare"], times[name], strict=True)]
@@ -90,87 +76,46 @@ def speed(args: argparse.Namespace) -> None:
 
     record(
         "prepare_cost",
+        tokenizer=args.tokenizer.name,
         text=args.text.name,
-        tokens=counts["prepare"],
-        tokens_per_cpu_second={name: counts[name] / median(cpu for _, cpu in each) for name, each in times.items()},
-        speed_over={name: {"cpu": ratio(name, 1), "wall": ratio(name, 0)} for name in tools if name != "prepare"},
+        bytes=args.text.stat().st_size,
+        tokens=tokens,
+        pairs=args.repeats,
+        start_cpu_seconds=start,
+        tokens_per_cpu_second={name: tokens / median(cpu for _, cpu in each) for name, each in times.items()},
+        speed_over={name: {"cpu": ratio(name, 1), "wall": ratio(name, 0)} for name in pythons if name != "prepare"},
     )
 
 
-Measured = tuple[tuple[float, float], int]
-"""(wall, CPU) seconds, and the number of tokens."""
-Tool = Callable[[Path, Path, Path], Measured]
-"""(tokenizer, text, empty folder) -> what it took."""
+class Tool:
+    """A process of `prepare_tools.py`."""
 
+    def __init__(self, name: str, python: str, tokenizer: Path) -> None:
+        reader = load_tokenizer(tokenizer)
+        end = str(reader.id_to_token(end_of_document(tokenizer, reader)))
+        code = [python, str(TOOLS), name, str(tokenizer), end]
+        self._process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-def ours(tokenizer: Path, text: Path, folder: Path) -> Measured:
-    made: list[Any] = []
-    taken = seconds(lambda: made.append(prepare([text], tokenizer, folder / "x", validation=0)))
-    return taken, made[0].train.tokens
+    def __call__(self, text: Path) -> tuple[tuple[float, float], int]:
+        """Return the (wall, CPU) seconds of a text, and the number of its tokens."""
+        assert self._process.stdin and self._process.stdout
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps([str(text), folder]), file=self._process.stdin, flush=True)
+            answer = next(line for line in self._process.stdout if line.startswith(ANSWER))
+        wall, cpu, tokens = answer.split()[1:]
+        return (float(wall), float(cpu)), int(tokens)
 
+    def start(self, text: Path) -> float:
+        """Return the CPU seconds of the process up to the end of its first text."""
+        self(text)
+        user, system = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
-def megatron(tokenizer: Path, text: Path, folder: Path) -> Measured:
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    def __enter__(self) -> Self:
+        return self
 
-    tokens, end = 0, end_of_document(tokenizer, load_tokenizer(tokenizer))
-
-    def work() -> None:
-        nonlocal tokens
-        read = transformers(tokenizer)
-        builder = IndexedDatasetBuilder(str(folder / "x.bin"), dtype=DType.optimal_dtype(len(read)))
-        with text.open(encoding="utf-8") as lines:
-            for line in lines:
-                ids = read(json.loads(line)["text"], add_special_tokens=False).input_ids
-                ids.append(end)
-                builder.add_document(ids, [len(ids)])
-                tokens += len(ids)
-        builder.finalize(str(folder / "x.idx"))
-
-    return seconds(work), tokens
-
-
-def transformers(tokenizer: Path) -> Any:
-    from transformers import AutoTokenizer, logging
-
-    logging.set_verbosity_error()
-    return AutoTokenizer.from_pretrained(str(tokenizer))
-
-
-def by_datasets(tokenizer: Path, text: Path, folder: Path) -> Measured:
-    import datasets
-
-    datasets.disable_progress_bars()
-    end, made = end_of_document(tokenizer, load_tokenizer(tokenizer)), list[Any]()
-    read = transformers(tokenizer)
-
-    def tokens(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        found = read(batch["text"], add_special_tokens=False, return_attention_mask=False).input_ids
-        return {"input_ids": [[*ids, end] for ids in found]}
-
-    def work() -> None:
-        rows = datasets.load_dataset("json", data_files=str(text), split="train", cache_dir=str(folder))
-        made.append(rows.map(tokens, batched=True, remove_columns=rows.column_names))
-
-    taken = seconds(work)
-    return taken, sum(map(len, made[0].with_format("numpy")["input_ids"]))
-
-
-def floor(tokenizer: Path, text: Path, folder: Path) -> Measured:
-    read = load_tokenizer(tokenizer)
-    texts = [json.loads(line)["text"] for line in text.read_text(encoding="utf-8").splitlines()]
-    found: list[Any] = []
-    taken = seconds(lambda: found.extend(read.encode_batch(texts, add_special_tokens=False)))
-    return taken, sum(len(each) + 1 for each in found)
-
-
-def datatrove(python: str, tokenizer: Path, text: Path, folder: Path) -> Measured:
-    reader = load_tokenizer(tokenizer)
-    end = str(reader.id_to_token(end_of_document(tokenizer, reader)))
-    code = [python, "-c", DATATROVE, str(tokenizer), str(text), str(folder), end]
-    said = subprocess.run(code, capture_output=True, text=True, check=True).stdout
-    [line] = [line for line in said.splitlines() if line.startswith("measured")]
-    wall, cpu, size = map(float, line.split()[1:])
-    return (wall, cpu), int(size) // (2 if reader.get_vocab_size() <= 1 << 16 else 4)
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -178,11 +123,12 @@ def memory(args: argparse.Namespace) -> None:
         text = Path(folder) / "text.jsonl"
         write_text(args.text, text, args.megabytes, args.largest)
         code = [sys.executable, "-c", PEAK, str(text), str(args.tokenizer), str(Path(folder) / "x")]
-        said = subprocess.run(code, capture_output=True, text=True, check=True).stdout.split()
+        said = subprocess.run(code, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     before, peak, tokens, cpu = map(float, said[-4:])
     largest = args.largest * 1e6
     record(
         "prepare_memory",
+        tokenizer=args.tokenizer.name,
         megabytes=args.megabytes,
         largest_megabytes=args.largest,
         tokens=int(tokens),
@@ -211,7 +157,7 @@ if __name__ == "__main__":
 
 def write_text(source: Path, to: Path, megabytes: int, largest: int) -> None:
     """Write the documents of `source` again and again; in the middle one that is all of them, to `largest`."""
-    texts = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
+    texts = [json.loads(line)["text"] for line in source.open(encoding="utf-8")]
     one, at = "\n".join(texts), 0
     with to.open("w", encoding="utf-8") as file:
         while file.tell() < megabytes * 1e6 or largest:

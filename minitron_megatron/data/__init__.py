@@ -4,10 +4,12 @@ Knows: text files, tokenizers and their chat templates, `.bin/.idx` pairs, the s
 rank. Must not know: models, losses, recipes. Every rank reads its own batches; no tokens are broadcast.
 """
 
-from .batches import Batch, calibration, calibration_batches, check_split, held_out_batches, step_batches
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from .chat import REWARD_KEYS
 from .chat_encode import LossOn
-from .corpus import Corpus, samples_by_source
 from .document import SEPARATOR, TEXT_KEY
 from .preferences import PreferencePair, preference_pairs
 from .prepare import HELD_OUT_SHARE, prepare
@@ -25,6 +27,10 @@ from .tokenizer import (
     transformers_tokenizer,
     vocabulary,
 )
+
+if TYPE_CHECKING:
+    from .batches import Batch, calibration, calibration_batches, check_split, held_out_batches, step_batches
+    from .corpus import Corpus, samples_by_source
 
 __all__ = [
     "HELD_OUT_SHARE",
@@ -67,3 +73,12 @@ __all__ = [
     "transformers_tokenizer",
     "vocabulary",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs torch when it is first asked for: the processes that tokenize do without."""
+    if name in __all__:
+        from . import batches, corpus
+
+        return getattr(batches if name in batches.__all__ else corpus, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

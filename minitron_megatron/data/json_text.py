@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
-from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -52,25 +52,26 @@ def _decoder(fields: Fields) -> json.JSONDecoder:
 def json_lines(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Document]:
     """Yield one document per line: the text under the key `text_key` of a JSON object."""
     decoder = _decoder(fields)
-    for number, line in enumerate(iter(partial(stream.readline, MOST_CHARS + 1), b""), 1):
-        place = f"{file}:{number}"
-        if len(line) > MOST_CHARS:
+    for number in itertools.count(1):  # enumerate would keep the last line, which may have hundreds of megabytes
+        if not (line := stream.readline(MOST_CHARS + 1)):
+            return
+        place, size = f"{file}:{number}", len(line)
+        if size > MOST_CHARS:
             raise too_long(place)
-        if line.isspace():
-            continue
         try:
             content = line.decode("utf-8-sig")  # any line may have a byte order mark: files are concatenated
         except UnicodeDecodeError as error:
             raise not_utf8(place, line, error) from error
-        if content.strip():
+        del line
+        if content and not content.isspace():
             try:
                 value = decoder.decode(content)
             except (RecursionError, RepeatedKey) as error:
                 raise _unreadable(place, error) from error
             except ValueError as error:
                 raise _not_json(place, error) from error
-            document = _document(value, content, fields, len(line), place)
-            del value, content, line  # a record may have hundreds of megabytes
+            document = _document(value, content, fields, size, place)
+            del value, content
             yield document
 
 

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ __all__ = ["HELD_OUT_SHARE", "prepare"]
 HELD_OUT_SHARE = 0.01
 """Share of the documents that is held out by default."""
 
-BATCH_CHARS = 1 << 20
+BATCH_CHARS = 1 << 18
 """Characters of text sent to a worker process at a time."""
 MOST_LEFT = 20
 """Maximum number of files that a warning lists for one reason."""
@@ -258,12 +259,17 @@ def _write(
     limits: Mapping[str, int],
 ) -> Iterator[Position]:
     """Encode and write batch by batch, until the limits are reached; yield the position after each batch."""
-    batches, ahead = itertools.tee(batches)
-    texts = ([item.document.text for item in batch] for batch in ahead)
+    waiting = deque[list[Item]]()
+
+    def texts() -> Iterator[list[str]]:
+        for batch in batches:
+            waiting.append(batch)
+            yield [item.document.text for item in batch]
+
     may_exceed = vocab is not None and vocabulary(encoder.tokenizer) > vocab
     try:
-        for encoded in encode_all(texts, encoder, workers):
-            batch = next(batches)
+        for encoded in encode_all(texts(), encoder, workers):
+            batch = waiting.popleft()
             for item, columns in zip(batch, encoded, strict=True):
                 ids = columns[0]
                 if may_exceed and ids.max() >= vocab:
@@ -275,7 +281,7 @@ def _write(
             yield batch[-1].after
     except EncodeError as error:
         number, reason, advice = error.args
-        place = next(batches)[number].document.place
+        place = waiting[0][number].document.place
         raise DataError(f"{place} cannot be tokenized: {reason}. {advice}") from error
 
 

@@ -15,7 +15,7 @@ from .streams import COMPRESSIONS, DAMAGED, opened
 
 __all__ = ["FORMATS", "documents", "is_compact", "reader_of"]
 
-CHUNK_CHARS = 1 << 26
+CHUNK_CHARS = 1 << 20
 
 
 def separated_text(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Document]:
@@ -24,7 +24,7 @@ def separated_text(stream: BinaryIO, file: Path, fields: Fields) -> Iterator[Doc
         raise DataError(f"{file} is plain text and holds no chats. Give .jsonl, .json, .parquet or .arrow.")
     rest, line, separator = "", 1, fields.separator
     text = TextIOWrapper(stream, encoding="utf-8-sig")
-    while chunk := text.read(CHUNK_CHARS):
+    while chunk := text.read(max(CHUNK_CHARS, len(rest) // 4)):  # a long part is copied a few times only
         *whole, rest = (rest + chunk).split(separator)
         for part in whole:
             yield _part(part, file, line)

@@ -33,6 +33,8 @@ __all__ = ["PairWriters", "TokenFileWriter", "pair_writers", "token_dtype"]
 SAVE_SECONDS = 30.0
 """Time between two flushes to disk: what a kill costs at most."""
 PROGRESS = "progress.json"
+SMALL_VOCABULARY = 65500
+"""Number of tokens from which on megatron-core stores token ids as int32."""
 
 
 class Progress(TypedDict):
@@ -49,10 +51,8 @@ class Progress(TypedDict):
 
 
 def token_dtype(vocab: int) -> DTypeLike:
-    """Return megatron-core's dtype for token ids: uint16 where every id fits, else int32."""
-    from megatron.core.datasets.indexed_dataset import DType
-
-    return DType.optimal_dtype(vocab)
+    """Return the dtype that megatron-core chooses for token ids (`DType.optimal_dtype`), without its import."""
+    return np.uint16 if vocab < SMALL_VOCABULARY else np.int32
 
 
 class _Hash(Protocol):

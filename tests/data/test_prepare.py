@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from minitron_megatron.data import prepare
@@ -234,6 +234,22 @@ def test_sound_text_gives_the_bytes_that_it_always_gave(tokenizer: Path, tmp_pat
 
 
 def test_the_token_dtype_follows_the_vocabulary() -> None:
+    from megatron.core.datasets.indexed_dataset import DType
+
     from minitron_megatron.data.token_writer import token_dtype
 
-    assert [np.dtype(token_dtype(vocab)) for vocab in (1536, 128256)] == [np.uint16, np.int32]
+    sizes = (1536, 65499, 65500, 128256)
+    assert [token_dtype(vocab) for vocab in sizes] == [DType.optimal_dtype(vocab) for vocab in sizes]
+
+
+def test_what_is_written_does_not_stay_in_memory(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[prepare.__module__], "BATCH_CHARS", 1000)
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "w1" + " " * 50_000}) + "\n") * 40)
+    tracemalloc.start()
+    try:
+        prepare([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", validation=0)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 50_000
+    finally:
+        tracemalloc.stop()

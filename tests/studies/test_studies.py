@@ -29,6 +29,7 @@ from minitron_megatron.studies import describe_studies, load_study, plan_rows, p
 from minitron_megatron.studies.quantities import filled
 from minitron_megatron.testing import Pool
 from tests.formats import CHAT_TEMPLATE
+from tests.guide import ROOT
 from tests.limits import HANGS
 from tests.recipes import tiny_recipe
 
@@ -233,9 +234,10 @@ def test_the_page_lists_every_study_and_its_examples_are_some(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
+    page = (ROOT / "docs" / "studies.md").read_text()
     assert describe_studies() in page
-    block, calibration = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    [block] = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    calibration = (ROOT / "examples" / "align" / "calibration.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(block)
     run_study(str(tmp_path / "mine.yaml"), recipe_file(), [], None, seeds=1, array="", dry_run=True)
     printed = capsys.readouterr().out
@@ -254,7 +256,8 @@ def test_the_page_lists_every_study_and_its_examples_are_some(
     (tmp_path / "corpus.jsonl").symlink_to(material / "corpus.jsonl")
     model = shutil.copytree(material / "model", tmp_path / "model")
     (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    (tmp_path / "text.yaml").write_text(calibration)
+    named = calibration.replace("runs/align-data/", "").replace("runs/corpus/prose", "corpus")
+    (tmp_path / "text.yaml").write_text(named)
     plan = plan_study("text", load_study("text.yaml"), recipe_file(model=str(model)), seeds=1)
     for job in plan.jobs:
         check(job.recipe, planned(job.recipe, 1))
