@@ -19,11 +19,19 @@ __all__ = ["material", "recipe_file"]
 multiprocessing.set_forkserver_preload(["tests.warm.imports", "tests.tiny", "lm_eval.evaluator"])  # of the pool
 
 LONGEST = (
+    "run/test_search.py",
+    "test_guide.py",
     "run/test_run.py",
     "slurm/test_slurm.py",
-    "cli/test_faults.py",
+    "run/test_align.py",
+    "train/test_loop.py",
+    "rehearsal/test_machine.py",
+    "evaluate/test_tasks.py",
     "run/test_tasks.py",
     "run/test_phases.py",
+    "studies/test_studies.py",
+    "cli/test_faults.py",
+    "distill/test_objective.py",
 )
 """Slowest test files, run first, so that two processes that take a file at a time finish at about the same time."""
 
