@@ -63,36 +63,44 @@ def aligned(recipe: Path, topology: Topology, shared: SharedStages) -> list[dict
     return read_metrics(metrics)
 
 
-def held_out(metrics: Sequence[Mapping[str, Any]], stage: str, name: str) -> list[tuple[float, float]]:
-    """Return (share of the stage that is done, value) wherever a stage measured `name` on held-out data."""
-    key = f"validation_{name}"
-    return [(line["done"] / line["total"], line[key]) for line in metrics if line["stage"] == stage and key in line]
+def curve(metrics: Sequence[Mapping[str, Any]], stage: str, name: str) -> tuple[list[float], list[float]]:
+    """Return (shares of a stage that are done, values of a metric there)."""
+    lines = [line for line in metrics if line["stage"] == stage and name in line]
+    return [line["done"] / line["total"] for line in lines], [line[name] for line in lines]
 
 
 def draw(success: Mapping[str, Mapping[str, Sequence[float]]], curves: Curves, path: Path) -> None:
-    """Plot each arm's success after each round, and the two measures of its rounds on pairs; a line for each seed.
+    """Plot each arm's success after each round, and two measures of its rounds on pairs: a line for each seed.
 
-    success: arm -> model -> value of each seed.
+    success: arm -> model -> value of each seed. Of the rounds on pairs lines are running means over a tenth of the
+    steps, dots the pairs that were held out.
     """
-    panels = {"preference_accuracy": "accuracy on held-out pairs", "kl_to_reference": "KL (nats per response)"}
+    panels = {
+        "preference_accuracy": ("Pairs whose chosen response gained more", "share of pairs"),
+        "kl_to_reference": ("Distance from the start of the round", "KL (nats per response)"),
+    }
     with new_figure(path, 9.0, 7.2) as figure:
         column = figure.subplots(1 + len(panels), 1)
         column[0].set(title="Success at held-out prompts", ylabel="share of answers", ylim=(0, 1))
-        for axes, (name, label) in zip(column[1:], panels.items(), strict=True):
-            axes.set(title=name.replace("_", " ").capitalize(), ylabel=label)
+        for axes, (title, label) in zip(column[1:], panels.values(), strict=True):
+            axes.set(title=title, ylabel=label, xlabel="rounds of RPO, each from the model before")
         for arm, colour in zip(success, COLOURS, strict=False):
             by_seed = list(zip(*success[arm].values(), strict=True))
             for seed, values in enumerate(by_seed):
                 column[0].plot(LABELS.values(), values, "o-", markersize=3.5, color=colour, label=arm * (not seed))
             for metrics in curves[arm]:
                 for axes, name in zip(column[1:], panels, strict=True):
-                    for stage in (2, 3):
-                        points = held_out(metrics, f"align-{stage}", name)
-                        axes.plot([stage - 2 + share for share, _ in points], [at for _, at in points], color=colour)
-        for axes in column[1:]:
-            axes.set_xlabel("rounds on pairs (each re-based at its start)")
-        for axes in column:
-            legend_outside(axes)
+                    for number, stage in enumerate(("align-2", "align-3")):
+                        done, values = curve(metrics, stage, name)
+                        axes.plot([number + at for at in done], smooth(values), color=colour, linewidth=1)
+                        done, values = curve(metrics, stage, f"validation_{name}")
+                        axes.plot([number + at for at in done], values, "o", markersize=4, color=colour)
+        legend_outside(column[0])
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    reach = len(values) // 20
+    return [mean(values[max(0, at - reach) : at + reach + 1]) for at in range(len(values))]
 
 
 def main() -> None:
@@ -130,7 +138,7 @@ def main() -> None:
                 )
             print(line, flush=True)
             before = rates
-        far = [held_out(metrics, "align-3", "kl_to_reference")[-1][1] for metrics in curves[loss]]
+        far = [curve(metrics, "align-3", "validation_kl_to_reference")[1][-1] for metrics in curves[loss]]
         print(f"{loss}: KL(start || model) of the last round {mean(far):.2f} nats a response", flush=True)
     draw(arms, curves, asked.out / "curves.png")
 

@@ -100,7 +100,8 @@ tbody tr:last-child td { border-bottom: 0; }
 figure { margin: 1.25rem 0 0; }
 section > figure:first-of-type:nth-child(2) { margin-top: 0; }
 img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
-.chart { margin: 0 0 1rem; }
+.chart { margin: 0 0 1.5rem; }
+.charts p { margin: 0 0 0.4rem; font-weight: 600; }
 .still { display: none; }
 figcaption { margin-top: 0.4rem; color: var(--soft); font-size: 0.87rem; }
 pre { margin: 0; overflow-x: auto; font: 0.85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
@@ -128,18 +129,21 @@ function draw() {
   document.querySelectorAll(".charts").forEach((charts) => {
     const narrow = charts.clientWidth < 640;
     JSON.parse(charts.querySelector("script").textContent).forEach((chart, place) => {
-      const panel = charts.querySelectorAll(".chart")[place] || charts.appendChild(document.createElement("div"));
-      panel.className = "chart";
+      if (place >= charts.querySelectorAll(".chart").length) {
+        const title = charts.appendChild(document.createElement("p"));
+        title.textContent = chart.title;
+        charts.appendChild(document.createElement("div")).className = "chart";
+      }
+      const panel = charts.querySelectorAll(".chart")[place];
       const named = chart.data.filter((trace) => trace.showlegend).length;
       const axis = {gridcolor: line, zeroline: false, linecolor: line, automargin: true};
       const layout = chart.layout;
       if (narrow && layout.annotations.length) layout.xaxis.range[1] *= 1.5;
       Object.assign(layout.xaxis, axis);
       Object.assign(layout.yaxis, axis);
-      Object.assign(layout.title, {x: 0, xref: "container", font: {size: 15, weight: 600}});
       Plotly.react(panel, chart.data, Object.assign(layout, {
-        height: 300 + (narrow ? 20 * named : 0),
-        margin: {l: 10, r: 10, t: 40, b: 10},
+        height: 270 + (narrow ? 20 * named : 0),
+        margin: {l: 10, r: 10, t: 10, b: 10},
         font: {color: ink, family: style.fontFamily, size: 12},
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
         hovermode: "closest", showlegend: named > 0,

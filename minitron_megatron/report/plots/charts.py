@@ -1,6 +1,6 @@
 """A figure of lines, markers and bars as charts for a browser: the same data, with values where the pointer is.
 
-A chart is what Plotly takes: `{"data": [traces], "layout": {...}}`.
+A chart is its title and what Plotly takes: `{"title": text, "data": [traces], "layout": {...}}`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def _chart(axes: Axes) -> Chart:
     shared = [other for other in axes.get_shared_x_axes().get_siblings(axes) if other.get_xlabel()]
     across = (shared or [axes])[-1]  # panels that share an axis have its label once
     return {
+        "title": axes.get_title(loc="left") or axes.get_title(),
         "data": [
             *(
                 _bars(bars, str(bars.get_label()) in named)
@@ -51,7 +52,6 @@ def _chart(axes: Axes) -> Chart:
             *(_trace(axes, line, str(line.get_label()) in named) for line in axes.lines),
         ],
         "layout": {
-            "title": {"text": _plain(axes.get_title(loc="left") or axes.get_title())},
             "xaxis": _axis(axes.xaxis, across.get_xlabel(), axes.get_xlim()),
             "yaxis": _axis(axes.yaxis, axes.get_ylabel(), axes.get_ylim()),
             "annotations": [_note(text) for text in axes.texts],
@@ -85,7 +85,7 @@ def _note(text: Text) -> dict[str, Any]:
 def _trace(axes: Axes, line: Line2D, named: bool) -> dict[str, Any]:
     from matplotlib.colors import to_hex
 
-    x, y = (_finite(values) for values in (line.get_xdata(), line.get_ydata()))
+    x, y = (_finite(values) for values in (line.get_xdata(orig=False), line.get_ydata(orig=False)))
     if line.get_transform() == axes.get_yaxis_transform(which="grid"):  # axhline: across the whole panel
         x = _finite(axes.get_xlim())
     if line.get_transform() == axes.get_xaxis_transform(which="grid"):  # axvline
@@ -112,6 +112,7 @@ def _trace(axes: Axes, line: Line2D, named: bool) -> dict[str, Any]:
 
 
 def _axis(axis: Axis, label: str, limits: Sequence[float]) -> dict[str, Any]:
+    from matplotlib.category import StrCategoryLocator
     from matplotlib.ticker import FixedLocator
 
     log = axis.get_scale() == "log"
@@ -121,9 +122,11 @@ def _axis(axis: Axis, label: str, limits: Sequence[float]) -> dict[str, Any]:
         "exponentformat": "power" if log else "SI",
         "range": [math.log10(limit) if log else float(limit) for limit in limits],
     }
-    if isinstance(axis.get_major_locator(), FixedLocator):  # ticks with names, such as layers
-        names = [_plain(text.get_text()) for text in axis.get_ticklabels()]
-        found |= {"tickvals": [float(tick) for tick in axis.get_majorticklocs()], "ticktext": names}
+    ticks = [float(tick) for tick in axis.get_majorticklocs()]
+    if isinstance(axis.get_major_locator(), FixedLocator | StrCategoryLocator):  # ticks with names, such as layers
+        found |= {"tickvals": ticks, "ticktext": [_plain(text.get_text()) for text in axis.get_ticklabels()]}
+    elif len(ticks) > 1 and all(tick.is_integer() for tick in ticks) and ticks[1] - ticks[0] == 1:  # such as ranks
+        found["dtick"] = 1
     return found
 
 
