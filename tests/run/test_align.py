@@ -207,12 +207,18 @@ SAMPLED = {
 
 
 def test_two_sampled_rounds_killed_by_the_system_give_the_same_models(aligned: Write, chats: Path) -> None:
-    """Each round samples its own pairs; kills fall amid sampling, training and the second round's reference."""
+    """Each round samples its own pairs; kills fall amid each round's training, sampling and a reference."""
     whole, cut = (aligned(SFT, SAMPLED, SAMPLED, plugins=["length"]) for _ in range(2))
     for recipe in (whole, cut):
         (recipe.parent / "length.py").write_text(LENGTH)
     assert in_a_process(whole) == 0
-    for kill_at in (("align-2", "generate", 2), ("align-2", "align-2", 3), ("align-3", "reference", 1)):
+    for kill_at in (
+        ("align-1", "align-1", 3),
+        ("align-2", "generate", 2),
+        ("align-2", "align-2", 3),
+        ("align-3", "reference", 1),
+        ("align-3", "align-3", 3),
+    ):
         assert in_a_process(cut, kill_at) == -signal.SIGKILL
     assert in_a_process(cut) == 0
     expected, found = (hashes(load_recipe(recipe).out) for recipe in (whole, cut))
