@@ -159,6 +159,7 @@ def test_show_refuses_what_it_does_not_know(tmp_path: Path) -> None:
 
 def test_shipped_recipes_are_valid() -> None:
     for path in (ROOT / "examples").rglob("*.yaml"):
+        if "arms" in yaml.safe_load(path.read_text()):
+            continue  # a study
         prune = load_recipe(path).prune
         assert prune.sizes() or prune.layers, path
-        assert yaml.safe_load(path.read_text())
