@@ -42,6 +42,8 @@ def fan_out(*listeners: Listener) -> Listener:
 
 
 def _amount(task: bars.Task) -> str:
+    if task.fields["unit"] == "bytes":
+        return f"{numbers.size(task.completed)} of {numbers.size(task.total)}"
     return f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}"
 
 
@@ -50,7 +52,11 @@ def _speed(task: bars.Task) -> str:
     if tokens is not None:
         return f"{numbers.count(tokens)} tokens/s"
     speed = task.finished_speed or task.speed
-    return f"{speed:.3g} {task.fields['unit']}/s" if speed else ""
+    if not speed:
+        return ""
+    if task.fields["unit"] == "bytes":
+        return f"{numbers.size(speed)}/s"
+    return f"{f'{speed:.3g}' if speed < 1000 else numbers.count(speed)} {task.fields['unit']}/s"
 
 
 def _loss(task: bars.Task) -> str:

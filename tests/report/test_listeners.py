@@ -75,6 +75,15 @@ def test_what_was_done_before_counts_for_no_speed() -> None:
     assert "20.0 s left" in lines(console)[-1]
 
 
+def test_bytes_have_units_that_a_person_reads() -> None:
+    console, clock = plain(), Clock()
+    with Progress(console, every_seconds=0.0, clock=clock) as progress:
+        for megabytes in (0, 3, 6):
+            progress(Event("prepare", megabytes << 20, 12 << 20, "bytes"))
+            clock.now += 2.0
+    assert "6.00 MiB of 12.0 MiB  1.50 MiB/s" in " ".join(lines(console)[-1].split("\n"))
+
+
 def test_a_block_that_ends_early_shows_how_far_it_came() -> None:
     console, clock = plain(), Clock()
     with pytest.raises(KeyboardInterrupt), Progress(console, clock=clock) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from minitron_megatron.prune import choose, first_plan, random_plan, trim
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.records import DepthScores, Plan, Scores
 from minitron_megatron.report import describe, report_run
+from minitron_megatron.report.page import CAPTIONS
 from minitron_megatron.run import dry_run, run
 from minitron_megatron.run.context import Context
 from minitron_megatron.run.stages.prune import composed
@@ -166,7 +168,7 @@ def test_a_number_of_layers_leaves_out_the_best_block(pool: Pool, recipe_of: Wri
     assert plan.kept_layers == tuple(layer for layer in range(5) if layer not in (best, best + 1))
     assert plan == choose(Scores.load(folders(recipe).scores), layers=plan.kept_layers, **WIDTHS)
     assert plan.target == SHAPE.resized(layers=3, **WIDTHS)
-    assert 'src="plots/depth.png"' in report_run(folders(recipe).path).read_text()
+    assert escape(CAPTIONS["depth"]) in report_run(folders(recipe).path).read_text()
 
 
 def test_layers_taken_one_by_one(pool: Pool, recipe_of: Write) -> None:
