@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from minitron_megatron.run.context import Context
 from minitron_megatron.run_folder import RunFolder
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import LMObjective, mean_loss
+from tests.run.test_run import copy_until, in_a_process, record_of
 from tests.tiny import SHAPE
 
 PRUNE = {"hidden": 32, "ffn": 48, "layers": [0, 1, 3, 4], "refit": "sequential", "refit_samples": 48}
@@ -76,6 +78,13 @@ def test_a_run_distils_the_refitted_model(pool: Pool, recipe_file: Write) -> Non
 
     assert would_run() == []
     assert would_run("prune.refit_samples=32")[0] == would_run("prune.refit=none")[0] == "prune"
+
+    killed = recipe_file("killed.yaml", prune=PRUNE, correct=None, random_baseline=False, out=str(out.path) + "-killed")
+    copy_until(recipe, killed, "prune")
+    assert in_a_process(killed, ("prune", "refit", 2)) == -signal.SIGKILL
+    assert not RunFolder(load_recipe(killed).out).record("prune").exists()
+    assert in_a_process(killed, until="prune") == 0
+    assert record_of(killed, "prune")["result"]["hash"] == refitted
 
 
 def until_searched(topology: Topology, recipe: Path) -> float:
