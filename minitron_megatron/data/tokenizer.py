@@ -61,7 +61,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         tokenizer = _from_json(folder) if (folder / "tokenizer.json").exists() else _backend(folder)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        if not vocabulary(tokenizer):
+        if not tokenizer.get_vocab_size(with_added_tokens=True):
             raise DataError(f"The tokenizer in {folder} has no entries. Use the one that came with the model.")
     return tokenizer
 
@@ -214,7 +214,6 @@ def end_of_document(folder: str | Path, tokenizer: Tokenizer) -> int:
 
     Raises DataError where there is none, or a setting has the wrong type.
     """
-    entries = vocabulary(tokenizer)
     for file, key in (
         ("tokenizer_config.json", "eos_token"),
         ("generation_config.json", "eos_token_id"),
@@ -226,7 +225,7 @@ def end_of_document(folder: str | Path, tokenizer: Tokenizer) -> int:
         except TypeError as error:
             where = f"{Path(folder) / file} has a wrong {key}"
             raise DataError(f"{where}: {error}. Set it to one of the tokenizer's entries.") from error
-        if found is not None and 0 <= found < entries:
+        if found is not None and (key == "eos_token" or 0 <= found < vocabulary(tokenizer)):
             return found
     raise DataError(
         f"The tokenizer in {folder} names no token that ends a document. "
