@@ -243,7 +243,7 @@ def main() -> None:
 
 
 def _name(args: argparse.Namespace) -> str:
-    return str(load_recipe(args.recipe, args.overrides, args.work).model)
+    return Path(load_recipe(args.recipe, args.overrides, args.work).model).name
 
 
 if __name__ == "__main__":
