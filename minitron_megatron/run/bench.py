@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -136,11 +137,14 @@ def _measured(server: Server, workload: Workload, call: list[str], report: Path)
     if not report.exists():
         if not shutil.which(server.tool):
             return None
-        done = subprocess.run(call, check=False, capture_output=True, text=True)
+        # vLLM divides by the time that a progress bar tells, and this process has turned those off for itself
+        environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+        done = subprocess.run(call, check=False, capture_output=True, text=True, env=environment)
         if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+            lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            said = next((line for line in reversed(lines) if "Error" in line), " ".join(lines[-1:]))
             raise DataError(
-                f"{server.tool} failed with exit code {done.returncode}: {' '.join(last)}. Command: {shlex.join(call)}"
+                f"{server.tool} failed with exit code {done.returncode}: {said}. Command: {shlex.join(call)}"
             )
     return server.parse_report(report, workload)
 
