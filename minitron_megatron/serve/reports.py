@@ -17,7 +17,7 @@ def read_report(path: Path, tool: str, needs: str, kind: type[dict] | type[float
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a report of {tool}: {error}. Remove it and run the benchmark again.") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get(needs), kind):
+    if not isinstance(raw, dict) or not isinstance(raw.get(needs), kind) or not raw[needs]:
         raise DataError(
             f"{path} is not a report of {tool}: it has no `{needs}`. Remove it and run the benchmark again."
         )

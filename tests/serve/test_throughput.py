@@ -46,7 +46,7 @@ def test_an_older_report_gives_what_it_has(tmp_path: Path) -> None:
     assert parse_report(written(tmp_path / "r.json", older), WORKLOAD) == Measured(100.0, None, None, None, None, None)
 
 
-@pytest.mark.parametrize("broken", ["{", "[]", '{"engine": {}}', '"x"', '{"performance": 3}'])
+@pytest.mark.parametrize("broken", ["{", "[]", '{"engine": {}}', '"x"', '{"performance": 3}', '{"performance": {}}'])
 def test_what_is_no_report_is_one_message(tmp_path: Path, broken: str) -> None:
     with pytest.raises(DataError, match="is not a report of trtllm-bench"):
         parse_report(written(tmp_path / "r.json", broken), WORKLOAD)
