@@ -11,7 +11,7 @@ from ..errors import DataError
 __all__ = ["block", "number", "read_report"]
 
 
-def read_report(path: Path, tool: str, needs: str, kind: type[dict] | type[float]) -> Mapping[str, object]:
+def read_report(path: Path, tool: str, needs: str, kind: type | tuple[type, ...]) -> Mapping[str, object]:
     """Return a report. Raises DataError if it is not one: an object with the field `needs`, which is of a kind."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ from .throughput import Measured, Workload
 __all__ = ["TOOL", "command", "parse_report"]
 
 TOOL = "vllm"
+FIGURE = "requests_per_second"
 
 
 def command(model: Path, requests: Path, report: Path, workload: Workload, *, tp: int = 1) -> list[str]:
@@ -34,7 +35,7 @@ def parse_report(path: Path, workload: Workload) -> Measured:
 
     vLLM's own `tokens_per_second` counts prompts too: generated tokens come from the requests. It gives no latencies.
     """
-    requests = number(read_report(path, "vllm bench throughput", "requests_per_second", float), "requests_per_second")
+    requests = number(read_report(path, "vllm bench throughput", FIGURE, (int, float)), FIGURE)
     return Measured(
         tokens_per_second=None if requests is None else requests * workload.outputs,
         requests_per_second=requests,

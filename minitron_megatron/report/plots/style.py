@@ -83,6 +83,7 @@ def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure.set_layout_engine("none")  # else matplotlib draws the figure once more, only to lay it out
         with whole_file(path) as partial:
             figure.savefig(partial, format="png")
+        path.with_suffix(CHARTS).unlink(missing_ok=True)  # of an earlier figure
         if charts := charts_of(figure):
             write_json(path.with_suffix(CHARTS), charts)
 
