@@ -13,22 +13,37 @@ __all__ = ["import_plugins"]
 
 
 def import_plugins(names: Iterable[object], folder: Path) -> None:
-    """Import modules by name, from `sys.path` or from the recipe's `folder`. This runs their code.
+    """Import modules by name, from the recipe's `folder` or from `sys.path`. This runs their code.
 
-    Raises RecipeError for a module that is not there, or whose import fails.
+    A file in `folder` comes before one of the same name elsewhere. Raises RecipeError for a module that is not there,
+    whose import fails, or of whose name another file is imported already.
     """
     here = str(folder.resolve())
-    for name in names:
-        if here not in sys.path:
-            sys.path.append(here)
-        try:
-            import_module(str(name))
-        except MinitronError:
-            raise
-        except Exception as error:  # a plugin raises anything
-            missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
-            cause = f"is not in {folder} or on sys.path" if missing else f"cannot be imported: {_told(error)}"
-            raise RecipeError(f"the module {name!r} of plugins {cause}. Correct it, or remove it.") from error
+    if here not in sys.path:
+        sys.path.append(here)  # for what a plugin imports later
+    sys.path.insert(0, here)
+    try:
+        for name in names:
+            _import(str(name), folder)
+    finally:
+        sys.path.remove(here)
+
+
+def _import(name: str, folder: Path) -> None:
+    try:
+        module = import_module(name)
+    except MinitronError:
+        raise
+    except Exception as error:  # a plugin raises anything
+        missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+        cause = f"is not in {folder} or on sys.path" if missing else f"cannot be imported: {_told(error)}"
+        raise RecipeError(f"the module {name!r} of plugins {cause}. Correct it, or remove it.") from error
+    beside, imported = folder.joinpath(*name.split(".")).with_suffix(".py"), getattr(module, "__file__", None)
+    if beside.is_file() and (imported is None or Path(imported).read_bytes() != beside.read_bytes()):
+        raise RecipeError(
+            f"the module {name!r} of plugins is {beside}, but {imported or 'a module built into Python'} is imported "
+            "under that name already. Rename yours."
+        )
 
 
 def _told(error: Exception) -> str:

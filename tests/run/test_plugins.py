@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,25 @@ def test_a_plugin_that_cannot_be_imported_is_one_message(
         (tmp_path / f"{name}.py").write_text(code)
     with pytest.raises(RecipeError, match=said):
         load_recipe(recipe_file(plugins=[name]))
+
+
+def test_the_plugin_beside_the_recipe_is_the_one_that_is_imported(
+    recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the same name comes earlier on `sys.path`, or its module is imported already."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(sys, "path", [str(elsewhere), *sys.path])
+    for name in ("own_plugin", "second_plugin"):
+        (elsewhere / f"{name}.py").write_text("WHERE = 'elsewhere'")
+        (tmp_path / f"{name}.py").write_text("WHERE = 'beside the recipe'")
+    load_recipe(recipe_file(plugins=["own_plugin"]))
+    assert import_module("own_plugin").WHERE == "beside the recipe"
+    assert import_module("second_plugin").WHERE == "elsewhere"
+    (tmp_path / "statistics.py").write_text("")
+    for name in ("second_plugin", "statistics"):
+        with pytest.raises(RecipeError, match=rf"{name}\.py is imported under that name already\. Rename yours\."):
+            load_recipe(recipe_file(plugins=[name]))
 
 
 def test_a_missing_plugin_is_exit_2(recipe_file: Write) -> None:
