@@ -45,7 +45,7 @@ def with_and_without(action: Callable[[], Any], without: AbstractContextManager[
 def device_arguments(topology: Topology) -> tuple[bool, bool]:
     from megatron.core.optimizer.grad_scaler import ConstantGradScaler
 
-    return with_and_without(lambda: ConstantGradScaler(1.0), torch._C.DisableTorchFunction())
+    return with_and_without(lambda: ConstantGradScaler(1.0), unpatched(torch, "tensor"))
 
 
 def moves_to_cuda(topology: Topology) -> tuple[bool, bool]:
@@ -54,7 +54,7 @@ def moves_to_cuda(topology: Topology) -> tuple[bool, bool]:
     def broadcast() -> Any:
         return broadcast_data(["tokens"], {"tokens": torch.arange(4)}, torch.int64)
 
-    return with_and_without(broadcast, torch._C.DisableTorchFunction())
+    return with_and_without(broadcast, unpatched(Tensor, "cuda"))
 
 
 def type_names(topology: Topology) -> tuple[bool, bool]:
@@ -65,7 +65,7 @@ def type_names(topology: Topology) -> tuple[bool, bool]:
     def check() -> None:
         assert f"'{weight.type()}'" in inspect.getsource(DistributedOptimizer)
 
-    return with_and_without(check, torch._C.DisableTorchFunction())
+    return with_and_without(check, unpatched(Tensor, "type"))
 
 
 def current_device(topology: Topology) -> tuple[bool, bool]:

@@ -28,10 +28,10 @@ from tests.chats import CHATML, ENDS, write_tokenizer
 from tests.run.test_run import in_a_process
 from tests.tiny import SHAPE, Stop, write_llama
 
-LETTERS = """
+LONGEST = """
 from minitron_megatron.align import REWARDS, Reward
 
-REWARDS["letters"] = Reward(lambda records, responses: [float(len(each)) for each in responses])
+REWARDS["longest"] = Reward(lambda records, responses: [float(len(each)) for each in responses])
 """
 WORDS = ("red", "blue", "two", "three", "tall", "short", "yes", "no")
 STEPS = {"warmup_steps": 1, "lr": 2e-3, "min_lr": 1e-4, "save_every": 2, "validate_every": 2, "micro_batch": 2}
@@ -202,15 +202,15 @@ def test_interrupted_rounds_resume_to_the_bit(pool: Pool, aligned: Write, whole:
 SAMPLED = {
     "method": "rpo",
     "epochs": 2,
-    "sample": {"reward": "letters", "answers": 3, "max_tokens": 8, "micro_batch": 8},
+    "sample": {"reward": "longest", "answers": 3, "max_tokens": 8, "micro_batch": 8},
 }
 
 
 def test_two_sampled_rounds_killed_by_the_system_give_the_same_models(aligned: Write, chats: Path) -> None:
     """Each round samples its own pairs; kills fall amid each round's training, sampling and a reference."""
-    whole, cut = (aligned(SFT, SAMPLED, SAMPLED, plugins=["letters"]) for _ in range(2))
+    whole, cut = (aligned(SFT, SAMPLED, SAMPLED, plugins=["longest"]) for _ in range(2))
     for recipe in (whole, cut):
-        (recipe.parent / "letters.py").write_text(LETTERS)
+        (recipe.parent / "longest.py").write_text(LONGEST)
     assert in_a_process(whole) == 0
     for kill_at in (
         ("align-1", "align-1", 3),
