@@ -39,6 +39,9 @@ def folder(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (here / "corpus.jsonl").symlink_to(material / "corpus.jsonl")
     every_format(here, texts(material))
     write_prompts(here)
+    block = re.search(r"```yaml\n(out: runs/family.*?)```", (GUIDE / "shapes.md").read_text(), re.S)
+    assert block
+    (here / "family.yaml").write_text(yaml.safe_dump({**recipe, "prune": {}, **yaml.safe_load(block[1])}))
     done = run_command("minitron run recipe.yaml", here, {})
     assert done.returncode == 0, done.stderr
     return here

@@ -10,10 +10,11 @@ import typer
 from rich.console import Console
 
 from ..run_folder import RunFolder
+from .family import print_family_steps, run_family
 from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
 from .options import Out, RecipePath, Set
-from .printing import print_comparison, print_made, print_report, print_steps
+from .printing import print_comparison, print_dry_run, print_made, print_report
 from .running import carry_out, reported, share, start
 from .sample import sample
 
@@ -76,7 +77,7 @@ Mfu = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Model FLOP
 def run(recipe: RecipePath, overrides: Set = None, out: Out = None, dry_run: DryRun = False) -> None:
     """Run all stages in order. Finished stages are skipped, and an interrupted one resumes."""
     if dry_run:
-        print_steps(recipe, overrides, out)
+        _print_steps(recipe, overrides, out)
     else:
         _run(recipe, overrides, out)
 
@@ -191,23 +192,9 @@ def estimate(
     slurm: Annotated[bool, typer.Option("--slurm", help="Print only the lines that submit the job.")] = False,
 ) -> None:
     """Estimate shapes, parameters, memory, FLOPs and hours. Needs no GPU and no weights."""
-    from ..forecast import estimate as count
-    from ..forecast import slurm_commands
-    from ..recipe import load_recipe
-    from ..report import candidates_table, pairs_table
+    from .estimate import print_estimate
 
-    found = count(load_recipe(recipe, overrides or (), out), gpus=gpus, mfu=mfu)
-    if slurm:
-        found.expect_to_fit(memory)
-        arguments = [part for each in overrides or () for part in ("--set", each)] + (
-            ["--out", str(out)] if out else []
-        )
-        print(slurm_commands(recipe, arguments, found), end="")
-        return
-    Console().print(pairs_table(str(recipe), found.rows()))
-    if found.candidates:
-        Console().print(candidates_table(found.candidate_rows()))
-    found.expect_to_fit(memory)
+    print_estimate(recipe, overrides or [], out, gpus=gpus, mfu=mfu, memory=memory, slurm=slurm)
 
 
 @app.command(rich_help_panel=PLAN)
@@ -343,12 +330,25 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
     Returns the recipe and the topology.
     """
     recipe, topology = start(path, overrides, out)
+    if recipe.family and only is None:
+        run_family(recipe, topology)
+        return recipe, topology
     carry_out(recipe, topology, only=only)
     if topology.rank == 0:
         print_made(recipe, only)
         if only is None:
             print_report(recipe.out)
     return recipe, topology
+
+
+def _print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
+    """Print what `run` would do, on the first of the launched processes."""
+    from ..parallel import launched
+    from ..recipe import load_recipe
+
+    if launched("RANK", 0) == 0:
+        recipe = load_recipe(path, overrides or (), out)
+        print_family_steps(recipe) if recipe.family else print_dry_run(recipe)
 
 
 def _hand_over(

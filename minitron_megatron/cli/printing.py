@@ -11,7 +11,7 @@ from ..run_folder import RunFolder
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-__all__ = ["print_comparison", "print_made", "print_report", "print_steps"]
+__all__ = ["print_comparison", "print_dry_run", "print_made", "print_report"]
 
 
 def print_made(recipe: Recipe, only: str | None) -> None:
@@ -55,13 +55,11 @@ def print_comparison(runs: Sequence[Path], to: Path) -> None:
     print(compare_runs({run: keys if isinstance(keys, dict) else {} for run, keys in recipes.items()}, to))
 
 
-def print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
-    """Print what a run would do, on the first of the launched processes."""
-    from ..parallel import launched
-    from ..recipe import load_recipe
+def print_dry_run(recipe: Recipe, until: str | None = None) -> None:
+    """Print what a run would do, up to a stage."""
     from ..run import dry_run
 
-    if launched("RANK", 0) != 0:
-        return
-    for step in dry_run(load_recipe(path, overrides or (), out)):
+    for step in dry_run(recipe):
         print(f"{step.stage:<10} {step.state}{': ' + step.why if step.why else ''}")
+        if step.stage == until:
+            break

@@ -15,6 +15,7 @@ from .from_megatron import import_megatron
 from .hub import hub_folder, is_hub_name
 from .identity import folder_hash, model_hash
 from .load import check_weights, load_hf
+from .outline import temporary_outline
 from .places import local_folder
 from .weights import Weights
 
@@ -39,6 +40,7 @@ __all__ = [
     "read_config",
     "save_hf",
     "stop_at",
+    "temporary_outline",
     "transformers_failures",
     "transformers_model",
 ]

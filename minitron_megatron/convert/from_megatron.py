@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from functools import cache, reduce
 from pathlib import Path
@@ -13,11 +12,12 @@ from torch import Tensor
 from ..data import load_tokenizer, vocabulary
 from ..errors import CheckpointError
 from ..events import Listener, silent
-from ..files import whole_folder, write_json
+from ..files import whole_folder
 from ..model import MegatronCheckpoint, ModelConfig
-from .carried import carried_files, carry
+from .carried import carried_files
 from .export import FILE_BYTES, hf_tensors, write_tensors
-from .flat import flat_config, with_family
+from .flat import with_family
+from .outline import temporary_outline, write_outline
 
 __all__ = ["import_megatron", "megatron_outline"]
 
@@ -43,7 +43,7 @@ def import_megatron(
             yield from hf_tensors(name, source.read(name).to(dtype), config)
 
     with whole_folder(folder) as partial:
-        _write_outline(partial, config, dtype, tokenizer)
+        write_outline(partial, config, dtype, tokenizer)
         write_tensors(stream(), partial, config, dtype, file_bytes, listener)
 
 
@@ -54,9 +54,7 @@ def megatron_outline(checkpoint: Path, tokenizer: Path | None = None) -> Path:
     It lasts as long as the process. Raises CheckpointError.
     """
     source, config, tokenizer = _opened(checkpoint, tokenizer)
-    folder = _temporary()
-    _write_outline(folder, config, _dtype(source, config), tokenizer)
-    return folder
+    return temporary_outline(config, _dtype(source, config), tokenizer)
 
 
 def _opened(checkpoint: Path, tokenizer: Path | None) -> tuple[MegatronCheckpoint, ModelConfig, Path | None]:
@@ -73,18 +71,3 @@ def _opened(checkpoint: Path, tokenizer: Path | None) -> tuple[MegatronCheckpoin
 def _dtype(source: MegatronCheckpoint, config: ModelConfig) -> torch.dtype:
     """Return the dtype that holds every parameter exactly."""
     return reduce(torch.promote_types, map(source.dtype, config.shape.names()))
-
-
-def _write_outline(folder: Path, config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> None:
-    write_json(folder / "config.json", flat_config(config, str(dtype).removeprefix("torch.")))
-    if tokenizer is not None:
-        carry(tokenizer, folder)
-
-
-_KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Temporary folders, removed when the process ends."""
-
-
-def _temporary() -> Path:
-    _KEPT.append(tempfile.TemporaryDirectory(prefix="minitron-"))
-    return Path(_KEPT[-1].name)

@@ -8,6 +8,7 @@ from .check import check, check_calibration, check_corpus, check_held_out, neede
 from .check_tasks import check_evaluation, settings_folder
 from .check_training import check_schedule
 from .estimate import Estimate, count, estimate
+from .family import FamilyEstimate, FamilyRun, check_family, estimate_family, family_runs, saving
 from .memory import WEIGHT_BYTES
 from .model_folders import ModelOrigin, model_origins, model_places, with_model_folders
 from .sizes import depth_sweep, measures_depth, rounds, scores_wanted, student_shape
@@ -16,17 +17,22 @@ from .slurm import slurm_commands
 __all__ = [
     "WEIGHT_BYTES",
     "Estimate",
+    "FamilyEstimate",
+    "FamilyRun",
     "ModelOrigin",
     "candidates_of",
     "check",
     "check_calibration",
     "check_corpus",
     "check_evaluation",
+    "check_family",
     "check_held_out",
     "check_schedule",
     "count",
     "depth_sweep",
     "estimate",
+    "estimate_family",
+    "family_runs",
     "measures_depth",
     "model_origins",
     "model_places",
@@ -34,6 +40,7 @@ __all__ = [
     "needed_tokens",
     "planned",
     "rounds",
+    "saving",
     "scores_wanted",
     "settings_folder",
     "slurm_commands",

@@ -69,6 +69,11 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     topology: the layout of running or planned processes. counts_only: the recipe will not run on this machine, so that
     weights and Transformer Engine are not required.
     """
+    if recipe.family:
+        raise RecipeError(
+            "The recipe lists a family of students, which only a whole run makes. For one of them use the recipe.yaml "
+            "in its folder."
+        )
     if not counts_only:
         check_spec(recipe.spec)
     places, recipe = recipe, with_model_folders(recipe)

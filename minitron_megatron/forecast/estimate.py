@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from typing_extensions import TypedDict
@@ -95,6 +95,14 @@ class Estimate:
                 f"a rank needs {most / 2**30:.1f} GiB before activations, but has {gib:g} GiB. Raise "
                 "parallel.tp or pp, or save teacher memory (distill.offload_teacher, teacher_dtype, teacher_window)."
             )
+
+    def only(self, until: str) -> Estimate:
+        """Return the estimate of a run that ends with a stage: its FLOPs, tokens and hours."""
+        names = list(self.stage_flops)
+        kept = {name: self.stage_flops[name] for name in names[: names.index(until) + 1]}
+        flops = sum(kept.values())
+        hours = self.hours * flops / self.flops if self.flops else 0.0
+        return replace(self, flops=flops, stage_flops=kept, hours=hours, distill_tokens=0)
 
     def predictions(self) -> dict[str, object]:
         """Return the predictions that a report compares with measurements: parameters, bytes, and FLOPs by stage."""

@@ -5,8 +5,9 @@ Knows: the keys and their defaults, YAML. Must not know: how a run is carried ou
 
 from .align_keys import PairRound, SftRound
 from .data_keys import CalibrationSource, Source
+from .family_keys import TEACHER, FamilyStudent
 from .key_names import with_keys, with_keys_in_errors
-from .load import load_recipe
+from .load import load_recipe, recipe_with
 from .phases import ResolvedPhase, light_recipe, prefixes, resolved
 from .schema import Depth, Recipe, json_schema
 from .search_keys import CHOOSE_BY, Search
@@ -16,9 +17,11 @@ from .yaml_tree import read_yaml
 
 __all__ = [
     "CHOOSE_BY",
+    "TEACHER",
     "CalibrationSource",
     "Depth",
     "Distill",
+    "FamilyStudent",
     "PairRound",
     "Recipe",
     "ResolvedPhase",
@@ -31,6 +34,7 @@ __all__ = [
     "load_recipe",
     "prefixes",
     "read_yaml",
+    "recipe_with",
     "resolved",
     "starter_recipe",
     "with_keys",

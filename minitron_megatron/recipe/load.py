@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,7 +14,7 @@ from .plugins import import_plugins
 from .schema import Recipe
 from .yaml_tree import Tree, read_yaml
 
-__all__ = ["load_recipe"]
+__all__ = ["load_recipe", "recipe_with"]
 
 MOST_BYTES = 10 * 2**20
 
@@ -50,6 +50,21 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = No
         raise RecipeError(f"recipe {path}: {error}") from error
 
 
+def recipe_with(recipe: Recipe, changes: Mapping[str, Tree], *, without: Collection[str] = ()) -> Recipe:
+    """Return a recipe with the values of some keys (with dots) changed, and without some keys of its first level.
+
+    Raises RecipeError, as for the recipe's own keys.
+    """
+    given: dict[str, Tree] = recipe.model_dump(mode="json", exclude_unset=True)
+    raw = {key: value for key, value in given.items() if key not in without}
+    for key, value in changes.items():
+        raw = _replaced(raw, key.split("."), value, key)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(explain(error, nearest_key)) from error
+
+
 def _override(raw: dict[str, Tree], text: str) -> dict[str, Tree]:
     """Return `raw` with one `a.b=value` override applied."""
     key, equals, written = text.partition("=")
@@ -59,13 +74,13 @@ def _override(raw: dict[str, Tree], text: str) -> dict[str, Tree]:
         value = read_yaml(written)
     except RecipeError as error:
         raise RecipeError(f"--set {shown(text)}: {shown(written)} is not a YAML value: {error}") from error
-    return _replaced(raw, key.split("."), value, text)
+    return _replaced(raw, key.split("."), value, f"--set {shown(text)}")
 
 
-def _replaced(node: Tree, path: Sequence[str], value: Tree, text: str) -> dict[str, Tree]:
-    """Return a copy of `node` with the value at `path` replaced."""
+def _replaced(node: Tree, path: Sequence[str], value: Tree, where: str) -> dict[str, Tree]:
+    """Return a copy of `node` with the value at `path` replaced. where: begins the message of an error."""
     first, *rest = path
     if node is not None and not isinstance(node, dict):
-        raise RecipeError(f"--set {shown(text)}: the parent of {first} is a value, not a block of keys.")
+        raise RecipeError(f"{where}: the parent of {first} is a value, not a block of keys.")
     block = node or {}
-    return {**block, first: _replaced(block.get(first), rest, value, text) if rest else value}
+    return {**block, first: _replaced(block.get(first), rest, value, where) if rest else value}

@@ -29,6 +29,7 @@ from ..settings import (
 )
 from .align_keys import AlignRound
 from .data_keys import CalibrationSource, Data
+from .family_keys import FamilyStudent, check_family_keys
 from .keys import DType, Layers
 from .search_keys import Search
 from .training_keys import Correct, Distill
@@ -249,6 +250,9 @@ class Recipe(Settings):
     align: AddedLater[tuple[AlignRound, ...]] = ()
     """Rounds of alignment after distillation, each from the model of the round before. The second paper: `sft` on maths
     and code, `sft` on instructions, then two rounds of `rpo`."""
+    family: AddedLater[tuple[FamilyStudent, ...]] = ()
+    """Several students, smaller and smaller, in place of one: each is pruned and distilled by a run of its own, in
+    `OUT/NAME`. They share every stage that is the same."""
     random_baseline: bool = False
     """Also distil into a randomly initialised student of the same shape on the same tokens, for comparison."""
     evaluate: Evaluate = Evaluate()
@@ -273,6 +277,9 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _sizes_come_from_one_block(self) -> Recipe:
         prune = self.prune
+        if self.family:
+            check_family_keys(self.family)
+            return self
         if self.student is not None:
             return self._nothing_is_pruned()
         if self.search is None:

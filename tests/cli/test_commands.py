@@ -161,5 +161,5 @@ def test_shipped_recipes_are_valid() -> None:
     for path in (ROOT / "examples").rglob("*.yaml"):
         if "arms" in yaml.safe_load(path.read_text()):
             continue  # a study
-        prune = load_recipe(path).prune
-        assert prune.sizes() or prune.layers, path
+        recipe = load_recipe(path)
+        assert recipe.family or recipe.prune.sizes() or recipe.prune.layers, path

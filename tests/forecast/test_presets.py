@@ -12,7 +12,7 @@ import yaml
 
 from minitron_megatron.errors import TopologyError
 from minitron_megatron.files import read_json
-from minitron_megatron.forecast import estimate
+from minitron_megatron.forecast import estimate, estimate_family
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.run import run
@@ -72,12 +72,13 @@ NEMO = config(
     sliding_window=None,
 )
 CASES = {
-    "minitron-8b": (NEMOTRON, 15_628_775_424, 8_271_699_968),
-    "minitron-4b": (NEMOTRON, 15_628_775_424, 4_190_509_056),
     "llama-3.1-minitron-4b-width": (LLAMA, 8_030_261_248, 4_512_746_496),
     "llama-3.1-minitron-4b-depth": (LLAMA, 8_030_261_248, 4_540_469_248),
     "mn-minitron-8b": (NEMO, 12_247_782_400, 8_414_105_600),
 }
+
+
+FAMILY = {"8b": 8_271_699_968, "4b-cut": 4_190_509_056, "4b": 4_190_509_056}
 
 
 def teacher(folder: Path, about: dict[str, Any]) -> Path:
@@ -92,14 +93,16 @@ def material_of(name: str, folder: Path) -> list[str]:
     with (folder / "corpus.jsonl").open("wb") as corpus:
         corpus.truncate(2**40)
     sources = json.dumps([{"path": str(folder / "corpus.jsonl")}])
-    return [f"model={teacher(folder / 'teacher', CASES[name][0])}", f"data.sources={sources}"]
+    about = NEMOTRON if name == "minitron" else CASES[name][0]
+    return [f"model={teacher(folder / 'teacher', about)}", f"data.sources={sources}"]
 
 
 def test_every_preset_has_its_numbers() -> None:
-    assert {path.stem for path in PRESETS.glob("*.yaml")} == set(CASES)
+    assert {path.stem for path in PRESETS.glob("*.yaml")} == {*CASES, "minitron"}
     page = (PRESETS / "README.md").read_text()
     for name, (_, _, student) in CASES.items():
         assert f"[{name}]({name}.yaml)" in page and f"{student:,}" in page
+    assert all(f"{student:,}" in page for student in FAMILY.values())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -115,6 +118,18 @@ def test_parameters_are_the_papers_and_a_rank_holds_them(name: str, tmp_path: Pa
     assert phase.global_batch % (GPUS // recipe.parallel.tp) == 0
     assert found.distill_tokens >= phase.tokens > found.distill_tokens - phase.global_batch * recipe.data.sequence
     assert 1 < found.hours < 1000
+
+
+def test_the_family_has_the_papers_sizes_and_saving(tmp_path: Path) -> None:
+    found = estimate_family(load_recipe(PRESETS / "minitron.yaml", material_of("minitron", tmp_path)), gpus=GPUS)
+    assert {name: each.student_parameters for name, each in found.runs.items()} == FAMILY
+    assert found.runs["4b"].teacher_parameters == 15_628_775_424
+    assert found.runs["4b-cut"].teacher_parameters == FAMILY["8b"]
+    assert found.runs["4b-cut"].flops < 1e-3 * found.runs["4b"].flops
+    cost, passes = 15.628775424 * 40 + 8.271699968 + 4.190509056, 2 * 15.628775424 / 3
+    assert found.saving == pytest.approx((40 * 28.090984448 / cost, 40 * 28.090984448 / (cost + passes)))
+    assert round(found.saving[0], 1) == 1.8
+    found.whole().expect_to_fit(80)
 
 
 SMALLER = {"hidden": 128, "ffn": 128, "heads": 4}
@@ -158,7 +173,7 @@ def work(topology: Topology, recipe: Path) -> None:
     run(load_recipe(recipe), topology)
 
 
-@pytest.mark.parametrize("name", ["minitron-4b", "mn-minitron-8b", "llama-3.1-minitron-4b-depth"])
+@pytest.mark.parametrize("name", ["mn-minitron-8b", "llama-3.1-minitron-4b-depth"])
 def test_a_preset_runs_through_every_stage(name: str, pool: Pool, material: Path, tmp_path: Path) -> None:
     recipe = shrunk(name, tmp_path, material)
     pool.run(work, recipe, tp=2, sequence_parallel=True)

@@ -164,8 +164,8 @@ def kinds(annotation: Any) -> Iterator[Any]:
         yield from kinds(part)
 
 
-KEYS = [key for key in leaves(Recipe) if key != "align.0.method"]
-"""Every key, but for one that says which other keys there are."""
+KEYS = [key for key in leaves(Recipe) if key != "align.0.method" and not key.startswith("family.")]
+"""Every key, but for one that says which other keys there are, and for a family's, whose runs have recipes without."""
 
 
 def base(material: Path, key: str) -> dict[str, Any]:
