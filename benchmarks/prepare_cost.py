@@ -70,8 +70,10 @@ def speed(args: argparse.Namespace) -> None:
                 print(number, name, *taken, tokens, file=sys.stderr, flush=True)
             assert len(counts) == 1, counts
 
-    def ratio(name: str, clock: int) -> dict[str, float]:
-        ratios = [other[clock] / mine[clock] for mine, other in zip(times["prepare"], times[name], strict=True)]
+    def ratio(name: str, clock: int, *, started: bool = False) -> dict[str, float]:
+        """Return the other tool's seconds over those of `prepare`, of each pair. started: count the start-ups."""
+        mine, other = ([each[clock] + started * start[tool] for each in times[tool]] for tool in ("prepare", name))
+        ratios = [theirs / ours for ours, theirs in zip(mine, other, strict=True)]
         return {"median": median(ratios), "least": min(ratios), "most": max(ratios)}
 
     record(
@@ -83,7 +85,11 @@ def speed(args: argparse.Namespace) -> None:
         pairs=args.repeats,
         start_cpu_seconds=start,
         tokens_per_cpu_second={name: tokens / median(cpu for _, cpu in each) for name, each in times.items()},
-        speed_over={name: {"cpu": ratio(name, 1), "wall": ratio(name, 0)} for name in pythons if name != "prepare"},
+        speed_over={
+            name: {"cpu": ratio(name, 1), "wall": ratio(name, 0), "cpu_with_start": ratio(name, 1, started=True)}
+            for name in pythons
+            if name != "prepare"
+        },
     )
 
 

@@ -153,7 +153,7 @@ def untied(model: Path, to: Path) -> Path:
 
 
 def studies(args: argparse.Namespace, samples: int, sizes: dict[str, int], layers: Any) -> Callable[[int], Study]:
-    topology, recipe = Topology.start(), load_recipe(args.recipe, args.overrides, args.work)
+    topology, recipe = args.topology, load_recipe(args.recipe, args.overrides, args.work)
     run(recipe, topology, only="prepare")
     prepared = read_json(RunFolder(recipe.out).record("prepare"))["result"]
     context = Context(recipe, topology, silent, {"prepare": prepared}, lambda _: "")
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS[:3])
     parser.add_argument("--untie", action="store_true")
     args = parser.parse_args()
-    args.recipe, args.work = Path(args.recipe), Path(args.work)
+    args.recipe, args.work, args.topology = Path(args.recipe), Path(args.work), Topology.start()
     if args.untie:
         tied = load_recipe(args.recipe, args.overrides, args.work).model
         args.overrides.append(f"model={untied(Path(tied), args.work / 'untied')}")
