@@ -37,9 +37,9 @@ def run_study(
 ) -> None:
     """Run a study, or one task of its array, on the launched processes; print its table once every run is done."""
     from ..errors import RecipeError
-    from ..forecast import check, planned
+    from ..forecast import planned
     from ..parallel import Topology, launched
-    from ..studies import LAST, load_study, plan_study, share_of
+    from ..studies import LAST, check_job, load_study, plan_study, share_of
 
     if not name or recipe is None:
         raise RecipeError("give a study and a recipe: `minitron study NAME RECIPE`. `minitron study --list` has names.")
@@ -47,18 +47,19 @@ def run_study(
     jobs = share_of(plan.jobs, *share("--array", array)) if array else plan.jobs
     if dry_run:
         for job in plan.jobs:
-            check(job.recipe, planned(job.recipe, launched("WORLD_SIZE", 0)))
+            check_job(job, planned(job.recipe, launched("WORLD_SIZE", 0)))
         if launched("RANK", 0) == 0:
             _print_plan(plan)
         return
     topology = Topology.start(plan.jobs[0].recipe.parallel)
     restore_gc()
     for job in plan.jobs:
-        check(job.recipe, topology)
+        check_job(job, topology)
     for number, job in enumerate(jobs, 1):
         if topology.rank == 0:
             print(f"run {number} of {len(jobs)}: {job.arm}, seed {job.seed}", flush=True)
-        carry_out(job.recipe, topology, until=LAST, shared=plan.shared)
+        for each in job.runs:
+            carry_out(each.recipe, topology, until=each.until or LAST, shared=plan.shared)
     if topology.rank == 0:
         _print_results(plan)
 

@@ -8,7 +8,7 @@ from .check import check, check_calibration, check_corpus, check_held_out, neede
 from .check_tasks import check_evaluation, settings_folder
 from .check_training import check_schedule
 from .estimate import Estimate, count, estimate
-from .family import FamilyEstimate, FamilyRun, check_family, estimate_family, family_runs, saving
+from .family import FamilyEstimate, FamilyRun, check_family, estimate_family, family_runs, runs_of, saving
 from .memory import WEIGHT_BYTES
 from .model_folders import ModelOrigin, model_origins, model_places, with_model_folders
 from .sizes import depth_sweep, measures_depth, rounds, scores_wanted, student_shape
@@ -40,6 +40,7 @@ __all__ = [
     "needed_tokens",
     "planned",
     "rounds",
+    "runs_of",
     "saving",
     "scores_wanted",
     "settings_folder",

@@ -23,7 +23,7 @@ from .estimate import Estimate, estimate
 from .model_folders import model_places, with_model_folders
 from .sizes import student_shape
 
-__all__ = ["FamilyEstimate", "FamilyRun", "check_family", "estimate_family", "family_runs", "saving"]
+__all__ = ["FamilyEstimate", "FamilyRun", "check_family", "estimate_family", "family_runs", "runs_of", "saving"]
 
 CUT = "prune"
 """Last stage of a run that only prunes."""
@@ -65,6 +65,11 @@ def family_runs(recipe: Recipe) -> tuple[FamilyRun, ...]:
         except MinitronError as error:
             raise type(error)(f"student {student.name} of the family: {error}") from error
     return tuple(runs)
+
+
+def runs_of(recipe: Recipe) -> tuple[FamilyRun, ...]:
+    """Return the runs of a recipe: those of its family, or without one its own."""
+    return family_runs(recipe) if recipe.family else (FamilyRun(recipe.out.name, recipe, recipe, None),)
 
 
 def _recipes(

@@ -3,7 +3,7 @@
 Knows: recipes, runs, reports. Must not know: command lines, what stages do.
 """
 
-from .jobs import LAST, Job, Plan, plan_study, share_of
+from .jobs import LAST, Job, Plan, check_job, plan_study, share_of
 from .study import Study, load_study, shipped
 from .table import collect, is_done, sign_test
 from .write import describe_studies, plan_rows, write_study
@@ -13,6 +13,7 @@ __all__ = [
     "Job",
     "Plan",
     "Study",
+    "check_job",
     "collect",
     "describe_studies",
     "is_done",

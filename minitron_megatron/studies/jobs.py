@@ -1,4 +1,4 @@
-"""The runs of a study: one per arm and seed, each a recipe with a run folder of its own."""
+"""The runs of a study: one per arm and seed, each a recipe with a run folder of its own, or a family of them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..convert import read_config
 from ..errors import MinitronError, RecipeError
-from ..forecast import student_shape, with_model_folders
+from ..forecast import FamilyRun, check, check_family, runs_of, student_shape, with_model_folders
 from ..layout import parameters
 from ..model import is_megatron_checkpoint
+from ..parallel import Topology
 from ..recipe import Recipe, load_recipe
 from ..run import SharedStages, planned_marks
 from .quantities import filled, parameters_of, quantities
 from .study import Arm, Study, slug
 
-__all__ = ["LAST", "Job", "Plan", "plan_study", "share_of"]
+__all__ = ["LAST", "Job", "Plan", "check_job", "plan_study", "share_of"]
 
 LAST = "evaluate"
 """Last stage of an arm: a study exports nothing."""
@@ -31,11 +33,29 @@ STEPS = 64
 
 @dataclass(frozen=True)
 class Job:
-    """One run: an arm with one seed."""
+    """An arm with one seed: one run, or the runs of a family, of which the last one's student is measured."""
 
     arm: str
     seed: int
     recipe: Recipe
+
+    @cached_property
+    def runs(self) -> tuple[FamilyRun, ...]:
+        return runs_of(self.recipe)
+
+    @property
+    def measured(self) -> Recipe:
+        """Recipe of the run whose summary the study reads."""
+        return self.runs[-1].recipe
+
+    def executions(self, seen: set[str]) -> list[tuple[FamilyRun, list[str]]]:
+        """Return the stages of each run whose marks are not in `seen`, and add them there."""
+        found = []
+        for run in self.runs:
+            marks = planned_marks(run.planned, run.until or LAST)
+            found.append((run, [stage for stage, mark in marks.items() if mark not in seen]))
+            seen |= set(marks.values())
+        return found
 
 
 @dataclass(frozen=True)
@@ -57,15 +77,10 @@ class Plan:
     def seeds(self) -> list[int]:
         return list(dict.fromkeys(job.seed for job in self.jobs))
 
-    def executions(self) -> dict[tuple[str, int], list[str]]:
-        """Return (arm, seed) -> the stages that no earlier run of the plan makes, counted from an empty folder."""
+    def executions(self) -> list[tuple[Job, list[tuple[FamilyRun, list[str]]]]]:
+        """Return the stages that no earlier run of the plan makes, job by job, counted from an empty folder."""
         seen: set[str] = set()
-        found = {}
-        for job in self.jobs:
-            marks = planned_marks(job.recipe, LAST)
-            found[job.arm, job.seed] = [stage for stage, mark in marks.items() if mark not in seen]
-            seen |= set(marks.values())
-        return found
+        return [(job, job.executions(seen)) for job in self.jobs]
 
 
 def plan_study(
@@ -101,6 +116,14 @@ def plan_study(
     return Plan(name, study, folder, tuple(jobs))
 
 
+def check_job(job: Job, topology: Topology) -> None:
+    """Raise a MinitronError for the first problem that a run of a job would meet. Not collective."""
+    if job.recipe.family:
+        check_family(job.runs, topology)
+    else:
+        check(job.recipe, topology)
+
+
 def _value(recipe: Recipe, key: str) -> object:
     """Return the value at a key with dots; None where a block above it is missing."""
     value: object = recipe
@@ -118,7 +141,7 @@ def _matched(recipe: Recipe, base: Recipe, arm: Arm, name: str) -> Recipe:
     """Return the recipe with the size of one axis at which its student is nearest to the base recipe's."""
     if arm.match is None:
         return recipe
-    if base.search or base.student:
+    if base.search or base.student or recipe.family:
         raise RecipeError("students of equal size need a recipe that gives the sizes in `prune`")
     teacher, wanted = read_config(base.model).shape, parameters_of(base)
     whole = teacher.axis_size(arm.match)

@@ -36,13 +36,15 @@ def quantities(recipe: Recipe) -> dict[str, float]:
     """Return the names that a study may use: the teacher's sizes, and numbers of the recipe."""
     teacher = read_config(recipe.model).shape
     student, sequence = student_shape(recipe, teacher), recipe.data.sequence
-    sizes = {name: getattr(teacher, name) for name in ("layers", "hidden", "ffn", "heads", "kv_groups", "vocab")}
+    names = ("layers", "hidden", "ffn", "heads", "kv_groups")
+    sizes = {name: getattr(teacher, name) for name in names} | {"vocab": teacher.vocab}
+    sizes |= {f"student_{name}": getattr(student, name) for name in names}
     taught = flops_per_token(teacher, sequence) / (3 * flops_per_token(student, sequence))
     return {
         **sizes,
-        "student_layers": student.layers,
         "tokens": recipe.distill.tokens,
         "equal_compute_tokens": round(recipe.distill.tokens * (1 + taught)),
+        "warmup_steps": recipe.distill.warmup_steps,
         "lr": recipe.distill.lr,
         "samples": recipe.score.samples,
     }

@@ -8,7 +8,7 @@ from math import comb
 from statistics import mean
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import CheckpointError, RecipeError
 from ..forecast import count, with_model_folders
 from ..records import Row, read_summary
 from ..report import ArmResult, Compared, StudyTable, Verdict, read_metrics
@@ -29,8 +29,9 @@ BEFORE = ("correct", "score", "search", "prune")
 def is_done(job: Job) -> bool:
     """Return whether a run has ended, by the fingerprints of its stages."""
     try:
-        results(with_model_folders(job.recipe), LAST)
-    except RecipeError:
+        for run in job.runs:
+            results(with_model_folders(run.recipe), run.until or LAST)
+    except (CheckpointError, RecipeError):  # a model of the family is not made yet
         return False
     return True
 
@@ -40,7 +41,7 @@ def collect(plan: Plan) -> StudyTable:
     study = plan.study
     found = {name: _values(plan, name, arm) for name, arm in study.arms.items()}
     arms = [_arm(plan, name, found) for name in study.arms]
-    first = plan.jobs[0].recipe
+    first = plan.jobs[0].runs[0].recipe
     return {
         "study": plan.name,
         "title": study.title,
@@ -62,7 +63,9 @@ def _jobs(plan: Plan, arm: str) -> list[Job]:
 
 def _values(plan: Plan, name: str, arm: Arm) -> dict[str, list[float | None]]:
     """Return measure -> value of each seed."""
-    rows = [{row["model"]: row for row in read_summary(RunFolder(job.recipe.out).summary)} for job in _jobs(plan, name)]
+    rows = [
+        {row["model"]: row for row in read_summary(RunFolder(job.measured.out).summary)} for job in _jobs(plan, name)
+    ]
     return {key: [_value(each, measure, arm, name) for each in rows] for key, measure in plan.study.measures.items()}
 
 
@@ -87,18 +90,23 @@ def _value(rows: Mapping[str, Row], measure: Measure, arm: Arm, name: str) -> fl
 
 def _arm(plan: Plan, name: str, found: Mapping[str, Mapping[str, list[float | None]]]) -> ArmResult:
     arm, jobs, study = plan.study.arms[name], _jobs(plan, name), plan.study
-    recipe, first = jobs[0].recipe, next(iter(study.arms))
+    recipe, first = jobs[0].measured, next(iter(study.arms))
     model = _row_name(list(study.measures.values())[-1], arm)
-    rows, expected = read_summary(RunFolder(recipe.out).summary), count(recipe, gpus=1)
-    stage = TRAINED_BY.get(model or "")
+    rows, stage = read_summary(RunFolder(recipe.out).summary), TRAINED_BY.get(model or "")
     before = BEFORE if model != RANDOM else BEFORE[:1] if recipe.distill.has_teacher else ()
-    corrected = expected.correct_tokens if "correct" in before else 0
+    tokens = flops = taught = 0
+    for run, made in jobs[0].executions(set()):
+        cost, last = count(run.planned, gpus=1), run.recipe == recipe
+        stages = {*made} & {*before, stage} if last else {*made} & {*BEFORE, "distill"}
+        tokens += cost.correct_tokens * ("correct" in stages) + cost.distill_tokens * bool(stages & {"distill", stage})
+        flops += sum(cost.stage_flops[each] for each in stages)
+        taught += cost.teacher_flops * bool(stages & {"distill", stage})
     return {
         "arm": name,
         "parameters": next((row.get("parameters") for row in rows if row["model"] == model), None),
-        "tokens": corrected + (expected.distill_tokens if stage else 0),
-        "flops": sum(expected.stage_flops[each] for each in (*before, *([stage] if stage else []))),
-        "teacher_flops": expected.teacher_flops if stage else 0,
+        "tokens": tokens,
+        "flops": flops,
+        "teacher_flops": taught,
         "measures": {
             key: _compared(values, found[first][key], study.measures[key].better, arm.printed.get(key), name == first)
             for key, values in found[name].items()
@@ -163,7 +171,7 @@ def _curve(jobs: Sequence[Job], stage: str | None) -> dict[int, float]:
     """Return step -> mean validation loss, at the steps that every seed has."""
     curves = []
     for job in jobs:
-        lines = (line for line in read_metrics(RunFolder(job.recipe.out).metrics) if line["stage"] == stage)
+        lines = (line for line in read_metrics(RunFolder(job.measured.out).metrics) if line["stage"] == stage)
         curves.append({line["done"]: line["validation_loss"] for line in lines if line.get("validation_loss")})
     steps = set.intersection(*map(set, curves)) if curves else set[int]()
     return {step: mean(curve[step] for curve in curves) for step in sorted(steps)}

@@ -28,11 +28,15 @@ def write_study(plan: Plan, table: StudyTable) -> None:
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, int, list[str], int]]:
-    """Return (arm, seed, stages, their FLOPs) of each run, without the stages that a run before it makes."""
+    """Return (arm, seed, stages, their FLOPs) of each job, without the stages that a run before it makes.
+
+    The stages of a family's run have its name before them: `8b/prune`.
+    """
     rows = []
-    for ((arm, seed), stages), job in zip(plan.executions().items(), plan.jobs, strict=True):
-        flops = count(job.recipe, gpus=1).stage_flops
-        rows.append((arm, seed, stages, sum(flops.get(stage, 0) for stage in stages)))
+    for job, runs in plan.executions():
+        named = [f"{run.name}/{stage}" if len(runs) > 1 else stage for run, stages in runs for stage in stages]
+        flops = sum(sum(count(run.planned, gpus=1).stage_flops.get(stage, 0) for stage in of) for run, of in runs)
+        rows.append((job.arm, job.seed, named, flops))
     return rows
 
 

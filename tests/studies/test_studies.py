@@ -20,12 +20,12 @@ from minitron_megatron.cli.study import run_study
 from minitron_megatron.errors import RecipeError
 from minitron_megatron.events import Event, silent
 from minitron_megatron.files import read_json
-from minitron_megatron.forecast import check, planned
+from minitron_megatron.forecast import planned
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.run import STAGES, SharedStages, Stage, run
 from minitron_megatron.run_folder import RunFolder
-from minitron_megatron.studies import describe_studies, load_study, plan_rows, plan_study, shipped, sign_test
+from minitron_megatron.studies import check_job, describe_studies, load_study, plan_rows, plan_study, shipped, sign_test
 from minitron_megatron.studies.quantities import filled
 from minitron_megatron.testing import Pool
 from tests.formats import CHAT_TEMPLATE
@@ -58,13 +58,18 @@ def test_every_arm_of_every_study_passes_the_checks_of_a_run(
 ) -> None:
     plan = plan_study(name, load_study(name), recipe_file(), out=tmp_path / "studies", seeds=1)
     for job in plan.jobs:
-        check(job.recipe, planned(job.recipe, 1))
-    made = [stage for stages in plan.executions().values() for stage in stages]
+        check_job(job, planned(job.recipe, 1))
+    made = [stage for _, runs in plan.executions() for run, stages in runs for stage in stages if run.until is None]
     assert len({job.recipe.out for job in plan.jobs}) == len(plan.jobs) == len(plan.study.arms)
-    assert (made.count("prepare"), made.count("correct")) == (1, 3 if name == "correction" else 1)
+    assert (made.count("prepare"), made.count("correct")) == (
+        1 + (name == "two-steps"),  # once for each model that is pruned
+        3 if name == "correction" else 1,
+    )
 
 
-def conduct(recipe: Path, study: Path, out: Path, log: Path, array: str = "", kill_at: int = 0) -> None:
+def conduct(
+    recipe: Path, study: str | Path, out: Path, log: Path, array: str = "", kill_at: int = 0, seeds: int = 2
+) -> None:
     """Run a study in this process. log: receives a line for each stage that was done. kill_at: kill -9 at this step of
     distillation, counted over all runs."""
     import torch
@@ -83,7 +88,7 @@ def conduct(recipe: Path, study: Path, out: Path, log: Path, array: str = "", ki
             os.kill(os.getpid(), signal.SIGKILL)
 
     running.raise_if_interrupted = listener
-    run_study(str(study), recipe, [], out, seeds=2, array=array, dry_run=False)
+    run_study(str(study), recipe, [], out, seeds=seeds, array=array, dry_run=False)
 
 
 def counted(stage: Stage, log: Path) -> Callable[..., Any]:
@@ -154,6 +159,29 @@ def _expect_table(folder: Path) -> None:
     assert not any("validation_kl" in line for line in lines)
     page = (folder / "table.md").read_text()
     assert "| taught |" in page and "1.5" in page and (folder / "table.png").is_file()
+
+
+def test_an_arm_may_be_a_family_of_runs(material: Path, tmp_path: Path) -> None:
+    """The model between is made once for both arms that have one, and its costs are theirs."""
+    few = {"samples": 8, "micro_batch": 8}
+    training = tiny_recipe(material)["distill"] | {"tokens": 2 * 8 * 16, "warmup_steps": 1}
+    keys = tiny_recipe(material) | {"correct": training, "distill": training, "score": few, "evaluate": few}
+    keys["prune"] = {"hidden": 32, "ffn": 48, "heads": 4}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(keys | {"out": str(tmp_path / "run")}))
+    told = (tmp_path / "recipe.yaml", "two-steps", tmp_path / "out", tmp_path / "log.txt", "", 0, 1)
+    process = FORKS.Process(target=conduct, args=told)
+    process.start()
+    process.join(HANGS)
+    assert process.exitcode == 0
+    done = (tmp_path / "log.txt").read_text().split()
+    assert (done.count("correct"), done.count("distill"), done.count("prune")) == (1, 4, 3)
+    one, two, taught_between = read_json(tmp_path / "out" / "two-steps" / "table.json")["arms"]
+    assert one["parameters"] == two["parameters"] == taught_between["parameters"]
+    assert two["tokens"] == taught_between["tokens"] == one["tokens"] + 2 * 8 * 16
+    assert two["flops"] > taught_between["flops"] > one["flops"]
+    summary = read_json(tmp_path / "out/two-steps/two-steps-taught-by-the-largest/seed-1/last/summary.json")
+    assert [summary[0]["model"], summary[-1]["model"]] == ["teacher", "distilled"]
+    assert two["measures"]["after"]["values"] == [summary[-1]["loss_nats_per_token"]]
 
 
 def prepare_twice(topology: Topology, recipe: Path, folder: Path) -> None:
@@ -260,5 +288,5 @@ def test_the_page_lists_every_study_and_its_examples_are_some(
     (tmp_path / "text.yaml").write_text(named)
     plan = plan_study("text", load_study("text.yaml"), recipe_file(model=str(model)), seeds=1)
     for job in plan.jobs:
-        check(job.recipe, planned(job.recipe, 1))
+        check_job(job, planned(job.recipe, 1))
     assert [len(job.recipe.score.sources) for job in plan.jobs] == [0, 1, 2]
