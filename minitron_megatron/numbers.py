@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["ABSENT", "count", "duration", "flops", "loss", "perplexity", "size"]
+__all__ = ["ABSENT", "count", "counted", "duration", "flops", "loss", "perplexity", "size"]
 
 ABSENT = "-"
 Scales = Sequence[tuple[float, str]]
@@ -21,6 +21,11 @@ def count(number: float | None) -> str:
     if abs(number) < 99_999.5 or not math.isfinite(number):
         return f"{number:,.0f}"
     return _scaled(number, _COUNTS)
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Format a number of things: `1 layer`, `3 layers`, `2 matrices`. plural: where it is not the noun and an s."""
+    return f"{count(number)} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def size(in_bytes: float | None) -> str:

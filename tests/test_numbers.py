@@ -70,3 +70,8 @@ def test_sizes(number: float | None, text: str) -> None:
 )
 def test_flops(number: float | None, text: str) -> None:
     assert numbers.flops(number) == text
+
+
+def test_counted_things_agree_with_their_number() -> None:
+    said = [numbers.counted(1, "layer"), numbers.counted(0, "layer"), numbers.counted(2, "matrix", "matrices")]
+    assert said == ["1 layer", "0 layers", "2 matrices"]

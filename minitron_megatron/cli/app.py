@@ -13,7 +13,7 @@ from ..run_folder import RunFolder
 from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
 from .options import Out, RecipePath, Set
-from .printing import print_comparison, print_made, print_report, print_steps
+from .printing import print_comparison, print_estimate, print_made, print_report, print_steps
 from .running import carry_out, reported, share, start
 from .sample import sample
 
@@ -194,7 +194,6 @@ def estimate(
     from ..forecast import estimate as count
     from ..forecast import slurm_commands
     from ..recipe import load_recipe
-    from ..report import candidates_table, pairs_table
 
     found = count(load_recipe(recipe, overrides or (), out), gpus=gpus, mfu=mfu)
     if slurm:
@@ -204,9 +203,7 @@ def estimate(
         )
         print(slurm_commands(recipe, arguments, found), end="")
         return
-    Console().print(pairs_table(str(recipe), found.rows()))
-    if found.candidates:
-        Console().print(candidates_table(found.candidate_rows()))
+    print_estimate(str(recipe), found)
     found.expect_to_fit(memory)
 
 

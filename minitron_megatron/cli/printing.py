@@ -9,9 +9,30 @@ from typing import TYPE_CHECKING
 from ..run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from ..forecast import Estimate
     from ..recipe import Recipe
 
-__all__ = ["print_comparison", "print_made", "print_report", "print_steps"]
+__all__ = ["print_comparison", "print_estimate", "print_made", "print_report", "print_steps"]
+
+
+PREDICTED = "predicted by formula"
+"""Label of an estimate's numbers."""
+
+
+def print_estimate(title: str, found: Estimate) -> None:
+    """Print an estimate: its numbers, the bytes of each rank by kind, and a search's candidates."""
+    from rich.console import Console
+
+    from ..report import candidates_table, memory_table, pairs_table
+
+    tables = [
+        pairs_table(f"{title} ({PREDICTED})", found.rows()),
+        memory_table(f"Memory by kind, without activations ({PREDICTED})", found.rank_rows()),
+    ]
+    if found.candidates:
+        tables.append(candidates_table(found.candidate_rows(), PREDICTED))
+    for table in tables:
+        Console().print(table)
 
 
 def print_made(recipe: Recipe, only: str | None) -> None:

@@ -16,7 +16,7 @@ from .rehearsed import rehearsal_tables
 from .searched import SearchTable
 from .studied import ArmResult, Compared, StudyTable, Verdict, study_markdown, study_notes, study_page, study_text
 from .tables import bench_table, candidates_table, print_summary, summary_table
-from .terminal import front_table
+from .terminal import front_table, memory_table
 from .watch import watch
 from .watchdog import Watchdog
 
@@ -38,6 +38,7 @@ __all__ = [
     "front_table",
     "logged",
     "made_by",
+    "memory_table",
     "pairs_table",
     "plot_bench",
     "plot_study",

@@ -95,9 +95,14 @@ def print_summary(rows: Sequence[SummaryRow], console: Console | None = None) ->
     (console or Console()).print(summary_table(rows))
 
 
-def candidates_table(candidates: Sequence[EstimatedCandidate]) -> Table:
-    """Return a table of a search's candidates and their costs."""
-    table = Table(title=f"{len(candidates)} candidates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def candidates_table(candidates: Sequence[EstimatedCandidate], origin: str) -> Table:
+    """Return a table of a search's candidates and their costs. origin: where the numbers come from."""
+    table = Table(
+        title=f"{numbers.counted(len(candidates), 'candidate')} ({origin})",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for number, title in enumerate(ESTIMATED):
         table.add_column(title, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
     for row in estimated_rows(candidates):

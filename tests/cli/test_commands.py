@@ -142,6 +142,16 @@ def test_estimate_counts_what_is_built(recipe_file: Write) -> None:
     assert "MiB before activations" in said
 
 
+def test_an_estimate_draws_bytes_by_kind_at_80_columns(recipe_file: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = say("estimate", recipe_file(), "--set", "parallel.pp=4").splitlines()
+    assert max(map(len, lines)) <= 80
+    bars = [line.split() for line in lines if "█" in line]
+    assert len(bars) == 9 and bars[0][0] == "█" * 24 and bars[0][2] == "KiB"
+    titles = [line for line in lines if "(predicted by formula)" in line]
+    assert titles[-1].startswith("Memory by kind, without activations") and len(titles) == 2
+
+
 def test_schema_is_a_json_schema() -> None:
     assert "prune" in json.loads(say("schema"))["properties"]
 
