@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import numbers
 from .options import Out, RecipePath, Set
 from .running import reported, start
 
@@ -61,7 +62,8 @@ def sample(
 
 
 def _print(summary: PairsSummary, to: Path) -> None:
-    print(f"{summary['pairs']} pairs of {summary['prompts']} prompts -> {to}")
+    pairs, prompts = numbers.counted(summary["pairs"], "pair"), numbers.counted(summary["prompts"], "prompt")
+    print(f"{pairs} of {prompts} -> {to}")
     print(f"mean reward {summary['mean_reward']:.4g}, of the best answers {summary['mean_best']:.4g}")
     print(f"prompts whose answers all have the same reward: {summary['all_equal']}")
     if summary["ended"] is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from .. import numbers
 from .gc_tuning import restore_gc
 from .running import carry_out, share
 
@@ -68,10 +69,11 @@ def _print_plan(plan: Plan) -> None:
     from ..studies import plan_rows
 
     rows = plan_rows(plan)
-    cells = [[arm, str(seed), f"{flops:.2e}", ", ".join(stages) or "none"] for arm, seed, stages, flops in rows]
-    columns = ("arm", "seed", "FLOPs", "stages that no run before it makes")
+    cells = [[arm, str(seed), numbers.flops(flops), ", ".join(stages) or "none"] for arm, seed, stages, flops in rows]
+    columns = ("arm", "seed", "compute", "stages that no run before it makes")
     Console().print(text_table(plan.study.title, columns, cells))
-    print(f"{len(rows)} runs, {sum(row[3] for row in rows):.2e} FLOPs, in {shlex.quote(str(plan.folder))}")
+    runs, compute = numbers.counted(len(rows), "run"), numbers.flops(sum(row[3] for row in rows))
+    print(f"{runs}, {compute}, in {shlex.quote(str(plan.folder))}")
 
 
 def _print_results(plan: Plan) -> None:
@@ -80,7 +82,7 @@ def _print_results(plan: Plan) -> None:
 
     left = [job for job in plan.jobs if not is_done(job)]
     if left:
-        print(f"{len(plan.jobs) - len(left)} of {len(plan.jobs)} runs are done. The last task writes the table.")
+        print(f"Done: {len(plan.jobs) - len(left)} of {len(plan.jobs)} runs. The last task writes the table.")
         return
     table = collect(plan)
     write_study(plan, table)

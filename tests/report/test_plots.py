@@ -109,9 +109,9 @@ def test_curves_are_sorted_and_strong_just_where_units_are_kept(
     assert titles(figures[0]) == [
         "layers: 3 of 4 kept (pruned: grey)",
         "hidden: 16 of 32 kept",
-        "ffn: 24 of 48 kept, 1 layers removed",
+        "ffn: 24 of 48 kept, 1 layer removed",
         "share of the layer's best (pruned: grey)",
-        "heads: 4 of 8 kept, 1 layers removed",
+        "heads: 4 of 8 kept, 1 layer removed",
         "share of the layer's best (pruned: grey)",
     ]
     heads = next(axes for axes in figures[0].axes if axes.get_title(loc="left").startswith("heads"))

@@ -66,7 +66,9 @@ def _share(kept: Kept, layers: Scored) -> str:
     total = max(map(len, layers.values()))
     span = numbers.count(sizes[0]) + (f" to {numbers.count(sizes[-1])}" if len(sizes) > 1 else "")
     removed = sum(not units for units in kept.values())
-    return f"{span} of {numbers.count(total)} kept" + (f", {removed} layers removed" if removed else "")
+    return f"{span} of {numbers.count(total)} kept" + (
+        f", {numbers.counted(removed, 'layer')} removed" if removed else ""
+    )
 
 
 def _depth(axes: Axes, values: Sequence[float], kept: frozenset[int]) -> None:
