@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
 from .. import numbers
 from .gc_tuning import restore_gc
@@ -71,7 +72,7 @@ def _print_plan(plan: Plan) -> None:
     rows = plan_rows(plan)
     cells = [[arm, str(seed), numbers.flops(flops), ", ".join(stages) or "none"] for arm, seed, stages, flops in rows]
     columns = ("arm", "seed", "compute", "stages that no run before it makes")
-    Console().print(text_table(plan.study.title, columns, cells))
+    Console().print(text_table(plan.study.title, columns, cells, words=columns[-1:]))
     runs, compute = numbers.counted(len(rows), "run"), numbers.flops(sum(row[3] for row in rows))
     print(f"{runs}, {compute}, in {shlex.quote(str(plan.folder))}")
 
@@ -87,7 +88,6 @@ def _print_results(plan: Plan) -> None:
     table = collect(plan)
     write_study(plan, table)
     Console().print(study_text(table))
-    print(plan.study.claim, f"({plan.study.paper})")
-    for note in study_notes(table):
-        print(f"* {note}")
+    for line in (f"{plan.study.claim} ({plan.study.paper})", *(f"* {note}" for note in study_notes(table))):
+        Console().print(Text(line))
     print(f"report: {plan.folder / 'report.html'}")

@@ -155,7 +155,7 @@ class Estimate:
 
 def _shape_text(shape: Shape) -> str:
     heads = f"{shape.heads} query heads and {shape.kv_groups} key-value heads of {shape.head_dim}"
-    return f"{shape.layers} layers, hidden {shape.hidden}, ffn {shape.ffn}, {heads}"
+    return f"{numbers.counted(shape.layers, 'layer')}, hidden {shape.hidden}, ffn {shape.ffn}, {heads}"
 
 
 @with_keys_in_errors()

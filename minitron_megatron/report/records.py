@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from rich import box
 from rich.console import Group
@@ -71,13 +70,15 @@ def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
     return table
 
 
-def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table of text rows. The first column is a name, the column of curves is left-aligned, others are
-    numbers."""
+def text_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str] = SCORED[-1:]
+) -> Table:
+    """Return a table of text rows. The first column is a name, the columns of `words` are text, which may wrap, and the
+    others are numbers, which stay whole."""
     table = narrow_table(title)
     for number, column in enumerate(columns):
-        justify: Literal["left", "right"] = "right" if number and column != SCORED[-1] else "left"
-        table.add_column(Text(column), justify=justify, no_wrap=bool(number), overflow="fold")
+        whole = number > 0 and column not in words
+        table.add_column(Text(column), justify="right" if whole else "left", no_wrap=whole, overflow="fold")
     for row in rows:
         table.add_row(at_dashes(row[0]), *map(Text, row[1:]))
     return table

@@ -139,9 +139,9 @@ def study_notes(table: StudyTable) -> list[str]:
         pairs = verdict["holds"] + verdict["reversed"] + verdict["mixed"]
         order = " < ".join(" | ".join(group) for group in verdict["order"])
         notes.append(
-            f"The paper's order by {verdict['measure']}, best first: {order}. Of {pairs} pairs of arms, "
-            f"{verdict['holds']} are in this order in every seed, {verdict['reversed']} in the reverse order in every "
-            f"seed, {verdict['mixed']} neither."
+            f"The paper's order by {verdict['measure']}, best first: {order}. Pairs of arms: {pairs}. In this order in "
+            f"every seed: {verdict['holds']}, in the reverse order in every seed: {verdict['reversed']}, neither: "
+            f"{verdict['mixed']}."
         )
     return notes + [f"{sentence}." for sentence in table["flips"]]
 

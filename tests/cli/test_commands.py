@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from minitron_megatron.cli import app
+from minitron_megatron.cli.output import wrapped
 from minitron_megatron.cli.printing import print_made
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.files import write_json
@@ -63,6 +65,23 @@ assert huggingface_hub.utils.are_progress_bars_disabled()  # transformers asks t
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert (done.returncode, done.stderr) == (0, "warning: the margin is small\n")
+
+
+def test_messages_end_their_lines_between_words_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    message = "error: distill.lr is -1: should be greater than 0, path/of/a/file-that-is-long.yaml says."
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert wrapped(message, io.StringIO()) == message
+    assert wrapped(message, Terminal()).splitlines() == [
+        "error: distill.lr is -1:",
+        "should be greater than 0,",
+        "path/of/a/file-that-is-long.yaml",
+        "says.",
+    ]
 
 
 def test_an_error_that_only_the_models_know_is_one_message_too(recipe_file: Write) -> None:
