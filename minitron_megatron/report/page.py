@@ -199,7 +199,8 @@ def _work(stage: str, metrics: Sequence[MetricsLine]) -> tuple[str, str, str]:
     if not lines:
         return (numbers.ABSENT,) * 3
     speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second") is not None]
-    work = f"{numbers.count(lines[-1]['done'])} {lines[-1].get('unit', '')}"
+    done, unit = lines[-1]["done"], lines[-1].get("unit", "")
+    work = numbers.size(done) if unit == "bytes" else f"{numbers.count(done)} {unit}"
     return work, numbers.count(lines[-1].get("tokens")), numbers.count(median(speeds) if speeds else None)
 
 

@@ -89,6 +89,7 @@ class StudyTable(TypedDict):
 
 
 COMPARED = ("arm", "mean", "spread", "vs first", "better:worse", "p", "paper")
+DOTS = "A dot is a seed, the bar their mean; the dashed line is the first arm's mean."
 COSTS = ("arm", "parameters", "tokens", "FLOPs", "teacher's share")
 
 Block = tuple[str, Sequence[str], list[list[str]]]
@@ -163,7 +164,7 @@ def study_page(table: StudyTable, plot: Path) -> str:
     """Return a study's results as an HTML page that needs no other file. plot: its PNG."""
     made = f"Teacher: {table['model']}, hash {table['model_hash'][:16]}."
     notes = "".join(f"<li>{escape(note)}</li>" for note in study_notes(table))
-    body = section("Arms", figure(plot, table["title"]) + f"<ul>{notes}</ul>")
+    body = section("Arms", figure(plot, f"{table['title']}. {DOTS}") + f"<ul>{notes}</ul>")
     body += "".join(section(title, html_table(columns, rows)) for title, columns, rows in _blocks(table))
     return whole_page(table["title"], f"{table['claim']} ({table['paper']}) {made}", body)
 
