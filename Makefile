@@ -12,7 +12,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install check test test-gpu test-latest test-slurm system site quickstart align schema soak clean
+.PHONY: help install check test test-gpu test-latest test-slurm system site quickstart picture align schema soak clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -65,6 +65,12 @@ site: install  ## the guide as a site, in runs/site
 
 quickstart: install runs/corpus  ## prune and distil a small model on this machine
 	$(BIN)/minitron run examples/quickstart/recipe.yaml
+
+RUN = runs/quickstart
+PICTURE = docs/quickstart.png
+picture: install  ## draw the README's picture anew, from the run of `make quickstart`
+	$(BIN)/minitron report $(RUN)
+	cp $(RUN)/plots/models.png $(PICTURE)
 
 align: install runs/corpus  ## then teach a small model to follow instructions: fine-tuning, and two rounds of RPO
 	$(BIN)/python examples/align/tasks.py runs/align-data

@@ -101,7 +101,7 @@ def expect_number(
         fits = (above is None or value > above) and (at_least is None or value >= at_least)
         fits = fits and (at_most is None or value <= at_most)
     if not fits:
-        ends = {"above": above, "at least": at_least, "at most": at_most}
+        ends = {"above": above, "of at least": at_least, "of at most": at_most}
         bounds = " and ".join(f"{word} {end:g}" for word, end in ends.items() if end is not None)
         kind = "whole number" if whole else "finite number"
         raise RecipeError(f"{name} is {value!r}. It must be a {kind} {bounds}".rstrip() + ".")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import FileError
+from .wrong_values import problem_in
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -228,11 +229,7 @@ def check_as(value: object, kind: type[T], where: str) -> T:
     except RecursionError as error:
         raise FileError(f"{where} is nested too deeply to be read.") from error
     except ValidationError as error:
-        first, more = error.errors()[0], error.error_count() - 1
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ").rstrip(".")
-        problem = f"{place}: {message}" if place else message
-        problem += f", and {more} more like this" if more else ""
+        problem = problem_in(value, error.errors(include_url=False))
         raise FileError(f"{where} does not hold what it should: {problem}.") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["ABSENT", "count", "duration", "flops", "loss", "perplexity", "size"]
+__all__ = ["ABSENT", "count", "counted", "duration", "flops", "loss", "perplexity", "size", "tick"]
 
 ABSENT = "-"
 Scales = Sequence[tuple[float, str]]
@@ -21,6 +21,19 @@ def count(number: float | None) -> str:
     if abs(number) < 99_999.5 or not math.isfinite(number):
         return f"{number:,.0f}"
     return _scaled(number, _COUNTS)
+
+
+def tick(number: float, most: float) -> str:
+    """Format a tick of an axis of counts up to `most`, in whose unit all its ticks are: `0`, `50 k`, `100 k`."""
+    unit = next(((scale, name) for scale, name in _COUNTS if most >= scale), None)
+    if unit is None or most < 99_999.5 or not number:
+        return count(number)
+    return f"{number / unit[0]:,.4g} {unit[1]}"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Format a number of things: `1 layer`, `3 layers`, `2 matrices`. plural: where it is not the noun and an s."""
+    return f"{count(number)} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def size(in_bytes: float | None) -> str:

@@ -27,7 +27,9 @@ from pydantic._internal._model_construction import ModelMetaclass  # it has no p
 from pydantic_core import ErrorDetails
 from typing_extensions import dataclass_transform
 
+from . import numbers
 from .errors import RecipeError, did_you_mean
+from .wrong_values import EXPECTED, shown
 
 __all__ = [
     "MOST",
@@ -47,7 +49,6 @@ __all__ = [
     "check_path",
     "explain",
     "model_validator",
-    "shown",
 ]
 
 SMALLEST, LARGEST = 2.0**-126, 2.0**128
@@ -203,31 +204,12 @@ def _holds_bool(value: object) -> bool:
     return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_bool, value)))
 
 
-ADVICE = {
-    "tuple_type": "give a list",
-    "dict_type": "give a block of keys",
-    "model_type": "give a block of keys",
-    "bool_type": "give true or false",
-    "int_type": "give a whole number",
-    "int_parsing": "give a whole number",
-    "int_parsing_size": "give a smaller number",
-    "int_from_float": "give a whole number",
-    "float_type": "give a number",
-    "float_parsing": "give a number",
-    "finite_number": "give a finite number",
-    "string_type": "give text",
-    "path_type": "give a path",
-    "too_short": "give at least one",
-    "string_too_short": "give some text",
-}
-"""pydantic error type -> advice, for the types whose own message speaks of Python types."""
-
-
 def explain(error: ValidationError, nearest: Callable[[Sequence[int | str]], str]) -> str:
     """Return the first problem and the number of further problems. nearest: the place of an unknown key -> a hint."""
     problems = error.errors(include_url=False)
     first = min(problems, key=lambda each: each["type"] != "extra_forbidden")  # an unknown key often causes the others
-    return _told(first, nearest) + (f" ({len(problems) - 1} more errors.)" if len(problems) > 1 else "")
+    more = len(problems) - 1
+    return _told(first, nearest) + (f" ({numbers.counted(more, 'more error')}.)" if more else "")
 
 
 def _told(problem: ErrorDetails, nearest: Callable[[Sequence[int | str]], str]) -> str:
@@ -237,15 +219,9 @@ def _told(problem: ErrorDetails, nearest: Callable[[Sequence[int | str]], str]) 
         return f"{where} is not a known key.{nearest(problem['loc'])}"
     if kind == "missing":
         return f"{where} is missing."
-    message = ADVICE.get(kind, problem["msg"].removeprefix("Value error, ").removeprefix("Input ")).rstrip(".")
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+    message = f"give {EXPECTED[kind]}" if kind in EXPECTED else message
     if not where or isinstance(value, dict | Settings):
         return f"{where}: {message}.".removeprefix(": ")
     known = re.findall("'(.*?)'", problem["ctx"]["expected"]) if kind == "literal_error" else ()
     return f"{where} is {shown(value)}: {message[0].lower()}{message[1:]}.{did_you_mean(str(value), known)}"
-
-
-def shown(value: object) -> str:
-    """Return a value as YAML writes it, shortened to 100 characters."""
-    plain = value is None or isinstance(value, bool)
-    text = str(value).lower().replace("none", "null") if plain else repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

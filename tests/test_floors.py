@@ -19,7 +19,7 @@ PACKAGE = "minitron_megatron"
 ROOT = Path(__file__).parents[1] / PACKAGE
 
 FLOORS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "events", "numbers"}),
+    frozenset({"errors", "events", "numbers", "wrong_values"}),
     frozenset({"files", "gpus", "layout", "registry", "run_folder", "settings"}),
     frozenset({"parallel"}),
     frozenset({"records"}),

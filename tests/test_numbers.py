@@ -70,3 +70,14 @@ def test_sizes(number: float | None, text: str) -> None:
 )
 def test_flops(number: float | None, text: str) -> None:
     assert numbers.flops(number) == text
+
+
+def test_counted_things_agree_with_their_number() -> None:
+    said = [numbers.counted(1, "layer"), numbers.counted(0, "layer"), numbers.counted(2, "matrix", "matrices")]
+    assert said == ["1 layer", "0 layers", "2 matrices"]
+
+
+def test_ticks_of_an_axis_have_one_unit() -> None:
+    assert [numbers.tick(value, 200_000) for value in (0, 50_000, 100_000, 200_000)] == ["0", "50 k", "100 k", "200 k"]
+    assert [numbers.tick(value, 1.5e6) for value in (500_000, 1_250_000)] == ["0.5 M", "1.25 M"]
+    assert numbers.tick(50_000, 60_000) == "50,000"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 
 from minitron_megatron.convert import load_hf
+from minitron_megatron.files import write_json
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.testing import Pool
@@ -29,6 +33,29 @@ def test_the_two_make_commands_are_targets() -> None:
         == {"quickstart", "test"}
         <= set(targets)
     )
+
+
+def test_the_picture_is_drawn_from_the_printed_numbers(tmp_path: Path) -> None:
+    """`make picture`, on a run with the numbers that the page prints, draws the picture that the page shows."""
+    from matplotlib.image import imread
+
+    printed = README.replace("corrected  ", "corrected teacher  ")
+    rows = re.findall(r"^ (\w+(?: \w+)?) {2,}([\d.]+) M +([\d.]+) +([\d.]+) ", printed, re.M)
+    summary = [
+        {"model": name, "parameters": round(1e6 * float(size)), "loss_nats_per_token": float(loss)}
+        | {"perplexity": float(perplexity), "tokens": 0, "seconds": 0.0}
+        for name, size, loss, perplexity in rows
+    ]
+    assert [row["model"] for row in summary] == ["teacher", "corrected teacher", "pruned", "distilled", "random init"]
+    write_json(tmp_path / "summary.json", summary)
+    (tmp_path / "recipe.yaml").write_text("")
+    made = [f"RUN={tmp_path}", f"PICTURE={tmp_path / 'made.png'}", f"BIN={Path(sys.executable).parent}"]
+    there = os.environ | {"PYTHONPATH": str(ROOT)}
+    stamp = "STAMP=setup.py"  # what is installed is tested
+    subprocess.run(["make", "--old-file=setup.py", stamp, *made, "picture"], cwd=ROOT, env=there, check=True)
+    found, shown = imread(tmp_path / "made.png"), imread(ROOT / "docs" / "quickstart.png")
+    assert found.shape == shown.shape
+    assert abs(found - shown).mean() < 5e-4, "another loss by 0.01 is 8e-4"
 
 
 def test_the_commands_for_ones_own_model_run(material: Path, recipe_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import numbers
 from ..data import REWARD_KEYS, Batch, PreferencePair, check_split
 from ..errors import DataError, FileError
 from ..files import whole_file
@@ -101,8 +102,8 @@ def tokenize_pairs(
         chosen = np.arange(count, len(kept.rewards))
     if len(chosen) >= len(kept.rewards) or not count:
         raise DataError(
-            f"The sources hold {count} preference pairs, and {len(chosen)} are held out: none is left to train on. "
-            "Give more pairs, or hold out fewer."
+            f"The sources hold {numbers.counted(count, 'preference pair')}, of them held out {len(chosen)}: none "
+            "is left to train on. Give more pairs, or hold out fewer."
         )
     flags = np.zeros(len(kept.rewards), np.uint8)
     flags[chosen] = 1

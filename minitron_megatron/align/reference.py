@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .. import numbers
 from ..errors import FileError
 from ..events import Event, Listener
 from ..model import Model, chunks_of, evaluating, forward_only
@@ -70,5 +71,6 @@ def load_reference(path: Path, pairs: int) -> Reference:
     except (OSError, SafetensorError, KeyError) as error:
         raise FileError(f"{path} cannot be read: {error}. Remove it, and run the command again.") from error
     if reference.shape != (pairs, 2) or not np.isfinite(reference).all():
-        raise FileError(f"{path} does not hold the likelihoods of {pairs} pairs. Remove it, and run the command again.")
+        held = f"the likelihoods of {numbers.counted(pairs, 'pair')}"
+        raise FileError(f"{path} does not hold {held}. Remove it, and run the command again.")
     return reference

@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 
 from ..run_folder import RunFolder
-from .family import print_family_steps, run_family
+from .family import print_steps, run_family
 from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
 from .options import Out, RecipePath, Set
-from .printing import print_comparison, print_dry_run, print_made, print_report
+from .printing import print_bench, print_comparison, print_made, print_report
 from .running import carry_out, reported, share, start
 from .sample import sample
 
@@ -68,16 +68,22 @@ def options(
 Format = Literal["hf", "megatron"]
 Backend = Literal["trtllm", "vllm", "torch"]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only print which stages would run, and why.")]
-Gpus = Annotated[int | None, typer.Option("--gpus", min=1, help="Number of GPUs; by default the layout's minimum.")]
-Memory = Annotated[float, typer.Option("--memory", min=0.001, help="GiB per GPU; an estimate above it is an error.")]
-Mfu = Annotated[float, typer.Option("--mfu", min=0.01, max=1.0, help="Model FLOPs utilisation: share of the peak.")]
+Gpus = Annotated[
+    int | None, typer.Option("--gpus", metavar="N", min=1, help="Number of GPUs; by default the layout's minimum.")
+]
+Memory = Annotated[
+    float, typer.Option("--memory", metavar="GIB", min=0.001, help="GiB per GPU; an estimate above it is an error.")
+]
+Mfu = Annotated[
+    float, typer.Option("--mfu", metavar="SHARE", min=0.01, max=1.0, help="Model FLOPs utilisation: share of the peak.")
+]
 
 
 @app.command(rich_help_panel=RUN)
 def run(recipe: RecipePath, overrides: Set = None, out: Out = None, dry_run: DryRun = False) -> None:
     """Run all stages in order. Finished stages are skipped, and an interrupted one resumes."""
     if dry_run:
-        _print_steps(recipe, overrides, out)
+        print_steps(recipe, overrides, out)
     else:
         _run(recipe, overrides, out)
 
@@ -200,14 +206,18 @@ def estimate(
 @app.command(rich_help_panel=PLAN)
 def rehearse(
     recipe: RecipePath,
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Number of GPUs of the cluster.")],
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Number of GPUs of the cluster.")],
     overrides: Set = None,
     out: Out = None,
-    gpu: Annotated[str, typer.Option("--gpu", help="GPU of the data sheet: A100, H100, H200, B200, ...")] = "H100",
+    gpu: Annotated[
+        str, typer.Option("--gpu", metavar="NAME", help="GPU of the data sheet: A100, H100, H200, B200, ...")
+    ] = "H100",
     memory: Annotated[
-        float, typer.Option("--memory", min=0.001, help="GiB per GPU; a peak above it is an error.")
+        float, typer.Option("--memory", metavar="GIB", min=0.001, help="GiB per GPU; a peak above it is an error.")
     ] = 80.0,
-    stage: Annotated[str, typer.Option("--stage", help="correct, score, distill or evaluate.")] = "distill",
+    stage: Annotated[
+        str, typer.Option("--stage", metavar="NAME", help="correct, score, distill or evaluate.")
+    ] = "distill",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the tables.")] = False,
 ) -> None:
     """Rehearse a stage on every kind of rank of a cluster. Needs no GPU and no weights; all numbers are modelled."""
@@ -239,21 +249,14 @@ def bench(
 ) -> None:
     """Measure the serving throughput of teacher and student."""
     from ..recipe import load_recipe
-    from ..report import Progress, bench_table, fan_out, plot_bench
+    from ..report import Progress, fan_out
     from ..run import bench as measure
-    from ..serve import SERVERS
 
     loaded = load_recipe(recipe, overrides or (), out)
     restore_gc()
     with Progress() as progress:
         rows = measure(loaded, backend, listener=fan_out(raise_if_interrupted, progress))
-    Console().print(bench_table(rows))
-    if plot := plot_bench(rows, RunFolder(loaded.out).bench / "ratios.png", paper=backend == "trtllm"):
-        print(f"plot: {plot}")
-    if backend != "torch" and any(row["student"] is None for row in rows):
-        server, commands = SERVERS[backend], RunFolder(loaded.out).bench / backend / "commands.sh"
-        print(f"`{server.tool}` is not installed here. In {server.name}'s container, run: sh {commands}")
-        print("Then run this command again. Or use `--backend torch` to compare the models on this machine.")
+    print_bench(RunFolder(loaded.out), backend, rows)
 
 
 @app.command(rich_help_panel=RUN)
@@ -265,7 +268,7 @@ def study(
         Path | None, typer.Option("--out", metavar="DIR", help="Folder of all studies, by default OUT-studies.")
     ] = None,
     seeds: Annotated[
-        int, typer.Option("--seeds", min=1, max=1000, help="Runs per arm, from the recipe's seed on.")
+        int, typer.Option("--seeds", metavar="N", min=1, max=1000, help="Runs per arm, from the recipe's seed on.")
     ] = 3,
     array: Annotated[str, typer.Option("--array", metavar="I/N", help="Only task I of N (from 0) of an array.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the runs, and the stages they share.")] = False,
@@ -292,7 +295,7 @@ def show(
 
 @app.command(rich_help_panel=LOOK)
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run folder, or several to compare.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="A run folder, or several to compare.")],
     to: Annotated[
         Path | None, typer.Option("--to", metavar="DIR", help="Folder of a comparison, by default ./comparison.")
     ] = None,
@@ -341,16 +344,6 @@ def _run(path: Path, overrides: list[str] | None, out: Path | None, only: str | 
     return recipe, topology
 
 
-def _print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
-    """Print what `run` would do, on the first of the launched processes."""
-    from ..parallel import launched
-    from ..recipe import load_recipe
-
-    if launched("RANK", 0) == 0:
-        recipe = load_recipe(path, overrides or (), out)
-        print_family_steps(recipe) if recipe.family else print_dry_run(recipe)
-
-
 def _hand_over(
     path: Path, overrides: list[str] | None, out: Path | None, to: Path, checkpoint: str, form: Format
 ) -> None:
@@ -384,8 +377,8 @@ def _check_export(recipe: Recipe, topology: Topology) -> None:
 
     difference = check_export(recipe, topology)
     if topology.rank == 0:
-        folder = RunFolder(recipe.out).model("export")
-        print(f"{folder}: transformers gives the student's logits, to within {difference:.1e}")
+        within = f", to within {difference:.1e}" if difference else ""
+        print(f"{RunFolder(recipe.out).model('export')}: transformers gives the student's logits{within}")
 
 
 def _search_task(path: Path, overrides: list[str] | None, out: Path | None, task: str) -> None:

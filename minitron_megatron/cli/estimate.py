@@ -9,6 +9,8 @@ from rich.console import Console
 
 __all__ = ["print_estimate"]
 
+PREDICTED = "predicted by formula"
+"""Label of an estimate's numbers."""
 RUNS = ("run", "parameters", "tokens", "FLOPs", "time")
 
 
@@ -28,7 +30,7 @@ def print_estimate(
     """
     from ..forecast import estimate, estimate_family, slurm_commands
     from ..recipe import load_recipe
-    from ..report import candidates_table, pairs_table, text_table
+    from ..report import candidates_table, memory_table, pairs_table, text_table
 
     recipe, console = load_recipe(path, overrides, out), Console()
     family = estimate_family(recipe, gpus=gpus, mfu=mfu) if recipe.family else None
@@ -39,10 +41,11 @@ def print_estimate(
         print(slurm_commands(path, arguments, found), end="")
         return
     if family:
-        console.print(text_table(f"family of {recipe.model}", RUNS, family.rows()))
+        console.print(text_table(f"family of {recipe.model} ({PREDICTED})", RUNS, family.rows()))
         console.print(family.summary(), highlight=False)
     else:
-        console.print(pairs_table(str(path), found.rows()))
+        console.print(pairs_table(f"{path} ({PREDICTED})", found.rows()))
+    console.print(memory_table(f"Memory by kind, without activations ({PREDICTED})", found.rank_rows()))
     if found.candidates and not family:
-        console.print(candidates_table(found.candidate_rows()))
+        console.print(candidates_table(found.candidate_rows(), PREDICTED))
     found.expect_to_fit(memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .printing import print_comparison, print_dry_run
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from ..parallel import Topology
     from ..recipe import Recipe
 
-__all__ = ["print_family_steps", "run_family"]
+__all__ = ["print_steps", "run_family"]
 
 
 def run_family(recipe: Recipe, topology: Topology) -> None:
@@ -29,7 +30,17 @@ def run_family(recipe: Recipe, topology: Topology) -> None:
         print_comparison([run.recipe.out for run in runs if run.until is None], recipe.out)
 
 
-def print_family_steps(recipe: Recipe) -> None:
+def print_steps(path: Path, overrides: list[str] | None, out: Path | None) -> None:
+    """Print what `run` would do with a recipe or its family, on the first of the launched processes."""
+    from ..parallel import launched
+    from ..recipe import load_recipe
+
+    if launched("RANK", 0) == 0:
+        recipe = load_recipe(path, overrides or (), out)
+        _print_family_steps(recipe) if recipe.family else print_dry_run(recipe)
+
+
+def _print_family_steps(recipe: Recipe) -> None:
     """Print what each run of a family would do."""
     from ..forecast import family_runs
     from ..run import wanted

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from .gc_tuning import relax_gc
 from .interrupt import Interrupted, ignore, interrupted, listen, listen_to_scheduler, preempted
-from .output import keep_writing
+from .output import keep_writing, wrapped
 
 __all__ = ["main"]
 
@@ -53,9 +53,9 @@ def main() -> None:
         if preempted():
             _leave_preempted()
         if isinstance(error, MinitronError):
-            _fail(WRONG_INPUT, error, f"error: {error}")
+            _fail(WRONG_INPUT, error, wrapped(f"error: {error}", sys.stderr))
         if isinstance(error, OSError) and (message := told_by(error)):
-            _fail(WRONG_INPUT, error, f"error: {message}")
+            _fail(WRONG_INPUT, error, wrapped(f"error: {message}", sys.stderr))
         _fail(OUR_FAULT, error, traceback.format_exc().strip())
     finally:
         ignore()
@@ -114,7 +114,7 @@ def _quiet() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides socket warnings; a lost rank is reported once anyway
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: wrapped(f"warning: {message}", sys.stderr) + "\n"
     for module in ("megatron", "torch", "transformers"):
         warnings.filterwarnings("ignore", module=rf"{module}(\..*)?")
     warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine|flash|modelopt|not a leaf Tensor|DTensor).*")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
+import textwrap
+from typing import TextIO
 
-__all__ = ["keep_writing"]
+__all__ = ["keep_writing", "wrapped"]
 
 
 def keep_writing() -> None:
@@ -18,6 +21,16 @@ def keep_writing() -> None:
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, _Unbroken(stream))
+
+
+def wrapped(text: str, stream: TextIO) -> str:
+    """Return a sentence in lines that end between words, if the stream is a terminal; a file has it in one line."""
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(
+        textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text.splitlines()
+    )
 
 
 class _Unbroken:

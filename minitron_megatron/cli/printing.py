@@ -10,8 +10,26 @@ from ..run_folder import RunFolder
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
+    from ..report import BenchRow
 
-__all__ = ["print_comparison", "print_dry_run", "print_made", "print_report"]
+__all__ = ["print_bench", "print_comparison", "print_dry_run", "print_made", "print_report"]
+
+
+def print_bench(folder: RunFolder, backend: str, rows: Sequence[BenchRow]) -> None:
+    """Print the speeds of a benchmark, draw its ratios, and tell what to run where its server is not installed."""
+    from rich.console import Console
+
+    from ..report import bench_tables, plot_bench
+    from ..serve import SERVERS
+
+    for table in bench_tables(rows):
+        Console().print(table)
+    if plot := plot_bench(rows, folder.bench / "ratios.png", paper=backend == "trtllm"):
+        print(f"plot: {plot}")
+    if backend != "torch" and any(row["student"] is None for row in rows):
+        server, commands = SERVERS[backend], folder.bench / backend / "commands.sh"
+        print(f"`{server.tool}` is not installed here. In {server.name}'s container, run: sh {commands}")
+        print("Then run this command again. Or use `--backend torch` to compare the models on this machine.")
 
 
 def print_made(recipe: Recipe, only: str | None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import numbers
 from .options import Out, RecipePath, Set
 from .running import reported, start
 
@@ -32,11 +33,19 @@ def sample(
     reward_model: Annotated[
         Path | None, typer.Option("--reward-model", metavar="DIR", help="Hugging Face folder, for --reward model.")
     ] = None,
-    answers: Annotated[int | None, typer.Option("--answers", help="Answers per prompt; 4 by default.")] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="1 by default.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Nucleus sampling; 1 by default.")] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Per answer; 512 by default.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Prompts to answer; all by default.")] = None,
+    answers: Annotated[
+        int | None, typer.Option("--answers", metavar="N", help="Answers per prompt; 4 by default.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option("--temperature", metavar="T", help="1 by default.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", metavar="SHARE", help="Nucleus sampling; 1 by default.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", metavar="N", help="Per answer; 512 by default.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="Prompts to answer; all by default.")
+    ] = None,
 ) -> None:
     """Sample answers to prompts, rate them, and write the best and the worst as preference pairs."""
     from ..align import AnswerSettings
@@ -61,7 +70,8 @@ def sample(
 
 
 def _print(summary: PairsSummary, to: Path) -> None:
-    print(f"{summary['pairs']} pairs of {summary['prompts']} prompts -> {to}")
+    pairs, prompts = numbers.counted(summary["pairs"], "pair"), numbers.counted(summary["prompts"], "prompt")
+    print(f"{pairs} of {prompts} -> {to}")
     print(f"mean reward {summary['mean_reward']:.4g}, of the best answers {summary['mean_best']:.4g}")
     print(f"prompts whose answers all have the same reward: {summary['all_equal']}")
     if summary["ended"] is not None:

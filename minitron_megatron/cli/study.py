@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.text import Text
 
+from .. import numbers
 from .gc_tuning import restore_gc
 from .running import carry_out, share
 
@@ -69,10 +71,11 @@ def _print_plan(plan: Plan) -> None:
     from ..studies import plan_rows
 
     rows = plan_rows(plan)
-    cells = [[arm, str(seed), f"{flops:.2e}", ", ".join(stages) or "none"] for arm, seed, stages, flops in rows]
-    columns = ("arm", "seed", "FLOPs", "stages that no run before it makes")
-    Console().print(text_table(plan.study.title, columns, cells))
-    print(f"{len(rows)} runs, {sum(row[3] for row in rows):.2e} FLOPs, in {shlex.quote(str(plan.folder))}")
+    cells = [[arm, str(seed), numbers.flops(flops), ", ".join(stages) or "none"] for arm, seed, stages, flops in rows]
+    columns = ("arm", "seed", "compute", "stages that no run before it makes")
+    Console().print(text_table(plan.study.title, columns, cells, words=columns[-1:]))
+    runs, compute = numbers.counted(len(rows), "run"), numbers.flops(sum(row[3] for row in rows))
+    print(f"{runs}, {compute}, in {shlex.quote(str(plan.folder))}")
 
 
 def _print_results(plan: Plan) -> None:
@@ -81,12 +84,11 @@ def _print_results(plan: Plan) -> None:
 
     left = [job for job in plan.jobs if not is_done(job)]
     if left:
-        print(f"{len(plan.jobs) - len(left)} of {len(plan.jobs)} runs are done. The last task writes the table.")
+        print(f"Done: {len(plan.jobs) - len(left)} of {len(plan.jobs)} runs. The last task writes the table.")
         return
     table = collect(plan)
     write_study(plan, table)
     Console().print(study_text(table))
-    print(plan.study.claim, f"({plan.study.paper})")
-    for note in study_notes(table):
-        print(f"* {note}")
+    for line in (f"{plan.study.claim} ({plan.study.paper})", *(f"* {note}" for note in study_notes(table))):
+        Console().print(Text(line))
     print(f"report: {plan.folder / 'report.html'}")

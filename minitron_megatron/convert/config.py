@@ -16,6 +16,7 @@ from ..errors import CheckpointError, FileError, did_you_mean
 from ..files import read_json
 from ..layout import Shape
 from ..model import ModelConfig
+from ..wrong_values import kind_of
 from .bridge import check_bridged
 from .families import family_of
 from .family import Family
@@ -82,8 +83,7 @@ def _parse(folder: Path) -> ModelConfig:
     hf = _json(folder, path)
     if not isinstance(hf, dict) or not hf:
         raise CheckpointError(
-            f"{path} holds {type(hf).__name__ if hf or hf is None else 'an empty ' + type(hf).__name__}, not a model's "
-            "config. Copy it again."
+            f"{path} holds {'no keys' if hf == {} else kind_of(hf)}, not a model's config. Copy it again."
         )
     return parsed(hf, path)
 

@@ -38,7 +38,7 @@ def hub_folder(place: Path, *, weights: bool, commit: str | None = None) -> Path
         folder = Path(snapshot_download(name, revision=commit or revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub and its HTTP clients raise what they like
         raise CheckpointError(
-            f"{place} is no folder here, and cannot be had from the Hugging Face Hub: {first_line(error)}. "
+            f"{place} is not a folder here, and cannot be downloaded from the Hugging Face Hub: {first_line(error)}. "
             "Correct the path or the name, or download it where there is a network (hf download) into the cache that "
             "HF_HOME names."
         ) from error

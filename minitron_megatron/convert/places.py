@@ -22,6 +22,6 @@ def local_folder(place: Path, tokenizer: Path | None = None, commit: str | None 
         return megatron_outline(place, tokenizer)
     if tokenizer is not None:
         raise CheckpointError(
-            f"tokenizer is {tokenizer}, but {place} is no Megatron checkpoint: its own is used. Remove tokenizer."
+            f"tokenizer is {tokenizer}, but {place} is not a Megatron checkpoint: its own is used. Remove tokenizer."
         )
     return hub_folder(place, weights=False, commit=commit) if is_hub_name(place) else place

@@ -152,7 +152,7 @@ def _indexed(folder: Path) -> list[Path]:
         weight_map = read_json(index)["weight_map"]
         files = sorted(set(weight_map.values()))
     except (FileError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{index} is torn or not an index ({error}). Copy it again.") from error
+        raise CheckpointError(f"{index} is damaged or not an index ({error}). Copy it again.") from error
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{index} names {file!r}, which is not a file of its folder. Copy the model again.")
@@ -206,7 +206,7 @@ def _open(file: Path) -> safe_open:
     try:
         return safe_open(str(file), framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise _UnreadableError(f"{file} is torn or not a safetensors file ({error}). Copy it again.") from error
+        raise _UnreadableError(f"{file} is damaged or not a safetensors file ({error}). Copy it again.") from error
 
 
 class SafetensorsWriter:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from .. import numbers
 from ..errors import RecipeError
 from ..parallel import AttentionContext, ContextShard, Topology
 from .corpus import Blend, Corpus, Sample
@@ -114,8 +115,8 @@ def check_split(name: str, total: int, micro_batch: int, dp: int) -> None:
         below = total // unit * unit
         near = f"{below} or {below + unit}" if below > 0 else f"{unit}"
         raise RecipeError(
-            f"{name} is {total}, which cannot be split into micro-batches of {micro_batch} on {dp} data-parallel "
-            f"ranks. Choose a multiple of {unit}, such as {near}."
+            f"{name} is {total}, which cannot be split into micro-batches of {micro_batch} on "
+            f"{numbers.counted(dp, 'data-parallel rank')}. Choose a multiple of {unit}, such as {near}."
         )
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any, NotRequired, TypedDict
 
 from ..errors import DataError, did_you_mean
-from .document import Document, Fields, document_of, kind_of, listed
+from ..wrong_values import kind_of
+from .document import Document, Fields, document_of, listed
 
 __all__ = [
     "CHAT_KEYS",
@@ -71,7 +72,7 @@ def record_document(record: object, fields: Fields, size: int, place: str) -> Do
     if fields.form == "text":
         return document_of(record, fields.text_key, size, place)
     if not isinstance(record, dict):
-        raise DataError(f"{place} is no chat; it holds {kind_of(record)}. Each record must be an object.")
+        raise DataError(f"{place} is not a chat: it holds {kind_of(record)}. Each record must be an object.")
     found = FORMS[fields.form](record, place)
     try:
         return Document(json.dumps(found, ensure_ascii=False), size, place)
@@ -104,7 +105,7 @@ def _preference(record: dict[str, Any], place: str) -> Preference:
         chosen, rejected = _without(prompt, chosen), _without(prompt, rejected)
     if not prompt or len(chosen) != 1 or len(rejected) != 1:
         raise DataError(
-            f"{place} is no preference pair: chosen and rejected must each be one response to the same prompt. "
+            f"{place} is not a preference pair: chosen and rejected must each be one response to the same prompt. "
             "Correct it, or remove it."
         )
     if chosen == rejected:

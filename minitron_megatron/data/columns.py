@@ -116,7 +116,7 @@ def _without_nulls(value: Any, place: str) -> Any:
     if isinstance(value, list):
         return [_without_nulls(held, place) for held in value]
     if isinstance(value, tuple):
-        raise DataError(f"{place} holds an Arrow map, which is no object of a chat. Write it as a struct, or as JSON.")
+        raise DataError(f"{place} holds an Arrow map, which a chat cannot have. Write it as a struct, or as JSON.")
     return value
 
 

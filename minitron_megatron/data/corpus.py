@@ -128,9 +128,7 @@ class _Source:
 def _normalised(blend: Blend) -> NDArray[np.float64]:
     weights = np.array([weight for _, weight in blend], np.float64)
     if not len(weights) or not (weights > 0).all() or not np.isfinite(weights).all():
-        raise DataError(
-            f"The weights {weights.tolist()} do not blend. Name at least one corpus, and set each weight above 0."
-        )
+        raise DataError(f"The weights {weights.tolist()} are not all finite and above 0. Give each corpus one that is.")
     return weights / weights.sum()
 
 
@@ -153,8 +151,8 @@ def _check_size(pair: TokenFiles, sequence: int, count: int) -> None:
     held = (pair.tokens - 1) // sequence  # the last label needs one more token
     if held < count:
         raise DataError(
-            f"{count} different sequences of {sequence} tokens are asked of {pair.prefix}, which holds {held} "
-            f"({pair.tokens} tokens). Use fewer tokens or less of this corpus, or set `repeat` to true."
+            f"{pair.prefix} holds {held:,} different sequences of {sequence:,} tokens ({pair.tokens:,} tokens), "
+            f"and {count:,} are needed. Use fewer tokens or less of this corpus, or set `repeat` to true."
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from ..errors import DataError
+from ..wrong_values import kind_of
 
 __all__ = [
     "HALF_SURROGATE",
@@ -16,7 +17,6 @@ __all__ = [
     "Document",
     "Fields",
     "document_of",
-    "kind_of",
     "listed",
     "missing_key",
     "not_utf8",
@@ -33,7 +33,6 @@ MOST_KEYS, MOST_KEY_CHARS = 8, 40
 
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 """Unpaired UTF-16 surrogate, which JSON can encode and UTF-8 cannot."""
-JSON_TYPES = {type(None): "null", bool: "a boolean", str: "text", list: "a list", dict: "an object", bytes: "binary"}
 
 
 class Document(NamedTuple):
@@ -92,11 +91,6 @@ def listed(there: Iterable[str], word: str) -> str:
     names = [repr(name if len(name) <= MOST_KEY_CHARS else name[:MOST_KEY_CHARS] + "...") for name in there]
     more = f" and {len(names) - MOST_KEYS} more" if len(names) > MOST_KEYS else ""
     return f"the {word}s {', '.join(names[:MOST_KEYS])}{more}" if names else f"no {word}s"
-
-
-def kind_of(value: object) -> str:
-    """Return a JSON value's type, for a message."""
-    return JSON_TYPES.get(type(value), "a number")
 
 
 def not_utf8(place: str, content: bytes, error: UnicodeDecodeError, what: str = "line") -> DataError:

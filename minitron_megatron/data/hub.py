@@ -32,7 +32,7 @@ def hub_files(source: str) -> tuple[Path, ...]:
     No code of a data set runs. Raises DataError where it is neither in the cache of `datasets` nor reachable.
     """
     if not (parts := NAME.fullmatch(source)):
-        raise DataError(f"{source} is no data set of the Hub. Write {HUB}owner/name, {HUB}owner/name:split.")
+        raise DataError(f"{source} does not name a data set of the Hub. Write {HUB}owner/name, {HUB}owner/name:split.")
     name, configuration, split = parts.groups()
     try:
         from datasets import load_dataset
@@ -46,6 +46,6 @@ def hub_files(source: str) -> tuple[Path, ...]:
         return tuple(Path(file["filename"]) for file in rows.cache_files)
     except Exception as error:  # datasets, huggingface_hub, fsspec and httpx raise what they like
         raise DataError(
-            f"{source} cannot be had: {first_line(error)}. "
+            f"{source} cannot be downloaded: {first_line(error)}. "
             "Correct its name or split, or download it where there is a network."
         ) from error

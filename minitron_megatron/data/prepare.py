@@ -15,6 +15,7 @@ from typing import NamedTuple
 import tokenizers
 from tokenizers import Tokenizer
 
+from .. import numbers
 from ..errors import DataError
 from ..events import Event, Listener, silent
 from ..files import file_marks
@@ -301,9 +302,10 @@ def _counts(writers: Mapping[str, TokenFileWriter]) -> dict[str, float]:
 
 
 def _refuse_empty(writers: Mapping[str, TokenFileWriter], validation: object) -> None:
+    documents = numbers.counted(sum(each.documents for each in writers.values()), "document")
     for split, writer in writers.items():
         if not writer.documents:
             raise DataError(
-                f"`validation` {validation} leaves no document for the {split} split of "
-                f"{sum(w.documents for w in writers.values())}. Set a larger fraction, or name files to hold out."
+                f"`validation` {validation} leaves no document for the {split} split of {documents}. "
+                "Set a larger fraction, or name files to hold out."
             )

@@ -109,7 +109,9 @@ def pair_prefix(source: str | Path) -> Path | None:
         return None
     for file in there.values():
         if not file.is_file():
-            raise DataError(f"{name} is no tokenized corpus: there is no {file}. Name the prefix of a .bin/.idx pair.")
+            raise DataError(
+                f"{name} is not a tokenized corpus: there is no {file}. Name the prefix of a .bin/.idx pair."
+            )
     return Path(prefix)
 
 

@@ -188,7 +188,7 @@ def find_pair(prefix: Path, again: str) -> TokenFiles:
             raise ValueError(f"it counts {tokens:,} tokens of {size} bytes")
         return TokenFiles(prefix, tokens, checksum(idx))
     except ValueError as error:
-        raise DataError(f"{idx} is no index of {data}: {error}. {again}") from error
+        raise DataError(f"{idx} is not an index of {data}: {error}. {again}") from error
     except OSError as error:
         raise DataError(f"{error.filename or idx} cannot be read: {error.strerror or error}. {again}") from error
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import product
 from typing import Annotated, Literal, NamedTuple
 
+from .. import numbers
 from ..errors import RecipeError
 from ..layout import Shape
 from ..losses import STATE_LOSSES
@@ -101,8 +102,8 @@ class StatePairs(Settings):
             for model, layer, shape in (("teacher", pair.teacher, teacher), ("student", pair.student, student)):
                 if layer >= shape.layers:
                     raise RecipeError(
-                        f"states {pair}: the {model} has no layer {layer}, only {shape.layers} layers. "
-                        f"Give a layer from 0 to {shape.layers - 1}."
+                        f"states {pair}: the {model} has no layer {layer}, only "
+                        f"{numbers.counted(shape.layers, 'layer')}. Give a layer from 0 to {shape.layers - 1}."
                     )
             teacher_stage, student_stage = _stages(pair, teacher, student, topology)
             if teacher_stage != student_stage:

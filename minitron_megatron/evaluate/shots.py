@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import numbers
 from ..errors import DataError, RecipeError
 from .local import LocalData, Row, read_rows, split_files
 from .registry import HarnessConfig
@@ -43,7 +44,8 @@ def _splits(task: str, config: HarnessConfig) -> tuple[str, str | None]:
     if named is None and how.get("samples") is not None:
         listed = how["samples"]
         if isinstance(listed, Sequence) and len(listed) < wanted:
-            raise RecipeError(f"task {task} has {len(listed)} examples, but {wanted} shots are set. Use fewer shots.")
+            there = numbers.counted(len(listed), "example")
+            raise RecipeError(f"task {task} has {there}, fewer than its shots ({wanted}). Use fewer shots.")
         return scored, None
     source = named or next(config[key] for key in SPLITS[:3] if config.get(key))
     if source == scored and (named is None or named != config.get("test_split")):
@@ -88,8 +90,8 @@ def check_rows(task: str, config: HarnessConfig, files: Path) -> None:
     spare = int(_named(config) == config.get("test_split"))  # the harness draws one more there
     if config.get("process_docs") is None and len(examples) < (wanted := config["num_fewshot"] + spare):
         raise DataError(
-            f"{found[source]} holds {len(examples)} examples, but task {task} with {config['num_fewshot']} shots needs "
-            f"{wanted}. Add more, or use fewer shots."
+            f"{found[source]} holds {numbers.counted(len(examples), 'example')}, but task {task} needs {wanted} with "
+            f"{numbers.counted(config['num_fewshot'], 'shot')}. Add more, or use fewer shots."
         )
     if source != scored and _texts(questions) <= _texts(examples):
         raise DataError(

@@ -373,7 +373,7 @@ def _own(task: Task, name: str, run_code: bool) -> HarnessConfig:
         return dict(EXTRA_TASKS[name])
     if task.shots:
         raise RecipeError(
-            f"task {name} with {task.shots} shots is not supported. Set its shots to 0, as the papers do."
+            f"task {name} with examples (shots: {task.shots}) is not supported. Set its shots to 0, as the papers do."
         )
     return graded(name, _registered(name, False), run_code)
 

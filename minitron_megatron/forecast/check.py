@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 
 import psutil
 from typing_extensions import TypedDict
 
+from .. import numbers
 from ..convert import check_weights, read_config
 from ..data import (
     chat_marks,
@@ -227,7 +227,8 @@ def _check_samples(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Top
     check_micro_batches(f"{key}.global_batch", phase.keys.global_batch, phase.keys.micro_batch, topology, replicas)
     if len(phase.weights) != len(recipe.data.sources):
         raise RecipeError(
-            f"{key}.weights has {len(phase.weights)} entries, but data.sources has {len(recipe.data.sources)}. "
+            f"{key}.weights has {numbers.counted(len(phase.weights), 'entry', 'entries')}, but "
+            f"data.sources has {len(recipe.data.sources)}. "
             "Give one weight per source."
         )
     where = "data.sequence" if phase.sequence == recipe.data.sequence else f"{key}.sequence"
@@ -291,11 +292,9 @@ def _check_start(recipe: Recipe, teacher: Shape) -> None:
     if start is None:
         return
     check_weights(start)
-    found, wanted = asdict(read_config(start).shape), asdict(student_shape(recipe, teacher))
-    unlike = [f"{size} {found[size]} instead of {wanted[size]}" for size in wanted if found[size] != wanted[size]]
-    if unlike:
+    if unlike := read_config(start).shape.differences(student_shape(recipe, teacher)):
         raise RecipeError(
-            f"distill.start is {start}, which does not have the student's shape: {', '.join(unlike)}. "
+            f"distill.start is {start}, which does not have the student's shape: {unlike}. "
             "Give another folder, or change prune."
         )
 

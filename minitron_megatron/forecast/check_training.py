@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import numbers
 from ..data import check_split
 from ..errors import RecipeError
 from ..parallel import Topology
@@ -21,7 +22,7 @@ def check_schedule(key: str, keys: TrainingSettings, steps: int | None, length: 
         )
     if steps is not None and keys.warmup_steps >= steps and keys.warmup_steps > 0:
         raise RecipeError(
-            f"{key}.warmup_steps is {keys.warmup_steps}, but training has only {steps} steps. "
+            f"{key}.warmup_steps is {keys.warmup_steps}, but training has only {numbers.counted(steps, 'step')}. "
             f"Set {key}.warmup_steps below {steps}, or raise {key}.{length}."
         )
 
@@ -41,6 +42,6 @@ def check_micro_batches(key: str, total: int, micro: int, topology: Topology, re
     unit = micro * replicas
     if topology.vp > 1 and total // unit % topology.pp:
         raise RecipeError(
-            f"{key} gives {total // unit} micro-batches, but the interleaved schedule needs a multiple of "
-            f"pp={topology.pp}. Choose a multiple of {unit * topology.pp}, or vp: 1."
+            f"{key} gives {numbers.counted(total // unit, 'micro-batch', 'micro-batches')}, but the interleaved "
+            f"schedule needs a multiple of pp={topology.pp}. Choose a multiple of {unit * topology.pp}, or vp: 1."
         )

@@ -14,15 +14,15 @@ from ..errors import TopologyError, expect_number
 from ..gpus import GPUS
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..model import is_megatron_checkpoint
-from ..parallel import Topology
 from ..recipe import Recipe, light_recipe, resolved, with_keys, with_keys_in_errors
 from ..score import DEPTH_METRICS
 from ..search import Candidate
 from ..serve import client_notes, client_warnings
 from .candidates import candidates_of
 from .check import check, planned
-from .memory import WEIGHT_BYTES, model_bytes, training_bytes
+from .memory import WEIGHT_BYTES
 from .model_folders import model_places, with_model_folders
+from .rank_memory import RankMemory, memory_by_rank, rank_memory
 from .refit_cost import refit_bytes, refit_delay, refit_flops, refit_host_bytes
 from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
 
@@ -48,9 +48,9 @@ class Estimate:
     gpus: int
     teacher_parameters: int
     student_parameters: int
-    rank_bytes: int
-    """Peak memory of the fullest rank, without activations: in distillation the weights of both models, the student's
-    gradients and optimizer, and the teacher's hidden states; or, if more, the teacher's correction."""
+    ranks: tuple[RankMemory, ...]
+    """Memory of each pipeline stage's ranks by kind, without activations: in distillation the weights of both models,
+    the student's gradients and optimizer, and the teacher's hidden states; or, if more, the teacher's correction."""
     stash_bytes: int
     """Memory for the teacher's final hidden states of a step, on a rank of the last pipeline stage."""
     disk_bytes: int
@@ -85,6 +85,11 @@ class Estimate:
     """Clients that cannot serve the export."""
     notes: tuple[str, ...]
     """The same for clients that the guide does not serve with, and stages whose cost is not counted."""
+
+    @property
+    def rank_bytes(self) -> int:
+        """Peak memory of the fullest rank, without activations."""
+        return max(each.total for each in self.ranks)
 
     def expect_to_fit(self, gib: float) -> None:
         """Raise TopologyError if a rank holds more than `gib` GiB, without activations."""
@@ -123,6 +128,10 @@ class Estimate:
             for each in self.candidates
         ]
 
+    def rank_rows(self) -> dict[str, Mapping[str, int]]:
+        """Return a name of alike ranks -> their bytes by kind."""
+        return memory_by_rank(self.ranks)
+
     def rows(self) -> dict[str, str]:
         """Return the estimate as label -> text."""
         rows = {
@@ -154,7 +163,7 @@ class Estimate:
 
 def _shape_text(shape: Shape) -> str:
     heads = f"{shape.heads} query heads and {shape.kv_groups} key-value heads of {shape.head_dim}"
-    return f"{shape.layers} layers, hidden {shape.hidden}, ffn {shape.ffn}, {heads}"
+    return f"{numbers.counted(shape.layers, 'layer')}, hidden {shape.hidden}, ffn {shape.ffn}, {heads}"
 
 
 @with_keys_in_errors()
@@ -197,7 +206,7 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PE
         gpus=gpus,
         teacher_parameters=parameters(teacher),
         student_parameters=parameters(student),
-        rank_bytes=_rank_bytes(recipe, teacher, student, gpus, stash),
+        ranks=rank_memory(recipe, teacher, student, gpus, stash),
         stash_bytes=stash,
         disk_bytes=models
         + (parameters(teacher) * weight if recipe.corrects_first else 0)
@@ -330,21 +339,3 @@ def _search_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate], li
     top = recipe.search.light.top if recipe.search and recipe.search.light else None
     passes += sum(sum(refit_flops(recipe, teacher, shape)) for shape in _refitted(recipe, found))
     return passes + sum(sorted(light.values(), reverse=True)[:top])
-
-
-def _rank_bytes(recipe: Recipe, teacher: Shape, student: Shape, world: int, stash: int) -> int:
-    """Return the peak memory of the fullest rank, in distillation or teacher correction."""
-    keys, dtype = recipe.parallel, recipe.dtype
-    topology = Topology.of(keys)
-    trained: list[float] = training_bytes(teacher, topology, dtype, world)
-    if recipe.correct and recipe.correct.parameters != "all":  # gradients are small; lora holds the weights twice
-        weights = {"norms": 1, "lora": 2}[recipe.correct.parameters]
-        trained = [weights * each for each in model_bytes(teacher, topology, dtype)]
-    packed = recipe.distill.teacher_dtype == "float8"
-    frozen = model_bytes(teacher, topology, recipe.frozen_teacher_dtype, packed=packed)
-    teaching = frozen if recipe.corrects_first or not recipe.correct else trained
-    both = zip(teaching, training_bytes(student, topology, dtype, world), strict=True)
-    taught = recipe.distill.has_teacher
-    distill = [teacher_bytes * taught + student_bytes for teacher_bytes, student_bytes in both]
-    distill[-1] += stash
-    return round(max(distill + (trained if recipe.corrects_first else [])))

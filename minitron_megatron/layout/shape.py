@@ -45,12 +45,18 @@ class Shape:
     shared_gate: bool = False
     """Whether a gate weights the output of the shared experts."""
 
+    def differences(self, wanted: Shape) -> str:
+        """Return the sizes that differ from those of `wanted`, for a message; empty if none does."""
+        pairs = ((field.name, getattr(self, field.name), getattr(wanted, field.name)) for field in fields(self))
+        return ", ".join(f"{name} {mine} instead of {other}" for name, mine, other in pairs if mine != other)
+
     def __post_init__(self) -> None:
         """Raise ModelError where the sizes do not describe a valid model."""
         for field in fields(self):
             value, kind = getattr(self, field.name), bool if field.type == "bool" else int
             if type(value) is not kind:
-                raise ModelError(f"{field.name} of a shape is {value!r}, which is not of type {kind.__name__}.")
+                wanted = "true or false" if kind is bool else "a whole number"
+                raise ModelError(f"{field.name} of a shape is {value!r}. It must be {wanted}.")
             if value < (least := int(field.name in MUST)):
                 raise ModelError(f"{field.name} of a shape is {value}. It must be at least {least}.")
         if self.heads % self.kv_groups:

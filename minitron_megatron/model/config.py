@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import numbers
 from ..errors import ModelError, TopologyError
 from ..layout import TP_AXES, Shape
 from ..parallel import Topology
@@ -104,7 +105,7 @@ def check_fits(shape: Shape, topology: Topology) -> None:
         if size % topology.tp:
             fits = [str(tp) for tp in range(1, 9) if all(each % tp == 0 for each in sizes.values())]
             raise TopologyError(
-                f"axis {axis} has {size} units, which cannot be split over TP={topology.tp}. "
+                f"axis {axis} has {numbers.counted(size, 'unit')}, which cannot be split over TP={topology.tp}. "
                 f"Run with TP {' or '.join(fits)}, or choose a multiple of {topology.tp}."
             )
 
@@ -115,7 +116,7 @@ def _check_experts(shape: Shape, topology: Topology) -> None:
     if shape.experts % topology.ep:
         fits = " or ".join(str(ep) for ep in range(1, topology.ep) if shape.experts % ep == 0)
         raise TopologyError(
-            f"axis experts has {shape.experts} units, which cannot be split over EP={topology.ep}. "
+            f"axis experts has {numbers.counted(shape.experts, 'unit')}, which cannot be split over EP={topology.ep}. "
             f"Run with EP {fits}, or choose a multiple of {topology.ep}."
         )
     if shape.experts and topology.tp > 1 and not topology.sequence_parallel:

@@ -142,7 +142,7 @@ class MegatronCheckpoint:
             tensor: Tensor = torch.load(content, map_location="cpu", weights_only=True)
             return tensor.reshape(sizes)
         except Exception as error:  # a damaged file may make torch raise anything
-            raise CheckpointError(f"{file} is torn or not safe to open: {cause_of(error)}.") from error
+            raise CheckpointError(f"{file} is damaged or not safe to open: {cause_of(error)}.") from error
 
 
 def _iteration(folder: Path) -> Path:
@@ -157,7 +157,8 @@ def _iteration(folder: Path) -> Path:
         raise CheckpointError(f"{folder / TRACKER} names {iteration.name}, which is not there. Copy it again.")
     if not (iteration / INDEX).is_file():
         raise CheckpointError(
-            f"{iteration} is no distributed checkpoint. Convert it with Megatron-LM: --ckpt-convert-format torch_dist."
+            f"{iteration} is not a distributed checkpoint. Convert it with Megatron-LM: "
+            "--ckpt-convert-format torch_dist."
         )
     return iteration
 

@@ -54,7 +54,7 @@ def check_format(folder: Path) -> None:
     try:
         torch.load(common, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
-        raise CheckpointError(f"{common} is torn or not safe to open: {cause_of(error)}.") from error
+        raise CheckpointError(f"{common} is damaged or not safe to open: {cause_of(error)}.") from error
 
 
 def read_common(path: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def read_common(path: Path) -> dict[str, Any]:
             values: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return values
     except Exception as error:  # a damaged pickle may raise anything
-        raise CheckpointError(f"{path} is torn or not safe to open: {cause_of(error)}.") from error
+        raise CheckpointError(f"{path} is damaged or not safe to open: {cause_of(error)}.") from error
 
 
 ALLOWED = {  # not BytesStorageMetadata: torch unpickles the objects that it refers to without any check
@@ -134,4 +134,4 @@ def _unpickled(path: Path, kind: type[pickle.Unpickler]) -> Any:
         with path.open("rb") as file:
             return kind(file).load()
     except Exception as error:  # a damaged pickle may raise anything
-        raise CheckpointError(f"checkpoint index {path} is torn or not safe to open: {cause_of(error)}.") from error
+        raise CheckpointError(f"checkpoint index {path} is damaged or not safe to open: {cause_of(error)}.") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import numbers
 from ..errors import TopologyError
 from ..parallel import final_hidden
 from .chunk import Chunk, Model, chunks_of
@@ -260,6 +261,7 @@ def _check_interleaving(chunks: Sequence[Chunk], micro_batches: int) -> None:
     pp, group = chunks[0].config.pipeline_model_parallel_size, chunks[0].config.microbatch_group_size_per_vp_stage
     if len(chunks) > 1 and (micro_batches < group or 0 < micro_batches % group < pp):
         raise TopologyError(
-            f"{micro_batches} micro-batches cannot be interleaved over pp={pp} (vp={len(chunks)}). Give each "
-            f"data-parallel rank a multiple of {group} (global_batch or samples / (micro_batch x dp)), or set vp to 1."
+            f"{numbers.counted(micro_batches, 'micro-batch', 'micro-batches')} cannot be interleaved over pp={pp} "
+            f"(vp={len(chunks)}). Give each data-parallel rank "
+            f"a multiple of {group} (global_batch or samples / (micro_batch x dp)), or set vp to 1."
         )

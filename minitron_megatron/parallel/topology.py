@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 
+from .. import numbers
 from ..errors import TopologyError
 from ..settings import Count, Settings
 from .backend import install_cpu_backend
@@ -268,8 +269,8 @@ class Topology(Parallel):
         chunks = self.pp * self.vp
         if layers < chunks:
             raise TopologyError(
-                f"{layers} layers cannot fill {chunks} pipeline stages (pp={self.pp} x vp={self.vp}). "
-                f"Use at most {layers} stages."
+                f"{numbers.counted(layers, 'layer')} cannot fill {chunks} pipeline stages "
+                f"(pp={self.pp} x vp={self.vp}). Use at most {numbers.counted(layers, 'stage')}."
             )
         short, longer = divmod(layers, chunks)
         ends = [0]
@@ -299,8 +300,9 @@ def claim_device() -> str:
     number, gpus = launched("LOCAL_RANK", 0), torch.cuda.device_count()
     if number >= gpus:
         raise TopologyError(
-            f"LOCAL_RANK={number} needs {number + 1} GPUs, and this process sees {gpus}. Start at most {gpus} "
-            "processes here (MINITRON_GPUS in Slurm's jobs), or let each see every GPU (CUDA_VISIBLE_DEVICES)."
+            f"LOCAL_RANK={number} needs {number + 1} GPUs, and this process sees {gpus}. Start at most "
+            f"{numbers.counted(gpus, 'process', 'processes')} here (MINITRON_GPUS in Slurm's jobs), "
+            "or let each see every GPU (CUDA_VISIBLE_DEVICES)."
         )
     torch.cuda.set_device(number)
     torch.set_float32_matmul_precision("highest")

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 
+from .. import numbers
 from ..errors import PlanError
 from ..records import SAFE_MARGIN, DepthScores
 
@@ -38,10 +39,10 @@ def choose_layers(depth: DepthScores, *, keep: int, contiguous: bool = True) -> 
 def _block(depth: DepthScores, count: int) -> Sequence[int]:
     values = depth.of_length(count)
     if not values:
-        measured = ", ".join(map(str, depth.lengths)) or "no"
+        measured = ", ".join(map(str, depth.lengths)) or "none"
         raise PlanError(
-            f"a block of {count} layers is to be removed, but only blocks of {measured} layers were measured. "
-            f"Measure blocks of {count}, or keep another number of layers."
+            f"a block of {numbers.counted(count, 'layer')} is to be removed, but measured were blocks of these "
+            f"lengths: {measured}. Measure blocks of {count}, or keep another number of layers."
         )
     (first,) = _best(depth, values, 1)
     return range(first, first + count)
@@ -53,7 +54,7 @@ def _scattered(depth: DepthScores, count: int) -> Sequence[int]:
     singles = depth.of_length(1)
     if not singles:
         raise PlanError(
-            f"{count} layers are to be removed one by one, but only {len(depth.greedy)} were measured greedily. "
+            f"the layers to be removed one by one are {count}, but only {len(depth.greedy)} were measured greedily. "
             f"Measure {count} of them greedily, or measure single layers."
         )
     return _best(depth, singles, count)

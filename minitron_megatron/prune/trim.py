@@ -76,9 +76,8 @@ def _check(chunks: Sequence[Chunk], plan: Plan) -> None:
             raise PlanError(
                 f"trim needs a bare GPTModel, but this is a {type(chunk).__name__}. Unwrap it: model.module."
             )
-        shape = shape_of(chunk)
-        if shape != plan.shape:
-            raise PlanError(f"the plan cuts {plan.shape}, but the model is {shape}. Score this model and choose again.")
+        if unlike := shape_of(chunk).differences(plan.shape):
+            raise PlanError(f"the plan cuts another model: this one has {unlike}. Score this model and choose again.")
 
 
 def _sizes(shape: Shape) -> dict[str, int]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ..errors import RecipeError
-from ..settings import explain, shown
+from ..settings import explain
+from ..wrong_values import shown
 from .key_names import nearest_key
 from .plugins import import_plugins
 from .schema import Recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -67,7 +67,7 @@ class Plan:
             wanted: list[int | None] = list(self.kept_layers) if axis in PER_LAYER else [None]
             if sorted(by_layer, key=str) != sorted(wanted, key=str):
                 raise PlanError(
-                    f"axis {axis} must list kept indices for layers {wanted}, not for {sorted(by_layer, key=str)}."
+                    f"axis {axis} must have kept indices for {_places(wanted)}, and has them for {_places(by_layer)}."
                 )
             for kept in by_layer.values():
                 _check_indices(axis, kept, size)
@@ -96,7 +96,7 @@ class Plan:
             counts[unit // each] += 1
         if len({*counts.values()}) != 1:
             raise PlanError(
-                f"axis {axis} keeps {sorted({*counts.values()})} units in different {groups}. "
+                f"axis {axis} keeps {' or '.join(map(str, sorted({*counts.values()})))} units in different {groups}. "
                 "Keep the same number in each."
             )
 
@@ -160,6 +160,11 @@ def _by_layer(values: Mapping[str, T]) -> dict[int | None, T]:
 def _margin(value: float | None) -> float:
     """Turn the null of JSON back into NaN."""
     return math.nan if value is None else value
+
+
+def _places(layers: Iterable[int | None]) -> str:
+    """Return the places of kept indices, for a message; None stands for all layers together."""
+    return ", ".join("all layers together" if layer is None else f"layer {layer}" for layer in layers) or "none"
 
 
 def _check_indices(axis: str, kept: tuple[int, ...], size: int) -> None:

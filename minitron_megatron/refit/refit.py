@@ -78,8 +78,8 @@ def _check(
         for chunk in chunks:
             if not hasattr(chunk, "decoder"):
                 raise PlanError(f"a refit works on a bare GPTModel, not on {type(chunk).__name__}: pass model.module.")
-            if shape_of(chunk) != shape:
-                raise PlanError(f"the {whose} is {shape_of(chunk)}, and the plan says {shape}.")
+            if unlike := shape_of(chunk).differences(shape):
+                raise PlanError(f"the {whose} is not the plan's: it has {unlike}. Give the model of this plan.")
 
 
 class _Run:

@@ -10,18 +10,19 @@ from .loggers import logged
 from .machine import Machine
 from .made import made_by
 from .page import write_report
-from .plots import plot_bench, plot_study
+from .plots import BenchRow, plot_bench, plot_study
 from .records import describe, pairs_table, report_run, text_table
 from .rehearsed import rehearsal_tables
 from .searched import SearchTable
 from .studied import ArmResult, Compared, StudyTable, Verdict, study_markdown, study_notes, study_page, study_text
-from .tables import bench_table, candidates_table, print_summary, summary_table
-from .terminal import front_table
+from .tables import bench_tables, candidates_table, print_summary, summary_table
+from .terminal import front_table, memory_table
 from .watch import watch
 from .watchdog import Watchdog
 
 __all__ = [
     "ArmResult",
+    "BenchRow",
     "Compared",
     "Machine",
     "MetricsFile",
@@ -30,7 +31,7 @@ __all__ = [
     "StudyTable",
     "Verdict",
     "Watchdog",
-    "bench_table",
+    "bench_tables",
     "candidates_table",
     "compare_runs",
     "describe",
@@ -38,6 +39,7 @@ __all__ = [
     "front_table",
     "logged",
     "made_by",
+    "memory_table",
     "pairs_table",
     "plot_bench",
     "plot_study",

@@ -95,7 +95,7 @@ table { border-collapse: collapse; font-size: 0.93rem; font-variant-numeric: tab
 th, td { padding: 0.35rem 1.6rem 0.35rem 0; text-align: right; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; }
-td { white-space: nowrap; }
+td { white-space: pre; }
 tbody tr:last-child td { border-bottom: 0; }
 figure { margin: 1.25rem 0 0; }
 section > figure:first-of-type:nth-child(2) { margin-top: 0; }
@@ -109,6 +109,8 @@ pre { margin: 0; overflow-x: auto; font: 0.85rem/1.5 ui-monospace, "DejaVu Sans 
   body { padding: 1.25rem 0.75rem 3rem; }
   section { padding: 1rem; }
   img { max-width: none; width: 44rem; }
+  th, td { padding-right: 0.9rem; }
+  td:first-child { white-space: pre-wrap; min-width: 7rem; }
 }
 @media print { body { background: #fff; } section { break-inside: avoid; border: 0; padding: 0; } }
 </style>
@@ -138,7 +140,15 @@ function draw() {
       const named = chart.data.filter((trace) => trace.showlegend).length;
       const axis = {gridcolor: line, zeroline: false, linecolor: line, automargin: true};
       const layout = chart.layout;
-      if (narrow && layout.annotations.length) layout.xaxis.range[1] *= 1.5;
+      if (charts.clientWidth < 800) for (const note of layout.annotations) note.text = note.text.split("  (")[0];
+      if (narrow) {
+        const across = layout.xaxis;
+        across.nticks = 6;
+        across.title.text = across.title.text.replace(" (", "<br>(");
+        if (across.tickmode === "array" && across.tickvals.length > 5)
+          for (const part of ["tickvals", "ticktext"])
+            across[part] = across[part].filter((_, place) => place % 2 === 0);
+      }
       Object.assign(layout.xaxis, axis);
       Object.assign(layout.yaxis, axis);
       Plotly.react(panel, chart.data, Object.assign(layout, {
@@ -149,6 +159,12 @@ function draw() {
         hovermode: "closest", showlegend: named > 0,
         legend: narrow ? {orientation: "h", x: 0, y: -0.3, yanchor: "top"} : {x: 1.02, y: 1},
       }), {displayModeBar: false, responsive: true});
+      panel.removeAllListeners("plotly_relayout");
+      panel.on("plotly_relayout", (change) => {  // where one zooms in, the page's own ticks are too few
+        for (const axis of ["xaxis", "yaxis"])
+          if (axis + ".range[0]" in change && layout[axis].tickmode === "array")
+            Plotly.relayout(panel, {[axis + ".tickmode"]: "auto"});
+      });
     });
     charts.nextElementSibling.className = "still";
   });

@@ -7,7 +7,7 @@ axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
 from .. import numbers
@@ -43,15 +43,23 @@ def _curve(ranked: Sequence[float]) -> str:
     return "".join(BLOCKS[math.ceil(8 * max(value, 0.0) / best)] for value in sampled)
 
 
-def cut_rows(plan: ByLayer[Sequence[int]], scores: ByLayer[Sequence[float]], margins: ByLayer[float]) -> list[Row]:
-    """Return a row per axis and layer, with the columns `CUT`: units kept, units before, share of score, margin."""
+def cut_rows(
+    plan: ByLayer[Sequence[int]],
+    scores: ByLayer[Sequence[float]],
+    margins: ByLayer[float],
+    totals: Mapping[str, int] | None = None,
+) -> list[Row]:
+    """Return a row per axis and layer, with the columns `CUT`: units kept, units before, share of score, margin.
+
+    totals: axis -> units before, where they are known without scores.
+    """
     kept = shares(plan, scores)
     return [
         (
             axis,
             _layer(layer),
             numbers.count(len(units)),
-            numbers.count(len(scores[axis][layer]) if layer in scores.get(axis, {}) else None),
+            numbers.count(len(scores[axis][layer]) if layer in scores.get(axis, {}) else (totals or {}).get(axis)),
             f"{kept[axis][layer]:.1%}" if layer in kept.get(axis, {}) else numbers.ABSENT,
             _margin(margins.get(axis, {}).get(layer)),
         )
@@ -60,12 +68,20 @@ def cut_rows(plan: ByLayer[Sequence[int]], scores: ByLayer[Sequence[float]], mar
     ]
 
 
-def kept_rows(plan: ByLayer[Sequence[int]], scores: ByLayer[Sequence[float]], margins: ByLayer[float]) -> list[Row]:
-    """Return a row per axis, with the columns `KEPT`: ranges over the kept layers, and the smallest margin."""
+def kept_rows(
+    plan: ByLayer[Sequence[int]],
+    scores: ByLayer[Sequence[float]],
+    margins: ByLayer[float],
+    totals: Mapping[str, int] | None = None,
+) -> list[Row]:
+    """Return a row per axis, with the columns `KEPT`: ranges over the kept layers, and the smallest margin.
+
+    totals: axis -> units before, where they are known without scores.
+    """
     rows: list[Row] = []
     kept = shares(plan, scores)
     for axis, layers in plan.items():
-        total = max(map(len, scores.get(axis, {}).values()), default=None)
+        total = max(map(len, scores.get(axis, {}).values()), default=(totals or {}).get(axis))
         smallest = min(margins.get(axis, {}).values(), default=None)
         share = _span(kept.get(axis, {}).values(), "{:.1%}".format)
         rows.append(
@@ -97,7 +113,7 @@ def _layer(layer: int | None) -> str:
 
 
 def _score(value: float) -> str:
-    return f"{value:.3g}"
+    return f"{value:#.3g}".removesuffix(".")
 
 
 def _margin(margin: float | None) -> str:

@@ -67,7 +67,7 @@ def _scored(result: Result) -> str:
 def _searched(result: Result) -> str:
     how = "by hand" if result["by"] == "hand" else f"by {result['by']}"
     loss = "" if result["loss"] is None else f", loss {numbers.loss(result['loss'])}"
-    return f"chose {result['winner']} {how} among {result['candidates']} candidates{loss}"
+    return f"chose {result['winner']} {how} among {numbers.counted(result['candidates'], 'candidate')}{loss}"
 
 
 def _pruned(result: Result) -> str:

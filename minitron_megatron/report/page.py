@@ -40,12 +40,13 @@ def write_report(
     scores: ByLayer[Sequence[float]] | None = None,
     plan: ByLayer[Sequence[int]] | None = None,
     margins: ByLayer[float] | None = None,
+    totals: Mapping[str, int] | None = None,
     depth: DepthCurves | None = None,
 ) -> Path:
     """Write `report.html` and `plots/*.png` into a run folder; return the page's path.
 
     scores, plan, margins: axis -> layer (None if all layers share the axis) -> scores, kept units, margin of the cut.
-    depth: the metric of the network without some layers.
+    totals: axis -> units before the cut. depth: the metric of the network without some layers.
     """
     scores, plan, margins = scores or {}, plan or {}, margins or {}
     warnings: list[str] = []
@@ -74,7 +75,7 @@ def write_report(
         section("Training", drawn["losses"]),
         section("Preference optimisation", drawn["preferences"]),
         section("Search", table(SEARCHED, searched_rows(search)) + drawn["search"] + drawn["ranks"]),
-        section("Pruning", table(KEPT, kept_rows(plan, scores, margins)) + kept),
+        section("Pruning", table(KEPT, kept_rows(plan, scores, margins, totals)) + kept),
         section("Refit", table(REFITTED, refitted_rows(_read(folder.refit, list[Fit], warnings)))),
         section("Predicted and measured", table(PREDICTED, predicted_rows(run))),
         section("Stages", _stages(stages, metrics)),
@@ -115,7 +116,7 @@ def _read_stages(run: RunFolder, warnings: list[str]) -> dict[str, StageFile]:
 
 def _lost_lines(path: Path) -> list[str]:
     lost = lost_lines(path)
-    return [f"{lost} lines of {path} are invalid. They are left out."] if lost else []
+    return [f"{path} has {numbers.counted(lost, 'invalid line')}, left out here."] if lost else []
 
 
 def _close_cuts(margins: ByLayer[float]) -> list[str]:
@@ -198,7 +199,8 @@ def _work(stage: str, metrics: Sequence[MetricsLine]) -> tuple[str, str, str]:
     if not lines:
         return (numbers.ABSENT,) * 3
     speeds = [line["tokens_per_second"] for line in lines if line.get("tokens_per_second") is not None]
-    work = f"{numbers.count(lines[-1]['done'])} {lines[-1].get('unit', '')}"
+    done, unit = lines[-1]["done"], lines[-1].get("unit", "")
+    work = numbers.size(done) if unit == "bytes" else f"{numbers.count(done)} {unit}"
     return work, numbers.count(lines[-1].get("tokens")), numbers.count(median(speeds) if speeds else None)
 
 

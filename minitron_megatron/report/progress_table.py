@@ -59,10 +59,15 @@ def run_state(run: Path, now: float) -> RunState:
     status = read_status(folder.status)
     if status is None:  # a run of an older version
         return RunState([_row(folder, path.stem, "done", [], 0.0) for path in folder.record_paths()], "", over=True)
-    lines = [line for line in read_metrics(folder.metrics) if _is_progress(line) and _time(line) >= status["since"]]
+    every = [line for line in read_metrics(folder.metrics) if _is_progress(line)]
+    lines = [line for line in every if _time(line) >= status["since"]]
     gone = not status["ended"] and _is_dead(status)
     states = {name: "stopped" if gone and state == "running" else state for name, state in status["stages"].items()}
-    rows = [_row(folder, stage, state, lines, now - status["since"]) for stage, state in states.items()]
+    stopped = {stage: [line for line in every if line["stage"] == stage] for stage in states}
+    rows = [
+        _row(folder, stage, state, (state == "stopped" and stopped[stage]) or lines, now - status["since"])
+        for stage, state in states.items()
+    ]
     if status["ended"] and lines:  # tasks of a search write no status
         rows.append(_working(str(lines[-1]["stage"]), "running", lines, 0.0))
         return RunState(rows, _last_progress(folder, now), over=False)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from rich import box
 from rich.console import Group
@@ -23,7 +22,7 @@ from .page import write_report
 from .plots import ByLayer, DepthCurves
 from .progress_table import run_state
 from .searched import SEARCHED, SearchTable, searched_rows
-from .tables import at_dashes, summary_table
+from .tables import at_dashes, narrow_table, summary_table
 
 __all__ = ["describe", "pairs_table", "report_run", "text_table"]
 
@@ -31,18 +30,26 @@ __all__ = ["describe", "pairs_table", "report_run", "text_table"]
 def report_run(run: Path) -> Path:
     """Write the report of a run folder; return the page's path. Raises CheckpointError if it is not a run folder."""
     folder = RunFolder.existing(run)
-    scores, plan, margins = _cut(folder)
+    scores, plan, margins, totals = _cut(folder)
     depth = _curves(DepthScores.load(folder.depth)) if folder.depth.is_file() else None
-    return write_report(run, scores=scores, plan=plan, margins=margins, depth=depth)
+    return write_report(run, scores=scores, plan=plan, margins=margins, totals=totals, depth=depth)
 
 
-def _cut(run: RunFolder) -> tuple[ByLayer[Sequence[float]], ByLayer[Sequence[int]], ByLayer[float]]:
-    """Return (scores, kept units, margins) of a run as plain mappings; empty if it has none."""
+def _cut(run: RunFolder) -> tuple[ByLayer[Sequence[float]], ByLayer[Sequence[int]], ByLayer[float], Mapping[str, int]]:
+    """Return (scores, kept units, margins, units before the cut) of a run as plain mappings; empty if it has none."""
     values = _plain(Scores.load(run.scores)) if run.scores.is_file() else {}
     if not run.plan.is_file():
-        return values, {}, {}
+        return values, {}, {}, {}
     plan = Plan.load(run.plan)
-    return values, {**plan.keep, "layers": {None: plan.kept_layers}}, plan.margins
+    return values, _kept(plan), plan.margins, _totals(plan)
+
+
+def _kept(plan: Plan) -> ByLayer[Sequence[int]]:
+    return {**plan.keep, "layers": {None: plan.kept_layers}}
+
+
+def _totals(plan: Plan) -> dict[str, int]:
+    return {axis: plan.shape.units(axis) for axis in (*plan.keep, "layers")}
 
 
 def _plain(scores: Scores) -> ByLayer[Sequence[float]]:
@@ -63,13 +70,15 @@ def pairs_table(title: str, pairs: Mapping[str, object]) -> Table:
     return table
 
 
-def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table of text rows. The first column is a name, the column of curves is left-aligned, others are
-    numbers."""
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def text_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[str] = SCORED[-1:]
+) -> Table:
+    """Return a table of text rows. The first column is a name, the columns of `words` are text, which may wrap, and the
+    others are numbers, which stay whole."""
+    table = narrow_table(title)
     for number, column in enumerate(columns):
-        justify: Literal["left", "right"] = "right" if number and column != SCORED[-1] else "left"
-        table.add_column(Text(column), justify=justify, no_wrap=bool(number), overflow="fold")
+        whole = number > 0 and column not in words
+        table.add_column(Text(column), justify="right" if whole else "left", no_wrap=whole, overflow="fold")
     for row in rows:
         table.add_row(at_dashes(row[0]), *map(Text, row[1:]))
     return table
@@ -100,11 +109,11 @@ def describe(path: Path) -> Table | Group:
 
 def _run(run: RunFolder) -> Group:
     """Describe an evaluated run: its models, search, cuts and costs; and its state, if it has more to do."""
-    scores, plan, margins = _cut(run)
+    scores, plan, margins, totals = _cut(run)
     search = read_as(run.search_table, SearchTable) if run.search_table.is_file() else None
     tables = {
         "Search": (SEARCHED, searched_rows(search)),
-        "Pruning": (KEPT, kept_rows(plan, scores, margins)),
+        "Pruning": (KEPT, kept_rows(plan, scores, margins, totals)),
         "Predicted and measured": (PREDICTED, predicted_rows(run.path)),
     }
     shown = [text_table(title, columns, rows) for title, (columns, rows) in tables.items() if rows]
@@ -149,7 +158,7 @@ def _plan(path: Path) -> Group:
     known = _plain(scores) if scores and scores.shape == plan.shape else {}
     target = {axis: f"{plan.shape.axis_size(axis)} -> {plan.target.axis_size(axis)}" for axis in plan.keep}
     layers = {"layers": f"{plan.shape.layers} -> {plan.target.layers}"}
-    cuts = text_table("Cuts", CUT, cut_rows({**plan.keep, "layers": {None: plan.kept_layers}}, known, plan.margins))
+    cuts = text_table("Cuts", CUT, cut_rows(_kept(plan), known, plan.margins, _totals(plan)))
     return Group(pairs_table("plan", layers | target), cuts)
 
 
@@ -157,4 +166,11 @@ def _config(path: Path) -> dict[str, object]:
     keys: Sequence[str] = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
     keys = (*keys, "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "torch_dtype")
     config = read_as(path, dict[str, object])
-    return {key: config[key] for key in keys if key in config}
+    return {key: _plain_word(config[key]) for key in keys if key in config}
+
+
+def _plain_word(value: object) -> object:
+    """Return a value of a config as people write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return numbers.count(value) if isinstance(value, int) else value

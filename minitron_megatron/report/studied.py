@@ -89,6 +89,7 @@ class StudyTable(TypedDict):
 
 
 COMPARED = ("arm", "mean", "spread", "vs first", "better:worse", "p", "paper")
+DOTS = "A dot is a seed, the bar their mean; the dashed line is the first arm's mean."
 COSTS = ("arm", "parameters", "tokens", "FLOPs", "teacher's share")
 
 Block = tuple[str, Sequence[str], list[list[str]]]
@@ -139,9 +140,9 @@ def study_notes(table: StudyTable) -> list[str]:
         pairs = verdict["holds"] + verdict["reversed"] + verdict["mixed"]
         order = " < ".join(" | ".join(group) for group in verdict["order"])
         notes.append(
-            f"The paper's order by {verdict['measure']}, best first: {order}. Of {pairs} pairs of arms, "
-            f"{verdict['holds']} are in this order in every seed, {verdict['reversed']} in the reverse order in every "
-            f"seed, {verdict['mixed']} neither."
+            f"The paper's order by {verdict['measure']}, best first: {order}. Pairs of arms: {pairs}. In this order in "
+            f"every seed: {verdict['holds']}, in the reverse order in every seed: {verdict['reversed']}, neither: "
+            f"{verdict['mixed']}."
         )
     return notes + [f"{sentence}." for sentence in table["flips"]]
 
@@ -163,7 +164,7 @@ def study_page(table: StudyTable, plot: Path) -> str:
     """Return a study's results as an HTML page that needs no other file. plot: its PNG."""
     made = f"Teacher: {table['model']}, hash {table['model_hash'][:16]}."
     notes = "".join(f"<li>{escape(note)}</li>" for note in study_notes(table))
-    body = section("Arms", figure(plot, table["title"]) + f"<ul>{notes}</ul>")
+    body = section("Arms", figure(plot, f"{table['title']}. {DOTS}") + f"<ul>{notes}</ul>")
     body += "".join(section(title, html_table(columns, rows)) for title, columns, rows in _blocks(table))
     return whole_page(table["title"], f"{table['claim']} ({table['paper']}) {made}", body)
 

@@ -18,10 +18,11 @@ from .searched import ESTIMATED, EstimatedCandidate, estimated_rows
 __all__ = [
     "COLUMNS",
     "at_dashes",
-    "bench_table",
+    "bench_tables",
     "candidates_table",
     "cells",
     "headline",
+    "narrow_table",
     "print_summary",
     "student_of",
     "summary_table",
@@ -95,9 +96,9 @@ def print_summary(rows: Sequence[SummaryRow], console: Console | None = None) ->
     (console or Console()).print(summary_table(rows))
 
 
-def candidates_table(candidates: Sequence[EstimatedCandidate]) -> Table:
-    """Return a table of a search's candidates and their costs."""
-    table = Table(title=f"{len(candidates)} candidates", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def candidates_table(candidates: Sequence[EstimatedCandidate], origin: str) -> Table:
+    """Return a table of a search's candidates and their costs. origin: where the numbers come from."""
+    table = narrow_table(f"{numbers.counted(len(candidates), 'candidate')} ({origin})")
     for number, title in enumerate(ESTIMATED):
         table.add_column(title, justify="right" if number else "left", no_wrap=bool(number), overflow="fold")
     for row in estimated_rows(candidates):
@@ -105,7 +106,19 @@ def candidates_table(candidates: Sequence[EstimatedCandidate]) -> Table:
     return table
 
 
-NAME_WIDTH = 22
+def narrow_table(title: str) -> Table:
+    """Return a table whose columns stand close together, so that many fit 80 characters."""
+    return Table(
+        title=Text(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
+
+
+NAME_WIDTH = 18
 """Most letters of a line of a candidate's name."""
 
 
@@ -120,22 +133,43 @@ def at_dashes(name: str) -> Text:
 
 
 RATIOS = {
-    "ratio": "student / teacher",
-    "ratio_fp8": "fp8 / teacher",
-    "ratio_batches": "largest batch / teacher's smallest",
-    "ratio_batches_fp8": "fp8 largest / teacher's smallest",
+    "ratio": "student\n/ teacher",
+    "ratio_fp8": "fp8\n/ teacher",
+    "ratio_batches": "largest batch\n/ teacher's\nsmallest",
+    "ratio_batches_fp8": "fp8 largest\n/ teacher's\nsmallest",
 }
 
 
-def bench_table(rows: Sequence[BenchRow]) -> Table:
-    """Return the rows of `bench/table.json`: tokens per second of each model, and ratios to the teacher."""
-    names = [name for name in ("teacher", "student", "student fp8") if any(name in row for row in rows)]
-    table = Table(title="Tokens per second", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("input", "output", "batch", *names, *RATIOS.values()):
-        table.add_column(title, justify="right")
-    for row in rows:
-        speeds = [(row.get(name) or {}).get("tokens_per_second") for name in names]
-        sizes = [str(row[key]) for key in ("inputs", "outputs", "batch")]
-        ratios = [f"{row[key]:.2f}" if key in row else numbers.ABSENT for key in RATIOS]
-        table.add_row(*sizes, *(numbers.ABSENT if each is None else f"{each:,.0f}" for each in speeds), *ratios)
+def bench_tables(rows: Sequence[BenchRow]) -> list[Table]:
+    """Return tables of `bench/table.json`, of what was measured: tokens per second of each model, and their ratios."""
+    names = ("teacher", "student", "student fp8")
+    speeds = [{name: row[name]["tokens_per_second"] for name in names if row.get(name)} for row in rows]
+    tables = {
+        "Tokens per second": (names, {name: name for name in names}, speeds, numbers.count),
+        "Ratios of tokens per second": (tuple(RATIOS), RATIOS, rows, "{:.2f}".format),
+    }
+    return [
+        table
+        for title, (keys, titles, values, write) in tables.items()
+        if (table := _workloads(title, rows, {titles[key]: [each.get(key) for each in values] for key in keys}, write))
+    ]
+
+
+def _workloads(
+    title: str,
+    rows: Sequence[BenchRow],
+    columns: Mapping[str, Sequence[float | None]],
+    write: Callable[[float], str],
+) -> Table | None:
+    """Return a table of the columns that have numbers, a row per workload; None if no column has any."""
+    shown = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    if not shown:
+        return None
+    table = narrow_table(title)
+    for name in ("input", "output", "batch", *shown):
+        table.add_column(name, justify="right", no_wrap=True)
+    for place, row in enumerate(rows):
+        sizes = [numbers.count(row[key]) for key in ("inputs", "outputs", "batch")]
+        found = [values[place] for values in shown.values()]
+        table.add_row(*sizes, *(numbers.ABSENT if value is None else write(value) for value in found))
     return table

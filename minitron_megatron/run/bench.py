@@ -61,7 +61,7 @@ def bench(recipe: Recipe, backend: Backend = "trtllm", *, listener: Listener = s
             commands += [shlex.join(call) for call, _ in calls.values()]
             measured = {name: _measured(server, workload, *call) for name, call in calls.items()}
         rows.append(_row(workload, measured))
-        listener(Event("bench", done, len(workloads), "rungs"))
+        listener(Event("bench", done, len(workloads), "workloads"))
     _compare_batches(rows)
     if commands:
         with whole_file(folder / "commands.sh") as partial:

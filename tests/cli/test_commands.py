@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from minitron_megatron.cli import app
+from minitron_megatron.cli.output import wrapped
 from minitron_megatron.cli.printing import print_made
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.files import write_json
@@ -63,6 +65,23 @@ assert huggingface_hub.utils.are_progress_bars_disabled()  # transformers asks t
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert (done.returncode, done.stderr) == (0, "warning: the margin is small\n")
+
+
+def test_messages_end_their_lines_between_words_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    message = "error: distill.lr is -1: should be greater than 0, path/of/a/file-that-is-long.yaml says."
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert wrapped(message, io.StringIO()) == message
+    assert wrapped(message, Terminal()).splitlines() == [
+        "error: distill.lr is -1:",
+        "should be greater than 0,",
+        "path/of/a/file-that-is-long.yaml",
+        "says.",
+    ]
 
 
 def test_an_error_that_only_the_models_know_is_one_message_too(recipe_file: Write) -> None:
@@ -140,6 +159,16 @@ def test_estimate_counts_what_is_built(recipe_file: Write) -> None:
     said = say("estimate", recipe_file(), "--gpus", "2")
     assert "parameters" in said and "on 2 H100 GPUs at 40% of 989 TFLOP/s" in " ".join(said.split())
     assert "MiB before activations" in said
+
+
+def test_an_estimate_draws_bytes_by_kind_at_80_columns(recipe_file: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = say("estimate", recipe_file(), "--set", "parallel.pp=4").splitlines()
+    assert max(map(len, lines)) <= 80
+    bars = [line.split() for line in lines if "█" in line]
+    assert len(bars) == 9 and bars[0][0] == "█" * 24 and bars[0][2] == "KiB"
+    titles = [line for line in lines if "(predicted by formula)" in line]
+    assert titles[-1].startswith("Memory by kind, without activations") and len(titles) == 2
 
 
 def test_schema_is_a_json_schema() -> None:

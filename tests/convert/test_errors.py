@@ -138,28 +138,28 @@ def no_weights(folder: Path) -> str:
 def truncated_weights(folder: Path) -> str:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    return "model.safetensors is torn or not a safetensors file"
+    return "model.safetensors is damaged or not a safetensors file"
 
 
 def no_safetensors(folder: Path) -> str:
     (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    return "model.safetensors is torn or not a safetensors file"
+    return "model.safetensors is damaged or not a safetensors file"
 
 
 def missing_file(folder: Path) -> str:
     weight_map = {name: "model-00001-of-00002.safetensors" for name in load_file(folder / "model.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return "model-00001-of-00002.safetensors is torn or not a safetensors file"
+    return "model-00001-of-00002.safetensors is damaged or not a safetensors file"
 
 
 def torn_index(folder: Path) -> str:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {')
-    return "model.safetensors.index.json is torn"
+    return "model.safetensors.index.json is damaged"
 
 
 def empty_index(folder: Path) -> str:
     (folder / "model.safetensors.index.json").write_text("{}")
-    return "model.safetensors.index.json is torn"
+    return "model.safetensors.index.json is damaged"
 
 
 SPOILS = [
@@ -195,7 +195,7 @@ def test_a_layout_that_does_not_fit_is_refused_by_all(pool: Pool, tmp_path: Path
     folder = make_folder(tmp_path / "model", "llama", num_key_value_heads=1)
     first, second = pool.run(try_to_load, folder, tp=2)
     assert first == second
-    assert first.startswith("TopologyError: axis kv_groups has 1 units, which cannot be split over TP=2.")
+    assert first.startswith("TopologyError: axis kv_groups has 1 unit, which cannot be split over TP=2.")
 
 
 @pytest.mark.parametrize("spoil", [missing_tensor, truncated_weights, no_config], ids=lambda spoil: spoil.__name__)

@@ -174,13 +174,13 @@ def test_no_pickle_of_a_checkpoint_runs(checkpoint: Path, saved: Path, tmp_path:
     assert MegatronCheckpoint(checkpoint).arguments["num_layers"] == SHAPE.layers
     shutil.copy(saved / "lm" / "release" / "common.pt", checkpoint / "common.pt")
     change(checkpoint, evil=Malice(os.system, f"touch {tmp_path / 'made'}"))
-    with pytest.raises(MinitronError, match=r"common.pt is torn or not safe to open: it holds more than tensors"):
+    with pytest.raises(MinitronError, match=r"common.pt is damaged or not safe to open: it holds more than tensors"):
         MegatronCheckpoint(checkpoint).arguments
     for part in checkpoint.glob("*.distcp"):
         size = part.stat().st_size
         torch.save({"x": Malice(os.system, f"touch {tmp_path / 'made'}")}, part)
         part.open("ab").truncate(size)
-    with pytest.raises(MinitronError, match="distcp is torn or not safe to open"):
+    with pytest.raises(MinitronError, match="distcp is damaged or not safe to open"):
         MegatronCheckpoint(checkpoint).read("embedding.word_embeddings.weight")
     assert not (tmp_path / "made").exists()
 
@@ -197,7 +197,7 @@ def test_a_hostile_index_runs_nothing_and_reads_no_other_file(checkpoint: Path, 
     with pytest.raises(MinitronError, match="is not the index of a checkpoint"):
         MegatronCheckpoint(checkpoint)
     index.write_bytes(index.read_bytes()[:20])
-    with pytest.raises(MinitronError, match="is torn or not safe to open"):
+    with pytest.raises(MinitronError, match="is damaged or not safe to open"):
         MegatronCheckpoint(checkpoint)
     assert not (tmp_path / "made").exists()
 
@@ -206,7 +206,7 @@ def test_other_formats_are_refused_with_what_converts_them(checkpoint: Path, tmp
     old = tmp_path / "old"
     (old / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
     (old / "latest_checkpointed_iteration.txt").write_text("100")
-    with pytest.raises(MinitronError, match=r"iter_0000100 is no distributed checkpoint. Convert it"):
+    with pytest.raises(MinitronError, match=r"iter_0000100 is not a distributed checkpoint. Convert it"):
         local_folder(old)
     (old / "latest_checkpointed_iteration.txt").write_text("99")
     with pytest.raises(MinitronError, match=r"iteration.txt names iter_0000099, which is not there"):

@@ -165,11 +165,11 @@ def test_one_file_beside_an_index_of_other_tensors_is_an_error(folder: Path, cha
         ({"weight_map": {Q: "../model.safetensors"}}, "names '../model.safetensors', which is not a file"),
         ({"weight_map": {Q: "/etc/passwd"}}, "names '/etc/passwd', which is not a file of its folder"),
         ({"weight_map": {Q: 3}}, "names 3, which is not a file of its folder"),
-        ({"weight_map": {Q: ["a"]}}, "is torn or not an index"),
-        ({"weight_map": [Q]}, "is torn or not an index"),
-        ({"weight_map": None}, "is torn or not an index"),
-        ([1, 2], "is torn or not an index"),
-        ({"weight_map": {Q: "model-9.safetensors"}}, "model-9.safetensors is torn or not a safetensors file"),
+        ({"weight_map": {Q: ["a"]}}, "is damaged or not an index"),
+        ({"weight_map": [Q]}, "is damaged or not an index"),
+        ({"weight_map": None}, "is damaged or not an index"),
+        ([1, 2], "is damaged or not an index"),
+        ({"weight_map": {Q: "model-9.safetensors"}}, "model-9.safetensors is damaged or not a safetensors file"),
     ],
 )
 def test_an_index_that_is_none_is_one_message(folder: Path, index: Any, words: str) -> None:

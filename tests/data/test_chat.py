@@ -229,7 +229,7 @@ THINKING = (
     ("record", "message"),
     [
         ({"text": "a"}, r"in.jsonl:1 holds the keys 'text', and a chat has messages, or prompt and response"),
-        ([USER], "in.jsonl:1 is no chat; it holds a list"),
+        ([USER], "in.jsonl:1 is not a chat: it holds a list"),
         ({"messages": "a"}, "no list of messages under the key 'messages': its value is text"),
         ({"messages": []}, "no list of messages under the key 'messages': its value is an empty list"),
         ({"messages": [USER, "b"]}, r"in.jsonl:1, messages\[1\] is text"),

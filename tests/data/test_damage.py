@@ -83,7 +83,7 @@ def test_a_hostile_index_is_refused(lengths: list[int], changes: dict, message: 
     written(pair, [90])
     assert find_token_files(pair, "train").tokens == 90
     written(pair, lengths, **changes)
-    with pytest.raises(DataError, match=rf"low\.train\.idx is no index of .*bin: .*({message})"):
+    with pytest.raises(DataError, match=rf"low\.train\.idx is not an index of .*bin: .*({message})"):
         opened(pair)
     assert not (pair.parent / "cache").exists()
 
@@ -97,7 +97,7 @@ def test_a_flipped_byte_is_found_and_one_file_of_checksums_is_no_other(pair: Pat
         flipped = bytearray(whole)
         flipped[at] ^= 1
         file.write_bytes(flipped)
-        with pytest.raises(MinitronError, match=r"low\.train\.\w+ (has changed|holds no checksums|is torn)"):
+        with pytest.raises(MinitronError, match=r"low\.train\.\w+ (has changed|holds no checksums|is damaged)"):
             opened(pair)
         file.write_bytes(whole)
     tokens = Path(f"{pair}.train.bin").stat().st_size // 2

@@ -174,7 +174,7 @@ def test_data_sets_of_the_hub_come_from_its_cache(
     assert asked == [("owner/some.name", None, "validation"), ("owner/name", "main", "train")]
     assert places(["hf://owner/name"]) == [] and most_bytes(["hf://owner/name"]) == float("inf")  # asks nobody
     for wrong in ("hf://name", "hf://a/b/c/d", "hf://a/b:", "hf://../b:x y"):
-        with pytest.raises(DataError, match="is no data set of the Hub"):
+        with pytest.raises(DataError, match="does not name a data set of the Hub"):
             hub_files(wrong)
 
 
@@ -184,7 +184,7 @@ def test_a_data_set_that_cannot_be_had_is_one_message(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     hub_files.cache_clear()
-    with pytest.raises(DataError, match=r"hf://owner/name cannot be had: Couldn't reach .*offline\)\. Correct"):
+    with pytest.raises(DataError, match=r"hf://owner/name cannot be downloaded: Couldn't reach .*offline\)\. Correct"):
         hub_files("hf://owner/name")
 
 
@@ -200,7 +200,7 @@ def test_without_a_network_the_cache_serves(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
-    assert first == "['w1', 'w2']" and second.startswith("DataError hf://owner/other cannot be had: ")
+    assert first == "['w1', 'w2']" and second.startswith("DataError hf://owner/other cannot be downloaded: ")
 
 
 WHOLE = [f"w{1 + i} w2 w{i * i * 7919 % 3000}" for i in range(2999)]

@@ -120,7 +120,7 @@ def test_what_cannot_pass_is_one_message_without_the_key(stub: Stub, response: R
 
 def test_a_judge_that_stays_broken_or_away_is_one_message(stub: Stub) -> None:
     stub.responses.extend([(200, b"<html>")] * module.ATTEMPTS)
-    with pytest.raises(DataError, match=r"no response in 6 attempts: its response is no chat completion: '<html>'"):
+    with pytest.raises(DataError, match=r"no response in 6 attempts: its response is not a chat completion: '<html>'"):
         ask(stub)
     stub.server_close()
     with pytest.raises(DataError, match=r"no response in 6 attempts: .*refused"):
@@ -212,7 +212,11 @@ def test_a_judge_that_fails_keeps_answers_and_ratings(stub: Stub, folder: Path) 
         ("judge_prompts.jsonl", '{"name": "other", "system_prompt": "", "prompt_template": ""}', "has no single-v1"),
         ("reference_answer/gpt-4.jsonl", None, r"has no reference_answer/gpt-4\.jsonl"),
         ("reference_answer/gpt-4.jsonl", '{"question_id": 81, "choices": []}', "question 111 of MT-Bench has no"),
-        ("question.jsonl", '{"question_id": 1, "category": "math", "turns": ["a"]}', "question 1 has 1 turns"),
+        (
+            "question.jsonl",
+            '{"question_id": 1, "category": "math", "turns": ["a"]}',
+            "question 1 does not have two turns",
+        ),
     ],
 )
 def test_files_that_a_judge_needs_are_known_before(folder: Path, file: str, text: str | None, says: str) -> None:

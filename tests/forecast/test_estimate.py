@@ -151,6 +151,23 @@ def test_a_corrected_teacher_in_training_may_be_the_most_that_a_rank_holds(recip
     assert alone.rank_bytes == 4 * teacher + 16 * student + alone.stash_bytes < found.rank_bytes
 
 
+def test_bytes_are_told_by_rank_and_kind(recipe_file: Write) -> None:
+    """Pipeline stages that hold equally much are told once; the last one also has the teacher's hidden states."""
+    found = estimate(load_recipe(recipe_file(), ["parallel.pp=4", "correct=null"]), gpus=8)
+    rows = found.rank_rows()
+    assert [*rows] == [
+        "ranks 0 to 1, pipeline stage 1 of 4, in distill",
+        "ranks 2 to 5, pipeline stages 2 to 3 of 4, in distill",
+        "ranks 6 to 7, pipeline stage 4 of 4, in distill",
+    ]
+    first, middle, last = rows.values()
+    students = rank_parameters(found.student, Topology(pp=4))
+    assert middle["student's weights"] == middle["student's gradients"] == 4 * students[1][0]
+    assert first["student's optimizer"] == 8 * students[0][0] // 2, "data-parallel ranks share it"
+    assert last["teacher's hidden states"] == found.stash_bytes and "teacher's hidden states" not in first
+    assert found.rank_bytes == max(sum(held.values()) for held in rows.values())
+
+
 def test_what_makes_the_teacher_lighter_is_counted(recipe_file: Write) -> None:
     def counted(*keys: str) -> Estimate:
         return estimate(load_recipe(recipe_file(), ["correct=null", *(f"distill.{key}" for key in keys)]))

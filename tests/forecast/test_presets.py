@@ -19,6 +19,7 @@ from minitron_megatron.run import run
 from minitron_megatron.testing import Pool
 
 PRESETS = Path(__file__).parents[2] / "examples" / "presets"
+SHAPES = (PRESETS.parents[1] / "docs" / "guide" / "shapes.md").read_text()
 GPUS = 256
 LLAMA_ROPE = {
     "rope_type": "llama3",
@@ -118,6 +119,13 @@ def test_parameters_are_the_papers_and_a_rank_holds_them(name: str, tmp_path: Pa
     assert phase.global_batch % (GPUS // recipe.parallel.tp) == 0
     assert found.distill_tokens >= phase.tokens > found.distill_tokens - phase.global_batch * recipe.data.sequence
     assert 1 < found.hours < 1000
+    hours = {stage: flops / found.peak_flops / found.mfu / 3600 for stage, flops in found.stage_flops.items()}
+    printed = f"{round(hours['distill'], -2):,.0f}" + (
+        f" ({round(hours['correct'], -2):,.0f})" if recipe.correct else ""
+    )
+    rows = [line.split(" | ") for line in SHAPES.splitlines() if line.startswith("| ")]
+    [row] = [row for row in rows if row[0].strip("|` ").lower().rpartition("`")[2] == name]
+    assert printed == row[-2], "docs/guide/shapes.md prints the estimate"
 
 
 def test_the_family_has_the_papers_sizes_and_saving(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_a_number_of_layers_is_a_shape(recipe_file: Write) -> None:
     ("prune", "score", "kind", "said"),
     [
         ({"layers": 6}, {}, PlanError, "prune.layers is 6, but the teacher has 5 layers. Use 1 to 5."),
-        ({"layers": 1}, {}, TopologyError, "1 layers cannot fill 2"),
+        ({"layers": 1}, {}, TopologyError, "1 layer cannot fill 2"),
         ({}, {"statistic": {"neurons": "pre"}}, PlanError, "Score them by `post`"),
         ({}, {"depth": {"lengths": [1, 5]}}, RecipeError, "[1, 5], but the teacher has 5 layers. Use lengths from 1"),
         ({"layers": 3}, {"depth": {"greedy": True, "metric": "bi"}}, RecipeError, "Use metric loss or kl"),

@@ -276,7 +276,7 @@ def test_a_foreign_file_is_one_error_that_names_it(pool: Pool, copy: Path, name:
 def test_a_torn_or_hostile_common_file_advises_nothing_unsafe(pool: Pool, copy: Path, tmp_path: Path) -> None:
     for content in (b"", b"torn", pickle.dumps(Payload(tmp_path / "ran"))):
         (copy / "common.pt").write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"common\.pt is torn or not safe to open: \w") as caught:
+        with pytest.raises(CheckpointError, match=r"common\.pt is damaged or not safe to open: \w") as caught:
             pool.run(load, copy)
         assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
@@ -301,7 +301,7 @@ def test_an_index_cut_anywhere_is_torn(pool: Pool, copy: Path, stop: int) -> Non
     check_metadata(index)
     whole = index.read_bytes()
     index.write_bytes(whole[: len(whole) * stop // 100])
-    with pytest.raises(CheckpointError, match=r"is torn or not safe to open"):
+    with pytest.raises(CheckpointError, match=r"is damaged or not safe to open"):
         check_metadata(index)
 
 

@@ -91,13 +91,13 @@ def test_the_choice_is_a_plans() -> None:
         (
             random_depth(1, 2, 4),
             {"keep": 5},
-            r"a block of 3 layers is to be removed, but only blocks of 1, 2, 4 layers were",
+            r"a block of 3 layers is to be removed, but measured were blocks of these lengths: 1, 2, 4",
         ),
-        (depth_of({}), {"keep": 5}, r"only blocks of no layers were measured\. Measure blocks of 3"),
+        (depth_of({}), {"keep": 5}, r"blocks of these lengths: none\. Measure blocks of 3"),
         (
             random_depth(2),
             {"keep": 5, "contiguous": False},
-            r"3 layers are to be removed one by one, but only 0 were measured greedily\.",
+            r"the layers to be removed one by one are 3, but only 0 were measured greedily\.",
         ),
         (random_depth(1), {"keep": 0}, r"axis layers should keep 0 of 8\. Ask for 1 to 8"),
         (random_depth(1), {"keep": 9}, "axis layers should keep 9 of 8"),

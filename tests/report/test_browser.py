@@ -38,6 +38,8 @@ return [...document.querySelectorAll("figure")].map((figure) => {
     titles: charts.map((chart) => chart.previousElementSibling.textContent),
     axes: charts.flatMap((chart) => [names(chart, "x"), names(chart, "y")]),
     inside: figure.scrollWidth <= figure.clientWidth,
+    cut: charts.flatMap((chart) => [...chart.querySelectorAll(".annotation, .xtitle, .xtick")].filter((text) =>
+      text.getBoundingClientRect().right > chart.getBoundingClientRect().right + 1).map((text) => text.textContent)),
   };
 });
 """
@@ -135,6 +137,7 @@ def test_pages_are_whole_readable_and_accessible(browser: Any, pages: dict[str, 
             assert figures, where
             for figure in figures:
                 assert figure["inside"] and figure["told"] == figure["caption"] != "", (where, figure)
+                assert figure["cut"] == [], where
                 assert all(figure["titles"]) and all(figure["axes"]), (where, figure)
             if device == "phone":  # the rules ask about nothing that depends on the width
                 browser.execute_script(axe)

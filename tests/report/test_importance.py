@@ -46,12 +46,12 @@ def test_curves_fall_from_the_best_to_the_least() -> None:
     long = {"ffn": {0: [float(unit) for unit in range(1000)]}}
     [row] = score_rows(long)
     assert len(row) == len(SCORED)
-    assert row[:6] == ("ffn", "0", "1,000", "999", "500", "0")
+    assert row[:6] == ("ffn", "0", "1,000", "999", "500", "0.00")
     assert len(row[6]) == 24 and row[6][0] == "█" and row[6][-1] == " " and row[6] == "".join(sorted(row[6]))[::-1]
-    assert score_rows(SCORES)[0] == ("ffn", "0", "4", "4", "2.5", "1", "█▆▄▂")
-    assert score_rows(SCORES)[3] == ("hidden", "all", "2", "3", "2", "1", "█▃")
+    assert score_rows(SCORES)[0] == ("ffn", "0", "4", "4.00", "2.50", "1.00", "█▆▄▂")
+    assert score_rows(SCORES)[3] == ("hidden", "all", "2", "3.00", "2.00", "1.00", "█▃")
     assert score_rows({"ffn": {0: [0.0]}, "heads": {0: []}}) == [
-        ("ffn", "0", "1", "0", "0", "0", ""),
+        ("ffn", "0", "1", "0.00", "0.00", "0.00", ""),
         ("heads", "0", "0", "-", "-", "-", ""),
     ]
 
@@ -79,7 +79,7 @@ def test_show_draws_scores_and_what_a_plan_kept_of_them(tmp_path: Path) -> None:
     Scores(values, shape, Statistic(), 2, 34, "abc").save(tmp_path / "scores" / "scores.safetensors")
     keep = {axis: by for axis, by in PLAN.items() if axis != "layers"}
     Plan(shape, keep, (0, 2), MARGINS, "abc").save(tmp_path / "pruned" / "plan.json")
-    assert ["ffn", "0", "4", "4", "2.5", "1", "█▆▄▂"] in said(tmp_path / "scores")
+    assert ["ffn", "0", "4", "4.00", "2.50", "1.00", "█▆▄▂"] in said(tmp_path / "scores")
     assert ["ffn", "0", "2", "4", "70.0%", "5.0e-01"] in said(tmp_path / "pruned" / "plan.json")
     Scores(values, shape.resized(hidden=4), Statistic(), 2, 34, "abc").save(tmp_path / "scores" / "scores.safetensors")
-    assert ["ffn", "0", "2", "-", "-", "5.0e-01"] in said(tmp_path / "pruned"), "scores of another model say nothing"
+    assert ["ffn", "0", "2", "4", "-", "5.0e-01"] in said(tmp_path / "pruned"), "scores of another model say nothing"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from minitron_megatron.files import read_json
 from minitron_megatron.records import SAFE_MARGIN
 from minitron_megatron.report import plots
 from minitron_megatron.report.plots.losses import _smooth
@@ -109,9 +110,9 @@ def test_curves_are_sorted_and_strong_just_where_units_are_kept(
     assert titles(figures[0]) == [
         "layers: 3 of 4 kept (pruned: grey)",
         "hidden: 16 of 32 kept",
-        "ffn: 24 of 48 kept, 1 layers removed",
+        "ffn: 24 of 48 kept, 1 layer removed",
         "share of the layer's best (pruned: grey)",
-        "heads: 4 of 8 kept, 1 layers removed",
+        "heads: 4 of 8 kept, 1 layer removed",
         "share of the layer's best (pruned: grey)",
     ]
     heads = next(axes for axes in figures[0].axes if axes.get_title(loc="left").startswith("heads"))
@@ -141,6 +142,21 @@ def test_the_map_has_each_unit_once_in_colour_or_in_grey(
     grey, colour = (image.get_array().mask for image in axes.images)
     assert (grey != colour).all()
     assert [(~row).sum() for row in colour] == [FFN // 2, FFN // 2, 0, FFN // 2]
+
+
+def test_a_log_axis_has_plain_numbers_which_the_browsers_chart_has_too(
+    scores: Any, margins: Any, figures: list[Any], tmp_path: Path
+) -> None:
+    plots.importance(
+        {"heads": {layer: [1.5 * 60 ** (at / 7) for at in range(8)] for layer in range(2)}}, {}, tmp_path / "i.png"
+    )
+    low, high = figures[0].axes[0].get_ylim()
+    ticks = [tick.get_text() for tick in figures[0].axes[0].get_yticklabels() if low < tick.get_position()[1] < high]
+    assert ticks == ["2", "5", "10", "20", "50", "100"]
+    plots.margins(margins, tmp_path / "margins.png")
+    (chart,) = read_json(tmp_path / "margins.charts.json")
+    texts = chart["layout"]["yaxis"]["ticktext"]
+    assert "1e-05" in texts and [float(text) for text in texts] == pytest.approx(chart["layout"]["yaxis"]["tickvals"])
 
 
 def test_without_a_plan_all_units_are_kept(scores: Any, figures: list[Any], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from minitron_megatron.report import front_table
+from minitron_megatron.report import front_table, memory_table
 from minitron_megatron.report.terminal import bars
 from tests.report.test_browser import search_table
 
@@ -29,3 +29,12 @@ def test_bytes_are_bars_the_largest_first() -> None:
     lines = bars({"weights": 2 * 2**30, "optimizer": 8 * 2**30, "loss": 3, "nothing": 0}).splitlines()
     assert [line.split()[-1] for line in lines] == ["optimizer", "weights", "loss"]
     assert [line.count("█") for line in lines] == [24, 6, 0] and "8.00 GiB" in lines[0]
+
+
+def test_bars_of_several_ranks_have_one_scale() -> None:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(memory_table("Memory", {"rank 0": {"weights": 2**30}, "rank 1": {"weights": 2**29}}))
+    lines = [line.strip() for line in capture.get().splitlines()]
+    assert [line.count("█") for line in lines if "█" in line] == [24, 12]
+    assert "rank 1: 512 MiB" in lines

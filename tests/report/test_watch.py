@@ -83,6 +83,11 @@ def test_how_it_ended(run: Path, changes: dict[str, Any], says: str) -> None:
     assert ("running" in {row[1] for row in found.rows}) is not found.over
 
 
+def test_a_stopped_stage_tells_how_far_it_came(run: Path) -> None:
+    state(run, ended=True, stages=STAGES | {"distill": "stopped"}, why="it was interrupted", since=BEGAN + 99)
+    assert run_state(run, BEGAN + 100).rows[2][:3] == ("distill", "stopped", "8 of 20 steps, loss 0.1250")
+
+
 def test_tasks_of_a_search_are_at_work_after_the_last_command(run: Path) -> None:
     state(run, ended=True, stages={"prepare": "done"})
     found = run_state(run, BEGAN + 100)

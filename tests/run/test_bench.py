@@ -15,7 +15,7 @@ from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.files import read_json
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
-from minitron_megatron.report import bench_table, plot_bench
+from minitron_megatron.report import bench_tables, plot_bench
 from minitron_megatron.run import bench
 from minitron_megatron.testing import Pool
 
@@ -65,7 +65,7 @@ def test_without_the_tool_it_says_what_to_run(exported: Path, monkeypatch: pytes
     script = (recipe.out / "bench" / "trtllm" / "commands.sh").read_text()
     assert script.count("trtllm-bench") == 8 and "--concurrency 3" in script
     assert len((recipe.out / "bench" / "trtllm" / "4-4-b2.jsonl").read_text().splitlines()) == 4
-    assert plot_bench(rows, recipe.out / "plot.png", paper=True) is None and bench_table(rows).row_count == 4
+    assert plot_bench(rows, recipe.out / "plot.png", paper=True) is None and bench_tables(rows) == []
 
 
 def installed(tool: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -84,7 +84,7 @@ def test_reports_become_ratios(exported: Path, monkeypatch: pytest.MonkeyPatch, 
     assert [row["ratio"] for row in rows] == pytest.approx([3.0] * 4)
     assert [row.get("ratio_batches") for row in rows] == [None, 3.0, None, 3.0]
     assert rows[0]["student"]["tokens_per_second"] == 1200.0
-    assert bench_table(rows).row_count == 4
+    assert [table.row_count for table in bench_tables(rows)] == [4, 4]
     assert read_json(recipe.out / "bench" / "table.json")["rows"] == json.loads(json.dumps(rows))
     plot = plot_bench(rows, recipe.out / "plot.png", paper=True)
     assert plot and plot.stat().st_size > 5000
@@ -102,7 +102,7 @@ def test_vllm_counts_the_generated_tokens_alone(
     rows = bench(load_recipe(exported), "vllm")
     assert [row["ratio"] for row in rows] == pytest.approx([3.0] * 4)
     assert rows[2]["student"]["tokens_per_second"] == 6.0 * 4 and rows[2]["student"]["requests_per_second"] == 6.0
-    assert bench_table(rows).row_count == 4
+    assert [table.row_count for table in bench_tables(rows)] == [4, 4]
 
 
 def test_torch_gives_a_ratio_anywhere(exported: Path) -> None:

@@ -111,8 +111,8 @@ def test_a_model_of_the_hub_runs_from_the_cache_and_its_commit_is_kept(
 def test_without_network_and_cache_it_is_one_message(recipe_of: Write, material: Path, tmp_path: Path) -> None:
     offline = model_of_the_hub(tmp_path / "hub", material / "model")
     for model, verbs, message in (
-        ("owner/absent", 4, "owner/absent is no folder here, and cannot be had from the Hugging Face Hub"),
-        ("owner/tiny@absent", 1, "owner/tiny@absent is no folder here"),
+        ("owner/absent", 4, "owner/absent is not a folder here, and cannot be downloaded from the Hugging Face Hub"),
+        ("owner/tiny@absent", 1, "owner/tiny@absent is not a folder here"),
     ):
         recipe = recipe_of("absent", model=model)
         for verb in (["run", recipe], ["estimate", recipe], ["init", model], ["show", model])[:verbs]:

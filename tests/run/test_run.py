@@ -374,7 +374,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, int], type[MinitronError], str]
     ("heads that do not divide", {"prune": {"heads": 3}}, {}, PlanError, "2 kv_groups"),
     ("a layer that is not there", {"prune": {"layers": [0, 9]}}, {}, PlanError, "layers"),
     ("a size that does not divide over tp", {"prune": {"ffn": 33}}, {"tp": 2}, TopologyError, "TP=2"),
-    ("more stages than layers", {"prune": {"layers": [0]}}, {"pp": 2}, TopologyError, "1 layers cannot fill 2"),
+    ("more stages than layers", {"prune": {"layers": [0]}}, {"pp": 2}, TopologyError, "1 layer cannot fill 2"),
     (
         "an interleaving with a remainder",
         {"score": {"samples": 3}},

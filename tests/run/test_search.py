@@ -171,11 +171,11 @@ def test_tasks_of_an_array_share_the_work_to_the_same_table(
     count = len(table(together)["candidates"])
     assert (
         pool.run(share, recipe, 0, 2)[0]
-        == f"{(count + 1) // 2} of {count} candidates are measured right after pruning. Other tasks measure the rest."
+        == f"Measured right after pruning: {(count + 1) // 2} of {count} candidates. Other tasks measure the rest."
     )
     said = pool.run(share, recipe, 1, 2)[0]
-    assert said == "1 of 3 candidates are distilled to step 3. Other tasks distil the rest."
-    assert pool.run(share, recipe, 0, 2)[0].startswith("1 of 2 candidates are distilled to step 6.")
+    assert said == "Distilled to step 3: 1 of 3 candidates. Other tasks distil the rest."
+    assert pool.run(share, recipe, 0, 2)[0].startswith("Distilled to step 6: 1 of 2 candidates.")
     pool.run(share, recipe, 1, 2)
     assert pool.run(share, recipe, 0, 2)[0].startswith("Every candidate is measured")
     pool.run(work, recipe, (), "search")

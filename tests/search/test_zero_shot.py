@@ -129,7 +129,7 @@ def foreign(topology: Topology, folder: Path) -> None:
 
 
 def test_plans_for_another_model_are_refused(pool: Pool, checkpoints: dict[str, Path]) -> None:
-    with pytest.raises(PlanError, match="the plan cuts"):
+    with pytest.raises(PlanError, match="the plan cuts another model: this one has"):
         pool.run(foreign, checkpoints["tied"], dp=2)
 
 

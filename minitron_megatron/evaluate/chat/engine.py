@@ -79,7 +79,7 @@ def _folder(task: Task, files: Path | None) -> Path:
             "the task out: list in `tasks` those that you want."
         )
     if not (files / task.name).is_dir():
-        raise DataError(f"{files / task.name} is no folder. Put the files of the task {task.name} there.")
+        raise DataError(f"{files / task.name} is not a folder. Put the files of the task {task.name} there.")
     return files / task.name
 
 

@@ -151,7 +151,7 @@ def _content(body: bytes, key: str | None) -> str:
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"its response is no chat completion: {_shown(body, key)!r}") from error
+        raise ValueError(f"its response is not a chat completion: {_shown(body, key)!r}") from error
     if not isinstance(content, str):
         raise ValueError("its response has no text")
     return content

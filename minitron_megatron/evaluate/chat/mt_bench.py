@@ -101,9 +101,7 @@ class MtBench(ChatTask):
 
 def _question(record: QuestionRecord, path: str) -> Question:
     if len(record["turns"]) != 2:
-        raise DataError(
-            f"{path}, question {record['question_id']} has {len(record['turns'])} turns, and two are asked."
-        )
+        raise DataError(f"{path}, question {record['question_id']} does not have two turns. Copy it from {SOURCE}.")
     turns = tuple((Message(role="user", content=turn),) for turn in record["turns"])
     temperature = TEMPERATURES.get(record["category"], 0.0)
     return Question(str(record["question_id"]), record["category"], turns, record, temperature=temperature)
@@ -119,7 +117,7 @@ def _prompts(folder: Path) -> Mapping[str, Prompt]:
         try:
             fields = {field for _, field, _, _ in string.Formatter().parse(prompts[name]["prompt_template"])} - {None}
         except ValueError as error:
-            raise DataError(f"{path}: {name} is no template: {error}. Copy it from {SOURCE}.") from error
+            raise DataError(f"{path}: {name} is not a template: {error}. Copy it from {SOURCE}.") from error
         if unknown := sorted(map(str, fields - FIELDS)):
             raise DataError(f"{path}: {name} has the field {unknown[0]}, which MT-Bench lacks. Copy it from {SOURCE}.")
     return prompts

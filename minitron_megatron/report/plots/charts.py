@@ -24,7 +24,15 @@ CHARTS = ".charts.json"
 """Ending of the file of a figure's charts, beside its PNG."""
 Chart = dict[str, Any]
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "None": "solid"}
-MARKERS = {"o": "circle", ".": "circle", "s": "square", "*": "star", "^": "triangle-up", "D": "diamond"}
+MARKERS = {
+    "o": "circle",
+    ".": "circle",
+    "s": "square",
+    "*": "star",
+    "^": "triangle-up",
+    "D": "diamond",
+    "|": "line-ns-open",
+}
 
 
 def charts_of(figure: Figure) -> list[Chart]:
@@ -107,13 +115,14 @@ def _trace(axes: Axes, line: Line2D, named: bool) -> dict[str, Any]:
             "size": 1.6 * line.get_markersize(),
             "symbol": MARKERS.get(str(line.get_marker()), "circle"),
             "color": to_hex(line.get_color()),
+            "line": {"width": line.get_markeredgewidth() if line.get_marker() == "|" else 0},
         },
     }
 
 
 def _axis(axis: Axis, label: str, limits: Sequence[float]) -> dict[str, Any]:
     from matplotlib.category import StrCategoryLocator
-    from matplotlib.ticker import FixedLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter
 
     log = axis.get_scale() == "log"
     found: dict[str, Any] = {
@@ -122,11 +131,15 @@ def _axis(axis: Axis, label: str, limits: Sequence[float]) -> dict[str, Any]:
         "exponentformat": "power" if log else "SI",
         "range": [math.log10(limit) if log else float(limit) for limit in limits],
     }
-    ticks = [float(tick) for tick in axis.get_majorticklocs()]
+    ticks = [float(tick) for tick in axis.get_majorticklocs() if min(limits) <= tick <= max(limits)]
     if isinstance(axis.get_major_locator(), FixedLocator | StrCategoryLocator):  # ticks with names, such as layers
-        found |= {"tickvals": ticks, "ticktext": [_plain(text.get_text()) for text in axis.get_ticklabels()]}
+        named = dict(zip(axis.get_majorticklocs(), axis.get_ticklabels(), strict=False))
+        found |= {"tickvals": ticks, "ticktext": [_plain(named[tick].get_text()) for tick in ticks]}
     elif len(ticks) > 1 and all(tick.is_integer() for tick in ticks) and ticks[1] - ticks[0] == 1:  # such as ranks
         found["dtick"] = 1
+    elif isinstance(write := axis.get_major_formatter(), FuncFormatter):  # numbers as people read them
+        texts = [_plain(text) for text in write.format_ticks(ticks)]
+        found |= {"tickmode": "array", "tickvals": ticks, "ticktext": texts}
     return found
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...records import SAFE_MARGIN
 from .scores import ByLayer
-from .style import ALARM, COLOURS, legend_outside, new_figure
+from .style import ALARM, COLOURS, legend_outside, log_axis, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def margins(of_cuts: ByLayer[float], path: Path) -> Path | None:
     with new_figure(path, 9.0, 3.6) as figure:
         axes = figure.subplots()
         axes.set(title="Margin of each cut", ylabel="relative margin: last kept\nvs. first pruned unit")
-        axes.set_yscale("log")
+        log_axis(axes, [SAFE_MARGIN, *(margin for of in drawn.values() for margin in of.values())], "{:.0e}".format)
         axes.axhspan(edge / 3, SAFE_MARGIN, color=ALARM, alpha=0.06, linewidth=0)
         axes.axhline(SAFE_MARGIN, color=ALARM, linewidth=1.2, linestyle="--", label="below: may depend on layout")
         _by_layer(axes, drawn)

@@ -46,7 +46,7 @@ def depth_curves(depth: DepthCurves | None, path: Path) -> Path | None:
         axes.set(title="Importance of blocks of layers", ylabel=NAMES.get(depth.metric, depth.metric))
         for length, by_last in sorted(depth.blocks.items()):
             last, values = zip(*sorted(by_last.items()), strict=True)
-            label = "1 layer" if length == 1 else f"{length} layers"
+            label = numbers.counted(length, "layer")
             axes.plot(last, values, "o-", markersize=3.5, color=colours[length], label=label)
         _levels(axes, depth, colours)
         count_axis(axes, "last layer of the block (the first layer is 1)")
@@ -61,7 +61,7 @@ def _levels(axes: Axes, depth: DepthCurves, colours: Mapping[int, str]) -> None:
     for count in sorted({*depth.blocks, taken}):
         if 1 < count <= taken:
             value = depth.one_by_one[count - 1]
-            label = f"{count} layers one by one: {numbers.loss(value)}"
+            label = f"{numbers.counted(count, 'layer')} one by one: {numbers.loss(value)}"
             axes.axhline(value, color=colours.get(count, GREY), linewidth=1.4, linestyle="--", label=label)
     label = f"all layers: {numbers.loss(depth.baseline)}"
     axes.axhline(depth.baseline, color=GREY, linewidth=1.2, linestyle=":", label=label)

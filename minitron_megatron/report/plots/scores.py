@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ... import numbers
-from .style import COLOURS, PALE, count_axis, heat_map, layer_bar, layer_colours, legend_outside, new_figure
+from .style import COLOURS, PALE, count_axis, heat_map, layer_bar, layer_colours, legend_outside, log_axis, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,9 @@ def _share(kept: Kept, layers: Scored) -> str:
     total = max(map(len, layers.values()))
     span = numbers.count(sizes[0]) + (f" to {numbers.count(sizes[-1])}" if len(sizes) > 1 else "")
     removed = sum(not units for units in kept.values())
-    return f"{span} of {numbers.count(total)} kept" + (f", {removed} layers removed" if removed else "")
+    return f"{span} of {numbers.count(total)} kept" + (
+        f", {numbers.counted(removed, 'layer')} removed" if removed else ""
+    )
 
 
 def _depth(axes: Axes, values: Sequence[float], kept: frozenset[int]) -> None:
@@ -115,7 +117,7 @@ def _mark_kept(axes: Axes, layers: Scored, kept: Kept) -> None:
 
 def _log_where_wide(axes: Axes, values: Sequence[float]) -> None:
     if min(values) > 0 and max(values) > 20 * min(values):
-        axes.set_yscale("log")
+        log_axis(axes, values, "{:g}".format)
 
 
 def _map(axes: Axes, axis: str, layers: Scored, kept: Kept) -> None:

@@ -51,8 +51,11 @@ def search_front(table: SearchTable | None, path: Path) -> Path | None:
             chosen = [row for row in shown if row["winner"]]
             axes.plot(*_points(chosen, cost, key), "*", color=COLOURS[1], markersize=13, label="winner")
             name, write = COSTS[cost]
-            axes.set_xlabel(name)
-            axes.xaxis.set_major_formatter(lambda value, _, write=write: write(value))
+            if write is numbers.count:
+                count_axis(axes, name)
+            else:
+                axes.set_xlabel(name)
+                axes.xaxis.set_major_formatter(lambda value, _, write=write: write(value))
             axes.legend(fontsize=8)
     return path
 

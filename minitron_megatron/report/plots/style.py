@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,6 +26,7 @@ __all__ = [
     "layer_bar",
     "layer_colours",
     "legend_outside",
+    "log_axis",
     "new_figure",
 ]
 
@@ -95,7 +96,18 @@ def count_axis(axes: Axes, name: str, *, side: Literal["x", "y"] = "x") -> None:
     axis = axes.xaxis if side == "x" else axes.yaxis
     axis.set_label_text(name)
     axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: numbers.count(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: numbers.tick(value, max(axis.get_view_interval()))))
+
+
+def log_axis(axes: Axes, values: Sequence[float], write: Callable[[float], str]) -> None:
+    """Give the y axis a log scale for `values` above 0; its ticks are powers of ten, and their 2- and 5-fold where the
+    values span little."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if max(values) > 300 * min(values) else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
 
 
 def legend_outside(axes: Axes, *, reverse: bool = False) -> None:

@@ -164,7 +164,7 @@ def _pairs(context: Context, keys: PairRound, student: list[Chunk], work: Path) 
                 seed=context.recipe.seed,
             )
             if cut:
-                warnings.warn(f"{cut} pairs have a response that is cut off at the end of the sample.", stacklevel=2)
+                warnings.warn(f"Pairs with a response that is cut off at the end of the sample: {cut:,}.", stacklevel=2)
     with fail_together():
         return PairFile(path)
 

@@ -197,8 +197,7 @@ class _CandidateSearch:
             known = self._known(self._pruning_mark, names, AfterCut)
         if len(known) < len(names):
             raise _WaitError(
-                f"{len(known)} of {len(names)} candidates are measured right after pruning. "
-                "Other tasks measure the rest."
+                f"Measured right after pruning: {len(known)} of {len(names)} candidates. Other tasks measure the rest."
             )
         return known
 
@@ -252,7 +251,7 @@ class _CandidateSearch:
             missing = [name for name in left if str(until) not in trained.get(name, {"curve": {}})["curve"]]
             if missing:
                 raise _WaitError(
-                    f"{len(left) - len(missing)} of {len(left)} candidates are distilled to step {until}. "
+                    f"Distilled to step {until}: {len(left) - len(missing)} of {len(left)} candidates. "
                     "Other tasks distil the rest."
                 )
             parts.update(trained)
