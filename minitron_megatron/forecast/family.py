@@ -154,7 +154,7 @@ class FamilyEstimate:
         """Return the costs of all, and what they save, in sentences."""
         whole, (alone, honest) = self.whole(), self.saving
         return (
-            f"All runs: {numbers.flops(whole.flops)}, {numbers.duration(3600 * whole.hours)}. To pretrain the teacher "
+            f"All runs: {numbers.flops(whole.flops)}, {whole.rows()['time']}. To pretrain the teacher "
             f"and every student costs {alone:.2f} times what it costs to pretrain the teacher and to distil the "
             f"students on 1/{PRETRAINING} of the tokens, as the first paper counts, and {honest:.2f} times with the "
             "teachers' forward passes."
