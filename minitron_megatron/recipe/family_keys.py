@@ -24,7 +24,7 @@ class FamilyStudent(Settings):
     name: Text
     """Its name, and its run folder in `out`."""
     pruned_from: Text = TEACHER
-    """The model that it is pruned from: `model`, or the name of a student before it."""
+    """The model that it is pruned from: `model`, or the name of a student before it, as that was distilled."""
     teacher: Text | None = None
     """The model that it is distilled from: `model`, or the name of a student before it. Default: what it is pruned
     from. The recipe's `correct` corrects `model` alone: the students are trained on this text already."""
@@ -45,8 +45,8 @@ def check_family_keys(family: Sequence[FamilyStudent]) -> None:
     """Raise ValueError where two students have one name, or one names a model that is not there before it."""
     known = [TEACHER]
     for student in family:
-        if student.name in known:
-            raise ValueError(f"Two students of the family are called {student.name}: rename one")
+        if student.name in (*known, *(f"{name}-cut" for name in known)):
+            raise ValueError(f"Two runs of the family would be called {student.name}: rename one of the students")
         for key, name in (("pruned_from", student.pruned_from), ("teacher", student.teacher)):
             if name is not None and name not in known:
                 raise ValueError(

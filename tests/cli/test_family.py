@@ -71,7 +71,8 @@ def test_the_costs_of_a_family_are_those_of_its_runs(family: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"family": [MIDDLE, MIDDLE]}, "Two students of the family are called middle: rename one"),
+        ({"family": [MIDDLE, MIDDLE]}, "Two runs of the family would be called middle: rename one of the students"),
+        ({"family": [MIDDLE, {**MIDDLE, "name": "middle-cut"}]}, "Two runs of the family would be called middle-cut"),
         (
             {"family": [SMALL]},
             "pruned_from of small is 'middle', which is no student before it. Give model",
