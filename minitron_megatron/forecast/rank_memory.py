@@ -41,7 +41,8 @@ def rank_memory(recipe: Recipe, teacher: Shape, student: Shape, world: int, stas
     topology, each = Topology.of(recipe.parallel), max(1, world // recipe.parallel.pp)
     trained = _corrected(recipe, teacher, topology, world)
     distilled = _distilled(recipe, teacher, student, world, trained)
-    distilled[-1] |= {"teacher's hidden states": stash}
+    if stash:
+        distilled[-1]["teacher's hidden states"] = stash
     found = []
     for stage, (correct, distill) in enumerate(zip(trained, distilled, strict=True)):
         stages = {"distill": distill} | ({"correct": correct} if recipe.corrects_first else {})

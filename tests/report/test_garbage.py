@@ -150,4 +150,4 @@ def test_what_is_left_out_of_a_report_is_named_in_it(run: Path) -> None:
     text = report_run(run).read_text()
     for name in ("versions.json", "search/table.json", "stages/distill.json"):
         assert f"{run / name} is not JSON" in text
-    assert f"1 lines of {run / 'metrics.jsonl'} are invalid" in text
+    assert f"{run / 'metrics.jsonl'} has 1 invalid line, left out here." in text
