@@ -138,6 +138,11 @@ def test_the_family_has_the_papers_sizes_and_saving(tmp_path: Path) -> None:
     assert found.saving == pytest.approx((40 * 28.090984448 / cost, 40 * 28.090984448 / (cost + passes)))
     assert round(found.saving[0], 1) == 1.8
     found.whole().expect_to_fit(80)
+    for name, row in (("8b", "Minitron 8B"), ("4b", "Minitron 4B")):
+        cost = found.runs[name]
+        hours = round(cost.flops / cost.peak_flops / cost.mfu / 3600, -2)
+        [cells] = [line.split(" | ") for line in SHAPES.splitlines() if line.startswith(f"| {row}")]
+        assert f"{hours:,.0f}" == cells[-2], "docs/guide/shapes.md prints the estimate"
 
 
 SMALLER = {"hidden": 128, "ffn": 128, "heads": 4}
