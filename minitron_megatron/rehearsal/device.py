@@ -63,7 +63,7 @@ class Device(TorchDispatchMode):
         self.ledger, self.clock, self.places = ledger, clock, places
         self.values = Values()
         self.fakes = _Fakes(allow_non_fake_inputs=True)
-        self.memo = Memo(self.fakes)
+        self.memo = Memo(self.fakes, clock)
         self.backends: dict[str, str] = {}
         """Name of each process group -> its backend on a GPU: `nccl`, `gloo` or `both`."""
         self.reduces_by: Any = dist.ReduceOp.SUM

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .clock import Clock
 from .values import LIKE, mutated
 
 __all__ = ["Call", "Cost", "Known", "Memo", "call_of"]
@@ -60,7 +61,7 @@ class _Output(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What an operation returns and costs."""
+    """Results and cost of an operation, by its inputs."""
 
     outputs: tuple[_Output, ...]
     news: tuple[int, ...]
@@ -114,12 +115,15 @@ def _remembered(func: Any) -> bool:
     return found
 
 
+_known_by: dict[Clock, dict[Any, Known]] = {}
+
+
 class Memo:
     """Results of operations by their calls."""
 
-    def __init__(self, mode: FakeTensorMode) -> None:
-        self._mode = mode
-        self._known: dict[Any, Known] = {}
+    def __init__(self, mode: FakeTensorMode, clock: Clock) -> None:
+        """clock: gives the costs. Rehearsals of a process with the same clock share what they know."""
+        self._known = _known_by.setdefault(clock, {})
         self._device = torch.device("cuda", 0)
         self._attributes = FakeTensor(mode, torch.empty(0, device="meta"), self._device).__dict__
 

@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["LIKE", "Values", "mutated"]
 
-MOST, MOST_FLOATS = 2**20, 2**12
-"""Numbers of a tensor up to which values are carried along; of floats, on which control flow rarely depends, fewer."""
+MOST = 2**20
+"""Numbers of a tensor up to which values are carried along."""
+ANGLES = {"cos", "sin"}
+"""Operations of rotary embeddings, which each layer runs on many known numbers and no control flow depends on."""
 CONSTANTS = {"zeros", "ones", "full", "arange", "scalar_tensor", "eye"}
 LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 """Operations whose result depends on the shape of their input alone."""
@@ -112,8 +114,10 @@ class Values:
         known = {id(each): self.of(each) for each in inputs}
         complete = name in LIKE or all(each is not None for each in known.values())
         random = torch.Tag.nondeterministic_seeded in func.tags
-        large = any(map(_is_large, results if name in LIKE else (*results, *inputs)))
-        if func.namespace != "aten" or not complete or random or large or not (inputs or name in CONSTANTS):
+        large = any(each.numel() > MOST for each in (results if name in LIKE else (*results, *inputs)))
+        if func.namespace != "aten" or name in ANGLES or not complete or random or large:
+            return None
+        if not inputs and name not in CONSTANTS:
             return None
 
         def host(x: Any) -> Any:
@@ -127,10 +131,6 @@ class Values:
                 return list(_tensors(func(*tree_map(host, args), **tree_map(host, kwargs))))
             except (RuntimeError, NotImplementedError):  # the host has no kernel for it
                 return None
-
-
-def _is_large(tensor: Tensor) -> bool:
-    return tensor.numel() > (MOST_FLOATS if tensor.dtype.is_floating_point else MOST)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
