@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fault import DeviceFull
 from .places import ACTIVATIONS, Place
 
 __all__ = ["Ledger", "Section", "Sums"]
@@ -76,9 +77,10 @@ class Section:
 class Ledger:
     """Counts what a rank does; `section` is the one that is being filled."""
 
-    def __init__(self, block: int = 512, limit: int | None = None) -> None:
-        """block: unit in bytes of torch's allocator on CUDA. limit: bytes of the device's memory."""
-        self.block, self.limit = block, limit
+    def __init__(self, block: int = 512, limit: int | None = None, stops_when_full: bool = False) -> None:
+        """block: unit in bytes of torch's allocator on CUDA. limit: bytes of the device's memory. stops_when_full:
+        raise DeviceFull at the first tensor beyond the limit, where else only its place is noted."""
+        self.block, self.limit, self.stops_when_full = block, limit, stops_when_full
         self.section = Section()
         self.now = 0
         """Bytes alive."""
@@ -118,6 +120,8 @@ class Ledger:
         self._by_kind[kind] += size
         if self.limit is not None and self.now > self.limit and not self.section.over:
             self.section.over = f"{tensor.dtype} {list(tensor.shape)} at {at.line}".replace("torch.", "")
+            if self.stops_when_full:
+                raise DeviceFull(self.section.over)
         self._note()
         return True
 
