@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,6 +25,9 @@ def rehearse(
         float, typer.Option("--memory", min=0.001, help="GiB per GPU; a peak above it is an error.")
     ] = 80.0,
     stage: Annotated[str, typer.Option("--stage", help="correct, score, distill or evaluate.")] = "distill",
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="DIR", help="Also write a page with plots, and all numbers.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the tables.")] = False,
 ) -> None:
     """Rehearse a stage on every kind of rank of a cluster. Needs no GPU and no weights; all numbers are modelled."""
@@ -32,7 +36,7 @@ def rehearse(
     from ..recipe import load_recipe
     from ..rehearsal import advice, smallest_change
     from ..rehearsal import rehearse as on_every_kind
-    from ..report import rehearsal_tables
+    from ..report import rehearsal_tables, write_rehearsal
 
     loaded = load_recipe(recipe, overrides or (), out)
     restore_gc()
@@ -42,5 +46,7 @@ def rehearse(
     else:
         for table in rehearsal_tables(found.as_dict()):
             Console().print(table)
+    if report:
+        Console(stderr=True).print(f"report: {write_rehearsal(found.detailed(), report)}")
     if not found.fits:
         found.expect_to_fit(advice(smallest_change(loaded, found, raise_if_interrupted)))

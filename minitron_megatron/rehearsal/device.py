@@ -247,6 +247,7 @@ class Device(TorchDispatchMode):
         section.flops[cost.name] += cost.flops
         section.seconds[line] += cost.seconds
         section.by_resource[cost.resource] += cost.seconds
+        self.ledger.spend(cost.seconds)
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
         packet = func._overloadpacket
@@ -296,6 +297,7 @@ class Device(TorchDispatchMode):
         section.sent[name] += sent
         section.by_resource["communication"] += seconds
         section.seconds[f"{name}, {self.places.here().line}"] += seconds
+        self.ledger.spend(seconds)
 
     def _spread(self, name: str, size: int, args: Any, tensors: Sequence[Tensor]) -> None:
         """Keep known values known: the other ranks are taken to have the same."""

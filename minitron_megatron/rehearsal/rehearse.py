@@ -119,6 +119,12 @@ class Rehearsal:
             + advice
         )
 
+    def detailed(self) -> dict[str, Any]:
+        """Return the result as JSON, with each rank's seconds by line, and bytes over the seconds of the last step that
+        was rehearsed."""
+        ranks = [_rank_dict(each) | _rank_details(each.section) for each in self.ranks]
+        return self.as_dict() | {"ranks": ranks}
+
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON."""
         return {
@@ -155,6 +161,10 @@ def _rank_dict(found: RankResult) -> dict[str, Any]:
         "seconds": section.by_resource,
         "costliest_lines": dict(sorted(section.seconds.items(), key=lambda each: -each[1])[:COSTLY_LINES]),
     }
+
+
+def _rank_details(section: Section) -> dict[str, Any]:
+    return {"seconds_by_line": section.seconds, "bytes_over_seconds": section.timeline.finished(section.elapsed)}
 
 
 def rank_kinds(topology: PlannedTopology) -> list[RankKind]:

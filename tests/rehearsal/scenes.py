@@ -30,7 +30,7 @@ CUT = {"hidden": 48, "ffn": 64}
 def rehearsed_stage(recipe: Path, overrides: Sequence[str], gpus: int, stage: str = "distill") -> dict[str, Any]:
     """Rehearse a stage as the last kind of rank; return its JSON."""
     found = rehearse(load_recipe(recipe, overrides), gpus=gpus, stage=stage, kinds=lambda kinds: kinds[-1:])
-    return dict(found.as_dict()["ranks"][0])
+    return dict(found.detailed()["ranks"][0])
 
 
 def advised(recipe: Path, overrides: Sequence[str], gpus: int, memory: float) -> tuple[int, str]:

@@ -59,6 +59,8 @@ def stage(apart: Call, recipe: Path) -> Call:
 
 def test_distillation_with_each_option(stage: Call) -> None:
     plain = stage()
+    assert max(size for _, size in plain["bytes_over_seconds"]) == plain["peak_bytes"]
+    assert sum(plain["seconds_by_line"].values()) == pytest.approx(sum(plain["seconds"].values()))
     kinds = plain["peak_bytes_by_kind"]
     correct = stage(stage="correct")["peak_bytes_by_kind"]
 
