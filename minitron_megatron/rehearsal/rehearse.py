@@ -101,6 +101,7 @@ class Rehearsal:
 
     @property
     def fits(self) -> bool:
+        """Whether every kind of rank fits a GPU's memory."""
         return self.worst.peak <= self.memory * GIB
 
     def expect_to_fit(self, advice: str = "Raise parallel.tp or pp, or recompute more.") -> None:

@@ -31,8 +31,8 @@ class Remedy:
 def smallest_change(recipe: Recipe, found: Rehearsal, listener: Listener = silent) -> Remedy | None:
     """Return the first change, from the cheapest on, with which every kind of rank fits; None: no single one does.
 
-    Each is rehearsed, first as the kind of rank that is fullest now. Changes that the recipe or the layout refuses are
-    passed over.
+    Each is rehearsed, first as the kind of rank that is fullest now. Changes that are refused, or would fail on a GPU
+    in another way, are passed over.
     """
     for key, value in _changes(recipe, found.stage):
         changed = _with(recipe, key, value)

@@ -24,7 +24,6 @@ def write_rehearsal(found: Mapping[str, Any], folder: Path) -> Path:
 
     Raises FileError if the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / NUMBERS, found)
     name = f"{found['stage']} on {found['gpus']} {found['gpu']}"
     slow = slowest(found)

@@ -33,12 +33,12 @@ def rehearsed_stage(recipe: Path, overrides: Sequence[str], gpus: int, stage: st
     return dict(found.detailed()["ranks"][0])
 
 
-def advised(recipe: Path, overrides: Sequence[str], gpus: int, memory: float) -> tuple[int, str]:
-    """Return the peak in bytes of a recipe that does not fit, and what its error advises."""
+def advised(recipe: Path, overrides: Sequence[str], gpus: int, memory: float) -> str:
+    """Return what the error of a recipe that does not fit advises."""
     loaded = load_recipe(recipe, overrides)
     found = rehearse(loaded, gpus=gpus, memory=memory)
     assert not found.fits
-    return found.worst.peak, advice(smallest_change(loaded, found))
+    return advice(smallest_change(loaded, found))
 
 
 def in_room(name: str) -> tuple[int, Section]:
