@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,9 +23,16 @@ from minitron_megatron.search import zero_shot
 from minitron_megatron.train import Learner, Training
 from tests.rehearsal.steps import SEQUENCE, TEACHER, batches, empty
 
-__all__ = ["ROOMS", "advised", "in_room", "rehearsed_stage"]
+__all__ = ["ROOMS", "advised", "in_room", "rehearsed_stage", "settle"]
 
 CUT = {"hidden": 48, "ffn": 64}
+
+
+def settle() -> None:
+    """Rehearse once, and exclude what was imported from the garbage collections of later rehearsals."""
+    in_room("prune")
+    gc.collect()
+    gc.freeze()
 
 
 def rehearsed_stage(recipe: Path, overrides: Sequence[str], gpus: int, stage: str = "distill") -> dict[str, Any]:

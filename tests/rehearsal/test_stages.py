@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,7 +34,7 @@ GOLDEN = Path(__file__).with_name("presets.json")
 @pytest.fixture(scope="module")
 def apart() -> Iterator[Call]:
     """Function that calls another one in a process that rehearses."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=gc.freeze) as worker:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=scenes.settle) as worker:
         yield lambda function, *args: worker.submit(function, *args).result()
 
 
@@ -148,7 +147,7 @@ def test_the_smallest_change_that_fits_is_named(apart: Call, recipe: Path, stage
     def advised(memory: float, *overrides: str) -> str:
         return str(apart(scenes.advised, recipe, [*SHORT, *overrides], 1, memory))
 
-    assert advised(1e-6).startswith("No single change fits")
+    assert advised(1e-6, "distill.micro_batch=1", "recompute=full").startswith("No single change fits")
     for change, overrides in (("distill.micro_batch: 2", []), ("recompute: selective", ["distill.micro_batch=1"])):
         advice = advised((stage(*overrides)["peak_bytes"] - 1) / 2**30, *overrides)
         assert advice == f"The smallest change that fits: {change} (0.00 GiB, modelled, not measured)."
