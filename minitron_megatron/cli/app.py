@@ -15,6 +15,7 @@ from .gc_tuning import restore_gc
 from .interrupt import Interrupted, raise_if_interrupted
 from .options import Out, RecipePath, Set
 from .printing import print_bench, print_comparison, print_made, print_report
+from .rehearse import rehearse
 from .running import carry_out, reported, share, start
 from .sample import sample
 
@@ -203,39 +204,7 @@ def estimate(
     print_estimate(recipe, overrides or [], out, gpus=gpus, mfu=mfu, memory=memory, slurm=slurm)
 
 
-@app.command(rich_help_panel=PLAN)
-def rehearse(
-    recipe: RecipePath,
-    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="Number of GPUs of the cluster.")],
-    overrides: Set = None,
-    out: Out = None,
-    gpu: Annotated[
-        str, typer.Option("--gpu", metavar="NAME", help="GPU of the data sheet: A100, H100, H200, B200, ...")
-    ] = "H100",
-    memory: Annotated[
-        float, typer.Option("--memory", metavar="GIB", min=0.001, help="GiB per GPU; a peak above it is an error.")
-    ] = 80.0,
-    stage: Annotated[
-        str, typer.Option("--stage", metavar="NAME", help="correct, score, distill or evaluate.")
-    ] = "distill",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the tables.")] = False,
-) -> None:
-    """Rehearse a stage on every kind of rank of a cluster. Needs no GPU and no weights; all numbers are modelled."""
-    import json
-
-    from ..recipe import load_recipe
-    from ..rehearsal import rehearse as on_every_kind
-    from ..report import rehearsal_tables
-
-    loaded = load_recipe(recipe, overrides or (), out)
-    restore_gc()
-    found = on_every_kind(loaded, gpus=gpus, gpu=gpu, memory=memory, stage=stage, listener=raise_if_interrupted)
-    if as_json:
-        print(json.dumps(found.as_dict(), indent=2))
-    else:
-        for table in rehearsal_tables(found.as_dict()):
-            Console().print(table)
-    found.expect_to_fit()
+app.command(rich_help_panel=PLAN)(rehearse)
 
 
 @app.command(rich_help_panel=LOOK)

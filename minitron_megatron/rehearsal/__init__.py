@@ -3,20 +3,25 @@
 Knows: stages of a run, fake CUDA tensors, process groups that reach nobody. Must not know: terminals, command lines.
 """
 
-from .fault import DeviceFault
+from .fault import DeviceFault, DeviceFull
 from .ledger import Ledger, Section
 from .machine import rehearsed_rank
 from .rehearse import RankKind, Rehearsal, rank_kinds, rehearse
+from .remedy import Remedy, advice, smallest_change
 from .stages import COVERED
 
 __all__ = [
     "COVERED",
     "DeviceFault",
+    "DeviceFull",
     "Ledger",
     "RankKind",
     "Rehearsal",
+    "Remedy",
     "Section",
+    "advice",
     "rank_kinds",
     "rehearse",
     "rehearsed_rank",
+    "smallest_change",
 ]

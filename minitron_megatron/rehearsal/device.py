@@ -19,12 +19,14 @@ from .clock import Clock
 from .fault import DeviceFault
 from .kernels import attention_choice, attention_flops
 from .ledger import Ledger
+from .memo import Call, Cost, Known, Memo, call_of
 from .places import Places
 from .values import Values, mutated
 
 __all__ = ["Device"]
 
 aten = torch.ops.aten
+ASKS_DEVICE = torch.ops.prim.device.default
 NCCL_DTYPES = {
     *(torch.int8, torch.uint8, torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16),
     *(torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
@@ -61,13 +63,20 @@ class Device(TorchDispatchMode):
         self.ledger, self.clock, self.places = ledger, clock, places
         self.values = Values()
         self.fakes = _Fakes(allow_non_fake_inputs=True)
+        self.memo = Memo(self.fakes, clock)
         self.backends: dict[str, str] = {}
         """Name of each process group -> its backend on a GPU: `nccl`, `gloo` or `both`."""
         self.reduces_by: Any = dist.ReduceOp.SUM
         """Operation of the all-reduce that is being run."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ASKS_DEVICE:
+            return args[0].fake_device
         kwargs = kwargs or {}
+        call = call_of(func, args, kwargs)
+        known = None if call is None else self.memo.find(call)
+        if call is not None and known is not None and self.values.some_unknown(call.inputs):
+            return self._repeat(known, call.inputs)
         leaves = tree_leaves((args, kwargs))
         fakes = any(isinstance(each, FakeTensor) for each in leaves)
         if func.namespace == "c10d":
@@ -88,13 +97,13 @@ class Device(TorchDispatchMode):
         if func in DYNAMIC or (func is aten.index.Tensor and _has_mask(args[1])):
             return self._dynamic(func, args, kwargs)
         if func in PUT and _has_mask(args[1]):
-            args = self._put(args)
+            return self._run(func, self._put(args), kwargs)
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
             return self._to_host(args[0], args[1])
-        return self._run(func, args, kwargs)
+        return self._run(func, args, kwargs, call)
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation on fake tensors, count it, and carry known values along."""
+    def _run(self, func: Any, args: Any, kwargs: Any, call: Call | None = None) -> Any:
+        """Run an operation on fake tensors, count it, carry known values along, and remember the call."""
         try:
             with self.fakes:
                 out = func(*args, **kwargs)
@@ -102,11 +111,27 @@ class Device(TorchDispatchMode):
             if "device" not in str(error) and "dtype" not in str(error):
                 raise
             raise DeviceFault(f"{_name(func)} at {self.places.here().line}: {str(error).splitlines()[0]}") from error
-        self._count(func, args, kwargs, out)
+        cost = self._count(func, args, kwargs, out)
         self.values.carry(func, args, kwargs, out)
+        if call is not None:
+            self.memo.learn(call, func, args, kwargs, out, cost)
         if isinstance(out, (list, tuple)):
             return type(out)(map(self._landed, out)) if type(out) in (list, tuple) else out
         return self._landed(out)
+
+    def _repeat(self, known: Known, inputs: Sequence[FakeTensor]) -> Any:
+        """Return and count what an operation returned before; at least one input's numbers are unknown."""
+        made = self.memo.made(known, inputs)
+        if known.news or known.cost:
+            place = self.places.here()
+            for at in known.news:
+                self.ledger.allocate(made[at], lambda: place)
+                self.values.renew(made[at])
+            if known.cost:
+                self._book(known.cost, place.line)
+        for at in known.written:
+            self.values.forget(inputs[at])
+        return known.container(made) if known.container else made[0]
 
     # ---- faults that torch's fake mode lets pass
 
@@ -187,10 +212,9 @@ class Device(TorchDispatchMode):
 
     # ---- counting
 
-    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> Cost | None:
+        """Count what an operation allocated and cost; return its cost, None: it started no kernel."""
         results = [each for each in tree_leaves(out) if isinstance(each, FakeTensor) and each.device.type == "cuda"]
-        name, written = _name(func), mutated(func, args, kwargs)
-        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, FakeTensor)]
         here = cache(self.places.here)
         for each in results:
             if each.device.index not in (None, 0):
@@ -199,19 +223,31 @@ class Device(TorchDispatchMode):
                 self._fault(f"a float64 tensor of {list(each.shape)}")
             if self.ledger.allocate(each, here):
                 self.values.renew(each)
+        cost = self._cost(func, args, kwargs, out, results)
+        if cost:
+            self._book(cost, here().line)
+        return cost
+
+    def _cost(self, func: Any, args: Any, kwargs: Any, out: Any, results: Sequence[FakeTensor]) -> Cost | None:
+        name, written = _name(func), mutated(func, args, kwargs)
+        inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, FakeTensor)]
         old = {each.untyped_storage()._cdata for each in inputs}
         is_view = not written and all(each.untyped_storage()._cdata in old for each in results)
         if name in NO_KERNEL or not (results or written) or is_view or (name == "copy_" and _is_itself(*args[:2])):
-            return
+            return None
         reads = 0 if name in ("zero_", "fill_") else sum(map(_bytes, inputs))
         touched, flops = reads + sum(map(_bytes, results or written)), self._flops(func, args, kwargs, out)
         resource, seconds = self.clock.operation(name, flops, touched, (results or written)[0].dtype)
-        section, line = self.ledger.section, here().line
-        section.kernels[name] += 1
-        section.touched[name] += touched
-        section.flops[name] += flops
-        section.seconds[line] += seconds
-        section.by_resource[resource] += seconds
+        return Cost(name, flops, touched, resource, seconds)
+
+    def _book(self, cost: Cost, line: str) -> None:
+        section = self.ledger.section
+        section.kernels[cost.name] += 1
+        section.touched[cost.name] += cost.touched
+        section.flops[cost.name] += cost.flops
+        section.seconds[line] += cost.seconds
+        section.by_resource[cost.resource] += cost.seconds
+        self.ledger.spend(cost.seconds)
 
     def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
         packet = func._overloadpacket
@@ -261,6 +297,7 @@ class Device(TorchDispatchMode):
         section.sent[name] += sent
         section.by_resource["communication"] += seconds
         section.seconds[f"{name}, {self.places.here().line}"] += seconds
+        self.ledger.spend(seconds)
 
     def _spread(self, name: str, size: int, args: Any, tensors: Sequence[Tensor]) -> None:
         """Keep known values known: the other ranks are taken to have the same."""

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fault import DeviceFull
 from .places import ACTIVATIONS, Place
+from .timeline import Timeline
 
 __all__ = ["Ledger", "Section", "Sums"]
 
@@ -62,10 +64,18 @@ class Section:
     """Most bytes alive at a time."""
     over: str = ""
     """The first tensor that did not fit the device."""
+    timeline: Timeline = field(default_factory=Timeline)
+    """Bytes alive over modelled time."""
+    elapsed: float = 0.0
+    """Modelled seconds of what was rehearsed."""
 
     def grown(self, smaller: Section, steps: float) -> Section:
-        """Return this section plus `steps` times its difference from one with one unit of work less."""
+        """Return this section plus `steps` times its difference from one with one unit of work less.
+
+        Its bytes over time stay those of what was rehearsed.
+        """
         sums: dict[str, Any] = {"peak": self.peak + round(steps * max(0, self.peak - smaller.peak)), "over": self.over}
+        sums |= {"timeline": self.timeline, "elapsed": self.elapsed}
         for each in fields(self):
             mine, other = getattr(self, each.name), getattr(smaller, each.name)
             if isinstance(mine, Sums):
@@ -76,21 +86,24 @@ class Section:
 class Ledger:
     """Counts what a rank does; `section` is the one that is being filled."""
 
-    def __init__(self, block: int = 512, limit: int | None = None) -> None:
-        """block: unit in bytes of torch's allocator on CUDA. limit: bytes of the device's memory."""
-        self.block, self.limit = block, limit
+    def __init__(self, block: int = 512, limit: int | None = None, stops_when_full: bool = False) -> None:
+        """block: unit in bytes of torch's allocator on CUDA. limit: bytes of the device's memory. stops_when_full:
+        raise DeviceFull at the first tensor beyond the limit, where else only its place is noted."""
+        self.block, self.limit, self.stops_when_full = block, limit, stops_when_full
         self.section = Section()
         self.now = 0
         """Bytes alive."""
         self._by_kind: Sums = Sums()
         self._alive: dict[int, Allocation] = {}
         self._noted = 0.0
+        self._highest = 0
+        """Most bytes alive since the last kernel."""
         self._named = ""
 
     def begin(self) -> Section:
         """Start a new section and return it; what is alive stays."""
         self.section = Section(peak=self.now, peak_by_kind=Sums(self._by_kind))
-        self._noted = self.now
+        self._noted = self._highest = self.now
         return self.section
 
     @contextmanager
@@ -118,11 +131,21 @@ class Ledger:
         self._by_kind[kind] += size
         if self.limit is not None and self.now > self.limit and not self.section.over:
             self.section.over = f"{tensor.dtype} {list(tensor.shape)} at {at.line}".replace("torch.", "")
+            if self.stops_when_full:
+                raise DeviceFull(self.section.over)
         self._note()
         return True
 
+    def spend(self, seconds: float) -> None:
+        """Count the modelled time of a kernel or collective."""
+        section = self.section
+        section.elapsed += seconds
+        section.timeline.add(section.elapsed, self._highest)
+        self._highest = self.now
+
     def _note(self) -> None:
         section = self.section
+        self._highest = max(self._highest, self.now)
         if self.now <= section.peak:
             return
         section.peak = self.now
@@ -139,6 +162,7 @@ class Ledger:
     def hold(self, extra: int) -> None:
         """Count bytes that are alive for a moment, inside a collective."""
         section = self.section
+        self._highest = max(self._highest, self.now + extra)
         if self.now + extra > section.peak:
             section.peak = self.now + extra
             section.peak_by_kind = Sums(self._by_kind)

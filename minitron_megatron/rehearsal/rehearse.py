@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,6 +34,8 @@ class RankKind:
 
     rank: int
     name: str
+    place: tuple[bool, ...] = ()
+    """Whether it is the last pipeline stage, tensor-parallel rank and context-parallel rank."""
 
 
 @dataclass(frozen=True)
@@ -91,20 +94,37 @@ class Rehearsal:
     def hours(self) -> float:
         return self.seconds * self.steps / 3600
 
-    def expect_to_fit(self) -> None:
-        """Raise TopologyError that names the fullest kind of rank and the largest kinds of bytes, if it has too few."""
-        worst = max(self.ranks, key=lambda each: each.peak)
-        over = worst.peak / GIB - self.memory
-        if over <= 0:
+    @property
+    def worst(self) -> RankResult:
+        """The fullest kind of rank."""
+        return max(self.ranks, key=lambda each: each.peak)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every kind of rank fits a GPU's memory."""
+        return self.worst.peak <= self.memory * GIB
+
+    def expect_to_fit(self, advice: str = "Raise parallel.tp or pp, or recompute more.") -> None:
+        """Raise TopologyError that names the fullest kind of rank, its largest kinds of bytes and the advice, if a
+        GPU's memory does not suffice."""
+        if self.fits:
             return
+        worst = self.worst
+        over = worst.peak / GIB - self.memory
         kinds = sorted(worst.fullest.peak_by_kind.items(), key=lambda each: -each[1])[:3]
         largest = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in kinds)
         first = worst.section.over or worst.loading.over or "the teacher's states of all micro-batches"
         raise TopologyError(
             f"{worst.kind.name} needs {worst.peak / GIB:.2f} GiB (modelled, not measured), {over:.2f} GiB more than "
-            f"the {self.memory:g} GiB of a GPU; the first tensor that does not fit: {first}; largest: {largest}. Raise "
-            "parallel.tp or pp, or recompute more."
+            f"the {self.memory:g} GiB of a GPU; the first tensor that does not fit: {first}; largest: {largest}. "
+            + advice
         )
+
+    def detailed(self) -> dict[str, Any]:
+        """Return the result as JSON, with each rank's seconds by line, and bytes over the seconds of the last step that
+        was rehearsed."""
+        ranks = [_rank_dict(each) | _rank_details(each.section) for each in self.ranks]
+        return self.as_dict() | {"ranks": ranks}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the result as JSON."""
@@ -144,13 +164,21 @@ def _rank_dict(found: RankResult) -> dict[str, Any]:
     }
 
 
+def _rank_details(section: Section) -> dict[str, Any]:
+    return {"seconds_by_line": section.seconds, "bytes_over_seconds": section.timeline.finished(section.elapsed)}
+
+
 def rank_kinds(topology: PlannedTopology) -> list[RankKind]:
     """Return a rank for each distinct kind: pipeline stages (first, one in the middle, last), tensor-parallel ranks
     (first, last) and context-parallel ranks (first, last). Data-parallel ranks and experts are alike."""
     pp, tp, cp = (_ends(size) for size in (topology.pp, topology.tp, topology.cp))
     pp = sorted({*pp, 1} if topology.pp > 2 else pp)
     return [
-        RankKind(topology.rank_at(stage, shard, part), _kind_name(topology, stage, shard, part))
+        RankKind(
+            topology.rank_at(stage, shard, part),
+            _kind_name(topology, stage, shard, part),
+            (stage == topology.pp - 1, shard == topology.tp - 1, part == topology.cp - 1),
+        )
         for stage in pp
         for shard in tp
         for part in cp
@@ -173,13 +201,16 @@ def rehearse(
     gpu: str = "H100",
     memory: float = 80.0,
     stage: str = "distill",
+    kinds: Callable[[list[RankKind]], Sequence[RankKind]] = list,
+    stops_when_full: bool = False,
     listener: Listener = silent,
 ) -> Rehearsal:
     """Rehearse a stage of a recipe on every kind of rank, after the checks that `run` makes.
 
-    gpu: a name in `GPUS`. memory: GiB of a GPU. Needs no GPU and no weights, but a process of its own that has not run
-    on the CPU. Raises DeviceFault that names the kind of rank where an operation would fail on a GPU, and
-    MinitronErrors as `estimate` does.
+    gpu: a name in `GPUS`. memory: GiB of a GPU. kinds: chooses kinds of rank, at least one; time and utilisation are
+    then those of a cluster of these. stops_when_full: raise DeviceFull at the first tensor that does not fit. Needs no
+    GPU and no weights, but a process of its own that has not run on the CPU. Raises DeviceFault that names the kind of
+    rank where an operation would fail on a GPU, and MinitronErrors as `estimate` does.
     """
     expect_number("gpus", gpus, at_least=1, whole=True)
     expect_number("memory", memory, above=0)
@@ -189,13 +220,14 @@ def rehearse(
     check(recipe, topology, counts_only=True)
     recipe = with_model_folders(recipe)
     short = rehearsable(recipe, stage)
-    kinds = rank_kinds(topology)
+    chosen = kinds(rank_kinds(topology))
     results, pieces = [], []
-    for number, kind in enumerate(kinds, 1):
-        piece = _on_rank(short, stage, kind, topology, gpu, memory)
+    for number, kind in enumerate(chosen, 1):
+        ledger = Ledger(limit=int(memory * GIB), stops_when_full=stops_when_full)
+        piece = _on_rank(short, stage, kind, topology, gpu, ledger)
         results.append(_result(kind, piece))
         pieces.append(piece)
-        listener(Event("rehearse", number, len(kinds), "kinds of rank"))
+        listener(Event("rehearse", number, len(chosen), "kinds of rank"))
     bubbles = (topology.pp - 1) / topology.vp * max(each.micro_batch_seconds for each in results)
     tokens = pieces[0].micro_batches * pieces[0].tokens * (topology.replicas if stage in TRAINS else topology.dp)
     return Rehearsal(
@@ -212,10 +244,9 @@ def rehearse(
 
 
 def _on_rank(
-    recipe: Recipe, stage: str, kind: RankKind, topology: PlannedTopology, gpu: str, memory: float
+    recipe: Recipe, stage: str, kind: RankKind, topology: PlannedTopology, gpu: str, ledger: Ledger
 ) -> Rehearsed:
     """Rehearse a stage as one rank; a fault names the kind of rank."""
-    ledger = Ledger(limit=int(memory * GIB))
     with TemporaryDirectory() as out, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with rehearsed_rank(kind.rank, topology.world, gpu=gpu, ledger=ledger):

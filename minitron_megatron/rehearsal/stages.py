@@ -135,7 +135,7 @@ class _Context(Context):
         own = self.folders
         if folder in (own.model("corrected"), self.recipe.model):
             return read_config(self.recipe.model)
-        if folder in (self.recipe.student, self.recipe.distill.start):
+        if folder == self.recipe.student or (folder == self.recipe.distill.start and folder.is_dir()):
             return read_config(folder)
         config = read_config(self.recipe.model)
         return replace(config, shape=student_shape(self.recipe, config.shape))

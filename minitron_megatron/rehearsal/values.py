@@ -15,10 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Values", "mutated"]
+__all__ = ["LIKE", "Values", "mutated"]
 
 MOST = 2**20
 """Numbers of a tensor up to which values are carried along."""
+ANGLES = {"cos", "sin"}
+"""Operations of rotary embeddings, which each layer runs on many known numbers and no control flow depends on."""
 CONSTANTS = {"zeros", "ones", "full", "arange", "scalar_tensor", "eye"}
 LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 """Operations whose result depends on the shape of their input alone."""
@@ -49,6 +51,10 @@ class Values:
             return tensor if isinstance(tensor, Tensor) and tensor.device.type == "cpu" else None
         found = getattr(tensor, "known_values", None)
         return None if found is None or tensor.untyped_storage()._cdata in self._unknown else found
+
+    def some_unknown(self, tensors: Sequence[FakeTensor]) -> bool:
+        """Return whether a number of one of them is not known."""
+        return any("known_values" not in each.__dict__ or self.of(each) is None for each in tensors)
 
     def set(self, tensor: Any, values: Tensor) -> None:
         """Record a tensor's values."""
@@ -108,9 +114,10 @@ class Values:
         known = {id(each): self.of(each) for each in inputs}
         complete = name in LIKE or all(each is not None for each in known.values())
         random = torch.Tag.nondeterministic_seeded in func.tags
-        large = any(each.numel() > MOST for each in (*results, *inputs)) and name not in LIKE
-        large = large or any(each.numel() > MOST for each in results)
-        if func.namespace != "aten" or not complete or random or large or not (inputs or name in CONSTANTS):
+        large = any(each.numel() > MOST for each in (results if name in LIKE else (*results, *inputs)))
+        if func.namespace != "aten" or name in ANGLES or not complete or random or large:
+            return None
+        if not inputs and name not in CONSTANTS:
             return None
 
         def host(x: Any) -> Any:

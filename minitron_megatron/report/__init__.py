@@ -12,6 +12,7 @@ from .made import made_by
 from .page import write_report
 from .plots import BenchRow, plot_bench, plot_study
 from .records import describe, pairs_table, report_run, text_table
+from .rehearsal_page import write_rehearsal
 from .rehearsed import rehearsal_tables
 from .searched import SearchTable
 from .studied import ArmResult, Compared, StudyTable, Verdict, study_markdown, study_notes, study_page, study_text
@@ -54,5 +55,6 @@ __all__ = [
     "summary_table",
     "text_table",
     "watch",
+    "write_rehearsal",
     "write_report",
 ]

@@ -12,22 +12,31 @@ from rich.text import Text
 from .. import numbers
 from .terminal import bars
 
-__all__ = ["rehearsal_tables"]
+__all__ = ["ASSUMED", "MODELLED", "PEAK", "rank_rows", "rehearsal_tables", "slowest", "whole_rows"]
 
 MODELLED = "modelled, not measured"
+ASSUMED, PEAK = "assumed", "at the step's peak"
+"""Names of the rows with the longest texts."""
 
 
 def rehearsal_tables(found: Mapping[str, Any]) -> Iterator[Table]:
     """Yield the tables of a rehearsal's JSON: the whole, each kind of rank, and the costliest lines of the slowest."""
-    yield _pairs(f"{found['stage']} on {found['gpus']} {found['gpu']} ({MODELLED})", _whole(found))
+    yield _pairs(f"{found['stage']} on {found['gpus']} {found['gpu']} ({MODELLED})", whole_rows(found))
     for rank in found["ranks"]:
-        yield _pairs(f"{rank['kind']}, rank {rank['rank']} ({MODELLED})", _rank(rank))
-    slowest = max(found["ranks"], key=lambda each: sum(each["seconds"].values()))
-    lines = {line: f"{1000 * seconds:,.1f} ms" for line, seconds in slowest["costliest_lines"].items()}
-    yield _pairs(f"costliest lines of {slowest['kind']} ({MODELLED})", lines)
+        yield _pairs(f"{rank['kind']}, rank {rank['rank']} ({MODELLED})", rank_rows(rank))
+    slow = slowest(found)
+    lines = {line: f"{1000 * seconds:,.1f} ms" for line, seconds in slow["costliest_lines"].items()}
+    yield _pairs(f"costliest lines of {slow['kind']} ({MODELLED})", lines)
 
 
-def _whole(found: Mapping[str, Any]) -> dict[str, str]:
+def slowest(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the kind of rank with the most modelled seconds."""
+    ranks: list[Mapping[str, Any]] = found["ranks"]
+    return max(ranks, key=lambda each: sum(each["seconds"].values()))
+
+
+def whole_rows(found: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is modelled of the whole cluster, by name."""
     share = found["utilisation"]
     rows = {
         "step": f"{numbers.duration(found['seconds_of_a_step'])}, {numbers.count(found['tokens_of_a_step'])} tokens",
@@ -37,17 +46,18 @@ def _whole(found: Mapping[str, Any]) -> dict[str, str]:
         "utilisation": numbers.ABSENT if share is None else f"{share:.2f} of the bf16 peak",
         "time": numbers.duration(3600 * found["hours"]),
     }
-    return rows | {"assumed": found[MODELLED]}
+    return rows | {ASSUMED: found[MODELLED]}
 
 
-def _rank(rank: Mapping[str, Any]) -> dict[str, str]:
+def rank_rows(rank: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is modelled of a kind of rank, by name."""
     sent = {
         name: f"{numbers.count(each['calls'])} x, {numbers.size(each['bytes'])}"
         for name, each in rank["communication"].items()
     }
     rows = {
         "peak memory": numbers.size(rank["peak_bytes"]),
-        "at the step's peak": bars(rank["peak_bytes_by_kind"]),
+        PEAK: bars(rank["peak_bytes_by_kind"]),
         "compute": f"{numbers.flops(rank['flops'])}, {numbers.count(rank['kernels'])} kernels",
         "bytes touched": numbers.size(rank["bytes_touched"]),
         "time by resource": ", ".join(f"{name} {numbers.duration(each)}" for name, each in rank["seconds"].items()),

@@ -34,7 +34,7 @@ VERBS = {
     "export": STAGE | {"--to", "--checkpoint", "--format", "--check"},
     "init": {"--tokenizer"},
     "estimate": STAGE | {"--gpus", "--mfu", "--memory", "--slurm"},
-    "rehearse": STAGE | {"--gpus", "--gpu", "--memory", "--stage", "--json"},
+    "rehearse": STAGE | {"--gpus", "--gpu", "--memory", "--stage", "--report", "--json"},
     "bench": STAGE | {"--backend"},
     "study": STAGE | {"--seeds", "--array", "--dry-run", "--list"},
     "show": set(),

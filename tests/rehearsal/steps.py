@@ -23,7 +23,17 @@ from minitron_megatron.rehearsal import Ledger, rehearsed_rank
 from minitron_megatron.testing import LivePeak
 from minitron_megatron.train import Learner, Training
 
-__all__ = ["TEACHER", "Facts", "batches", "empty", "real", "rehearsed", "rehearsed_in_a_world", "student_step"]
+__all__ = [
+    "TEACHER",
+    "Facts",
+    "batches",
+    "empty",
+    "real",
+    "rehearsed",
+    "rehearsed_in_a_world",
+    "repeated",
+    "student_step",
+]
 
 TEACHER = Shape(layers=2, hidden=64, ffn=96, heads=4, kv_groups=2, head_dim=16, vocab=256)
 STUDENT = TEACHER.resized(hidden=48, ffn=64)
@@ -134,6 +144,32 @@ def rehearsed(rank: int, world: int, layout: Mapping[str, Any], recompute: Recom
         topology.stop()
     facts = {"before": before, "peak": meter.highest, "flops": sum(section.flops.values()), "sent": dict(section.sent)}
     return facts | {"device": section.peak}
+
+
+def repeated() -> list[list[Any]]:
+    """Run operations of one layout but other numbers, types and storages, twice each; return what tells them apart."""
+    with rehearsed_rank(0, 1, ledger=Ledger(block=1)) as ledger:
+        numbers, others = (torch.empty(4, 6, dtype=torch.int64, device="cuda") for _ in range(2))
+        few, many = (torch.arange(4).lt(count).cuda() for count in (2, 3))
+        before = ledger.now
+        found = []
+        for _ in range(2):
+            section = ledger.begin()
+            views = [numbers.t(), *numbers.split(2), numbers[1:]]
+            owners = {view.untyped_storage()._cdata for view in views} == {numbers.untyped_storage()._cdata}
+            offsets = [view.storage_offset() for view in views]
+            numbers.copy_(numbers)
+            kernels = section.kernels["copy_"]
+            numbers.copy_(others)
+            found.append([len(numbers[few]), len(numbers[many]), owners, offsets, ledger.now - before, kernels])
+            found[-1] += [
+                section.kernels["copy_"],
+                (numbers * 2).dtype,
+                (numbers * 2.0).dtype,
+                numbers.add_(1) is numbers,
+            ]
+            found[-1] += [few.sum().item(), many.sum().item()]
+    return found
 
 
 def rehearsed_in_a_world(topology: Topology) -> Facts:

@@ -8,11 +8,12 @@ from multiprocessing import get_context
 from typing import Any
 
 import pytest
+import torch
 
 from minitron_megatron.errors import TopologyError
 from minitron_megatron.testing import Pool
 from tests.rehearsal.planted import FAULTS, planted
-from tests.rehearsal.steps import real, rehearsed, rehearsed_in_a_world
+from tests.rehearsal.steps import real, rehearsed, rehearsed_in_a_world, repeated
 
 Call = Callable[..., Any]
 
@@ -53,6 +54,11 @@ def test_a_rehearsed_step_is_a_real_one(name: str, pool: Pool, rehearse: Call) -
 def test_a_process_that_ran_on_the_cpu_is_refused(pool: Pool) -> None:
     with pytest.raises(TopologyError, match="needs a process of its own"):
         pool.run(rehearsed_in_a_world)
+
+
+def test_an_operation_that_is_remembered_returns_what_it_did(rehearse: Call) -> None:
+    expected = [2, 3, True, [0, 0, 12, 6], 0, 0, 1, torch.int64, torch.float32, True, 2, 3]
+    assert rehearse(repeated) == [expected, expected]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
