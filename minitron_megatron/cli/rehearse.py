@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -46,23 +46,25 @@ def rehearse(
     from ..rehearsal import rehearse as on_every_kind
     from ..report import write_rehearsal
 
-    loaded, results = load_recipe(recipe, overrides or (), out), dict[str, Any]()
+    loaded, results = load_recipe(recipe, overrides or (), out), dict[str, tuple[Recipe, Rehearsal]]()
     restore_gc()
     for run in runs_of(loaded):
         if run.until is not None:  # it only prunes
             continue
         keys = run.planned
         found = on_every_kind(keys, gpus=gpus, gpu=gpu, memory=memory, stage=stage, listener=raise_if_interrupted)
-        results[run.name] = found.as_dict()
+        results[run.name] = keys, found
         if not as_json:
             _print(found, run.name if loaded.family else "")
         if report:
             folder = report / run.name if loaded.family else report
             Console(stderr=True).print(f"report: {write_rehearsal(found.detailed(), folder)}")
+    if as_json:
+        tree = {name: found.as_dict() for name, (_, found) in results.items()}
+        print(json.dumps(tree if loaded.family else next(iter(tree.values())), indent=2))
+    for keys, found in results.values():
         if not found.fits:
             found.expect_to_fit(_advice(keys, found))
-    if as_json:
-        print(json.dumps(results if loaded.family else next(iter(results.values())), indent=2))
 
 
 def _print(found: Rehearsal, student: str) -> None:

@@ -32,6 +32,8 @@ P = ParamSpec("P")
 
 def patch_torch() -> None:
     """Install the patches; call it once per process, before mcore is imported."""
+    with CPU:  # `with torch.device(...)` lists torch's factories at its first use: the originals, which it will meet
+        torch.empty(0)
     for name in FACTORIES:
         patch(torch, name, _on_cpu(getattr(torch, name)))
     patch(Tensor, "to", _to_cpu(Tensor.to))  # optimizer/cpu_offloading/hybrid_optimizer.py:367

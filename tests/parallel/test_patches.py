@@ -90,6 +90,16 @@ def test_mcore_fails_on_a_cpu_without_the_patch_of_torch(pool: Pool, job: Callab
     assert pool.run(job) == [(True, False)]
 
 
+def under_a_device(topology: Topology) -> list[str]:
+    with torch.device("meta"):
+        return [str(made.device) for made in (torch.empty(1), torch.tensor(1.0), torch.empty(1, device="cuda"))]
+
+
+def test_a_device_of_a_block_still_counts(pool: Pool) -> None:
+    """transformers and our own builds make modules under `with torch.device("meta")`."""
+    assert pool.run(under_a_device) == [["meta", "meta", "cpu"]]
+
+
 def stream_of_gradients(topology: Topology) -> bool:
     from megatron.core.distributed import param_and_grad_buffer
 

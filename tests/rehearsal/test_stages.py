@@ -16,10 +16,9 @@ import yaml
 
 from minitron_megatron.layout import Shape, lookup
 from tests.convert.conftest import make_folder
-from tests.forecast.test_presets import CASES
 from tests.recipes import tiny_recipe
 from tests.rehearsal import scenes
-from tests.rehearsal.golden import first_rank
+from tests.rehearsal.golden import NAMES, first_rank
 from tests.rehearsal.steps import TEACHER
 from tests.tiny import SHAPE
 
@@ -158,4 +157,4 @@ def test_a_preset_has_its_numbers(apart: Call) -> None:
     name = "llama-3.1-minitron-4b-depth"
     known = json.loads(GOLDEN.read_text())
     assert apart(first_rank, name, ["evaluate.suite=null"]).items() <= known[name].items()
-    assert set(known) == set(CASES) and all(set(each) == {"tp 1 of 8", "tp 8 of 8"} for each in known.values())
+    assert set(known) == set(NAMES) and all(set(each) == {"tp 1 of 8", "tp 8 of 8"} for each in known.values())
