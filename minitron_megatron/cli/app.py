@@ -197,10 +197,14 @@ def estimate(
     mfu: Mfu = 0.4,
     memory: Memory = 80.0,
     slurm: Annotated[bool, typer.Option("--slurm", help="Print only the lines that submit the job.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Search the layout: the best few are rehearsed.")] = False,
 ) -> None:
     """Estimate shapes, parameters, memory, FLOPs and hours. Needs no GPU and no weights."""
-    from .estimate import print_estimate
+    from .estimate import print_estimate, print_plan
 
+    if plan:
+        print_plan(recipe, overrides or [], out, gpus=gpus, memory=memory)
+        return
     print_estimate(recipe, overrides or [], out, gpus=gpus, mfu=mfu, memory=memory, slurm=slurm)
 
 

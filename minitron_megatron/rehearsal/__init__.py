@@ -6,6 +6,7 @@ Knows: stages of a run, fake CUDA tensors, process groups that reach nobody. Mus
 from .fault import DeviceFault, DeviceFull
 from .ledger import Ledger, Section
 from .machine import rehearsed_rank
+from .plan import Layout, PlannedLayout, plan_layouts
 from .rehearse import RankKind, Rehearsal, rank_kinds, rehearse
 from .remedy import Remedy, advice, smallest_change
 from .stages import COVERED
@@ -14,12 +15,15 @@ __all__ = [
     "COVERED",
     "DeviceFault",
     "DeviceFull",
+    "Layout",
     "Ledger",
+    "PlannedLayout",
     "RankKind",
     "Rehearsal",
     "Remedy",
     "Section",
     "advice",
+    "plan_layouts",
     "rank_kinds",
     "rehearse",
     "rehearsed_rank",

@@ -33,7 +33,7 @@ VERBS = {
     | {"--max-tokens", "--limit"},
     "export": STAGE | {"--to", "--checkpoint", "--format", "--check"},
     "init": {"--tokenizer"},
-    "estimate": STAGE | {"--gpus", "--mfu", "--memory", "--slurm"},
+    "estimate": STAGE | {"--gpus", "--mfu", "--memory", "--plan", "--slurm"},
     "rehearse": STAGE | {"--gpus", "--gpu", "--memory", "--stage", "--report", "--json"},
     "bench": STAGE | {"--backend"},
     "study": STAGE | {"--seeds", "--array", "--dry-run", "--list"},

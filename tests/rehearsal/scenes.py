@@ -17,13 +17,22 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import merge_heads, random_plan, trim
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.refit import refit
-from minitron_megatron.rehearsal import Ledger, Section, advice, rehearse, rehearsed_rank, smallest_change
+from minitron_megatron.rehearsal import (
+    Ledger,
+    PlannedLayout,
+    Section,
+    advice,
+    plan_layouts,
+    rehearse,
+    rehearsed_rank,
+    smallest_change,
+)
 from minitron_megatron.score import score
 from minitron_megatron.search import zero_shot
 from minitron_megatron.train import Learner, Training
 from tests.rehearsal.steps import SEQUENCE, TEACHER, batches, empty
 
-__all__ = ["ROOMS", "advised", "in_room", "rehearsed_stage", "settle"]
+__all__ = ["ROOMS", "advised", "in_room", "planned_layouts", "rehearsed_stage", "settle"]
 
 CUT = {"hidden": 48, "ffn": 64}
 
@@ -47,6 +56,13 @@ def advised(recipe: Path, overrides: Sequence[str], gpus: int, memory: float) ->
     found = rehearse(loaded, gpus=gpus, memory=memory)
     assert not found.fits
     return advice(smallest_change(loaded, found))
+
+
+def planned_layouts(recipe: Path, overrides: Sequence[str], gpus: int, memory: float) -> list[tuple[str, str, float]]:
+    """Return text, keys and seconds of the layouts of a plan."""
+    found: list[PlannedLayout] = plan_layouts(load_recipe(recipe, overrides), gpus=gpus, memory=memory)
+    assert all(each.found.worst.peak <= memory * 2**30 and each.by_formula > 0 for each in found)
+    return [(str(each.layout), each.layout.block(), each.found.seconds) for each in found]
 
 
 def in_room(name: str) -> tuple[int, Section]:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from minitron_megatron.errors import TopologyError
 from minitron_megatron.layout import Shape, lookup
+from minitron_megatron.recipe import Recipe
 from tests.convert.conftest import make_folder
 from tests.recipes import tiny_recipe
 from tests.rehearsal import scenes
@@ -150,6 +152,18 @@ def test_the_smallest_change_that_fits_is_named(apart: Call, recipe: Path, stage
     for change, overrides in (("distill.micro_batch: 2", []), ("recompute: selective", ["distill.micro_batch=1"])):
         advice = advised((stage(*overrides)["peak_bytes"] - 1) / 2**30, *overrides)
         assert advice == f"The smallest change that fits: {change} (0.00 GiB, modelled, not measured)."
+
+
+def test_a_plan_rehearses_the_best_layouts_and_writes_the_keys_of_the_fastest(apart: Call, recipe: Path) -> None:
+    found = apart(scenes.planned_layouts, recipe, ["parallel.tp=2", *SHORT], 2, 1.0)
+    names, seconds = [name for name, _, _ in found], [each for _, _, each in found]
+    assert 2 <= len(found) <= 5 and seconds == sorted(seconds) and len(set(names)) == len(names)
+    assert "tp 2, micro-batch 4" in names  # the recipe's own
+    keys = yaml.safe_load(found[0][1])
+    written = yaml.safe_load(recipe.read_text()) | {"parallel": keys["parallel"], "recompute": keys["recompute"]}
+    assert Recipe.model_validate(written).parallel.tp == keys["parallel"].get("tp", 1)
+    with pytest.raises(TopologyError, match=r"No layout of 2 GPUs with 1e-06 GiB was found that fits"):
+        apart(scenes.planned_layouts, recipe, SHORT, 2, 1e-6)
 
 
 def test_a_preset_has_its_numbers(apart: Call) -> None:
