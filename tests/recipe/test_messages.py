@@ -1,4 +1,4 @@
-"""What a wrong value of a recipe is told: the key, what is wrong, and what to do."""
+"""Messages about wrong values of a recipe: the key, what is wrong, and what to do."""
 
 from __future__ import annotations
 
