@@ -46,7 +46,8 @@ def rehearse(
     from ..rehearsal import rehearse as on_every_kind
     from ..report import write_rehearsal
 
-    loaded, results = load_recipe(recipe, overrides or (), out), dict[str, tuple[Recipe, Rehearsal]]()
+    loaded = load_recipe(recipe, overrides or (), out)
+    results: dict[str, tuple[Recipe, Rehearsal]] = {}
     restore_gc()
     for run in runs_of(loaded):
         if run.until is not None:  # it only prunes
