@@ -200,8 +200,11 @@ def estimate(
     plan: Annotated[bool, typer.Option("--plan", help="Search the layout: the best few are rehearsed.")] = False,
 ) -> None:
     """Estimate shapes, parameters, memory, FLOPs and hours. Needs no GPU and no weights."""
+    from ..errors import RecipeError
     from .estimate import print_estimate, print_plan
 
+    if plan and slurm:
+        raise RecipeError("--plan prints a layout and --slurm the lines of a job. Give one of them.")
     if plan:
         print_plan(recipe, overrides or [], out, gpus=gpus, memory=memory)
         return

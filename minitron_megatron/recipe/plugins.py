@@ -38,8 +38,9 @@ def _import(name: str, folder: Path) -> None:
         missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
         cause = f"is not in {folder} or on sys.path" if missing else f"cannot be imported: {_told(error)}"
         raise RecipeError(f"the module {name!r} of plugins {cause}. Correct it, or remove it.") from error
-    beside, imported = folder.joinpath(*name.split(".")).with_suffix(".py"), getattr(module, "__file__", None)
-    if beside.is_file() and (imported is None or Path(imported).read_bytes() != beside.read_bytes()):
+    place, imported = folder.joinpath(*name.split(".")), getattr(module, "__file__", None)
+    beside = next((each for each in (place.with_suffix(".py"), place / "__init__.py") if each.is_file()), None)
+    if beside and (imported is None or Path(imported).read_bytes() != beside.read_bytes()):
         raise RecipeError(
             f"the module {name!r} of plugins is {beside}, but {imported or 'a module built into Python'} is imported "
             "under that name already. Rename yours."

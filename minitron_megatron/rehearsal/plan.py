@@ -98,12 +98,12 @@ def plan_layouts(
         raise RecipeError(f"the GPU {gpu!r} is not known. Use one of {', '.join(GPUS)}.{did_you_mean(gpu, GPUS)}")
     step = _Step.of(recipe, gpus, GPUS[gpu])
     own = Layout.own(recipe)
-    tried, rehearsed = list(dict.fromkeys((own, *_fitting(recipe, step, memory)))), []
+    tried = list(dict.fromkeys(([own] if _passes(recipe, own, gpus) else []) + _fitting(recipe, step, memory)))
+    if not tried:  # a fault of the recipe itself is better told than that no layout fits
+        check(recipe, planned(recipe, gpus), counts_only=True)
+    rehearsed = []
     for number, layout in enumerate(tried, 1):
-        try:
-            found = rehearse(layout.of(recipe), gpus=gpus, gpu=gpu, memory=memory)
-        except TopologyError:  # the recipe's own layout is of another number of GPUs
-            continue
+        found = rehearse(layout.of(recipe), gpus=gpus, gpu=gpu, memory=memory)
         if found.fits:
             rehearsed.append(PlannedLayout(layout, step.seconds(layout), found))
         listener(Event("plan", number, len(tried), "layouts"))
@@ -126,12 +126,19 @@ def _fitting(recipe: Recipe, step: _Step, memory: float) -> list[Layout]:
 
 
 def _fits(recipe: Recipe, layout: Layout, step: _Step, memory: float) -> bool:
+    if not _passes(recipe, layout, step.gpus):
+        return False
+    return count(layout.of(recipe), gpus=step.gpus).rank_bytes + step.activations(layout) <= memory * GIB
+
+
+def _passes(recipe: Recipe, layout: Layout, gpus: int) -> bool:
+    """Return whether a recipe with this layout passes the checks of a run."""
     changed = layout.of(recipe)
     try:
-        check(changed, planned(changed, step.gpus), counts_only=True)
+        check(changed, planned(changed, gpus), counts_only=True)
     except MinitronError:
         return False
-    return count(changed, gpus=step.gpus).rank_bytes + step.activations(layout) <= memory * GIB
+    return True
 
 
 def _layouts(recipe: Recipe, step: _Step, offload: bool) -> Iterator[Layout]:

@@ -52,7 +52,7 @@ def test_a_family_runs_shares_its_stages_and_is_compared(family: Path, tmp_path:
     page = (out / "report.html").read_text()
     assert "middle" in page and "small" in page and str(out / "report.html") in done.stdout
     made = checksum(out / "small" / "distilled" / "model.safetensors")
-    again = call("run", family)
+    again = call("run", family, "--set", "parallel.tp=2", ranks=2)
     assert again.returncode == 0 and checksum(out / "small" / "distilled" / "model.safetensors") == made
     assert {line.split()[1] for line in say("run", "--dry-run", family).splitlines() if not line.endswith(":")} == {
         "done"

@@ -124,8 +124,10 @@ def test_the_plugin_beside_the_recipe_is_the_one_that_is_imported(
     assert import_module("own_plugin").WHERE == "beside the recipe"
     assert import_module("second_plugin").WHERE == "elsewhere"
     (tmp_path / "statistics.py").write_text("")
-    for name in ("second_plugin", "statistics"):
-        with pytest.raises(RecipeError, match=rf"{name}\.py is imported under that name already\. Rename yours\."):
+    (tmp_path / "json").mkdir()
+    (tmp_path / "json" / "__init__.py").write_text("")
+    for name, file in (("second_plugin", "second_plugin"), ("statistics", "statistics"), ("json", "__init__")):
+        with pytest.raises(RecipeError, match=rf"{file}\.py is imported under that name already\. Rename yours\."):
             load_recipe(recipe_file(plugins=[name]))
 
 
