@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -75,6 +76,13 @@ def listen_to_scheduler() -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, handle)
+    sys.unraisablehook = _print_unless_lost
+
+
+def _print_unless_lost(found: sys.UnraisableHookArgs) -> None:
+    """Print an exception that Python drops; one of a signal is raised again by the next event."""
+    if not issubclass(found.exc_type, (KeyboardInterrupt, Preempted)):
+        sys.__unraisablehook__(found)
 
 
 def ignore() -> None:

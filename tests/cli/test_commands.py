@@ -126,7 +126,7 @@ def test_a_schedulers_signal_saves_and_asks_to_be_requeued(recipe_file: Write) -
         run.send_signal(signal.SIGTERM)
         _, said = run.communicate(timeout=HANGS)
     assert run.returncode == 75
-    assert "Saved, because the scheduler sent a signal. Run the same command again to resume." in said
+    assert "Stopped by the scheduler's signal; what was done is saved. Run the same command again to resume." in said
     assert list((out / "checkpoints").glob("*/step_*"))
     assert "resume" in call("run", recipe, "--dry-run", "--set", "data.repeat=true").stdout
 

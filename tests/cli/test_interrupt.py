@@ -145,3 +145,25 @@ def test_a_signal_that_a_reader_took_for_damage_is_no_wrong_input(number: str, c
         main()
     """
     assert ends(program) == code
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_that_python_drops_prints_nothing_and_another_exception_does(number: str) -> None:
+    program = f"""
+        from minitron_megatron.cli.interrupt import listen_to_scheduler
+        listen(60, end)
+        listen_to_scheduler()
+
+        class Broken:
+            def __init__(self, does):
+                self.does = does
+            def __del__(self):
+                self.does()
+
+        Broken(lambda: os.kill(os.getpid(), signal.{number}))
+        Broken(lambda: [].pop())
+        os._exit(0)
+    """
+    code = [sys.executable, "-c", textwrap.dedent(BEGIN) + textwrap.dedent(program)]
+    said = subprocess.run(code, timeout=HANGS, check=False, capture_output=True, text=True).stderr
+    assert said.count("Exception ignored") == 1 and "IndexError" in said
