@@ -35,11 +35,11 @@ class Clock:
 
     def operation(self, name: str, flops: float, touched: float, dtype: torch.dtype) -> tuple[str, float]:
         """Return (resource that takes most of the time, seconds) of a kernel."""
+        half = dtype in (torch.bfloat16, torch.float16)
         if "attention" in name:
             share = ATTENTION_BACKWARD if "backward" in name else ATTENTION
-            resource, busy = "attention", flops / (share * self.gpu.flops)
+            resource, busy = "attention", flops / (share * (self.gpu.flops if half else self.gpu.fp32_flops))
         elif flops:
-            half = dtype in (torch.bfloat16, torch.float16)
             resource = "matmul"
             busy = flops / (MATMUL * self.gpu.flops if half else MATMUL_FP32 * self.gpu.fp32_flops)
         else:

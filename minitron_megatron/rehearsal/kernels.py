@@ -1,4 +1,4 @@
-"""Kernels that torch takes on CUDA and a CPU build does not have: attention, RMSNorm."""
+"""Kernels that run on CUDA and that a CPU build does not have: attention, RMSNorm, and SwiGLU by torch.compile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .fault import DeviceFault
 from .places import Places
 
-__all__ = ["LowerRight", "attention_choice", "attention_flops", "fused_attention", "fused_rms_norm"]
+__all__ = [
+    "LowerRight",
+    "attention_choice",
+    "attention_flops",
+    "fused_attention",
+    "fused_rms_norm",
+    "swiglu_kernels",
+]
 
 aten = torch.ops.aten
 PLAIN, FLASH, EFFICIENT = 0, 1, 2
@@ -34,12 +41,24 @@ def attention_choice(query: Tensor, key: Tensor, value: Tensor, attn_mask: objec
     return PLAIN if grouped else EFFICIENT
 
 
+CAUSAL = {
+    "_scaled_dot_product_flash_attention": 4,
+    "_scaled_dot_product_flash_attention_backward": 11,
+    "_scaled_dot_product_efficient_attention": 6,
+    "_scaled_dot_product_efficient_attention_backward": 11,
+}
+"""Kernel -> place of `is_causal` among its arguments. Kernels skip what it leaves out, and nothing of a mask."""
+
+
 def attention_flops(name: str, args: Sequence[Any]) -> int:
-    """Return the FLOPs of causal attention: half of the square; backward has five products and forward two."""
+    """Return the FLOPs of attention, of causal attention for queries at the last keys: two products forward, five
+    backward."""
     backward = "backward" in name
     query, key = args[1:3] if backward else args[:2]
     batch, heads, queries, width = query.shape
-    return 2 * batch * heads * queries * key.shape[2] * width * (5 if backward else 2) // 2
+    keys = key.shape[2]
+    doubled = 2 * keys - queries if len(args) > CAUSAL[name] and args[CAUSAL[name]] else 2 * keys
+    return batch * heads * queries * doubled * width * (5 if backward else 2)
 
 
 def fused_attention(plain: Callable[..., Tensor], places: Places) -> Callable[..., Tensor]:
@@ -103,3 +122,29 @@ def fused_rms_norm(plain: Callable[..., Tensor], places: Places) -> Callable[...
         return _FusedNorm.apply(states, weight)
 
     return rms_norm
+
+
+def swiglu_kernels(module: Any) -> dict[str, Callable[..., Any]]:
+    """Return mcore's functions of SwiGLU, which torch.compile makes one kernel each, as one for fake tensors.
+
+    module: mcore's `fused_bias_swiglu`. Name -> function that reads and writes what the kernel does; where a router
+    weights the tokens, their weights are left out.
+    """
+
+    def swiglu(states: Tensor) -> Tensor:
+        return torch.ops.aten.mul.Tensor(*states.chunk(2, -1))
+
+    def swiglu_back(upstream: Tensor, states: Tensor) -> Tensor:
+        return torch.ops.aten.slice_scatter.default(states, upstream, -1, 0, upstream.shape[-1])
+
+    def weighted_swiglu(states: Tensor, weights: Tensor) -> Tensor:
+        return swiglu(states)
+
+    def weighted_swiglu_back(upstream: Tensor, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return swiglu_back(upstream, states), torch.empty_like(weights)
+
+    def chosen(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *tensors: (fused if isinstance(tensors[0], FakeTensor) else plain)(*tensors)
+
+    kernels = (swiglu, swiglu_back, weighted_swiglu, weighted_swiglu_back)
+    return {each.__name__: chosen(each, getattr(module, each.__name__)) for each in kernels}

@@ -20,7 +20,7 @@ from ..parallel import has_cpu_backend
 from .clock import NODE, Clock
 from .device import Device
 from .fault import DeviceFault
-from .kernels import LowerRight, fused_attention, fused_rms_norm
+from .kernels import LowerRight, fused_attention, fused_rms_norm, swiglu_kernels
 from .ledger import Ledger
 from .places import Places
 from .stand_in import cuda_stand_in
@@ -36,8 +36,8 @@ def rehearsed_rank(
 ) -> Iterator[Ledger]:
     """Be one rank of a world inside the context: CUDA is there, its tensors are fake, and collectives reach nobody.
 
-    Yields the ledger of what the rank does. fused: take CUDA's kernels for attention and RMSNorm; otherwise those of
-    torch's plain definitions. Raises TopologyError in a process that has run on the CPU backend, or in a world.
+    Yields the ledger of what the rank does. fused: take CUDA's kernels for attention, RMSNorm and SwiGLU; otherwise
+    those of torch's plain definitions. Raises TopologyError in a process that has run on the CPU backend, or in a world.
     """
     if has_cpu_backend() or dist.is_initialized():
         raise TopologyError("a rehearsal needs a process of its own, and this one has run on the CPU. Start another.")
@@ -46,10 +46,9 @@ def rehearsed_rank(
     device = Device(ledger, Clock(GPUS[gpu]), places)
     with ExitStack() as stack:
         stack.enter_context(cuda_stand_in())
-        patches = [*_cuda(device, gpu), *_distributed(device), *_tensors(device)]
-        for owner, name, value in [*patches, *(_kernels(places) if fused else ())]:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
+        _patch(stack, [*_cuda(device, gpu), *_distributed(device), *_tensors(device)])
+        if fused:
+            _patch(stack, _kernels(places))
         _join(rank, world)
         stack.callback(dist.destroy_process_group)
         # torch.tensor(..., device="cuda") is then made on the CPU, and moved by an operation that the mode sees
@@ -57,6 +56,13 @@ def rehearsed_rank(
         torch._C._set_only_lift_cpu_tensors(True)
         with device:
             yield ledger
+
+
+def _patch(stack: ExitStack, patches: Sequence[Patch]) -> None:
+    """Set attributes, until the stack is left."""
+    for owner, name, value in patches:
+        stack.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, value)
 
 
 def _join(rank: int, world: int) -> None:
@@ -218,8 +224,12 @@ def _tensors(device: Device) -> list[Patch]:
 
 
 def _kernels(places: Places) -> list[Patch]:
+    """Return the patches of kernels; mcore is imported for them, and compiles nothing: torch.compile is patched."""
+    from megatron.core.fusions import fused_bias_swiglu
+
     functional = torch.nn.functional
     return [
+        *((fused_bias_swiglu, name, kernel) for name, kernel in swiglu_kernels(fused_bias_swiglu).items()),
         (bias, "causal_lower_right", LowerRight),
         (functional, "scaled_dot_product_attention", fused_attention(functional.scaled_dot_product_attention, places)),
         (functional, "rms_norm", fused_rms_norm(functional.rms_norm, places)),

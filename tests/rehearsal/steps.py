@@ -46,6 +46,8 @@ Facts = dict[str, Any]
 def empty(shape: Shape, topology: Topology, recompute: Recompute = "none") -> list[Chunk]:
     """Return a bf16 model on the topology's device; all its weights are 0.01."""
     model = build(ModelConfig(shape, max_positions=64), topology, torch.bfloat16, recompute=recompute)
+    for chunk in model:
+        chunk.config.bias_activation_fusion = False  # as on a CPU
     for shard in named_shards(model):
         assign(shard, torch.full(shard.tensor.shape, 0.01, dtype=torch.bfloat16, device=topology.device))
     return model
