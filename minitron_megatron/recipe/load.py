@@ -27,14 +27,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = No
     """
     try:
         if path.is_file() and path.stat().st_size > MOST_BYTES:
-            raise RecipeError(f"recipe {path} is larger than {MOST_BYTES >> 20} MiB. Pass a recipe file.")
+            raise RecipeError(f"it is larger than {MOST_BYTES >> 20} MiB. Give a recipe, which is a small YAML file.")
         raw = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path} is not YAML: it is not UTF-8 at byte {error.start}.") from error
+        raise RecipeError(f"recipe {path} is not UTF-8 at byte {error.start}. Save the file as UTF-8.") from error
     except RecipeError as error:
-        raise RecipeError(f"recipe {path}: {str(error).removeprefix(f'recipe {path} ')}") from error
+        raise RecipeError(f"recipe {path}: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path} is not a mapping of keys. Start from `minitron init MODEL`.")
     for override in overrides:
