@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minitron_megatron.data import Corpus, calibration, calibration_batches, held_out_batches, step_batches
+from minitron_megatron.data.cache import write_once
 from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
@@ -196,8 +197,11 @@ def test_what_a_killed_run_left_in_the_cache_is_not_read(corpora: Corpora, tmp_p
 
 def test_a_cache_that_cannot_be_written_is_refused(corpora: Corpora, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match=r"^The index of samples cannot be written: .*file.* Set another cache\.$"):
         open_corpus(corpora[0], tmp_path / "file" / "cache")
+    said = rf"^Not every rank sees {tmp_path}/here, which rank 0 wrote\. Set cache to a shared file system\.$"
+    with pytest.raises(DataError, match=said):
+        write_once(tmp_path / "here", lambda folder: None, first_rank=False)
 
 
 def read_share(topology: Topology, corpora: Corpora, cache: str) -> list[list[int]]:

@@ -232,24 +232,27 @@ THINKING = (
         ([USER], "in.jsonl:1 is not a chat: it holds a list"),
         ({"messages": "a"}, "no list of messages under the key 'messages': its value is text"),
         ({"messages": []}, "no list of messages under the key 'messages': its value is an empty list"),
-        ({"messages": [USER, "b"]}, r"in.jsonl:1, messages\[1\] is text"),
+        (
+            {"messages": [USER, "b"]},
+            r"in.jsonl:1, messages\[1\] is text. Each message must be an object with role and content\.",
+        ),
         (
             {"messages": [{"from": "human", "value": "a"}]},
-            r"\[0\] holds the keys 'from', 'value'.*role and",
+            r"in.jsonl:1, messages\[0\] holds the keys 'from', 'value', and a message has role and content\. Rename its",
         ),
         ({"messages": [{"role": "usr", "content": "a"}]}, r"messages\[0\] has the role 'usr'.*Did you mean 'user'"),
         (
             {"messages": [{"role": "user", "content": 3}]},
-            r"\[0\] has no text as content; its value is a number",
+            r"in.jsonl:1, messages\[0\] has no text as content; its value is a number\. Correct it, or remove it\.",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "part 0 is of type 'image_url'",
+            r"messages\[0\] has content that is not text: part 0 is of type 'image_url'\. Remove the record\.",
         ),
         ({"messages": [USER, ANSWER], "tools": "weather"}, "has tools that are not a list of JSON schemas, but text"),
         ({"messages": [USER, ANSWER], "tools": ["x"]}, r"in.jsonl:1, tools\[0\] is text, and not a JSON schema"),
         ({"messages": [USER]}, "in.jsonl:1 cannot be tokenized: it has no assistant turn. Remove it, or set loss_on"),
-        ({"prompt": "a", "response": [USER]}, "a response that does not end with an assistant turn"),
+        ({"prompt": "a", "response": [USER]}, "has a response that does not end with an assistant turn. Correct it, or"),
     ],
 )
 def test_what_is_no_chat_is_refused_by_its_place(
@@ -300,6 +303,9 @@ def test_pairs_of_prompt_and_response_and_tables_are_chats(folders: dict[str, Pa
         prepare([tmp_path / "a.txt"], folders["llama3"], tmp_path / "x", validation=0, chat="assistant")
 
 
+ARROW_MAP = r"holds an Arrow map, which a chat cannot have\. Write it as a struct, or as JSON\."
+
+
 def test_a_tables_records_are_those_of_json(folders: dict[str, Path], tmp_path: Path) -> None:
     """In a table each struct has the keys of all of its column; those that a record lacks are null."""
     import pyarrow as pa
@@ -318,7 +324,7 @@ def test_a_tables_records_are_those_of_json(folders: dict[str, Path], tmp_path: 
     ]
     assert made[0] == made[1]
     pairs = pa.array([[("day", "3")]], pa.map_(pa.string(), pa.string()))
-    for value, message in ((b"x", "holds a value that JSON does not have: .*bytes"), (pairs, "holds an Arrow map")):
+    for value, message in ((b"x", "holds a value that JSON does not have: .*bytes"), (pairs, ARROW_MAP)):
         column = pa.array([value]) if isinstance(value, bytes) else value
         table = pa.table(
             {

@@ -235,7 +235,11 @@ TORN: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: parquet(table(WHOLE).rename_columns(["id", "body"])),
         "a.parquet has no text under the column 'text'; it holds the columns 'id', 'body'. Set `text_key`",
     ),
-    "a column twice": ("a.arrow", lambda: arrow(table(WHOLE).rename_columns(["text"] * 2), pa.ipc.new_stream), "twice"),
+    "a column twice": (
+        "a.arrow",
+        lambda: arrow(table(WHOLE).rename_columns(["text"] * 2), pa.ipc.new_stream),
+        r"a.arrow has the column 'text' twice\. Keep one of them\.",
+    ),
     "a column of numbers": ("a.parquet", lambda: parquet(table(WHOLE).rename_columns(["text", "x"])), "holds int64"),
     "a null": ("a.parquet", lambda: parquet(table([*WHOLE[:700], None, "w1"])), "a.parquet, row 700 has .*is null"),
     "no UTF-8 in a column": (
@@ -262,10 +266,10 @@ TORN: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "a list without an end": (
         "a.json",
         lambda: json.dumps(records(WHOLE)).encode()[:-1],
-        "a.json:1 ends within a list",
+        r"a.json:1 ends within a list\. Copy the file again\.",
     ),
-    "a list without a comma": ("a.json", lambda: b'[{"text": "w1"}\n{"text": "w2"}]', "a.json:2 has neither a comma"),
-    "more than a list": ("a.json", lambda: b'[{"text": "w1"}]\n[]', "a.json:2 goes on after the end of the list"),
+    "a list without a comma": ("a.json", lambda: b'[{"text": "w1"}\n{"text": "w2"}]', r"a.json:2 has neither a comma nor the end of the list\. Correct the file\."),
+    "more than a list": ("a.json", lambda: b'[{"text": "w1"}]\n[]', r"a.json:2 goes on after the end of the list\. Correct"),
     "a list of text": ("a.json", lambda: b'["w1"]', r"a.json:1 \(record 1\) has no text under .*it holds text"),
     "a list of lists": ("a.json", lambda: b'[{"text": "w1"}, ' + b"[" * 9**5, r"\(record 2\) is nested too deeply"),
     "no JSON": (
@@ -279,7 +283,7 @@ TORN: dict[str, tuple[str, Callable[[], bytes], str]] = {
         r"a.json:2 \(record 2\) is not valid JSON: Unter",
     ),
     "a key twice": ("a.json", lambda: b'[{"text": "w1", "text": "w2"}]', "has the key 'text' twice"),
-    "an empty list": ("a.json", lambda: b" []\n", "a.json holds no documents"),
+    "an empty list": ("a.json", lambda: b" []\n", r"a.json holds no documents\. Remove it, or fill it\."),
 }
 
 
@@ -320,7 +324,7 @@ def test_records_larger_than_any_chunk_are_read_in_time(tmp_path: Path, monkeypa
 
 def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
     file = written(tmp_path / "in", "jsonl", TEXTS)
-    with pytest.raises(DataError, match=r"a.jsonl is named twice by .*in, .*a.jsonl. Name it once"):
+    with pytest.raises(DataError, match=r"in/a\.jsonl is named twice by .*in, .*a\.jsonl\. Name it once\."):
         text_files([tmp_path / "in", file])
     with pytest.raises(DataError, match=r"no file or folder .*\*.parquet"):
         text_files([f"{tmp_path}/in/*.parquet"])

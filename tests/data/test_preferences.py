@@ -76,3 +76,28 @@ def test_a_template_without_an_assistants_turn_is_refused(tmp_path: Path) -> Non
         DataError, match=r"a\.jsonl:1 cannot be tokenized: the chat template writes nothing for the assi"
     ):
         list(preference_pairs([file], folder))
+
+
+OPENS_WITH_THE_ANSWER = (
+    "{{ messages[-1].content }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+LEAVES_THE_ANSWER_OUT = (
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (OPENS_WITH_THE_ANSWER, "its prompt has other tokens before the rejected response. Correct the template."),
+        (LEAVES_THE_ANSWER_OUT, "its response has no tokens of its own. Correct the record, or the template."),
+    ],
+)
+def test_a_pair_that_its_template_cannot_part_is_refused(template: str, said: str, tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "model", template, "<|endoftext|>")
+    file = write(tmp_path / "a.jsonl", {"prompt": [USER, ANSWER, USER], "chosen": "b", "rejected": "c"})
+    with pytest.raises(DataError) as caught:
+        list(preference_pairs([file], folder))
+    assert str(caught.value) == f"{file}:1 cannot be tokenized: {said}"

@@ -159,7 +159,7 @@ def test_a_run_killed_while_publishing_leaves_no_pair_of_two_runs(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "in.jsonl holds no documents"),
+        ("", "in.jsonl holds no documents. Remove it, or fill it."),
         ('{"text": "  "}\n\n', "in.jsonl holds no documents"),
         ('{"text": "w1"}\n{"text": \n', "in.jsonl:2 is not valid JSON"),
         ('{"body": "w1", "id": 3}\n', "in.jsonl:1 has no text under the key 'text'; it holds the keys 'body', 'id'"),

@@ -50,7 +50,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"search": SEARCH | {"ffn": {"from": 1, "to": 10_001, "step": 1}}},
-        "give a range of at most 10,000 sizes: set a larger step, or a lower to",
+        "Give a range of at most 10,000 sizes: set a larger step, or a lower to",
     ),
     (
         {"search": SEARCH | {"budget": {}, "ffn": [48]}},
