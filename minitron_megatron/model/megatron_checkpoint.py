@@ -96,7 +96,10 @@ class MegatronCheckpoint:
                     f"{self.folder}: {key} stacks {found} layers and experts, but its arguments make it {counts}."
                 )
         if surplus := sorted(key for key in self._tensors if key.startswith(MODEL) and key not in used):
-            raise CheckpointError(f"{self.folder} holds a parameter that its arguments do not describe: {surplus[0]}.")
+            raise CheckpointError(
+                f"{self.folder} holds a parameter that its arguments do not describe: {surplus[0]}. Copy the "
+                "checkpoint again, or give one of a model that the arguments describe."
+            )
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a parameter."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -135,7 +136,7 @@ def test_the_tokenizer_says_the_vocabulary_where_the_arguments_do_not(checkpoint
         ({"untie_embeddings_and_output_weights": True}, "lacks the parameter output_layer.weight"),
         ({"qk_layernorm": True}, "lacks the parameter decoder.layers.0.self_attention.q_layernorm.weight"),
         ({"swiglu": False}, "an activation other than --swiglu and --squared-relu"),
-        ({"multi_latent_attention": True}, "has multi_latent_attention=True .here it would be False."),
+        ({"multi_latent_attention": True}, r"has multi_latent_attention=True \(here it would be False\), which this package"),
         ({"rotary_interleaved": True}, "has rotary_interleaved=True"),
         ({"position_embedding_type": "none", "use_rotary_position_embeddings": None}, "_embedding_type='none'"),
         ({"mtp_num_layers": 1}, "has mtp_num_layers=1"),
@@ -202,6 +203,20 @@ def test_a_hostile_index_runs_nothing_and_reads_no_other_file(checkpoint: Path, 
     assert not (tmp_path / "made").exists()
 
 
+def test_a_parameter_that_no_argument_describes_is_named(checkpoint: Path) -> None:
+    index = checkpoint / ".metadata"
+    good = pickle.loads(index.read_bytes())
+    key = next(iter(good.state_dict_metadata))
+    good.state_dict_metadata["decoder.gate"] = good.state_dict_metadata[key]
+    index.write_bytes(pickle.dumps(good))
+    said = (
+        f"{checkpoint} holds a parameter that its arguments do not describe: decoder.gate. Copy the checkpoint again, "
+        "or give one of a model that the arguments describe."
+    )
+    with pytest.raises(MinitronError, match=f"^{re.escape(said)}$"):
+        local_folder(checkpoint)
+
+
 def test_other_formats_are_refused_with_what_converts_them(checkpoint: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     (old / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
@@ -212,7 +227,7 @@ def test_other_formats_are_refused_with_what_converts_them(checkpoint: Path, tmp
     with pytest.raises(MinitronError, match=r"iteration.txt names iter_0000099, which is not there"):
         local_folder(old)
     (old / "latest_checkpointed_iteration.txt").write_text("../..")
-    with pytest.raises(MinitronError, match="names no iteration"):
+    with pytest.raises(MinitronError, match=r"iteration.txt names no iteration: '../..'\. Give the folder of one\."):
         local_folder(old)
     (checkpoint / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
     with pytest.raises(MinitronError, match=r"metadata\.json"):

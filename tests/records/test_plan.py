@@ -135,7 +135,7 @@ def test_a_foreign_file_holds_no_plan(tmp_path: Path, change: Any) -> None:
     path = tmp_path / "plan.json"
     Plan(SHAPE, **FULL).save(path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(CheckpointError, match=r"holds no plan .* Prune the model again"):
+    with pytest.raises(CheckpointError, match=rf"^{path} holds no plan \({path}.+\)\. Prune the model again\.$"):
         Plan.load(path)
 
 
