@@ -154,6 +154,8 @@ class Plan:
 
 def _by_layer(values: Mapping[str, T]) -> dict[int | None, T]:
     """Turn the string keys of JSON back into layers."""
+    if wrong := [key for key in values if key != "null" and not key.isdecimal()]:
+        raise ValueError(f"{wrong[0]!r} is not the number of a layer")
     return {None if key == "null" else int(key): value for key, value in values.items()}
 
 

@@ -252,7 +252,10 @@ THINKING = (
         ({"messages": [USER, ANSWER], "tools": "weather"}, "has tools that are not a list of JSON schemas, but text"),
         ({"messages": [USER, ANSWER], "tools": ["x"]}, r"in.jsonl:1, tools\[0\] is text, and not a JSON schema"),
         ({"messages": [USER]}, "in.jsonl:1 cannot be tokenized: it has no assistant turn. Remove it, or set loss_on"),
-        ({"prompt": "a", "response": [USER]}, "has a response that does not end with an assistant turn. Correct it, or"),
+        (
+            {"prompt": "a", "response": [USER]},
+            "has a response that does not end with an assistant turn. Correct it, or",
+        ),
     ],
 )
 def test_what_is_no_chat_is_refused_by_its_place(

@@ -268,8 +268,16 @@ TORN: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: json.dumps(records(WHOLE)).encode()[:-1],
         r"a.json:1 ends within a list\. Copy the file again\.",
     ),
-    "a list without a comma": ("a.json", lambda: b'[{"text": "w1"}\n{"text": "w2"}]', r"a.json:2 has neither a comma nor the end of the list\. Correct the file\."),
-    "more than a list": ("a.json", lambda: b'[{"text": "w1"}]\n[]', r"a.json:2 goes on after the end of the list\. Correct"),
+    "a list without a comma": (
+        "a.json",
+        lambda: b'[{"text": "w1"}\n{"text": "w2"}]',
+        r"a.json:2 has neither a comma nor the end of the list\. Correct the file\.",
+    ),
+    "more than a list": (
+        "a.json",
+        lambda: b'[{"text": "w1"}]\n[]',
+        r"a.json:2 goes on after the end of the list\. Correct",
+    ),
     "a list of text": ("a.json", lambda: b'["w1"]', r"a.json:1 \(record 1\) has no text under .*it holds text"),
     "a list of lists": ("a.json", lambda: b'[{"text": "w1"}, ' + b"[" * 9**5, r"\(record 2\) is nested too deeply"),
     "no JSON": (

@@ -142,7 +142,9 @@ def test_a_tokenizer_that_is_torn_huge_empty_or_no_file_is_refused(copy: Path, m
         load_tokenizer(copy)
     file.write_bytes(whole)
     monkeypatch.setattr("minitron_megatron.data.tokenizer.MOST_BYTES", 1000)
-    with pytest.raises(DataError, match=r"tokenizer\.json has [\d,]+ bytes, too many for a tokenizer\. Put the model's"):
+    with pytest.raises(
+        DataError, match=r"tokenizer\.json has [\d,]+ bytes, too many for a tokenizer\. Put the model's"
+    ):
         load_tokenizer(copy)
     Tokenizer(models.BPE()).save(str(file))
     with pytest.raises(DataError, match="has no entries"):
@@ -159,7 +161,9 @@ def test_a_text_that_the_tokenizer_cannot_take_is_named(copy: Path, tmp_path: Pa
     made.save(str(copy / "tokenizer.json"))
     (tmp_path / "a.jsonl").write_text('{"text": "w1"}\n\n{"text": "w1 w2"}\n')
     for workers in (1, 2):
-        with pytest.raises(DataError, match=r"a\.jsonl:3 cannot be tokenized: .*UNK.*\. Correct the text, or the model's tokenizer\."):
+        with pytest.raises(
+            DataError, match=r"a\.jsonl:3 cannot be tokenized: .*UNK.*\. Correct the text, or the model's tokenizer\."
+        ):
             prepare([tmp_path / "a.jsonl"], copy, tmp_path / "a", validation=0, workers=workers)
 
 

@@ -14,7 +14,7 @@ from minitron_megatron.errors import DataError, MinitronError, RecipeError
 from minitron_megatron.evaluate import Task, check_tasks
 from minitron_megatron.evaluate.messages import quiet, warn
 from minitron_megatron.evaluate.shots import check_shots
-from minitron_megatron.evaluate.tasks import _configured, _leaves
+from minitron_megatron.evaluate.tasks import _configured, _leaves, _registered
 from tests.evaluate.test_tasks import model, write_lines
 
 __all__ = ["model"]
@@ -53,8 +53,16 @@ def written(root: Path, **splits: list[dict[str, Any]]) -> Path:
         ({"winogrande__validation": WINO}, Task("winogrande", 2), r"winogrande/train\.jsonl is missing"),
         ({"hellaswag__validation": SWAG}, Task("hellaswag", 2), r"hellaswag/train\.jsonl is missing"),
         ({"triviaqa__validation": TRIVIA}, Task("triviaqa", 1), r"triviaqa/train\.jsonl is missing"),
-        ({"winogrande__train": WINO[:2], "winogrande__validation": WINO[2:]}, Task("winogrande", 2), "needs 3"),
-        ({"gsm8k__train": GSM[:2], "gsm8k__test": GSM[2:]}, Task("gsm8k", 3), r"holds 2 examples.*needs 3"),
+        (
+            {"winogrande__train": WINO[:2], "winogrande__validation": WINO[2:]},
+            Task("winogrande", 2),
+            r"train\.jsonl holds 2 examples, but task winogrande needs 3 with 2 shots\. Add more, or use fewer shots\.",
+        ),
+        (
+            {"gsm8k__train": GSM[:2], "gsm8k__test": GSM[2:]},
+            Task("gsm8k", 3),
+            r"holds 2 examples, but task gsm8k needs 3 with 3 shots\. Add more",
+        ),
         ({"gsm8k__train": GSM, "gsm8k__test": GSM}, Task("gsm8k", 3), r"holds all scored questions of test\.jsonl"),
         ({"gsm8k__train": GSM, "gsm8k__test": GSM[:3]}, Task("gsm8k", 3), r"holds all scored questions of test\.jsonl"),
         (
@@ -125,7 +133,7 @@ def test_where_examples_come_from(config: dict[str, Any], fine: bool) -> None:
         (Task("humaneval", 0, "pass@1"), r"no metric pass@1\. Did you mean 'pass_at_1'"),
         (Task("glue", 0), r"tasks of glue have different first metrics"),
         (Task("glue", 0, "acc"), r"task cola has no metric acc"),
-        (Task("arc_easi", 0), r"no task arc_easi\. Did you mean 'arc_easy'"),
+        (Task("arc_easi", 0), r"^there is no task arc_easi\. Did you mean 'arc_easy'\? Correct its name, or leave"),
         (Task("t0_eval", 0), r"t0_eval defines a task of its own"),
     ],
 )
@@ -134,19 +142,39 @@ def test_an_unknown_metric_or_task_is_known_before(task: Task, message: str) -> 
         check_tasks([task], None, run_code=True)
 
 
+def test_a_task_without_a_scored_split_is_left_out() -> None:
+    with pytest.raises(RecipeError, match=r"^task t names no split to score\. Leave it out\.$"):
+        check_shots("t", {"training_split": "train"})
+
+
+def test_a_task_that_the_harness_cannot_load_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr("lm_eval.tasks._yaml_loader.load_yaml", fails)
+    with pytest.raises(RecipeError) as caught:
+        _registered("arc_easy", False)
+    assert str(caught.value) == "task arc_easy cannot be loaded by the harness: no network. Leave it out."
+
+
 def test_known_metrics_are_fine_and_groups_keep_what_they_say() -> None:
     check_tasks([Task("gsm8k", 0, "exact_match,flexible-extract"), Task("arc_easy", 0, "acc_norm,none")], None)
     check_tasks([Task("mmlu_stem", 5, "acc")], None)
     assert _leaves("openllm")["hellaswag"] == {"fewshot_split": "train", "num_fewshot": 10}
-    with pytest.raises(RecipeError, match="mmlu_anatomy is listed twice"):
+    with pytest.raises(
+        RecipeError, match=r"^task mmlu_anatomy is listed twice, but results hold each task once\. Remove one\."
+    ):
         check_tasks([Task("mmlu_anatomy", 0), Task("mmlu_stem", 5, "acc")], None)
 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "empty": (b"\n \n", r"test\.jsonl holds no questions"),
-    "latin": (b'{"question": "a"}\n{"question": "\xe9"}', r"test\.jsonl, line 2 is not UTF-8"),
+    "empty": (b"\n \n", r"test\.jsonl holds no questions\. Write one JSON object per line\."),
+    "latin": (
+        b'{"question": "a"}\n{"question": "\xe9"}',
+        r"test\.jsonl, line 2 is not UTF-8\. Save the file as UTF-8\.",
+    ),
     "torn": (b'{"question": "a"', r"line 1 is not JSON"),
-    "list": (b"[1]", r"line 1 is not a JSON object"),
+    "list": (b"[1]", r"test\.jsonl, line 1 is not a JSON object with the fields of a question\. Correct it\."),
     "null": (b"null", r"line 1 is not a JSON object"),
     "nan": (b'{"question": NaN, "answer": "x"}', r"line 1 is not JSON: question is nan"),
     "deep": (b'{"question": ' + b"[" * 100_000, r"line 1 is nested too deeply"),
@@ -205,7 +233,11 @@ def tokenizer_with(model: Path, folder: Path, template: str | None, **config: An
 @pytest.mark.parametrize("template", [None, "{% for m in", "{{ raise_exception('no') }}", "{{ messages[0].x.y }}"])
 def test_chat_needs_a_template_that_works(model: Path, tmp_path: Path, template: str | None) -> None:
     folder = tokenizer_with(model, tmp_path, template)
-    with pytest.raises(MinitronError, match="chat template"):
+    said = (
+        rf"^`chat` needs a chat template, but the tokenizer in {folder} has no working one: .+\. Leave out "
+        rf"`chat`, or put a template into chat_template\.jinja there\.$"
+    )
+    with pytest.raises(MinitronError, match=said):
         check_tasks([Task("gsm8k", 0)], None, tokenizer=folder, chat=True)
 
 

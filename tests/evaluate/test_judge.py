@@ -118,6 +118,16 @@ def test_what_cannot_pass_is_one_message_without_the_key(stub: Stub, response: R
     assert len(stub.requests) == 1 and KEY not in str(found.value)
 
 
+def test_a_response_without_text_is_one_message(stub: Stub) -> None:
+    stub.responses.extend([(200, b'{"choices": [{"message": {"content": null}}]}')] * module.ATTEMPTS)
+    with pytest.raises(DataError) as found:
+        ask(stub)
+    assert str(found.value) == (
+        f"the judge at {stub.judge.url} gave no response in 6 attempts: its response has no text. Run the same command "
+        "again when it works: its ratings so far are kept."
+    )
+
+
 def test_a_judge_that_stays_broken_or_away_is_one_message(stub: Stub) -> None:
     stub.responses.extend([(200, b"<html>")] * module.ATTEMPTS)
     with pytest.raises(DataError, match=r"no response in 6 attempts: its response is not a chat completion: '<html>'"):
@@ -210,6 +220,14 @@ def test_a_judge_that_fails_keeps_answers_and_ratings(stub: Stub, folder: Path) 
     [
         ("judge_prompts.jsonl", None, r"has no judge_prompts\.jsonl\. Copy it from FastChat"),
         ("judge_prompts.jsonl", '{"name": "other", "system_prompt": "", "prompt_template": ""}', "has no single-v1"),
+        (
+            "judge_prompts.jsonl",
+            "".join(
+                json.dumps({"name": name, "system_prompt": "", "prompt_template": "{hint}"}) + "\n"
+                for name in ("single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn")
+            ),
+            r"judge_prompts\.jsonl: single-v1 has the field hint, which MT-Bench lacks\. Copy it from FastChat",
+        ),
         ("reference_answer/gpt-4.jsonl", None, r"has no reference_answer/gpt-4\.jsonl"),
         ("reference_answer/gpt-4.jsonl", '{"question_id": 81, "choices": []}', "question 111 of MT-Bench has no"),
         (

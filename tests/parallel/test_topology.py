@@ -71,9 +71,7 @@ def test_a_layout_of_mcores_that_is_not_supported(
     monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int, int], said: str
 ) -> None:
     names = ("context", "expert_model", "expert_tensor")
-    state = {
-        f"get_{name}_parallel_world_size": lambda size=size: size for name, size in zip(names, sizes, strict=True)
-    }
+    state = {f"get_{name}_parallel_world_size": lambda size=size: size for name, size in zip(names, sizes, strict=True)}
     monkeypatch.setattr(module, "_state", lambda: SimpleNamespace(**state))
     with pytest.raises(TopologyError) as caught:
         Topology.running()
