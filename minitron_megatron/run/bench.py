@@ -144,7 +144,8 @@ def _measured(server: Server, workload: Workload, call: list[str], report: Path)
             lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
             said = next((line for line in reversed(lines) if "Error" in line), " ".join(lines[-1:]))
             raise DataError(
-                f"{server.tool} failed with exit code {done.returncode}: {said}. Command: {shlex.join(call)}"
+                f"{server.tool} failed with exit code {done.returncode}: {said.rstrip('.')}. To see all that it says, "
+                f"run: {shlex.join(call)}"
             )
     return server.parse_report(report, workload)
 

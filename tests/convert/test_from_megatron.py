@@ -136,7 +136,10 @@ def test_the_tokenizer_says_the_vocabulary_where_the_arguments_do_not(checkpoint
         ({"untie_embeddings_and_output_weights": True}, "lacks the parameter output_layer.weight"),
         ({"qk_layernorm": True}, "lacks the parameter decoder.layers.0.self_attention.q_layernorm.weight"),
         ({"swiglu": False}, "an activation other than --swiglu and --squared-relu"),
-        ({"multi_latent_attention": True}, r"has multi_latent_attention=True \(here it would be False\), which this package"),
+        (
+            {"multi_latent_attention": True},
+            r"has multi_latent_attention=True \(here it would be False\), which this package cannot express\.",
+        ),
         ({"rotary_interleaved": True}, "has rotary_interleaved=True"),
         ({"position_embedding_type": "none", "use_rotary_position_embeddings": None}, "_embedding_type='none'"),
         ({"mtp_num_layers": 1}, "has mtp_num_layers=1"),

@@ -238,7 +238,7 @@ THINKING = (
         ),
         (
             {"messages": [{"from": "human", "value": "a"}]},
-            r"in.jsonl:1, messages\[0\] holds the keys 'from', 'value', and a message has role and content\. Rename its",
+            r"in.jsonl:1, messages\[0\] holds the keys 'from', 'value', and a message has role and content\. Rename",
         ),
         ({"messages": [{"role": "usr", "content": "a"}]}, r"messages\[0\] has the role 'usr'.*Did you mean 'user'"),
         (
