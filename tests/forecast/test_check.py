@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ import yaml
 from typer.testing import CliRunner
 
 from minitron_megatron.cli import app
-from minitron_megatron.errors import DataError, MinitronError
+from minitron_megatron.errors import DataError, MinitronError, RecipeError
 from minitron_megatron.files import read_json, write_json
 from minitron_megatron.forecast import estimate
-from minitron_megatron.forecast.check import check, check_corpus, planned
+from minitron_megatron.forecast.check import INDEX_BYTES, _check_index, check, check_corpus, planned
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe, starter_recipe
 from minitron_megatron.run import dry_run, run
@@ -167,8 +168,43 @@ def test_counted_tokens_are_held_against_every_later_budget(recipe_file: Write) 
     repeating = load_recipe(recipe_file(), ["data.repeat=true"])
     with pytest.raises(DataError, match=r"score\.samples needs 16 samples of 16 tokens from 0-corpus"):
         check_corpus(repeating, {"0-corpus": {"tokens": 15 * 16 + 1, "validation_tokens": 17}})
-    with pytest.raises(DataError, match="held-out text of 0-corpus has 16 tokens"):
+    held_out = (
+        r"^the held-out text of 0-corpus has 16 tokens, less than one sample of 16\. Hold out more "
+        r"\(data\.sources\[\]\.validation\), or set a shorter data\.sequence\.$"
+    )
+    with pytest.raises(DataError, match=held_out):
         check_corpus(recipe, {"0-corpus": {"tokens": 48 * 16 + 1, "validation_tokens": 16}})
+
+
+def test_text_that_is_short_or_empty_is_known_before_it_is_read(
+    recipe_file: Write, material: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.jsonl").write_text('{"a": 1}')
+    (tmp_path / "empty.jsonl").touch()
+    for held_out, said in (
+        (
+            "short",
+            "the held-out text of 0-corpus has 8 bytes, less than one sample of 16 tokens. Hold out more, or set a "
+            "shorter data.sequence.",
+        ),
+        ("empty", f"data source {tmp_path}/empty.jsonl is empty. Check data.sources[].validation."),
+    ):
+        source = {"path": str(material / "corpus.jsonl"), "validation": str(tmp_path / f"{held_out}.jsonl")}
+        with pytest.raises(DataError) as caught:
+            dry_run(load_recipe(recipe_file(), [f"data.sources={json.dumps([source])}"]))
+        assert str(caught.value) == said
+
+
+def test_an_index_larger_than_the_machines_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**30))
+    phase: Any = SimpleNamespace(steps=10**8, keys=SimpleNamespace(global_batch=10))
+    with pytest.raises(RecipeError) as caught:
+        _check_index("distill", phase)
+    size = f"{10**9 * INDEX_BYTES / 2**30:.3g}"
+    assert str(caught.value) == (
+        f"distill.tokens means 1e+09 samples, whose index alone takes {size} GiB, but this machine has 1 GiB. Lower "
+        "distill.tokens."
+    )
 
 
 def test_a_blend_asks_each_source_for_its_share(recipe_file: Write) -> None:

@@ -16,6 +16,7 @@ from minitron_megatron.recipe import load_recipe
 from minitron_megatron.rehearsal import RankKind, Rehearsal, Section, rehearse
 from minitron_megatron.rehearsal.ledger import Sums
 from minitron_megatron.rehearsal.rehearse import RankResult, _flops_per_token
+from minitron_megatron.rehearsal.stand_in import cuda_stand_in
 
 Write = Callable[..., Path]
 GIB = 2**30
@@ -60,3 +61,13 @@ def test_utilisation_counts_the_models_that_are_there(
     of_teacher, of_student = (flops_per_token(each, sequence) for each in (teacher, student_shape(recipe, teacher)))
     assert _flops_per_token(recipe, "distill") == 3 * of_student + passes_of_the_teacher * of_teacher
     assert _flops_per_token(recipe, "correct") == 3 * of_teacher
+
+
+def test_a_torch_for_cuda_is_refused_with_the_build_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    with pytest.raises(TopologyError) as caught, cuda_stand_in():
+        pass
+    assert str(caught.value) == (
+        "this torch is built for CUDA, and a rehearsal needs a build for CPUs alone. Rehearse where `pip install torch "
+        "--index-url https://download.pytorch.org/whl/cpu` was used, such as on a laptop."
+    )

@@ -70,7 +70,7 @@ def test_a_task_of_a_search_that_is_running(
     monkeypatch.setattr(engine, "results", lambda *_: {})
     monkeypatch.setattr(engine, "raise_when_preempted", lambda _: nullcontext(PreemptionListener(silent, [])))
     monkeypatch.setattr(engine, "locked", lambda *_, **__: nullcontext(False))
-    assert says(RecipeError, lambda: search_task(recipe, Topology(), 0, 2)) == (
+    assert says(RecipeError, lambda: search_task(recipe, stub(rank=0), 0, 2)) == (
         f"another run, or the same task, is running in {tmp_path / 'run'}. Wait until it ends."
     )
     assert says(RecipeError, lambda: search_task(recipe, Topology(), 2, 2)) == (

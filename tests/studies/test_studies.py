@@ -220,7 +220,9 @@ def test_a_damaged_shared_stage_is_done_again(tmp_path: Path) -> None:
 
 
 def test_what_is_no_study_is_one_message(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no study 'loses'. Did you mean 'losses'\?"):
+    with pytest.raises(
+        RecipeError, match=r"no study 'loses'\. Did you mean 'losses'\? Give one of aggregators, .*, or a YAML"
+    ):
         load_study("loses")
     with pytest.raises(RecipeError, match="the study correction needs correct in the recipe"):
         plan_study("correction", load_study("correction"), recipe_file(correct=None))
@@ -242,13 +244,41 @@ def test_what_is_no_study_is_one_message(recipe_file: Callable[..., Path], tmp_p
         plan_study("typo.yaml", load_study(str(tmp_path / "typo.yaml")), recipe_file())
 
 
+def test_a_file_that_is_no_study_names_one_that_is(tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("- a")
+    with pytest.raises(
+        RecipeError, match=rf"^study {path}: it is not a mapping of keys\. Start from a copy of (\S+)\.$"
+    ) as caught:
+        load_study(str(path))
+    assert Path(str(caught.value).rpartition(" ")[2].rstrip(".")).is_file()
+
+
+def test_a_model_that_each_run_would_import_is_refused(
+    recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron_megatron.studies.jobs.is_megatron_checkpoint", lambda folder: True)
+    path = recipe_file()
+    recipe = load_recipe(path)
+    with pytest.raises(RecipeError) as caught:
+        plan_study("losses", load_study("losses"), path)
+    assert str(caught.value) == (
+        f"{recipe.model} is a Megatron checkpoint, which each run would import anew. Run `minitron prepare`, then use "
+        f"`--set model={recipe.out}/imported-model`."
+    )
+
+
 def test_values_in_braces_are_arithmetic_alone() -> None:
     names = {"layers": 9, "lr": 1e-3}
     value = {"a": ["{max(0, layers // 2 - 3)}:{layers - 1}", "{lr / 2}"], "b": "{range(layers // 3)}", "c": True}
     assert filled(value, names) == {"a": ["1:8", 5e-4], "b": [0, 1, 2], "c": True}
-    for text in ("{layer}", "{layers ** 99}", "{__import__('os')}", "{layers / 0}", "{layers.real}", "{'a'}"):
-        with pytest.raises(RecipeError, match="cannot be computed"):
+    known = "use numbers, + - * / //, max, min, range and the names layers, lr."
+    for text in ("{layer}", "{layers ** 99}", "{__import__('os')}", "{layers.real}", "{'a'}"):
+        with pytest.raises(RecipeError) as caught:
             filled(text, names)
+        assert str(caught.value) == f"{text} cannot be computed: {known}"
+    with pytest.raises(RecipeError, match=r"^\{layers / 0\} cannot be computed: division by zero\. Correct it\.$"):
+        filled("{layers / 0}", names)
 
 
 def test_the_sign_test_is_exact() -> None:
