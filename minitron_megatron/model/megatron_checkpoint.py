@@ -63,7 +63,10 @@ class MegatronCheckpoint:
         """Megatron-LM's arguments; those that are neither numbers, text nor dtypes are stand-ins."""
         found = read_common(self.folder / "common.pt").get("args")
         if found is None:
-            raise CheckpointError(f"{self.folder} has no arguments of Megatron-LM, so that its model is not known.")
+            raise CheckpointError(
+                f"{self.folder} has no arguments of Megatron-LM, so that its model is not known. Save it with "
+                "Megatron-LM."
+            )
         return vars(found)
 
     @property
@@ -130,7 +133,9 @@ class MegatronCheckpoint:
         for key, at in _keys(name):
             if key in self._tensors:
                 return key, at
-        raise CheckpointError(f"{self.folder} lacks the parameter {name}, which its arguments ask for.")
+        raise CheckpointError(
+            f"{self.folder} lacks the parameter {name}, which its arguments ask for. Copy the checkpoint again."
+        )
 
     def _chunk(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         place = self._places.get((key, offsets))

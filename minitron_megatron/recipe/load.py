@@ -82,6 +82,6 @@ def _replaced(node: Tree, path: Sequence[str], value: Tree, where: str) -> dict[
     """Return a copy of `node` with the value at `path` replaced. where: begins the message of an error."""
     first, *rest = path
     if node is not None and not isinstance(node, dict):
-        raise RecipeError(f"{where}: the parent of {first} is a value, not a block of keys.")
+        raise RecipeError(f"{where}: the parent of {first} is a value, not a block of keys. Correct the key.")
     block = node or {}
     return {**block, first: _replaced(block.get(first), rest, value, where) if rest else value}

@@ -149,7 +149,7 @@ class Plan:
         try:
             return cls(shape, keep, raw["layers"], margins, raw["model_hash"])
         except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+            raise PlanError(f"{path}: {error} Prune the model again.") from error
 
 
 def _by_layer(values: Mapping[str, T]) -> dict[int | None, T]:

@@ -252,8 +252,8 @@ ROW = '{"prompt": "One", "letters": "a"}\n'
             ROW + json.dumps({"prompt": "a " * 60, "letters": "a"}),
             {},
             DataError,
-            r"p\.jsonl:2 has \d+ tokens, and the model's 64 positions leave 54 besides an answer of 10\. Shorten or remove "
-            r"the prompt, or lower `max_tokens`\.",
+            r"p\.jsonl:2 has \d+ tokens, and the model's 64 positions leave 54 besides an answer of 10\. Shorten or "
+            r"remove the prompt, or lower `max_tokens`\.",
         ),
         (ROW, {"max_tokens": CONTEXT}, RecipeError, "`max_tokens` is 64, and the model has 64 positions"),
         (ROW, {"reward": "code"}, RecipeError, "the reward code runs programs that a model wrote"),

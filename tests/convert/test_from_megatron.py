@@ -133,7 +133,10 @@ def test_the_tokenizer_says_the_vocabulary_where_the_arguments_do_not(checkpoint
         ({"num_layers": 3}, r"layer_norm_weight stacks \(4,\) layers and experts, but its arguments make it \(3,\)"),
         ({"num_layers": None}, "arguments do not say num_layers"),
         ({"ffn_hidden_size": 64}, r"linear_fc1.weight has shape \(96, 32\), but its arguments make it \(128, 32\)"),
-        ({"untie_embeddings_and_output_weights": True}, "lacks the parameter output_layer.weight"),
+        (
+            {"untie_embeddings_and_output_weights": True},
+            r"lacks the parameter output_layer\.weight, which its arguments ask for\. Copy the checkpoint again\.",
+        ),
         ({"qk_layernorm": True}, "lacks the parameter decoder.layers.0.self_attention.q_layernorm.weight"),
         ({"swiglu": False}, "an activation other than --swiglu and --squared-relu"),
         (
@@ -204,6 +207,17 @@ def test_a_hostile_index_runs_nothing_and_reads_no_other_file(checkpoint: Path, 
     with pytest.raises(MinitronError, match="is damaged or not safe to open"):
         MegatronCheckpoint(checkpoint)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_checkpoint_without_arguments_says_who_writes_them(checkpoint: Path) -> None:
+    common = torch.load(checkpoint / "common.pt", weights_only=False)
+    del common["args"]
+    torch.save(common, checkpoint / "common.pt")
+    with pytest.raises(MinitronError) as caught:
+        local_folder(checkpoint)
+    assert str(caught.value) == (
+        f"{checkpoint} has no arguments of Megatron-LM, so that its model is not known. Save it with Megatron-LM."
+    )
 
 
 def test_a_parameter_that_no_argument_describes_is_named(checkpoint: Path) -> None:

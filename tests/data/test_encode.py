@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from minitron_megatron import data
 from minitron_megatron.data import encode
 from minitron_megatron.errors import DataError
 from tests.limits import HANGS
@@ -38,6 +39,11 @@ def test_they_import_no_torch_and_end_with_a_process_that_is_killed(tokenizer: P
         assert parent.stdout.readline() == "[(array([1, 2, 0], dtype=uint16),)] set()\n"
         parent.kill()
         parent.communicate(timeout=HANGS)  # returns once no process holds its output open
+
+
+def test_a_name_that_the_package_lacks_is_named() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'minitron_megatron\.data' has no attribute 'nothing'$"):
+        data.nothing
 
 
 def test_a_process_that_is_killed_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,9 @@ def test_a_pair_is_a_source_of_its_own(build: Build, tokenizer: Path, tmp_path: 
             prepare(sources, tokenizer, tmp_path / "out", validation=held_out)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"mixes a tokenized corpus"):
         prepare([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", validation=[pair])
+    with pytest.raises(DataError) as caught:
+        prepare([pair], tokenizer, tmp_path / "out", validation=0, chat="all")
+    assert str(caught.value) == f"{pair} is tokenized and holds no chats. Set the format of the source to text."
     assert places([pair]) == [Path(f"{pair}.idx"), Path(f"{pair}.bin")]
     assert most_bytes([pair]) == Path(f"{pair}.bin").stat().st_size
     Path(f"{pair}.bin").write_bytes(b"")

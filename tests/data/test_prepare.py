@@ -127,7 +127,7 @@ def test_a_failed_run_leaves_what_was_there(tokenizer: Path, lines: Lines, tmp_p
     good, bad = lines("g.jsonl", '{"text": "w1"}'), lines("b.jsonl", '{"text": "w2"}', '{"text": "w3"')
     prepare([good], tokenizer, tmp_path / "out" / "a", validation=0)
     before = snapshot(tmp_path / "out")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"b\.jsonl:2 is not valid JSON: "):
         prepare([bad], tokenizer, tmp_path / "out" / "a", validation=0)
     assert snapshot(tmp_path / "out") == before
 

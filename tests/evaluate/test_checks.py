@@ -96,29 +96,38 @@ def test_examples_that_are_there_are_fine(tmp_path: Path, model: Path) -> None:
     assert _configured(tasks[-1], "wikitext", files)["num_fewshot"] == 0, "a page has no prompt to put examples into"
 
 
+SHOWS_THE_ANSWERS = (
+    "task t has no examples besides the scored questions, so examples would show the answers. Set its shots to 0."
+)
+
+
 @pytest.mark.parametrize(
-    ("config", "fine"),
+    ("config", "said"),
     [
-        ({"test_split": "test", "fewshot_split": "test"}, True),  # the harness leaves out the question itself
-        ({"test_split": "test", "fewshot_split": "dev"}, True),
-        ({"test_split": "test", "fewshot_config": {"split": "dev"}, "fewshot_split": "test"}, True),
-        ({"validation_split": "val", "fewshot_split": "val"}, False),
-        ({"validation_split": "val", "fewshot_config": {"split": "val"}}, False),
-        ({"validation_split": "val", "training_split": "train"}, True),
-        ({"validation_split": "val"}, False),
-        ({"test_split": "test"}, False),
-        ({"test_split": "test", "validation_split": "val"}, True),
-        ({"test_split": "test", "fewshot_config": {"samples": [1, 2]}}, True),
-        ({"test_split": "test", "fewshot_config": {"samples": [1]}}, False),
-        ({"training_split": "train"}, False),
+        ({"test_split": "test", "fewshot_split": "test"}, ""),  # the harness leaves out the question itself
+        ({"test_split": "test", "fewshot_split": "dev"}, ""),
+        ({"test_split": "test", "fewshot_config": {"split": "dev"}, "fewshot_split": "test"}, ""),
+        ({"validation_split": "val", "training_split": "train"}, ""),
+        ({"test_split": "test", "validation_split": "val"}, ""),
+        ({"test_split": "test", "fewshot_config": {"samples": [1, 2]}}, ""),
+        ({"validation_split": "val", "fewshot_split": "val"}, SHOWS_THE_ANSWERS),
+        ({"validation_split": "val", "fewshot_config": {"split": "val"}}, SHOWS_THE_ANSWERS),
+        ({"validation_split": "val"}, SHOWS_THE_ANSWERS),
+        ({"test_split": "test"}, SHOWS_THE_ANSWERS),
+        (
+            {"test_split": "test", "fewshot_config": {"samples": [1]}},
+            "task t has 1 example, fewer than its shots (2). Use fewer shots.",
+        ),
+        ({"training_split": "train"}, "task t names no split to score. Leave it out."),
     ],
 )
-def test_where_examples_come_from(config: dict[str, Any], fine: bool) -> None:
-    if fine:
+def test_where_examples_come_from(config: dict[str, Any], said: str) -> None:
+    if not said:
         check_shots("t", config | {"num_fewshot": 2})
     else:
-        with pytest.raises(RecipeError):
+        with pytest.raises(RecipeError) as caught:
             check_shots("t", config | {"num_fewshot": 2})
+        assert str(caught.value) == said
 
 
 @pytest.mark.parametrize(
@@ -140,11 +149,6 @@ def test_where_examples_come_from(config: dict[str, Any], fine: bool) -> None:
 def test_an_unknown_metric_or_task_is_known_before(task: Task, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         check_tasks([task], None, run_code=True)
-
-
-def test_a_task_without_a_scored_split_is_left_out() -> None:
-    with pytest.raises(RecipeError, match=r"^task t names no split to score\. Leave it out\.$"):
-        check_shots("t", {"training_split": "train"})
 
 
 def test_a_task_that_the_harness_cannot_load_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

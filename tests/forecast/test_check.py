@@ -142,7 +142,10 @@ def test_training_text_is_no_held_out_text(recipe_file: Write, material: Path, t
         "another source's": [{"path": tmp_path / "other.jsonl", "validation": corpus}, {"path": corpus}],
     }
     said = json.dumps(sources[kind], default=str)
-    with pytest.raises(MinitronError, match=r"a\.jsonl is both training text and held-out text"):
+    with pytest.raises(
+        MinitronError,
+        match=r"a\.jsonl is both training text and held-out text\. Give other files in data\.sources\[\]\.valid",
+    ):
         dry_run(load_recipe(recipe_file(), [f"data.sources={said}"]))
 
 
@@ -184,7 +187,7 @@ def test_text_that_is_short_or_empty_is_known_before_it_is_read(
     for held_out, said in (
         (
             "short",
-            "the held-out text of 0-corpus has 8 bytes, less than one sample of 16 tokens. Hold out more, or set a "
+            "the held-out text of corpus has 8 bytes, less than one sample of 16 tokens. Hold out more, or set a "
             "shorter data.sequence.",
         ),
         ("empty", f"data source {tmp_path}/empty.jsonl is empty. Check data.sources[].validation."),

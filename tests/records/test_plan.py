@@ -164,5 +164,8 @@ def test_a_file_with_an_impossible_plan_says_what_is_wrong(tmp_path: Path) -> No
     path = tmp_path / "plan.json"
     Plan(SHAPE, **FULL).save(path)
     path.write_text(path.read_text().replace('"hidden": 8', '"hidden": 7'))
-    with pytest.raises(PlanError, match="axis hidden keeps indices from 0 to 7"):
+    with pytest.raises(
+        PlanError,
+        match=rf"^{path}: axis hidden keeps indices from 0 to 7\. Valid ones run from 0 to 6\. Prune the model",
+    ):
         Plan.load(path)

@@ -14,11 +14,11 @@ import pytest
 
 from minitron_megatron.errors import CheckpointError, DataError, FileError, MinitronError, RecipeError, TrainingError
 from minitron_megatron.events import Event, silent
-from minitron_megatron.files import MANIFEST
+from minitron_megatron.files import MANIFEST, write_json
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.run import engine, handover, search_task
-from minitron_megatron.run.bench import _measured
+from minitron_megatron.run.bench import _measured, _models
 from minitron_megatron.run.candidate_files import Distilled, read_part
 from minitron_megatron.run.context import Context
 from minitron_megatron.run.engine import _claimed
@@ -151,6 +151,17 @@ def test_a_search_without_a_winner(keys: dict[str, str], points: dict[str, Any],
     search = stub(keys=stub(**{"winner": None, "choose": "loss"} | keys), candidates={"ffn48": None}, context=context)
     running = {"ffn48": {"score": float("nan")}}
     assert says(RecipeError, lambda: _CandidateSearch._winner(search, running, points)) == said
+
+
+def test_an_export_that_has_changed_is_not_measured(recipe_file: Write, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "export"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    write_json(folder / MANIFEST, {"config.json": "0" * 64})
+    assert says(FileError, lambda: _models(load_recipe(recipe_file()), "torch")) == (
+        f"{folder}/config.json has changed since it was written: {MANIFEST} has another checksum. Remove {folder}, and "
+        "run `minitron export` again."
+    )
 
 
 def test_a_benchmark_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from minitron_megatron.recipe import load_recipe
 from minitron_megatron.run import STAGES, SharedStages, Stage, run
 from minitron_megatron.run_folder import RunFolder
 from minitron_megatron.studies import check_job, describe_studies, load_study, plan_rows, plan_study, shipped, sign_test
+from minitron_megatron.studies.jobs import _matched
 from minitron_megatron.studies.quantities import filled
 from minitron_megatron.testing import Pool
 from tests.formats import CHAT_TEMPLATE
@@ -268,11 +270,19 @@ def test_a_model_that_each_run_would_import_is_refused(
     )
 
 
+def test_an_arm_of_equal_size_needs_sizes() -> None:
+    searched: Any = SimpleNamespace(search={}, student=None, family=[1])
+    arm: Any = SimpleNamespace(match="ffn")
+    with pytest.raises(RecipeError) as caught:
+        _matched(searched, searched, arm, "narrow")
+    assert str(caught.value) == "students of equal size need a recipe that gives the sizes. Give them in `prune`."
+
+
 def test_values_in_braces_are_arithmetic_alone() -> None:
     names = {"layers": 9, "lr": 1e-3}
     value = {"a": ["{max(0, layers // 2 - 3)}:{layers - 1}", "{lr / 2}"], "b": "{range(layers // 3)}", "c": True}
     assert filled(value, names) == {"a": ["1:8", 5e-4], "b": [0, 1, 2], "c": True}
-    known = "use numbers, + - * / //, max, min, range and the names layers, lr."
+    known = "use numbers, + - * / //, min, max, round, range and the names layers, lr."
     for text in ("{layer}", "{layers ** 99}", "{__import__('os')}", "{layers.real}", "{'a'}"):
         with pytest.raises(RecipeError) as caught:
             filled(text, names)
