@@ -246,8 +246,18 @@ ROW = '{"prompt": "One", "letters": "a"}\n'
             DataError,
             r"p\.jsonl:2 cannot be rated by the reward letters: there is no",
         ),
-        (ROW + '{"text": "One"}\n', {}, DataError, r"p\.jsonl:2 holds the keys 'text', and a prompt has prompt or mes"),
-        (ROW + '{"prompt": [{"role": "assistant", "content": ""}]}', {}, DataError, "ends with an assistant turn, so"),
+        (
+            ROW + '{"text": "One"}\n',
+            {},
+            DataError,
+            r"p\.jsonl:2 holds the keys 'text', and a prompt has prompt or messages\. Rename its keys\.",
+        ),
+        (
+            ROW + '{"prompt": [{"role": "assistant", "content": ""}]}',
+            {},
+            DataError,
+            r"p\.jsonl:2 ends with an assistant turn, so nothing is left to answer\. Remove that turn\.",
+        ),
         (
             ROW + json.dumps({"prompt": "a " * 60, "letters": "a"}),
             {},
@@ -255,7 +265,7 @@ ROW = '{"prompt": "One", "letters": "a"}\n'
             r"p\.jsonl:2 has \d+ tokens, and the model's 64 positions leave 54 besides an answer of 10\. Shorten or "
             r"remove the prompt, or lower `max_tokens`\.",
         ),
-        (ROW, {"max_tokens": CONTEXT}, RecipeError, "`max_tokens` is 64, and the model has 64 positions"),
+        (ROW, {"max_tokens": CONTEXT}, RecipeError, r"`max_tokens` is 64, and the model has 64 positions\. Lower it\."),
         (ROW, {"reward": "code"}, RecipeError, "the reward code runs programs that a model wrote"),
         (ROW, {"reward": "broken"}, RecipeError, "the reward broken fails: KeyError: 'absent'"),
         (ROW, {"reward": "short"}, RecipeError, "the reward short gave 1 numbers for 3 answers"),

@@ -237,7 +237,10 @@ def test_other_formats_are_refused_with_what_converts_them(checkpoint: Path, tmp
     old = tmp_path / "old"
     (old / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
     (old / "latest_checkpointed_iteration.txt").write_text("100")
-    with pytest.raises(MinitronError, match=r"iter_0000100 is not a distributed checkpoint. Convert it"):
+    with pytest.raises(
+        MinitronError,
+        match=r"iter_0000100 is not a distributed checkpoint\. Convert it with Megatron-LM: --ckpt-convert",
+    ):
         local_folder(old)
     (old / "latest_checkpointed_iteration.txt").write_text("99")
     with pytest.raises(MinitronError, match=r"iteration.txt names iter_0000099, which is not there"):

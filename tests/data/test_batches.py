@@ -163,10 +163,13 @@ def test_training_reads_a_small_corpus_again_in_another_order(corpora: Corpora, 
 def test_corpora_that_cannot_be_read_are_refused(corpora: Corpora, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"There is no .*nowhere\.train\.idx"):
         open_corpus(str(tmp_path / "nowhere"), tmp_path)
-    with pytest.raises(DataError, match=r"holds 0 different sequences of 5,000 tokens .* and 1 are needed"):
+    few = r"holds 0 different sequences of 5,000 tokens .* and 1 are needed\. Use fewer tokens or less of this"
+    with pytest.raises(DataError, match=few):
         Corpus([(corpora[0], 1.0)], sequence=5000, samples=1, seed=0, cache=tmp_path)
     for weights in ((), (0.0,), (1.0, -1.0)):
-        with pytest.raises(DataError, match="not all finite and above 0"):
+        with pytest.raises(
+            DataError, match=r"^The weights .* are not all finite and above 0\. Give each corpus one that is\."
+        ):
             Corpus([(corpora[0], w) for w in weights], sequence=8, samples=1, seed=0, cache=tmp_path)
 
 

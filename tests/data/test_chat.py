@@ -177,7 +177,7 @@ def test_a_killed_prepare_goes_on_to_the_same_tokens_and_marks(
     (tmp_path / "y" / "a.train.mask.bin").write_bytes(bytes(len(whole["a.train.mask.bin"])))
     with pytest.raises(DataError, match=r"a\.train\.mask\.bin has changed"):
         Corpus([(tmp_path / "y" / "a", 1.0)], sequence=8, samples=4, seed=0, cache=tmp_path / "cache")
-    with pytest.raises(DataError, match="is a tokenized chat, whose mask would be lost"):
+    with pytest.raises(DataError, match=r"is a tokenized chat, whose mask would be lost\. Name the chats themselves\."):
         prepare([tmp_path / "x" / "a.train"], folder, tmp_path / "z" / "a", validation=0)
 
 
@@ -238,9 +238,12 @@ THINKING = (
         ),
         (
             {"messages": [{"from": "human", "value": "a"}]},
-            r"in.jsonl:1, messages\[0\] holds the keys 'from', 'value', and a message has role and content\. Rename",
+            r"in.jsonl:1, messages\[0\] holds the keys 'from', 'value', and a message has role and content\. Rename i",
         ),
-        ({"messages": [{"role": "usr", "content": "a"}]}, r"messages\[0\] has the role 'usr'.*Did you mean 'user'"),
+        (
+            {"messages": [{"role": "usr", "content": "a"}]},
+            r"messages\[0\] has the role 'usr', and the roles are .*\. Did you mean 'user'\? Rename it\.",
+        ),
         (
             {"messages": [{"role": "user", "content": 3}]},
             r"in.jsonl:1, messages\[0\] has no text as content; its value is a number\. Correct it, or remove it\.",
@@ -301,7 +304,7 @@ def test_pairs_of_prompt_and_response_and_tables_are_chats(folders: dict[str, Pa
         for name in ("chat.jsonl", "pair.jsonl", "table.parquet")
     ]
     assert len(set(made)) == 1
-    with pytest.raises(DataError, match="is plain text and holds no chats"):
+    with pytest.raises(DataError, match=r"a\.txt is plain text and holds no chats\. Give \.jsonl, \.json, "):
         (tmp_path / "a.txt").write_text("a")
         prepare([tmp_path / "a.txt"], folders["llama3"], tmp_path / "x", validation=0, chat="assistant")
 

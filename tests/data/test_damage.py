@@ -137,7 +137,7 @@ def test_a_corpus_in_the_place_of_another_is_found(tokenizer: Path, lines: Calla
         check_content(tmp_path / "a", made.content)
         for sources, valid in (([other], held_out), ([source], [other])):  # valid in itself, at the same path
             prepare(sources, tokenizer, tmp_path / "a", validation=valid)
-            with pytest.raises(DataError, match=r"a is not the corpus that this run prepared"):
+            with pytest.raises(DataError, match=r"a is not the corpus that this run prepared\. Prepare it again\."):
                 check_content(tmp_path / "a", made.content)
 
 

@@ -140,8 +140,16 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "a type that is too small": ([[[5, 7, 0]]], {"dtype": np.uint8}, "holds tokens of type uint8, .* 3,001 entries"),
     "floats": ([[[5, 7, 0]]], {"dtype": np.float32}, "not of an integer type"),
-    "a share of nothing": ([[[5, 7, 0]]], {"validation": 1e-9}, "`validation` 1e-09 leaves no document for the valid"),
-    "no share": ([[[5, 7, 0]]], {"validation": 1.5}, "`validation` 1.5 is not a fraction"),
+    "a share of nothing": (
+        [[[5, 7, 0]]],
+        {"validation": 1e-9},
+        r"`validation` 1e-09 leaves no document for the valid split of .*\. Set a larger fraction, or name another",
+    ),
+    "no share": (
+        [[[5, 7, 0]]],
+        {"validation": 1.5},
+        r"`validation` 1\.5 is not a fraction of the documents\. Give 0, a",
+    ),
 }
 
 

@@ -50,7 +50,10 @@ def test_the_end_of_a_conversation_is_part_of_the_response(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, "a.jsonl:1 has no rejected; it holds the keys 'prompt', 'chosen'"),
+        (
+            {"prompt": "a", "chosen": "b"},
+            r"a\.jsonl:1 has no rejected; it holds the keys 'prompt', 'chosen'\. A pair needs both\.",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "has the same response as chosen and as rejected"),
         ({"chosen": [USER, ANSWER], "rejected": [OTHER]}, "one response to the same prompt"),
         ({"chosen": "b", "rejected": "c"}, "one response to the same prompt"),

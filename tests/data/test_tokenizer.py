@@ -244,7 +244,9 @@ def test_the_packages_that_a_sentencepiece_model_needs_are_named(
     lacks: str, pieces: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, lacks, None)
-    with pytest.raises(DataError, match=r"tokenizer.model .*sentencepiece and protobuf.*pip install") as caught:
+    with pytest.raises(
+        DataError, match=r"tokenizer\.model .*sentencepiece and protobuf: .*\. Install both \(pip"
+    ) as caught:
         load_tokenizer(pieces)
     assert "tiktoken" not in str(caught.value)
 
@@ -255,7 +257,9 @@ def test_a_torn_sentencepiece_model_is_named(damage: str, pieces: Path, tmp_path
     whole = (folder / "tokenizer.model").read_bytes()
     content = {"torn": whole[: len(whole) // 2], "empty": b"", "foreign": b"\x80\x04garbage"}[damage]
     (folder / "tokenizer.model").write_bytes(content)
-    with pytest.raises(DataError, match=r"tokenizer.model is damaged or not a sentencepiece model"):
+    with pytest.raises(
+        DataError, match=r"tokenizer.model is damaged or not a sentencepiece model\. Copy the model's file again"
+    ):
         load_tokenizer(folder)
 
 

@@ -45,7 +45,11 @@ def written(root: Path, **splits: list[dict[str, Any]]) -> Path:
     ("splits", "task", "message"),
     [
         ({"arc_challenge__test": ARC}, Task("arc_challenge", 3), r"arc_challenge/train\.jsonl is missing"),
-        ({"arc_easy__test": ARC, "arc_easy__validation": ARC}, Task("arc_easy", 1), r"train\.jsonl is missing.*set sh"),
+        (
+            {"arc_easy__test": ARC, "arc_easy__validation": ARC},
+            Task("arc_easy", 1),
+            r"train\.jsonl is missing.*Add it, or set sh",
+        ),
         ({"arc_easy__train": ARC}, Task("arc_easy", 0), r"arc_easy/test\.jsonl is missing: task arc_easy is scored"),
         ({"mmlu_anatomy__test": MMLU}, Task("mmlu_anatomy", 3), r"mmlu_anatomy/dev\.jsonl is missing"),
         ({"gsm8k__test": GSM}, Task("gsm8k", 3), r"gsm8k/train\.jsonl is missing"),
@@ -143,7 +147,7 @@ def test_where_examples_come_from(config: dict[str, Any], said: str) -> None:
         (Task("glue", 0), r"tasks of glue have different first metrics"),
         (Task("glue", 0, "acc"), r"task cola has no metric acc"),
         (Task("arc_easi", 0), r"^there is no task arc_easi\. Did you mean 'arc_easy'\? Correct its name, or leave"),
-        (Task("t0_eval", 0), r"t0_eval defines a task of its own"),
+        (Task("t0_eval", 0), r"t0_eval defines a task of its own, .*, which is not supported\. Name other tasks\."),
     ],
 )
 def test_an_unknown_metric_or_task_is_known_before(task: Task, message: str) -> None:

@@ -158,7 +158,9 @@ def test_no_program_runs_unless_the_recipe_says_so(recipe_file: Any, files: Path
     }
     allowed = load_recipe(recipe_file(evaluate={"suite": "base", "samples": 4, "run_code": True}))
     assert allowed.evaluate.wanted() == list(SUITES["base"])
-    with pytest.raises(RecipeError, match=r"task humaneval runs programs .* Set `run_code`"):
+    with pytest.raises(
+        RecipeError, match=r"task humaneval runs programs that a model wrote, .*\. Set `run_code` if this is accept"
+    ):
         check_tasks([Task("humaneval", 0)], files)
     check_tasks([Task("humaneval", 0)], files, run_code=True)
     with pytest.raises(RecipeError, match=r"task mbpp with examples \(shots: 3\) is not supported"):

@@ -109,6 +109,7 @@ def test_a_continuous_correction_has_the_objective_of_language_models(recipe_fil
             'a: "\\ud83d"',
             "a holds half of a surrogate pair, which no file can hold. Write the whole character.",
         ),
+        ("a: {1: 2}", "a has the key 1, which is not text. Put it in quotes."),
         ("[" * 5000, "it is nested too deeply. Write it flatter."),
         ("[" * 300 + "]" * 300, "levels, with aliases expanded. Make it smaller."),
     ],
@@ -140,7 +141,10 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, said: str) -> 
     ("variables", "said"),
     [
         ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE=2 but no RANK. Unset it, or use launch/local.sh."),
-        ({"WORLD_SIZE": "2", "RANK": "5"}, "the environment cannot start processes: RANK='5', WORLD_SIZE='2'"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "5"},
+            "WORLD_SIZE='2', MASTER_ADDR='', MASTER_PORT=''. Use launch/local.sh or torchrun.",
+        ),
         ({"WORLD_SIZE": "two"}, "the environment has WORLD_SIZE='two', not a whole number. Correct or unset it."),
     ],
 )

@@ -137,7 +137,9 @@ def test_strange_models_and_few_tokens(pool: Pool, case: Callable[[str, str], Ca
     assert max(change for name, change in dead.items() if "fc2" in name) == 0
     few = pool.run(strange, folder, "few tokens")[0]  # 12 to fit, 40 unknowns a row
     assert 0 < max(few.values()) < 1
-    with pytest.raises(PlanError, match=r"layers\.1\.\S+ are not finite"):
+    with pytest.raises(
+        PlanError, match=r"layers\.1\.\S+ are not finite \(NaN or infinite\)\. Look for broken weights in the teacher"
+    ):
         pool.run(strange, folder, "NaN", pp=2)
     with pytest.raises(
         DataError, match=r"^a refit needs 2 calibration samples at least, for one of them is held out\.$"

@@ -26,7 +26,11 @@ GIB = 2**30
     ("options", "error", "words"),
     [
         ({"gpus": 3}, TopologyError, "3"),
-        ({"gpus": 2, "stage": "prune"}, RecipeError, "the stage 'prune' cannot be rehearsed"),
+        (
+            {"gpus": 2, "stage": "prune"},
+            RecipeError,
+            r"^the stage 'prune' cannot be rehearsed\. Give --stage .* or evaluate\.$",
+        ),
         ({"gpus": 2, "stage": "export"}, RecipeError, "the stage 'export' cannot be rehearsed"),
         ({"gpus": 2, "gpu": "H10"}, RecipeError, "the GPU 'H10' is not known"),
     ],

@@ -130,7 +130,7 @@ WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
         Space({"experts": (2,)}),
         {"params": Limit(at_most=1e4)},
         PlanError,
-        ["sizes of `experts`", "does not have this axis"],
+        ["sizes of `experts` are given, but the model does not have this axis. Leave them out."],
     ),
     (
         Space({}),

@@ -226,7 +226,9 @@ def test_what_is_no_study_is_one_message(recipe_file: Callable[..., Path], tmp_p
         RecipeError, match=r"no study 'loses'\. Did you mean 'losses'\? Give one of aggregators, .*, or a YAML"
     ):
         load_study("loses")
-    with pytest.raises(RecipeError, match="the study correction needs correct in the recipe"):
+    with pytest.raises(
+        RecipeError, match=r"^the study correction needs correct in the recipe\. Set it, for example with"
+    ):
         plan_study("correction", load_study("correction"), recipe_file(correct=None))
     for change, says in (
         ({"arm": {}}, "arm is not a known key"),
