@@ -69,6 +69,10 @@ def test_bad_input_is_exit_2_and_one_message(recipe_file: Write, ranks: int) -> 
             ["export", "RECIPE", "--format", "megatron"],
             "--checkpoint and --format need a separate folder. Give one with --to.",
         ),
+        (
+            ["report", "run", "--to", "page"],
+            "--to is the folder of a comparison of several runs. Give more runs, or leave it out.",
+        ),
         (["estimate", "RECIPE", "--plan"], "--plan needs the number of GPUs. Give it with --gpus."),
         (["study"], "give a study and a recipe: `minitron study NAME RECIPE`. `minitron study --list` has names."),
         (

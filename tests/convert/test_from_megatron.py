@@ -209,6 +209,14 @@ def test_a_hostile_index_runs_nothing_and_reads_no_other_file(checkpoint: Path, 
     assert not (tmp_path / "made").exists()
 
 
+def test_a_tokenizer_for_a_folder_that_has_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MinitronError) as caught:
+        local_folder(tmp_path, Path("theirs"))
+    assert str(caught.value) == (
+        f"tokenizer is theirs, but {tmp_path} is not a Megatron checkpoint: its own is used. Remove tokenizer."
+    )
+
+
 def test_a_checkpoint_without_arguments_says_who_writes_them(checkpoint: Path) -> None:
     common = torch.load(checkpoint / "common.pt", weights_only=False)
     del common["args"]

@@ -309,6 +309,19 @@ def test_pairs_of_prompt_and_response_and_tables_are_chats(folders: dict[str, Pa
         prepare([tmp_path / "a.txt"], folders["llama3"], tmp_path / "x", validation=0, chat="assistant")
 
 
+def test_a_table_without_a_chats_columns_names_them(folders: dict[str, Path], tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError) as caught:
+        prepare([tmp_path / "a.parquet"], folders["chatml"], tmp_path / "a", validation=0, chat="assistant")
+    assert str(caught.value) == (
+        f"{tmp_path}/a.parquet holds the columns 'text', and chats have messages, or prompt and response, each once. "
+        "Rename its columns."
+    )
+
+
 ARROW_MAP = r"holds an Arrow map, which a chat cannot have\. Write it as a struct, or as JSON\."
 
 

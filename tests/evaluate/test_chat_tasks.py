@@ -284,7 +284,7 @@ def test_tasks_are_checked_before_they_run(model: Path, files: Path, tmp_path: P
 
 def change(path: Path, **keys: Any) -> None:
     """Change the first record of a file; remove the keys that are None."""
-    first, *rest = path.read_text().splitlines()
+    first, *rest = path.read_text().removeprefix("[").removesuffix("]").splitlines()
     row = json.loads(first) | keys
     write(path, [{key: value for key, value in row.items() if value is not None}, *map(json.loads, rest)])
 
@@ -320,6 +320,12 @@ TWO_TURNS = r"live_simple\.json, question live_simple_0-0-0 has 2 turns, but liv
         ),
         ("mt_bench", "question.jsonl", {"turns": "one"}, "record 1 .* turns"),
         ("chatrag", "coqa/dev.json", None, r"has no coqa/dev\.json"),
+        (
+            "chatrag",
+            "coqa/dev.json",
+            {"messages": [{"role": "assistant", "content": "Ann."}]},
+            r"coqa/dev\.json, record 1 does not end with a question of the user\. Correct its messages\.",
+        ),
     ],
 )
 def test_files_that_are_missing_or_wrong_are_named(

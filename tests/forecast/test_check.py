@@ -17,6 +17,7 @@ from minitron_megatron.errors import DataError, MinitronError, RecipeError
 from minitron_megatron.files import read_json, write_json
 from minitron_megatron.forecast import estimate
 from minitron_megatron.forecast.check import INDEX_BYTES, _check_index, check, check_corpus, planned
+from minitron_megatron.forecast.check_files import _check_out
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe, starter_recipe
 from minitron_megatron.run import dry_run, run
@@ -208,6 +209,15 @@ def test_text_that_is_short_or_empty_is_known_before_it_is_read(
         with pytest.raises(DataError) as caught:
             dry_run(load_recipe(recipe_file(), [f"data.sources={json.dumps([source])}"]))
         assert str(caught.value) == said
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(RecipeError) as caught:
+        _check_out(tmp_path / "run", must_be_writable=True)
+    assert str(caught.value) == (
+        f"out is {tmp_path}/run, which cannot be made: {tmp_path} is not writable. Give another path."
+    )
 
 
 def test_an_index_larger_than_the_machines_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -200,3 +201,7 @@ def test_a_folder_that_is_taken_is_left_as_it_is(tmp_path: Path) -> None:
         pass
     assert str(caught.value) == f"{tmp_path} exists and is not an empty folder. Give another one."
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    first: Any = SimpleNamespace(rank=0)
+    with pytest.raises(CheckpointError) as caught, new_folder(tmp_path / "notes" / "new", first):
+        pass
+    assert str(caught.value) == f"{tmp_path}/notes/new cannot be written: Not a directory. Give another folder."

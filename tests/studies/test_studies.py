@@ -29,6 +29,7 @@ from minitron_megatron.run_folder import RunFolder
 from minitron_megatron.studies import check_job, describe_studies, load_study, plan_rows, plan_study, shipped, sign_test
 from minitron_megatron.studies.jobs import _matched
 from minitron_megatron.studies.quantities import filled
+from minitron_megatron.studies.table import _value
 from minitron_megatron.testing import Pool
 from tests.formats import CHAT_TEMPLATE
 from tests.guide import ROOT
@@ -269,6 +270,16 @@ def test_a_model_that_each_run_would_import_is_refused(
     assert str(caught.value) == (
         f"{recipe.model} is a Megatron checkpoint, which each run would import anew. Run `minitron prepare`, then use "
         f"`--set model={recipe.out}/imported-model`."
+    )
+
+
+def test_a_measure_that_the_summary_lacks_is_named() -> None:
+    measure: Any = SimpleNamespace(model="distilled", column="loss")
+    rows: Any = {"teacher": {"loss": 2.0}}
+    with pytest.raises(RecipeError) as caught:
+        _value(rows, measure, SimpleNamespace(models={}), "short")  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "arm 'short' has no loss of the model 'distilled': its summary has teacher. Correct the study's measures."
     )
 
 
