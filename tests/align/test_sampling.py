@@ -250,7 +250,7 @@ ROW = '{"prompt": "One", "letters": "a"}\n'
             ROW + '{"text": "One"}\n',
             {},
             DataError,
-            r"p\.jsonl:2 holds the keys 'text', and a prompt has prompt or messages\. Rename its keys\.",
+            r"p\.jsonl:2 holds the key 'text', and a prompt has prompt or messages\. Rename its keys\.",
         ),
         (
             ROW + '{"prompt": [{"role": "assistant", "content": ""}]}',

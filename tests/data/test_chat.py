@@ -228,7 +228,7 @@ THINKING = (
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "a"}, r"in.jsonl:1 holds the keys 'text', and a chat has messages, or prompt and response"),
+        ({"text": "a"}, r"in.jsonl:1 holds the key 'text', and a chat has messages, or prompt and response"),
         ([USER], "in.jsonl:1 is not a chat: it holds a list"),
         ({"messages": "a"}, "no list of messages under the key 'messages': its value is text"),
         ({"messages": []}, "no list of messages under the key 'messages': its value is an empty list"),
@@ -317,7 +317,7 @@ def test_a_table_without_a_chats_columns_names_them(folders: dict[str, Path], tm
     with pytest.raises(DataError) as caught:
         prepare([tmp_path / "a.parquet"], folders["chatml"], tmp_path / "a", validation=0, chat="assistant")
     assert str(caught.value) == (
-        f"{tmp_path}/a.parquet holds the columns 'text', and chats have messages, or prompt and response, each once. "
+        f"{tmp_path}/a.parquet holds the column 'text', and chats have messages, or prompt and response, each once. "
         "Rename its columns."
     )
 

@@ -110,7 +110,7 @@ def test_a_continuous_correction_has_the_objective_of_language_models(recipe_fil
             "a holds half of a surrogate pair, which no file can hold. Write the whole character.",
         ),
         ("a: {1: 2}", "a has the key 1, which is not text. Put it in quotes."),
-        ("[" * 5000, "it is nested too deeply. Write it flatter."),
+        ("[" * 1000, "it is nested too deeply. Write it flatter."),
         ("[" * 300 + "]" * 300, "levels, with aliases expanded. Make it smaller."),
     ],
 )
