@@ -118,6 +118,24 @@ def test_what_is_torn_or_of_another_kind_is_one_error_that_names_the_file(tmp_pa
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)."),
+        (b'{"a": [1, NaN]}', "is not JSON: a.1 is nan, and JSON's numbers are finite."),
+        (b"\xff", "is not UTF-8: invalid start byte at byte 0."),
+        (b"[" * 100_000, "is nested too deeply to be read."),
+    ],
+    ids=["torn", "NaN", "no UTF-8", "deep"],
+)
+def test_the_place_in_what_is_no_json_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "note.json"
+    path.write_bytes(content)
+    with pytest.raises(FileError) as caught:
+        files.read_json(path)
+    assert str(caught.value) == f"{path} {said}"
+
+
 PLACES: list[Callable[[Path], Path]] = [
     lambda folder: folder / "file" / "below",
     lambda folder: folder / "dangling" / "below",
@@ -184,9 +202,16 @@ def test_each_file_is_read_by_one_of_those_who_share(listed: Path) -> None:
     files.verify_checksums(listed)
 
 
-@pytest.mark.parametrize("name", ["missing", "../outside", "/etc/hostname", "in"])
-def test_a_list_names_plain_files_of_its_folder(listed: Path, name: str) -> None:
+ABSENT = "{folder}/{name} is missing, although {list} beside it lists it."
+OUTSIDE = "{folder}/{list} is not a list of checksums: its entry for '{name}' is '{digest}'."
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("missing", ABSENT), ("in", ABSENT), ("../outside", OUTSIDE), ("/etc/hostname", OUTSIDE)]
+)
+def test_a_list_names_plain_files_of_its_folder(listed: Path, name: str, said: str) -> None:
     (listed.parent.parent / "outside").write_text("")
     files.write_json(listed, files.read_json(listed) | {name: "0" * 64})
-    with pytest.raises(FileError):
+    with pytest.raises(FileError) as caught:
         files.verify_checksums(listed, share=(2, 3))
+    assert str(caught.value) == said.format(folder=listed.parent, name=name, list=listed.name, digest="0" * 64)

@@ -102,8 +102,8 @@ def tokenize_pairs(
         chosen = np.arange(count, len(kept.rewards))
     if len(chosen) >= len(kept.rewards) or not count:
         raise DataError(
-            f"The sources hold {numbers.counted(count, 'preference pair')}, of them held out {len(chosen)}: none "
-            "is left to train on. Give more pairs, or hold out fewer."
+            f"The sources hold {numbers.counted(count, 'preference pair')}, and {len(chosen)} are held out: none is "
+            "left to train on. Give more pairs, or hold out fewer."
         )
     flags = np.zeros(len(kept.rewards), np.uint8)
     flags[chosen] = 1

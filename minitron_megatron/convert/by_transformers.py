@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import CheckpointError, MinitronError
+from ..errors import CheckpointError, MinitronError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,9 +49,9 @@ def transformers_failures(verb: str, folder: Path) -> Iterator[None]:
     except MinitronError:
         raise
     except Exception as error:  # its readers raise errors of many classes
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        cause = lines[0] if len(lines[0]) <= LONGEST else lines[0][:LONGEST] + "..."
-        raise CheckpointError(f"transformers cannot {verb} {folder}: {cause.rstrip('.')}.") from error
+        cause = first_line(error)
+        shown = f"{cause}." if len(cause) <= LONGEST else f"{cause[:LONGEST]}..."
+        raise CheckpointError(f"transformers cannot {verb} {folder}: {shown}") from error
 
 
 def _check_experts(model: PreTrainedModel) -> None:

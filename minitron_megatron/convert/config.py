@@ -258,12 +258,14 @@ def _rope(reader: _Reader) -> tuple[float, float, HfConfig | None]:
     for key in nested:
         if key not in (*ROPE_KEYS, *constants):
             near = did_you_mean(key, (*ROPE_KEYS, *constants))
-            raise reader.refusal(f"{where}.{key}", nested[key], f"which rope_type {kind!r} does not use.{near}")
+            raise reader.refusal(
+                f"{where}.{key}", nested[key], f"which rope_type {kind!r} does not use.{near} Remove it."
+            )
     base, share = float(reader.agreed("rope_theta", where, nested, POSITIVE)), _share(reader, where, nested)
     scaling = {key: _constant(reader, where, nested, kind, key) for key in constants}
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise reader.refusal(
-            f"{where}.high_freq_factor", scaling["high_freq_factor"], "which is not above low_freq_factor."
+            f"{where}.high_freq_factor", scaling["high_freq_factor"], "which is not above low_freq_factor. Correct one."
         )
     return base, share, {"rope_type": kind, **scaling} if constants else None
 
@@ -298,7 +300,9 @@ def _window(reader: _Reader) -> int | None:
     if types is None:
         types = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(layers - first, 0)
     if len(types) != layers:
-        raise reader.refusal("layer_types", types, f"{len(types)} of them, but num_hidden_layers: {layers}.")
+        raise reader.refusal(
+            "layer_types", types, f"{len(types)} of them, but num_hidden_layers: {layers}. Correct one."
+        )
     if "sliding_attention" not in types:
         return None
     if window is None:
@@ -316,15 +320,19 @@ def _refuse_impossible(reader: _Reader, sizes: Mapping[str, int], share: float, 
     values = reader.known
     heads, groups, width = values["num_attention_heads"], values["num_key_value_heads"], values["head_dim"]
     if heads % groups:
-        raise reader.refusal("num_key_value_heads", groups, f"which does not divide num_attention_heads: {heads}.")
+        raise reader.refusal(
+            "num_key_value_heads", groups, f"which does not divide num_attention_heads: {heads}. Correct one."
+        )
     if heads * width > LARGEST:
-        raise reader.refusal("head_dim", width, f"too large with num_attention_heads: {heads}.")
+        raise reader.refusal("head_dim", width, f"too large with num_attention_heads: {heads}. Correct one.")
     if int(width * share) % 2 or not int(width * share):
         of_part = "" if share == 1 else f" with partial_rotary_factor: {share}"
-        raise reader.refusal("head_dim", width, f"which gives no even number of channels to rotate{of_part}.")
+        raise reader.refusal(
+            "head_dim", width, f"which gives no even number of channels to rotate{of_part}. Correct it."
+        )
     pad = reader.hf.get("pad_token_id", reader.family.defaults.get("pad_token_id"))
     if isinstance(pad, int) and pad >= values["vocab_size"]:
-        raise reader.refusal("pad_token_id", pad, f"not below vocab_size: {values['vocab_size']}.")
+        raise reader.refusal("pad_token_id", pad, f"not below vocab_size: {values['vocab_size']}. Correct one.")
     if "experts" in sizes:
         _refuse_experts(reader, sizes, renormalises)
 
@@ -333,9 +341,9 @@ def _refuse_experts(reader: _Reader, sizes: Mapping[str, int], renormalises: boo
     experts, chosen, layers = sizes["experts"], sizes["experts_per_token"], reader.known["num_hidden_layers"]
     key = reader.present(reader.family.keys["experts"])[0]
     if experts * layers > MOST_EXPERTS:
-        raise reader.refusal(key, experts, f"too many with num_hidden_layers: {layers}.")
+        raise reader.refusal(key, experts, f"too many with num_hidden_layers: {layers}. Correct one.")
     if chosen > experts:
-        raise reader.refusal("num_experts_per_tok", chosen, f"more than {key}: {experts}.")
+        raise reader.refusal("num_experts_per_tok", chosen, f"more than {key}: {experts}. Correct one.")
     if chosen == 1 and renormalises:
         raise reader.refusal(
             "num_experts_per_tok", chosen, "which is not supported where router weights are normalised over the chosen "

@@ -90,7 +90,7 @@ def listed(there: Iterable[str], word: str) -> str:
     """Return the first keys or columns of a record, for a message. word: `key` or `column`."""
     names = [repr(name if len(name) <= MOST_KEY_CHARS else name[:MOST_KEY_CHARS] + "...") for name in there]
     more = f" and {len(names) - MOST_KEYS} more" if len(names) > MOST_KEYS else ""
-    return f"the {word}s {', '.join(names[:MOST_KEYS])}{more}" if names else f"no {word}s"
+    return f"the {word}{'s' * (len(names) > 1)} {', '.join(names[:MOST_KEYS])}{more}" if names else f"no {word}s"
 
 
 def not_utf8(place: str, content: bytes, error: UnicodeDecodeError, what: str = "line") -> DataError:

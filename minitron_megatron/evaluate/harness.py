@@ -250,7 +250,8 @@ class HarnessMethods:
         """Cut the context so that the pair without its last token fits the model."""
         if len(after) > self.context:
             raise DataError(
-                f"a continuation of {len(after)} tokens is longer than the model's context of {self.context}."
+                f"a continuation of {len(after)} tokens is longer than the model's context of {self.context}. Leave "
+                "the task out, or remove the question."
             )
         return _cut(before, self.context + 1 - len(after), self.truncate), after
 

@@ -51,7 +51,7 @@ def _row(line: bytes, place: str) -> Row:
     except FileError as error:
         raise DataError(str(error)) from error
     if not isinstance(row, dict):
-        raise DataError(f"{place} is not a JSON object with the fields of a question.")
+        raise DataError(f"{place} is not a JSON object with the fields of a question. Correct it.")
     return row
 
 

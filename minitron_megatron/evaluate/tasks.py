@@ -317,7 +317,8 @@ def _leaves(name: str) -> dict[str, HarnessConfig]:
         return {name: {}}
     entry = registered(name)
     if entry is None:
-        raise RecipeError(f"there is no task {name}.{did_you_mean(name, [*every_name(), *EXTRA_TASKS, *CHAT_TASKS])}")
+        near = did_you_mean(name, [*every_name(), *EXTRA_TASKS, *CHAT_TASKS])
+        raise RecipeError(f"there is no task {name}.{near} Correct its name, or leave it out.")
     if entry.kind.name == "TAG":
         return {leaf: keys for each in sorted(entry.tags) for leaf, keys in _leaves(each).items()}
     return _members(name, entry.cfg) if entry.kind.name == "GROUP" else {name: {}}

@@ -277,7 +277,10 @@ def _check_student(recipe: Recipe, teacher: Shape, *, weights: bool) -> None:
                 f"{entries}: they differ in more than padding. Give a student whose vocabulary holds the tokenizer."
             )
     elif weights:
-        raise RecipeError(f"{recipe.student} has no tokenizer to compare with the teacher's. Put it there.")
+        lacks = recipe.student if any(recipe.model.glob("tokenizer*")) else recipe.model
+        raise RecipeError(
+            f"{lacks} has no tokenizer, so that the teacher's and the student's cannot be compared. Put it there."
+        )
 
 
 def _check_fp8(student: Shape) -> None:

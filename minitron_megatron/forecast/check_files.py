@@ -56,7 +56,7 @@ def _check_run_folder(recipe: Recipe) -> None:
         if out == there or (there.is_dir() and there in out.parents):
             raise RecipeError(f"out is {recipe.out}, which is inside {path} ({key}). Give a separate folder.")
     for key, paths, held_out in _text(recipe):
-        for file in sorted(_files(key, paths) | _files(key, held_out)):
+        for file in sorted(_files(key, paths) | _files(_validation(key), held_out)):
             if out in file.parents:
                 raise RecipeError(f"{file} ({key}) is inside the run folder {recipe.out}. Move one of them.")
 
@@ -72,12 +72,17 @@ def _check_overlaps(recipe: Recipe) -> None:
             )
     trained = set().union(*(_files(key, paths) for key, paths, _ in _text(recipe)))
     for key, _, held_out in _text(recipe):
-        if both := trained & _files(key, held_out):
-            block = f"{key}[]" if key.endswith("sources") else key.rpartition(".")[0]
+        if both := trained & _files(_validation(key), held_out):
             raise RecipeError(
-                f"{min(both)} is both training text and held-out text. Give other files in {block}.validation, or a "
+                f"{min(both)} is both training text and held-out text. Give other files in {_validation(key)}, or a "
                 "share of the documents."
             )
+
+
+def _validation(key: str) -> str:
+    """Return the key of the held-out files that belong to the text of a key."""
+    block = f"{key}[]" if key.endswith("sources") else key.rpartition(".")[0]
+    return f"{block}.validation"
 
 
 def _files(key: str, paths: Sequence[str]) -> set[Path]:

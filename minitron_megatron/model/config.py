@@ -30,6 +30,7 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+NORMS = ("RMSNorm", "LayerNorm")
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "relu2": squared_relu}
 
 
@@ -83,8 +84,9 @@ class ModelConfig:
             value = getattr(self, name)
             if not (name == "window" and value is None) and (type(value) is not int or value < 1):
                 raise ModelError(f"{name} of a model is {value!r}, which is not a whole number above 0.")
-        if self.norm not in ("RMSNorm", "LayerNorm") or self.activation not in ACTIVATIONS:
-            raise ModelError(f"norm {self.norm!r} or activation {self.activation!r} of a model is not known.")
+        for name, known in (("norm", NORMS), ("activation", ACTIVATIONS)):
+            if (value := getattr(self, name)) not in known:
+                raise ModelError(f"{name} of a model is {value!r}, which is not known. Use {' or '.join(known)}.")
 
     @property
     def longest(self) -> int:

@@ -63,7 +63,10 @@ class MegatronCheckpoint:
         """Megatron-LM's arguments; those that are neither numbers, text nor dtypes are stand-ins."""
         found = read_common(self.folder / "common.pt").get("args")
         if found is None:
-            raise CheckpointError(f"{self.folder} has no arguments of Megatron-LM, so that its model is not known.")
+            raise CheckpointError(
+                f"{self.folder} has no arguments of Megatron-LM, so that its model is not known. Save it with "
+                "Megatron-LM."
+            )
         return vars(found)
 
     @property
@@ -96,7 +99,10 @@ class MegatronCheckpoint:
                     f"{self.folder}: {key} stacks {found} layers and experts, but its arguments make it {counts}."
                 )
         if surplus := sorted(key for key in self._tensors if key.startswith(MODEL) and key not in used):
-            raise CheckpointError(f"{self.folder} holds a parameter that its arguments do not describe: {surplus[0]}.")
+            raise CheckpointError(
+                f"{self.folder} holds a parameter that its arguments do not describe: {surplus[0]}. Copy the "
+                "checkpoint again, or give one of a model that the arguments describe."
+            )
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a parameter."""
@@ -127,7 +133,9 @@ class MegatronCheckpoint:
         for key, at in _keys(name):
             if key in self._tensors:
                 return key, at
-        raise CheckpointError(f"{self.folder} lacks the parameter {name}, which its arguments ask for.")
+        raise CheckpointError(
+            f"{self.folder} lacks the parameter {name}, which its arguments ask for. Copy the checkpoint again."
+        )
 
     def _chunk(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         place = self._places.get((key, offsets))

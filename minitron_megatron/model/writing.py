@@ -51,7 +51,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def cause_of(error: BaseException) -> str:
-    """Return the cause of an error in one line, without a full stop.
+    """Return the first sentence of an error's cause, without a full stop.
 
     If torch reports failures of several ranks, with tracebacks, this is the cause on the first of them. An error
     without a message gives its type.
@@ -62,4 +62,4 @@ def cause_of(error: BaseException) -> str:
     for words, meaning in PLAINLY.items():
         if words in text.lower():
             return meaning
-    return first_line(error)
+    return first_line(error).partition(". ")[0]

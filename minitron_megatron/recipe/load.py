@@ -27,14 +27,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), out: Path | None = No
     """
     try:
         if path.is_file() and path.stat().st_size > MOST_BYTES:
-            raise RecipeError(f"recipe {path} is larger than {MOST_BYTES >> 20} MiB. Pass a recipe file.")
+            raise RecipeError(f"it is larger than {MOST_BYTES >> 20} MiB. Give a recipe, which is a small YAML file.")
         raw = read_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path} is not YAML: it is not UTF-8 at byte {error.start}.") from error
+        raise RecipeError(f"recipe {path} is not UTF-8 at byte {error.start}. Save the file as UTF-8.") from error
     except RecipeError as error:
-        raise RecipeError(f"recipe {path}: {str(error).removeprefix(f'recipe {path} ')}") from error
+        raise RecipeError(f"recipe {path}: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path} is not a mapping of keys. Start from `minitron init MODEL`.")
     for override in overrides:
@@ -82,6 +82,6 @@ def _replaced(node: Tree, path: Sequence[str], value: Tree, where: str) -> dict[
     """Return a copy of `node` with the value at `path` replaced. where: begins the message of an error."""
     first, *rest = path
     if node is not None and not isinstance(node, dict):
-        raise RecipeError(f"{where}: the parent of {first} is a value, not a block of keys.")
+        raise RecipeError(f"{where}: the parent of {first} is a value, not a block of keys. Correct the key.")
     block = node or {}
     return {**block, first: _replaced(block.get(first), rest, value, where) if rest else value}

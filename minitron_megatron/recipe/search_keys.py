@@ -38,7 +38,7 @@ def _sizes(value: object) -> object:
     if value["step"] < 1 or value["to"] < value["from"]:
         raise ValueError("A range needs from <= to and a step of at least 1")
     if (value["to"] - value["from"]) // value["step"] >= MOST_SIZES:
-        raise ValueError(f"A range has at most {MOST_SIZES:,} sizes")
+        raise ValueError(f"Give a range of at most {MOST_SIZES:,} sizes: set a larger step, or a lower to")
     return tuple(range(value["from"], value["to"] + 1, value["step"]))
 
 

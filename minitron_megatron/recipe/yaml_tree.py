@@ -97,7 +97,9 @@ def _text(text: str, place: tuple[str, ...]) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RecipeError(f"{_name(place)} holds half of a surrogate pair, which no file can hold.") from error
+        raise RecipeError(
+            f"{_name(place)} holds half of a surrogate pair, which no file can hold. Write the whole character."
+        ) from error
     if "\0" in text:
         raise RecipeError(f"{_name(place)} holds a NUL character. Remove it.")
     return text

@@ -149,11 +149,13 @@ class Plan:
         try:
             return cls(shape, keep, raw["layers"], margins, raw["model_hash"])
         except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+            raise PlanError(f"{path}: {error} Prune the model again.") from error
 
 
 def _by_layer(values: Mapping[str, T]) -> dict[int | None, T]:
     """Turn the string keys of JSON back into layers."""
+    if wrong := [key for key in values if key != "null" and not key.isdecimal()]:
+        raise ValueError(f"{wrong[0]!r} is not the number of a layer")
     return {None if key == "null" else int(key): value for key, value in values.items()}
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data import Batch
-from ..errors import PlanError, did_you_mean, expect_number
+from ..errors import PlanError, expect_number
 from ..events import Event, Listener, silent
 from ..layout import lookup
 from ..model import Chunk, Model, chunks_of, evaluating, run_layer, shape_of
@@ -69,7 +69,7 @@ def _check(
     students: Sequence[Chunk], teachers: Sequence[Chunk], plan: Plan, method: str, ridges: Sequence[float]
 ) -> None:
     if method not in get_args(Method):
-        raise PlanError(f"refit method {method!r} is not known.{did_you_mean(method, get_args(Method))}")
+        raise PlanError(f"refit method {method!r} is not known. Use {' or '.join(get_args(Method))}.")
     if not ridges:
         raise PlanError("a refit needs one ridge strength at least.")
     for ridge in ridges:

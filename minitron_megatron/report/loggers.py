@@ -13,7 +13,7 @@ from typing import Literal
 
 from typing_extensions import TypedDict
 
-from ..errors import RecipeError
+from ..errors import RecipeError, first_line
 from ..events import Event, Listener
 from ..files import read_as, write_json
 from ..run_folder import RunFolder
@@ -83,7 +83,9 @@ def _wandb(folder: Path, mode: WandbMode, project: str | None, config: Mapping[s
             settings=wandb.Settings(console="off", silent=True),
         )
     except wandb.Error as error:
-        raise RecipeError(f"wandb failed: {error}. Run `wandb login`, or set `wandb` to offline.") from error
+        raise RecipeError(
+            f"wandb failed: {first_line(error)}. Run `wandb login`, or set `wandb` to offline."
+        ) from error
     stages: set[str] = set()
 
     def listen(event: Event) -> None:

@@ -104,7 +104,7 @@ def describe(path: Path) -> Table | Group:
         return _state(run)
     if (config := local_folder(path) / "config.json").is_file():
         return pairs_table(f"model {path}", _config(config))
-    raise CheckpointError(f"{path} is not a scores file, a plan, a model folder or a run folder.")
+    raise CheckpointError(f"{path} is not a scores file, a plan, a model folder or a run folder. Give one of these.")
 
 
 def _run(run: RunFolder) -> Group:

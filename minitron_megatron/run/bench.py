@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..convert import flat_config, read_config
-from ..errors import DataError, RecipeError
+from ..errors import DataError, FileError, RecipeError
 from ..events import Event, Listener, silent
 from ..files import MANIFEST, verify_checksums, whole_file, write_json
 from ..forecast import WEIGHT_BYTES, untimed_candidates, with_model_folders
@@ -106,7 +106,10 @@ def _models(recipe: Recipe, backend: Backend) -> dict[str, Path]:
         raise RecipeError(f"{models['student']} does not exist. Run `minitron run` first.")
     for name in ("student", "student fp8"):
         if (models[name] / MANIFEST).is_file():
-            verify_checksums(models[name] / MANIFEST)
+            try:
+                verify_checksums(models[name] / MANIFEST)
+            except FileError as error:
+                raise FileError(f"{error} Remove {models[name]}, and run `minitron export` again.") from error
     return {name: path for name, path in models.items() if path.is_dir()}
 
 
@@ -144,7 +147,8 @@ def _measured(server: Server, workload: Workload, call: list[str], report: Path)
             lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
             said = next((line for line in reversed(lines) if "Error" in line), " ".join(lines[-1:]))
             raise DataError(
-                f"{server.tool} failed with exit code {done.returncode}: {said}. Command: {shlex.join(call)}"
+                f"{server.tool} failed with exit code {done.returncode}: {said.rstrip('.')}. To see all that it says, "
+                f"run: {shlex.join(call)}"
             )
     return server.parse_report(report, workload)
 

@@ -59,8 +59,10 @@ def quantize_fp8(source: Path, folder: Path, samples: Sequence[Tensor], *, kv_ca
         call = [sys.executable, "-m", __name__, str(source), str(folder), str(tokens), str(int(kv_cache))]
         done = subprocess.run(call, env=alone, check=False, capture_output=True, text=True)
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-        raise CheckpointError(f"{source} could not be quantised by modelopt: {' '.join(last)}.")
+        last = " ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]).rstrip(".")
+        raise CheckpointError(
+            f"{source} could not be quantised by modelopt: {last}. Correct this, or leave out `quantize`."
+        )
 
 
 def _quantize(source: Path, folder: Path, samples: Sequence[Tensor], kv_cache: bool) -> None:

@@ -142,7 +142,7 @@ def _matched(recipe: Recipe, base: Recipe, arm: Arm, name: str) -> Recipe:
     if arm.match is None:
         return recipe
     if base.search or base.student or recipe.family:
-        raise RecipeError("students of equal size need a recipe that gives the sizes in `prune`")
+        raise RecipeError("students of equal size need a recipe that gives the sizes. Give them in `prune`.")
     teacher, wanted = read_config(base.model).shape, parameters_of(base)
     whole = teacher.axis_size(arm.match)
     step = max(1, whole // STEPS) if arm.match != "layers" else 1

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..convert import read_config
-from ..errors import MinitronError, RecipeError
+from ..errors import MinitronError, RecipeError, first_line
 from ..forecast import student_shape
 from ..layout import flops_per_token, parameters
 from ..recipe import Recipe
@@ -94,4 +94,4 @@ def _computed(text: str, names: Mapping[str, float]) -> Any:
     except MinitronError:
         raise
     except (SyntaxError, ArithmeticError, TypeError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{{{text}}} cannot be computed: {error}.") from error
+        raise RecipeError(f"{{{text}}} cannot be computed: {first_line(error)}. Correct it.") from error

@@ -123,7 +123,7 @@ def _read(path: Path) -> Study:
     try:
         tree: Any = read_yaml(text)
         if not isinstance(tree, dict):
-            raise RecipeError("it is not a mapping of keys.")
+            raise RecipeError(f"it is not a mapping of keys. Start from a copy of {FOLDER / 'losses.yaml'}.")
         return Study(**tree)
     except RecipeError as error:
         raise RecipeError(f"study {path}: {error}") from error

@@ -117,8 +117,12 @@ def test_a_record_that_cannot_be_rated_is_named(reward: str, record: dict[str, A
 
 
 def test_code_runs_only_where_it_may() -> None:
-    with pytest.raises(RecipeError, match=r"the reward code runs programs that a model wrote.*Set `run_code`"):
+    with pytest.raises(RecipeError) as caught:
         REWARDS["code"].check("code", [], run_code=False)
+    assert str(caught.value) == (
+        "the reward code runs programs that a model wrote, on this machine and with your permissions. Set `run_code` "
+        "if this is acceptable, as in a container without a network."
+    )
     Reward(lambda records, responses: []).check("other", [PromptRecord({}, "")], run_code=False)
 
 
@@ -171,8 +175,16 @@ def test_a_reward_model_gives_the_logit_that_transformers_gives(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("LlamaForSequenceClassification", {"num_labels": 2}, "has 2 logits, and a reward is one number"),
-        ("LlamaForCausalLM", {}, "has no weights for score.weight, which transformers would draw at random"),
+        (
+            "LlamaForSequenceClassification",
+            {"num_labels": 2},
+            r"has 2 logits, and a reward is one number\. Give a sequence-cl",
+        ),
+        (
+            "LlamaForCausalLM",
+            {},
+            r"has no weights for score\.weight, which transformers would draw at random\. Give a trained sequence-clas",
+        ),
         ("pickle", {}, "cannot be loaded: .*safetensors"),
     ],
 )

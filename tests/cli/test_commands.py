@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from minitron_megatron.cli import app
 from minitron_megatron.cli.output import wrapped
 from minitron_megatron.cli.printing import print_made
-from minitron_megatron.errors import CheckpointError
+from minitron_megatron.errors import CheckpointError, RecipeError
 from minitron_megatron.files import write_json
 from minitron_megatron.recipe import load_recipe
 from tests.limits import HANGS
@@ -52,6 +52,39 @@ def test_bad_input_is_exit_2_and_one_message(recipe_file: Write, ranks: int) -> 
     assert f"error: recipe {recipe}: prune.hiden is not" in done.stderr
     assert done.stderr.count("prune.hiden is not a known key. Did you mean 'hidden'?") == 1
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["export", "RECIPE", "--to", "out", "--check"],
+            "--check works only on the run's own export. Remove --to or --check.",
+        ),
+        (
+            ["export", "RECIPE", "--checkpoint", "best"],
+            "--checkpoint and --format need a separate folder. Give one with --to.",
+        ),
+        (
+            ["export", "RECIPE", "--format", "megatron"],
+            "--checkpoint and --format need a separate folder. Give one with --to.",
+        ),
+        (
+            ["report", "run", "--to", "page"],
+            "--to is the folder of a comparison of several runs. Give more runs, or leave it out.",
+        ),
+        (["estimate", "RECIPE", "--plan"], "--plan needs the number of GPUs. Give it with --gpus."),
+        (["study"], "give a study and a recipe: `minitron study NAME RECIPE`. `minitron study --list` has names."),
+        (
+            ["study", "losses"],
+            "give a study and a recipe: `minitron study NAME RECIPE`. `minitron study --list` has names.",
+        ),
+    ],
+)
+def test_options_that_need_another_name_it(recipe_file: Write, arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, [each.replace("RECIPE", str(recipe_file())) for each in arguments])
+    assert isinstance(result.exception, RecipeError)
+    assert str(result.exception) == said
 
 
 def test_a_warning_is_one_line_and_libraries_show_no_bars() -> None:

@@ -63,7 +63,9 @@ def test_a_rank_beyond_the_gpus_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("LOCAL_RANK", "3")
     claim_device()
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(TopologyError, match=r"LOCAL_RANK=4 needs 5 GPUs, and this process sees 4\."):
+    with pytest.raises(
+        TopologyError, match=r"LOCAL_RANK=4 needs 5 GPUs, and this process sees 4\. Start at most 4 processes here"
+    ):
         claim_device()
     assert chosen == [3]
 

@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from minitron_megatron.convert import check_folder, exported_config, folder_hash, load_hf, model_hash, read_config
 from minitron_megatron.convert import save_hf as save
+from minitron_megatron.convert.flat import with_family
 from minitron_megatron.data import Batch
 from minitron_megatron.errors import CheckpointError
+from minitron_megatron.layout import Shape
+from minitron_megatron.model import ModelConfig
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 
@@ -111,7 +114,7 @@ def is_there(tensors: dict[str, torch.Tensor], name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "config", "message"),
     [
-        (not_zero, {}, "{name} is not zero, but this bias is not supported"),
+        (not_zero, {}, "{name} is not zero, but this bias is not supported. Only a llama whose .* is zero in every"),
         (not_a_number, {}, "{name} is not zero"),
         (without, {}, "lacks the tensor {name}"),
         (too_short, {}, "{name} has shape \\(39,\\), but config.json makes it \\(40,\\)"),
@@ -135,3 +138,20 @@ def test_a_llama_with_other_biases_is_refused_by_name(
     (folder / "config.json").write_text(json.dumps(settings))
     with pytest.raises(CheckpointError, match=message.format(name=name)):
         folder_hash(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"norm": "LayerNorm"}, "norm='LayerNorm' would be read as 'RMSNorm'"),
+        ({"activation": "relu2"}, "config.json says hidden_act: 'relu2', which is not supported; only 'silu' is"),
+    ],
+)
+def test_a_model_of_no_family_names_the_setting(settings: dict[str, Any], said: str) -> None:
+    shape = Shape(layers=4, hidden=32, ffn=48, heads=4, kv_groups=2, head_dim=8, vocab=432)
+    with pytest.raises(CheckpointError) as caught:
+        with_family(ModelConfig(shape, **settings))
+    assert str(caught.value) == (
+        f"a config.json of llama cannot express the model: {said}. Change the setting, or write the model in a format "
+        "of your own."
+    )

@@ -223,7 +223,10 @@ def test_it_is_read_as_what_it_is_and_written_as_it_was(
 def test_what_neither_knows_is_an_error_that_names_both(installed: None, ours: Path) -> None:
     path = ours / "config.json"
     path.write_text(path.read_text().replace("OursForCausalLM", "TheirsForCausalLM"))
-    with pytest.raises(CheckpointError, match=r"model_type 'ours' is not supported.*Known: llama, .*Megatron-Bridge"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model_type 'ours' is not supported.*Known: llama, .*; with Megatron-Bridge installed, also its",
+    ):
         read_config(ours)
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_megatron.convert import check_folder, load_hf
+from minitron_megatron.convert import check_folder, load_hf, transformers_failures
+from minitron_megatron.convert.by_transformers import LONGEST
+from minitron_megatron.convert.check import _difference
 from minitron_megatron.data import Batch
 from minitron_megatron.errors import CheckpointError
 from minitron_megatron.parallel import Topology
@@ -69,6 +71,21 @@ def test_whatever_transformers_raises_is_one_error_that_names_the_folder(
         pool.run(check, hf_folder("llama"), folder, tp=2)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
     assert not (folder / "ran").exists()
+
+
+def test_logits_of_another_shape_are_another_model() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        _difference(torch.zeros(2, 3), torch.zeros(2, 4), Path("out"))
+    assert str(caught.value) == (
+        "transformers reads out as another model: its logits have shape (2, 4), the exported model's (2, 3). Export it "
+        "again."
+    )
+
+
+def test_a_long_error_of_transformers_is_cut_short(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught, transformers_failures("read", tmp_path):
+        raise ValueError("x" * 1000 + "\nsecond line")
+    assert str(caught.value) == f"transformers cannot read {tmp_path}: {'x' * LONGEST}..."
 
 
 @pytest.mark.parametrize("width", [14, 15])

@@ -95,6 +95,7 @@ def test_a_config_is_read_as_transformers_reads_it_or_refused_by_name(
 # ---- one message each
 
 BASE = {"model_type": "llama", **configs.SIZES, "intermediate_size": 40}
+LAYERS = configs.SIZES["num_hidden_layers"]
 
 
 def write_config(folder: Path, config: Any) -> Path:
@@ -111,6 +112,16 @@ def test_what_is_no_config_is_one_message(tmp_path: Path, text: str) -> None:
     assert "config.json" in str(caught.value) or "model_type" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [([], "a list, not a model's config. Copy it again."), ({}, "no keys, not a model's config. Copy it again.")],
+)
+def test_json_that_is_no_config_is_named(tmp_path: Path, config: Any, said: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_config(write_config(tmp_path, config))
+    assert str(caught.value) == f"{tmp_path / 'config.json'} holds {said}"
+
+
 @pytest.mark.parametrize("value", ["4", None, 0, -1, 10**9, 10**400, 2.0, True, [4], {}, float("nan"), float("inf")])
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "head_dim"])
 def test_a_size_that_is_none_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
@@ -123,6 +134,7 @@ def test_a_size_that_is_none_is_refused_by_name(tmp_path: Path, key: str, value:
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 32}
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "null base": ({"rope_theta": None}, "rope_theta"),
     "nested null base": ({"rope_scaling": {"type": "default", "rope_theta": None}}, "rope_scaling.rope_theta: None"),
@@ -134,17 +146,59 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "bidirectional": ({"is_causal": False}, "is_causal"),
     "part-rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
     "nested part": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: 0.5"),
-    "two scalings": ({"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 3.0}}, "rope_scaling"),
-    "two bases": ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta: 5.0, but 6.0"),
-    "two kinds": ({"rope_scaling": {**LINEAR, "type": "default"}}, "rope_scaling.type: 'default'"),
-    "unread constant": ({"rope_scaling": {**LINEAR, "beta_fast": 3}}, "rope_scaling.beta_fast: 3"),
+    "two scalings": (
+        {"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 3.0}},
+        f"says rope_scaling: {LINEAR}, but rope_parameters differ. Remove one.",
+    ),
+    "two bases": (
+        {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
+        "says rope_theta: 5.0, but 6.0 among the rope parameters. Remove the wrong one.",
+    ),
+    "two kinds": (
+        {"rope_scaling": {**LINEAR, "type": "default"}},
+        "says rope_scaling.type: 'default', but rope_type: 'linear'. Remove the wrong one.",
+    ),
+    "unread constant": (
+        {"rope_scaling": {**LINEAR, "factr": 3}},
+        "says rope_scaling.factr: 3, which rope_type 'linear' does not use. Did you mean 'factor'? Remove it.",
+    ),
+    "absent constant": (
+        {"rope_scaling": {"type": "linear"}},
+        "lacks 'factor' in rope_scaling. rope_type 'linear' needs it.",
+    ),
+    "frequencies": (
+        {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+        "says rope_scaling.high_freq_factor: 1.0, which is not above low_freq_factor. Correct one.",
+    ),
     "scaling of nemotron": (
         {"model_type": "nemotron", "hidden_act": "relu2", "rope_scaling": {"type": "linear", "factor": 2.0}},
         "rope_type: 'linear', which is not supported in rope_scaling of nemotron; only 'default'",
     ),
-    "groups": ({"num_key_value_heads": 3}, "num_key_value_heads: 3, which does not divide num_attention_heads: 4"),
-    "odd head": ({"head_dim": 7}, "head_dim: 7"),
-    "padding": ({"pad_token_id": 96}, "pad_token_id: 96"),
+    "groups": (
+        {"num_key_value_heads": 3},
+        "says num_key_value_heads: 3, which does not divide num_attention_heads: 4. Correct one.",
+    ),
+    "wide heads": (
+        {"head_dim": 2**21},
+        "says head_dim: 2097152, too large with num_attention_heads: 4. Correct one.",
+    ),
+    "odd head": (
+        {"head_dim": 7},
+        "says head_dim: 7, which gives no even number of channels to rotate. Correct it.",
+    ),
+    "odd part of a head": (
+        {"model_type": "nemotron", "hidden_act": "relu2", "head_dim": 10, "partial_rotary_factor": 0.5},
+        "says head_dim: 10, which gives no even number of channels to rotate with partial_rotary_factor: 0.5. Correct",
+    ),
+    "padding": ({"pad_token_id": 96}, "says pad_token_id: 96, not below vocab_size: 96. Correct one."),
+    "kinds of layers": (
+        {"model_type": "qwen2", "layer_types": ["full_attention"]},
+        f"says layer_types: ['full_attention'], 1 of them, but num_hidden_layers: {LAYERS}. Correct one.",
+    ),
+    "no window": (
+        {"model_type": "qwen2", "use_sliding_window": False, "layer_types": ["sliding_attention"] * LAYERS},
+        "but no sliding_window is in use. Make all full_attention.",
+    ),
     "no probability": ({"resid_pdrop": 2}, "resid_pdrop: 2, which is not a number from 0 to 1"),
     "true is not 1": ({"pretraining_tp": True}, "pretraining_tp: True"),
 }
@@ -164,9 +218,20 @@ MIXTRAL = {**BASE, "model_type": "mixtral", "num_local_experts": 4}
     ("keys", "words"),
     [
         ({"norm_topk_prob": False}, "norm_topk_prob: False"),
-        ({"num_experts": 5}, "num_experts: 5, but num_local_experts: 4"),
-        ({"num_experts_per_tok": 1}, "num_experts_per_tok: 1"),
-        ({"num_experts_per_tok": 5}, "num_experts_per_tok: 5"),
+        (
+            {"num_experts": 5},
+            "says num_experts: 5, but num_local_experts: 4. Remove the wrong one.",
+        ),
+        (
+            {"num_local_experts": 10**6},
+            f"says num_local_experts: 1000000, too many with num_hidden_layers: {LAYERS}. Correct one.",
+        ),
+        (
+            {"num_experts_per_tok": 1},
+            "says num_experts_per_tok: 1, which is not supported where router weights are normalised over the chosen "
+            "experts (norm_topk_prob): megatron-core needs 2 or more.",
+        ),
+        ({"num_experts_per_tok": 5}, "says num_experts_per_tok: 5, more than num_local_experts: 4. Correct one."),
         ({"model_type": "qwen3_moe", "num_local_experts": 1, "moe_intermediate_size": 8}, "num_local_experts: 1"),
         ({"num_local_experts": 4, "num_experts": 0}, "num_experts: 0"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -132,10 +133,16 @@ def test_the_tokenizer_says_the_vocabulary_where_the_arguments_do_not(checkpoint
         ({"num_layers": 3}, r"layer_norm_weight stacks \(4,\) layers and experts, but its arguments make it \(3,\)"),
         ({"num_layers": None}, "arguments do not say num_layers"),
         ({"ffn_hidden_size": 64}, r"linear_fc1.weight has shape \(96, 32\), but its arguments make it \(128, 32\)"),
-        ({"untie_embeddings_and_output_weights": True}, "lacks the parameter output_layer.weight"),
+        (
+            {"untie_embeddings_and_output_weights": True},
+            r"lacks the parameter output_layer\.weight, which its arguments ask for\. Copy the checkpoint again\.",
+        ),
         ({"qk_layernorm": True}, "lacks the parameter decoder.layers.0.self_attention.q_layernorm.weight"),
         ({"swiglu": False}, "an activation other than --swiglu and --squared-relu"),
-        ({"multi_latent_attention": True}, "has multi_latent_attention=True .here it would be False."),
+        (
+            {"multi_latent_attention": True},
+            r"has multi_latent_attention=True \(here it would be False\), which this package cannot express\.",
+        ),
         ({"rotary_interleaved": True}, "has rotary_interleaved=True"),
         ({"position_embedding_type": "none", "use_rotary_position_embeddings": None}, "_embedding_type='none'"),
         ({"mtp_num_layers": 1}, "has mtp_num_layers=1"),
@@ -202,17 +209,52 @@ def test_a_hostile_index_runs_nothing_and_reads_no_other_file(checkpoint: Path, 
     assert not (tmp_path / "made").exists()
 
 
+def test_a_tokenizer_for_a_folder_that_has_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MinitronError) as caught:
+        local_folder(tmp_path, Path("theirs"))
+    assert str(caught.value) == (
+        f"tokenizer is theirs, but {tmp_path} is not a Megatron checkpoint: its own is used. Remove tokenizer."
+    )
+
+
+def test_a_checkpoint_without_arguments_says_who_writes_them(checkpoint: Path) -> None:
+    common = torch.load(checkpoint / "common.pt", weights_only=False)
+    del common["args"]
+    torch.save(common, checkpoint / "common.pt")
+    with pytest.raises(MinitronError) as caught:
+        local_folder(checkpoint)
+    assert str(caught.value) == (
+        f"{checkpoint} has no arguments of Megatron-LM, so that its model is not known. Save it with Megatron-LM."
+    )
+
+
+def test_a_parameter_that_no_argument_describes_is_named(checkpoint: Path) -> None:
+    index = checkpoint / ".metadata"
+    good = pickle.loads(index.read_bytes())
+    good.state_dict_metadata["decoder.gate"] = good.state_dict_metadata["decoder.final_layernorm.weight"]
+    index.write_bytes(pickle.dumps(good))
+    said = (
+        f"{checkpoint} holds a parameter that its arguments do not describe: decoder.gate. Copy the checkpoint again, "
+        "or give one of a model that the arguments describe."
+    )
+    with pytest.raises(MinitronError, match=f"^{re.escape(said)}$"):
+        local_folder(checkpoint)
+
+
 def test_other_formats_are_refused_with_what_converts_them(checkpoint: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     (old / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
     (old / "latest_checkpointed_iteration.txt").write_text("100")
-    with pytest.raises(MinitronError, match=r"iter_0000100 is not a distributed checkpoint. Convert it"):
+    with pytest.raises(
+        MinitronError,
+        match=r"iter_0000100 is not a distributed checkpoint\. Convert it with Megatron-LM: --ckpt-convert",
+    ):
         local_folder(old)
     (old / "latest_checkpointed_iteration.txt").write_text("99")
     with pytest.raises(MinitronError, match=r"iteration.txt names iter_0000099, which is not there"):
         local_folder(old)
     (old / "latest_checkpointed_iteration.txt").write_text("../..")
-    with pytest.raises(MinitronError, match="names no iteration"):
+    with pytest.raises(MinitronError, match=r"iteration.txt names no iteration: '../..'\. Give the folder of one\."):
         local_folder(old)
     (checkpoint / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
     with pytest.raises(MinitronError, match=r"metadata\.json"):

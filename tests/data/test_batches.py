@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minitron_megatron.data import Corpus, calibration, calibration_batches, held_out_batches, step_batches
+from minitron_megatron.data.cache import write_once
 from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
@@ -162,10 +163,13 @@ def test_training_reads_a_small_corpus_again_in_another_order(corpora: Corpora, 
 def test_corpora_that_cannot_be_read_are_refused(corpora: Corpora, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"There is no .*nowhere\.train\.idx"):
         open_corpus(str(tmp_path / "nowhere"), tmp_path)
-    with pytest.raises(DataError, match=r"holds 0 different sequences of 5,000 tokens .* and 1 are needed"):
+    few = r"holds 0 different sequences of 5,000 tokens .* and 1 are needed\. Use fewer tokens or less of this"
+    with pytest.raises(DataError, match=few):
         Corpus([(corpora[0], 1.0)], sequence=5000, samples=1, seed=0, cache=tmp_path)
     for weights in ((), (0.0,), (1.0, -1.0)):
-        with pytest.raises(DataError, match="not all finite and above 0"):
+        with pytest.raises(
+            DataError, match=r"^The weights .* are not all finite and above 0\. Give each corpus one that is\."
+        ):
             Corpus([(corpora[0], w) for w in weights], sequence=8, samples=1, seed=0, cache=tmp_path)
 
 
@@ -196,8 +200,11 @@ def test_what_a_killed_run_left_in_the_cache_is_not_read(corpora: Corpora, tmp_p
 
 def test_a_cache_that_cannot_be_written_is_refused(corpora: Corpora, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match=r"^The index of samples cannot be written: .*file.* Set another cache\.$"):
         open_corpus(corpora[0], tmp_path / "file" / "cache")
+    said = rf"^Not every rank sees {tmp_path}/here, which rank 0 wrote\. Set cache to a shared file system\.$"
+    with pytest.raises(DataError, match=said):
+        write_once(tmp_path / "here", lambda folder: None, first_rank=False)
 
 
 def read_share(topology: Topology, corpora: Corpora, cache: str) -> list[list[int]]:

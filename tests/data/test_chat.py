@@ -177,7 +177,7 @@ def test_a_killed_prepare_goes_on_to_the_same_tokens_and_marks(
     (tmp_path / "y" / "a.train.mask.bin").write_bytes(bytes(len(whole["a.train.mask.bin"])))
     with pytest.raises(DataError, match=r"a\.train\.mask\.bin has changed"):
         Corpus([(tmp_path / "y" / "a", 1.0)], sequence=8, samples=4, seed=0, cache=tmp_path / "cache")
-    with pytest.raises(DataError, match="is a tokenized chat, whose mask would be lost"):
+    with pytest.raises(DataError, match=r"is a tokenized chat, whose mask would be lost\. Name the chats themselves\."):
         prepare([tmp_path / "x" / "a.train"], folder, tmp_path / "z" / "a", validation=0)
 
 
@@ -228,28 +228,37 @@ THINKING = (
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"text": "a"}, r"in.jsonl:1 holds the keys 'text', and a chat has messages, or prompt and response"),
+        ({"text": "a"}, r"in.jsonl:1 holds the key 'text', and a chat has messages, or prompt and response"),
         ([USER], "in.jsonl:1 is not a chat: it holds a list"),
         ({"messages": "a"}, "no list of messages under the key 'messages': its value is text"),
         ({"messages": []}, "no list of messages under the key 'messages': its value is an empty list"),
-        ({"messages": [USER, "b"]}, r"in.jsonl:1, messages\[1\] is text"),
+        (
+            {"messages": [USER, "b"]},
+            r"in.jsonl:1, messages\[1\] is text. Each message must be an object with role and content\.",
+        ),
         (
             {"messages": [{"from": "human", "value": "a"}]},
-            r"\[0\] holds the keys 'from', 'value'.*role and",
+            r"in.jsonl:1, messages\[0\] holds the keys 'from', 'value', and a message has role and content\. Rename i",
         ),
-        ({"messages": [{"role": "usr", "content": "a"}]}, r"messages\[0\] has the role 'usr'.*Did you mean 'user'"),
+        (
+            {"messages": [{"role": "usr", "content": "a"}]},
+            r"messages\[0\] has the role 'usr', and the roles are .*\. Did you mean 'user'\? Rename it\.",
+        ),
         (
             {"messages": [{"role": "user", "content": 3}]},
-            r"\[0\] has no text as content; its value is a number",
+            r"in.jsonl:1, messages\[0\] has no text as content; its value is a number\. Correct it, or remove it\.",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "part 0 is of type 'image_url'",
+            r"messages\[0\] has content that is not text: part 0 is of type 'image_url'\. Remove the record\.",
         ),
         ({"messages": [USER, ANSWER], "tools": "weather"}, "has tools that are not a list of JSON schemas, but text"),
         ({"messages": [USER, ANSWER], "tools": ["x"]}, r"in.jsonl:1, tools\[0\] is text, and not a JSON schema"),
         ({"messages": [USER]}, "in.jsonl:1 cannot be tokenized: it has no assistant turn. Remove it, or set loss_on"),
-        ({"prompt": "a", "response": [USER]}, "a response that does not end with an assistant turn"),
+        (
+            {"prompt": "a", "response": [USER]},
+            "has a response that does not end with an assistant turn. Correct it, or",
+        ),
     ],
 )
 def test_what_is_no_chat_is_refused_by_its_place(
@@ -295,9 +304,25 @@ def test_pairs_of_prompt_and_response_and_tables_are_chats(folders: dict[str, Pa
         for name in ("chat.jsonl", "pair.jsonl", "table.parquet")
     ]
     assert len(set(made)) == 1
-    with pytest.raises(DataError, match="is plain text and holds no chats"):
+    with pytest.raises(DataError, match=r"a\.txt is plain text and holds no chats\. Give \.jsonl, \.json, "):
         (tmp_path / "a.txt").write_text("a")
         prepare([tmp_path / "a.txt"], folders["llama3"], tmp_path / "x", validation=0, chat="assistant")
+
+
+def test_a_table_without_a_chats_columns_names_them(folders: dict[str, Path], tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError) as caught:
+        prepare([tmp_path / "a.parquet"], folders["chatml"], tmp_path / "a", validation=0, chat="assistant")
+    assert str(caught.value) == (
+        f"{tmp_path}/a.parquet holds the column 'text', and chats have messages, or prompt and response, each once. "
+        "Rename its columns."
+    )
+
+
+ARROW_MAP = r"holds an Arrow map, which a chat cannot have\. Write it as a struct, or as JSON\."
 
 
 def test_a_tables_records_are_those_of_json(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -318,7 +343,7 @@ def test_a_tables_records_are_those_of_json(folders: dict[str, Path], tmp_path: 
     ]
     assert made[0] == made[1]
     pairs = pa.array([[("day", "3")]], pa.map_(pa.string(), pa.string()))
-    for value, message in ((b"x", "holds a value that JSON does not have: .*bytes"), (pairs, "holds an Arrow map")):
+    for value, message in ((b"x", "holds a value that JSON does not have: .*bytes"), (pairs, ARROW_MAP)):
         column = pa.array([value]) if isinstance(value, bytes) else value
         table = pa.table(
             {

@@ -57,6 +57,20 @@ def test_an_index_of_megatrons_own_and_of_others_is_read(pair: Path) -> None:
     assert len(opened(pair)) == 20
 
 
+UNORDERED = "its document boundaries do not rise from 0 to the number of sequences"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"MMIDIDX", "it is shorter than its header"), (bytes(100), "it does not begin with an index header")],
+)
+def test_what_is_no_index_is_refused(content: bytes, said: str, pair: Path) -> None:
+    Path(f"{pair}.train.json").unlink()
+    Path(f"{pair}.train.idx").write_bytes(content)
+    with pytest.raises(DataError, match=rf"low\.train\.idx is not an index of .*low\.train\.bin: {said}\. "):
+        opened(pair)
+
+
 @pytest.mark.parametrize(
     ("lengths", "changes", "message"),
     [
@@ -69,9 +83,9 @@ def test_an_index_of_megatrons_own_and_of_others_is_read(pair: Path) -> None:
         ([45, 45], {"pointers": [0, 10**12]}, "do not fit each other"),
         ([45, 45], {"pointers": [0, -90]}, "do not fit each other"),
         ([45, 45], {"pointers": [0, 0]}, "do not fit each other"),
-        ([45, 45], {"ends": [0, 2, 1]}, "do not rise"),
-        ([45, 45], {"ends": [0, 1, 3]}, "do not rise"),
-        ([45, 45], {"ends": [-5, 1, 2]}, "do not rise"),
+        ([45, 45], {"ends": [0, 2, 1]}, UNORDERED),
+        ([45, 45], {"ends": [0, 1, 3]}, UNORDERED),
+        ([45, 45], {"ends": [-5, 1, 2]}, UNORDERED),
         ([90], {"code": 7}, "not of an integer type"),
         ([90], {"code": 0}, "not of an integer type"),
         ([90], {"code": 5}, "do not fit each other|counts"),
@@ -123,7 +137,7 @@ def test_a_corpus_in_the_place_of_another_is_found(tokenizer: Path, lines: Calla
         check_content(tmp_path / "a", made.content)
         for sources, valid in (([other], held_out), ([source], [other])):  # valid in itself, at the same path
             prepare(sources, tokenizer, tmp_path / "a", validation=valid)
-            with pytest.raises(DataError, match=r"a is not the corpus that this run prepared"):
+            with pytest.raises(DataError, match=r"a is not the corpus that this run prepared\. Prepare it again\."):
                 check_content(tmp_path / "a", made.content)
 
 
@@ -200,6 +214,12 @@ def arrays(ran: Path) -> dict[str, bytes]:
     }
 
 
+REASONS = {
+    "a later version": r"is not an array: its format version is \(2, 0\)",
+    "floats": r"is not a whole array of integers: \(3,\) of float64 in 24 bytes",
+}
+
+
 @pytest.mark.parametrize("kind", arrays(Path()))
 @pytest.mark.parametrize("which", ["document", "shuffle"])
 def test_no_foreign_array_reaches_megatron(kind: str, which: str, pair: Path, tmp_path: Path) -> None:
@@ -210,7 +230,8 @@ def test_no_foreign_array_reaches_megatron(kind: str, which: str, pair: Path, tm
     file.write_bytes(content)
     sums = file.parent / "checksums.json"
     write_checksums(sums, [each for each in file.parent.iterdir() if each != sums])
-    with pytest.raises(DataError, match=rf"{file.name} is not .*Remove the folder .*cache") as caught:
+    reason = REASONS.get(kind, "is not (a whole array of integers|an array): .*")
+    with pytest.raises(DataError, match=rf"{file.name} {reason}\. Remove the folder .*cache.*the next run") as caught:
         opened(pair)
     assert "pickle" not in str(caught.value)  # numpy advises to allow pickles
     assert not (tmp_path / "ran").exists() and before != content

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import textwrap
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import pytest
+
+from minitron_megatron import data
+from minitron_megatron.data import encode
+from minitron_megatron.errors import DataError
 from tests.limits import HANGS
 
 ENDLESS = """
@@ -32,3 +39,20 @@ def test_they_import_no_torch_and_end_with_a_process_that_is_killed(tokenizer: P
         assert parent.stdout.readline() == "[(array([1, 2, 0], dtype=uint16),)] set()\n"
         parent.kill()
         parent.communicate(timeout=HANGS)  # returns once no process holds its output open
+
+
+def test_a_name_that_the_package_lacks_is_named() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'minitron_megatron\.data' has no attribute 'nothing'$"):
+        data.nothing
+
+
+def test_a_process_that_is_killed_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(contextlib.nullcontext):
+        def submit(self, *_: object) -> None:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", lambda *_: Broken(Broken()))
+    with pytest.raises(
+        DataError, match=r"^A tokenizer process was killed, perhaps for lack of memory\. Use fewer `workers`\.$"
+    ):
+        list(encode.encode_all([["w1"]], list, workers=2))

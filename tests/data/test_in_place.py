@@ -140,8 +140,16 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "a type that is too small": ([[[5, 7, 0]]], {"dtype": np.uint8}, "holds tokens of type uint8, .* 3,001 entries"),
     "floats": ([[[5, 7, 0]]], {"dtype": np.float32}, "not of an integer type"),
-    "a share of nothing": ([[[5, 7, 0]]], {"validation": 1e-9}, "`validation` 1e-09 leaves no document for the valid"),
-    "no share": ([[[5, 7, 0]]], {"validation": 1.5}, "`validation` 1.5 is not a fraction"),
+    "a share of nothing": (
+        [[[5, 7, 0]]],
+        {"validation": 1e-9},
+        r"`validation` 1e-09 leaves no document for the valid split of .*\. Set a larger fraction, or name another",
+    ),
+    "no share": (
+        [[[5, 7, 0]]],
+        {"validation": 1.5},
+        r"`validation` 1\.5 is not a fraction of the documents\. Give 0, a",
+    ),
 }
 
 
@@ -162,6 +170,9 @@ def test_a_pair_is_a_source_of_its_own(build: Build, tokenizer: Path, tmp_path: 
             prepare(sources, tokenizer, tmp_path / "out", validation=held_out)  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"mixes a tokenized corpus"):
         prepare([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", validation=[pair])
+    with pytest.raises(DataError) as caught:
+        prepare([pair], tokenizer, tmp_path / "out", validation=0, chat="all")
+    assert str(caught.value) == f"{pair} is tokenized and holds no chats. Set the format of the source to text."
     assert places([pair]) == [Path(f"{pair}.idx"), Path(f"{pair}.bin")]
     assert most_bytes([pair]) == Path(f"{pair}.bin").stat().st_size
     Path(f"{pair}.bin").write_bytes(b"")

@@ -50,7 +50,10 @@ def test_the_end_of_a_conversation_is_part_of_the_response(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, "a.jsonl:1 has no rejected; it holds the keys 'prompt', 'chosen'"),
+        (
+            {"prompt": "a", "chosen": "b"},
+            r"a\.jsonl:1 has no rejected; it holds the keys 'prompt', 'chosen'\. A pair needs both\.",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "has the same response as chosen and as rejected"),
         ({"chosen": [USER, ANSWER], "rejected": [OTHER]}, "one response to the same prompt"),
         ({"chosen": "b", "rejected": "c"}, "one response to the same prompt"),
@@ -76,3 +79,28 @@ def test_a_template_without_an_assistants_turn_is_refused(tmp_path: Path) -> Non
         DataError, match=r"a\.jsonl:1 cannot be tokenized: the chat template writes nothing for the assi"
     ):
         list(preference_pairs([file], folder))
+
+
+OPENS_WITH_THE_ANSWER = (
+    "{{ messages[-1].content }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+LEAVES_THE_ANSWER_OUT = (
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (OPENS_WITH_THE_ANSWER, "its prompt has other tokens before the rejected response. Correct the template."),
+        (LEAVES_THE_ANSWER_OUT, "its response has no tokens of its own. Correct the record, or the template."),
+    ],
+)
+def test_a_pair_that_its_template_cannot_part_is_refused(template: str, said: str, tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "model", template, "<|endoftext|>")
+    file = write(tmp_path / "a.jsonl", {"prompt": [USER, ANSWER, USER], "chosen": "b", "rejected": "c"})
+    with pytest.raises(DataError) as caught:
+        list(preference_pairs([file], folder))
+    assert str(caught.value) == f"{file}:1 cannot be tokenized: {said}"

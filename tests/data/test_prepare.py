@@ -127,7 +127,7 @@ def test_a_failed_run_leaves_what_was_there(tokenizer: Path, lines: Lines, tmp_p
     good, bad = lines("g.jsonl", '{"text": "w1"}'), lines("b.jsonl", '{"text": "w2"}', '{"text": "w3"')
     prepare([good], tokenizer, tmp_path / "out" / "a", validation=0)
     before = snapshot(tmp_path / "out")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"b\.jsonl:2 is not valid JSON: "):
         prepare([bad], tokenizer, tmp_path / "out" / "a", validation=0)
     assert snapshot(tmp_path / "out") == before
 
@@ -159,7 +159,7 @@ def test_a_run_killed_while_publishing_leaves_no_pair_of_two_runs(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "in.jsonl holds no documents"),
+        ("", "in.jsonl holds no documents. Remove it, or fill it."),
         ('{"text": "  "}\n\n', "in.jsonl holds no documents"),
         ('{"text": "w1"}\n{"text": \n', "in.jsonl:2 is not valid JSON"),
         ('{"body": "w1", "id": 3}\n', "in.jsonl:1 has no text under the key 'text'; it holds the keys 'body', 'id'"),
@@ -187,7 +187,7 @@ def test_bad_lines_are_named(content: str, message: str, tokenizer: Path, tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.txt", None, "There is no file or folder"),
+        ("missing.txt", None, r"^There is no file or folder .*missing\.txt\. Correct its path\.$"),
         ("table.csv", b"a,b", "neither .jsonl nor "),
         ("latin.txt", b"w1\r\ncaf\xe9", "latin.txt:2 is not UTF-8: .* at byte 3 of the line"),
         ("latin.jsonl", b'{"text": "caf\xe9"}', "latin.jsonl:1 is not UTF-8: .* at byte 13 of the line"),
@@ -208,9 +208,12 @@ def test_bad_files_are_named(name: str, content: bytes | None, message: str, tok
 
 def test_a_share_that_leaves_a_split_empty_is_refused(tokenizer: Path, lines: Lines, tmp_path: Path) -> None:
     source = lines("a.jsonl", '{"text": "w1"}', '{"text": "w2"}')
-    with pytest.raises(DataError, match="`validation` 1e-09 leaves no document for the valid split of 2"):
+    none_left = r"^`validation` 1e-09 leaves no document for the valid split of 2 documents\. Set a larger fraction, or"
+    with pytest.raises(DataError, match=none_left):
         prepare([source], tokenizer, tmp_path / "a", validation=1e-9)
-    with pytest.raises(DataError, match=r"`validation` 1\.5 is not a fraction"):
+    with pytest.raises(
+        DataError, match=r"^`validation` 1\.5 is not a fraction of the documents\. Give 0, a number below 1, or"
+    ):
         prepare([source], tokenizer, tmp_path / "a", validation=1.5)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from minitron_megatron.data import read_prompts
+from minitron_megatron.data import PromptRecord, chat_codec, read_prompts
 from minitron_megatron.errors import DataError
+from tests.chats import write_tokenizer
 
 ROWS = [
     {"prompt": "a", "answer": 3, "responses": ["b", "c"], "rewards": [1.0, 2.0]},
@@ -40,3 +41,30 @@ def test_a_date_in_a_table_is_named(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"row 0 holds a value that JSON does not have: .*date"):
         list(read_prompts([tmp_path / "a.parquet"]))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ '' }}", "in.jsonl:1 becomes no tokens. Correct the record, or the chat template."),
+        (
+            "{{ raise_exception('No.') }}",
+            "in.jsonl:1 cannot be tokenized: the chat template cannot be applied: No. Correct the record, or the "
+            "template.",
+        ),
+    ],
+)
+def test_a_prompt_without_tokens_is_named(template: str, said: str, tmp_path: Path) -> None:
+    codec = chat_codec(write_tokenizer(tmp_path, template, "<|endoftext|>"))
+    with pytest.raises(DataError) as caught:
+        codec.prompt(PromptRecord({"prompt": [turn("user", "a")]}, "in.jsonl:1"))
+    assert str(caught.value) == said
+
+
+def test_an_answer_that_the_template_refuses_is_named(tmp_path: Path) -> None:
+    codec = chat_codec(write_tokenizer(tmp_path, "{{ raise_exception('No.') }}", "<|endoftext|>"))
+    with pytest.raises(DataError) as caught:
+        codec.answered({"prompt": [turn("user", "a")]}, "b")
+    assert str(caught.value) == (
+        "an answer cannot be tokenized: the chat template cannot be applied: No. Correct the record, or the template."
+    )

@@ -142,14 +142,16 @@ def test_a_tokenizer_that_is_torn_huge_empty_or_no_file_is_refused(copy: Path, m
         load_tokenizer(copy)
     file.write_bytes(whole)
     monkeypatch.setattr("minitron_megatron.data.tokenizer.MOST_BYTES", 1000)
-    with pytest.raises(DataError, match=r"tokenizer.json has [\d,]+ bytes, too many for a tokenizer"):
+    with pytest.raises(
+        DataError, match=r"tokenizer\.json has [\d,]+ bytes, too many for a tokenizer\. Put the model's"
+    ):
         load_tokenizer(copy)
     Tokenizer(models.BPE()).save(str(file))
     with pytest.raises(DataError, match="has no entries"):
         load_tokenizer(copy)
     file.unlink()
     file.mkdir()
-    with pytest.raises(DataError, match=r"tokenizer.json is not a file"):
+    with pytest.raises(DataError, match=r"tokenizer\.json is not a file\. Put the model's tokenizer\.json there\."):
         load_tokenizer(copy)
 
 
@@ -159,7 +161,9 @@ def test_a_text_that_the_tokenizer_cannot_take_is_named(copy: Path, tmp_path: Pa
     made.save(str(copy / "tokenizer.json"))
     (tmp_path / "a.jsonl").write_text('{"text": "w1"}\n\n{"text": "w1 w2"}\n')
     for workers in (1, 2):
-        with pytest.raises(DataError, match=r"a\.jsonl:3 cannot be tokenized: .*UNK"):
+        with pytest.raises(
+            DataError, match=r"a\.jsonl:3 cannot be tokenized: .*UNK.*\. Correct the text, or the model's tokenizer\."
+        ):
             prepare([tmp_path / "a.jsonl"], copy, tmp_path / "a", validation=0, workers=workers)
 
 
@@ -240,7 +244,9 @@ def test_the_packages_that_a_sentencepiece_model_needs_are_named(
     lacks: str, pieces: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, lacks, None)
-    with pytest.raises(DataError, match=r"tokenizer.model .*sentencepiece and protobuf.*pip install") as caught:
+    with pytest.raises(
+        DataError, match=r"tokenizer\.model .*sentencepiece and protobuf: .*\. Install both \(pip"
+    ) as caught:
         load_tokenizer(pieces)
     assert "tiktoken" not in str(caught.value)
 
@@ -251,7 +257,9 @@ def test_a_torn_sentencepiece_model_is_named(damage: str, pieces: Path, tmp_path
     whole = (folder / "tokenizer.model").read_bytes()
     content = {"torn": whole[: len(whole) // 2], "empty": b"", "foreign": b"\x80\x04garbage"}[damage]
     (folder / "tokenizer.model").write_bytes(content)
-    with pytest.raises(DataError, match=r"tokenizer.model is damaged or not a sentencepiece model"):
+    with pytest.raises(
+        DataError, match=r"tokenizer.model is damaged or not a sentencepiece model\. Copy the model's file again"
+    ):
         load_tokenizer(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from minitron_megatron.data import Batch, Corpus, step_batches
 from minitron_megatron.data.chat_encode import COUNTS, LAST, MARK
 from minitron_megatron.data.token_writer import pair_writers
 from minitron_megatron.distill import ContinuousObjective, KDObjective, StateLoss, StatePairs
+from minitron_megatron.distill.states import StateTap, _module
+from minitron_megatron.errors import RecipeError
 from minitron_megatron.losses import KDLoss
 from minitron_megatron.model import Recompute
 from minitron_megatron.parallel import Topology, sum_over_world
@@ -370,3 +373,18 @@ def test_the_map_resumes_to_the_bit(pool: Pool, checkpoints: dict[str, Path], tm
         if name == "same":
             assert [(s["loss"], s["alpha"]) for s in curve] == [(s["loss"], s["alpha"]) for s in whole[0][2:]]
             assert torch.equal(maps[0], whole[1][0]) and weights == whole[2]
+
+
+@pytest.mark.parametrize("kind", ["mlp_inputs", "outputs"])
+def test_a_fused_norm_says_how_to_build_the_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = {name: torch.nn.Identity() for name in ("pre_mlp_layernorm", "input_layernorm")}
+    layers = [SimpleNamespace(layer_number=number, **norms) for number in range(1, SHAPE.layers + 1)]
+    chunk: Any = SimpleNamespace(decoder=SimpleNamespace(layers=layers), shape=SHAPE)
+    monkeypatch.setitem(_module.__globals__, "shape_of", lambda chunk: chunk.shape)
+    with pytest.raises(RecipeError) as caught:
+        _module(chunk, StateTap(kind, 1))
+    at = 1 if kind == "mlp_inputs" else 2
+    assert str(caught.value) == (
+        f"the norm before layer {at} is fused into the linear layer after it, so its output cannot be read. Build the "
+        "model with mcore's local layer spec."
+    )

@@ -19,7 +19,7 @@ from minitron_megatron.errors import DataError, FileError, MinitronError, Recipe
 from minitron_megatron.evaluate import CHAT_TASKS, SUITES, Judge, Task, check_tasks, run_tasks, scores_of
 from minitron_megatron.evaluate.chat.bfcl import BFCL
 from minitron_megatron.evaluate.chat.chatrag import CHATRAG, NO_ANSWER
-from minitron_megatron.evaluate.chat.task import Answered
+from minitron_megatron.evaluate.chat.task import Answered, read_records, the_file
 from minitron_megatron.evaluate.harness import HarnessMethods
 from minitron_megatron.events import silent
 from minitron_megatron.layout import Shape
@@ -209,17 +209,47 @@ def test_chatrag_is_graded_as_its_authors_do(files: Path) -> None:
         assert graded(CHATRAG, files / "chatrag", {"convfinqa": answer})["convfinqa"] == right
 
 
+ONE_ANSWER = r"has no examples and one answer a question\. Remove its shots and answers\."
+
+
 @pytest.mark.parametrize(
     ("task", "error", "says"),
     [
-        (Task("bfcl_v2_live", 3), RecipeError, "task bfcl_v2_live has no examples"),
-        (Task("mt_bench", answers=2), RecipeError, "one answer a question"),
+        (Task("bfcl_v2_live", 3), RecipeError, f"task bfcl_v2_live {ONE_ANSWER}"),
+        (Task("mt_bench", answers=2), RecipeError, f"task mt_bench {ONE_ANSWER}"),
         (Task("chatrag", metric="scores"), RecipeError, r"no metric scores\. Did you mean 'score'"),
     ],
 )
 def test_settings_that_a_task_lacks_are_refused(files: Path, task: Task, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         check_tasks([task], files)
+
+
+def test_a_task_without_its_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        check_tasks([Task("mt_bench")], tmp_path)
+    assert str(caught.value) == (f"{tmp_path}/mt_bench is not a folder. Put the files of the task mt_bench there.")
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["a.jsonl", "b.jsonl"], "{folder} has both a.jsonl and b.jsonl. Remove one of them."),
+        ([], "{folder} has no a.jsonl. Copy it from FastChat."),
+    ],
+)
+def test_the_one_file_of_a_task_is_found(files: list[str], said: str, tmp_path: Path) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    with pytest.raises(DataError) as caught:
+        the_file(tmp_path, "*.jsonl", "a.jsonl", "FastChat")
+    assert str(caught.value) == said.format(folder=tmp_path)
+
+
+def test_a_list_without_questions_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(DataError, match=rf"^{tmp_path}/a\.json holds no questions\. Write one JSON object per line\.$"):
+        read_records(tmp_path / "a.json", dict)
 
 
 def test_tasks_are_checked_before_they_run(model: Path, files: Path, tmp_path: Path) -> None:
@@ -234,7 +264,9 @@ def test_tasks_are_checked_before_they_run(model: Path, files: Path, tmp_path: P
         check_tasks(TASKS, files, tokenizer=other)
     refusal = "{{ raise_exception('no system role') if messages[0].role == 'system' }}"
     (other / "chat_template.jinja").write_text(refusal)
-    with pytest.raises(DataError, match=r"chat template fails on a conversation: no system role"):
+    with pytest.raises(
+        DataError, match=r"chat template fails on a conversation: no system role\. Leave out this task, or"
+    ):
         check_tasks([Task("chatrag")], files, tokenizer=other)
     (other / "chat_template.jinja").unlink()
     with pytest.raises(RecipeError, match="task mt_bench needs a chat template"):
@@ -252,9 +284,12 @@ def test_tasks_are_checked_before_they_run(model: Path, files: Path, tmp_path: P
 
 def change(path: Path, **keys: Any) -> None:
     """Change the first record of a file; remove the keys that are None."""
-    first, *rest = path.read_text().splitlines()
+    first, *rest = path.read_text().removeprefix("[").removesuffix("]").splitlines()
     row = json.loads(first) | keys
     write(path, [{key: value for key, value in row.items() if value is not None}, *map(json.loads, rest)])
+
+
+TWO_TURNS = r"live_simple\.json, question live_simple_0-0-0 has 2 turns, but live questions have one\. Correct it\."
 
 
 @pytest.mark.parametrize(
@@ -263,8 +298,13 @@ def change(path: Path, **keys: Any) -> None:
         ("bfcl_v2_live", "BFCL_v3_live_simple.json", None, "has no file of live_simple, such as"),
         ("bfcl_v2_live", "possible_answer/BFCL_v3_live_multiple.json", None, "has no possible_answer/BFCL_v3_live_mul"),
         ("bfcl_v2_live", "BFCL_v3_live_relevance.json", {"function": None}, "record 1 .* function"),
-        ("bfcl_v2_live", "BFCL_v3_live_simple.json", {"id": "x"}, "question x has no true calls"),
-        ("bfcl_v2_live", "BFCL_v3_live_simple.json", {"question": [[], []]}, "has 2 turns"),
+        (
+            "bfcl_v2_live",
+            "BFCL_v3_live_simple.json",
+            {"id": "x"},
+            r"question x has no true calls of its functions\. Correct its",
+        ),
+        ("bfcl_v2_live", "BFCL_v3_live_simple.json", {"question": [[], []]}, TWO_TURNS),
         (
             "bfcl_v2_live",
             "BFCL_v3_live_simple.json",
@@ -280,6 +320,12 @@ def change(path: Path, **keys: Any) -> None:
         ),
         ("mt_bench", "question.jsonl", {"turns": "one"}, "record 1 .* turns"),
         ("chatrag", "coqa/dev.json", None, r"has no coqa/dev\.json"),
+        (
+            "chatrag",
+            "coqa/dev.json",
+            {"messages": [{"role": "assistant", "content": "Ann."}]},
+            r"coqa/dev\.json, record 1 does not end with a question of the user\. Correct its messages\.",
+        ),
     ],
 )
 def test_files_that_are_missing_or_wrong_are_named(

@@ -14,7 +14,7 @@ from minitron_megatron.errors import DataError, MinitronError, RecipeError
 from minitron_megatron.evaluate import Task, check_tasks
 from minitron_megatron.evaluate.messages import quiet, warn
 from minitron_megatron.evaluate.shots import check_shots
-from minitron_megatron.evaluate.tasks import _configured, _leaves
+from minitron_megatron.evaluate.tasks import _configured, _leaves, _registered
 from tests.evaluate.test_tasks import model, write_lines
 
 __all__ = ["model"]
@@ -45,7 +45,11 @@ def written(root: Path, **splits: list[dict[str, Any]]) -> Path:
     ("splits", "task", "message"),
     [
         ({"arc_challenge__test": ARC}, Task("arc_challenge", 3), r"arc_challenge/train\.jsonl is missing"),
-        ({"arc_easy__test": ARC, "arc_easy__validation": ARC}, Task("arc_easy", 1), r"train\.jsonl is missing.*set sh"),
+        (
+            {"arc_easy__test": ARC, "arc_easy__validation": ARC},
+            Task("arc_easy", 1),
+            r"train\.jsonl is missing.*Add it, or set sh",
+        ),
         ({"arc_easy__train": ARC}, Task("arc_easy", 0), r"arc_easy/test\.jsonl is missing: task arc_easy is scored"),
         ({"mmlu_anatomy__test": MMLU}, Task("mmlu_anatomy", 3), r"mmlu_anatomy/dev\.jsonl is missing"),
         ({"gsm8k__test": GSM}, Task("gsm8k", 3), r"gsm8k/train\.jsonl is missing"),
@@ -53,8 +57,16 @@ def written(root: Path, **splits: list[dict[str, Any]]) -> Path:
         ({"winogrande__validation": WINO}, Task("winogrande", 2), r"winogrande/train\.jsonl is missing"),
         ({"hellaswag__validation": SWAG}, Task("hellaswag", 2), r"hellaswag/train\.jsonl is missing"),
         ({"triviaqa__validation": TRIVIA}, Task("triviaqa", 1), r"triviaqa/train\.jsonl is missing"),
-        ({"winogrande__train": WINO[:2], "winogrande__validation": WINO[2:]}, Task("winogrande", 2), "needs 3"),
-        ({"gsm8k__train": GSM[:2], "gsm8k__test": GSM[2:]}, Task("gsm8k", 3), r"holds 2 examples.*needs 3"),
+        (
+            {"winogrande__train": WINO[:2], "winogrande__validation": WINO[2:]},
+            Task("winogrande", 2),
+            r"train\.jsonl holds 2 examples, but task winogrande needs 3 with 2 shots\. Add more, or use fewer shots\.",
+        ),
+        (
+            {"gsm8k__train": GSM[:2], "gsm8k__test": GSM[2:]},
+            Task("gsm8k", 3),
+            r"holds 2 examples, but task gsm8k needs 3 with 3 shots\. Add more",
+        ),
         ({"gsm8k__train": GSM, "gsm8k__test": GSM}, Task("gsm8k", 3), r"holds all scored questions of test\.jsonl"),
         ({"gsm8k__train": GSM, "gsm8k__test": GSM[:3]}, Task("gsm8k", 3), r"holds all scored questions of test\.jsonl"),
         (
@@ -88,29 +100,38 @@ def test_examples_that_are_there_are_fine(tmp_path: Path, model: Path) -> None:
     assert _configured(tasks[-1], "wikitext", files)["num_fewshot"] == 0, "a page has no prompt to put examples into"
 
 
+SHOWS_THE_ANSWERS = (
+    "task t has no examples besides the scored questions, so examples would show the answers. Set its shots to 0."
+)
+
+
 @pytest.mark.parametrize(
-    ("config", "fine"),
+    ("config", "said"),
     [
-        ({"test_split": "test", "fewshot_split": "test"}, True),  # the harness leaves out the question itself
-        ({"test_split": "test", "fewshot_split": "dev"}, True),
-        ({"test_split": "test", "fewshot_config": {"split": "dev"}, "fewshot_split": "test"}, True),
-        ({"validation_split": "val", "fewshot_split": "val"}, False),
-        ({"validation_split": "val", "fewshot_config": {"split": "val"}}, False),
-        ({"validation_split": "val", "training_split": "train"}, True),
-        ({"validation_split": "val"}, False),
-        ({"test_split": "test"}, False),
-        ({"test_split": "test", "validation_split": "val"}, True),
-        ({"test_split": "test", "fewshot_config": {"samples": [1, 2]}}, True),
-        ({"test_split": "test", "fewshot_config": {"samples": [1]}}, False),
-        ({"training_split": "train"}, False),
+        ({"test_split": "test", "fewshot_split": "test"}, ""),  # the harness leaves out the question itself
+        ({"test_split": "test", "fewshot_split": "dev"}, ""),
+        ({"test_split": "test", "fewshot_config": {"split": "dev"}, "fewshot_split": "test"}, ""),
+        ({"validation_split": "val", "training_split": "train"}, ""),
+        ({"test_split": "test", "validation_split": "val"}, ""),
+        ({"test_split": "test", "fewshot_config": {"samples": [1, 2]}}, ""),
+        ({"validation_split": "val", "fewshot_split": "val"}, SHOWS_THE_ANSWERS),
+        ({"validation_split": "val", "fewshot_config": {"split": "val"}}, SHOWS_THE_ANSWERS),
+        ({"validation_split": "val"}, SHOWS_THE_ANSWERS),
+        ({"test_split": "test"}, SHOWS_THE_ANSWERS),
+        (
+            {"test_split": "test", "fewshot_config": {"samples": [1]}},
+            "task t has 1 example, fewer than its shots (2). Use fewer shots.",
+        ),
+        ({"training_split": "train"}, "task t names no split to score. Leave it out."),
     ],
 )
-def test_where_examples_come_from(config: dict[str, Any], fine: bool) -> None:
-    if fine:
+def test_where_examples_come_from(config: dict[str, Any], said: str) -> None:
+    if not said:
         check_shots("t", config | {"num_fewshot": 2})
     else:
-        with pytest.raises(RecipeError):
+        with pytest.raises(RecipeError) as caught:
             check_shots("t", config | {"num_fewshot": 2})
+        assert str(caught.value) == said
 
 
 @pytest.mark.parametrize(
@@ -125,8 +146,8 @@ def test_where_examples_come_from(config: dict[str, Any], fine: bool) -> None:
         (Task("humaneval", 0, "pass@1"), r"no metric pass@1\. Did you mean 'pass_at_1'"),
         (Task("glue", 0), r"tasks of glue have different first metrics"),
         (Task("glue", 0, "acc"), r"task cola has no metric acc"),
-        (Task("arc_easi", 0), r"no task arc_easi\. Did you mean 'arc_easy'"),
-        (Task("t0_eval", 0), r"t0_eval defines a task of its own"),
+        (Task("arc_easi", 0), r"^there is no task arc_easi\. Did you mean 'arc_easy'\? Correct its name, or leave"),
+        (Task("t0_eval", 0), r"t0_eval defines a task of its own, .*, which is not supported\. Name other tasks\."),
     ],
 )
 def test_an_unknown_metric_or_task_is_known_before(task: Task, message: str) -> None:
@@ -134,19 +155,34 @@ def test_an_unknown_metric_or_task_is_known_before(task: Task, message: str) -> 
         check_tasks([task], None, run_code=True)
 
 
+def test_a_task_that_the_harness_cannot_load_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr("lm_eval.tasks._yaml_loader.load_yaml", fails)
+    with pytest.raises(RecipeError) as caught:
+        _registered("arc_easy", False)
+    assert str(caught.value) == "task arc_easy cannot be loaded by the harness: no network. Leave it out."
+
+
 def test_known_metrics_are_fine_and_groups_keep_what_they_say() -> None:
     check_tasks([Task("gsm8k", 0, "exact_match,flexible-extract"), Task("arc_easy", 0, "acc_norm,none")], None)
     check_tasks([Task("mmlu_stem", 5, "acc")], None)
     assert _leaves("openllm")["hellaswag"] == {"fewshot_split": "train", "num_fewshot": 10}
-    with pytest.raises(RecipeError, match="mmlu_anatomy is listed twice"):
+    with pytest.raises(
+        RecipeError, match=r"^task mmlu_anatomy is listed twice, but results hold each task once\. Remove one\."
+    ):
         check_tasks([Task("mmlu_anatomy", 0), Task("mmlu_stem", 5, "acc")], None)
 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "empty": (b"\n \n", r"test\.jsonl holds no questions"),
-    "latin": (b'{"question": "a"}\n{"question": "\xe9"}', r"test\.jsonl, line 2 is not UTF-8"),
+    "empty": (b"\n \n", r"test\.jsonl holds no questions\. Write one JSON object per line\."),
+    "latin": (
+        b'{"question": "a"}\n{"question": "\xe9"}',
+        r"test\.jsonl, line 2 is not UTF-8\. Save the file as UTF-8\.",
+    ),
     "torn": (b'{"question": "a"', r"line 1 is not JSON"),
-    "list": (b"[1]", r"line 1 is not a JSON object"),
+    "list": (b"[1]", r"test\.jsonl, line 1 is not a JSON object with the fields of a question\. Correct it\."),
     "null": (b"null", r"line 1 is not a JSON object"),
     "nan": (b'{"question": NaN, "answer": "x"}', r"line 1 is not JSON: question is nan"),
     "deep": (b'{"question": ' + b"[" * 100_000, r"line 1 is nested too deeply"),
@@ -205,7 +241,11 @@ def tokenizer_with(model: Path, folder: Path, template: str | None, **config: An
 @pytest.mark.parametrize("template", [None, "{% for m in", "{{ raise_exception('no') }}", "{{ messages[0].x.y }}"])
 def test_chat_needs_a_template_that_works(model: Path, tmp_path: Path, template: str | None) -> None:
     folder = tokenizer_with(model, tmp_path, template)
-    with pytest.raises(MinitronError, match="chat template"):
+    said = (
+        rf"^`chat` needs a chat template, but the tokenizer in {folder} has no working one: .+\. Leave out "
+        rf"`chat`, or put a template into chat_template\.jinja there\.$"
+    )
+    with pytest.raises(MinitronError, match=said):
         check_tasks([Task("gsm8k", 0)], None, tokenizer=folder, chat=True)
 
 

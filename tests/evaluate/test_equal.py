@@ -186,12 +186,16 @@ def test_several_ends_at_other_layouts(pool: Pool, base: Path, tmp_path: Path, l
 @pytest.mark.parametrize(
     ("settings", "request_", "message"),
     [
-        ({}, PAIRS[10], r"a prompt of \d+ tokens is longer .* `truncate`"),
+        ({}, PAIRS[10], r"a prompt of \d+ tokens is longer .*\. Use fewer shots, or set `truncate` to drop"),
         ({}, ("loglikelihood", ("a", "")), "the answer '' adds no tokens"),
         ({}, ("loglikelihood", ("", "")), "the answer '' adds no tokens"),
-        ({}, ("loglikelihood", ("a", "b" * 50)), "continuation of 50 tokens is longer than the model's context of 48"),
+        (
+            {},
+            ("loglikelihood", ("a", "b" * 50)),
+            r"^a continuation of 50 tokens is longer than the model's context of 48\. Leave the task out, or",
+        ),
         ({}, ("loglikelihood", ("a", 3)), "an answer is 3, not a string"),
-        ({}, ("generate_until", ("", HOW[0])), "a prompt has no tokens"),
+        ({}, ("generate_until", ("", HOW[0])), r"^a prompt has no tokens, so nothing can be .*\. Leave out its"),
         ({}, ("generate_until", ("a", {"max_gen_toks": 48})), "leaves no room for prompts"),
         ({}, ("generate_until", ("a", {"max_gen_toks": 4, "stop": "x"})), "hold stop, which"),
         ({"num_beams": 4}, ("generate_until", ("a", HOW[0])), "sets num_beams to 4, which is not supported"),

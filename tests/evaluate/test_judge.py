@@ -113,9 +113,21 @@ def test_what_may_pass_is_tried_again(stub: Stub, first: Response) -> None:
 )
 def test_what_cannot_pass_is_one_message_without_the_key(stub: Stub, response: Response, says: str) -> None:
     stub.responses.append(response)
-    with pytest.raises(RecipeError, match=f"refuses a request: {says}") as found:
+    with pytest.raises(
+        RecipeError, match=rf"refuses a request: {says}.*\. Check `judge`, and its API key in the env"
+    ) as found:
         ask(stub)
     assert len(stub.requests) == 1 and KEY not in str(found.value)
+
+
+def test_a_response_without_text_is_one_message(stub: Stub) -> None:
+    stub.responses.extend([(200, b'{"choices": [{"message": {"content": null}}]}')] * module.ATTEMPTS)
+    with pytest.raises(DataError) as found:
+        ask(stub)
+    assert str(found.value) == (
+        f"the judge at {stub.judge.url} gave no response in 6 attempts: its response has no text. Run the same command "
+        "again when it works: its ratings so far are kept."
+    )
 
 
 def test_a_judge_that_stays_broken_or_away_is_one_message(stub: Stub) -> None:
@@ -139,7 +151,9 @@ def test_settings_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="JUDGE_KEY, which `key_env` names, is not set"):
         Judge("http://host/v1", "gpt", "JUDGE_KEY").key()
     monkeypatch.setenv("JUDGE_KEY", "secret\nkey")
-    with pytest.raises(RecipeError, match="holds spaces or other characters") as found:
+    with pytest.raises(
+        RecipeError, match=r"which `key_env` names, holds spaces or other characters that no API key has\. Export"
+    ) as found:
         Judge("http://host/v1", "gpt", "JUDGE_KEY").key()
     assert "secret" not in str(found.value)
     assert Judge("http://host/v1", "gpt").key() is None
@@ -187,7 +201,9 @@ def test_a_rating_is_read(stub: Stub, folder: Path, text: str, rating: float | N
 
 def test_no_rating_at_all_is_an_error(stub: Stub, folder: Path) -> None:
     stub.responses.extend([said("Fine.")] * 4)
-    with pytest.raises(DataError, match=r"no response of the judge gpt holds a rating .*'Fine\.'"):
+    with pytest.raises(
+        DataError, match=r"no response of the judge gpt holds a rating .*'Fine\.'\. Name another model as"
+    ):
         graded(stub, folder)
 
 
@@ -210,8 +226,20 @@ def test_a_judge_that_fails_keeps_answers_and_ratings(stub: Stub, folder: Path) 
     [
         ("judge_prompts.jsonl", None, r"has no judge_prompts\.jsonl\. Copy it from FastChat"),
         ("judge_prompts.jsonl", '{"name": "other", "system_prompt": "", "prompt_template": ""}', "has no single-v1"),
+        (
+            "judge_prompts.jsonl",
+            "".join(
+                json.dumps({"name": name, "system_prompt": "", "prompt_template": "{hint}"}) + "\n"
+                for name in ("single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn")
+            ),
+            r"judge_prompts\.jsonl: single-v1 has the field hint, which MT-Bench lacks\. Copy it from FastChat",
+        ),
         ("reference_answer/gpt-4.jsonl", None, r"has no reference_answer/gpt-4\.jsonl"),
-        ("reference_answer/gpt-4.jsonl", '{"question_id": 81, "choices": []}', "question 111 of MT-Bench has no"),
+        (
+            "reference_answer/gpt-4.jsonl",
+            '{"question_id": 81, "choices": []}',
+            "question 111 of MT-Bench has no reference .* Copy ref",
+        ),
         (
             "question.jsonl",
             '{"question_id": 1, "category": "math", "turns": ["a"]}',

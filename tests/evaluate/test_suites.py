@@ -158,7 +158,9 @@ def test_no_program_runs_unless_the_recipe_says_so(recipe_file: Any, files: Path
     }
     allowed = load_recipe(recipe_file(evaluate={"suite": "base", "samples": 4, "run_code": True}))
     assert allowed.evaluate.wanted() == list(SUITES["base"])
-    with pytest.raises(RecipeError, match=r"task humaneval runs programs .* Set `run_code`"):
+    with pytest.raises(
+        RecipeError, match=r"task humaneval runs programs that a model wrote, .*\. Set `run_code` if this is accept"
+    ):
         check_tasks([Task("humaneval", 0)], files)
     check_tasks([Task("humaneval", 0)], files, run_code=True)
     with pytest.raises(RecipeError, match=r"task mbpp with examples \(shots: 3\) is not supported"):
@@ -174,7 +176,9 @@ def test_every_task_of_the_suites_is_known(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setitem(sys.modules, "langdetect", None)
     for name in [name for name in sys.modules if name.startswith("lm_eval.tasks.ifeval")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(RecipeError, match=r"task ifeval needs a package .*langdetect.*lm-eval\[ifeval"):
+    with pytest.raises(
+        RecipeError, match=r"^task ifeval needs a package that is not installed: .*langdetect.*lm-eval\[ifeval"
+    ):
         check_tasks([Task("ifeval", 0)], tmp_path)
 
 
@@ -187,5 +191,9 @@ def test_sentences_that_cannot_be_counted_are_an_error_before_anything_runs(
     monkeypatch.setattr(nltk.data, "path", [])
     (tmp_path / "ifeval").mkdir()
     (tmp_path / "ifeval" / "train.jsonl").write_text("{}")
-    with pytest.raises(DataError, match=r"needs NLTK's punkt_tab.*Set NLTK_DATA"):
+    said = (
+        r"^task ifeval needs NLTK's punkt_tab, which was not found and could not be downloaded\. "
+        r"Set NLTK_DATA to a folder that has tokenizers/punkt_tab\.$"
+    )
+    with pytest.raises(DataError, match=said):
         check_tasks([Task("ifeval", 0)], tmp_path)

@@ -19,6 +19,8 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.data import transformers_tokenizer
 from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.evaluate import Predictor, Sampling, Task, check_tasks, run_tasks, scores_of
+from minitron_megatron.evaluate.decoding import decoding
+from minitron_megatron.evaluate.harness import HarnessMethods
 from minitron_megatron.evaluate.messages import quiet
 from minitron_megatron.evaluate.registry import loader
 from minitron_megatron.evaluate.tasks import _configured
@@ -207,6 +209,19 @@ def sampled(
     return [predictor.continuations(prompts, 12, stop=stop, sampling=each) for each in samplings]
 
 
+def test_an_option_that_generate_does_not_know_is_named() -> None:
+    with pytest.raises(DataError) as caught:
+        decoding({}, {"nonsense": 1}, "model")
+    assert str(caught.value) == (
+        "generation_kwargs of a task hold nonsense, which transformers' `generate` does not know. Leave the task out."
+    )
+
+
+def test_a_prompt_that_is_no_text_is_named() -> None:
+    with pytest.raises(DataError, match=r"^a prompt or an answer is 3, not a string\. Correct the task's data\.$"):
+        HarnessMethods._encoded(None, 3, None)  # type: ignore[arg-type]
+
+
 def test_what_is_generated_depends_on_the_seed_and_not_on_the_layout(pool: Pool, model: Path) -> None:
     """The KV cache changes no sample. Sampling from a single candidate is greedy."""
     greedy, drawn = pool.run(sampled, model, (GREEDY, DRAWN), False)[0]
@@ -242,9 +257,11 @@ def test_experts_answer_alike_at_every_layout(pool: Pool, tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_run_is_one_message(pool: Pool, model: Path, files: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no task winogrand\. Did you mean 'winogrande'"):
+    with pytest.raises(RecipeError, match=r"no task winogrand\. Did you mean 'winogrande'\? Correct its name, or"):
         check_tasks([Task("winogrand")], None)
-    with pytest.raises(DataError, match=r"hellaswag has no \.jsonl file"):
+    with pytest.raises(
+        DataError, match=r"/hellaswag has no \.jsonl file\. Add one for each split, such as test\.jsonl\."
+    ):
         check_tasks([Task("hellaswag")], files)
     write_lines(tmp_path / "lambada_openai" / "test.jsonl", [{"text": "a b " * 200 + "end"}])
     long = (Task("lambada_openai"),)

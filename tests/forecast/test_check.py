@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import yaml
 from typer.testing import CliRunner
 
 from minitron_megatron.cli import app
-from minitron_megatron.errors import DataError, MinitronError
+from minitron_megatron.errors import DataError, MinitronError, RecipeError
 from minitron_megatron.files import read_json, write_json
 from minitron_megatron.forecast import estimate
-from minitron_megatron.forecast.check import check, check_corpus, planned
+from minitron_megatron.forecast.check import INDEX_BYTES, _check_index, check, check_corpus, planned
+from minitron_megatron.forecast.check_files import _check_out
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe, starter_recipe
 from minitron_megatron.run import dry_run, run
@@ -37,23 +39,35 @@ WRONG: list[tuple[list[str], str]] = [
     (["distill.global_batch=9"], "distill.global_batch is 9"),
     (["correct.micro_batch=3"], "correct.global_batch"),
     (["score.samples=3"], "score.samples is 3"),
-    (["distill.lr=1e-6"], "distill.lr is 1e-06, below distill.min_lr"),
+    (["distill.lr=1e-6"], "distill.lr is 1e-06, below distill.min_lr, 1e-05. Set distill.min_lr to 1e-06 or less."),
     (["correct.min_lr=1"], "correct.lr is 0.005, below correct.min_lr, 1"),
     (["distill.phases=[{tokens: 1e3, sequence: 16, lr: 1e-7}]"], "distill.phases.0.lr is 1e-07"),
-    (["distill.warmup_steps=6"], "distill.warmup_steps is 6, but training has only 6 steps"),
+    (
+        ["distill.warmup_steps=6"],
+        "distill.warmup_steps is 6, but training has only 6 steps. Set distill.warmup_steps below 6, or raise distill.",
+    ),
     (["correct.warmup_steps=40"], "correct.warmup_steps is 40"),
     (["correct={continuous: true, tokens: 1, warmup_steps: 12}"], "correct.warmup_steps is 12"),
     (["distill.tokens=1e7"], "distill.tokens needs"),
     (["correct.tokens=1e7"], "correct.tokens needs"),
     (["score.samples=100000"], "score.samples needs"),
     (["distill.tokens=1e18", "data.repeat=true"], "index alone takes"),
-    (["data.sequence=65", "correct.warmup_steps=1", "distill.warmup_steps=1"], "a max_position_embeddings of 64"),
+    (
+        ["data.sequence=65", "correct.warmup_steps=1", "distill.warmup_steps=1"],
+        "but the model has a max_position_embeddings of 64. Set data.sequence to 64 or less, or data.beyond_positions",
+    ),
     (["distill.phases=[{tokens: 1e5, sequence: 128}]"], "distill.phases.0.sequence is 128"),
     (["prune.merge=qkvo"], "merge qkvo"),
-    (["prune={hidden: 32, merge: q}"], "the plan cuts no heads"),
+    (
+        ["prune={hidden: 32, merge: q}"],
+        "heads are to be merged, but the plan cuts no heads. Cut heads, or merge nothing.",
+    ),
     (["prune={heads: 2, merge: q}"], "Keep at least half of them"),
-    (["prune={hidden: 47, iterations: 40}"], "prune.iterations is 40"),
-    (["correct.parameters=lora", "correct.lora_rank=49"], "correct.lora_rank is 49"),
+    (["prune={hidden: 47, iterations: 40}"], "prune.iterations is 40, but no axis loses more than 1. Lower it."),
+    (
+        ["correct.parameters=lora", "correct.lora_rank=49"],
+        "correct.lora_rank is 49, but no matrix has a rank above 48. Lower it.",
+    ),
     (["search={hidden: [32], budget: {params: 7e4}, choose: losss}", "prune={}"], "search.choose 'losss'"),
     (["distill.loss.top_k=132"], "distill.loss.top_k is 132"),
     (["search={hidden: [80], budget: {params: 7e4}}", "prune={}"], "tries search.hidden 80"),
@@ -141,7 +155,10 @@ def test_training_text_is_no_held_out_text(recipe_file: Write, material: Path, t
         "another source's": [{"path": tmp_path / "other.jsonl", "validation": corpus}, {"path": corpus}],
     }
     said = json.dumps(sources[kind], default=str)
-    with pytest.raises(MinitronError, match=r"a\.jsonl is both training text and held-out text"):
+    with pytest.raises(
+        MinitronError,
+        match=r"a\.jsonl is both training text and held-out text\. Give other files in data\.sources\[\]\.valid",
+    ):
         dry_run(load_recipe(recipe_file(), [f"data.sources={said}"]))
 
 
@@ -167,8 +184,52 @@ def test_counted_tokens_are_held_against_every_later_budget(recipe_file: Write) 
     repeating = load_recipe(recipe_file(), ["data.repeat=true"])
     with pytest.raises(DataError, match=r"score\.samples needs 16 samples of 16 tokens from 0-corpus"):
         check_corpus(repeating, {"0-corpus": {"tokens": 15 * 16 + 1, "validation_tokens": 17}})
-    with pytest.raises(DataError, match="held-out text of 0-corpus has 16 tokens"):
+    held_out = (
+        r"^the held-out text of 0-corpus has 16 tokens, less than one sample of 16\. Hold out more "
+        r"\(data\.sources\[\]\.validation\), or set a shorter data\.sequence\.$"
+    )
+    with pytest.raises(DataError, match=held_out):
         check_corpus(recipe, {"0-corpus": {"tokens": 48 * 16 + 1, "validation_tokens": 16}})
+
+
+def test_text_that_is_short_or_empty_is_known_before_it_is_read(
+    recipe_file: Write, material: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.jsonl").write_text('{"a": 1}')
+    (tmp_path / "empty.jsonl").touch()
+    for held_out, said in (
+        (
+            "short",
+            "the held-out text of corpus has 8 bytes, less than one sample of 16 tokens. Hold out more, or set a "
+            "shorter data.sequence.",
+        ),
+        ("empty", f"data source {tmp_path}/empty.jsonl is empty. Check data.sources[].validation."),
+    ):
+        source = {"path": str(material / "corpus.jsonl"), "validation": str(tmp_path / f"{held_out}.jsonl")}
+        with pytest.raises(DataError) as caught:
+            dry_run(load_recipe(recipe_file(), [f"data.sources={json.dumps([source])}"]))
+        assert str(caught.value) == said
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(RecipeError) as caught:
+        _check_out(tmp_path / "run", must_be_writable=True)
+    assert str(caught.value) == (
+        f"out is {tmp_path}/run, which cannot be made: {tmp_path} is not writable. Give another path."
+    )
+
+
+def test_an_index_larger_than_the_machines_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**30))
+    phase: Any = SimpleNamespace(steps=10**8, keys=SimpleNamespace(global_batch=10))
+    with pytest.raises(RecipeError) as caught:
+        _check_index("distill", phase)
+    size = f"{10**9 * INDEX_BYTES / 2**30:.3g}"
+    assert str(caught.value) == (
+        f"distill.tokens means 1e+09 samples, whose index alone takes {size} GiB, but this machine has 1 GiB. Lower "
+        "distill.tokens."
+    )
 
 
 def test_a_blend_asks_each_source_for_its_share(recipe_file: Write) -> None:

@@ -113,7 +113,10 @@ def test_parameters_are_the_papers_and_a_rank_holds_them(name: str, tmp_path: Pa
     found = estimate(recipe, gpus=GPUS)
     assert (found.teacher_parameters, found.student_parameters) == (before, after)
     found.expect_to_fit(80)
-    with pytest.raises(TopologyError, match=r"a rank needs .* GiB before activations, but has 2 GiB\. Raise"):
+    with pytest.raises(
+        TopologyError,
+        match=r"a rank needs .* GiB before activations, but has 2 GiB\. Raise parallel\.tp or pp, or save",
+    ):
         found.expect_to_fit(2)
     phase = recipe.distill
     assert phase.global_batch % (GPUS // recipe.parallel.tp) == 0

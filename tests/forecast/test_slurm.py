@@ -67,5 +67,5 @@ def test_no_argument_and_no_name_is_read_by_a_shell(recipe_file: Write, tmp_path
 
 def test_gpus_are_whole_nodes(recipe_file: Write) -> None:
     found = estimate(load_recipe(recipe_file()))
-    with pytest.raises(TopologyError, match="12 GPUs do not fill whole nodes of 8"):
+    with pytest.raises(TopologyError, match=r"^12 GPUs do not fill whole nodes of 8\. Give --gpus 16\.$"):
         slurm_commands(Path("recipe.yaml"), [], replace(found, gpus=12))

@@ -73,10 +73,22 @@ def test_product_binds_closer_than_sum() -> None:
     assert parse("q head_dim + v") == parse("(q head_dim) + v") != parse("q (head_dim + v)")
 
 
-@pytest.mark.parametrize("dim", ["", "q +", "+ q", "(q", "q)", "q ()", "q 3", "q * k", "q, k", "Q", "(q + k"])
-def test_text_outside_the_grammar_is_refused(dim: str) -> None:
-    with pytest.raises(ValueError, match=r"^dim "):
+@pytest.mark.parametrize(
+    ("dim", "said"),
+    [
+        *((dim, "a word is missing") for dim in ("", "q +", "+ q", "q ()")),
+        *((dim, "a bracket is not closed") for dim in ("(q", "(q + k")),
+        ("q)", "')' does not belong here"),
+        ("Q", "'Q' is not a word"),
+        ("q 3", "'3' is not a word"),
+        ("q * k", "'*' is not a word"),
+        ("q, k", "',' is not a word"),
+    ],
+)
+def test_text_outside_the_grammar_is_refused(dim: str, said: str) -> None:
+    with pytest.raises(ValueError) as caught:
         parse(dim)
+    assert str(caught.value) == f"dim {dim!r}: {said}"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

@@ -81,7 +81,10 @@ def test_a_kept_neuron_keeps_its_gate_and_its_up_row() -> None:
 
 @pytest.mark.parametrize("name", ["decoder.layers.3.mlp.linear_fc3.weight", "decoder.layers.x.mlp.linear_fc1.weight"])
 def test_a_parameter_without_a_row_is_an_error_that_names_it(name: str) -> None:
-    with pytest.raises(LayoutError, match=rf"^{name} has no row in the layout table\. Add one"):
+    with pytest.raises(
+        LayoutError,
+        match=rf"^{name} has no row in the layout table\. Add one to layout/table\.py; see docs/layout\.md\.$",
+    ):
         lookup(name)
 
 

@@ -19,7 +19,7 @@ from minitron_megatron.losses import (
     chunk_tokens,
     distill_loss,
 )
-from minitron_megatron.losses.divergences import divergence_named
+from minitron_megatron.losses.divergences import JSD, divergence_named
 from minitron_megatron.losses.shortlist import Shortlist, likeliest
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool, tolerance
@@ -188,7 +188,7 @@ def without_labels(topology: Topology) -> None:
 
 
 def test_cross_entropy_without_labels_is_refused(pool: Pool) -> None:
-    with pytest.raises(RecipeError, match="was given no labels"):
+    with pytest.raises(RecipeError, match=r"^ce_weight is .*, but the loss was given no labels\. Pass labels\."):
         pool.run(without_labels)
 
 
@@ -197,7 +197,7 @@ def test_a_vocabulary_that_is_not_shared_is_refused(pool: Pool) -> None:
         RecipeError, match=r"the teacher has 48 rows .* fewer than the 50 .* only their padding may differ"
     ):
         pool.run(fused, Case(KDLoss(), teacher_rows=48), tp=2)
-    with pytest.raises(RecipeError, match="`top_k` is 51, but there are 50"):
+    with pytest.raises(RecipeError, match=r"^`top_k` is 51, but there are 50 vocabulary entries\. Ask for fewer\."):
         pool.run(fused, Case(KDLoss(top_k=51)), tp=2)
 
 
@@ -250,3 +250,9 @@ def test_by_default_the_budget_is_an_eighth_of_the_logits() -> None:
     chunk = chunk_tokens(4096, 32768, 4)
     assert 4 * chunk * 4 * 32768 == 4096 * 4 * 32768 // 8
     assert chunk_tokens(10**6, 32768, 4) * 4 * 4 * 32768 == 512 * 2**20
+
+
+def test_a_mixture_without_one_of_its_parts_names_its_limits() -> None:
+    with pytest.raises(RecipeError) as caught:
+        JSD(beta=1.0)
+    assert str(caught.value) == ("beta is 1.0. It must lie between 0 and 1; forward_kl and reverse_kl are its limits.")

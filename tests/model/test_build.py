@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -83,6 +84,12 @@ def test_a_shape_that_tp_cannot_split_is_refused_with_what_would_do(sizes: dict[
     with pytest.raises(TopologyError) as caught:
         check_fits(SHAPE.resized(**sizes), Topology(tp=tp))
     assert words in str(caught.value)
+
+
+def test_experts_need_sequence_parallelism() -> None:
+    said = r"^experts at tp of 2 or more need sequence parallelism\. Set `sequence_parallel` to true\.$"
+    with pytest.raises(TopologyError, match=said):
+        check_fits(replace(SHAPE, ffn=0, experts=4, expert_ffn=8), Topology(tp=2))
 
 
 def test_a_shape_that_fits_is_let_pass() -> None:

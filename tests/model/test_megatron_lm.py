@@ -7,6 +7,7 @@ import pickle
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from minitron_megatron.model import (
     named_shards,
 )
 from minitron_megatron.model.megatron_flags import FLAGS, megatron_lm_flags
+from minitron_megatron.model.megatron_lm import _new as new_folder
 from minitron_megatron.model.megatron_lm import save_megatron_lm
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
@@ -167,10 +169,16 @@ def test_the_script_beside_the_checkpoint_sets_them_wherever_it_lies(pool: Pool,
     assert words[-2:] == ["--tokenizer-model", str(odd)]
 
 
+ONLY_LLAMA3 = (
+    r"rope_type 'linear': its pretrain_gpt\.py scales rotary embeddings only as llama3 does\. Leave --format out for a "
+    r"Hugging Face folder, or build the model in your own script\.$"
+)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rotary_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
+        ({"rotary_scaling": {"rope_type": "linear", "factor": 2.0}}, ONLY_LLAMA3),
         ({"rotary_scaling": LLAMA3 | {"factor": 32.0}}, "factor: 32.0 of rope_type 'llama3': its pretrain"),
         ({"rotary_scaling": LLAMA3 | {"low_freq_factor": 2.0}}, "low_freq_factor: 2.0"),
         ({"rotary_scaling": LLAMA3 | {"high_freq_factor": 8.0}}, "high_freq_factor: 8.0"),
@@ -185,3 +193,15 @@ def test_what_no_flag_expresses_is_refused_by_name(pool: Pool, changes: dict, me
     with pytest.raises(CheckpointError, match=rf"^Megatron-LM cannot express {message}"):
         pool.run(write, config, "local", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_taken_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(CheckpointError) as caught, new_folder(tmp_path, Topology()):
+        pass
+    assert str(caught.value) == f"{tmp_path} exists and is not an empty folder. Give another one."
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+    first: Any = SimpleNamespace(rank=0)
+    with pytest.raises(CheckpointError) as caught, new_folder(tmp_path / "notes" / "new", first):
+        pass
+    assert str(caught.value) == f"{tmp_path}/notes/new cannot be written: Not a directory. Give another folder."

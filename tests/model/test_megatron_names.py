@@ -295,6 +295,14 @@ def test_what_only_modules_show_is_refused_by_name_too(pool: Pool) -> None:
     [found] = pool.run(odd_models)
     for name, message in found.items():
         assert isinstance(message, str) and name in message, (name, message)
+    assert found["rotary_pos_emb.inv_freq"] == (
+        "the model's rotary frequencies (rotary_pos_emb.inv_freq) are not those of its rotary_base and rotary_percent "
+        "with rope_scaling or seq_len_interpolation_factor. Use one of these."
+    )
+    assert found["q_layernorm.weight"] == (
+        "the model's layer spec and its settings do not agree on decoder.layers.*.self_attention.q_layernorm.weight. "
+        "Build it from a spec that fits its TransformerConfig."
+    )
 
 
 # ---- a cut model

@@ -28,6 +28,16 @@ def test_constants_that_make_no_model_are_refused_by_name(key: str, value: Any) 
         ModelConfig(SHAPE, **{key: value})
 
 
+def test_a_function_that_is_not_known_names_those_that_are() -> None:
+    for key, said in (
+        ("norm", "norm of a model is 'none', which is not known. Use RMSNorm or LayerNorm."),
+        ("activation", "activation of a model is 'none', which is not known. Use silu or relu2."),
+    ):
+        with pytest.raises(ModelError) as caught:
+            ModelConfig(SHAPE, **{key: "none"})
+        assert str(caught.value) == said
+
+
 def test_the_longest_sequence_is_within_positions_and_window() -> None:
     configs = [ModelConfig(SHAPE, max_positions=64, window=window) for window in (None, 16, 64, 100)]
     assert [config.longest for config in configs] == [64, 16, 64, 64]

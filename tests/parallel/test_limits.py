@@ -93,7 +93,11 @@ def test_a_process_that_never_comes_is_an_error(monkeypatch: pytest.MonkeyPatch)
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("minitron_megatron.parallel.topology.JOIN", timedelta(seconds=LIMIT))
-    with pytest.raises(TopologyError, match="cannot connect"):
+    said = (
+        rf"^the processes cannot connect at 127\.0\.0\.1:{launched['MASTER_PORT']} \(MASTER_ADDR:MASTER_PORT\): .+\. "
+        r"Start them with another MASTER_PORT, or let launch/local\.sh choose one\.$"
+    )
+    with pytest.raises(TopologyError, match=said):
         _join()
 
 
@@ -141,5 +145,7 @@ def test_the_limit_of_open_files_grows_with_the_world(monkeypatch: pytest.Monkey
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 1024))
-    with pytest.raises(TopologyError, match=r"256 processes need up to 2048 open files each.* allows 1024"):
+    with pytest.raises(
+        TopologyError, match=r"256 processes need up to 2048 open files each.* allows 1024 .*\. Ask for a higher limit"
+    ):
         allow_open_files(256)

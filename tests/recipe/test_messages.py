@@ -12,7 +12,7 @@ from minitron_megatron.errors import MinitronError, RecipeError
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe, read_yaml
 from minitron_megatron.search import Limit
-from minitron_megatron.train import Training
+from minitron_megatron.train import OBJECTIVES, Training
 
 Write = Callable[..., Path]
 SEARCH = {"budget": {"params": 10**6}, "light": {"tokens": 128}}
@@ -48,6 +48,27 @@ CASES: list[tuple[dict[str, Any], str]] = [
         {"data": {"sequence": 16, "sources": [{"path": "a.jsonl", "loss_on": "all"}]}},
         "loss_on is for chats: set format to chat, or remove loss_on",
     ),
+    (
+        {"search": SEARCH | {"ffn": {"from": 1, "to": 10_001, "step": 1}}},
+        "Give a range of at most 10,000 sizes: set a larger step, or a lower to",
+    ),
+    (
+        {"search": SEARCH | {"budget": {}, "ffn": [48]}},
+        "search: A search needs a budget: set budget.params or another key of budget",
+    ),
+    (
+        {"prune": {"hidden": 32, "refit": "outputs", "merge": "q"}},
+        "A refit aims at the unmerged heads and would undo prune.merge: set one to none",
+    ),
+    (
+        {"correct": {"continuous": True}, "distill": {"objective": "cross_entropy"}},
+        "correct.continuous trains the teacher during distillation, but distill.objective is cross_entropy: remove one",
+    ),
+    (
+        {"distill": {"teacher_window": 4, "states": {"outputs": ["1:1"], "alpha": "dynamic"}}},
+        "states.alpha: dynamic needs the teacher's states of a whole step: set alpha to a number, or remove "
+        "teacher_window",
+    ),
     ({"align": [{"method": "dpo"}]}, "Give `pairs`, or `sample` to make them, and not both"),
     (
         {"evaluate": {"judge": {"url": "https://me:secret@host/v1", "model": "judge"}}},
@@ -69,11 +90,27 @@ def test_a_wrong_value_of_a_key(recipe_file: Write, changes: dict[str, Any], sai
     assert text.startswith(f"recipe {path}: ") and said in text and "secret" not in text and "sk-123" not in text
 
 
+def test_a_continuous_correction_has_the_objective_of_language_models(recipe_file: Write) -> None:
+    OBJECTIVES["another"] = "tests.recipe:another"
+    try:
+        with pytest.raises(RecipeError, match=r"continuous trains the teacher by cross-entropy: remove correct.object"):
+            load_recipe(recipe_file(correct={"continuous": True, "objective": "another"}))
+    finally:
+        del OBJECTIVES["another"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("a: [1", "it is not YAML: "),
         ('a: "x\\0y"', "a holds a NUL character. Remove it."),
+        ("a: {b: [1, .inf]}", "a.b.1 is inf. Give a finite number."),
+        (
+            'a: "\\ud83d"',
+            "a holds half of a surrogate pair, which no file can hold. Write the whole character.",
+        ),
+        ("a: {1: 2}", "a has the key 1, which is not text. Put it in quotes."),
+        ("[" * 1000, "it is nested too deeply. Write it flatter."),
         ("[" * 300 + "]" * 300, "levels, with aliases expanded. Make it smaller."),
     ],
 )
@@ -84,10 +121,30 @@ def test_text_that_is_no_tree(text: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"- a", " is not a mapping of keys. Start from `minitron init MODEL`."),
+        (b"\xff", " is not UTF-8 at byte 0. Save the file as UTF-8."),
+        (bytes(10 * 2**20 + 1), ": it is larger than 10 MiB. Give a recipe, which is a small YAML file."),
+    ],
+    ids=["a list", "no UTF-8", "large"],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == f"recipe {path}{said}"
+
+
+@pytest.mark.parametrize(
     ("variables", "said"),
     [
         ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE=2 but no RANK. Unset it, or use launch/local.sh."),
-        ({"WORLD_SIZE": "2", "RANK": "5"}, "the environment cannot start processes: RANK='5', WORLD_SIZE='2'"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "5"},
+            "WORLD_SIZE='2', MASTER_ADDR='', MASTER_PORT=''. Use launch/local.sh or torchrun.",
+        ),
         ({"WORLD_SIZE": "two"}, "the environment has WORLD_SIZE='two', not a whole number. Correct or unset it."),
     ],
 )

@@ -85,7 +85,7 @@ def test_an_override_changes_one_block_of_those_that_an_alias_shares(tmp_path: P
         (["spec=ta"], "spec is 'ta'"),
         (["spec=te", "distill.states={outputs: ['3:2']}"], "set spec to local, or give only distill"),
         (["prune.hidden"], "does not have the form a.b=value"),
-        (["out.x=1"], "the parent of x is a value, not a block of keys"),
+        (["out.x=1"], "--set 'out.x=1': the parent of x is a value, not a block of keys. Correct the key."),
         (["prune.hidden=[1"], "is not a YAML value"),
     ],
 )

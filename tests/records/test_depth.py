@@ -84,6 +84,21 @@ def test_a_torn_or_foreign_file_holds_no_depth_scores(tmp_path: Path, content: s
         DepthScores.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"blocks": [[7, 99, 1.0]]}, "a block lies outside of the model's 12 layers"),
+        ({"greedy": [[99, 1.0]]}, "greedy names a layer outside of the model's 12 layers"),
+    ],
+)
+def test_layers_that_the_model_does_not_have_are_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = tmp_path / "depth.json"
+    path.write_text(json.dumps(WHOLE | change))
+    with pytest.raises(CheckpointError) as caught:
+        DepthScores.load(path)
+    assert str(caught.value) == f"{path} holds no depth scores ({path}: {said}). Score the model again."
+
+
 def test_a_missing_file_holds_no_depth_scores(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no depth scores"):
         DepthScores.load(tmp_path / "depth.json")

@@ -135,8 +135,17 @@ def test_a_foreign_file_holds_no_plan(tmp_path: Path, change: Any) -> None:
     path = tmp_path / "plan.json"
     Plan(SHAPE, **FULL).save(path)
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
-    with pytest.raises(CheckpointError, match=r"holds no plan .* Prune the model again"):
+    with pytest.raises(CheckpointError, match=rf"^{path} holds no plan \(.+\)\. Prune the model again\.$"):
         Plan.load(path)
+
+
+def test_a_layer_that_is_no_number_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    Plan(SHAPE, **FULL).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"keep": {"ffn": {"first": [1]}}}))
+    with pytest.raises(CheckpointError) as caught:
+        Plan.load(path)
+    assert str(caught.value) == f"{path} holds no plan ('first' is not the number of a layer). Prune the model again."
 
 
 def test_a_missing_or_torn_file_holds_no_plan(tmp_path: Path) -> None:
@@ -155,5 +164,8 @@ def test_a_file_with_an_impossible_plan_says_what_is_wrong(tmp_path: Path) -> No
     path = tmp_path / "plan.json"
     Plan(SHAPE, **FULL).save(path)
     path.write_text(path.read_text().replace('"hidden": 8', '"hidden": 7'))
-    with pytest.raises(PlanError, match="axis hidden keeps indices from 0 to 7"):
+    with pytest.raises(
+        PlanError,
+        match=rf"^{path}: axis hidden keeps indices from 0 to 7\. Valid ones run from 0 to 6\. Prune the model",
+    ):
         Plan.load(path)

@@ -125,7 +125,7 @@ UNITS = {"ffn.0": torch.ones(6)}
 def test_a_foreign_file_holds_no_scores(tmp_path: Path, tensors: dict, about: dict | None) -> None:
     path = tmp_path / "scores.safetensors"
     save_file(tensors, str(path), about)
-    with pytest.raises(CheckpointError, match=r"holds no scores .* Score the model again"):
+    with pytest.raises(CheckpointError, match=rf"^{path} holds no scores \(.+\)\. Score the model again\.$"):
         Scores.load(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import random_plan, trim
 from minitron_megatron.records import Plan
 from minitron_megatron.refit import SiteFit, refit
+from minitron_megatron.refit.refit import _check
 from minitron_megatron.testing import Pool
 from tests.convert.conftest import make_folder
 from tests.refit.truth import Naive
-from tests.tiny import LAYOUTS, cross_entropy, samples, share
+from tests.tiny import LAYOUTS, SHAPE, cross_entropy, samples, share
 
 SAMPLES = 48
 CUTS: dict[str, dict[str, Any]] = {
@@ -135,7 +137,28 @@ def test_strange_models_and_few_tokens(pool: Pool, case: Callable[[str, str], Ca
     assert max(change for name, change in dead.items() if "fc2" in name) == 0
     few = pool.run(strange, folder, "few tokens")[0]  # 12 to fit, 40 unknowns a row
     assert 0 < max(few.values()) < 1
-    with pytest.raises(PlanError, match=r"layers\.1\.\S+ are not finite"):
+    with pytest.raises(
+        PlanError, match=r"layers\.1\.\S+ are not finite \(NaN or infinite\)\. Look for broken weights in the teacher"
+    ):
         pool.run(strange, folder, "NaN", pp=2)
-    with pytest.raises(DataError, match="2 calibration samples"):
+    with pytest.raises(
+        DataError, match=r"^a refit needs 2 calibration samples at least, for one of them is held out\.$"
+    ):
         pool.run(strange, folder, "one sample")
+
+
+def test_a_refit_that_cannot_be_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = random_plan(SHAPE, 1, hidden=24)
+    monkeypatch.setitem(_check.__globals__, "shape_of", lambda chunk: chunk.shape)
+    student, teacher, wrapped = (SimpleNamespace(decoder=None, shape=shape) for shape in (plan.target, SHAPE, SHAPE))
+    del wrapped.decoder
+    _check([student], [teacher], plan, "outputs", [0.1])
+    for chunks, method, ridges, said in (
+        (([student], [teacher]), "outputs", [], "a refit needs one ridge strength at least."),
+        (([student], [teacher]), "output", [1.0], "refit method 'output' is not known. Use outputs or sequential."),
+        (([teacher], [teacher]), "outputs", [1.0], "the student is not the plan's: it has hidden 48 instead of 24."),
+        (([student], [wrapped]), "outputs", [1.0], "a refit works on a bare GPTModel, not on SimpleNamespace: pass"),
+    ):
+        with pytest.raises(PlanError) as caught:
+            _check(*chunks, plan, method, ridges)  # type: ignore[arg-type]
+        assert said in str(caught.value)

@@ -52,7 +52,9 @@ def test_a_rehearsed_step_is_a_real_one(name: str, pool: Pool, rehearse: Call) -
 
 
 def test_a_process_that_ran_on_the_cpu_is_refused(pool: Pool) -> None:
-    with pytest.raises(TopologyError, match="needs a process of its own"):
+    with pytest.raises(
+        TopologyError, match=r"^a rehearsal needs a process of its own, and this one has run on the CPU\. Start an"
+    ):
         pool.run(rehearsed_in_a_world)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minitron_megatron.convert import read_config
 from minitron_megatron.errors import MinitronError, RecipeError, TopologyError
@@ -16,6 +18,8 @@ from minitron_megatron.recipe import load_recipe
 from minitron_megatron.rehearsal import RankKind, Rehearsal, Section, rehearse
 from minitron_megatron.rehearsal.ledger import Sums
 from minitron_megatron.rehearsal.rehearse import RankResult, _flops_per_token
+from minitron_megatron.rehearsal.stages import rehearsable
+from minitron_megatron.rehearsal.stand_in import _expect, cuda_stand_in
 
 Write = Callable[..., Path]
 GIB = 2**30
@@ -25,7 +29,11 @@ GIB = 2**30
     ("options", "error", "words"),
     [
         ({"gpus": 3}, TopologyError, "3"),
-        ({"gpus": 2, "stage": "prune"}, RecipeError, "the stage 'prune' cannot be rehearsed"),
+        (
+            {"gpus": 2, "stage": "prune"},
+            RecipeError,
+            r"^the stage 'prune' cannot be rehearsed\. Give --stage .* or evaluate\.$",
+        ),
         ({"gpus": 2, "stage": "export"}, RecipeError, "the stage 'export' cannot be rehearsed"),
         ({"gpus": 2, "gpu": "H10"}, RecipeError, "the GPU 'H10' is not known"),
     ],
@@ -60,3 +68,32 @@ def test_utilisation_counts_the_models_that_are_there(
     of_teacher, of_student = (flops_per_token(each, sequence) for each in (teacher, student_shape(recipe, teacher)))
     assert _flops_per_token(recipe, "distill") == 3 * of_student + passes_of_the_teacher * of_teacher
     assert _flops_per_token(recipe, "correct") == 3 * of_teacher
+
+
+def test_a_torch_for_cuda_is_refused_with_the_build_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    with pytest.raises(TopologyError) as caught, cuda_stand_in():
+        pass
+    assert str(caught.value) == (
+        "this torch is built for CUDA, and a rehearsal needs a build for CPUs alone. Rehearse where `pip install torch "
+        "--index-url https://download.pytorch.org/whl/cpu` was used, such as on a laptop."
+    )
+
+
+def test_a_torch_with_other_tables_names_the_versions_that_work() -> None:
+    function = ctypes.CFUNCTYPE(ctypes.c_int8, ctypes.c_void_p)(lambda thing: 3)
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    _expect(address, 0, 3)
+    with pytest.raises(TopologyError) as caught:
+        _expect(address, 0, 1)
+    assert str(caught.value) == (
+        f"torch {torch.__version__} has other tables of devices than a rehearsal knows (3 is not 1). Use the versions "
+        "in constraints.txt."
+    )
+
+
+def test_a_stage_that_the_recipe_lacks_is_refused(recipe_file: Write) -> None:
+    with pytest.raises(RecipeError) as caught:
+        rehearsable(load_recipe(recipe_file(correct=None)), "correct")
+    assert str(caught.value) == "this recipe does not use the stage correct. Give another --stage."

@@ -40,5 +40,5 @@ def test_students_curves_and_the_keys_that_differ(
 def test_a_run_without_a_student_is_refused(tmp_path: Path, summary: list[dict[str, Any]]) -> None:
     run = run_of(tmp_path / "run", [], summary, 2.8)
     (run / "summary.json").write_text(json.dumps(summary[:2]))
-    with pytest.raises(CheckpointError, match=r"run has no measured student yet\."):
+    with pytest.raises(CheckpointError, match=r"run has no measured student yet\. Run `evaluate` there, or"):
         compare_runs({run: {}, run.parent / "other": {}}, tmp_path / "both")

@@ -267,9 +267,21 @@ def test_the_papers_order_is_a_recipe() -> None:
             {"prompt": "a " * 80, "chosen": "b", "rejected": "c"},
             r"own\.jsonl:1 has a prompt of \d+ tokens",
         ),
-        ({"method": "dpo", "sequence": 128}, None, r"align\.0\.sequence is 128, but the model has a max_position_emb"),
-        ({"method": "dpo", "lr": 1e-9}, None, r"align\.0\.lr is 1e-09, below align\.0\.min_lr"),
-        ({"method": "dpo", "warmup_steps": 9}, None, r"align\.0\.warmup_steps is 9, but training has only 5 steps"),
+        (
+            {"method": "dpo", "sequence": 128},
+            None,
+            r"align\.0\.sequence is 128, but the model has a max_position_emb.*\. Set",
+        ),
+        (
+            {"method": "dpo", "lr": 1e-9},
+            None,
+            r"align\.0\.lr is 1e-09, below align\.0\.min_lr, .*\. Set align\.0\.min_lr to",
+        ),
+        (
+            {"method": "dpo", "warmup_steps": 9},
+            None,
+            r"align\.0\.warmup_steps is 9, but training has only 5 steps\. Set",
+        ),
         ({"method": "dpo", "global_batch": 3}, None, r"align\.0\.global_batch is 3, which cannot be split"),
     ],
 )

@@ -86,5 +86,7 @@ def test_a_judge_is_checked_before_work(path: Path, monkeypatch: pytest.MonkeyPa
     ):
         with pytest.raises(RecipeError, match=says):
             check(f"evaluate.judge={keys}")
-    with pytest.raises(RecipeError, match=r"search\.choose is mt_bench, whose answers have no score without a judge"):
+    with pytest.raises(
+        RecipeError, match=r"search\.choose is mt_bench, whose answers have no score without a judge\. Set eval"
+    ):
         check("search={hidden: [32], budget: {params: 7e4}, choose: mt_bench}", "prune={}")

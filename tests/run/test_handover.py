@@ -122,5 +122,7 @@ def test_a_student_begins_with_what_was_handed_over(trained: Path, pool: Pool, t
     assert started[0][3]["loss"] < before[0][3]["loss"]
     record = read_json(tmp_path / "b" / "stages" / "distill.json")
     assert record["fingerprint"] != read_json(tmp_path / "a" / "stages" / "distill.json")["fingerprint"]
-    with pytest.raises(RecipeError, match=r"distill\.start is .*, which does not have the student.s shape"):
+    with pytest.raises(
+        RecipeError, match=r"distill\.start is .*, which does not have the student's shape: .*\. Give another f"
+    ):
         pool.run(work, trained, (f"distill.start={load_recipe(trained).model}", f"out={tmp_path / 'c'}"))

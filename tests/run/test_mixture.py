@@ -81,5 +81,7 @@ def one_stage(topology: Topology, recipe: Path, stage: str) -> None:
 
 def test_a_merge_without_scores_is_refused(pool: Pool, recipe_file: Write) -> None:
     recipe = recipe_file(prune={"heads": 4, "merge": "q", "by": "first"}, correct=None)
-    with pytest.raises(RecipeError, match=r"prune\.merge needs scores, but prune\.by: first has none"):
+    with pytest.raises(
+        RecipeError, match=r"prune\.merge needs scores, but prune\.by: first has none\. Set merge to none"
+    ):
         pool.run(one_stage, recipe, "prepare")

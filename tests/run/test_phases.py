@@ -82,7 +82,7 @@ def test_checkpoints_go_where_they_are_not_retained(recipe_file: Write, pool: Po
     ("phase", "says"),
     [
         ({"tokens": 100, "global_batch": 3}, r"distill\.phases\.0\.global_batch is 3, which cannot be split"),
-        ({"tokens": 100, "weights": [1.0, 2.0]}, r"weights has 2 entries, but data\.sources has 1\."),
+        ({"tokens": 100, "weights": [1.0, 2.0]}, r"weights has 2 entries, but data\.sources has 1\. Give one"),
         ({"tokens": 100, "sequense": 8}, r"sequense is not a known key\. Did you mean 'sequence'"),
     ],
 )

@@ -54,5 +54,7 @@ def test_the_newest_student_answers(
     assert newest == aligned != distilled
     with pytest.raises(RecipeError, match=r"0\.jsonl exists already\. Remove it, or give another file"):
         pool.run(sampled, recipe, tmp_path / "0.jsonl")
-    with pytest.raises(RecipeError, match="the records hold the responses, so that no model answers"):
+    with pytest.raises(
+        RecipeError, match=r"the records hold the responses, so that no model answers\. Remove the model\."
+    ):
         pool.run(column, recipe, tmp_path / "3.jsonl", run / "distilled")

@@ -175,11 +175,16 @@ def test_a_vocabulary_that_differs_in_more_than_padding_is_refused(
 ) -> None:
     make_folder(tmp_path / "short", "qwen2", vocab_size=SHAPE.vocab - 1)
     recipe = recipe_of(str(tmp_path / "short"))
-    with pytest.raises(RecipeError, match=r"short has no tokenizer"):
+    with pytest.raises(
+        RecipeError,
+        match=r"short has no tokenizer, so that the teacher's and the student's cannot be compared\. Put it there",
+    ):
         dry_run(load_recipe(recipe))
     for file in FILES:
         shutil.copy(students / "qwen2" / file, tmp_path / "short" / file)
-    with pytest.raises(RecipeError, match=r"has 131 vocabulary entries and the student 130, but .* has 131"):
+    with pytest.raises(
+        RecipeError, match=r"has 131 vocabulary entries and the student 130, but .* has 131.*\. Give a student whose"
+    ):
         dry_run(load_recipe(recipe))
 
 

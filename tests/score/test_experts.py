@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minitron_megatron.convert import load_hf, read_config
+from minitron_megatron.errors import PlanError
 from minitron_megatron.parallel import Topology
 from minitron_megatron.records import Scores, Statistic
 from minitron_megatron.score import score
+from minitron_megatron.score.experts import Mixture
 from minitron_megatron.testing import Pool
 from tests.convert.conftest import make_folder
 from tests.score.truth import REDUCE, SAMPLES, Values, expect_truth
@@ -140,3 +143,13 @@ def test_scores_are_the_naive_truth(pool: Pool, mixture: Mixtures, kind: str, la
         for other in found[1:]:
             for axis, layers in other.values.items():
                 assert all(torch.equal(units, scores.values[axis][layer]) for layer, units in layers.items())
+
+
+def test_grouped_experts_say_how_to_build_the_model() -> None:
+    layer: Any = SimpleNamespace(layer_number=3, mlp=SimpleNamespace(experts=torch.nn.Identity()))
+    with pytest.raises(PlanError) as caught:
+        Mixture(layer, Statistic(), ("experts",), Topology(), lambda: torch.ones(1, 1, dtype=torch.bool))
+    assert str(caught.value) == (
+        "the experts of layer 2 are Identity, but scoring needs one module per expert. Build the model with "
+        "moe_grouped_gemm=False."
+    )

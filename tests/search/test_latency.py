@@ -43,5 +43,5 @@ def test_a_fit_finds_what_made_the_times_and_predicts_other_shapes() -> None:
 
 def test_one_model_says_nothing_of_others() -> None:
     rows = [SpeedRow(SHAPE, Conditions(batch=batch), 0.1) for batch in (1, 2)]
-    with pytest.raises(RecipeError, match="at least two models"):
+    with pytest.raises(RecipeError, match=r"^a table of speeds needs at least two models\. Measure more of them\.$"):
         FittedSpeed.to(rows)

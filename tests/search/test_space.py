@@ -130,12 +130,27 @@ WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
         Space({"experts": (2,)}),
         {"params": Limit(at_most=1e4)},
         PlanError,
-        ["sizes of `experts`", "does not have this axis"],
+        ["sizes of `experts` are given, but the model does not have this axis. Leave them out."],
     ),
-    (Space({}), {"params": Limit(at_most=1e4)}, RecipeError, ["varies no axis"]),
-    (Space({"ffn": (32,)}, (2.0,)), {"params": Limit(at_most=1e4)}, RecipeError, ["both `ffn` and `expansion`"]),
+    (
+        Space({}),
+        {"params": Limit(at_most=1e4)},
+        RecipeError,
+        ["the search varies no axis. Give sizes for some of layers, hidden, "],
+    ),
+    (
+        Space({"ffn": (32,)}, (2.0,)),
+        {"params": Limit(at_most=1e4)},
+        RecipeError,
+        ["the search has both `ffn` and `expansion`, which is ffn / hidden. Leave one out."],
+    ),
     (Space({"hidden": (32,)}), {"params": Limit(at_most=1e9)}, RecipeError, ["nothing needs to be cut", "less"]),
-    (Space({"hidden": (64,)}), {"params": Limit(at_most=1e4)}, RecipeError, ["no combination except the teacher"]),
+    (
+        Space({"hidden": (64,)}),
+        {"params": Limit(at_most=1e4)},
+        RecipeError,
+        ["the search has no combination except the teacher itself. Try other sizes."],
+    ),
     (
         Space({"hidden": (32, 48)}),
         {"params": Limit(at_most=1e4)},
@@ -173,7 +188,7 @@ WRONG: list[tuple[Space, dict[str, Limit], type[Exception], list[str]]] = [
         Space({"hidden": (32,)}),
         {"decode_ms": Limit(at_most=1)},
         RecipeError,
-        ["Set `gpu` or `table`"],
+        ["a budget in time needs the speed of the machine. Set `gpu` or `table`."],
     ),
 ]
 

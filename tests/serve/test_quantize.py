@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from minitron_megatron.errors import PlanError
+from minitron_megatron.errors import CheckpointError, PlanError
 from minitron_megatron.files import read_json
 from minitron_megatron.layout import Shape
 from minitron_megatron.serve import check_fp8, quantize_fp8
@@ -51,6 +52,17 @@ def test_names_dtypes_and_values(tmp_path: Path) -> None:
     assert config.pop("quantization_config")["quant_algo"] == "FP8"
     assert config == read_json(source / "config.json")  # flat, as the source's is
     assert (folder / "README.md").read_text() == "card"
+
+
+def test_a_failure_of_modelopt_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failed = SimpleNamespace(returncode=1, stdout="", stderr="Traceback\nRuntimeError: no GPU.\n")
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: failed)
+    monkeypatch.setitem(quantize_fp8.__globals__, "read_config", lambda _: SimpleNamespace(shape=SHAPE))
+    with pytest.raises(CheckpointError) as caught:
+        quantize_fp8(tmp_path, tmp_path / "fp8", [])
+    assert str(caught.value) == (
+        f"{tmp_path} could not be quantised by modelopt: RuntimeError: no GPU. Correct this, or leave out `quantize`."
+    )
 
 
 @pytest.mark.parametrize(("axis", "size"), [("hidden", 40), ("ffn", 72), ("head_dim", 12)])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from minitron_megatron.recipe import load_recipe
 from minitron_megatron.run import STAGES, SharedStages, Stage, run
 from minitron_megatron.run_folder import RunFolder
 from minitron_megatron.studies import check_job, describe_studies, load_study, plan_rows, plan_study, shipped, sign_test
+from minitron_megatron.studies.jobs import _matched
 from minitron_megatron.studies.quantities import filled
+from minitron_megatron.studies.table import _value
 from minitron_megatron.testing import Pool
 from tests.formats import CHAT_TEMPLATE
 from tests.guide import ROOT
@@ -220,9 +223,13 @@ def test_a_damaged_shared_stage_is_done_again(tmp_path: Path) -> None:
 
 
 def test_what_is_no_study_is_one_message(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"no study 'loses'. Did you mean 'losses'\?"):
+    with pytest.raises(
+        RecipeError, match=r"no study 'loses'\. Did you mean 'losses'\? Give one of aggregators, .*, or a YAML"
+    ):
         load_study("loses")
-    with pytest.raises(RecipeError, match="the study correction needs correct in the recipe"):
+    with pytest.raises(
+        RecipeError, match=r"^the study correction needs correct in the recipe\. Set it, for example with"
+    ):
         plan_study("correction", load_study("correction"), recipe_file(correct=None))
     for change, says in (
         ({"arm": {}}, "arm is not a known key"),
@@ -242,13 +249,59 @@ def test_what_is_no_study_is_one_message(recipe_file: Callable[..., Path], tmp_p
         plan_study("typo.yaml", load_study(str(tmp_path / "typo.yaml")), recipe_file())
 
 
+def test_a_file_that_is_no_study_names_one_that_is(tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("- a")
+    with pytest.raises(
+        RecipeError, match=rf"^study {path}: it is not a mapping of keys\. Start from a copy of (\S+)\.$"
+    ) as caught:
+        load_study(str(path))
+    assert Path(str(caught.value).rpartition(" ")[2].rstrip(".")).is_file()
+
+
+def test_a_model_that_each_run_would_import_is_refused(
+    recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron_megatron.studies.jobs.is_megatron_checkpoint", lambda folder: True)
+    path = recipe_file()
+    recipe = load_recipe(path)
+    with pytest.raises(RecipeError) as caught:
+        plan_study("losses", load_study("losses"), path)
+    assert str(caught.value) == (
+        f"{recipe.model} is a Megatron checkpoint, which each run would import anew. Run `minitron prepare`, then use "
+        f"`--set model={recipe.out}/imported-model`."
+    )
+
+
+def test_a_measure_that_the_summary_lacks_is_named() -> None:
+    measure: Any = SimpleNamespace(model="distilled", column="loss")
+    rows: Any = {"teacher": {"loss": 2.0}}
+    with pytest.raises(RecipeError) as caught:
+        _value(rows, measure, SimpleNamespace(models={}), "short")  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "arm 'short' has no loss of the model 'distilled': its summary has teacher. Correct the study's measures."
+    )
+
+
+def test_an_arm_of_equal_size_needs_sizes() -> None:
+    searched: Any = SimpleNamespace(search={}, student=None, family=[1])
+    arm: Any = SimpleNamespace(match="ffn")
+    with pytest.raises(RecipeError) as caught:
+        _matched(searched, searched, arm, "narrow")
+    assert str(caught.value) == "students of equal size need a recipe that gives the sizes. Give them in `prune`."
+
+
 def test_values_in_braces_are_arithmetic_alone() -> None:
     names = {"layers": 9, "lr": 1e-3}
     value = {"a": ["{max(0, layers // 2 - 3)}:{layers - 1}", "{lr / 2}"], "b": "{range(layers // 3)}", "c": True}
     assert filled(value, names) == {"a": ["1:8", 5e-4], "b": [0, 1, 2], "c": True}
-    for text in ("{layer}", "{layers ** 99}", "{__import__('os')}", "{layers / 0}", "{layers.real}", "{'a'}"):
-        with pytest.raises(RecipeError, match="cannot be computed"):
+    known = "use numbers, + - * / //, min, max, round, range and the names layers, lr."
+    for text in ("{layer}", "{layers ** 99}", "{__import__('os')}", "{layers.real}", "{'a'}"):
+        with pytest.raises(RecipeError) as caught:
             filled(text, names)
+        assert str(caught.value) == f"{text} cannot be computed: {known}"
+    with pytest.raises(RecipeError, match=r"^\{layers / 0\} cannot be computed: division by zero\. Correct it\.$"):
+        filled("{layers / 0}", names)
 
 
 def test_the_sign_test_is_exact() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from minitron_megatron.events import Event
 from minitron_megatron.parallel import Topology
 from minitron_megatron.testing import Pool
 from minitron_megatron.train import LMObjective, Saving, Training, mean_loss, train
+from minitron_megatron.train.loop import _Run
 from tests.tiny import CONTEXT, LAYOUTS, Stop, cross_entropy, naive_training, note, samples, share, transformer
 
 TRAINING = Training(steps=20, lr=2e-3, min_lr=2e-4, warmup_steps=5, clip=1.0, save_async=False)
@@ -353,3 +355,28 @@ def test_tokens_are_those_that_count(pool: Pool, checkpoints: dict[str, Path]) -
     seen = [int(samples(BATCH, seed=step).mask.sum()) for step in range(3)]
     for curve, _ in pool.run(run, Job(checkpoints["untied"], stop_at=3), dp=2):
         assert column(curve, "tokens") == [sum(seen[: done + 1]) for done in range(3)]
+
+
+def test_a_checkpoint_of_another_training_or_none_says_what_to_remove(tmp_path: Path) -> None:
+    def refuses(_: object) -> None:
+        raise KeyError("max_lr")
+
+    other: Any = SimpleNamespace(
+        learners=[SimpleNamespace(scheduler=SimpleNamespace(load_state_dict=refuses))],
+        store=SimpleNamespace(folder=tmp_path),
+    )
+    with pytest.raises(CheckpointError) as caught:
+        _Run._resume_schedules(other, [{}])
+    assert str(caught.value) == (
+        f"the newest checkpoint in {tmp_path} has a learning rate schedule of another training. Remove it to resume "
+        "from the one before."
+    )
+    saving = SimpleNamespace(folder=None, begin=(tmp_path, "phase"))
+    none: Any = SimpleNamespace(
+        training=None, saving=saving, store=None, topology=Topology(), _newest=lambda store, identity: None
+    )
+    with pytest.raises(CheckpointError) as caught:
+        _Run.resume(none)
+    assert str(caught.value) == (
+        f"{tmp_path} holds no checkpoint to start from. Remove that folder to train its phase again."
+    )
