@@ -2,10 +2,10 @@
 
     python benchmarks/beside_modelopt.py [MODEL]     # the quickstart's teacher, unless given
 
-Kept sets: ModelOpt's `L2NormHook` watches a Hugging Face model, of which its rules (mcore_minitron.py: norms of all
-layers but the last one for `hidden`, heads ranked within their group) keep half of each axis; ours scores and chooses on
-the same samples. KL: `LogitsKLLoss` on logits of hidden states, ours from the hidden states, forward and backward, in
-pairs, one thread, median of 5.
+Kept sets: ModelOpt's `L2NormHook` watches a Hugging Face model, of which its rules (mcore_minitron.py: norms of the
+layers for `hidden`, heads ranked within their group) keep half of each axis; ours scores and chooses on the same
+samples. KL: `LogitsKLLoss` on logits of hidden states, ours from the hidden states, forward and backward, in pairs, one
+thread, median of 5.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""Peaks of GPUs, by their data sheets."""
+"""Peaks of GPUs, by their data sheets, and what share of them a run is taken to reach."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["GPUS", "Gpu", "gpu_of_name"]
+__all__ = ["GPUS", "MFU", "Gpu", "gpu_of_name"]
+
+MFU = 0.37
+"""Model FLOPs utilisation that estimates assume: what rehearsals of `examples/presets` give. Modelled, not measured."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from ..gpus import MFU
 from ..run_folder import RunFolder
 from .family import print_steps, run_family
 from .gc_tuning import restore_gc
@@ -194,7 +195,7 @@ def estimate(
     overrides: Set = None,
     out: Out = None,
     gpus: Gpus = None,
-    mfu: Mfu = 0.4,
+    mfu: Mfu = MFU,
     memory: Memory = 80.0,
     slurm: Annotated[bool, typer.Option("--slurm", help="Print only the lines that submit the job.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Search the layout: the best few are rehearsed.")] = False,

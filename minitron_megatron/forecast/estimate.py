@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from .. import numbers
 from ..convert import read_config
 from ..errors import TopologyError, expect_number
-from ..gpus import GPUS
+from ..gpus import GPUS, MFU
 from ..layout import Shape, flops_per_token, kv_cache_bytes, parameters
 from ..model import is_megatron_checkpoint
 from ..recipe import Recipe, light_recipe, resolved, with_keys, with_keys_in_errors
@@ -167,7 +167,7 @@ def _shape_text(shape: Shape) -> str:
 
 
 @with_keys_in_errors()
-def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_flops: float = PEAK_FLOPS) -> Estimate:
+def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = MFU, peak_flops: float = PEAK_FLOPS) -> Estimate:
     """Estimate a recipe, after the checks that `run` makes. Needs no weights and no GPU.
 
     gpus: number of processes, by default the fewest that the layout needs. mfu: model FLOPs utilisation, the share of
@@ -183,7 +183,7 @@ def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4, peak_
     return count(recipe, gpus=topology.world, mfu=mfu, peak_flops=peak_flops)
 
 
-def count(recipe: Recipe, *, gpus: int, mfu: float = 0.4, peak_flops: float = PEAK_FLOPS) -> Estimate:
+def count(recipe: Recipe, *, gpus: int, mfu: float = MFU, peak_flops: float = PEAK_FLOPS) -> Estimate:
     """Estimate a recipe that was checked."""
     imported = [key for key, place in model_places(recipe).items() if is_megatron_checkpoint(place)]
     recipe = with_model_folders(recipe)

@@ -13,6 +13,7 @@ import torch
 from .. import numbers
 from ..convert import read_config, temporary_outline
 from ..errors import MinitronError, RecipeError
+from ..gpus import MFU
 from ..layout import Shape, parameters
 from ..model import is_megatron_checkpoint
 from ..parallel import Topology
@@ -161,7 +162,7 @@ class FamilyEstimate:
         )
 
 
-def estimate_family(recipe: Recipe, *, gpus: int | None = None, mfu: float = 0.4) -> FamilyEstimate:
+def estimate_family(recipe: Recipe, *, gpus: int | None = None, mfu: float = MFU) -> FamilyEstimate:
     """Estimate a recipe's family, as `estimate` does each run. Raises MinitronErrors that name the run."""
     found, students = dict[str, Estimate](), list[tuple[Shape, Shape]]()
     for run in family_runs(recipe):

@@ -37,7 +37,7 @@ def rehearsed_rank(
     """Be one rank of a world inside the context: CUDA is there, its tensors are fake, and collectives reach nobody.
 
     Yields the ledger of what the rank does. fused: take CUDA's kernels for attention, RMSNorm and SwiGLU; otherwise
-    those of torch's plain definitions. Raises TopologyError in a process that has run on the CPU backend, or in a world.
+    torch's plain definitions. Raises TopologyError in a process that has run on the CPU backend, or in a world.
     """
     if has_cpu_backend() or dist.is_initialized():
         raise TopologyError("a rehearsal needs a process of its own, and this one has run on the CPU. Start another.")

@@ -26,6 +26,9 @@ PASSES = {"none": 3.0, "selective": 3.6, "full": 4.0}
 """Student's passes of a step, in forward passes: the backward pass is two, and recomputation part of one more."""
 LOSS_BYTES = 40
 """Bytes of memory that the loss touches for each token and entry of the vocabulary."""
+GRADIENT_BYTES, OUTPUT_BYTES = 10, 100
+"""Bytes of memory that a micro-batch touches for each parameter, whose gradient it adds up, and for each one of the
+output layer, to whose gradient the loss adds in about eight chunks."""
 KERNELS = 30
 """Kernels of a layer's forward pass."""
 
@@ -151,7 +154,7 @@ def _layouts(recipe: Recipe, step: _Step, offload: bool) -> Iterator[Layout]:
         (1, 2),
         (1, 2, 4) if recipe.data.sequence >= LONG else (1,),
         [size for size in (1, 2, 4, 8) if size == 1 or (experts and experts % size == 0)],
-        (1, 2, 4, 8),
+        (1, 2, 3, 4, 6, 8),
         PASSES,
     )
     for tp, pp, vp, cp, ep, micro_batch, recompute in sizes:
@@ -198,20 +201,22 @@ class _Step:
         touched = sum(times * _touched(shape) for shape, times in models) / layout.pp + LOSS_BYTES * self.student.vocab
         busy = flops / (MATMUL * self.gpu.flops) + touched / (BANDWIDTH * self.gpu.bandwidth)
         layers = sum(times * shape.layers for shape, times in models) / layout.pp
-        compute = max(busy * tokens / layout.tp, KERNELS * layers * micro_batches * LAUNCH)
+        held = parameters(self.student) / (layout.tp * layout.pp)
+        summed = GRADIENT_BYTES * held + OUTPUT_BYTES * self.student.vocab * self.student.hidden / layout.tp
+        kept = micro_batches * summed / (BANDWIDTH * self.gpu.bandwidth)
+        compute = max(busy * tokens / layout.tp + kept, KERNELS * layers * micro_batches * LAUNCH)
         widths = (passes - 1) * self.student.layers * self.student.hidden + self.teacher.layers * self.teacher.hidden
         sent = 8 * tokens * widths / layout.pp * (layout.tp - 1) / layout.tp  # two all-reduces of 2 bytes a pass
         keys = sum(times * shape.layers * shape.kv_groups * shape.head_dim for shape, times in models)
         sent += 4 * tokens * (layout.cp - 1) * keys / (layout.tp * layout.pp)  # keys and values of the other ranks
         compute += sent / (LINK * self.gpu.link)
-        held = parameters(self.student) / (layout.tp * layout.pp)
         rate = LINK * self.gpu.link if self.gpus <= NODE else NETWORK
         return compute * (1 + (layout.pp - 1) / (layout.vp * micro_batches)) + 6 * held / rate  # fp32 and bf16
 
     def activations(self, layout: Layout) -> float:
         """Return the bytes of the student's activations on the first pipeline stage, by formula."""
         shape, tokens = self.student, layout.micro_batch * self.sequence / layout.cp
-        attention, mlp = 2 * (6 * shape.hidden + 3 * _heads(shape)), 2 * 4 * _neurons(shape)
+        attention, mlp = 2 * (6 * shape.hidden + 3 * _heads(shape)), 2 * 3 * _neurons(shape)
         kept = {"none": attention + mlp, "selective": attention, "full": 2 * shape.hidden}[layout.recompute]
         return kept * tokens * shape.layers / layout.tp
 

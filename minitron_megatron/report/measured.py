@@ -72,14 +72,8 @@ def _sizes(run: RunFolder, predicted: Predicted, stages: Mapping[str, StageCost]
         rows.append(_row("size of the export", predicted["export_bytes"], stored, numbers.size))
     peak = max((stages[name].get("peak_bytes", 0) for name in TRAIN if name in stages), default=0)
     if peak:
-        rows.append(
-            _row(
-                "memory of the fullest rank (predicted: without activations)",
-                predicted["rank_bytes"],
-                peak,
-                numbers.size,
-            )
-        )
+        sizes = (numbers.size(each) for each in (predicted["rank_bytes"], peak))
+        rows.append(("memory of the fullest rank (predicted: without activations)", *sizes, numbers.ABSENT))
     return rows
 
 

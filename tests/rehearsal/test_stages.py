@@ -173,4 +173,4 @@ def test_a_preset_has_its_numbers(apart: Call) -> None:
     name = "llama-3.1-minitron-4b-depth"
     known = json.loads(GOLDEN.read_text())
     assert apart(first_rank, name, ["evaluate.suite=null"]).items() <= known[name].items()
-    assert set(known) == set(NAMES) and all(set(each) == {"tp 1 of 8", "tp 8 of 8"} for each in known.values())
+    assert set(known) == set(NAMES) and all(len(each) == 2 for each in known.values())  # first and last of tp

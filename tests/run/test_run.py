@@ -95,7 +95,7 @@ def test_a_run_leaves_a_table_a_plan_and_an_export_that_transformers_loads(finis
     ratios = {row[0]: row[3] for row in predicted_rows(out)}
     counted = [name for name in ratios if name.startswith("parameters, ")]
     assert len(counted) == 6 and {ratios[name] for name in (*counted, "size of the export")} == {"1.000"}
-    assert float(ratios["memory of the fullest rank (predicted: without activations)"]) > 1
+    assert ratios["memory of the fullest rank (predicted: without activations)"] == "-"
 
 
 def test_a_second_run_does_nothing(finished: Path) -> None:
