@@ -6,7 +6,9 @@ mappings). Missing or damaged files are left out; a report never fails a run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -84,7 +86,8 @@ def write_report(
     ]
     body = warning_box(warnings) + "".join(sections)
     with whole_file(folder.report) as partial:
-        partial.write_text(whole_page(run.resolve().name, headline(summary), body), encoding="utf-8")
+        lead = " ".join(filter(None, (headline(summary), _origin(folder))))
+        partial.write_text(whole_page(run.resolve().name, lead, body), encoding="utf-8")
     return folder.report
 
 
@@ -106,6 +109,15 @@ def _read(path: Path, kind: type[T], warnings: list[str]) -> T | None:
     except FileError as error:
         warnings.append(f"{error} It is left out.")
         return None
+
+
+def _origin(run: RunFolder) -> str:
+    """Return the teacher as the recipe names it, and the day of the last evaluation; empty without both files."""
+    if not (run.recipe.is_file() and run.summary.is_file()):
+        return ""
+    teacher = re.search(r"^model: (.+)$", run.recipe.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
+    day = datetime.fromtimestamp(run.summary.stat().st_mtime).date()
+    return f"Teacher: {teacher[1]}. {day.day} {day:%B %Y}." if teacher else ""
 
 
 def _read_stages(run: RunFolder, warnings: list[str]) -> dict[str, StageFile]:

@@ -66,7 +66,8 @@ def headline(rows: Sequence[SummaryRow]) -> str:
         return ""
     return (
         f"{numbers.count(size)} parameters became {numbers.count(smaller)} ({smaller / size:.0%}); the loss went from "
-        f"{numbers.loss(loss)} to {numbers.loss(later)} ({later - loss:+.3f} nats per token)."
+        f"{numbers.loss(loss)} to {numbers.loss(later)} ({later - loss:+.3f} nats per token)"
+        + (f", after {numbers.count(student['tokens'])} tokens of distillation." if student.get("tokens") else ".")
     )
 
 

@@ -35,7 +35,7 @@ def metrics() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def summary() -> list[dict[str, Any]]:
-    rows = [("teacher", 8_390_656, 2.7123), ("pruned", 3_912_704, 4.9154), ("student", 3_912_704, 2.8093)]
+    rows = [("teacher", 8_390_656, 2.7123), ("pruned", 3_912_704, 4.9154), ("distilled", 3_912_704, 2.8093)]
     return [
         {
             "model": model,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,18 @@ def test_tables_hold_the_numbers(run: Path, plan: Any, margins: Any, scores: Any
         ("transformer-engine", "-"),
     ):
         assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" in text
+
+
+def test_it_begins_with_what_became_of_the_teacher(run: Path) -> None:
+    (run / "recipe.yaml").write_text("model: nvidia/teacher\nprune:\n  ffn: 24\n")
+    os.utime(run / "summary.json", (1_800_000_000, 1_800_000_000))
+    [lead] = re.findall('<p class="lead">(.*)</p>', write_report(run).read_text())
+    said, day = lead.split(" Teacher: ")
+    assert said == (
+        "8.39 M parameters became 3.91 M (47%); the loss went from 2.7123 to 2.8093 (+0.097 nats per token), "
+        "after 65,536 tokens of distillation."
+    )
+    assert re.fullmatch(r"nvidia/teacher\. 1[456] January 2027\.", day)  # by this machine's clock
 
 
 def test_close_cuts_and_lost_losses_are_warned_of(run: Path, margins: Any) -> None:
