@@ -22,8 +22,9 @@ NODE = 8
 ASSUMED = (
     f"Modelled, not measured: {MATMUL:.0%} of the data sheet's peak for matrix products, {ATTENTION:.0%} and "
     f"{ATTENTION_BACKWARD:.0%} for attention forward and backward, {BANDWIDTH:.0%} of the memory's bandwidth, "
-    f"{LINK:.0%} of the links' in groups of up to {NODE}, {NETWORK / 1e9:.0f} GB/s a GPU between nodes, and nothing "
-    "overlaps. Speeds in bf16 that others published are 1.1 to 1.5 times lower than this model gives."
+    f"{LINK:.0%} of the links' in groups of up to {NODE}, {NETWORK / 1e9:.0f} GB/s a GPU between nodes; only "
+    "collectives that are started early overlap with computing. Speeds in bf16 that others published are 1.1 to 1.5 "
+    "times lower than this model gives."
 )
 """The last sentence is what `benchmarks/rehearse_published.py` found."""
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FakeWork
+from torch._C._distributed_c10d import FakeWork, PythonCallbackWork
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from .clock import Clock
+from .clock import NODE, Clock
 from .fault import DeviceFault
 from .kernels import attention_choice, attention_flops
 from .ledger import Ledger
@@ -269,12 +269,16 @@ class Device(TorchDispatchMode):
             sent = sum(map(_bytes, (each for each in tree_leaves(args[0]) if isinstance(each, Tensor))))
             if fakes and name == "allgather":  # NCCL gathers into one flat tensor first
                 self.ledger.hold(sent)
+        wait = None
         if size > 1 and (fakes or name in ("send", "recv")):
-            self._count_collective(f"{name} in {size}", sent, size)
+            wait = self._count_collective(f"{name} in {size}", sent, size)
+        early = fakes and wait is not None and _starts_early(func, args, kwargs)
+        if wait is not None and not early:
+            wait()
         if not fakes:
             return func(*args, **kwargs)
         self._spread(name, size, args, tensors)
-        work = FakeWork().boxed()
+        work = (PythonCallbackWork(wait) if early else FakeWork()).boxed()
         return work if len(func._schema.returns) == 1 else (args[0], work)
 
     def _check_collective(self, name: str, tensors: Sequence[Tensor], backend: str) -> None:
@@ -291,13 +295,21 @@ class Device(TorchDispatchMode):
             if not each.is_contiguous():
                 self._fault(f"{name} of a tensor {list(each.shape)} that is not contiguous")
 
-    def _count_collective(self, name: str, sent: int, size: int) -> None:
-        section, seconds = self.ledger.section, self.clock.collective(name.split()[0], sent, size)
+    def _count_collective(self, name: str, sent: int, size: int) -> Callable[..., bool]:
+        """Count a collective and start it; return a function that waits for it, of which only the wait takes time."""
+        section, line = self.ledger.section, self.places.here().line
         section.calls[name] += 1
         section.sent[name] += sent
-        section.by_resource["communication"] += seconds
-        section.seconds[f"{name}, {self.places.here().line}"] += seconds
-        self.ledger.spend(seconds)
+        network = "links" if size <= NODE else "network between nodes"
+        ended = self.ledger.start_collective(network, self.clock.collective(name.split()[0], sent, size))
+
+        def wait(_: object = None) -> bool:
+            seconds = ended()
+            self.ledger.section.by_resource["communication"] += seconds
+            self.ledger.section.seconds[f"{name}, {line}"] += seconds
+            return True
+
+        return wait
 
     def _spread(self, name: str, size: int, args: Any, tensors: Sequence[Tensor]) -> None:
         """Keep known values known: the other ranks are taken to have the same."""
@@ -318,6 +330,13 @@ class Device(TorchDispatchMode):
         for each in tensors:
             if isinstance(each, FakeTensor):
                 self.values.forget(each)
+
+
+def _starts_early(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether a collective is waited for later: its argument `async_op`."""
+    names = [each.name for each in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return "async_op" in names and bool(given.get("async_op", True))
 
 
 def _name(func: Any) -> str:

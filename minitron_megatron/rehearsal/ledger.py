@@ -98,6 +98,10 @@ class Ledger:
         self._noted = 0.0
         self._highest = 0
         """Most bytes alive since the last kernel."""
+        self._seconds = 0.0
+        """Modelled seconds since the first section began."""
+        self._busy: dict[str, float] = {}
+        """Network -> modelled seconds until which it is busy with collectives that have been started."""
         self._named = ""
 
     def begin(self) -> Section:
@@ -137,11 +141,24 @@ class Ledger:
         return True
 
     def spend(self, seconds: float) -> None:
-        """Count the modelled time of a kernel or collective."""
+        """Count modelled time that the device spends on a kernel, or waits for a collective."""
         section = self.section
+        self._seconds += seconds
         section.elapsed += seconds
         section.timeline.add(section.elapsed, self._highest)
         self._highest = self.now
+
+    def start_collective(self, network: str, seconds: float) -> Callable[[], float]:
+        """Start a collective, after those that have been started on the same network; return a function that waits for
+        its end, and returns the seconds that the device waited."""
+        end = self._busy[network] = max(self._seconds, self._busy.get(network, 0.0)) + seconds
+
+        def wait() -> float:
+            waited = max(0.0, end - self._seconds)
+            self.spend(waited)
+            return waited
+
+        return wait
 
     def _note(self) -> None:
         section = self.section
