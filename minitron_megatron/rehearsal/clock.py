@@ -23,7 +23,7 @@ ASSUMED = (
     f"Modelled, not measured: {MATMUL:.0%} of the data sheet's peak for matrix products, {ATTENTION:.0%} and "
     f"{ATTENTION_BACKWARD:.0%} for attention forward and backward, {BANDWIDTH:.0%} of the memory's bandwidth, "
     f"{LINK:.0%} of the links' in groups of up to {NODE}, {NETWORK / 1e9:.0f} GB/s a GPU between nodes; only "
-    "collectives that are started early overlap with computing. Speeds in bf16 that others published are 1.1 to 1.5 "
+    "collectives that are started early overlap with computing. Speeds in bf16 that others published are 1.2 to 1.6 "
     "times lower than this model gives."
 )
 """The last sentence is what `benchmarks/rehearse_published.py` found."""
@@ -38,12 +38,13 @@ class Clock:
     def operation(self, name: str, flops: float, touched: float, dtype: torch.dtype) -> tuple[str, float]:
         """Return (resource that takes most of the time, seconds) of a kernel."""
         half = dtype in (torch.bfloat16, torch.float16)
+        full = self.gpu.fp64_flops if dtype == torch.float64 and self.gpu.fp64_flops else self.gpu.fp32_flops
         if "attention" in name:
             share = ATTENTION_BACKWARD if "backward" in name else ATTENTION
-            resource, busy = "attention", flops / (share * (self.gpu.flops if half else self.gpu.fp32_flops))
+            resource, busy = "attention", flops / (share * (self.gpu.flops if half else full))
         elif flops:
             resource = "matmul"
-            busy = flops / (MATMUL * self.gpu.flops if half else MATMUL_FP32 * self.gpu.fp32_flops)
+            busy = flops / (MATMUL * self.gpu.flops if half else MATMUL_FP32 * full)
         else:
             resource, busy = "memory", 0.0
         return resource, max(busy, touched / (BANDWIDTH * self.gpu.bandwidth), LAUNCH)

@@ -219,7 +219,7 @@ class Device(TorchDispatchMode):
         for each in results:
             if each.device.index not in (None, 0):
                 self._fault(f"a tensor on {each.device}, and this rank's device is cuda:0")
-            if each.dtype == torch.float64 and each.numel() > MOST_FP64:
+            if each.dtype == torch.float64 and each.numel() > MOST_FP64 and not self.ledger.wants_float64:
                 self._fault(f"a float64 tensor of {list(each.shape)}")
             if self.ledger.allocate(each, here):
                 self.values.renew(each)
@@ -278,7 +278,7 @@ class Device(TorchDispatchMode):
         if not fakes:
             return func(*args, **kwargs)
         self._spread(name, size, args, tensors)
-        work = (PythonCallbackWork(wait) if early else FakeWork()).boxed()
+        work = (PythonCallbackWork(wait) if wait and early else FakeWork()).boxed()
         return work if len(func._schema.returns) == 1 else (args[0], work)
 
     def _check_collective(self, name: str, tensors: Sequence[Tensor], backend: str) -> None:

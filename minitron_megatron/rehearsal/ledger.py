@@ -91,6 +91,8 @@ class Ledger:
         raise DeviceFull at the first tensor beyond the limit, where else only its place is noted."""
         self.block, self.limit, self.stops_when_full = block, limit, stops_when_full
         self.section = Section()
+        self.wants_float64 = False
+        """Whether large tensors of float64 are on purpose, as in a refit; else each is a fault."""
         self.now = 0
         """Bytes alive."""
         self._by_kind: Sums = Sums()

@@ -23,11 +23,13 @@ from .ledger import Ledger, Section
 
 __all__ = ["COVERED", "Rehearsed", "rehearsable", "run_stage"]
 
-COVERED = ("correct", "distill", "score", "evaluate")
+COVERED = ("correct", "distill", "score", "prune", "evaluate")
 """Stages that can be rehearsed. Of `evaluate` only the losses on held-out text, of `score` not the layers' importance
-by tasks; checkpoints and exports are not written."""
+by tasks, of `prune` the cut and the refit: units by chance, in one round, no merged heads. Nothing is written."""
 TRAINS = ("correct", "distill")
 SAVES_NEVER = 10**9
+FEW = 3
+"""Micro-batches of a rank with which a refit is rehearsed, where it has more: one is held out."""
 
 
 @dataclass
@@ -57,6 +59,8 @@ def rehearsable(recipe: Recipe, stage: str) -> Recipe:
         )
     if not STAGES[stage].wanted(recipe):
         raise RecipeError(f"this recipe does not use the stage {stage}. Give another --stage.")
+    if stage == "prune":
+        return _without_scores(recipe)
     if stage not in TRAINS:
         return recipe.replaced(evaluate=recipe.evaluate.replaced(suite=None, tasks=()))
     keys = recipe.correct if stage == "correct" else recipe.distill
@@ -65,6 +69,14 @@ def rehearsable(recipe: Recipe, stage: str) -> Recipe:
     never = {"save_every": SAVES_NEVER, "validate_every": SAVES_NEVER}
     short = phase.keys.replaced(**never, **({"phases": (), "retain": False} if stage == "distill" else {}))
     return recipe.replaced(**{stage: short}, data=recipe.data.replaced(sequence=phase.sequence))
+
+
+def _without_scores(recipe: Recipe) -> Recipe:
+    """Return a recipe whose cut has the same sizes and needs no scores."""
+    keys = recipe.prune
+    layers = tuple(range(keys.layers)) if isinstance(keys.layers, int) else keys.layers
+    blind = keys.replaced(by="random", teacher="original", layers=layers, iterations=1, merge="none")
+    return recipe.replaced(prune=blind)
 
 
 def run_stage(recipe: Recipe, stage: str, topology: Topology, ledger: Ledger, out: Path) -> Rehearsed:
@@ -84,6 +96,13 @@ def run_stage(recipe: Recipe, stage: str, topology: Topology, ledger: Ledger, ou
     done: dict[str, dict[str, Any]] = {"prepare": {"model_hash": "", "sources": {}}, "correct": {"hash": ""}}
     at_out = recipe.replaced(out=out)
     context = _Context(at_out, topology, silent, done, lambda _: "rehearsal" * 2, ledger=ledger, rehearsed=rehearsed)
+    if stage == "prune":
+        ledger.wants_float64 = True
+        rehearsed.micro_batches, rehearsed.counts = context.refit_micro_batches()
+        for _ in rehearsed.counts[-2:]:
+            rehearsed.steps.append(ledger.begin())
+            STAGES[stage].does(context)
+        return rehearsed
     STAGES[stage].does(context)
     return rehearsed
 
@@ -143,8 +162,8 @@ class _Context(Context):
     def save(self, *_: object, **__: object) -> str:
         return ""
 
-    def save_sealed(self, *_: object, **__: object) -> dict[str, str]:
-        return {"hash": "", "files": ""}
+    def sealed(self, folder: Path) -> str:
+        return ""
 
     def training_batches(self, phase: ResolvedPhase, seed: int) -> Callable[[int], list[Batch]]:
         def batches(step: int) -> list[Batch]:
@@ -156,7 +175,18 @@ class _Context(Context):
 
     def calibration_batches(self, samples: int | None = None) -> list[Batch]:
         keys = self.recipe.score
+        if self.rehearsed.steps:  # of a refit
+            return self._drawn(self.rehearsed.counts[-2:][len(self.rehearsed.steps) - 1], keys.micro_batch)
         return self._counted(samples or keys.samples, keys.micro_batch)
+
+    def refit_micro_batches(self) -> tuple[int, list[int]]:
+        """Return the micro-batches of a refit, and those of its rehearsals: of two where it has many, since its
+        equations take the same time for any number."""
+        keys, samples = self.recipe.score, self.recipe.prune.refit_samples
+        if self.recipe.prune.refit == "none":
+            return 1, [1]
+        every = self._micro_batches(samples or keys.samples, keys.micro_batch)
+        return every, [every] if every <= FEW else [0, FEW - 1, FEW]
 
     def held_out(self) -> ValidationSet:
         keys = self.recipe.evaluate
@@ -170,12 +200,16 @@ class _Context(Context):
 
     def _counted(self, samples: int, micro_batch: int) -> list[Batch]:
         """Return the first micro-batches of so many samples, and start the section of a stage that does not train."""
-        every = max(1, -(-samples // (micro_batch * self.topology.dp)))
+        every = self._micro_batches(samples, micro_batch)
         count = min(every, self.topology.pp)
         self.rehearsed.micro_batches, self.rehearsed.tokens = every, micro_batch * self.recipe.data.sequence
         self.rehearsed.counts = [count]
         self.rehearsed.steps.append(self.ledger.begin())
         return self._drawn(count, micro_batch)
+
+    def _micro_batches(self, samples: int, micro_batch: int) -> int:
+        """Return how many micro-batches a rank's share of the samples is."""
+        return max(1, -(-samples // (micro_batch * self.topology.dp)))
 
     def _drawn(self, count: int, micro_batch: int) -> list[Batch]:
         """Return micro-batches of random tokens, each sample one document, on this rank's device."""

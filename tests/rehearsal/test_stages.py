@@ -90,6 +90,17 @@ def test_a_window_holds_fewer_of_the_teachers_states(stage: Call) -> None:
     assert windowed["flops"] == all_at_once["flops"]
 
 
+def test_a_cut_and_its_refit_are_a_stage(stage: Call) -> None:
+    """A refit runs both models on the calibration samples, and solves in float64; its equations do not grow with the
+    samples, so that few micro-batches tell what many cost."""
+    cut, few, many = (
+        stage("prune.by=importance", *more, stage="prune", gpus=2)
+        for more in ([], *(["prune.refit=outputs", f"prune.refit_samples={samples}"] for samples in (16, 64)))
+    )
+    assert cut["flops"] == 0 < few["flops"] < many["flops"] < 4 * few["flops"]
+    assert cut["peak_bytes"] < few["peak_bytes"] <= many["peak_bytes"] < 1.1 * few["peak_bytes"]
+
+
 def test_lora_trains_its_adapters_alone(stage: Call) -> None:
     whole, adapters = (
         stage(*trained, stage="correct")["peak_bytes_by_kind"] for trained in ([], ["correct.parameters=lora"])
