@@ -4,7 +4,7 @@ pipeline schedules, saved as checkpoints.
 Knows: mcore's modules, configs and schedules, training checkpoints. Must not know: Hugging Face files, scores, losses.
 """
 
-from .build import build, evaluating, rebuild
+from .build import build, evaluating, fused_swiglu, rebuild
 from .checkpoint import Checkpoints, CheckpointState, Trainee, load_checkpoint, load_weights
 from .chunk import Chunk, Model, WrappedChunk, chunks_of
 from .config import HfConfig, ModelConfig, Recompute, activation_name, check_fits
@@ -72,6 +72,7 @@ __all__ = [
     "forward_only",
     "forward_rest",
     "fused_norm",
+    "fused_swiglu",
     "gpt_arguments",
     "is_execution_setting",
     "is_megatron_checkpoint",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["build", "evaluating", "rebuild"]
+__all__ = ["build", "evaluating", "fused_swiglu", "rebuild"]
 
 PLACEMENT = ("pre_process", "post_process", "parallel_output", "fp16_lm_cross_entropy", "vp_stage")
 REBUILT = (*ARGUMENTS, *POSITIONS, *PLACEMENT)
@@ -105,6 +106,13 @@ def transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def fused_swiglu() -> ModuleType:
+    """Return mcore's module whose functions compute SwiGLU where `bias_activation_fusion` is on."""
+    from megatron.core.fusions import fused_bias_swiglu
+
+    return fused_bias_swiglu
 
 
 def _as_it_is(weight: torch.Tensor) -> torch.Tensor:

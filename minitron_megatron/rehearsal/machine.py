@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from ..errors import TopologyError
 from ..gpus import GPUS
+from ..model import fused_swiglu
 from ..parallel import has_cpu_backend
 from .clock import NODE, Clock
 from .device import Device
@@ -225,11 +226,9 @@ def _tensors(device: Device) -> list[Patch]:
 
 def _kernels(places: Places) -> list[Patch]:
     """Return the patches of kernels; mcore is imported for them, and compiles nothing: torch.compile is patched."""
-    from megatron.core.fusions import fused_bias_swiglu
-
-    functional = torch.nn.functional
+    functional, swiglu = torch.nn.functional, fused_swiglu()
     return [
-        *((fused_bias_swiglu, name, kernel) for name, kernel in swiglu_kernels(fused_bias_swiglu).items()),
+        *((swiglu, name, kernel) for name, kernel in swiglu_kernels(swiglu).items()),
         (bias, "causal_lower_right", LowerRight),
         (functional, "scaled_dot_product_attention", fused_attention(functional.scaled_dot_product_attention, places)),
         (functional, "rms_norm", fused_rms_norm(functional.rms_norm, places)),

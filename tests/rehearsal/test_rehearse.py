@@ -30,11 +30,10 @@ GIB = 2**30
     [
         ({"gpus": 3}, TopologyError, "3"),
         (
-            {"gpus": 2, "stage": "prune"},
+            {"gpus": 2, "stage": "export"},
             RecipeError,
-            r"^the stage 'prune' cannot be rehearsed\. Give --stage .* or evaluate\.$",
+            r"^the stage 'export' cannot be rehearsed\. Give --stage correct, distill, score, prune or evaluate\.$",
         ),
-        ({"gpus": 2, "stage": "export"}, RecipeError, "the stage 'export' cannot be rehearsed"),
         ({"gpus": 2, "gpu": "H10"}, RecipeError, "the GPU 'H10' is not known"),
     ],
 )
