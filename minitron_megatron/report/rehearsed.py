@@ -37,15 +37,15 @@ def slowest(found: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def whole_rows(found: Mapping[str, Any]) -> dict[str, str]:
     """Return what is modelled of the whole cluster, by name."""
-    share = found["utilisation"]
+    share, tokens = found["utilisation"], found["tokens_of_a_step"]
     rows = {
-        "step": f"{numbers.duration(found['seconds_of_a_step'])}, {numbers.count(found['tokens_of_a_step'])} tokens",
+        "step": f"{numbers.duration(found['seconds_of_a_step'])}, {numbers.count(tokens)} tokens",
         "tokens per second": (
             f"{numbers.count(found['tokens_per_second'])}, {numbers.count(found['tokens_per_second_per_gpu'])} a GPU"
         ),
         "utilisation": numbers.ABSENT if share is None else f"{share:.2f} of the bf16 peak",
-        "time": numbers.duration(3600 * found["hours"]),
     }
+    rows = (rows if tokens else {}) | {"time": numbers.duration(3600 * found["hours"])}
     return rows | {ASSUMED: found[MODELLED]}
 
 

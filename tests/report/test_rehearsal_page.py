@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from minitron_megatron.files import read_json
@@ -37,6 +38,14 @@ def test_the_page_holds_both_pictures_and_says_that_they_are_modelled(tmp_path: 
     memory = read_json(page.with_name("memory.charts.json"))[0]
     assert (memory["data"][0]["x"], memory["data"][0]["y"]) == ([1.0, 2.0], [1.0, 3.0])
     assert len(memory["data"]) == 1  # a line at 80 GiB would flatten the others
+
+
+def test_a_stage_without_tokens_has_its_time_alone(tmp_path: Path) -> None:
+    training = found()
+    cut = replace(training, stage="prune", tokens=0, model_flops=None)
+    for each, has in ((training, True), (cut, False)):
+        text = write_rehearsal(each.detailed(), tmp_path).read_text()
+        assert "10.0 s" in text and ("tokens per second" in text) == has
 
 
 def test_blocks_lie_in_those_of_their_file_and_work(tmp_path: Path) -> None:
