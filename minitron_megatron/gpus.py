@@ -8,7 +8,8 @@ from dataclasses import dataclass
 __all__ = ["GPUS", "MFU", "Gpu", "gpu_of_name"]
 
 MFU = 0.37
-"""Model FLOPs utilisation that estimates assume: what rehearsals of `examples/presets` give. Modelled, not measured."""
+"""Model FLOPs utilisation that estimates assume: about what the presets of `examples` reach when they are rehearsed.
+Modelled, not measured."""
 
 
 @dataclass(frozen=True)

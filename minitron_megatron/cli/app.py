@@ -204,6 +204,8 @@ def estimate(
     from ..errors import RecipeError
     from .estimate import print_estimate, print_plan
 
+    if plan and mfu != MFU:
+        raise RecipeError("--plan models the time of a step, and --mfu assumes it. Give one of them.")
     if plan and slurm:
         raise RecipeError("--plan prints a layout and --slurm the lines of a job. Give one of them.")
     if plan:

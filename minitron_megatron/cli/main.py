@@ -62,9 +62,7 @@ def main() -> None:
 
 
 def _leave_preempted() -> None:
-    _print_on_first_rank(
-        "Stopped by the scheduler's signal; what was done is saved. Run the same command again to resume."
-    )
+    _print_on_first_rank("Stopped by the scheduler's signal. Run the same command again to resume.")
     _leave(PREEMPTED)
 
 

@@ -272,13 +272,13 @@ class Device(TorchDispatchMode):
         wait = None
         if size > 1 and (fakes or name in ("send", "recv")):
             wait = self._count_collective(f"{name} in {size}", sent, size)
-        early = fakes and wait is not None and _starts_early(func, args, kwargs)
-        if wait is not None and not early:
+        later = wait if wait and fakes and _starts_early(func, args, kwargs) else None
+        if wait and not later:
             wait()
         if not fakes:
             return func(*args, **kwargs)
         self._spread(name, size, args, tensors)
-        work = (PythonCallbackWork(wait) if wait and early else FakeWork()).boxed()
+        work = (PythonCallbackWork(later) if later else FakeWork()).boxed()
         return work if len(func._schema.returns) == 1 else (args[0], work)
 
     def _check_collective(self, name: str, tensors: Sequence[Tensor], backend: str) -> None:

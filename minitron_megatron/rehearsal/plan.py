@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import islice, product
 
 from ..convert import read_config
-from ..errors import MinitronError, RecipeError, TopologyError, did_you_mean, expect_number
+from ..errors import MinitronError, TopologyError, expect_number
 from ..events import Event, Listener, silent
 from ..forecast import check, count, planned, student_shape, with_model_folders
-from ..gpus import GPUS, Gpu
+from ..gpus import Gpu
 from ..layout import Shape, flops_per_token, parameters
 from ..recipe import Recipe
 from .clock import BANDWIDTH, LAUNCH, LINK, MATMUL, NETWORK, NODE
-from .rehearse import GIB, Rehearsal, rehearse
+from .rehearse import GIB, Rehearsal, gpu_named, rehearse
 
 __all__ = ["Layout", "PlannedLayout", "plan_layouts"]
 
@@ -97,9 +97,7 @@ def plan_layouts(
     the results. Needs what `rehearse` needs. Raises TopologyError where no layout fits.
     """
     expect_number("gpus", gpus, at_least=1, whole=True)
-    if gpu not in GPUS:
-        raise RecipeError(f"the GPU {gpu!r} is not known. Use one of {', '.join(GPUS)}.{did_you_mean(gpu, GPUS)}")
-    step = _Step.of(recipe, gpus, GPUS[gpu])
+    step = _Step.of(recipe, gpus, gpu_named(gpu))
     own = Layout.own(recipe)
     tried = list(dict.fromkeys(([own] if _passes(recipe, own, gpus) else []) + _fitting(recipe, step, memory)))
     if not tried:  # a fault of the recipe itself is better told than that no layout fits
@@ -203,8 +201,8 @@ class _Step:
         layers = sum(times * shape.layers for shape, times in models) / layout.pp
         held = parameters(self.student) / (layout.tp * layout.pp)
         summed = GRADIENT_BYTES * held + OUTPUT_BYTES * self.student.vocab * self.student.hidden / layout.tp
-        kept = micro_batches * summed / (BANDWIDTH * self.gpu.bandwidth)
-        compute = max(busy * tokens / layout.tp + kept, KERNELS * layers * micro_batches * LAUNCH)
+        summing = micro_batches * summed / (BANDWIDTH * self.gpu.bandwidth)
+        compute = max(busy * tokens / layout.tp + summing, KERNELS * layers * micro_batches * LAUNCH)
         widths = (passes - 1) * self.student.layers * self.student.hidden + self.teacher.layers * self.teacher.hidden
         sent = 8 * tokens * widths / layout.pp * (layout.tp - 1) / layout.tp  # two all-reduces of 2 bytes a pass
         keys = sum(times * shape.layers * shape.kv_groups * shape.head_dim for shape, times in models)

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import RecipeError, TopologyError, did_you_mean, expect_number
 from ..events import Event, Listener, silent
 from ..forecast import check, count, planned, with_model_folders
-from ..gpus import GPUS
+from ..gpus import GPUS, Gpu
 from ..parallel import PlannedTopology, Topology
 from ..recipe import Recipe, resolved
 from .clock import ASSUMED
@@ -214,8 +214,7 @@ def rehearse(
     """
     expect_number("gpus", gpus, at_least=1, whole=True)
     expect_number("memory", memory, above=0)
-    if gpu not in GPUS:
-        raise RecipeError(f"the GPU {gpu!r} is not known. Use one of {', '.join(GPUS)}.{did_you_mean(gpu, GPUS)}")
+    gpu_named(gpu)
     topology = planned(recipe, gpus)
     check(recipe, topology, counts_only=True)
     recipe = with_model_folders(recipe)
@@ -228,7 +227,6 @@ def rehearse(
         results.append(_result(kind, piece))
         pieces.append(piece)
         listener(Event("rehearse", number, len(chosen), "kinds of rank"))
-    bubbles = (topology.pp - 1) / topology.vp * max(each.micro_batch_seconds for each in results)
     tokens = pieces[0].micro_batches * pieces[0].tokens * (topology.replicas if stage in TRAINS else topology.dp)
     return Rehearsal(
         stage,
@@ -236,11 +234,27 @@ def rehearse(
         gpu,
         memory,
         tuple(results),
-        seconds=max(each.seconds for each in results) + bubbles,
+        seconds=max(each.seconds for each in results) + _idle_seconds(short, stage, topology, results),
         steps=_steps(recipe, stage),
         tokens=tokens,
         model_flops=tokens * _flops_per_token(short, stage) if stage in TRAINS else None,
     )
+
+
+def gpu_named(name: str) -> Gpu:
+    """Return the GPU of a data sheet. Raises RecipeError for an unknown name."""
+    if name not in GPUS:
+        raise RecipeError(f"the GPU {name!r} is not known. Use one of {', '.join(GPUS)}.{did_you_mean(name, GPUS)}")
+    return GPUS[name]
+
+
+def _idle_seconds(recipe: Recipe, stage: str, topology: PlannedTopology, results: Sequence[RankResult]) -> float:
+    """Return the seconds that a rank waits for other pipeline stages: they take turns in a refit, and are independent
+    in a cut; elsewhere the pipeline fills and drains."""
+    others = topology.pp - 1
+    if stage == "prune":
+        return others * max(each.seconds for each in results) if recipe.prune.refit != "none" else 0.0
+    return others / topology.vp * max(each.micro_batch_seconds for each in results)
 
 
 def _on_rank(
@@ -264,7 +278,7 @@ def _result(kind: RankKind, piece: Rehearsed) -> RankResult:
     """Return a rank's work with all micro-batches, from that of the rehearsed ones."""
     last, count = piece.steps[-1], piece.counts[-1]
     missing = piece.micro_batches - count
-    if len(piece.counts) == 3:
+    if len(piece.counts) > 1 and count > piece.counts[-2]:
         unit = count - piece.counts[-2]
         whole = last.grown(piece.steps[-2], missing / unit)
     else:

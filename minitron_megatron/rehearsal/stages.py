@@ -110,7 +110,7 @@ def _prune(context: _Context) -> None:
     ledger.wants_float64 = True
     rehearsed.micro_batches, rehearsed.counts = context.refit_micro_batches()
     started = ledger.now
-    for _ in rehearsed.counts[-2:]:
+    for _ in rehearsed.counts:
         gc.collect()
         for before in rehearsed.steps:  # what it left, such as mcore's caches, is no growth with the samples
             before.peak += ledger.now - started
@@ -190,17 +190,17 @@ class _Context(Context):
     def calibration_batches(self, samples: int | None = None) -> list[Batch]:
         keys = self.recipe.score
         if self.rehearsed.steps:  # of a refit
-            return self._drawn(self.rehearsed.counts[-2:][len(self.rehearsed.steps) - 1], keys.micro_batch)
+            return self._drawn(self.rehearsed.counts[len(self.rehearsed.steps) - 1], keys.micro_batch)
         return self._counted(samples or keys.samples, keys.micro_batch)
 
     def refit_micro_batches(self) -> tuple[int, list[int]]:
-        """Return the micro-batches of a refit, and those of its rehearsals: of two where it has many, since its
-        equations take the same time for any number."""
+        """Return (micro-batches of this rank in a refit, those of each rehearsal of it). There are two rehearsals where
+        it has many: from their difference the rest follows, since its equations take the same time for any number."""
         keys, samples = self.recipe.score, self.recipe.prune.refit_samples
         if self.recipe.prune.refit == "none":
             return 1, [1]
         every = self._micro_batches(samples or keys.samples, keys.micro_batch)
-        return every, [every] if every <= FEW else [0, FEW - 1, FEW]
+        return every, [every] if every <= FEW else [FEW - 1, FEW]
 
     def held_out(self) -> ValidationSet:
         keys = self.recipe.evaluate

@@ -6,7 +6,6 @@ mappings). Missing or damaged files are left out; a report never fails a run.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
@@ -113,11 +112,11 @@ def _read(path: Path, kind: type[T], warnings: list[str]) -> T | None:
 
 def _origin(run: RunFolder) -> str:
     """Return the teacher as the recipe names it, and the day of the last evaluation; empty without both files."""
-    if not (run.recipe.is_file() and run.summary.is_file()):
+    teacher = (_read(run.predicted, dict[str, object], []) or {}).get("model")
+    if not teacher or not run.summary.is_file():
         return ""
-    teacher = re.search(r"^model: (.+)$", run.recipe.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
     day = datetime.fromtimestamp(run.summary.stat().st_mtime).date()
-    return f"Teacher: {teacher[1]}. {day.day} {day:%B %Y}." if teacher else ""
+    return f"Teacher: {teacher}. {day.day} {day:%B %Y}."
 
 
 def _read_stages(run: RunFolder, warnings: list[str]) -> dict[str, StageFile]:

@@ -74,6 +74,14 @@ def test_bad_input_is_exit_2_and_one_message(recipe_file: Write, ranks: int) -> 
             "--to is the folder of a comparison of several runs. Give more runs, or leave it out.",
         ),
         (["estimate", "RECIPE", "--plan"], "--plan needs the number of GPUs. Give it with --gpus."),
+        (
+            ["estimate", "RECIPE", "--plan", "--mfu", "0.5"],
+            "--plan models the time of a step, and --mfu assumes it. Give one of them.",
+        ),
+        (
+            ["estimate", "RECIPE", "--plan", "--slurm"],
+            "--plan prints a layout and --slurm the lines of a job. Give one of them.",
+        ),
         (["study"], "give a study and a recipe: `minitron study NAME RECIPE`. `minitron study --list` has names."),
         (
             ["study", "losses"],
@@ -159,7 +167,7 @@ def test_a_schedulers_signal_saves_and_asks_to_be_requeued(recipe_file: Write) -
         run.send_signal(signal.SIGTERM)
         _, said = run.communicate(timeout=HANGS)
     assert run.returncode == 75
-    assert "Stopped by the scheduler's signal; what was done is saved. Run the same command again to resume." in said
+    assert "Stopped by the scheduler's signal. Run the same command again to resume." in said
     assert list((out / "checkpoints").glob("*/step_*"))
     assert "resume" in call("run", recipe, "--dry-run", "--set", "data.repeat=true").stdout
 

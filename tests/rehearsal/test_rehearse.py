@@ -15,7 +15,8 @@ from minitron_megatron.errors import MinitronError, RecipeError, TopologyError
 from minitron_megatron.forecast import student_shape
 from minitron_megatron.layout import flops_per_token
 from minitron_megatron.recipe import load_recipe
-from minitron_megatron.rehearsal import RankKind, Rehearsal, Section, rehearse
+from minitron_megatron.rehearsal import Ledger, RankKind, Rehearsal, Section, rehearse
+from minitron_megatron.rehearsal.kernels import attention_flops
 from minitron_megatron.rehearsal.ledger import Sums
 from minitron_megatron.rehearsal.rehearse import RankResult, _flops_per_token
 from minitron_megatron.rehearsal.stages import rehearsable
@@ -96,3 +97,30 @@ def test_a_stage_that_the_recipe_lacks_is_refused(recipe_file: Write) -> None:
     with pytest.raises(RecipeError) as caught:
         rehearsable(load_recipe(recipe_file(correct=None)), "correct")
     assert str(caught.value) == "this recipe does not use the stage correct. Give another --stage."
+
+
+@pytest.mark.parametrize("kernel", ["flash", "efficient"])
+def test_attention_of_the_pieces_of_a_sequence_is_that_of_the_whole(kernel: str) -> None:
+    """Queries at the last keys, as context parallelism has them; a mask spares nothing."""
+    name = f"_scaled_dot_product_{kernel}_attention"
+
+    def flops(queries: int, keys: int, *, causal: bool = True, backward: bool = False) -> int:
+        q, k = torch.empty(2, 4, queries, 8), torch.empty(2, 4, keys, 8)
+        before = {"flash": (0.0,), "efficient": (None, True, 0.0)}[kernel]
+        args = (q, q, k, k, *[None] * 7, causal) if backward else (q, k, k, *before, causal)
+        return attention_flops(name + "_backward" * backward, args)
+
+    for backward in (False, True):
+        whole = flops(8, 8, backward=backward)
+        assert flops(4, 4, backward=backward) + flops(4, 8, backward=backward) == whole
+        assert flops(8, 8, causal=False, backward=backward) == 2 * whole
+    assert flops(8, 8) == 2 * 2 * 2 * 4 * 8 * 8 * 8 // 2  # two products of two operations, and half of the square
+    assert 2 * flops(8, 8, backward=True) == 5 * flops(8, 8)
+
+
+def test_only_the_wait_for_a_collective_takes_time() -> None:
+    ledger = Ledger()
+    early, behind, elsewhere = (ledger.start_collective(*each) for each in (("a", 3.0), ("a", 1.0), ("b", 2.0)))
+    ledger.spend(2.5)
+    assert [early(), elsewhere(), behind(), behind()] == [0.5, 0.0, 1.0, 0.0]
+    assert ledger.section.elapsed == 4.0

@@ -101,6 +101,14 @@ def test_a_cut_and_its_refit_are_a_stage(stage: Call) -> None:
     assert cut["peak_bytes"] < few["peak_bytes"] <= many["peak_bytes"] < 1.1 * few["peak_bytes"]
 
 
+@pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2), (2, 2)])
+def test_a_refit_is_split_over_tp_and_pp(stage: Call, tp: int, pp: int) -> None:
+    keys = ("prune.refit=outputs", "prune.refit_samples=16")
+    split = (f"parallel.tp={tp}", f"parallel.sequence_parallel={str(tp > 1).lower()}", f"parallel.pp={pp}")
+    whole, part = stage(*keys, stage="prune"), stage(*keys, *split, gpus=tp * pp, stage="prune")
+    assert 0 < part["flops"] < whole["flops"] and part["peak_bytes"] < whole["peak_bytes"]
+
+
 def test_lora_trains_its_adapters_alone(stage: Call) -> None:
     whole, adapters = (
         stage(*trained, stage="correct")["peak_bytes_by_kind"] for trained in ([], ["correct.parameters=lora"])
