@@ -24,17 +24,19 @@ class Gpu:
     """fp32 FLOPs per second, without TF32."""
     link: float
     """Bytes per second that it sends to another GPU of its machine: NVLink, or PCIe where it has none."""
+    capability: tuple[int, int]
+    """CUDA's compute capability, by which torch chooses kernels."""
     fp64_flops: float | None = None
     """FP64 FLOPs per second in matrix products, where a cost depends on them."""
 
 
 GPUS: Mapping[str, Gpu] = {
-    "A100": Gpu(312e12, 2.039e12, 19.5e12, 300e9),
-    "L40S": Gpu(362e12, 0.864e12, 91.6e12, 32e9),
-    "H100 PCIe": Gpu(756e12, 2.0e12, 51e12, 64e9),
-    "H100": Gpu(989e12, 3.35e12, 67e12, 450e9, 67e12),
-    "H200": Gpu(989e12, 4.8e12, 67e12, 450e9),
-    "B200": Gpu(2250e12, 8.0e12, 75e12, 900e9),
+    "A100": Gpu(312e12, 2.039e12, 19.5e12, 300e9, (8, 0)),
+    "L40S": Gpu(362e12, 0.864e12, 91.6e12, 32e9, (8, 9)),
+    "H100 PCIe": Gpu(756e12, 2.0e12, 51e12, 64e9, (9, 0)),
+    "H100": Gpu(989e12, 3.35e12, 67e12, 450e9, (9, 0), 67e12),
+    "H200": Gpu(989e12, 4.8e12, 67e12, 450e9, (9, 0)),
+    "B200": Gpu(2250e12, 8.0e12, 75e12, 900e9, (10, 0)),
 }
 """GPU -> its peaks: the SXM version, and of the A100 the one with 80 GB, unless the name says another."""
 

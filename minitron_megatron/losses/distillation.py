@@ -34,7 +34,7 @@ class KDLoss(Settings):
     """Weight of the next-token cross-entropy (at temperature 1); the divergence has weight 1."""
     budget_mib: HowToRun[Count | None] = None
     """Memory for chunks of logits, in MiB; more memory means larger chunks. Default: an eighth of the full logits, at
-    most 512 MiB."""
+    most 1 GiB."""
 
     @model_validator(mode="after")
     def _has_its_constants(self) -> KDLoss:

@@ -19,6 +19,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from ..errors import RecipeError
+from ..parallel import one_kernel
 from ..registry import Registry
 from .vocab import Entries
 
@@ -55,9 +56,14 @@ class ForwardKL:
 
     def __call__(self, student: Logits, teacher: Logits, entries: Entries) -> tuple[PerToken, Logits]:
         entries.log_softmax_(student, teacher)
-        q = teacher.exp()
-        value = teacher.sub_(student).mul_(q).sum(-1)
-        return value, student.exp_().sub_(q)
+        return _forward_kl(student, teacher)
+
+
+@one_kernel
+def _forward_kl(student: Logits, teacher: Logits) -> tuple[PerToken, Logits]:
+    q = teacher.exp()
+    value = teacher.sub_(student).mul_(q).sum(-1)
+    return value, student.exp_().sub_(q)
 
 
 @dataclass(frozen=True)

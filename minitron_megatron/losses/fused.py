@@ -24,7 +24,7 @@ from .vocab import CrossEntropy, Output, Vocabulary
 __all__ = ["chunk_tokens", "distill_loss", "lm_loss", "sample_likelihood"]
 
 LIVE_OF_CROSS_ENTROPY = 2
-SHARE_OF_LOGITS, MOST_BYTES, LEAST_TOKENS = 1 / 8, 512 * 2**20, 32
+SHARE_OF_LOGITS, MOST_BYTES, LEAST_TOKENS = 1 / 8, 2**30, 32
 
 FORWARD_KL = KDLoss()
 
@@ -35,7 +35,7 @@ OfChunk = Callable[[Logits, slice], tuple[PerToken, Logits]]
 def chunk_tokens(tokens: int, held: int, live: int, budget_bytes: int | None = None) -> int:
     """Return the tokens per chunk so that `live` fp32 tensors over `held` vocabulary entries fit in `budget_bytes`.
 
-    Default budget: an eighth of the logits of all `tokens`, at most 512 MiB. At least 32 tokens, since each chunk reads
+    Default budget: an eighth of the logits of all `tokens`, at most 1 GiB. At least 32 tokens, since each chunk reads
     and writes the whole gradient of the output weight.
     """
     row = 4 * max(held, 1)

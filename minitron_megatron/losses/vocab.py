@@ -10,7 +10,7 @@ from jaxtyping import Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..parallel import Group, all_reduce, all_to_all, group_rank, group_size
+from ..parallel import Group, all_reduce, all_to_all, group_rank, group_size, one_kernel
 
 __all__ = ["CrossEntropy", "Entries", "Output", "Vocabulary"]
 
@@ -95,16 +95,25 @@ class Vocabulary:
 
         The maximum is subtracted first, so that the sum of exponentials is small and its logarithm precise.
         """
-        top = [each.amax(-1) if each.shape[-1] else each.new_full((len(each),), -torch.inf) for each in logits]
-        for each, largest in zip(logits, all_reduce(torch.stack(top), self.group, "max"), strict=True):
-            each.sub_(largest.unsqueeze(-1))
-        total = all_reduce(torch.stack([each.exp().sum(-1) for each in logits]), self.group)
+        rows = [each.amax(-1) if each.shape[-1] else each.new_full((len(each),), -torch.inf) for each in logits]
+        top = all_reduce(torch.stack(rows), self.group, "max").unbind()
+        sums = [_shifted(each, largest)[1] for each, largest in zip(logits, top, strict=True)]
+        total = all_reduce(torch.stack(sums), self.group)
         for each, normaliser in zip(logits, total.log_(), strict=True):
             each.sub_(normaliser.unsqueeze(-1))
 
     def total(self, part: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
         """Return the sum of every rank's `part`."""
         return all_reduce(part.clone(), self.group)
+
+
+@one_kernel
+def _shifted(
+    logits: Float32[Tensor, "chunk entries"], by: Float32[Tensor, "chunk"]
+) -> tuple[Float32[Tensor, "chunk entries"], Float32[Tensor, "chunk"]]:
+    """Subtract a number from each row, in place; return (logits, sum of each row's exponentials)."""
+    logits.sub_(by.unsqueeze(-1))
+    return logits, logits.exp().sum(-1)
 
 
 def _overlap(a: range, b: range) -> range:

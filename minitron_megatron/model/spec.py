@@ -25,6 +25,8 @@ __all__ = ["CoreAttention", "Norm", "Spec", "block_spec", "check_spec", "reads_p
 
 Spec = Literal["local", "te"]
 """Layer implementation; the parameters and the computed function are the same."""
+PREFER_CUDNN, CUDNN = ((9, 0), (10, 0)), 91501
+"""Compute capabilities of H100, H200 and B200, and the cuDNN from which on torch 2.13 takes its attention there."""
 
 
 class Norm(nn.Module):
@@ -68,7 +70,7 @@ class CoreAttention(nn.Module):
         if context.shard:  # gather the keys and values of the other ranks
             key, value = context.shard.whole(torch.cat([key, value], -1)).chunk(2, -1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        with _without_cudnn() if q.is_cuda and context.has_varying_shapes else nullcontext():
+        with _kernels(q, context):
             out = self._attended(q, k, v, context)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
@@ -84,11 +86,20 @@ class CoreAttention(nn.Module):
         return torch.cat([_by_document(self.window, *sample) for sample in samples])
 
 
-def _without_cudnn() -> AbstractContextManager[None]:
-    """Keep cuDNN's attention out inside the context: it makes a plan of some 30 ms for each new shape."""
+def _kernels(query: Tensor, context: AttentionContext) -> AbstractContextManager[None]:
+    """Choose the kernels of attention on a GPU: cuDNN's first where it takes two thirds of flash attention's time, as
+    torch does by itself from 2.13 on; never for shapes that vary, since it makes a plan of some 30 ms for each new one.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if not query.is_cuda or not torch.backends.cuda.cudnn_sdp_enabled():
+        return nullcontext()
+    if context.has_varying_shapes:
+        return sdpa_kernel(others)
+    if torch.cuda.get_device_capability() in PREFER_CUDNN and (torch.backends.cudnn.version() or 0) >= CUDNN:
+        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True)
+    return nullcontext()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ Knows: ranks, groups, devices, the placement of layers on pipeline stages, the p
 the differences between mcore's versions. Must not know: scores, plans, losses, recipes.
 """
 
+from . import kernels
 from .attention_context import AttentionContext
 from .backend import has_cpu_backend, install_cpu_backend, peak_bytes, peak_flops
 from .collectives import (
@@ -26,6 +27,7 @@ from .collectives import (
     sum_over_world,
 )
 from .context_shard import ContextShard
+from .kernels import one_kernel
 from .mcore_compat import (
     FITS,
     count_padding,
@@ -74,6 +76,7 @@ __all__ = [
     "independent_replicas",
     "install_cpu_backend",
     "keep_own_states",
+    "kernels",
     "kill_writers",
     "launched",
     "load_optimizer",
@@ -81,6 +84,7 @@ __all__ = [
     "mark_expert",
     "mend_distributed_optimizer",
     "move",
+    "one_kernel",
     "peak_bytes",
     "peak_flops",
     "place_in_world",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .collectives import device_backend
+from .kernels import one_kernel, rotated
 from .limits import WAIT
 from .patch import patch, patched
 
@@ -48,12 +49,14 @@ def patch_mcore_for_cpu() -> None:
 
 
 def patch_mcore() -> None:
-    """Install the patches without which mcore makes many process groups, and fails without Transformer Engine."""
+    """Install the patches without which mcore makes many process groups, fails without Transformer Engine, and rotates
+    queries and keys on a GPU in many kernels."""
     from megatron.core.transformer.moe import moe_utils
 
     _spare_groups()
     if not hasattr(moe_utils, "te_general_gemm"):  # moe/moe_utils.py uses it, but defines it only where TE is installed
         patch(moe_utils, "te_general_gemm", None)
+    _fuse_rotary()
 
 
 _groups: dict[tuple[int, ...], object] = {}
@@ -96,6 +99,25 @@ def _spare_groups() -> None:
         return _groups[key]
 
     patch(parallel_state, "create_group", create_group)
+
+
+def _fuse_rotary() -> None:
+    """Make rotary embeddings on a GPU one kernel each way.
+
+    mcore's plain function is six (models/common/embeddings/rope_utils.py, `_apply_rotary_pos_emb_bshd`). Transformer
+    Engine's, to which mcore has a switch, takes no positions that differ between samples.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+
+    plain = rope_utils._apply_rotary_pos_emb_bshd
+    fused = one_kernel(plain)
+
+    def rotate(t: Tensor, freqs: Tensor, *args: object, **options: object) -> Tensor:
+        if args or options.get("rotary_interleaved") or options.get("multi_latent_attention"):
+            return plain(t, freqs, *args, **options)
+        return rotated(fused, t, freqs, **options)
+
+    patch(rope_utils, "_apply_rotary_pos_emb_bshd", rotate)
 
 
 # ---- checkpoints

@@ -20,6 +20,21 @@ from .fault import DeviceFault
 from .kernels import attention_choice, attention_flops
 from .ledger import Ledger
 from .memo import Call, Cost, Known, Memo, call_of
+from .operations import (
+    DYNAMIC,
+    INDEXING,
+    JOINS,
+    NCCL_DTYPES,
+    NO_KERNEL,
+    PRODUCTS,
+    PUT,
+    bytes_of,
+    group_of,
+    has_mask,
+    is_itself,
+    name_of,
+    starts_early,
+)
 from .places import Places
 from .values import Values, mutated
 
@@ -27,24 +42,6 @@ __all__ = ["Device"]
 
 aten = torch.ops.aten
 ASKS_DEVICE = torch.ops.prim.device.default
-NCCL_DTYPES = {
-    *(torch.int8, torch.uint8, torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16),
-    *(torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2),
-}
-DYNAMIC = {
-    *(aten.nonzero.default, aten._unique2.default, aten.unique_consecutive.default),
-    *(aten.masked_select.default, aten.unique_dim.default),
-}
-"""Operations whose result has a size that depends on numbers: the host waits for them."""
-INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
-PUT = (aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "mv", "dot"}
-JOINS = {"cat", "stack"}
-NO_KERNEL = {
-    *("detach", "alias", "view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"),
-    *("_unsafe_view", "as_strided", "split", "chunk", "unbind", "narrow", "split_with_sizes", "_reshape_alias"),
-    *("set_", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh"),
-}
 MOST_FP64 = 2**22
 """Numbers of a float64 tensor above which it is a fault: activations are never of 8 bytes a number on purpose."""
 
@@ -68,6 +65,8 @@ class Device(TorchDispatchMode):
         """Name of each process group -> its backend on a GPU: `nccl`, `gloo` or `both`."""
         self.reduces_by: Any = dist.ReduceOp.SUM
         """Operation of the all-reduce that is being run."""
+        self._inside = False
+        """Whether a kernel of several operations is being run, which is counted as a whole."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is ASKS_DEVICE:
@@ -94,9 +93,9 @@ class Device(TorchDispatchMode):
         if func is aten.is_pinned.default:
             return False
         self._check(func, args, leaves)
-        if func in DYNAMIC or (func is aten.index.Tensor and _has_mask(args[1])):
+        if func in DYNAMIC or (func is aten.index.Tensor and has_mask(args[1])):
             return self._dynamic(func, args, kwargs)
-        if func in PUT and _has_mask(args[1]):
+        if func in PUT and has_mask(args[1]):
             return self._run(func, self._put(args), kwargs)
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
             return self._to_host(args[0], args[1])
@@ -110,7 +109,7 @@ class Device(TorchDispatchMode):
         except RuntimeError as error:
             if "device" not in str(error) and "dtype" not in str(error):
                 raise
-            raise DeviceFault(f"{_name(func)} at {self.places.here().line}: {str(error).splitlines()[0]}") from error
+            raise DeviceFault(f"{name_of(func)} at {self.places.here().line}: {str(error).splitlines()[0]}") from error
         cost = self._count(func, args, kwargs, out)
         self.values.carry(func, args, kwargs, out)
         if call is not None:
@@ -122,7 +121,10 @@ class Device(TorchDispatchMode):
     def _repeat(self, known: Known, inputs: Sequence[FakeTensor]) -> Any:
         """Return and count what an operation returned before; at least one input's numbers are unknown."""
         made = self.memo.made(known, inputs)
-        if known.news or known.cost:
+        if self._inside:
+            for at in known.news:
+                self.values.renew(made[at])
+        elif known.news or known.cost:
             place = self.places.here()
             for at in known.news:
                 self.ledger.allocate(made[at], lambda: place)
@@ -133,10 +135,38 @@ class Device(TorchDispatchMode):
             self.values.forget(inputs[at])
         return known.container(made) if known.container else made[0]
 
+    def one_kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that torch.compile makes one kernel of: it reads its arguments and writes its results once.
+
+        What is on the CPU runs as it is.
+        """
+
+        def run(*args: Any, **options: Any) -> Any:
+            inputs = [each for each in args if isinstance(each, FakeTensor)]
+            if not inputs or self._inside:
+                return function(*args, **options)
+            self._inside = True
+            try:
+                out = function(*args, **options)
+            finally:
+                self._inside = False
+            self._count_kernel(f"compiled {function.__name__}", inputs, tree_leaves(out))
+            return out
+
+        return run
+
+    def _count_kernel(self, name: str, inputs: Sequence[FakeTensor], results: Sequence[FakeTensor]) -> None:
+        place = self.places.here()
+        for each in results:
+            self.ledger.allocate(each, lambda: place)
+        touched = sum(map(bytes_of, (*inputs, *results)))
+        resource, seconds = self.clock.operation(name, 0, touched, results[0].dtype)
+        self._book(Cost(name, 0, touched, resource, seconds), place.line)
+
     # ---- faults that torch's fake mode lets pass
 
     def _check(self, func: Any, args: Any, leaves: Sequence[Any]) -> None:
-        name, tensors = _name(func), [each for each in leaves if isinstance(each, Tensor)]
+        name, tensors = name_of(func), [each for each in leaves if isinstance(each, Tensor)]
         if name in INDEXING and not isinstance(args[0], FakeTensor):
             if any(isinstance(each, FakeTensor) for each in args[1]):
                 self._fault("a tensor on the CPU is indexed by one on the GPU")
@@ -178,7 +208,7 @@ class Device(TorchDispatchMode):
         return args[0], [part for each in args[1] for part in self._as_index(each)], *args[2:]
 
     def _dynamic(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.waits_for(_name(func))
+        self.waits_for(name_of(func))
         if func is aten.index.Tensor:
             return self._run(func, (args[0], [part for each in args[1] for part in self._as_index(each)]), kwargs)
         if func is aten.masked_select.default:
@@ -221,22 +251,22 @@ class Device(TorchDispatchMode):
                 self._fault(f"a tensor on {each.device}, and this rank's device is cuda:0")
             if each.dtype == torch.float64 and each.numel() > MOST_FP64 and not self.ledger.wants_float64:
                 self._fault(f"a float64 tensor of {list(each.shape)}")
-            if self.ledger.allocate(each, here):
+            if self._inside or self.ledger.allocate(each, here):
                 self.values.renew(each)
         cost = self._cost(func, args, kwargs, out, results)
-        if cost:
+        if cost and not self._inside:
             self._book(cost, here().line)
         return cost
 
     def _cost(self, func: Any, args: Any, kwargs: Any, out: Any, results: Sequence[FakeTensor]) -> Cost | None:
-        name, written = _name(func), mutated(func, args, kwargs)
+        name, written = name_of(func), mutated(func, args, kwargs)
         inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, FakeTensor)]
         old = {each.untyped_storage()._cdata for each in inputs}
         is_view = not written and all(each.untyped_storage()._cdata in old for each in results)
-        if name in NO_KERNEL or not (results or written) or is_view or (name == "copy_" and _is_itself(*args[:2])):
+        if name in NO_KERNEL or not (results or written) or is_view or (name == "copy_" and is_itself(*args[:2])):
             return None
-        reads = 0 if name in ("zero_", "fill_") else sum(map(_bytes, inputs))
-        touched, flops = reads + sum(map(_bytes, results or written)), self._flops(func, args, kwargs, out)
+        reads = 0 if name in ("zero_", "fill_") else sum(map(bytes_of, inputs))
+        touched, flops = reads + sum(map(bytes_of, results or written)), self._flops(func, args, kwargs, out)
         resource, seconds = self.clock.operation(name, flops, touched, (results or written)[0].dtype)
         return Cost(name, flops, touched, resource, seconds)
 
@@ -259,20 +289,20 @@ class Device(TorchDispatchMode):
     # ---- collectives
 
     def _collective(self, func: Any, args: Any, kwargs: Any, leaves: Sequence[Any], fakes: bool) -> Any:
-        name, tensors = _name(func).rstrip("_"), [each for each in leaves if isinstance(each, Tensor)]
-        group = next((found for each in leaves if (found := _group(each)) is not None), None)
+        name, tensors = name_of(func).rstrip("_"), [each for each in leaves if isinstance(each, Tensor)]
+        group = next((found for each in leaves if (found := group_of(each)) is not None), None)
         size, backend = (group.size(), self.backends.get(group.group_name, "both")) if group else (1, "both")
         if tensors and name != "barrier":
             self._check_collective(name, tensors, backend)
-        sent = max(map(_bytes, tensors), default=0)
+        sent = max(map(bytes_of, tensors), default=0)
         if name in ("allgather", "gather", "scatter", "alltoall"):
-            sent = sum(map(_bytes, (each for each in tree_leaves(args[0]) if isinstance(each, Tensor))))
+            sent = sum(map(bytes_of, (each for each in tree_leaves(args[0]) if isinstance(each, Tensor))))
             if fakes and name == "allgather":  # NCCL gathers into one flat tensor first
                 self.ledger.hold(sent)
         wait = None
         if size > 1 and (fakes or name in ("send", "recv")):
             wait = self._count_collective(f"{name} in {size}", sent, size)
-        later = wait if wait and fakes and _starts_early(func, args, kwargs) else None
+        later = wait if wait and fakes and starts_early(func, args, kwargs) else None
         if wait and not later:
             wait()
         if not fakes:
@@ -330,41 +360,3 @@ class Device(TorchDispatchMode):
         for each in tensors:
             if isinstance(each, FakeTensor):
                 self.values.forget(each)
-
-
-def _starts_early(func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether a collective is waited for later: its argument `async_op`."""
-    names = [each.name for each in func._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return "async_op" in names and bool(given.get("async_op", True))
-
-
-def _name(func: Any) -> str:
-    return func._schema.name.split("::")[1]
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _has_mask(indices: Any) -> bool:
-    return any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in indices)
-
-
-def _group(value: Any) -> Any:
-    """Return the process group that an argument of a collective is; None: it is none."""
-    if not isinstance(value, torch.ScriptObject):
-        return None
-    try:
-        return dist.ProcessGroup.unbox(value)
-    except RuntimeError:
-        return None
-
-
-def _is_itself(target: Tensor, source: Any) -> bool:
-    """Return whether both are the same view: torch copies nothing, as at the end of `a[some] += b`."""
-    if not isinstance(source, Tensor) or target.untyped_storage()._cdata != source.untyped_storage()._cdata:
-        return False
-    return (target.shape, target.stride(), target.storage_offset(), target.dtype) == (
-        *(source.shape, source.stride(), source.storage_offset(), source.dtype),
-    )

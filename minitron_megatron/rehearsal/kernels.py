@@ -1,4 +1,4 @@
-"""Kernels that run on CUDA and that a CPU build does not have: attention, RMSNorm, and SwiGLU by torch.compile."""
+"""Kernels that run on CUDA and that a CPU build does not have: attention and RMSNorm."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ __all__ = [
     "attention_flops",
     "fused_attention",
     "fused_rms_norm",
-    "swiglu_kernels",
 ]
 
 aten = torch.ops.aten
-PLAIN, FLASH, EFFICIENT = 0, 1, 2
+PLAIN, FLASH, EFFICIENT, CUDNN = 0, 1, 2, 3
 """torch's numbers of the attention kernels."""
 
 
@@ -34,11 +33,13 @@ class LowerRight:
 
 
 def attention_choice(query: Tensor, key: Tensor, value: Tensor, attn_mask: object = None, *_: Any, **__: Any) -> int:
-    """Choose as aten/native/transformers/cuda/sdp_utils.cpp does on an H100."""
+    """Choose as aten/native/transformers/cuda/sdp_utils.cpp does. cuDNN's is asked for on Hopper; the sizes and strides
+    that it refuses besides do not occur."""
     grouped = query.shape[1] != key.shape[1]
-    if query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and attn_mask is None:
-        return FLASH
-    return PLAIN if grouped else EFFICIENT
+    if query.dtype not in (torch.float16, torch.bfloat16) or query.shape[-1] > 256 or attn_mask is not None:
+        return PLAIN if grouped else EFFICIENT
+    preferred = torch._C._get_sdp_priority_order()[0] == CUDNN and torch.backends.cuda.cudnn_sdp_enabled()
+    return CUDNN if preferred and query.shape[-1] <= 128 else FLASH
 
 
 CAUSAL = {
@@ -46,6 +47,8 @@ CAUSAL = {
     "_scaled_dot_product_flash_attention_backward": 11,
     "_scaled_dot_product_efficient_attention": 6,
     "_scaled_dot_product_efficient_attention_backward": 11,
+    "_scaled_dot_product_cudnn_attention": 6,
+    "_scaled_dot_product_cudnn_attention_backward": 14,
 }
 """Kernel -> place of `is_causal` among its arguments. Kernels skip what it leaves out, and nothing of a mask."""
 
@@ -74,7 +77,8 @@ def fused_attention(plain: Callable[..., Tensor], places: Places) -> Callable[..
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if isinstance(attn_mask, LowerRight):
+        at_the_end = isinstance(attn_mask, LowerRight)  # torch takes flash attention for it
+        if at_the_end:
             is_causal, attn_mask = True, None
         parts = [each for each in (query, key, value, attn_mask) if isinstance(each, Tensor)]
         fakes = [isinstance(each, FakeTensor) for each in parts]
@@ -90,6 +94,10 @@ def fused_attention(plain: Callable[..., Tensor], places: Places) -> Callable[..
             return aten._scaled_dot_product_efficient_attention(
                 query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
             )[0]
+        if choice == CUDNN and not at_the_end:
+            return aten._scaled_dot_product_cudnn_attention(
+                query, key, value, None, torch.is_grad_enabled(), dropout_p, is_causal, False, scale=scale
+            )[0]
         flash = aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
 
@@ -102,7 +110,8 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(states, weight, states.new_empty((*states.shape[:-1], 1), dtype=torch.float32))
-        return torch.ops.aten.mul.Tensor(states, weight)
+        out = torch.empty_like(states, memory_format=torch.contiguous_format)  # also in its strides of single rows
+        return torch.ops.aten.mul.out(states, weight, out=out)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,29 +131,3 @@ def fused_rms_norm(plain: Callable[..., Tensor], places: Places) -> Callable[...
         return _FusedNorm.apply(states, weight)
 
     return rms_norm
-
-
-def swiglu_kernels(module: Any) -> dict[str, Callable[..., Any]]:
-    """Return mcore's functions of SwiGLU, which torch.compile makes one kernel each, as one for fake tensors.
-
-    module: mcore's `fused_bias_swiglu`. Name -> function that reads and writes what the kernel does; where a router
-    weights the tokens, their weights are left out.
-    """
-
-    def swiglu(states: Tensor) -> Tensor:
-        return torch.ops.aten.mul.Tensor(*states.chunk(2, -1))
-
-    def swiglu_back(upstream: Tensor, states: Tensor) -> Tensor:
-        return torch.ops.aten.slice_scatter.default(states, upstream, -1, 0, upstream.shape[-1])
-
-    def weighted_swiglu(states: Tensor, weights: Tensor) -> Tensor:
-        return swiglu(states)
-
-    def weighted_swiglu_back(upstream: Tensor, states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return swiglu_back(upstream, states), torch.empty_like(weights)
-
-    def chosen(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *tensors: (fused if isinstance(tensors[0], FakeTensor) else plain)(*tensors)
-
-    kernels = (swiglu, swiglu_back, weighted_swiglu, weighted_swiglu_back)
-    return {each.__name__: chosen(each, getattr(module, each.__name__)) for each in kernels}

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_map
 from ..errors import TopologyError
 from ..gpus import GPUS
 from ..model import fused_swiglu
-from ..parallel import has_cpu_backend
+from ..parallel import has_cpu_backend, kernels
 from .clock import NODE, Clock
 from .device import Device
 from .fault import DeviceFault
-from .kernels import LowerRight, fused_attention, fused_rms_norm, swiglu_kernels
+from .kernels import LowerRight, fused_attention, fused_rms_norm
 from .ledger import Ledger
 from .places import Places
 from .stand_in import cuda_stand_in
@@ -29,6 +29,11 @@ from .stand_in import cuda_stand_in
 __all__ = ["rehearsed_rank"]
 
 Patch = tuple[Any, str, Any]
+
+SWIGLU = ("swiglu", "swiglu_back", "weighted_swiglu", "weighted_swiglu_back")
+"""mcore's functions of SwiGLU that it compiles."""
+CUDNN_VERSION = 91900
+"""cuDNN that torch 2.13 brings, at least: the one whose attention it takes by itself."""
 
 
 @contextmanager
@@ -49,7 +54,7 @@ def rehearsed_rank(
         stack.enter_context(cuda_stand_in())
         _patch(stack, [*_cuda(device, gpu), *_distributed(device), *_tensors(device)])
         if fused:
-            _patch(stack, _kernels(places))
+            _patch(stack, _kernels(device))
         _join(rank, world)
         stack.callback(dist.destroy_process_group)
         # torch.tensor(..., device="cuda") is then made on the CPU, and moved by an operation that the mode sees
@@ -118,8 +123,9 @@ def _returns(value: Any) -> Callable[..., Any]:
 def _cuda(device: Device, gpu: str) -> list[Patch]:
     """Return the patches of torch.cuda, which would ask the driver."""
     ledger, state, nothing = device.ledger, torch.get_rng_state(), _returns(None)
-    memory = ledger.limit or 80 * 2**30
-    about = SimpleNamespace(name=gpu, total_memory=memory, major=9, minor=0, multi_processor_count=132, warp_size=32)
+    memory, (major, minor) = ledger.limit or 80 * 2**30, GPUS[gpu].capability
+    sizes = {"total_memory": memory, "multi_processor_count": 132, "warp_size": 32}
+    about = SimpleNamespace(name=gpu, major=major, minor=minor, **sizes)
     generator = SimpleNamespace(
         set_state=nothing, get_state=lambda: state.clone(), manual_seed=nothing, initial_seed=_returns(0)
     )
@@ -148,7 +154,7 @@ def _cuda(device: Device, gpu: str) -> list[Patch]:
         "empty_cache": nothing,
         "mem_get_info": lambda *_: (memory - ledger.now, memory),
         "get_device_name": _returns(gpu),
-        "get_device_capability": _returns((9, 0)),
+        "get_device_capability": _returns((major, minor)),
         "get_device_properties": _returns(about),
         "is_bf16_supported": _returns(True),
         "is_current_stream_capturing": _returns(False),
@@ -158,8 +164,9 @@ def _cuda(device: Device, gpu: str) -> list[Patch]:
         "set_rng_state": nothing,
         "default_generators": (generator,),
     }
+    cudnn = [(torch.backends.cudnn, "version", _returns(CUDNN_VERSION))]
     random = [(torch.cuda.random, "get_rng_state", answers["get_rng_state"])]
-    return [*((torch.cuda, name, answer) for name, answer in answers.items()), *random]
+    return [*((torch.cuda, name, answer) for name, answer in answers.items()), *random, *cudnn]
 
 
 def _distributed(device: Device) -> list[Patch]:
@@ -224,11 +231,12 @@ def _tensors(device: Device) -> list[Patch]:
     ]
 
 
-def _kernels(places: Places) -> list[Patch]:
+def _kernels(device: Device) -> list[Patch]:
     """Return the patches of kernels; mcore is imported for them, and compiles nothing: torch.compile is patched."""
-    functional, swiglu = torch.nn.functional, fused_swiglu()
+    functional, swiglu, places = torch.nn.functional, fused_swiglu(), device.places
     return [
-        *((swiglu, name, kernel) for name, kernel in swiglu_kernels(swiglu).items()),
+        *((swiglu, name, device.one_kernel(getattr(swiglu, name))) for name in SWIGLU),
+        (kernels, "compiled", device.one_kernel),
         (bias, "causal_lower_right", LowerRight),
         (functional, "scaled_dot_product_attention", fused_attention(functional.scaled_dot_product_attention, places)),
         (functional, "rms_norm", fused_rms_norm(functional.rms_norm, places)),

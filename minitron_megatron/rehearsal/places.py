@@ -16,6 +16,8 @@ PACKAGE, MEGATRON = "minitron_megatron/", "megatron/core/"
 BUFFERS = "megatron/core/distributed/param_and_grad_buffer.py"
 """mcore's flat buffers of weights and gradients; the line that allocates one names it."""
 
+BETWEEN = ("rehearsal/", "parallel/kernels.py")
+"""Files that stand between an operation and the line that it comes from."""
 KINDS = (
     (PACKAGE + "losses/", "", "loss"),
     (PACKAGE + "distill/objective.py", "prepare", "teacher"),
@@ -80,7 +82,7 @@ class Places:
 
     def _learn(self, code: CodeType) -> _Code:
         path = code.co_filename
-        own = PACKAGE in path and PACKAGE + "rehearsal/" not in path
+        own = PACKAGE in path and not any(PACKAGE + each in path for each in BETWEEN)
         kind = next((kind for part, name, kind in KINDS if part in path and name in ("", code.co_name)), "")
         megatron = path.rpartition(MEGATRON)[2] if MEGATRON in path else ""
         found = _Code(path.rpartition(PACKAGE)[2] if own else "", megatron, kind, path.endswith(BUFFERS))

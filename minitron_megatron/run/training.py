@@ -60,7 +60,8 @@ def distil(context: Context, student: list[Chunk], label: str, *, until: int | N
 
     def taught(phase: ResolvedPhase) -> ContinuousObjective:
         """Return a phase's objective; the teacher's schedule is as long as the phase."""
-        learner = Learner(teacher, Training.of(correct, phase.steps, seed=0), topology, "teacher")
+        # mcore reduces a gradient early only where every parameter has one, and not all of a teacher's do
+        learner = Learner(teacher, Training.of(correct, phase.steps, seed=0), topology, "teacher", overlap=False)
         return ContinuousObjective(learner, topology, vocab=vocab, shared=shared, loss=loss, states=states)
 
     with correcting(context, teacher), _released(states):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Learner"]
 
+BUCKETS = 8
+"""Parts in which gradients are reduced over replicas while the backward pass goes on. A rank holds an equal share of
+each part, a piece of a few tensors; with many parts it would need nearly all optimizer states on resume."""
+
 
 class Learner:
     """A model wrapped in mcore's DDP, chunk by chunk, with mcore's distributed optimizer and scheduler.
@@ -31,11 +37,14 @@ class Learner:
     Call `release` at the end; otherwise gradients and optimizer outlive the model.
     """
 
-    def __init__(self, model: Model, training: Training, topology: Topology, name: str = "") -> None:
-        """name: distinguishes the models of one run. Collective over the world."""
+    def __init__(
+        self, model: Model, training: Training, topology: Topology, name: str = "", *, overlap: bool = True
+    ) -> None:
+        """name: distinguishes the models of one run. overlap: reduce gradients during the last backward pass of a step.
+        Collective over the world."""
         self.topology = topology
         self._finalize = _Finalize()
-        self.chunks, self.optimizer = _wrapped(chunks_of(model), training, self._finalize)
+        self.chunks, self.optimizer = _wrapped(chunks_of(model), training, self._finalize, overlap)
         self.scheduler = _schedule(self.optimizer, training)
         self.trainee = Trainee(self.chunks, self.optimizer, name)
         self.has_updated = False
@@ -89,7 +98,8 @@ class Learner:
         """
         for chunk in self.chunks:
             chunk.grad_accs.clear()
-            chunk.config.grad_scale_func = chunk.config.finalize_model_grads_func = None
+            config = chunk.config
+            config.grad_scale_func = config.finalize_model_grads_func = config.no_sync_func = None
             for parameter in chunk.parameters():
                 parameter.main_grad = None
         gc.collect()
@@ -101,8 +111,8 @@ class _Finalize:
     A step of several windows reduces and divides once, after its last window.
     """
 
-    left: int
-    tokens: int | Tensor
+    left = 0
+    tokens: int | Tensor = 0
 
     def expect(self, windows: int) -> None:
         self.left, self.tokens = windows, 0
@@ -114,16 +124,35 @@ class _Finalize:
         if not self.left:
             finalize_model_grads(model, self.tokens, **options)
 
+    @contextmanager
+    def unsynced(self, wrapped: Sequence[DistributedDataParallel]) -> Iterator[None]:
+        """Keep gradients from being reduced inside the context, which mcore's schedule leaves for a window's last
+        micro-batch; after it they are reduced in the last window alone."""
+        groups = [group for each in wrapped for group in (*each.bucket_groups, *each.expert_parallel_bucket_groups)]
+        for group in groups:
+            group.is_last_microbatch = False
+        try:
+            yield
+        finally:
+            for group in groups:
+                group.is_last_microbatch = self.left == 1
+
 
 def _wrapped(
-    chunks: Sequence[Chunk], training: Training, finalize: _Finalize
+    chunks: Sequence[Chunk], training: Training, finalize: _Finalize, overlap: bool
 ) -> tuple[list[DistributedDataParallel], MegatronOptimizer]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     mend_distributed_optimizer()
     config = chunks[0].config
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    numbers = max(sum(each.numel() for each in chunk.parameters() if each.requires_grad) for chunk in chunks)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        bucket_size=max(1, -(-numbers // BUCKETS)),
+    )
     wrapped = [DistributedDataParallel(config, ddp, chunk.train()) for chunk in chunks]
     count_padding(wrapped)
     optimizer = get_megatron_optimizer(
@@ -145,6 +174,7 @@ def _wrapped(
     for each in chunks:
         each.config.finalize_model_grads_func = finalize
         each.config.grad_scale_func = optimizer.scale_loss
+        each.config.no_sync_func = partial(finalize.unsynced, wrapped) if overlap else None
     return wrapped, optimizer
 
 

@@ -224,7 +224,13 @@ def attended(topology: Topology, dtype: torch.dtype, kernel: str) -> tuple[Tenso
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kernel"), [(torch.bfloat16, "FLASH_ATTENTION"), (torch.float32, "EFFICIENT_ATTENTION")], ids=str
+    ("dtype", "kernel"),
+    [
+        (torch.bfloat16, "FLASH_ATTENTION"),
+        (torch.bfloat16, "CUDNN_ATTENTION"),
+        (torch.float32, "EFFICIENT_ATTENTION"),
+    ],
+    ids=str,
 )
 def test_attention_holds_no_square_of_the_sequence(gpus: Pool, dtype: torch.dtype, kernel: str) -> None:
     [(got, want)] = gpus.run(attended, dtype, kernel)

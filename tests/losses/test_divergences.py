@@ -249,7 +249,7 @@ def test_the_chosen_chunk_keeps_within_its_budget(held: int, live: int) -> None:
 def test_by_default_the_budget_is_an_eighth_of_the_logits() -> None:
     chunk = chunk_tokens(4096, 32768, 4)
     assert 4 * chunk * 4 * 32768 == 4096 * 4 * 32768 // 8
-    assert chunk_tokens(10**6, 32768, 4) * 4 * 4 * 32768 == 512 * 2**20
+    assert chunk_tokens(10**6, 32768, 4) * 4 * 4 * 32768 == 2**30
 
 
 def test_a_mixture_without_one_of_its_parts_names_its_limits() -> None:

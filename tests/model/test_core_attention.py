@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minitron_megatron.model import KVCache
 from minitron_megatron.model.spec import CoreAttention
@@ -33,15 +34,20 @@ class Call:
     grouped: bool
     cudnn: bool
     """Whether cuDNN's kernel may serve it."""
+    cudnn_is_first: bool
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """Calls of attention on what torch says is a Hopper GPU."""
     asked: list[Call] = []
     original = F.scaled_dot_product_attention
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
 
     def record(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, enable_gqa: bool, **options: Any) -> Tensor:
-        asked.append(Call(k.shape[1], enable_gqa, torch.backends.cuda.cudnn_sdp_enabled()))
+        first = torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
+        asked.append(Call(k.shape[1], enable_gqa, torch.backends.cuda.cudnn_sdp_enabled(), first))
         plain = (each.as_subclass(Tensor) for each in (q, k, v))
         return original(*plain, mask, enable_gqa=enable_gqa, **options)
 
@@ -92,3 +98,16 @@ def test_shapes_that_vary_get_no_plan_of_cudnns(calls: list[Call]) -> None:
     assert len(calls) == 4 and not any(call.cudnn for call in calls)
     attention()(*on_gpu(parts(torch.bfloat16)), None)
     assert calls[-1].cudnn
+
+
+def test_cudnns_attention_comes_first_where_torch_takes_it(calls: list[Call], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on other GPUs, not with an older cuDNN, and not where a caller leaves it out."""
+    attention()(*on_gpu(parts(torch.bfloat16)), None)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        attention()(*on_gpu(parts(torch.bfloat16)), None)
+    assert [(call.cudnn, call.cudnn_is_first) for call in calls] == [(True, True), (False, False)]
+    for owner, name, value in ((torch.cuda, "get_device_capability", (8, 0)), (torch.backends.cudnn, "version", 90100)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda value=value: value)
+            attention()(*on_gpu(parts(torch.bfloat16)), None)
+        assert not calls[-1].cudnn_is_first

@@ -18,7 +18,7 @@ from minitron_megatron.data import Batch
 from minitron_megatron.distill import KDObjective
 from minitron_megatron.layout import Shape
 from minitron_megatron.model import Chunk, ModelConfig, Recompute, assign, build, named_shards
-from minitron_megatron.parallel import Topology
+from minitron_megatron.parallel import Topology, one_kernel
 from minitron_megatron.rehearsal import Ledger, rehearsed_rank
 from minitron_megatron.testing import LivePeak
 from minitron_megatron.train import Learner, Training
@@ -27,6 +27,7 @@ __all__ = [
     "TEACHER",
     "Facts",
     "batches",
+    "compiled_kernel",
     "empty",
     "real",
     "rehearsed",
@@ -171,6 +172,28 @@ def repeated() -> list[list[Any]]:
                 numbers.add_(1) is numbers,
             ]
             found[-1] += [few.sum().item(), many.sum().item()]
+    return found
+
+
+def compiled_kernel() -> list[list[Any]]:
+    """Run a compiled function twice; return its kernels, and the bytes touched, alive after it and at its peak."""
+
+    @one_kernel
+    def scaled(states: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+        states.mul_(by).add_(1)
+        return states, (states * 2).exp().sum(-1)
+
+    found = []
+    with rehearsed_rank(0, 1, ledger=Ledger(block=1)) as ledger:
+        states, by = torch.ones(8, 16, device="cuda"), torch.ones(8, 1, device="cuda")
+        before = ledger.now
+        for _ in range(2):
+            section = ledger.begin()
+            results = scaled(states, by)
+            assert results[0] is states
+            touched = sum(section.touched.values())
+            found.append([dict(section.kernels), touched, ledger.now - before, section.peak - before])
+            del results
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from minitron_megatron.errors import TopologyError
 from minitron_megatron.testing import Pool
 from tests.rehearsal.planted import FAULTS, planted
-from tests.rehearsal.steps import real, rehearsed, rehearsed_in_a_world, repeated
+from tests.rehearsal.steps import compiled_kernel, real, rehearsed, rehearsed_in_a_world, repeated
 
 Call = Callable[..., Any]
 
@@ -64,6 +64,11 @@ def test_a_process_that_ran_on_the_cpu_is_refused(pool: Pool) -> None:
 def test_an_operation_that_is_remembered_returns_what_it_did(rehearse: Call) -> None:
     expected = [2, 3, True, [0, 0, 12, 6], 0, 0, 1, torch.int64, torch.float32, True, 2, 3]
     assert rehearse(repeated) == [expected, expected]
+
+
+def test_a_compiled_function_is_one_kernel_that_keeps_its_results_alone(rehearse: Call) -> None:
+    """It reads 8 x 16 and 8 numbers, and writes 8 x 16 and 8."""
+    assert rehearse(compiled_kernel) == [[{"compiled scaled": 1}, 4 * (2 * 8 * 16 + 2 * 8), 4 * 8, 4 * 8]] * 2
 
 
 @pytest.mark.parametrize("fault", FAULTS)
