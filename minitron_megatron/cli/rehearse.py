@@ -31,7 +31,10 @@ def rehearse(
         float, typer.Option("--memory", metavar="GIB", min=0.001, help="GiB per GPU; a peak above it is an error.")
     ] = 80.0,
     stage: Annotated[
-        str, typer.Option("--stage", metavar="NAME", help="correct, score, prune, distill or evaluate.")
+        str,
+        typer.Option(
+            "--stage", metavar="NAME", help="correct, score, search, prune, distill, evaluate, generate or export."
+        ),
     ] = "distill",
     report: Annotated[
         Path | None, typer.Option("--report", metavar="DIR", help="Also write a page with plots, and all numbers.")

@@ -7,7 +7,7 @@ from .by_transformers import transformers_failures, transformers_model
 from .carried import carried_files, carry, stop_at
 from .check import check_folder
 from .config import read_config
-from .export import save_hf
+from .export import full_tensors, save_hf
 from .families import FAMILIES
 from .family import Family
 from .flat import Architecture, exported_config, flat_config
@@ -31,6 +31,7 @@ __all__ = [
     "exported_config",
     "flat_config",
     "folder_hash",
+    "full_tensors",
     "hub_folder",
     "import_megatron",
     "is_hub_name",

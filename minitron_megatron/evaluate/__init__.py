@@ -6,6 +6,7 @@ Knows: models, held-out batches, the harness, chat templates. Must not know: how
 from .chat import CHAT_TASKS, NEED_JUDGE, Judge
 from .decoding import Decoding, decoding, generation_settings
 from .extra_tasks import PROGRAMS
+from .generate import MOST_TOKENS
 from .losses import ValidationSet, validation_loss
 from .predict import Predictor, RunBatches, Sampling
 from .programs import which_pass
@@ -14,6 +15,7 @@ from .tasks import HarnessResults, check_tasks, lower_is_better, run_tasks, scor
 
 __all__ = [
     "CHAT_TASKS",
+    "MOST_TOKENS",
     "NEED_JUDGE",
     "PROGRAMS",
     "SUITES",

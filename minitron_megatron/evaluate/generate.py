@@ -10,7 +10,10 @@ from torch import Tensor
 from ..model import DecodeBatch, KVCache
 from ..parallel import AttentionContext, Topology, gather_objects, gather_sequence
 
-__all__ = ["IncrementalDecoder", "Texts", "padded"]
+__all__ = ["MOST_TOKENS", "IncrementalDecoder", "Texts", "padded"]
+
+MOST_TOKENS = 256
+"""Tokens to generate if a task sets no limit, as in lm-evaluation-harness's own models."""
 
 Texts = Sequence[Sequence[int]]
 

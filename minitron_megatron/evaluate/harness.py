@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError, first_line
 from ..events import Listener, silent
 from .decoding import Decoding, TransformersTokenizer, decoding, stopper
+from .generate import MOST_TOKENS
 from .predict import Predictor, Sampling
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ __all__ = ["HarnessMethods", "harness_model"]
 
 log = logging.getLogger("lm_eval")
 """The harness's logger; its warnings reach the user."""
-
-MOST_TOKENS = 256
-"""Tokens to generate if a task sets no limit, as in the harness's own models."""
 
 ContextAndAnswer = tuple[list[int], list[int]]
 

@@ -77,7 +77,7 @@ class CoreAttention(nn.Module):
     def _attended(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         if context.cache:
             k, v, mask = context.cache.extend(self, k, v, self.window)
-            return _causal(self.window, q, k, v) if mask is None else _attend(q, k, v, mask)
+            return _causal(self.window, q, k, v) if mask is None else _masked(q, k, v, mask)
         if context.shard:
             return _context_parallel(self.window, q, k, v, context.pieces)
         if context.documents is None:
@@ -102,8 +102,21 @@ def _kernels(query: Tensor, context: AttentionContext) -> AbstractContextManager
     return nullcontext()
 
 
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Call SDPA with a mask, bool [batch or 1, 1, queries, keys].
+
+    The query heads of a group become queries of one head: kernels with a mask want as many heads of queries as of keys,
+    and would otherwise copy the keys and values for each query head.
+    """
+    batch, heads, queries, width = q.shape
+    groups, times = k.shape[1], heads // k.shape[1]
+    repeated = mask[:, :, None].expand(-1, -1, times, -1, -1).reshape(len(mask), 1, times * queries, -1)
+    out = F.scaled_dot_product_attention(q.reshape(batch, groups, times * queries, width), k, v, repeated)
+    return out.reshape(q.shape)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Call SDPA. mask: bool [batch, 1, queries, keys], or a bias; None: causal, with as many keys as queries.
+    """Call SDPA. mask: a bias for queries at the last keys; None: causal, with as many keys as queries.
 
     On a GPU, keys and values of fp32 are repeated for each query head: flash attention wants 16 bits, memory-efficient
     attention refuses grouped heads, and the kernel that is left holds all scores, queries x keys a head.
@@ -120,14 +133,14 @@ def _causal(window: int | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     if window and keys > window:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
-        return _attend(q, k, v, mask.tril(keys - queries).triu(keys - queries - window + 1))
+        return _masked(q, k, v, mask.tril(keys - queries).triu(keys - queries - window + 1)[None, None])
     if queries == keys:
         return _attend(q, k, v, None)
     if q.is_cuda:  # flash attention supports this bias
         from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes a second
 
         return _attend(q, k, v, causal_lower_right(queries, keys))
-    return _attend(q, k, v, torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries))
+    return _masked(q, k, v, torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None])
 
 
 def _by_document(window: int | None, q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:

@@ -227,7 +227,8 @@ def rehearse(
         results.append(_result(kind, piece))
         pieces.append(piece)
         listener(Event("rehearse", number, len(chosen), "kinds of rank"))
-    tokens = pieces[0].micro_batches * pieces[0].tokens * (topology.replicas if stage in TRAINS else topology.dp)
+    passes = pieces[0].micro_batches * pieces[0].repeats
+    tokens = passes * pieces[0].tokens * (topology.replicas if stage in TRAINS else topology.dp)
     return Rehearsal(
         stage,
         gpus,
@@ -249,9 +250,13 @@ def gpu_named(name: str) -> Gpu:
 
 
 def _idle_seconds(recipe: Recipe, stage: str, topology: PlannedTopology, results: Sequence[RankResult]) -> float:
-    """Return the seconds that a rank waits for other pipeline stages: they take turns in a refit, and are independent
-    in a cut; elsewhere the pipeline fills and drains."""
+    """Return the seconds that a rank waits for other pipeline stages: they take turns in a refit and at each generated
+    token, and are independent in a cut and an export; elsewhere the pipeline fills and drains."""
     others = topology.pp - 1
+    if stage == "export":
+        return 0.0
+    if stage == "generate":
+        return others * max(each.seconds for each in results)
     if stage == "prune":
         return others * max(each.seconds for each in results) if recipe.prune.refit != "none" else 0.0
     return others / topology.vp * max(each.micro_batch_seconds for each in results)
@@ -285,6 +290,10 @@ def _result(kind: RankKind, piece: Rehearsed) -> RankResult:
         unit, whole = count, last.grown(Section(), missing / count) if missing else last
         whole.peak, whole.peak_by_kind = last.peak, Sums(last.peak_by_kind)
     seconds = sum(whole.by_resource.values()) / max(piece.micro_batches, 1)
+    if piece.repeats > 1:
+        peak, kinds = whole.peak, whole.peak_by_kind
+        whole = whole.grown(Section(), piece.repeats - 1)
+        whole.peak, whole.peak_by_kind = peak, kinds
     return RankResult(kind, whole, piece.start, piece.validation, seconds)
 
 

@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..convert import read_config
-from ..data import Batch
+from ..convert import full_tensors, read_config
 from ..errors import RecipeError
-from ..evaluate import ValidationSet
+from ..evaluate import MOST_TOKENS, Predictor
 from ..events import silent
-from ..forecast import student_shape
-from ..model import Chunk, ModelConfig, assign, build, named_shards
-from ..parallel import AttentionContext, Topology
-from ..recipe import Recipe, ResolvedPhase, resolved
-from ..run import STAGES, Context
-from .ledger import Ledger, Section
+from ..forecast import candidates_of
+from ..model import evaluating
+from ..parallel import Topology
+from ..prune import random_plan
+from ..recipe import Recipe, resolved
+from ..run import DTYPES, STAGES
+from ..search import zero_shot
+from .context import Rehearsed, RehearsedContext
+from .ledger import Ledger
 
-__all__ = ["COVERED", "Rehearsed", "rehearsable", "run_stage"]
+__all__ = ["COVERED", "TRAINS", "Rehearsed", "rehearsable", "run_stage"]
 
-COVERED = ("correct", "distill", "score", "prune", "evaluate")
-"""Stages that can be rehearsed. Of `evaluate` only the losses on held-out text, of `score` not the layers' importance
-by tasks, of `prune` the cut and the refit: units by chance, in one round, no merged heads. Nothing is written."""
 TRAINS = ("correct", "distill")
+COVERED = ("correct", "score", "search", "prune", "distill", "evaluate", "generate", "export")
+"""Stages that can be rehearsed, and `generate`, which tasks of `evaluate` do. Of `evaluate` the losses on held-out
+text, of `score` not the layers' importance by tasks, of `prune` the cut and the refit: units by chance, in one round,
+no merged heads; of `search` the losses right after the cut, without the refit that `prune` has and the training that
+`distill` has. Nothing is written."""
 SAVES_NEVER = 10**9
-FEW = 3
-"""Micro-batches of a rank with which a refit is rehearsed, where it has more: one is held out."""
-
-
-@dataclass
-class Rehearsed:
-    """Sections of a stage on one rank, by name, and its micro-batches."""
-
-    micro_batches: int = 0
-    """Micro-batches of a step, or of the whole stage where it does not train."""
-    tokens: int = 0
-    """Tokens of a micro-batch of this rank's replica."""
-    counts: list[int] = field(default_factory=list)
-    """Micro-batches of each rehearsed step."""
-    steps: list[Section] = field(default_factory=list)
-    start: Section = field(default_factory=Section)
-    """Loading the models, and whatever comes before the first batch."""
-    validation: Section | None = None
 
 
 def rehearsable(recipe: Recipe, stage: str) -> Recipe:
@@ -55,10 +38,8 @@ def rehearsable(recipe: Recipe, stage: str) -> Recipe:
     Raises RecipeError for a stage that is not covered or that the recipe does not have.
     """
     if stage not in COVERED:
-        raise RecipeError(
-            f"the stage {stage!r} cannot be rehearsed. Give --stage {', '.join(COVERED[:-1])} or evaluate."
-        )
-    if not STAGES[stage].wanted(recipe):
+        raise RecipeError(f"the stage {stage!r} cannot be rehearsed. Give --stage {', '.join(COVERED[:-1])} or export.")
+    if stage in STAGES and not STAGES[stage].wanted(recipe):
         raise RecipeError(f"this recipe does not use the stage {stage}. Give another --stage.")
     if stage == "prune":
         return _without_scores(recipe)
@@ -96,15 +77,15 @@ def run_stage(recipe: Recipe, stage: str, topology: Topology, ledger: Ledger, ou
     rehearsed.start = ledger.begin()
     done: dict[str, dict[str, Any]] = {"prepare": {"model_hash": "", "sources": {}}, "correct": {"hash": ""}}
     at_out = recipe.replaced(out=out)
-    context = _Context(at_out, topology, silent, done, lambda _: "rehearsal" * 2, ledger=ledger, rehearsed=rehearsed)
-    if stage == "prune":
-        _prune(context)
-    else:
-        STAGES[stage].does(context)
+    context = RehearsedContext(
+        at_out, topology, silent, done, lambda _: "rehearsal" * 2, ledger=ledger, rehearsed=rehearsed
+    )
+    does = PARTS.get(stage) or STAGES[stage].does
+    does(context)
     return rehearsed
 
 
-def _prune(context: _Context) -> None:
+def _prune(context: RehearsedContext) -> None:
     """Cut and refit, with two numbers of micro-batches where there are many."""
     ledger, rehearsed = context.ledger, context.rehearsed
     ledger.wants_float64 = True
@@ -121,115 +102,60 @@ def _prune(context: _Context) -> None:
         before.peak_by_kind = rehearsed.steps[-1].peak_by_kind
 
 
+def _search(context: RehearsedContext) -> None:
+    """Measure the largest candidate; each replica measures a share of them, on all samples."""
+    ledger, rehearsed, keys, topology = context.ledger, context.rehearsed, context.recipe.score, context.topology
+    teacher = read_config(context.recipe.model).shape
+    candidates = candidates_of(context.recipe, teacher)
+    widths = {axis: size for axis, size in candidates[0].sizes.items() if axis != "layers"}
+    plan = random_plan(teacher, 0, layers=tuple(range(candidates[0].shape.layers)), **widths)
+    model = context.load_prune_source(DTYPES[keys.dtype])
+    rehearsed.repeats = -(-len(candidates) // (topology.dp if topology.ep == 1 else 1))
+    rehearsed.micro_batches = max(1, -(-keys.samples // keys.micro_batch))
+    rehearsed.tokens = keys.micro_batch * context.recipe.data.sequence
+    few = min(rehearsed.micro_batches, topology.pp)
+    rehearsed.counts = [few] if few == rehearsed.micro_batches else [few, few + 1]
+    for count in rehearsed.counts:
+        gc.collect()
+        rehearsed.steps.append(ledger.begin())
+        zero_shot(model, ["candidate"], lambda _: plan, context.drawn(count, keys.micro_batch), topology=topology)
+
+
+def _export(context: RehearsedContext) -> None:
+    """Bring every Hugging Face tensor of the student to the host of the rank that writes it."""
+    model = context.load(context.student)
+    context.rehearsed.counts, context.rehearsed.micro_batches = [1], 1
+    context.rehearsed.repeats = 2  # it is written, and hashed
+    context.rehearsed.steps.append(context.ledger.begin())
+    for _, tensor in full_tensors(model, context.topology, DTYPES[context.recipe.export.dtype]):
+        tensor.cpu()
+        del tensor
+
+
+def _generate(context: RehearsedContext) -> None:
+    """Generate one token and two after prompts that leave room for `MOST_TOKENS`; each token more costs the same."""
+    ledger, rehearsed, topology = context.ledger, context.rehearsed, context.topology
+    rows, sequence = context.recipe.evaluate.micro_batch, context.recipe.data.sequence
+    model = context.load(context.student)
+    most = min(MOST_TOKENS, sequence // 2)
+    prompts = context.drawn(1, rows)[0].tokens[:, : sequence - most].cpu().tolist() * topology.dp
+    rehearsed.tokens, rehearsed.micro_batches, rehearsed.counts = rows, most, [1, 2]
+    with evaluating(model):
+        for count in rehearsed.counts:
+            gc.collect()
+            rehearsed.steps.append(ledger.begin())
+            Predictor(model, topology, micro_batch=rows).continuations(prompts, count)
+
+
+PARTS: Mapping[str, Callable[[RehearsedContext], None]] = {
+    **{"prune": _prune, "search": _search, "export": _export, "generate": _generate}
+}
+"""Parts of a run that are rehearsed otherwise than by their stage."""
+
+
 def _counts(every: int, topology: Topology, window: int) -> list[int]:
     """Return the micro-batches of the rehearsed steps: a short one first, in which the optimizer's state is made, then
     one that fills the pipeline, and one with a unit more; or two whole steps where that is less."""
     unit = window if topology.vp == 1 else -(-window // topology.pp) * topology.pp
     full = -(-max(topology.pp, 1) // unit) * unit
     return [every] * 2 if every <= full + unit else [unit, full, full + unit]
-
-
-class _Announced(dict[str, Sequence[Batch]]):
-    """Held-out text whose use starts a section."""
-
-    def __init__(self, batches: Mapping[str, Sequence[Batch]], used: Callable[[], None]) -> None:
-        super().__init__(batches)
-        self._used = used
-
-    def items(self):  # type: ignore[no-untyped-def, override]
-        self._used()
-        return super().items()
-
-
-@dataclass(frozen=True)
-class _Context(Context):
-    """Context whose models are empty and whose text is random."""
-
-    ledger: Ledger = field(kw_only=True)
-    rehearsed: Rehearsed = field(kw_only=True)
-
-    def load(self, folder: Path, dtype: torch.dtype | None = None, *, trains: bool = False) -> list[Chunk]:
-        config, recompute = self._config(folder), self.recipe.recompute if trains else "none"
-        model = build(config, self.topology, dtype or self.dtype, recompute=recompute, spec=self.recipe.spec)
-        with self.ledger.naming("weights"):
-            for shard in named_shards(model):
-                assign(shard, torch.empty_like(shard.tensor, device=self.topology.device))
-        return model
-
-    def load_teacher(self, *, trains: bool = False) -> list[Chunk]:
-        with self.ledger.naming("teacher"):
-            return super().load_teacher(trains=trains)
-
-    def _verified(self, folder: Path, dtype: torch.dtype, *, trains: bool = False) -> list[Chunk]:
-        return self.load(folder, dtype, trains=trains)
-
-    def _config(self, folder: Path) -> ModelConfig:
-        """Return the configuration of a model, whether or not the run has written it."""
-        own = self.folders
-        if folder in (own.model("corrected"), self.recipe.model):
-            return read_config(self.recipe.model)
-        if folder == self.recipe.student or (folder == self.recipe.distill.start and folder.is_dir()):
-            return read_config(folder)
-        config = read_config(self.recipe.model)
-        return replace(config, shape=student_shape(self.recipe, config.shape))
-
-    def save(self, *_: object, **__: object) -> str:
-        return ""
-
-    def sealed(self, folder: Path) -> str:
-        return ""
-
-    def training_batches(self, phase: ResolvedPhase, seed: int) -> Callable[[int], list[Batch]]:
-        def batches(step: int) -> list[Batch]:
-            self.rehearsed.steps.append(self.ledger.begin())
-            drawn = self._drawn(self.rehearsed.counts[step], phase.keys.micro_batch)
-            return [batch.shared(self.topology) for batch in drawn]
-
-        return batches
-
-    def calibration_batches(self, samples: int | None = None) -> list[Batch]:
-        keys = self.recipe.score
-        if self.rehearsed.steps:  # of a refit
-            return self._drawn(self.rehearsed.counts[len(self.rehearsed.steps) - 1], keys.micro_batch)
-        return self._counted(samples or keys.samples, keys.micro_batch)
-
-    def refit_micro_batches(self) -> tuple[int, list[int]]:
-        """Return (micro-batches of this rank in a refit, those of each rehearsal of it). There are two rehearsals where
-        it has many: from their difference the rest follows, since its equations take the same time for any number."""
-        keys, samples = self.recipe.score, self.recipe.prune.refit_samples
-        if self.recipe.prune.refit == "none":
-            return 1, [1]
-        every = self._micro_batches(samples or keys.samples, keys.micro_batch)
-        return every, [every] if every <= FEW else [FEW - 1, FEW]
-
-    def held_out(self) -> ValidationSet:
-        keys = self.recipe.evaluate
-        if self.rehearsed.counts:  # of a training: the held-out text is used after its last step
-            return _Announced({"text": self._drawn(self.topology.pp, keys.micro_batch)}, self._validates)
-        return {"text": self._counted(keys.samples, keys.micro_batch)}
-
-    def _validates(self) -> None:
-        if self.rehearsed.validation is None:
-            self.rehearsed.validation = self.ledger.begin()
-
-    def _counted(self, samples: int, micro_batch: int) -> list[Batch]:
-        """Return the first micro-batches of so many samples, and start the section of a stage that does not train."""
-        every = self._micro_batches(samples, micro_batch)
-        count = min(every, self.topology.pp)
-        self.rehearsed.micro_batches, self.rehearsed.tokens = every, micro_batch * self.recipe.data.sequence
-        self.rehearsed.counts = [count]
-        self.rehearsed.steps.append(self.ledger.begin())
-        return self._drawn(count, micro_batch)
-
-    def _micro_batches(self, samples: int, micro_batch: int) -> int:
-        """Return how many micro-batches a rank's share of the samples is."""
-        return max(1, -(-samples // (micro_batch * self.topology.dp)))
-
-    def _drawn(self, count: int, micro_batch: int) -> list[Batch]:
-        """Return micro-batches of random tokens, each sample one document, on this rank's device."""
-        vocab, sequence = read_config(self.recipe.model).shape.vocab, self.recipe.data.sequence
-        mask = torch.ones(micro_batch, sequence, dtype=torch.bool)
-        apart = not self.recipe.data.cross_documents
-        context = AttentionContext(torch.zeros(micro_batch, sequence, dtype=torch.long)) if apart else None
-        drawn = torch.randint(0, vocab, (count, micro_batch, sequence + 1))
-        return self._on_device([Batch(each[:, :-1], each[:, 1:], mask, context) for each in drawn])

@@ -4,7 +4,7 @@ Knows: recipes, forecasts, the run folder. Must not know: terminals, plots, comm
 """
 
 from .bench import bench
-from .context import Context
+from .context import DTYPES, Context
 from .engine import Step, dry_run, planned_marks, results, run, search_task, wanted
 from .evaluation import check_export, evaluate_folder
 from .handover import hand_over
@@ -14,6 +14,7 @@ from .stage import Stage
 from .stages import STAGES
 
 __all__ = [
+    "DTYPES",
     "STAGES",
     "Context",
     "SharedStages",

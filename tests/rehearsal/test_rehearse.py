@@ -31,9 +31,10 @@ GIB = 2**30
     [
         ({"gpus": 3}, TopologyError, "3"),
         (
-            {"gpus": 2, "stage": "export"},
+            {"gpus": 2, "stage": "align"},
             RecipeError,
-            r"^the stage 'export' cannot be rehearsed\. Give --stage correct, distill, score, prune or evaluate\.$",
+            r"^the stage 'align' cannot be rehearsed\. Give --stage correct, score, search, prune, distill, evaluate, "
+            r"generate or export\.$",
         ),
         ({"gpus": 2, "gpu": "H10"}, RecipeError, "the GPU 'H10' is not known"),
     ],

@@ -101,6 +101,35 @@ def test_a_cut_and_its_refit_are_a_stage(stage: Call) -> None:
     assert cut["peak_bytes"] < few["peak_bytes"] <= many["peak_bytes"] < 1.1 * few["peak_bytes"]
 
 
+def test_a_search_measures_every_candidate_on_all_samples(stage: Call) -> None:
+    """A grid of two candidates takes twice one's work, or what one takes where each of two replicas has one."""
+    sizes = ("prune={}", "score.samples=32", "score.micro_batch=2")
+    one, two = (
+        f"search={{hidden: {hidden}, ffn: [64], budget: {{params: 97000}}}}" for hidden in ("[32]", "[48, 32]")
+    )
+    few, many = (stage(*sizes, keys, stage="search") for keys in (one, two))
+    shared = stage(*sizes, two, stage="search", gpus=2)
+    assert many["flops"] > 2 * few["flops"] > 0  # the rehearsed one is the largest
+    assert shared["flops"] == many["flops"] / 2 and shared["peak_bytes"] == many["peak_bytes"]
+
+
+def test_an_export_brings_all_weights_to_the_rank_that_writes(stage: Call) -> None:
+    split = ("parallel.tp=2", "parallel.sequence_parallel=true")
+    alone, reader = stage(stage="export"), stage(*split, stage="export", gpus=2)
+    assert alone["flops"] == reader["flops"] == 0
+    assert sum(alone["host_waits"].values()) > 0 == sum(reader["host_waits"].values())  # the last rank only sends
+    assert reader["communication"] and not alone["communication"]
+
+
+def test_a_generated_token_costs_as_much_as_another(stage: Call) -> None:
+    """Half of each sequence is generated, in rows of `evaluate.micro_batch`."""
+    keys = ("data.sequence=64", "correct=null", "distill.warmup_steps=1")
+    few, many = (stage(*keys, f"evaluate.micro_batch={rows}", stage="generate") for rows in (1, 4))
+    assert few["flops"] == pytest.approx(many["flops"] / 4, rel=0.01)
+    assert few["peak_bytes"] < many["peak_bytes"]
+    assert few["kernels"] > 20 * 32
+
+
 @pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2), (2, 2)])
 def test_a_refit_is_split_over_tp_and_pp(stage: Call, tp: int, pp: int) -> None:
     keys = ("prune.refit=outputs", "prune.refit_samples=16")
