@@ -248,9 +248,9 @@ def test_a_torn_checkpoint_is_an_error_that_names_it(
     assert text.count(". ") == 0, text
 
 
-@pytest.mark.parametrize("pattern", [".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "state.json"])
+@pytest.mark.parametrize("pattern", [".metadata", "__0_0.distcp", "__0_*.distcp", "common.pt", "state.json"])
 def test_a_flipped_bit_is_an_error_that_names_the_file(pool: Pool, copy: Path, pattern: str) -> None:
-    [file] = copy.glob(pattern)
+    *_, file = sorted(copy.glob(pattern))  # mcore 0.16 writes two files a rank here, 0.19 one
     content = bytearray(file.read_bytes())
     content[len(content) * 2 // 3] ^= 1
     file.write_bytes(content)
