@@ -17,7 +17,7 @@ from ..events import Listener, silent
 from ..files import check_as, locked, read_as, read_text, whole_file, write_json
 from ..forecast import check, check_calibration, check_corpus, count, planned, with_model_folders
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, launched, peak_bytes
-from ..recipe import Recipe, prefixes, read_yaml, with_keys_in_errors
+from ..recipe import Recipe, read_yaml, with_keys_in_errors
 from ..run_folder import RunFolder
 from .bring_in import bring_in
 from .context import Context
@@ -282,8 +282,8 @@ def _run_stage(stage: Stage, mark: str, context: Context, before: int, shared: S
     if context.topology.rank == 0:
         write_json(context.folders.record(stage.name), record)
         if not (stage.name == "distill" and context.recipe.distill.retain):
-            for each in prefixes(context.recipe):
-                shutil.rmtree(context.checkpoints(each), ignore_errors=True)
+            for folder, _ in context.phase_checkpoints:
+                shutil.rmtree(folder, ignore_errors=True)
     barrier()
     return record
 
