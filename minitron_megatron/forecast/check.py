@@ -12,26 +12,38 @@ import psutil
 from typing_extensions import TypedDict
 
 from .. import numbers
+from ..align import REWARDS, AnswerSettings
 from ..convert import check_weights, read_config
 from ..data import (
+    HUB,
     chat_marks,
     check_same_tokenizer,
     check_tokenizer,
     most_bytes,
+    read_prompts,
     samples_by_source,
 )
 from ..errors import DataError, PlanError, RecipeError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec, is_megatron_checkpoint
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
-from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved, with_keys_in_errors
+from ..recipe import (
+    CHOOSE_BY,
+    AlignRound,
+    CalibrationSource,
+    Recipe,
+    ResolvedPhase,
+    SftRound,
+    light_recipe,
+    resolved,
+    with_keys_in_errors,
+)
 from ..serve import check_fp8
-from .check_align import check_rounds
 from .check_files import check_files
 from .check_tasks import check_evaluation
 from .check_training import check_micro_batches, check_schedule, check_sequence
 from .model_folders import with_model_folders
-from .sizes import check_pruning, student_shape
+from .sizes import check_pruning
 
 __all__ = [
     "check",
@@ -84,26 +96,27 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     if not counts_only or any(recipe.model.glob("tokenizer*")):
         given = places.tokenizer if is_megatron_checkpoint(places.model) else None
         check_tokenizer(given or recipe.model, shape.vocab)
-        if any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
+        if recipe.align or any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
             chat_marks(recipe.model)
     check_files(places, must_be_writable=not counts_only)
     if recipe.student:
         _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)
     check_fits(shape, topology)
-    check_pruning(recipe, shape, topology)
+    student = check_pruning(recipe, shape, topology).student
     if recipe.export.quantize == "fp8":
-        _check_fp8(student_shape(recipe, shape))
-    recipe.distill.loss.check(min(shape.vocab, student_shape(recipe, shape).vocab))
+        _check_fp8(student)
+    recipe.distill.loss.check(min(shape.vocab, student.vocab))
     _check_search(recipe)
     if not counts_only:
-        _check_start(recipe, shape)
+        _check_start(recipe, student)
     phases = list(_training(recipe))
     for key, phase in phases:
         _check_samples(key, phase, recipe, topology)
     for key, phase in phases:
         check_schedule(key, phase.keys, phase.steps)
         _check_index(key, phase)
-    check_rounds(recipe, topology)
+    for number, keys in enumerate(recipe.align):
+        _check_round(f"align.{number}", keys, recipe, topology)
     for each in (config, *([read_config(recipe.student)] if recipe.student else [])):
         _check_lengths(recipe, each, phases)
     _check_independent_replicas(recipe, topology)
@@ -244,6 +257,26 @@ def _check_index(key: str, phase: ResolvedPhase) -> None:
         )
 
 
+def _check_round(key: str, keys: AlignRound, recipe: Recipe, topology: Topology) -> None:
+    """Check a round of alignment: its schedule, batches and length, and what it samples."""
+    sequence = keys.sequence or recipe.data.sequence
+    tokens = keys.tokens if isinstance(keys, SftRound) else None
+    check_schedule(key, keys, -(-tokens // (keys.global_batch * sequence)) if tokens else None)
+    check_micro_batches(f"{key}.global_batch", keys.global_batch, keys.micro_batch, topology, topology.replicas)
+    if isinstance(keys, SftRound):
+        check_sequence(f"{key}.sequence", sequence, topology)
+    elif keys.sample:
+        _check_sampling(keys.sample, run_code=recipe.evaluate.run_code)
+
+
+def _check_sampling(keys: AnswerSettings, *, run_code: bool) -> None:
+    """Check the reward, and the records that are on this machine."""
+    here = not any(path.startswith(HUB) for path in keys.paths)
+    prompts = list(read_prompts(keys.paths, rated=not keys.samples, limit=keys.limit)) if here else []
+    if keys.reward in REWARDS:
+        REWARDS[keys.reward].check(keys.reward, prompts, run_code)
+
+
 def _check_lengths(recipe: Recipe, config: ModelConfig, phases: Iterable[tuple[str, ResolvedPhase]]) -> None:
     """Check that no sample is longer than the model's context."""
     lengths = {"data.sequence": recipe.data.sequence}
@@ -290,12 +323,12 @@ def _check_fp8(student: Shape) -> None:
         raise PlanError(f"export.quantize: {error}") from error
 
 
-def _check_start(recipe: Recipe, teacher: Shape) -> None:
+def _check_start(recipe: Recipe, student: Shape) -> None:
     start = recipe.distill.start
     if start is None:
         return
     check_weights(start)
-    if unlike := read_config(start).shape.differences(student_shape(recipe, teacher)):
+    if unlike := read_config(start).shape.differences(student):
         raise RecipeError(
             f"distill.start is {start}, which does not have the student's shape: {unlike}. "
             "Give another folder, or change prune."

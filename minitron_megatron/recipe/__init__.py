@@ -3,7 +3,7 @@
 Knows: the keys and their defaults, YAML. Must not know: how a run is carried out, or what it costs.
 """
 
-from .align_keys import PairRound, SftRound
+from .align_keys import AlignRound, PairRound, SftRound
 from .data_keys import CalibrationSource, Source
 from .family_keys import TEACHER, FamilyStudent
 from .key_names import with_keys, with_keys_in_errors
@@ -18,6 +18,7 @@ from .yaml_tree import read_yaml
 __all__ = [
     "CHOOSE_BY",
     "TEACHER",
+    "AlignRound",
     "CalibrationSource",
     "Depth",
     "Distill",

@@ -39,7 +39,8 @@ def calibration_inputs(recipe: Recipe) -> Any:
     """Return the sources, marks of their files, and the tokens that are needed of each."""
     sources = recipe.score.sources
     files = file_marks(path for source in sources for path in places(source.paths))
-    return with_chat(recipe, sources, [[source.deciding() for source in sources], files, needed_calibration(recipe)])
+    asked = [source.deciding() for source in sources]
+    return with_chat(recipe.model, sources, [asked, files, needed_calibration(recipe)])
 
 
 CALIBRATE = Stage(

@@ -12,7 +12,7 @@ from ...data import Batch
 from ...errors import CheckpointError
 from ...evaluate import Task
 from ...files import checksum
-from ...forecast import depth_sweep, measures_depth, scores_wanted
+from ...forecast import depth_sweep
 from ...model import Chunk, shape_of
 from ...parallel import broadcast_object
 from ...recipe import Recipe
@@ -81,7 +81,7 @@ def measure_depth(context: Context, model: list[Chunk], batches: Sequence[Batch]
 
 def depth_keys(recipe: Recipe) -> list[object] | None:
     """Return the inputs of the measurement of layers other than the keys `score`; None: layers are not measured."""
-    if not measures_depth(recipe):
+    if not recipe.measures_layers:
         return None
     by_task = recipe.score.depth is not None and DEPTH_METRICS[recipe.score.depth.metric].task is not None
     task = [recipe.evaluate.limit, recipe.evaluate.truncate, task_marks(recipe)] if by_task else None
@@ -128,6 +128,6 @@ SCORE = Stage(
     makes=lambda run: run.scores.parent,
     reads=("score",),
     after=("prepare", "calibrate", "correct"),
-    wanted=scores_wanted,
+    wanted=lambda recipe: recipe.needs_scores,
     extra_inputs=depth_keys,
 )
