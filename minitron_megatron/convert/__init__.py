@@ -12,11 +12,10 @@ from .families import FAMILIES
 from .family import Family
 from .flat import Architecture, exported_config, flat_config
 from .from_megatron import import_megatron
-from .hub import hub_folder, is_hub_name
 from .identity import folder_hash, model_hash
 from .load import check_weights, load_hf
 from .outline import temporary_outline
-from .places import local_folder
+from .places import hub_folder, is_hub_name, local_folder
 from .weights import Weights
 
 __all__ = [

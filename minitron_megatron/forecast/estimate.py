@@ -27,7 +27,8 @@ from .sizes import Sizes, sizes_of
 
 __all__ = ["Estimate", "count", "estimate"]
 
-PEAK_FLOPS = GPUS["H100"].flops
+GPU = "H100"
+"""GPU that an estimate assumes; its peak is that of dense bf16."""
 
 
 class CandidateRow(TypedDict):
@@ -73,9 +74,7 @@ class Estimate:
     """Host memory per rank in a refit."""
     hours: float
     mfu: float
-    """Share of `peak_flops` that the hours assume."""
-    peak_flops: float
-    """Peak FLOPs per second of one GPU."""
+    """Share of the GPUs' peak that the hours assume."""
     candidates: tuple[Candidate, ...]
     """Candidates of a search, the largest first. `student` is then the first of them, and `flops` an upper bound."""
     light_flops: Mapping[str, int]
@@ -155,9 +154,8 @@ class Estimate:
 
     def _assumed_gpus(self) -> str:
         """Return the GPUs that the hours are of: their number, kind and assumed speed."""
-        kind = next((name for name, gpu in GPUS.items() if gpu.flops == self.peak_flops), "")
-        gpus = " ".join(filter(None, (f"{self.gpus}", kind, "GPU" if self.gpus == 1 else "GPUs")))
-        return f"{gpus} at {self.mfu:.0%} of {numbers.flops(self.peak_flops)}/s"
+        gpus = "GPU" if self.gpus == 1 else "GPUs"
+        return f"{self.gpus} {GPU} {gpus} at {self.mfu:.0%} of {numbers.flops(GPUS[GPU].flops)}/s"
 
 
 def _shape_text(shape: Shape) -> str:
@@ -166,23 +164,21 @@ def _shape_text(shape: Shape) -> str:
 
 
 @with_keys_in_errors()
-def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = MFU, peak_flops: float = PEAK_FLOPS) -> Estimate:
+def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = MFU) -> Estimate:
     """Estimate a recipe, after the checks that `run` makes. Needs no weights and no GPU.
 
     gpus: number of processes, by default the fewest that the layout needs. mfu: model FLOPs utilisation, the share of
-    `peak_flops` that is reached; `peak_flops` is by default an H100's in dense bf16. Raises MinitronErrors as `run`
-    does.
+    the peak that is reached. Raises MinitronErrors as `run` does.
     """
     expect_number("mfu", mfu, above=0, at_most=1)
-    expect_number("peak_flops", peak_flops, above=0)
     if gpus is not None:
         expect_number("gpus", gpus, at_least=1, whole=True)
     topology = planned(recipe, gpus)
     check(recipe, topology, counts_only=True)
-    return count(recipe, gpus=topology.world, mfu=mfu, peak_flops=peak_flops)
+    return count(recipe, gpus=topology.world, mfu=mfu)
 
 
-def count(recipe: Recipe, *, gpus: int, mfu: float = MFU, peak_flops: float = PEAK_FLOPS) -> Estimate:
+def count(recipe: Recipe, *, gpus: int, mfu: float = MFU) -> Estimate:
     """Estimate a recipe that was checked."""
     imported = [key for key, place in recipe.models.items() if is_megatron_checkpoint(place)]
     recipe = with_model_folders(recipe)
@@ -219,9 +215,8 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = MFU, peak_flops: float = PE
         teacher_flops=_teacher_flops(recipe, teacher),
         refit_bytes=refit.rank_bytes,
         refit_host_bytes=refit.host_bytes,
-        hours=work / (gpus * peak_flops * mfu) / 3600,
+        hours=work / (gpus * GPUS[GPU].flops * mfu) / 3600,
         mfu=mfu,
-        peak_flops=peak_flops,
         candidates=sizes.candidates,
         light_flops=light,
         warnings=tuple(map(with_keys, client_warnings(served, student, recipe.export.architecture))),

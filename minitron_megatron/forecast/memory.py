@@ -9,7 +9,7 @@ from ..distill import is_packed
 from ..layout import Shape, expert_of, layer_of, lookup
 from ..parallel import Topology
 
-__all__ = ["WEIGHT_BYTES", "model_bytes", "rank_parameters", "training_bytes", "training_parts"]
+__all__ = ["WEIGHT_BYTES", "model_bytes", "rank_parameters", "training_parts"]
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1}
 GRADIENT_BYTES = 4
@@ -48,13 +48,8 @@ def model_bytes(shape: Shape, topology: Topology, dtype: str, *, packed: bool = 
     return [sum(pair) for pair in _weighted_parameters(shape, topology, weigh)]
 
 
-def training_bytes(shape: Shape, topology: Topology, dtype: str, world: int) -> list[float]:
-    """Return the bytes of weights, gradients and optimizer shard on a rank of each pipeline stage."""
-    return [sum(parts.values()) for parts in training_parts(shape, topology, dtype, world)]
-
-
 def training_parts(shape: Shape, topology: Topology, dtype: str, world: int) -> list[dict[str, float]]:
-    """Return the same bytes by kind: `weights`, `gradients` and `optimizer`."""
+    """Return the bytes of weights, gradients and optimizer shard on a rank of each pipeline stage, by kind."""
     stage, optimizer = max(1, world // topology.pp), OPTIMIZER_BYTES[dtype]
     dp, edp = max(1, stage // topology.tp), max(1, stage // topology.ep)
     return [

@@ -62,8 +62,8 @@ class Context:
     listener: Listener
     done: Mapping[str, Result]
     """Stage -> result, of the stages before this one."""
-    mark_of: Callable[[Recipe], str]
-    """Recipe -> fingerprint of the running stage with that recipe."""
+    mark_of: Callable[[Recipe], str] = lambda recipe: ""
+    """Recipe -> fingerprint of the running stage with that recipe; outside of a stage it is empty."""
     place: str = ""
     """Name of the model being trained, in a stage that trains several."""
     corpora: Path | None = None

@@ -131,7 +131,7 @@ def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, li
             recipe = with_model_folders(recipe)
             preemption = held.enter_context(raise_when_preempted(listener))
             preemption.begins("search", keeps=True)
-            context = Context(recipe, topology, preemption, results(recipe, "score"), lambda other: "")
+            context = Context(recipe, topology, preemption, results(recipe, "score"))
             if topology.rank == 0:
                 folder = RunFolder(recipe.out)
                 for path, shared in ((folder.lock, True), (folder.task_lock(task, tasks), False)):
