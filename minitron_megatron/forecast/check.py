@@ -36,6 +36,7 @@ from ..recipe import (
     SftRound,
     light_recipe,
     resolved,
+    steps_of,
     with_keys_in_errors,
 )
 from ..serve import check_fp8
@@ -207,8 +208,7 @@ def _needed(demands: Iterable[Demand], sources: int) -> list[int]:
 def _sample_demands(recipe: Recipe) -> Iterator[Demand]:
     """Yield the demand of each user of the training text."""
     for key, phase in _training(recipe):
-        samples = phase.steps * phase.keys.global_batch
-        yield f"{key}.tokens", samples, phase.sequence, list(phase.weights), recipe.data.repeat
+        yield f"{key}.tokens", phase.samples, phase.sequence, list(phase.weights), recipe.data.repeat
     if not recipe.score.sources:
         yield from _calibration_demands(recipe)
 
@@ -249,10 +249,10 @@ def _check_samples(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Top
 
 
 def _check_index(key: str, phase: ResolvedPhase) -> None:
-    needed, there = phase.steps * phase.keys.global_batch * INDEX_BYTES, psutil.virtual_memory().total
+    needed, there = phase.samples * INDEX_BYTES, psutil.virtual_memory().total
     if needed > there:
         raise RecipeError(
-            f"{key}.tokens means {phase.steps * phase.keys.global_batch:.3g} samples, whose index alone takes "
+            f"{key}.tokens means {phase.samples:.3g} samples, whose index alone takes "
             f"{needed / 2**30:.3g} GiB, but this machine has {there / 2**30:.3g} GiB. Lower {key}.tokens."
         )
 
@@ -261,7 +261,7 @@ def _check_round(key: str, keys: AlignRound, recipe: Recipe, topology: Topology)
     """Check a round of alignment: its schedule, batches and length, and what it samples."""
     sequence = keys.sequence or recipe.data.sequence
     tokens = keys.tokens if isinstance(keys, SftRound) else None
-    check_schedule(key, keys, -(-tokens // (keys.global_batch * sequence)) if tokens else None)
+    check_schedule(key, keys, steps_of(tokens, keys.global_batch, sequence) if tokens else None)
     check_micro_batches(f"{key}.global_batch", keys.global_batch, keys.micro_batch, topology, topology.replicas)
     if isinstance(keys, SftRound):
         check_sequence(f"{key}.sequence", sequence, topology)

@@ -309,11 +309,13 @@ def _light_flops(recipe: Recipe, sizes: Sizes) -> dict[str, int]:
     """Return the FLOPs of each candidate's light distillation, including the teacher's passes."""
     if recipe.search is None or recipe.search.light is None:
         return {}
-    keys, sequence = light_recipe(recipe).distill, recipe.data.sequence
-    tokens, taught = keys.steps(sequence) * keys.global_batch * sequence, 0
-    if keys.has_teacher:
-        taught = flops_per_token(sizes.teacher, sequence)
-    return {each.name: (3 * flops_per_token(each.shape, sequence) + taught) * tokens for each in sizes.candidates}
+    keys = light_recipe(recipe).distill
+    [phase] = resolved(keys, recipe.data)
+    taught = flops_per_token(sizes.teacher, phase.sequence) if keys.has_teacher else 0
+    return {
+        each.name: (3 * flops_per_token(each.shape, phase.sequence) + taught) * phase.tokens
+        for each in sizes.candidates
+    }
 
 
 def _search_flops(recipe: Recipe, sizes: Sizes, light: Mapping[str, int]) -> int:

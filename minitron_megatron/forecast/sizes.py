@@ -88,7 +88,7 @@ def rounds(recipe: Recipe, teacher: Shape) -> list[dict[str, int]]:
 
 def _unit(axis: str, teacher: Shape, size: int, count: int) -> int:
     """Return the unit of intermediate sizes. It does not depend on the layout."""
-    if axis == "heads" and teacher.heads != teacher.kv_groups:
+    if axis == "heads" and not teacher.multi_head:
         return teacher.kv_groups
     unit = gcd(teacher.axis_size(axis), size, ROUND_MULTIPLE)
     while unit > 1 and unit * count > teacher.axis_size(axis) - size:

@@ -12,7 +12,7 @@ from .phases import ResolvedPhase, light_recipe, prefixes, resolved
 from .schema import Depth, Recipe, json_schema
 from .search_keys import CHOOSE_BY, Search
 from .starter import starter_recipe
-from .training_keys import Distill, TrainingKeys
+from .training_keys import Distill, TrainingKeys, steps_of
 from .yaml_tree import read_yaml
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "recipe_with",
     "resolved",
     "starter_recipe",
+    "steps_of",
     "with_keys",
     "with_keys_in_errors",
 ]

@@ -267,7 +267,7 @@ class Context:
         corpus = Corpus(
             self._weighted(phase.weights),
             sequence=phase.sequence,
-            samples=phase.steps * keys.global_batch,
+            samples=phase.samples,
             seed=seed,
             cache=self._index,
             end=self._end,
