@@ -7,14 +7,13 @@ from .by_transformers import transformers_failures, transformers_model
 from .carried import carried_files, carry, stop_at
 from .check import check_folder
 from .config import read_config
-from .export import save_hf
+from .export import save_hf, temporary_outline
 from .families import FAMILIES
 from .family import Family
 from .flat import Architecture, exported_config, flat_config
 from .from_megatron import import_megatron
 from .identity import folder_hash, model_hash
 from .load import check_weights, load_hf
-from .outline import temporary_outline
 from .places import hub_folder, is_hub_name, local_folder
 from .weights import Weights
 

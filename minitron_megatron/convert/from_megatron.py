@@ -15,9 +15,8 @@ from ..events import Listener, silent
 from ..files import whole_folder
 from ..model import MegatronCheckpoint, ModelConfig
 from .carried import carried_files
-from .export import FILE_BYTES, hf_tensors, write_tensors
+from .export import FILE_BYTES, hf_tensors, temporary_outline, write_outline, write_tensors
 from .flat import with_family
-from .outline import temporary_outline, write_outline
 
 __all__ = ["import_megatron", "megatron_outline"]
 

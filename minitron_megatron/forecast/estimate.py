@@ -19,9 +19,8 @@ from ..score import DEPTH_METRICS
 from ..search import Candidate
 from ..serve import client_notes, client_warnings
 from .check import check, planned
-from .memory import WEIGHT_BYTES
+from .memory import WEIGHT_BYTES, RankMemory, memory_by_rank, rank_memory
 from .model_folders import with_model_folders
-from .rank_memory import RankMemory, memory_by_rank, rank_memory
 from .refit_cost import RefitCost, refit_cost
 from .sizes import Sizes, sizes_of
 
