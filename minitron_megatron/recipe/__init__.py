@@ -4,7 +4,7 @@ Knows: the keys and their defaults, YAML. Must not know: how a run is carried ou
 """
 
 from .align_keys import AlignRound, PairRound, SftRound
-from .data_keys import CalibrationSource, Source
+from .data_keys import CalibrationSource
 from .family_keys import TEACHER, FamilyStudent
 from .key_names import with_keys, with_keys_in_errors
 from .load import load_recipe, recipe_with
@@ -28,7 +28,6 @@ __all__ = [
     "ResolvedPhase",
     "Search",
     "SftRound",
-    "Source",
     "TrainingKeys",
     "json_schema",
     "light_recipe",
