@@ -90,26 +90,40 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     if not counts_only:
         check_spec(recipe.spec)
     places, recipe = recipe, with_model_folders(recipe)
+    config = _check_inputs(recipe, places, counts_only=counts_only)
+    check_fits(config.shape, topology)
+    student = check_pruning(recipe, config.shape, topology).student
+    if recipe.export.quantize == "fp8":
+        _check_fp8(student)
+    recipe.distill.loss.check(min(config.shape.vocab, student.vocab))
+    _check_search(recipe)
+    if not counts_only:
+        _check_start(recipe, student)
+    _check_samples_and_steps(recipe, config, topology)
+    _check_lora(recipe, config.shape)
+    _check_text_is_enough(recipe)
+    check_evaluation(recipe, counts_only=counts_only)
+
+
+def _check_inputs(recipe: Recipe, places: Recipe, *, counts_only: bool) -> ModelConfig:
+    """Check the models and the text, and return the teacher's config. places: the recipe with the user's names of
+    models."""
     config = read_config(recipe.model)
-    shape = config.shape
     if not counts_only and recipe.model == places.model:
         check_weights(recipe.model)
     if not counts_only or any(recipe.model.glob("tokenizer*")):
         given = places.tokenizer if is_megatron_checkpoint(places.model) else None
-        check_tokenizer(given or recipe.model, shape.vocab)
+        check_tokenizer(given or recipe.model, config.shape.vocab)
         if recipe.align or any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
             chat_marks(recipe.model)
     check_files(places, must_be_writable=not counts_only)
     if recipe.student:
-        _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)
-    check_fits(shape, topology)
-    student = check_pruning(recipe, shape, topology).student
-    if recipe.export.quantize == "fp8":
-        _check_fp8(student)
-    recipe.distill.loss.check(min(shape.vocab, student.vocab))
-    _check_search(recipe)
-    if not counts_only:
-        _check_start(recipe, student)
+        _check_student(recipe, config.shape, weights=not counts_only and recipe.student == places.student)
+    return config
+
+
+def _check_samples_and_steps(recipe: Recipe, config: ModelConfig, topology: Topology) -> None:
+    """Check the samples of each stage against the layout and the models, and the steps of each training."""
     phases = list(_training(recipe))
     for key, phase in phases:
         _check_samples(key, phase, recipe, topology)
@@ -120,15 +134,12 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
         _check_round(f"align.{number}", keys, recipe, topology)
     for each in (config, *([read_config(recipe.student)] if recipe.student else [])):
         _check_lengths(recipe, each, phases)
-    _check_independent_replicas(recipe, topology)
-    check_micro_batches("score.samples", recipe.score.samples, recipe.score.micro_batch, topology, topology.dp)
+    if recipe.search and recipe.search.light and recipe.search.light.independent_replicas:
+        check_independent_replicas(topology)
+    batch = recipe.score.micro_batch
+    check_micro_batches("score.samples", recipe.score.samples, batch, topology, topology.dp)
     if recipe.prune.refit != "none":
-        check_micro_batches(
-            "prune.refit_samples", recipe.prune.refit_samples, recipe.score.micro_batch, topology, topology.dp
-        )
-    _check_lora(recipe, shape)
-    _check_text_is_enough(recipe, phases)
-    check_evaluation(recipe, counts_only=counts_only)
+        check_micro_batches("prune.refit_samples", recipe.prune.refit_samples, batch, topology, topology.dp)
 
 
 class TokenCount(TypedDict):
@@ -291,11 +302,6 @@ def _check_lengths(recipe: Recipe, config: ModelConfig, phases: Iterable[tuple[s
             )
 
 
-def _check_independent_replicas(recipe: Recipe, topology: Topology) -> None:
-    if recipe.search and recipe.search.light and recipe.search.light.independent_replicas:
-        check_independent_replicas(topology)
-
-
 def _check_student(recipe: Recipe, teacher: Shape, *, weights: bool) -> None:
     """Check a student that is not cut from the teacher. weights: check its weights too."""
     assert recipe.student is not None
@@ -355,7 +361,7 @@ def _check_lora(recipe: Recipe, teacher: Shape) -> None:
         )
 
 
-def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPhase]]) -> None:
+def _check_text_is_enough(recipe: Recipe) -> None:
     """Refuse a source that is too small even at one byte per token, before anything is tokenized."""
     most = [_most_tokens(source, source.paths) for source in recipe.data.sources]
     for source, size in zip(recipe.data.sources, most, strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from typing_extensions import TypedDict
 
 from ...data import places
@@ -35,7 +33,7 @@ def do_calibrate(context: Context) -> Result:
     return {"sources": broadcast_object(made)}
 
 
-def calibration_inputs(recipe: Recipe) -> Any:
+def calibration_inputs(recipe: Recipe) -> object:
     """Return the sources, marks of their files, and the tokens that are needed of each."""
     sources = recipe.score.sources
     files = file_marks(path for source in sources for path in places(source.paths))
