@@ -76,8 +76,10 @@ def planned(recipe: Recipe, processes: int | None = None) -> PlannedTopology:
 
 
 @with_keys_in_errors()
-def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> None:
-    """Raise a MinitronError for the first problem that a run of this recipe would meet. Not collective.
+def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> Recipe:
+    """Return the recipe with a Hugging Face folder for each model, as `with_model_folders` does. Not collective.
+
+    Raises a MinitronError for the first problem that a run of this recipe would meet.
 
     topology: the layout of running or planned processes. counts_only: the recipe will not run on this machine, so that
     weights and Transformer Engine are not required.
@@ -103,6 +105,7 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     _check_lora(recipe, config.shape)
     _check_text_is_enough(recipe)
     check_evaluation(recipe, counts_only=counts_only)
+    return recipe
 
 
 def _check_inputs(recipe: Recipe, places: Recipe, *, counts_only: bool) -> ModelConfig:

@@ -127,8 +127,7 @@ def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, li
             if not 0 <= task < tasks:
                 raise RecipeError(f"--task {task}/{tasks} is out of range: use 0/{tasks} to {tasks - 1}/{tasks}.")
             _check_wanted(recipe, "search")
-            check(recipe, topology)
-            recipe = with_model_folders(recipe)
+            recipe = check(recipe, topology)
             preemption = held.enter_context(raise_when_preempted(listener))
             preemption.begins("search", keeps=True)
             context = Context(recipe, topology, preemption, results(recipe, "score"))
@@ -154,8 +153,7 @@ def _predict(recipe: Recipe, topology: Topology) -> None:
 
 def dry_run(recipe: Recipe) -> list[Step]:
     """Return what a run would do, stage by stage, from the records alone. Raises the errors of `run`'s checks."""
-    check(recipe, planned(recipe, launched("WORLD_SIZE", 0)))
-    walk, steps = _Walk(with_model_folders(recipe)), list[Step]()
+    walk, steps = _Walk(check(recipe, planned(recipe, launched("WORLD_SIZE", 0)))), list[Step]()
     stale: list[str] = []
     undecided: set[str] = set()
     for stage in walk.stages:

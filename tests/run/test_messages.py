@@ -66,7 +66,7 @@ def test_a_task_of_a_search_that_is_running(
 ) -> None:
     search = {"ffn": [48], "budget": {"params": 10**6}}
     recipe = load_recipe(recipe_file(prune=None, search=search, out=str(tmp_path / "run")))
-    monkeypatch.setattr(engine, "check", lambda *_: None)
+    monkeypatch.setattr(engine, "check", lambda recipe, *_: recipe)
     monkeypatch.setattr(engine, "results", lambda *_: {})
     monkeypatch.setattr(engine, "raise_when_preempted", lambda _: nullcontext(PreemptionListener(silent, [])))
     monkeypatch.setattr(engine, "locked", lambda *_, **__: nullcontext(False))
