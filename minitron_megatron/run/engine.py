@@ -153,7 +153,8 @@ def _predict(recipe: Recipe, topology: Topology) -> None:
 
 def dry_run(recipe: Recipe) -> list[Step]:
     """Return what a run would do, stage by stage, from the records alone. Raises the errors of `run`'s checks."""
-    walk, steps = _Walk(check(recipe, planned(recipe, launched("WORLD_SIZE", 0)))), list[Step]()
+    recipe = check(recipe, planned(recipe, launched("WORLD_SIZE", 0)))
+    walk, steps = _Walk(recipe), list[Step]()
     stale: list[str] = []
     undecided: set[str] = set()
     for stage in walk.stages:
