@@ -35,6 +35,7 @@ __all__ = [
     "files_below",
     "locked",
     "parse_json",
+    "put_in_place",
     "read_as",
     "read_json",
     "read_text",
@@ -114,33 +115,49 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path` to fill; on success it replaces `path`, on failure it is removed.
 
-    The replacement is atomic. On a file system that cannot swap two names (NFS), a kill between the two renames leaves
-    the old folder as `path.old`; the next `whole_folder` of this path first moves it back. Raises FileError where
-    `path` cannot be written.
+    The replacement is atomic; where it cannot be (`put_in_place`), the next `whole_folder` of this path first moves the
+    old folder back. Raises FileError where `path` cannot be written.
     """
-    partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + OLD)
+    partial = path.with_name(path.name + PARTIAL)
     with _naming(path, "written"):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        _put_back(old, path)
+        _put_back(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     try:
         with _naming(path, "written", only_below=partial):
             yield partial
         with _naming(path, "written"):
-            if not path.exists():
-                partial.rename(path)
-            elif not _exchange(partial, path):
-                path.rename(old)
-                partial.rename(path)
+            put_in_place(partial, path)
     finally:
-        _put_back(old, path)
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _put_back(old: Path, path: Path) -> None:
-    """Move `old` back to `path` if `path` does not exist; otherwise remove `old`."""
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a complete folder to `path`, and remove the folder that was there.
+
+    Atomic, except on a file system that cannot swap two names (NFS): there a kill between two renames leaves the old
+    folder as `path.old`. Raises OSError.
+    """
+    try:
+        if not path.exists():
+            partial.rename(path)
+        elif not _exchange(partial, path):
+            path.rename(_old(path))
+            partial.rename(path)
+    finally:
+        _put_back(path)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(path.name + OLD)
+
+
+def _put_back(path: Path) -> None:
+    """Move `path.old` back to `path` if `path` does not exist; otherwise remove it."""
+    old = _old(path)
     if old.exists() and not path.exists():
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)

@@ -3,14 +3,13 @@
 Knows: the training loop's objectives, evaluation's engine, records of chats. Must not know: recipes, stages.
 """
 
-from .objective import PairLoss, PreferenceObjective, response_likelihoods
+from .objective import PairLoss, PreferenceObjective
 from .pairing import PairsSummary, make_pairs
 from .pairs import (
     PairBatch,
     PairFile,
     Reference,
     held_out_pairs,
-    pair_batch,
     pair_order,
     save_arrays,
     step_pairs,
@@ -35,9 +34,7 @@ __all__ = [
     "load_reference",
     "make_pairs",
     "measure_reference",
-    "pair_batch",
     "pair_order",
-    "response_likelihoods",
     "save_arrays",
     "step_pairs",
     "tokenize_pairs",

@@ -47,8 +47,7 @@ def _print_family_steps(recipe: Recipe) -> None:
 
     for run in family_runs(recipe):
         print(f"{run.name}:")
-        models = [place for place in (run.recipe.model, run.recipe.student) if place]
-        if all((place / "config.json").is_file() or place == recipe.model for place in models):
+        if all((place / "config.json").is_file() or place == recipe.model for place in run.recipe.models.values()):
             print_dry_run(run.recipe, until=run.until)
             continue
         for stage in wanted(run.recipe):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,26 +42,23 @@ def carry_out(
 ) -> None:
     """Run a recipe's stages, as `run.run` does, and report them. Collective over the world."""
     from ..recipe import with_keys_in_errors
-    from ..report import Machine, MetricsFile, Progress, Watchdog, fan_out, logged
+    from ..report import Machine, MetricsFile, fan_out, logged
     from ..run import run
 
-    watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)
-    if topology.rank != 0:
-        with watchdog:
-            listener = fan_out(raise_if_interrupted, watchdog)
-            run(recipe, topology, only=only, until=until, shared=shared, listener=listener)
-        return
-    config = recipe.model_dump(mode="json")
-    logs = logged(recipe.out, config, **recipe.log.model_dump())
-    with with_keys_in_errors("log"), logs as log, Progress() as progress, watchdog:
-        metrics = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
-        listener = fan_out(raise_if_interrupted, progress, metrics, Machine(metrics), watchdog)
+    more: list[Listener] = []
+    with ExitStack() as held:
+        if topology.rank == 0:
+            held.enter_context(with_keys_in_errors("log"))
+            log = held.enter_context(logged(recipe.out, recipe.model_dump(mode="json"), **recipe.log.model_dump()))
+            metrics = fan_out(MetricsFile(RunFolder(recipe.out).metrics), log)
+            more = [metrics, Machine(metrics)]
+        listener = held.enter_context(reported(recipe, topology, *more))
         run(recipe, topology, only=only, until=until, shared=shared, listener=listener)
 
 
 @contextmanager
 def reported(recipe: Recipe, topology: Topology, *more: Listener) -> Iterator[Listener]:
-    """Yield a listener for work outside of a run's stages: Ctrl-C, the watchdog and, on rank 0, progress and `more`."""
+    """Yield a listener of work: Ctrl-C, the watchdog and, on rank 0, progress and `more`."""
     from ..report import Progress, Watchdog, fan_out
 
     watchdog = Watchdog(recipe.out, topology.rank, recipe.hang_seconds)

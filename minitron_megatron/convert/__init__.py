@@ -7,16 +7,14 @@ from .by_transformers import transformers_failures, transformers_model
 from .carried import carried_files, carry, stop_at
 from .check import check_folder
 from .config import read_config
-from .export import full_tensors, save_hf
+from .export import full_tensors, save_hf, temporary_outline
 from .families import FAMILIES
 from .family import Family
 from .flat import Architecture, exported_config, flat_config
 from .from_megatron import import_megatron
-from .hub import hub_folder, is_hub_name
 from .identity import folder_hash, model_hash
 from .load import check_weights, load_hf
-from .outline import temporary_outline
-from .places import local_folder
+from .places import hub_folder, is_hub_name, local_folder
 from .weights import Weights
 
 __all__ = [

@@ -1,7 +1,8 @@
-"""Shards -> Hugging Face folder: one rank writes, one parameter at a time."""
+"""Shards -> Hugging Face folder: one rank writes, one parameter at a time; and folders without weights (outlines)."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,9 +21,12 @@ from .families import family_of
 from .flat import Architecture, check_expressed, exported_config, flat_config, with_family
 from .weights import INDEX, SafetensorsWriter, split_files
 
-__all__ = ["full_tensors", "hf_tensors", "save_hf", "write_tensors"]
+__all__ = ["full_tensors", "hf_tensors", "save_hf", "temporary_outline", "write_outline", "write_tensors"]
 
 FILE_BYTES = 5 * 10**9
+
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+"""Temporary folders, removed when the process ends."""
 
 
 def save_hf(
@@ -51,9 +55,7 @@ def save_hf(
         try:
             if topology.rank == 0:
                 with whole_folder(folder) as partial:
-                    write_json(partial / "config.json", flat_config(config, str(dtype).removeprefix("torch.")))
-                    if files_from is not None:
-                        carry(Path(files_from), partial)
+                    write_outline(partial, config, dtype, files_from)
                     write_tensors(stream, partial, config, dtype, file_bytes, listener)
         except MinitronError:
             _drain(stream)  # the other ranks still send
@@ -62,6 +64,21 @@ def save_hf(
             _drain(stream)
             raise CheckpointError(f"{folder} cannot be written: {error}. Make room, or give another folder.") from error
         _drain(stream)
+
+
+def write_outline(folder: Path, config: ModelConfig, dtype: torch.dtype, files_from: str | Path | None) -> None:
+    """Write `config.json`, and the tokenizer and generation settings of a folder, into an empty folder."""
+    write_json(folder / "config.json", flat_config(config, str(dtype).removeprefix("torch.")))
+    if files_from is not None:
+        carry(Path(files_from), folder)
+
+
+def temporary_outline(config: ModelConfig, dtype: torch.dtype, tokenizer: Path | None) -> Path:
+    """Write an outline into a temporary folder, which lasts as long as the process."""
+    _kept.append(tempfile.TemporaryDirectory(prefix="minitron-"))
+    folder = Path(_kept[-1].name)
+    write_outline(folder, config, dtype, tokenizer)
+    return folder
 
 
 def _drain(stream: Iterator[object]) -> None:

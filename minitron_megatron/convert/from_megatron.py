@@ -15,20 +15,14 @@ from ..events import Listener, silent
 from ..files import whole_folder
 from ..model import MegatronCheckpoint, ModelConfig
 from .carried import carried_files
-from .export import FILE_BYTES, hf_tensors, write_tensors
+from .export import FILE_BYTES, hf_tensors, temporary_outline, write_outline, write_tensors
 from .flat import with_family
-from .outline import temporary_outline, write_outline
 
 __all__ = ["import_megatron", "megatron_outline"]
 
 
 def import_megatron(
-    checkpoint: Path,
-    folder: Path,
-    tokenizer: Path | None = None,
-    *,
-    file_bytes: int = FILE_BYTES,
-    listener: Listener = silent,
+    checkpoint: Path, folder: Path, tokenizer: Path | None = None, *, listener: Listener = silent
 ) -> None:
     """Write a Megatron checkpoint as a Hugging Face folder, whole or not at all, in the dtype of its weights.
 
@@ -44,7 +38,7 @@ def import_megatron(
 
     with whole_folder(folder) as partial:
         write_outline(partial, config, dtype, tokenizer)
-        write_tensors(stream(), partial, config, dtype, file_bytes, listener)
+        write_tensors(stream(), partial, config, dtype, FILE_BYTES, listener)
 
 
 @cache

@@ -10,8 +10,8 @@ from .check_training import check_schedule
 from .estimate import Estimate, count, estimate
 from .family import FamilyEstimate, FamilyRun, check_family, estimate_family, family_runs, runs_of, saving
 from .memory import WEIGHT_BYTES
-from .model_folders import ModelOrigin, model_origins, model_places, with_model_folders
-from .sizes import depth_sweep, measures_depth, rounds, scores_wanted, student_shape
+from .model_folders import ModelOrigin, model_origins, with_model_folders
+from .sizes import depth_sweep, rounds, student_shape
 from .slurm import slurm_commands
 
 __all__ = [
@@ -33,16 +33,13 @@ __all__ = [
     "estimate",
     "estimate_family",
     "family_runs",
-    "measures_depth",
     "model_origins",
-    "model_places",
     "needed_calibration",
     "needed_tokens",
     "planned",
     "rounds",
     "runs_of",
     "saving",
-    "scores_wanted",
     "settings_folder",
     "slurm_commands",
     "student_shape",

@@ -7,18 +7,16 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from ..errors import RecipeError, TopologyError
+from ..errors import RecipeError
 from ..files import check_as, read_as
 from ..layout import Shape
-from ..model import check_fits
-from ..parallel import Topology
 from ..recipe import Recipe, with_keys_in_errors
 from ..records import read_shape
 from ..search import TIMED, Candidate, Conditions, FittedSpeed, Roofline, SpeedRow, candidates
 from ..settings import Count, NotNegative
 from .memory import WEIGHT_BYTES
 
-__all__ = ["candidates_of", "check_candidates", "conditions_of", "speed_rows", "untimed_candidates"]
+__all__ = ["candidates_of", "conditions_of", "speed_rows", "untimed_candidates"]
 
 
 @with_keys_in_errors("search")
@@ -107,12 +105,3 @@ class _Workload(TypedDict):
 
 class _Speed(TypedDict, total=False):
     token_ms: NotNegative | None
-
-
-def check_candidates(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
-    """Raise RecipeError if no candidate is within the budget, and TopologyError if one does not fit the layout."""
-    for each in candidates_of(recipe, teacher):
-        try:
-            check_fits(each.shape, topology)
-        except TopologyError as error:
-            raise TopologyError(f"candidate {each.name}: {error}") from error

@@ -12,26 +12,39 @@ import psutil
 from typing_extensions import TypedDict
 
 from .. import numbers
+from ..align import REWARDS, AnswerSettings
 from ..convert import check_weights, read_config
 from ..data import (
+    HUB,
     chat_marks,
     check_same_tokenizer,
     check_tokenizer,
     most_bytes,
+    read_prompts,
     samples_by_source,
 )
 from ..errors import DataError, PlanError, RecipeError, did_you_mean
 from ..layout import Shape
 from ..model import ModelConfig, check_fits, check_spec, is_megatron_checkpoint
 from ..parallel import PlannedTopology, Topology, check_independent_replicas
-from ..recipe import CHOOSE_BY, CalibrationSource, Recipe, ResolvedPhase, light_recipe, resolved, with_keys_in_errors
+from ..recipe import (
+    CHOOSE_BY,
+    AlignRound,
+    CalibrationSource,
+    Recipe,
+    ResolvedPhase,
+    SftRound,
+    light_recipe,
+    resolved,
+    steps_of,
+    with_keys_in_errors,
+)
 from ..serve import check_fp8
-from .check_align import check_rounds
 from .check_files import check_files
 from .check_tasks import check_evaluation
 from .check_training import check_micro_batches, check_schedule, check_sequence
 from .model_folders import with_model_folders
-from .sizes import check_pruning, student_shape
+from .sizes import check_pruning
 
 __all__ = [
     "check",
@@ -63,8 +76,10 @@ def planned(recipe: Recipe, processes: int | None = None) -> PlannedTopology:
 
 
 @with_keys_in_errors()
-def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> None:
-    """Raise a MinitronError for the first problem that a run of this recipe would meet. Not collective.
+def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> Recipe:
+    """Return the recipe with a Hugging Face folder for each model, as `with_model_folders` does. Not collective.
+
+    Raises a MinitronError for the first problem that a run of this recipe would meet.
 
     topology: the layout of running or planned processes. counts_only: the recipe will not run on this machine, so that
     weights and Transformer Engine are not required.
@@ -77,44 +92,57 @@ def check(recipe: Recipe, topology: Topology, *, counts_only: bool = False) -> N
     if not counts_only:
         check_spec(recipe.spec)
     places, recipe = recipe, with_model_folders(recipe)
+    config = _check_inputs(recipe, places, counts_only=counts_only)
+    check_fits(config.shape, topology)
+    student = check_pruning(recipe, config.shape, topology).student
+    if recipe.export.quantize == "fp8":
+        _check_fp8(student)
+    recipe.distill.loss.check(min(config.shape.vocab, student.vocab))
+    _check_search(recipe)
+    if not counts_only:
+        _check_start(recipe, student)
+    _check_samples_and_steps(recipe, config, topology)
+    _check_lora(recipe, config.shape)
+    _check_text_is_enough(recipe)
+    check_evaluation(recipe, counts_only=counts_only)
+    return recipe
+
+
+def _check_inputs(recipe: Recipe, places: Recipe, *, counts_only: bool) -> ModelConfig:
+    """Check the models and the text, and return the teacher's config. places: the recipe with the user's names of
+    models."""
     config = read_config(recipe.model)
-    shape = config.shape
     if not counts_only and recipe.model == places.model:
         check_weights(recipe.model)
     if not counts_only or any(recipe.model.glob("tokenizer*")):
         given = places.tokenizer if is_megatron_checkpoint(places.model) else None
-        check_tokenizer(given or recipe.model, shape.vocab)
-        if any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
+        check_tokenizer(given or recipe.model, config.shape.vocab)
+        if recipe.align or any(source.chat for source in (*recipe.data.sources, *recipe.score.sources)):
             chat_marks(recipe.model)
     check_files(places, must_be_writable=not counts_only)
     if recipe.student:
-        _check_student(recipe, shape, weights=not counts_only and recipe.student == places.student)
-    check_fits(shape, topology)
-    check_pruning(recipe, shape, topology)
-    if recipe.export.quantize == "fp8":
-        _check_fp8(student_shape(recipe, shape))
-    recipe.distill.loss.check(min(shape.vocab, student_shape(recipe, shape).vocab))
-    _check_search(recipe)
-    if not counts_only:
-        _check_start(recipe, shape)
+        _check_student(recipe, config.shape, weights=not counts_only and recipe.student == places.student)
+    return config
+
+
+def _check_samples_and_steps(recipe: Recipe, config: ModelConfig, topology: Topology) -> None:
+    """Check the samples of each stage against the layout and the models, and the steps of each training."""
     phases = list(_training(recipe))
     for key, phase in phases:
         _check_samples(key, phase, recipe, topology)
     for key, phase in phases:
         check_schedule(key, phase.keys, phase.steps)
         _check_index(key, phase)
-    check_rounds(recipe, topology)
+    for number, keys in enumerate(recipe.align):
+        _check_round(f"align.{number}", keys, recipe, topology)
     for each in (config, *([read_config(recipe.student)] if recipe.student else [])):
         _check_lengths(recipe, each, phases)
-    _check_independent_replicas(recipe, topology)
-    check_micro_batches("score.samples", recipe.score.samples, recipe.score.micro_batch, topology, topology.dp)
+    if recipe.search and recipe.search.light and recipe.search.light.independent_replicas:
+        check_independent_replicas(topology)
+    batch = recipe.score.micro_batch
+    check_micro_batches("score.samples", recipe.score.samples, batch, topology, topology.dp)
     if recipe.prune.refit != "none":
-        check_micro_batches(
-            "prune.refit_samples", recipe.prune.refit_samples, recipe.score.micro_batch, topology, topology.dp
-        )
-    _check_lora(recipe, shape)
-    _check_text_is_enough(recipe, phases)
-    check_evaluation(recipe, counts_only=counts_only)
+        check_micro_batches("prune.refit_samples", recipe.prune.refit_samples, batch, topology, topology.dp)
 
 
 class TokenCount(TypedDict):
@@ -194,8 +222,7 @@ def _needed(demands: Iterable[Demand], sources: int) -> list[int]:
 def _sample_demands(recipe: Recipe) -> Iterator[Demand]:
     """Yield the demand of each user of the training text."""
     for key, phase in _training(recipe):
-        samples = phase.steps * phase.keys.global_batch
-        yield f"{key}.tokens", samples, phase.sequence, list(phase.weights), recipe.data.repeat
+        yield f"{key}.tokens", phase.samples, phase.sequence, list(phase.weights), recipe.data.repeat
     if not recipe.score.sources:
         yield from _calibration_demands(recipe)
 
@@ -236,12 +263,32 @@ def _check_samples(key: str, phase: ResolvedPhase, recipe: Recipe, topology: Top
 
 
 def _check_index(key: str, phase: ResolvedPhase) -> None:
-    needed, there = phase.steps * phase.keys.global_batch * INDEX_BYTES, psutil.virtual_memory().total
+    needed, there = phase.samples * INDEX_BYTES, psutil.virtual_memory().total
     if needed > there:
         raise RecipeError(
-            f"{key}.tokens means {phase.steps * phase.keys.global_batch:.3g} samples, whose index alone takes "
+            f"{key}.tokens means {phase.samples:.3g} samples, whose index alone takes "
             f"{needed / 2**30:.3g} GiB, but this machine has {there / 2**30:.3g} GiB. Lower {key}.tokens."
         )
+
+
+def _check_round(key: str, keys: AlignRound, recipe: Recipe, topology: Topology) -> None:
+    """Check a round of alignment: its schedule, batches and length, and what it samples."""
+    sequence = keys.sequence or recipe.data.sequence
+    tokens = keys.tokens if isinstance(keys, SftRound) else None
+    check_schedule(key, keys, steps_of(tokens, keys.global_batch, sequence) if tokens else None)
+    check_micro_batches(f"{key}.global_batch", keys.global_batch, keys.micro_batch, topology, topology.replicas)
+    if isinstance(keys, SftRound):
+        check_sequence(f"{key}.sequence", sequence, topology)
+    elif keys.sample:
+        _check_sampling(keys.sample, run_code=recipe.evaluate.run_code)
+
+
+def _check_sampling(keys: AnswerSettings, *, run_code: bool) -> None:
+    """Check the reward, and the records that are on this machine."""
+    here = not any(path.startswith(HUB) for path in keys.paths)
+    prompts = list(read_prompts(keys.paths, rated=not keys.samples, limit=keys.limit)) if here else []
+    if keys.reward in REWARDS:
+        REWARDS[keys.reward].check(keys.reward, prompts, run_code)
 
 
 def _check_lengths(recipe: Recipe, config: ModelConfig, phases: Iterable[tuple[str, ResolvedPhase]]) -> None:
@@ -256,11 +303,6 @@ def _check_lengths(recipe: Recipe, config: ModelConfig, phases: Iterable[tuple[s
                 f"{key} is {length}, but the model has a {what} of {config.longest}. "
                 f"Set {key} to {config.longest} or less, or data.beyond_positions to true."
             )
-
-
-def _check_independent_replicas(recipe: Recipe, topology: Topology) -> None:
-    if recipe.search and recipe.search.light and recipe.search.light.independent_replicas:
-        check_independent_replicas(topology)
 
 
 def _check_student(recipe: Recipe, teacher: Shape, *, weights: bool) -> None:
@@ -290,12 +332,12 @@ def _check_fp8(student: Shape) -> None:
         raise PlanError(f"export.quantize: {error}") from error
 
 
-def _check_start(recipe: Recipe, teacher: Shape) -> None:
+def _check_start(recipe: Recipe, student: Shape) -> None:
     start = recipe.distill.start
     if start is None:
         return
     check_weights(start)
-    if unlike := read_config(start).shape.differences(student_shape(recipe, teacher)):
+    if unlike := read_config(start).shape.differences(student):
         raise RecipeError(
             f"distill.start is {start}, which does not have the student's shape: {unlike}. "
             "Give another folder, or change prune."
@@ -322,7 +364,7 @@ def _check_lora(recipe: Recipe, teacher: Shape) -> None:
         )
 
 
-def _check_text_is_enough(recipe: Recipe, phases: Iterable[tuple[str, ResolvedPhase]]) -> None:
+def _check_text_is_enough(recipe: Recipe) -> None:
     """Refuse a source that is too small even at one byte per token, before anything is tokenized."""
     most = [_most_tokens(source, source.paths) for source in recipe.data.sources]
     for source, size in zip(recipe.data.sources, most, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,17 +18,16 @@ from ..recipe import Recipe, light_recipe, resolved, with_keys, with_keys_in_err
 from ..score import DEPTH_METRICS
 from ..search import Candidate
 from ..serve import client_notes, client_warnings
-from .candidates import candidates_of
 from .check import check, planned
-from .memory import WEIGHT_BYTES
-from .model_folders import model_places, with_model_folders
-from .rank_memory import RankMemory, memory_by_rank, rank_memory
-from .refit_cost import refit_bytes, refit_delay, refit_flops, refit_host_bytes
-from .sizes import depth_sweep, round_shapes, scores_wanted, student_shape
+from .memory import WEIGHT_BYTES, RankMemory, memory_by_rank, rank_memory
+from .model_folders import with_model_folders
+from .refit_cost import RefitCost, refit_cost
+from .sizes import Sizes, sizes_of
 
 __all__ = ["Estimate", "count", "estimate"]
 
-PEAK_FLOPS = GPUS["H100"].flops
+GPU = "H100"
+"""GPU that an estimate assumes; its peak is that of dense bf16."""
 
 
 class CandidateRow(TypedDict):
@@ -69,14 +68,12 @@ class Estimate:
     """FLOPs of the teacher in one distillation: its forward passes, and its training where it is corrected
     continuously."""
     refit_bytes: int
-    """Bytes of the fullest rank in a refit: weights of both models and the largest layer's normal equations; else 0."""
+    """Bytes of the fullest rank in a refit; without one 0."""
     refit_host_bytes: int
-    """Host memory per rank in a refit: the states of both models at one layer, of this rank's samples."""
+    """Host memory per rank in a refit."""
     hours: float
     mfu: float
-    """Share of `peak_flops` that the hours assume."""
-    peak_flops: float
-    """Peak FLOPs per second of one GPU."""
+    """Share of the GPUs' peak that the hours assume."""
     candidates: tuple[Candidate, ...]
     """Candidates of a search, the largest first. `student` is then the first of them, and `flops` an upper bound."""
     light_flops: Mapping[str, int]
@@ -156,9 +153,8 @@ class Estimate:
 
     def _assumed_gpus(self) -> str:
         """Return the GPUs that the hours are of: their number, kind and assumed speed."""
-        kind = next((name for name, gpu in GPUS.items() if gpu.flops == self.peak_flops), "")
-        gpus = " ".join(filter(None, (f"{self.gpus}", kind, "GPU" if self.gpus == 1 else "GPUs")))
-        return f"{gpus} at {self.mfu:.0%} of {numbers.flops(self.peak_flops)}/s"
+        gpus = "GPU" if self.gpus == 1 else "GPUs"
+        return f"{self.gpus} {GPU} {gpus} at {self.mfu:.0%} of {numbers.flops(GPUS[GPU].flops)}/s"
 
 
 def _shape_text(shape: Shape) -> str:
@@ -167,37 +163,35 @@ def _shape_text(shape: Shape) -> str:
 
 
 @with_keys_in_errors()
-def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = MFU, peak_flops: float = PEAK_FLOPS) -> Estimate:
+def estimate(recipe: Recipe, *, gpus: int | None = None, mfu: float = MFU) -> Estimate:
     """Estimate a recipe, after the checks that `run` makes. Needs no weights and no GPU.
 
     gpus: number of processes, by default the fewest that the layout needs. mfu: model FLOPs utilisation, the share of
-    `peak_flops` that is reached; `peak_flops` is by default an H100's in dense bf16. Raises MinitronErrors as `run`
-    does.
+    the peak that is reached. Raises MinitronErrors as `run` does.
     """
     expect_number("mfu", mfu, above=0, at_most=1)
-    expect_number("peak_flops", peak_flops, above=0)
     if gpus is not None:
         expect_number("gpus", gpus, at_least=1, whole=True)
     topology = planned(recipe, gpus)
     check(recipe, topology, counts_only=True)
-    return count(recipe, gpus=topology.world, mfu=mfu, peak_flops=peak_flops)
+    return count(recipe, gpus=topology.world, mfu=mfu)
 
 
-def count(recipe: Recipe, *, gpus: int, mfu: float = MFU, peak_flops: float = PEAK_FLOPS) -> Estimate:
+def count(recipe: Recipe, *, gpus: int, mfu: float = MFU) -> Estimate:
     """Estimate a recipe that was checked."""
-    imported = [key for key, place in model_places(recipe).items() if is_megatron_checkpoint(place)]
+    imported = [key for key, place in recipe.models.items() if is_megatron_checkpoint(place)]
     recipe = with_model_folders(recipe)
     config = read_config(recipe.model)
     served = read_config(recipe.student) if recipe.student else config
-    teacher, student = config.shape, student_shape(recipe, config.shape)
+    sizes = sizes_of(recipe, config.shape)
+    teacher, student = sizes.teacher, sizes.student
     parallel, weight = recipe.parallel, WEIGHT_BYTES[recipe.dtype]
     replicas = max(1, gpus // (parallel.tp * parallel.pp * parallel.cp))
     stash = _stash_bytes(recipe, teacher, replicas)
-    found = tuple(candidates_of(recipe, teacher)) if recipe.search else ()
-    light = _light_flops(recipe, teacher, found)
-    stage_flops = _stage_flops(recipe, teacher, student, found, light)
+    light, refit = _light_flops(recipe, sizes), refit_cost(recipe, sizes, replicas * parallel.cp)
+    stage_flops = _stage_flops(recipe, sizes, refit, light)
     flops = sum(stage_flops.values())
-    work = flops + refit_delay(recipe, teacher, [student, *_refitted(recipe, found)])
+    work = flops + refit.delay
     written = 1 + (recipe.student is None) + recipe.random_baseline + (recipe.prune.refit != "none") + len(recipe.align)
     models = parameters(student) * (weight * written + WEIGHT_BYTES[recipe.export.dtype])
     return Estimate(
@@ -210,7 +204,7 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = MFU, peak_flops: float = PE
         stash_bytes=stash,
         disk_bytes=models
         + (parameters(teacher) * weight if recipe.corrects_first else 0)
-        + sum(map(_stored_bytes, (model_places(recipe)[key] for key in imported))),
+        + sum(map(_stored_bytes, (recipe.models[key] for key in imported))),
         kv_cache_bytes=kv_cache_bytes(student, 1, recipe.data.sequence),
         correct_tokens=_corrected_tokens(recipe),
         distill_tokens=sum(phase.tokens for phase in resolved(recipe.distill, recipe.data)),
@@ -218,12 +212,11 @@ def count(recipe: Recipe, *, gpus: int, mfu: float = MFU, peak_flops: float = PE
         flops=flops,
         stage_flops=stage_flops,
         teacher_flops=_teacher_flops(recipe, teacher),
-        refit_bytes=refit_bytes(recipe, teacher, student),
-        refit_host_bytes=refit_host_bytes(recipe, teacher, student, replicas * parallel.cp),
-        hours=work / (gpus * peak_flops * mfu) / 3600,
+        refit_bytes=refit.rank_bytes,
+        refit_host_bytes=refit.host_bytes,
+        hours=work / (gpus * GPUS[GPU].flops * mfu) / 3600,
         mfu=mfu,
-        peak_flops=peak_flops,
-        candidates=found,
+        candidates=sizes.candidates,
         light_flops=light,
         warnings=tuple(map(with_keys, client_warnings(served, student, recipe.export.architecture))),
         notes=(*client_notes(served, student, recipe.export.architecture), *_uncounted(recipe)),
@@ -274,28 +267,26 @@ def _phase_flops(recipe: Recipe, shape: Shape) -> int:
     return sum(flops_per_token(shape, phase.sequence) * phase.tokens for phase in resolved(recipe.distill, recipe.data))
 
 
-def _stage_flops(
-    recipe: Recipe, teacher: Shape, student: Shape, found: Sequence[Candidate], light: Mapping[str, int]
-) -> dict[str, int]:
-    """Return the FLOPs of each stage that trains or scores. found, light: a search's candidates and their training."""
+def _stage_flops(recipe: Recipe, sizes: Sizes, refit: RefitCost, light: Mapping[str, int]) -> dict[str, int]:
+    """Return the FLOPs of each stage that trains, scores or refits. light: training of a search's candidates."""
     sequence = recipe.data.sequence
-    distillation = 3 * _phase_flops(recipe, student) + _teacher_flops(recipe, teacher)
+    distillation = 3 * _phase_flops(recipe, sizes.student) + _teacher_flops(recipe, sizes.teacher)
     return {
-        "correct": 3 * flops_per_token(teacher, sequence) * _corrected_tokens(recipe),
-        "score": _score_flops(recipe, teacher) * recipe.score.samples * sequence,
-        "search": _search_flops(recipe, teacher, found, light),
-        "prune": sum(refit_flops(recipe, teacher, student)),
+        "correct": 3 * flops_per_token(sizes.teacher, sequence) * _corrected_tokens(recipe),
+        "score": _score_flops(recipe, sizes) * recipe.score.samples * sequence,
+        "search": _search_flops(recipe, sizes, light) + refit.search_flops,
+        "prune": refit.prune_flops,
         "distill": distillation,
         "baseline": distillation if recipe.random_baseline else 0,
     }
 
 
-def _score_flops(recipe: Recipe, teacher: Shape) -> int:
+def _score_flops(recipe: Recipe, sizes: Sizes) -> int:
     """Return FLOPs per calibration token: a pass per round for the units, and the remaining layers of each network
     without a block."""
-    sequence, sweep = recipe.data.sequence, depth_sweep(recipe, teacher)
-    widths = [teacher] if scores_wanted(recipe) else []
-    total = sum(flops_per_token(shape, sequence) for shape in [*widths, *round_shapes(recipe, teacher)[:-1]])
+    sequence, sweep, teacher = recipe.data.sequence, sizes.sweep, sizes.teacher
+    widths = [teacher] if recipe.needs_scores else []
+    total = sum(flops_per_token(shape, sequence) for shape in [*widths, *sizes.rounds[:-1]])
     if sweep is not None:
         there = teacher.layers
         blocks = [(first, length) for length in sweep.lengths for first in range(there - length + 1)]
@@ -313,29 +304,23 @@ def _flops_of_layers(teacher: Shape, sequence: int) -> tuple[int, int]:
     return one - (two - one), two - one
 
 
-def _light_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate]) -> dict[str, int]:
+def _light_flops(recipe: Recipe, sizes: Sizes) -> dict[str, int]:
     """Return the FLOPs of each candidate's light distillation, including the teacher's passes."""
     if recipe.search is None or recipe.search.light is None:
         return {}
-    keys, sequence = light_recipe(recipe).distill, recipe.data.sequence
-    tokens, taught = keys.steps(sequence) * keys.global_batch * sequence, 0
-    if keys.has_teacher:
-        taught = flops_per_token(teacher, sequence)
-    return {each.name: (3 * flops_per_token(each.shape, sequence) + taught) * tokens for each in found}
+    keys = light_recipe(recipe).distill
+    [phase] = resolved(keys, recipe.data)
+    taught = flops_per_token(sizes.teacher, phase.sequence) if keys.has_teacher else 0
+    return {
+        each.name: (3 * flops_per_token(each.shape, phase.sequence) + taught) * phase.tokens
+        for each in sizes.candidates
+    }
 
 
-def _refitted(recipe: Recipe, found: Sequence[Candidate]) -> list[Shape]:
-    """Return the shapes that a search refits: each candidate when it is measured, the best again before their light
-    distillation."""
-    light = recipe.search.light if recipe.search else None
-    return [each.shape for each in (*found, *(found[: light.top] if light else ()))]
-
-
-def _search_flops(recipe: Recipe, teacher: Shape, found: Sequence[Candidate], light: Mapping[str, int]) -> int:
-    """Return the FLOPs of a search: one pass of each candidate over the calibration samples, its refits, and light
-    distillation of the most expensive ones."""
+def _search_flops(recipe: Recipe, sizes: Sizes, light: Mapping[str, int]) -> int:
+    """Return the FLOPs of a search: one pass of each candidate over the calibration samples, and light distillation of
+    the most expensive ones, without refits."""
     sequence = recipe.data.sequence
-    passes = sum(flops_per_token(each.shape, sequence) for each in found) * recipe.score.samples * sequence
+    passes = sum(flops_per_token(each.shape, sequence) for each in sizes.candidates) * recipe.score.samples * sequence
     top = recipe.search.light.top if recipe.search and recipe.search.light else None
-    passes += sum(sum(refit_flops(recipe, teacher, shape)) for shape in _refitted(recipe, found))
     return passes + sum(sorted(light.values(), reverse=True)[:top])

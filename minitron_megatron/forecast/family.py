@@ -21,7 +21,7 @@ from ..recipe import TEACHER, FamilyStudent, Recipe, recipe_with
 from ..run_folder import RunFolder
 from .check import check
 from .estimate import Estimate, estimate
-from .model_folders import model_places, with_model_folders
+from .model_folders import with_model_folders
 from .sizes import student_shape
 
 __all__ = ["FamilyEstimate", "FamilyRun", "check_family", "estimate_family", "family_runs", "runs_of", "saving"]
@@ -96,7 +96,7 @@ def _recipes(
 
 
 def _planned(recipe: Recipe, outlines: Mapping[Path, Path]) -> Recipe:
-    folders = {key: outlines.get(place, place) for key, place in model_places(recipe).items()}
+    folders = {key: outlines.get(place, place) for key, place in recipe.models.items()}
     return recipe.replaced(**folders)
 
 

@@ -14,7 +14,7 @@ from ..model import is_megatron_checkpoint
 from ..recipe import Recipe
 from ..run_folder import RunFolder
 
-__all__ = ["ModelOrigin", "model_origins", "model_places", "with_model_folders"]
+__all__ = ["ModelOrigin", "model_origins", "with_model_folders"]
 
 
 class ModelOrigin(TypedDict):
@@ -34,7 +34,7 @@ def model_origins(recipe: Recipe) -> dict[str, ModelOrigin]:
     """Return recipe key -> origin of each model that the recipe's run has brought in."""
     path = RunFolder(recipe.out).models
     known = read_as(path, dict[str, ModelOrigin]) if path.is_file() else {}
-    places = model_places(recipe)
+    places = recipe.models
     return {key: each for key, each in known.items() if key in places and _is_origin(each, places[key], recipe)}
 
 
@@ -51,7 +51,7 @@ def with_model_folders(recipe: Recipe) -> Recipe:
     Before its run has brought a model in, the folder may hold only the config and the tokenizer. Raises
     CheckpointError.
     """
-    origins, places = model_origins(recipe), model_places(recipe)
+    origins, places = model_origins(recipe), recipe.models
     if recipe.tokenizer and not origins and not any(map(is_megatron_checkpoint, places.values())):
         raise CheckpointError(
             f"tokenizer is {recipe.tokenizer}, but no model of the recipe is a Megatron checkpoint: each has its own. "
@@ -59,11 +59,6 @@ def with_model_folders(recipe: Recipe) -> Recipe:
         )
     folders = {key: _folder(place, recipe.tokenizer, origins.get(key)) for key, place in places.items()}
     return recipe.replaced(**folders, tokenizer=None)
-
-
-def model_places(recipe: Recipe) -> dict[str, Path]:
-    """Return recipe key -> place of each model, as the recipe names it."""
-    return {"model": recipe.model} | ({"student": recipe.student} if recipe.student else {})
 
 
 def _folder(place: Path, tokenizer: Path | None, origin: ModelOrigin | None) -> Path:

@@ -1,8 +1,9 @@
-"""Cost of a refit: FLOPs, bytes on a rank, and host memory, counted from shapes."""
+"""Cost of refits: FLOPs, bytes on a rank, and host memory, counted from shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..gpus import GPUS
@@ -11,11 +12,48 @@ from ..parallel import Topology
 from ..recipe import Recipe
 from ..refit import RIDGES
 from .memory import WEIGHT_BYTES, model_bytes
+from .sizes import Sizes
 
-__all__ = ["refit_bytes", "refit_delay", "refit_flops", "refit_host_bytes"]
+__all__ = ["RefitCost", "refit_bytes", "refit_cost", "refit_flops"]
 
 FP64_SHARE = (GPUS["H100"].fp64_flops or 0) / GPUS["H100"].flops
 """FP64 matrix products over dense bf16 ones, peak of an H100."""
+
+
+@dataclass(frozen=True)
+class RefitCost:
+    """Cost of a recipe's refits; zeros where nothing is refitted."""
+
+    prune_flops: int
+    """FLOPs of the student's refit."""
+    search_flops: int
+    """FLOPs of the refits of a search's candidates."""
+    delay: float
+    """FLOPs in bf16 that take as long as refits take longer than their FLOPs say: fp64 is slower, and pipeline stages
+    take turns."""
+    rank_bytes: int
+    """Bytes of the fullest rank: weights of both models and the largest layer's normal equations."""
+    host_bytes: int
+    """Host memory per rank: the states of both models at one layer, of this rank's samples."""
+
+
+def refit_cost(recipe: Recipe, sizes: Sizes, dp: int) -> RefitCost:
+    """Return the cost of the student's refit and of those of a search: each candidate when it is measured, the best
+    again before their light distillation. dp: ranks that share the samples."""
+    if recipe.prune.refit == "none":
+        return RefitCost(0, 0, 0.0, 0, 0)
+    teacher, student, light = sizes.teacher, sizes.student, recipe.search.light if recipe.search else None
+    searched = [each.shape for each in (*sizes.candidates, *sizes.candidates[: light.top if light else 0])]
+    own, *others = (refit_flops(recipe, teacher, shape) for shape in (student, *searched))
+    return RefitCost(
+        prune_flops=sum(own),
+        search_flops=sum(map(sum, others)),
+        delay=sum(
+            (forward + exact / FP64_SHARE) * recipe.parallel.pp - forward - exact for forward, exact in (own, *others)
+        ),
+        rank_bytes=refit_bytes(recipe, teacher, student),
+        host_bytes=_host_bytes(recipe, teacher, student, dp),
+    )
 
 
 class _Site(NamedTuple):
@@ -53,14 +91,12 @@ def _sites(teacher: Shape, student: Shape) -> Iterator[_Site]:
 
 
 def refit_flops(recipe: Recipe, teacher: Shape, student: Shape) -> tuple[int, int]:
-    """(FLOPs of forward passes, FLOPs of fp64 moments and solves); zeros where nothing is refitted.
+    """Return FLOPs of forward passes, and FLOPs of fp64 moments and solves.
 
     The teacher runs once. Of the student every layer runs to its output projection, where the residual stream was cut
     to the MLP's input too, and to its end; `sequential` runs it once more with its new weights.
     """
     keys = recipe.prune
-    if keys.refit == "none":
-        return 0, 0
     tokens, sequence = keys.refit_samples * recipe.data.sequence, recipe.data.sequence
     one, two = (flops_per_token(student.resized(layers=layers), sequence) for layers in (1, 2))
     width = student.ffn or student.expert_ffn * student.experts_per_token + student.shared_ffn
@@ -77,17 +113,8 @@ def refit_flops(recipe: Recipe, teacher: Shape, student: Shape) -> tuple[int, in
     return forward * tokens, round(exact)
 
 
-def refit_delay(recipe: Recipe, teacher: Shape, students: Sequence[Shape]) -> float:
-    """FLOPs in bf16 that take as long as refits take longer than their FLOPs say: fp64 is slower, and pipeline stages
-    take turns."""
-    pairs = [refit_flops(recipe, teacher, student) for student in students]
-    return sum((forward + exact / FP64_SHARE) * recipe.parallel.pp - forward - exact for forward, exact in pairs)
-
-
 def refit_bytes(recipe: Recipe, teacher: Shape, student: Shape) -> int:
-    """The most that a rank holds of weights and normal equations, activations not counted."""
-    if recipe.prune.refit == "none":
-        return 0
+    """Return the most that a rank holds of weights and normal equations, activations not counted."""
     topology = Topology.of(recipe.parallel)
     both = zip(
         *(model_bytes(shape, topology, recipe.dtype) for shape in (teacher, student)),
@@ -105,10 +132,8 @@ def _site_bytes(site: _Site, tp: int, together: int) -> int:
     return round(together * moments / tp + gathered + 2 * 8 * site.inputs**2)
 
 
-def refit_host_bytes(recipe: Recipe, teacher: Shape, student: Shape, dp: int) -> int:
-    """The residual streams of a rank's samples and what is kept of the teacher's layer at work."""
-    if recipe.prune.refit == "none":
-        return 0
+def _host_bytes(recipe: Recipe, teacher: Shape, student: Shape, dp: int) -> int:
+    """Return the bytes of the residual streams of a rank's samples and what is kept of the teacher's layer at work."""
     tokens = recipe.prune.refit_samples * recipe.data.sequence // dp
     split = recipe.parallel.tp if recipe.parallel.sequence_parallel else 1
     kept = 6 if student.hidden < teacher.hidden else 4

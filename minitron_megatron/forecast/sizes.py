@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import gcd
 
 from ..convert import read_config
-from ..errors import PlanError, RecipeError
+from ..errors import PlanError, RecipeError, TopologyError
 from ..layout import Shape
 from ..model import check_fits
 from ..parallel import Topology
@@ -14,18 +14,10 @@ from ..prune import check_merge, checked_sizes
 from ..recipe import Depth, Recipe
 from ..records import Plan
 from ..score import DEPTH_METRICS, check_statistic
-from .candidates import candidates_of, check_candidates
+from ..search import Candidate
+from .candidates import candidates_of
 
-__all__ = [
-    "DepthSweep",
-    "check_pruning",
-    "depth_sweep",
-    "measures_depth",
-    "round_shapes",
-    "rounds",
-    "scores_wanted",
-    "student_shape",
-]
+__all__ = ["DepthSweep", "Sizes", "check_pruning", "depth_sweep", "rounds", "sizes_of", "student_shape"]
 
 ROUND_MULTIPLE = 64
 """Intermediate sizes are multiples of the common divisor of the first and last size and this number, so that they fit
@@ -41,6 +33,29 @@ class DepthSweep:
     """Lengths of the blocks that are left out."""
     greedy: int
     """Layers to remove one by one."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes and measurements that a recipe implies for a teacher."""
+
+    teacher: Shape
+    student: Shape
+    """Before a search has ended, the shape of its largest candidate."""
+    candidates: tuple[Candidate, ...]
+    """Candidates of a search within its budget, the largest first."""
+    rounds: tuple[Shape, ...]
+    """The model's shape after each of `prune.iterations` rounds."""
+    sweep: DepthSweep | None
+    """Measurement of layers; None: they are not measured."""
+
+
+def sizes_of(recipe: Recipe, teacher: Shape) -> Sizes:
+    """Return all that a recipe implies for a teacher. Raises PlanError or RecipeError for impossible sizes."""
+    found = tuple(candidates_of(recipe, teacher)) if recipe.search else ()
+    student = found[0].shape if found else student_shape(recipe, teacher)
+    after = [teacher.resized(layers=student.layers, **checked_sizes(teacher, each)) for each in rounds(recipe, teacher)]
+    return Sizes(teacher, student, found, tuple(after), depth_sweep(recipe, teacher))
 
 
 def student_shape(recipe: Recipe, teacher: Shape) -> Shape:
@@ -71,15 +86,9 @@ def rounds(recipe: Recipe, teacher: Shape) -> list[dict[str, int]]:
     return [{axis: after(at, axis) for axis in sizes} for at in range(1, count + 1)]
 
 
-def round_shapes(recipe: Recipe, teacher: Shape) -> list[Shape]:
-    """Return the model's shape after each round."""
-    layers = student_shape(recipe, teacher).layers
-    return [teacher.resized(layers=layers, **checked_sizes(teacher, sizes)) for sizes in rounds(recipe, teacher)]
-
-
 def _unit(axis: str, teacher: Shape, size: int, count: int) -> int:
     """Return the unit of intermediate sizes. It does not depend on the layout."""
-    if axis == "heads" and teacher.heads != teacher.kv_groups:
+    if axis == "heads" and not teacher.multi_head:
         return teacher.kv_groups
     unit = gcd(teacher.axis_size(axis), size, ROUND_MULTIPLE)
     while unit > 1 and unit * count > teacher.axis_size(axis) - size:
@@ -87,20 +96,9 @@ def _unit(axis: str, teacher: Shape, size: int, count: int) -> int:
     return unit
 
 
-def scores_wanted(recipe: Recipe) -> bool:
-    """Whether units or layers are chosen by importance."""
-    return recipe.student is None and (recipe.prune.by == "importance" or measures_depth(recipe))
-
-
-def measures_depth(recipe: Recipe) -> bool:
-    """Whether the importance of layers is measured."""
-    searched = recipe.search is not None and recipe.search.layers is not None
-    return recipe.score.depth is not None or isinstance(recipe.prune.layers, int) or searched
-
-
 def depth_sweep(recipe: Recipe, teacher: Shape) -> DepthSweep | None:
     """Return the settings of the measurement of layers; None: they are not measured."""
-    if not measures_depth(recipe):
+    if not recipe.measures_layers:
         return None
     keys, lengths = recipe.score.depth or Depth(), set((recipe.score.depth or Depth()).lengths)
     go = [teacher.layers - layers for layers in _depths(recipe) if layers < teacher.layers]
@@ -116,26 +114,33 @@ def _depths(recipe: Recipe) -> set[int]:
     return {recipe.prune.layers} if isinstance(recipe.prune.layers, int) else set()
 
 
-def check_pruning(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
-    """Raise RecipeError, PlanError or TopologyError if the teacher cannot be scored, pruned or distilled as the recipe
-    says. Not collective."""
-    if recipe.search:
-        check_candidates(recipe, teacher, topology)
-    check_fits(student_shape(recipe, teacher), topology)
-    if scores_wanted(recipe):
+def check_pruning(recipe: Recipe, teacher: Shape, topology: Topology) -> Sizes:
+    """Return what the recipe implies for the teacher. Not collective.
+
+    Raises RecipeError, PlanError or TopologyError if the teacher cannot be scored, pruned or distilled as it says.
+    """
+    sizes = sizes_of(recipe, teacher)
+    for each in sizes.candidates:
+        try:
+            check_fits(each.shape, topology)
+        except TopologyError as error:
+            raise TopologyError(f"candidate {each.name}: {error}") from error
+    check_fits(sizes.student, topology)
+    if recipe.needs_scores:
         check_statistic(recipe.score.statistic, teacher)
     if recipe.prune.merge != "none" and recipe.prune.by != "importance":
         raise RecipeError(f"prune.merge needs scores, but prune.by: {recipe.prune.by} has none. Set merge to none.")
     if recipe.prune.merge != "none":
-        check_merge(teacher, student_shape(recipe, teacher), recipe.prune.merge)
-    _check_depth(recipe, teacher)
-    _check_rounds(recipe, teacher, topology)
+        check_merge(teacher, sizes.student, recipe.prune.merge)
+    _check_depth(recipe, sizes)
+    _check_rounds(recipe, sizes, topology)
     if recipe.distill.states:
-        recipe.distill.states.check(teacher, student_shape(recipe, teacher), topology)
+        recipe.distill.states.check(teacher, sizes.student, topology)
+    return sizes
 
 
-def _check_depth(recipe: Recipe, teacher: Shape) -> None:
-    keys = recipe.score.depth
+def _check_depth(recipe: Recipe, sizes: Sizes) -> None:
+    keys, teacher = recipe.score.depth, sizes.teacher
     if keys is None:
         return
     if any(length >= teacher.layers for length in keys.lengths):
@@ -147,22 +152,22 @@ def _check_depth(recipe: Recipe, teacher: Shape) -> None:
         raise RecipeError(
             f"score.depth.greedy does not work with metric {keys.metric}. Use metric loss or kl, or greedy: false."
         )
-    if keys.greedy and min([student_shape(recipe, teacher).layers, *_depths(recipe)]) == teacher.layers:
+    if keys.greedy and min([sizes.student.layers, *_depths(recipe)]) == teacher.layers:
         raise RecipeError(
             "score.depth.greedy removes as many layers as prune.layers does, but prune.layers keeps all. "
             "Set prune.layers, or greedy: false."
         )
 
 
-def _check_rounds(recipe: Recipe, teacher: Shape, topology: Topology) -> None:
+def _check_rounds(recipe: Recipe, sizes: Sizes, topology: Topology) -> None:
     keys = recipe.prune
     if keys.iterations == 1:
         return
     if keys.by != "importance" or not keys.sizes():
         why = f"prune.by: {keys.by} needs no scores" if keys.by != "importance" else "no width is pruned"
         raise RecipeError(f"prune.iterations is {keys.iterations}, but {why}. Set it to 1.")
-    most = max(teacher.axis_size(axis) - size for axis, size in keys.sizes().items())
+    most = max(sizes.teacher.axis_size(axis) - size for axis, size in keys.sizes().items())
     if keys.iterations > max(most, 1):
         raise RecipeError(f"prune.iterations is {keys.iterations}, but no axis loses more than {most}. Lower it.")
-    for shape in round_shapes(recipe, teacher):
+    for shape in sizes.rounds:
         check_fits(shape, topology)

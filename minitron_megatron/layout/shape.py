@@ -75,6 +75,11 @@ class Shape:
     def heads_per_group(self) -> int:
         return self.heads // self.kv_groups
 
+    @property
+    def multi_head(self) -> bool:
+        """Whether each head has its own key and value: then heads and KV groups are cut together."""
+        return self.heads == self.kv_groups
+
     def with_heads(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Return `sizes` (public axis -> size) with heads, which follow from kv_groups where only these are given."""
         if "kv_groups" not in sizes:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import LayoutError, PlanError, did_you_mean
 from .param import ABSENT, Param, coords
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "WITHIN",
     "Keep",
     "axis_coords",
+    "expect_axis",
     "expert_of",
     "kept_rows",
     "lookup",
@@ -85,6 +86,14 @@ PER_LAYER = frozenset(PUBLIC_AXES) - {"hidden"}
 
 Keep = Mapping[str, Int64[Tensor, "_kept"]]
 """Public axis -> the kept global indices, ascending. An axis that is absent is kept whole."""
+
+
+def expect_axis(axis: str) -> None:
+    """Raise PlanError for what is no public axis."""
+    if axis not in PUBLIC_AXES:
+        raise PlanError(
+            f"axis {axis!r} is not known.{did_you_mean(axis, PUBLIC_AXES)} Known: {', '.join(PUBLIC_AXES)}."
+        )
 
 
 def pattern_of(name: str) -> str:

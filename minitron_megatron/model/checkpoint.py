@@ -17,7 +17,17 @@ import torch
 from typing_extensions import TypedDict
 
 from ..errors import CheckpointError, FileError
-from ..files import MANIFEST, PARTIAL, check_as, read_as, read_json, verify_checksums, write_checksums, write_json
+from ..files import (
+    MANIFEST,
+    PARTIAL,
+    check_as,
+    put_in_place,
+    read_as,
+    read_json,
+    verify_checksums,
+    write_checksums,
+    write_json,
+)
 from ..parallel import (
     Topology,
     barrier,
@@ -51,7 +61,7 @@ RESHARDABLE = {
 """Only optimizer format of mcore 0.16 that loads at another tp, pp or dp. The first data-parallel rank, which writes
 the states, gathers them in host memory; by default every rank would, on its GPU."""
 
-STATE = "state.json"
+STEP, STATE = "step_", "state.json"
 SUMS = "sums"
 """Suffix of the file with the checksums of one rank's files, until rank 0 merges them."""
 
@@ -155,7 +165,7 @@ class Checkpoints:
 
     def steps(self) -> dict[int, Path]:
         """Return the complete checkpoints by step."""
-        return {int(path.name.removeprefix("step_")): path for path in _steps(self.folder)}
+        return {int(path.name.removeprefix(STEP)): path for path in _steps(self.folder)}
 
     def best(self) -> Path | None:
         """Return the checkpoint with the lowest score; None where none has a score."""
@@ -165,9 +175,9 @@ class Checkpoints:
         """Return a new path, the same on every rank: writers of a killed run may still write to their own folder."""
         ticket = broadcast_object(uuid4().hex[:8])
         if self.topology.rank == 0:
-            for left in self.folder.glob(f"step_*{PARTIAL}"):
+            for left in self.folder.glob(f"{STEP}*{PARTIAL}"):
                 shutil.rmtree(left, ignore_errors=True)
-        return self.folder / f"step_{step:08}.{ticket}{PARTIAL}"
+        return self.folder / f"{STEP}{step:08}.{ticket}{PARTIAL}"
 
     def _finish(self, fresh: Path, step: int, state: Mapping[str, object]) -> None:
         barrier()
@@ -175,9 +185,7 @@ class Checkpoints:
             if self.topology.rank == 0:
                 write_json(fresh / STATE, state)
                 _write_manifest(fresh)
-                path = self.folder / f"step_{step:08}"
-                shutil.rmtree(path, ignore_errors=True)
-                fresh.rename(path)
+                put_in_place(fresh, self.folder / f"{STEP}{step:08}")
                 existing = _steps(self.folder)
                 for old in set(existing) - set(existing[-self.keep :]) - {_best(existing)}:
                     shutil.rmtree(old)
@@ -293,7 +301,8 @@ def _verified(path: Path, identity: str, names: Sequence[str]) -> CheckpointStat
 
 
 def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if path.suffix != PARTIAL and (path / STATE).is_file())
+    named = (path for path in folder.glob(f"{STEP}*") if path.name.removeprefix(STEP).isdecimal())
+    return sorted(path for path in named if (path / STATE).is_file())
 
 
 def _best(checkpoints: Sequence[Path]) -> Path | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import CheckpointError
-from ..files import PARTIAL, whole_file
+from ..errors import CheckpointError, FileError
+from ..files import PARTIAL, whole_file, whole_folder
 from ..parallel import Topology, barrier, fail_together, save_sharded
 from .chunk import Chunk, Model, chunks_of
 from .megatron_flags import FLAGS, arguments_script, check_megatron_lm, saved_arguments
@@ -96,20 +95,16 @@ def _extra_states(sharded: ShardedStateDict) -> ShardedStateDict:
 @contextmanager
 def _new(folder: Path, topology: Topology) -> Iterator[Path]:
     """Yield a temporary folder for all ranks to fill; on success it is renamed to `folder`. Collective."""
-    partial = folder.with_name(folder.name + PARTIAL)
-    with fail_together():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError(f"{folder} exists and is not an empty folder. Give another one.")
-        try:
-            if topology.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-                (partial / RELEASE).mkdir(parents=True)
-        except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written: {error.strerror}. Give another folder.") from error
-    barrier()
-    yield partial
-    barrier()
-    if topology.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    barrier()
+    with ExitStack() as held:
+        with fail_together():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise CheckpointError(f"{folder} exists and is not an empty folder. Give another one.")
+            try:
+                if topology.rank == 0:
+                    (held.enter_context(whole_folder(folder)) / RELEASE).mkdir()
+            except FileError as error:
+                raise CheckpointError(f"{error} Give another folder.") from error
+        yield folder.with_name(folder.name + PARTIAL)
+        barrier()
+        with fail_together():
+            held.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import torch
 from typing_extensions import TypedDict
@@ -25,8 +25,9 @@ class Format(TypedDict):
 
     sharded_backend: Literal["torch_dist"]
     sharded_backend_version: int
-    common_backend: Literal["torch"]
-    common_backend_version: int
+    common_backend: NotRequired[Literal["torch"]]
+    """mcore 0.19 writes neither this key nor the next."""
+    common_backend_version: NotRequired[int]
 
 
 class Unopened:

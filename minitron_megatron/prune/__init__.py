@@ -6,12 +6,10 @@ Knows: scores, plans, shards. Must not know: how scores are measured, losses, Hu
 from .baselines import first_plan, random_plan
 from .choose import Scope, checked_sizes, choose
 from .depth import choose_layers
-from .merge import MERGES, SIGNS, Merge, Sign, check_merge, merge_heads
+from .merge import Merge, Sign, check_merge, merge_heads
 from .trim import check_cut, trim, trimmed_view
 
 __all__ = [
-    "MERGES",
-    "SIGNS",
     "Merge",
     "Scope",
     "Sign",

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import PlanError, did_you_mean
-from ..layout import PER_LAYER, PUBLIC_AXES, WITHIN, Shape
+from ..layout import PER_LAYER, WITHIN, Shape, expect_axis
 from ..records import SAFE_MARGIN, Plan, Scores
 
 __all__ = ["Scope", "best_plan", "checked_sizes", "choose", "scores_of"]
@@ -77,14 +77,11 @@ def checked_sizes(shape: Shape, sizes: Mapping[str, int]) -> dict[str, int]:
     Without grouped-query attention, cutting a head cuts its kv_group; cutting a kv_group cuts all its heads. Raises
     PlanError if the model cannot keep these sizes.
     """
-    if "heads" in sizes and shape.heads == shape.kv_groups:
+    if "heads" in sizes and shape.multi_head:
         sizes = {"kv_groups": sizes["heads"], **sizes}
     sizes = shape.with_heads(sizes)
     for axis, size in sizes.items():
-        if axis not in PUBLIC_AXES:
-            raise PlanError(
-                f"axis {axis!r} is not known.{did_you_mean(axis, PUBLIC_AXES)} Known: {', '.join(PUBLIC_AXES)}."
-            )
+        expect_axis(axis)
         whole = shape.axis_size(axis)
         if not whole:
             raise PlanError(f"axis {axis} should keep {size}, but the model does not have this axis. Leave it out.")

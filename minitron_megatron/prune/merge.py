@@ -56,8 +56,8 @@ def merge_heads(
 
 
 def _axis(shape: Shape) -> str:
-    """Return the axis on which heads are cut: `kv_groups` if each head has its own key and value."""
-    return "kv_groups" if shape.heads == shape.kv_groups else "heads"
+    """Return the axis on which heads are cut."""
+    return "kv_groups" if shape.multi_head else "heads"
 
 
 def check_merge(teacher: Shape, student: Shape, merge: str) -> None:

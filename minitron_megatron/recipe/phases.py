@@ -27,9 +27,13 @@ class ResolvedPhase:
         return self.keys.steps(self.sequence)
 
     @property
+    def samples(self) -> int:
+        return self.steps * self.keys.global_batch
+
+    @property
     def tokens(self) -> int:
         """Tokens of the phase, in whole steps."""
-        return self.steps * self.keys.global_batch * self.sequence
+        return self.samples * self.sequence
 
 
 def resolved(keys: TrainingKeys, data: Data) -> list[ResolvedPhase]:

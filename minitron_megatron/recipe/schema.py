@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from ..convert import Architecture
@@ -273,6 +274,22 @@ class Recipe(Settings):
     def corrects_first(self) -> bool:
         """Whether the teacher is corrected before anything else."""
         return self.correct is not None and not self.correct.continuous
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """Key -> place of each model, as the recipe names it."""
+        return {"model": self.model} | ({"student": self.student} if self.student else {})
+
+    @property
+    def measures_layers(self) -> bool:
+        """Whether the importance of layers is measured."""
+        searched = self.search is not None and self.search.layers is not None
+        return self.score.depth is not None or isinstance(self.prune.layers, int) or searched
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether units or layers are chosen by importance."""
+        return self.student is None and (self.prune.by == "importance" or self.measures_layers)
 
     @model_validator(mode="after")
     def _sizes_come_from_one_block(self) -> Recipe:

@@ -21,7 +21,12 @@ from ..settings import (
 )
 from ..train import OBJECTIVES, TrainingSettings
 
-__all__ = ["Correct", "Distill", "TrainingKeys"]
+__all__ = ["Correct", "Distill", "TrainingKeys", "steps_of"]
+
+
+def steps_of(tokens: int, global_batch: int, sequence: int) -> int:
+    """Return the number of steps that cover these tokens."""
+    return -(-tokens // (global_batch * sequence))
 
 
 class TrainingKeys(TrainingSettings):
@@ -36,7 +41,7 @@ class TrainingKeys(TrainingSettings):
 
     def steps(self, sequence: int) -> int:
         """Return the number of steps that cover `tokens` tokens."""
-        return -(-self.tokens // (self.global_batch * sequence))
+        return steps_of(self.tokens, self.global_batch, sequence)
 
 
 class Correct(TrainingKeys):

@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 from typing_extensions import TypedDict
 
-from ..errors import CheckpointError, PlanError, did_you_mean
+from ..errors import CheckpointError, PlanError
 from ..files import read_as, write_json
-from ..layout import PER_LAYER, PUBLIC_AXES, WITHIN, Keep, Shape
+from ..layout import PER_LAYER, WITHIN, Keep, Shape, expect_axis
 from .shape import read_shape
 
 __all__ = ["SAFE_MARGIN", "Plan"]
@@ -59,10 +59,7 @@ class Plan:
     def __post_init__(self) -> None:
         _check_indices("layers", self.kept_layers, self.shape.layers)
         for axis, by_layer in self.keep.items():
-            if axis not in PUBLIC_AXES:
-                raise PlanError(
-                    f"axis {axis!r} is not known.{did_you_mean(axis, PUBLIC_AXES)} Known: {', '.join(PUBLIC_AXES)}."
-                )
+            expect_axis(axis)
             size = self.shape.units(axis)
             wanted: list[int | None] = list(self.kept_layers) if axis in PER_LAYER else [None]
             if sorted(by_layer, key=str) != sorted(wanted, key=str):

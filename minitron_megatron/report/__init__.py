@@ -16,7 +16,7 @@ from .rehearsal_page import write_rehearsal
 from .rehearsed import rehearsal_tables
 from .searched import SearchTable
 from .studied import ArmResult, Compared, StudyTable, Verdict, study_markdown, study_notes, study_page, study_text
-from .tables import bench_tables, candidates_table, print_summary, summary_table
+from .tables import bench_tables, candidates_table, print_summary
 from .terminal import front_table, memory_table
 from .watch import watch
 from .watchdog import Watchdog
@@ -52,7 +52,6 @@ __all__ = [
     "study_notes",
     "study_page",
     "study_text",
-    "summary_table",
     "text_table",
     "watch",
     "write_rehearsal",

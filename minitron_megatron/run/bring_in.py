@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..convert import check_weights, hub_folder, import_megatron, is_hub_name
 from ..events import Listener
 from ..files import write_json
-from ..forecast import ModelOrigin, model_origins, model_places, with_model_folders
+from ..forecast import ModelOrigin, model_origins, with_model_folders
 from ..model import is_megatron_checkpoint
 from ..parallel import Topology, fail_together
 from ..recipe import Recipe
@@ -22,31 +23,26 @@ def bring_in(recipe: Recipe, topology: Topology, listener: Listener) -> Recipe:
     Rank 0 downloads and converts; the other ranks then find it done, or download to a cache of their own machine.
     Collective over the world. Raises CheckpointError.
     """
+    elsewhere = {key: at for key, at in recipe.models.items() if is_megatron_checkpoint(at) or is_hub_name(at)}
     with fail_together():
-        if topology.rank == 0:
-            _record(recipe, {key: _origin(recipe, key, place, listener) for key, place in _elsewhere(recipe).items()})
+        if elsewhere and topology.rank == 0:
+            _record(recipe, elsewhere, listener)
     with fail_together():
-        for key, place in _elsewhere(recipe).items():
+        for key, place in elsewhere.items():
             if is_hub_name(place):
                 hub_folder(place, weights=True, commit=model_origins(recipe)[key]["commit"])
         return with_model_folders(recipe)
 
 
-def _elsewhere(recipe: Recipe) -> dict[str, Path]:
-    """Return recipe key -> place of each model that is no Hugging Face folder."""
-    places = model_places(recipe).items()
-    return {key: place for key, place in places if is_megatron_checkpoint(place) or is_hub_name(place)}
-
-
-def _record(recipe: Recipe, origins: dict[str, ModelOrigin]) -> None:
-    """Add origins to those known; a checkpoint that was brought in may be gone since."""
+def _record(recipe: Recipe, elsewhere: Mapping[str, Path], listener: Listener) -> None:
+    """Bring the models in, and add their origins to those known; a checkpoint that was brought in may be gone since."""
     known = model_origins(recipe)
-    if known | origins != known:
-        write_json(RunFolder(recipe.out).models, known | origins)
+    found = {key: _origin(recipe, key, place, known.get(key), listener) for key, place in elsewhere.items()}
+    if known | found != known:
+        write_json(RunFolder(recipe.out).models, known | found)
 
 
-def _origin(recipe: Recipe, key: str, place: Path, listener: Listener) -> ModelOrigin:
-    known = model_origins(recipe).get(key)
+def _origin(recipe: Recipe, key: str, place: Path, known: ModelOrigin | None, listener: Listener) -> ModelOrigin:
     if is_hub_name(place):
         folder = hub_folder(place, weights=True, commit=known and known.get("commit"))
         check_weights(folder)

@@ -27,7 +27,7 @@ from ..events import Listener
 from ..files import MANIFEST, checksum, verify_checksums, write_checksums
 from ..model import Chunk, check_finite
 from ..parallel import Topology, broadcast_object, fail_together, place_in_world
-from ..recipe import Recipe, ResolvedPhase
+from ..recipe import Recipe, ResolvedPhase, prefixes
 from ..run_folder import RunFolder
 
 __all__ = ["DTYPES", "Context", "Result"]
@@ -62,8 +62,8 @@ class Context:
     listener: Listener
     done: Mapping[str, Result]
     """Stage -> result, of the stages before this one."""
-    mark_of: Callable[[Recipe], str]
-    """Recipe -> fingerprint of the running stage with that recipe."""
+    mark_of: Callable[[Recipe], str] = lambda recipe: ""
+    """Recipe -> fingerprint of the running stage with that recipe; outside of a stage it is empty."""
     place: str = ""
     """Name of the model being trained, in a stage that trains several."""
     corpora: Path | None = None
@@ -218,9 +218,11 @@ class Context:
         """Write a model and its files' checksums; return its hash and the checksum of that list. Collective."""
         return {"hash": self.save(model, folder, dtype, architecture), "files": self.sealed(folder)}
 
-    def checkpoints(self, recipe: Recipe) -> Path:
-        """Return the running stage's checkpoint folder for a recipe; another recipe has another folder."""
-        return self.folders.checkpoints / self.mark_of(recipe)[:16] / self.place
+    @cached_property
+    def phase_checkpoints(self) -> list[tuple[Path, str]]:
+        """Folder of the running stage's checkpoints, and its fingerprint, with the recipe cut off after each phase."""
+        marks = [self.mark_of(recipe) for recipe in prefixes(self.recipe)]
+        return [(self.folders.checkpoints / mark[:16] / self.place, mark) for mark in marks]
 
     @property
     def blend(self) -> list[tuple[Path, float]]:
@@ -265,7 +267,7 @@ class Context:
         corpus = Corpus(
             self._weighted(phase.weights),
             sequence=phase.sequence,
-            samples=phase.steps * keys.global_batch,
+            samples=phase.samples,
             seed=seed,
             cache=self._index,
             end=self._end,

@@ -17,7 +17,7 @@ from ..events import Listener, silent
 from ..files import check_as, locked, read_as, read_text, whole_file, write_json
 from ..forecast import check, check_calibration, check_corpus, count, planned, with_model_folders
 from ..parallel import Topology, barrier, broadcast_object, fail_together, gather_objects, launched, peak_bytes
-from ..recipe import Recipe, prefixes, read_yaml, with_keys_in_errors
+from ..recipe import Recipe, read_yaml, with_keys_in_errors
 from ..run_folder import RunFolder
 from .bring_in import bring_in
 from .context import Context
@@ -127,11 +127,10 @@ def search_task(recipe: Recipe, topology: Topology, task: int, tasks: int, *, li
             if not 0 <= task < tasks:
                 raise RecipeError(f"--task {task}/{tasks} is out of range: use 0/{tasks} to {tasks - 1}/{tasks}.")
             _check_wanted(recipe, "search")
-            check(recipe, topology)
-            recipe = with_model_folders(recipe)
+            recipe = check(recipe, topology)
             preemption = held.enter_context(raise_when_preempted(listener))
             preemption.begins("search", keeps=True)
-            context = Context(recipe, topology, preemption, results(recipe, "score"), lambda other: "")
+            context = Context(recipe, topology, preemption, results(recipe, "score"))
             if topology.rank == 0:
                 folder = RunFolder(recipe.out)
                 for path, shared in ((folder.lock, True), (folder.task_lock(task, tasks), False)):
@@ -154,8 +153,8 @@ def _predict(recipe: Recipe, topology: Topology) -> None:
 
 def dry_run(recipe: Recipe) -> list[Step]:
     """Return what a run would do, stage by stage, from the records alone. Raises the errors of `run`'s checks."""
-    check(recipe, planned(recipe, launched("WORLD_SIZE", 0)))
-    walk, steps = _Walk(with_model_folders(recipe)), list[Step]()
+    recipe = check(recipe, planned(recipe, launched("WORLD_SIZE", 0)))
+    walk, steps = _Walk(recipe), list[Step]()
     stale: list[str] = []
     undecided: set[str] = set()
     for stage in walk.stages:
@@ -282,8 +281,8 @@ def _run_stage(stage: Stage, mark: str, context: Context, before: int, shared: S
     if context.topology.rank == 0:
         write_json(context.folders.record(stage.name), record)
         if not (stage.name == "distill" and context.recipe.distill.retain):
-            for each in prefixes(context.recipe):
-                shutil.rmtree(context.checkpoints(each), ignore_errors=True)
+            for folder, _ in context.phase_checkpoints:
+                shutil.rmtree(folder, ignore_errors=True)
     barrier()
     return record
 

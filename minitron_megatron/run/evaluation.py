@@ -41,16 +41,16 @@ def evaluate_folder(recipe: Recipe, topology: Topology, folder: Path, *, listene
             )
         check_fits(shape, topology)
         check_evaluation(recipe, folder)
-        context = Context(recipe, topology, listener, results(recipe, "prepare"), lambda other: "")
+        context = Context(recipe, topology, listener, results(recipe, "prepare"))
     return measured_row(context, folder.resolve().name, folder, context.held_out())
 
 
-def check_export(recipe: Recipe, topology: Topology, *, listener: Listener = silent) -> float:
+def check_export(recipe: Recipe, topology: Topology) -> float:
     """Return the largest difference between the student's logits, with weights rounded as in the export, and those of
     transformers on the export. Collective over the world. Raises RecipeError if there is no export yet."""
     with fail_together():
         recipe = with_model_folders(recipe)
-        context = Context(recipe, topology, listener, results(recipe, "export"), lambda other: "")
+        context = Context(recipe, topology, silent, results(recipe, "export"))
     context.expect_unchanged(context.folders.model("export"))
     student = context.load(context.student, torch.float32)
     for chunk in student:

@@ -12,7 +12,7 @@ from ..events import Listener, silent
 from ..forecast import with_model_folders
 from ..model import Checkpoints, build, check_finite, check_megatron_lm, load_weights, save_megatron_lm
 from ..parallel import Topology, fail_together
-from ..recipe import Recipe, prefixes
+from ..recipe import Recipe
 from .context import DTYPES, Context
 from .engine import results, wanted
 from .fingerprint import fingerprint
@@ -44,7 +44,8 @@ def hand_over(
         recipe = with_model_folders(recipe)
         names = [stage.name for stage in wanted(recipe)]
         until = names[names.index("distill") - 1] if checkpoint else names[names.index("evaluate") - 1]
-        context = Context(recipe, topology, listener, results(recipe, until), lambda other: "")
+        done = results(recipe, until)
+        context = Context(recipe, topology, listener, done, partial(fingerprint, STAGES["distill"], done=done))
         if form == "megatron":
             check_megatron_lm(read_config(context.untrained_student if checkpoint else context.student))
     if checkpoint:
@@ -75,10 +76,8 @@ def hand_over(
 
 def _find(context: Context, which: str) -> tuple[Path, str]:
     """Return (path, identity) of a checkpoint."""
-    mark_of = partial(fingerprint, STAGES["distill"], done=context.done)
-    for recipe in reversed(prefixes(context.recipe)):
-        mark = mark_of(recipe)
-        store = Checkpoints(context.folders.checkpoints / mark[:16], context.topology)
+    for folder, mark in reversed(context.phase_checkpoints):
+        store = Checkpoints(folder, context.topology)
         steps = {str(step): path for step, path in store.steps().items()}
         if not steps:
             continue

@@ -41,7 +41,7 @@ def sample_pairs(
         if to.exists():
             raise RecipeError(f"{to} exists already. Remove it, or give another file.")
         recipe = with_model_folders(recipe)
-        context = Context(recipe, topology, listener, {}, lambda other: "")
+        context = Context(recipe, topology, listener, {})
         folder = _who_answers(context, settings, model)
         parts = to.with_name(f"{to.name}.parts")
         mark = hashlib.sha256(json.dumps([file_marks([folder]), recipe.dtype]).encode()).hexdigest()[:16]

@@ -31,7 +31,7 @@ from .stage import Record, Stage
 
 __all__ = ["SharedStages"]
 
-FILES, RECORD, METRICS = "files", "record.json", "metrics.jsonl"
+FILES, RECORD = "files", "record.json"
 WAIT_SECONDS = 2.0
 
 
@@ -79,8 +79,8 @@ class SharedStages:
             return None
         for output in _outputs(stage, run):
             _put(entry / FILES / output.relative_to(run.path), output)
-        if (entry / METRICS).is_file():
-            _append(run.metrics, (entry / METRICS).read_bytes())
+        if (lines := RunFolder(entry).metrics).is_file():
+            _append(run.metrics, lines.read_bytes())
         write_json(run.record(stage.name), record)
         return record
 
@@ -91,7 +91,7 @@ class SharedStages:
                 if output.exists():
                     _put(output, entry / FILES / output.relative_to(run.path))
             if lines := _metrics(stage, run.metrics):
-                (entry / METRICS).write_bytes(lines)
+                RunFolder(entry).metrics.write_bytes(lines)
             write_json(entry / RECORD, record)
             write_checksums(entry / MANIFEST, files_below(entry))
 

@@ -11,7 +11,7 @@ from ..evaluate import ValidationSet, validation_loss
 from ..events import Event
 from ..files import file_marks
 from ..model import Chunk, shape_of
-from ..recipe import Recipe, ResolvedPhase, TrainingKeys, prefixes, resolved
+from ..recipe import Recipe, ResolvedPhase, TrainingKeys, resolved
 from ..train import OBJECTIVES, Learner, Lora, Objective, Saving, Training, train, train_norms_only
 from .context import Context
 
@@ -115,11 +115,9 @@ def train_in_phases(
     """
     phases, held_out, tokens, before = resolved(keys, context.recipe.data), context.held_out(), 0, None
     total, first, retain = sum(phase.steps for phase in phases), 0, label == "distill" and context.recipe.distill.retain
-    for number, phase in enumerate(phases):
+    for number, (phase, at) in enumerate(zip(phases, context.phase_checkpoints, strict=False)):
         current = objective(phase) if callable(objective) else objective
         co_trained = [current.learner] if isinstance(current, ContinuousObjective) else []
-        recipe = prefixes(context.recipe)[number]
-        at = (context.checkpoints(recipe), context.mark_of(recipe))
         values = train(
             model,
             current,

@@ -222,7 +222,7 @@ def test_a_run_folder_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_an_index_larger_than_the_machines_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=2**30))
-    phase: Any = SimpleNamespace(steps=10**8, keys=SimpleNamespace(global_batch=10))
+    phase: Any = SimpleNamespace(samples=10**9)
     with pytest.raises(RecipeError) as caught:
         _check_index("distill", phase)
     size = f"{10**9 * INDEX_BYTES / 2**30:.3g}"

@@ -17,7 +17,7 @@ from minitron_megatron.convert import load_hf
 from minitron_megatron.distill import KDObjective
 from minitron_megatron.events import Event
 from minitron_megatron.forecast import Estimate, estimate
-from minitron_megatron.forecast.memory import model_bytes, rank_parameters, training_bytes
+from minitron_megatron.forecast.memory import model_bytes, rank_parameters, training_parts
 from minitron_megatron.layout import Shape, parameters
 from minitron_megatron.model import ModelConfig, build
 from minitron_megatron.parallel import Topology
@@ -75,7 +75,7 @@ def test_training_holds_the_bytes_that_are_predicted(
 ) -> None:
     topology = Topology(**{key: value for key, value in layout.items() if key != "dp"})
     world = max(layout.values(), default=1)
-    predicted = training_bytes(SHAPE, topology, dtype, world)
+    predicted = [sum(parts.values()) for parts in training_parts(SHAPE, topology, dtype, world)]
     for rank, found in enumerate(pool.run(alive, material / "model", getattr(torch, dtype), **layout)):
         assert found == pytest.approx(predicted[rank if "pp" in layout else 0], rel=0.03)
 
@@ -187,5 +187,5 @@ def test_a_correction_of_less_than_everything_takes_less(recipe_file: Write, par
     keys = ["prune.layers=[0]", "distill.global_batch=2", "distill.micro_batch=2", f"correct.parameters={parameters}"]
     found = estimate(load_recipe(recipe_file(), keys))
     padded = model_bytes(found.teacher, Topology(), "float32")[0]
-    smaller = padded + training_bytes(found.student, Topology(), "float32", 1)[0] + found.stash_bytes
+    smaller = padded + sum(training_parts(found.student, Topology(), "float32", 1)[0].values()) + found.stash_bytes
     assert found.rank_bytes == max(weights * padded, smaller)

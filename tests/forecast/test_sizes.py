@@ -10,7 +10,7 @@ import pytest
 
 from minitron_megatron.errors import MinitronError, PlanError, RecipeError, TopologyError
 from minitron_megatron.forecast.estimate import estimate
-from minitron_megatron.forecast.sizes import DepthSweep, check_pruning, depth_sweep, round_shapes, rounds, student_shape
+from minitron_megatron.forecast.sizes import DepthSweep, check_pruning, depth_sweep, rounds, sizes_of, student_shape
 from minitron_megatron.layout import Shape, flops_per_token
 from minitron_megatron.parallel import Topology
 from minitron_megatron.recipe import load_recipe
@@ -48,7 +48,7 @@ def test_heads_with_keys_of_their_own_take_them_along(recipe_file: Write) -> Non
         SHAPE.resized(kv_groups=8),
     )
     shapes = [teacher.resized(layers=3, heads=heads, kv_groups=heads) for heads in (6, 4)]
-    assert round_shapes(recipe, teacher) == shapes
+    assert list(sizes_of(recipe, teacher).rounds) == shapes
     assert student_shape(recipe, teacher) == shapes[-1]
 
 

@@ -143,6 +143,7 @@ def newest_first(topology: Topology, folder: Path) -> list[Path]:
 def test_what_is_not_whole_is_never_taken(pool: Pool, copy: Path) -> None:
     folder = copy.parent
     shutil.copytree(copy, folder / "step_00000002.0123abcd.partial")
+    shutil.copytree(copy, folder / "step_00000002.old")
     shutil.copytree(copy, folder / "step_00000003", ignore=shutil.ignore_patterns("state.json"))
     assert pool.run(newest_first, folder) == [[copy]]
     assert pool.run(newest_first, folder / "nowhere") == [[]]
@@ -152,6 +153,13 @@ def test_what_a_killed_writer_left_goes_with_the_next_checkpoint(pool: Pool, tmp
     (tmp_path / "step_00000001.0123abcd.partial" / "teacher").mkdir(parents=True)
     pool.run(save, tmp_path, [2])
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def test_a_step_that_is_saved_again_replaces_the_first(pool: Pool, copy: Path) -> None:
+    folder = copy.parent
+    (copy / "mine").touch()
+    pool.run(save, folder, [int(copy.name.removeprefix("step_"))])
+    assert [path.name for path in folder.iterdir()] == [copy.name] and not (copy / "mine").exists()
 
 
 def save_where_it_is_full(topology: Topology, folder: Path, asynchronous: bool) -> list[str]:
@@ -240,9 +248,9 @@ def test_a_torn_checkpoint_is_an_error_that_names_it(
     assert text.count(". ") == 0, text
 
 
-@pytest.mark.parametrize("pattern", [".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "state.json"])
+@pytest.mark.parametrize("pattern", [".metadata", "__0_0.distcp", "__0_*.distcp", "common.pt", "state.json"])
 def test_a_flipped_bit_is_an_error_that_names_the_file(pool: Pool, copy: Path, pattern: str) -> None:
-    [file] = copy.glob(pattern)
+    *_, file = sorted(copy.glob(pattern))  # mcore 0.16 writes two files a rank here, 0.19 one
     content = bytearray(file.read_bytes())
     content[len(content) * 2 // 3] ^= 1
     file.write_bytes(content)

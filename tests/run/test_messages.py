@@ -66,7 +66,7 @@ def test_a_task_of_a_search_that_is_running(
 ) -> None:
     search = {"ffn": [48], "budget": {"params": 10**6}}
     recipe = load_recipe(recipe_file(prune=None, search=search, out=str(tmp_path / "run")))
-    monkeypatch.setattr(engine, "check", lambda *_: None)
+    monkeypatch.setattr(engine, "check", lambda recipe, *_: recipe)
     monkeypatch.setattr(engine, "results", lambda *_: {})
     monkeypatch.setattr(engine, "raise_when_preempted", lambda _: nullcontext(PreemptionListener(silent, [])))
     monkeypatch.setattr(engine, "locked", lambda *_, **__: nullcontext(False))
@@ -98,9 +98,8 @@ def test_a_job_that_would_end_the_same_way() -> None:
     )
 
 
-def test_a_run_without_checkpoints_to_hand_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(handover, "prefixes", lambda recipe: [])
-    context = stub(recipe=stub(out=tmp_path), done={})
+def test_a_run_without_checkpoints_to_hand_over(tmp_path: Path) -> None:
+    context = stub(recipe=stub(out=tmp_path), phase_checkpoints=[])
     assert says(CheckpointError, lambda: handover._find(context, "newest")) == (
         f"{tmp_path} has no checkpoints of distillation: without `distill.retain` they are removed when it is done. "
         "Omit --checkpoint to export the finished student."

@@ -46,9 +46,8 @@ def card_of(folder: Path, name: str) -> str:
     write_json(folder / "summary.json", [row])
     done = {"prepare": {"sources": {name: {"tokens": 7, "weight": 1.0}}}, "distill": {"tokens": 9}}
     distill = SimpleNamespace(has_teacher=True)
-    recipe = Told(
-        model=model, student=None, tokenizer=None, out=folder / "out", hostile=name, distill=distill, align=()
-    )
+    models = {"model": model, "models": {"model": model}, "student": None, "tokenizer": None}
+    recipe = Told(**models, out=folder / "out", hostile=name, distill=distill, align=())
     topology, folders = SimpleNamespace(rank=0), SimpleNamespace(summary=folder / "summary.json")
     write_card(SimpleNamespace(recipe=recipe, done=done, topology=topology, folders=folders), model)  # type: ignore[arg-type]
     return (model / "README.md").read_text(encoding="utf-8")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from minitron_megatron.errors import DataError
-from minitron_megatron.serve import Measured, Workload, measure_locally, write_requests
-from minitron_megatron.serve.trtllm import command, parse_report
+from minitron_megatron.serve import SERVERS, Measured, Workload, measure_locally, write_requests
 
+command, parse_report = SERVERS["trtllm"].command, SERVERS["trtllm"].parse_report
 REPORT: dict[str, Any] = {
     "engine": {"model": "m", "backend": "Pytorch", "dtype": "bfloat16", "kv_cache_dtype": "FP8", "version": "1.2.1"},
     "world_info": {"tp_size": 2, "pp_size": 1, "world_size": 2, "max_batch_size": 32},

@@ -1,4 +1,5 @@
-"""Plots of a run as PNG files: losses, comparison of models, importance, pruning, depth, search, throughput.
+"""Plots of a run as PNG files: losses, comparison of models, importance, pruning, depth, search, throughput,
+alignment, rehearsals and studies.
 
 Knows: lines of metrics, rows of a summary, and plain mappings of scores, kept units and margins. Must not know: where
 they come from. A plot with nothing to show writes no file and returns None; matplotlib is imported when one is drawn.

@@ -132,7 +132,6 @@ def _prefer(context: Context, number: int, keys: PairRound, student: list[Chunk]
         measured = {f"validation_{name}": value for name, value in objective.finish().items()}
         return {"validation_loss": loss, **measured}
 
-    mark = context.mark_of(context.recipe)
     values = train(
         student,
         PreferenceObjective(topology, keys.pair_loss),
@@ -140,7 +139,7 @@ def _prefer(context: Context, number: int, keys: PairRound, student: list[Chunk]
         Training.of(keys, steps, context.recipe.seed),
         topology,
         label=f"align-{number}",
-        saving=Saving(context.checkpoints(context.recipe), mark),
+        saving=Saving(*context.phase_checkpoints[-1]),
         validate=validate if len(held_out) else None,
         listener=context.listener,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from typing_extensions import TypedDict
 
 from ...data import places
@@ -35,11 +33,12 @@ def do_calibrate(context: Context) -> Result:
     return {"sources": broadcast_object(made)}
 
 
-def calibration_inputs(recipe: Recipe) -> Any:
+def calibration_inputs(recipe: Recipe) -> object:
     """Return the sources, marks of their files, and the tokens that are needed of each."""
     sources = recipe.score.sources
     files = file_marks(path for source in sources for path in places(source.paths))
-    return with_chat(recipe, sources, [[source.deciding() for source in sources], files, needed_calibration(recipe)])
+    asked = [source.deciding() for source in sources]
+    return with_chat(recipe.model, sources, [asked, files, needed_calibration(recipe)])
 
 
 CALIBRATE = Stage(

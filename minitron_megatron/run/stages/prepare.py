@@ -12,7 +12,7 @@ from ...convert import folder_hash, read_config
 from ...data import chat_marks, check_tokenizer, prepare
 from ...forecast import needed_tokens
 from ...parallel import broadcast_object, fail_together
-from ...recipe import CalibrationSource, Recipe
+from ...recipe import CalibrationSource
 from ..context import Context
 from ..fingerprint import config_digest
 from ..stage import Result, Stage
@@ -95,9 +95,9 @@ def tokenized(
     }
 
 
-def with_chat(recipe: Recipe, sources: Sequence[CalibrationSource], inputs: object) -> object:
-    """Return a stage's further inputs, with the chat template where a source holds chats."""
-    return [inputs, chat_marks(recipe.model)] if any(source.chat for source in sources) else inputs
+def with_chat(model: Path, sources: Sequence[CalibrationSource], inputs: object) -> object:
+    """Return a stage's further inputs, with the model's chat template where a source holds chats."""
+    return [inputs, chat_marks(model)] if any(source.chat for source in sources) else inputs
 
 
 PREPARE = Stage(
@@ -106,6 +106,6 @@ PREPARE = Stage(
     result=Prepared,
     makes=lambda run: run.data,
     reads=("model", "data", "seed"),
-    extra_inputs=lambda recipe: with_chat(recipe, recipe.data.sources, needed_tokens(recipe)),
+    extra_inputs=lambda recipe: with_chat(recipe.model, recipe.data.sources, needed_tokens(recipe)),
     keeps=lambda run, mark: run.unfinished(run.data),
 )

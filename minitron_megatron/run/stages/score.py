@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from typing_extensions import TypedDict
 
@@ -12,7 +12,7 @@ from ...data import Batch
 from ...errors import CheckpointError
 from ...evaluate import Task
 from ...files import checksum
-from ...forecast import depth_sweep, measures_depth, scores_wanted
+from ...forecast import depth_sweep
 from ...model import Chunk, shape_of
 from ...parallel import broadcast_object
 from ...recipe import Recipe
@@ -24,6 +24,8 @@ from ..measure_tasks import depth_metric
 from ..stage import Result, Stage
 
 __all__ = ["SCORE", "load_depth", "load_scores", "measure"]
+
+AnyScores = TypeVar("AnyScores", Scores, DepthScores)
 
 
 class Scored(TypedDict):
@@ -81,7 +83,7 @@ def measure_depth(context: Context, model: list[Chunk], batches: Sequence[Batch]
 
 def depth_keys(recipe: Recipe) -> list[object] | None:
     """Return the inputs of the measurement of layers other than the keys `score`; None: layers are not measured."""
-    if not measures_depth(recipe):
+    if not recipe.measures_layers:
         return None
     by_task = recipe.score.depth is not None and DEPTH_METRICS[recipe.score.depth.metric].task is not None
     task = [recipe.evaluate.limit, recipe.evaluate.truncate, task_marks(recipe)] if by_task else None
@@ -91,34 +93,23 @@ def depth_keys(recipe: Recipe) -> list[object] | None:
 
 def load_scores(context: Context) -> Scores:
     """Load the scores of the score stage. Raises CheckpointError if they belong to another model or were edited."""
-    _expect_recorded(context, context.folders.scores)
-    scores = Scores.load(context.folders.scores)
-    _expect_teacher(context, scores.model_hash, context.folders.scores)
-    return scores
+    return _loaded(context, Scores, context.folders.scores)
 
 
 def load_depth(context: Context) -> DepthScores:
     """Load the scores of layers, with the same checks."""
-    _expect_recorded(context, context.folders.depth)
-    depth = DepthScores.load(context.folders.depth)
-    _expect_teacher(context, depth.model_hash, context.folders.depth)
-    return depth
+    return _loaded(context, DepthScores, context.folders.depth)
 
 
-def _expect_recorded(context: Context, path: Path) -> None:
+def _loaded(context: Context, kind: type[AnyScores], path: Path) -> AnyScores:
+    again = f"Remove {path.parent} and run `minitron score` again."
     recorded = context.done.get("score", {}).get("files", {}).get(path.name)
     if recorded is not None and path.is_file() and checksum(path) != recorded:
-        raise CheckpointError(
-            f"{path} has changed since it was measured. Remove {path.parent} and run `minitron score` again."
-        )
-
-
-def _expect_teacher(context: Context, model_hash: str, path: Path) -> None:
-    if model_hash != context.prune_source_hash:
-        raise CheckpointError(
-            f"{path} was measured on a model other than {context.prune_source}. "
-            f"Remove {path.parent} and run `minitron score` again."
-        )
+        raise CheckpointError(f"{path} has changed since it was measured. {again}")
+    scores = kind.load(path)
+    if scores.model_hash != context.prune_source_hash:
+        raise CheckpointError(f"{path} was measured on a model other than {context.prune_source}. {again}")
+    return scores
 
 
 SCORE = Stage(
@@ -128,6 +119,6 @@ SCORE = Stage(
     makes=lambda run: run.scores.parent,
     reads=("score",),
     after=("prepare", "calibrate", "correct"),
-    wanted=scores_wanted,
+    wanted=lambda recipe: recipe.needs_scores,
     extra_inputs=depth_keys,
 )

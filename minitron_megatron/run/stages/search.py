@@ -56,7 +56,8 @@ def search_shapes(context: Context) -> Result:
     curves = work.distilled(work.best(losses))
     result = work.conclude(losses, curves)
     if context.topology.rank == 0:
-        shutil.rmtree(work.training.checkpoints(work.training.recipe), ignore_errors=True)
+        for folder, _ in work.training.phase_checkpoints:
+            shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
