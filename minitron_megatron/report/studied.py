@@ -100,7 +100,7 @@ class StudyTable(TypedDict):
     flips: list[str]
     """Pairs of arms whose order before training is reversed by it, and the step."""
     ranks: NotRequired[Ranks]
-    """Of a study that asks for them."""
+    """Only of studies that ask for them."""
 
 
 COMPARED = ("arm", "mean", "spread", "vs first", "better:worse", "p", "paper")
