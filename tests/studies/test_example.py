@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from functools import partial
@@ -110,11 +111,13 @@ def test_a_teacher_is_trained_and_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, _ in shipped()])
 def test_every_study_has_students_of_the_right_size(name: str, tmp_path: Path) -> None:
-    """Also those that are to be of equal size: no axis is too coarse."""
+    """Also those that are to be of equal size: no axis is too coarse. The page has every study."""
     teacher = script().STUDIES.shape
     outline = temporary_outline(ModelConfig(teacher, source={"model_type": "llama"}), torch.float32, None)
-    training = "{tokens: 1024, global_batch: 8, warmup_steps: 0}"
-    sets = [f"model={outline}", f"correct={training}"]
+    page = (FOLDER / "README.md").read_text()
+    assert len(re.findall(rf"[ |]{name}[ ;]", page)) >= 2  # in the loop and in the table of costs
+    [other] = re.findall(r'other="([^"]*)"', page)
+    sets = [f"model={outline}", *(re.findall(r"--set (\S+)", other) if name in ("correction", "phases") else ())]
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         plan = plan_study(name, load_study(name), FOLDER / "recipe.yaml", sets, tmp_path, seeds=1)
