@@ -16,7 +16,7 @@ import json
 import re
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 HELD_OUT = (
@@ -110,11 +110,18 @@ def without(source: str, cuts: list[tuple[SourceRange, str]]) -> str:
 
 def write(root: Path, out: Path) -> dict[str, int]:
     """Write the four files from the library at `root`; return the bytes of text in each."""
+    return write_separated(modules(root), out, held_out)
+
+
+def write_separated(
+    sources: Iterable[tuple[str, str]], out: Path, held_out: Callable[[str], bool] = held_out
+) -> dict[str, int]:
+    """Write the four files from pairs (name, source) of modules; return the bytes of text in each."""
     out.mkdir(parents=True, exist_ok=True)
     texts: dict[str, list[tuple[str, str]]] = {
         f"{kind}{part}": [] for kind in ("code", "prose") for part in ("", ".valid")
     }
-    for name, source in modules(root):
+    for name, source in sources:
         part = ".valid" if held_out(name) else ""
         for kind, text in zip(("code", "prose"), separate(source), strict=True):
             if text.strip():

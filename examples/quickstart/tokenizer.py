@@ -25,14 +25,14 @@ def texts(file: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def train(corpus: Path) -> Tokenizer:
-    """Train the tokenizer on the training parts of `corpus`."""
+def train(corpus: Path, entries: int = ENTRIES) -> Tokenizer:
+    """Train a tokenizer of `entries` entries on the training parts of `corpus`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=ENTRIES, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+        vocab_size=entries, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator((text for name in FILES for text in texts(corpus / f"{name}.jsonl")), trainer)
     return tokenizer

@@ -59,7 +59,7 @@ def recipe_with(recipe: Recipe, changes: Mapping[str, Tree], *, without: Collect
     given: dict[str, Tree] = recipe.model_dump(mode="json", exclude_unset=True)
     raw = {key: value for key, value in given.items() if key not in without}
     for key, value in changes.items():
-        raw = _replaced(raw, key.split("."), value, key)
+        raw = _changed(raw, key, value, key)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -75,13 +75,26 @@ def _override(raw: dict[str, Tree], text: str) -> dict[str, Tree]:
         value = read_yaml(written)
     except RecipeError as error:
         raise RecipeError(f"--set {shown(text)}: {shown(written)} is not a YAML value: {error}") from error
-    return _replaced(raw, key.split("."), value, f"--set {shown(text)}")
+    return _changed(raw, key, value, f"--set {shown(text)}")
 
 
-def _replaced(node: Tree, path: Sequence[str], value: Tree, where: str) -> dict[str, Tree]:
-    """Return a copy of `node` with the value at `path` replaced. where: begins the message of an error."""
+def _changed(raw: dict[str, Tree], key: str, value: Tree, where: str) -> dict[str, Tree]:
+    """Return a copy of `raw` with the value of a key (with dots) replaced. where: begins the message of an error."""
+    first, *rest = key.split(".")
+    return {**raw, first: _replaced(raw.get(first), rest, value, where)}
+
+
+def _replaced(node: Tree, path: Sequence[str], value: Tree, where: str) -> Tree:
+    """Return a copy of `node` with the value at `path` replaced; a number is the place in a list, from 0."""
+    if not path:
+        return value
     first, *rest = path
+    if isinstance(node, list):
+        if first not in map(str, range(len(node))):
+            raise RecipeError(f"{where}: the list has no entry {first}. Use 0 to {len(node) - 1}.")
+        at = int(first)
+        return [*node[:at], _replaced(node[at], rest, value, where), *node[at + 1 :]]
     if node is not None and not isinstance(node, dict):
         raise RecipeError(f"{where}: the parent of {first} is a value, not a block of keys. Correct the key.")
     block = node or {}
-    return {**block, first: _replaced(block.get(first), rest, value, where) if rest else value}
+    return {**block, first: _replaced(block.get(first), rest, value, where)}

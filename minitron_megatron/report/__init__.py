@@ -15,7 +15,17 @@ from .records import describe, pairs_table, report_run, text_table
 from .rehearsal_page import write_rehearsal
 from .rehearsed import rehearsal_tables
 from .searched import SearchTable
-from .studied import ArmResult, Compared, StudyTable, Verdict, study_markdown, study_notes, study_page, study_text
+from .studied import (
+    ArmResult,
+    Compared,
+    Ranks,
+    StudyTable,
+    Verdict,
+    study_markdown,
+    study_notes,
+    study_page,
+    study_text,
+)
 from .tables import bench_tables, candidates_table, print_summary
 from .terminal import front_table, memory_table
 from .watch import watch
@@ -28,6 +38,7 @@ __all__ = [
     "Machine",
     "MetricsFile",
     "Progress",
+    "Ranks",
     "SearchTable",
     "StudyTable",
     "Verdict",

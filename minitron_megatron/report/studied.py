@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
+from typing import NotRequired
 
 from rich.console import Group
 from rich.text import Text
@@ -18,6 +19,7 @@ from .records import text_table
 __all__ = [
     "ArmResult",
     "Compared",
+    "Ranks",
     "StudyTable",
     "Verdict",
     "study_markdown",
@@ -71,6 +73,17 @@ class Verdict(TypedDict):
     mixed: int
 
 
+class Ranks(TypedDict):
+    """Ranks of the arms during training; 1 is the lowest loss."""
+
+    steps: list[int]
+    """0: by the first measure, before training."""
+    of: dict[str, list[int]]
+    """Arm -> its rank at each step, by the mean loss over the seeds."""
+    with_last: list[float]
+    """Spearman's correlation of the ranks at each step with those at the last one; NaN where all losses are equal."""
+
+
 class StudyTable(TypedDict):
     """Results of a study."""
 
@@ -86,10 +99,13 @@ class StudyTable(TypedDict):
     verdicts: list[Verdict]
     flips: list[str]
     """Pairs of arms whose order before training is reversed by it, and the step."""
+    ranks: NotRequired[Ranks]
+    """Only of studies that ask for them."""
 
 
 COMPARED = ("arm", "mean", "spread", "vs first", "better:worse", "p", "paper")
 DOTS = "A dot is a seed, the bar their mean; the dashed line is the first arm's mean."
+RANKS = "rank of each arm by its mean loss: before training, and at each validation"
 COSTS = ("arm", "parameters", "tokens", "FLOPs", "teacher's share")
 
 Block = tuple[str, Sequence[str], list[list[str]]]
@@ -102,7 +118,14 @@ def _blocks(table: StudyTable) -> Iterator[Block]:
         rows = [[arm["arm"], *_cells(arm["measures"][name])] for arm in table["arms"]]
         kept = [n for n in range(len(COMPARED)) if any(row[n] != numbers.ABSENT for row in rows)]
         yield f"{name}: {about}", [COMPARED[n] for n in kept], [[row[n] for n in kept] for row in rows]
+    if ranks := table.get("ranks"):
+        yield RANKS, ("arm", *(f"step {step}" if step else "before" for step in ranks["steps"])), _ranked(ranks)
     yield "cost of each arm alone, counted", COSTS, [_costs(arm) for arm in table["arms"]]
+
+
+def _ranked(ranks: Ranks) -> list[list[str]]:
+    last = ["correlation with the last", *(f"{each:.2f}" for each in ranks["with_last"])]
+    return [*([name, *map(str, places)] for name, places in ranks["of"].items()), last]
 
 
 def _cells(found: Compared) -> list[str]:

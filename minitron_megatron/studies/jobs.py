@@ -125,10 +125,13 @@ def check_job(job: Job, topology: Topology) -> None:
 
 
 def _value(recipe: Recipe, key: str) -> object:
-    """Return the value at a key with dots; None where a block above it is missing."""
+    """Return the value at a key with dots; None where a block above it, or the entry of a list, is missing."""
     value: object = recipe
     for part in key.split("."):
-        value = getattr(value, part, None)
+        if isinstance(value, tuple):
+            value = value[int(part)] if part.isdigit() and int(part) < len(value) else None
+        else:
+            value = getattr(value, part, None)
     return value
 
 

@@ -29,7 +29,8 @@ class Measure(Settings):
     model: Text = "distilled"
     """Row of the summary: `pruned`, `distilled`, `random init`, ..."""
     column: Text = "loss_nats_per_token"
-    """Column of the summary, or the name of a task of `evaluate`."""
+    """Column of the summary; the name of a task of `evaluate`; or `loss of source N`, of the N-th one of
+    `data.sources`."""
     better: Literal["lower", "higher"] = "lower"
     order: tuple[tuple[Text, ...], ...] = ()
     """The paper's order: groups of arms, the best group first. Default: the order of the printed numbers."""
@@ -64,6 +65,8 @@ class Study(Settings):
     """Recipe keys that must be given."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Overrides of every arm."""
+    ranks: bool = False
+    """Whether to show the rank of each arm by the first measure, and at each validation of the training after it."""
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Study:

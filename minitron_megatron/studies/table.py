@@ -11,9 +11,10 @@ from typing import Any
 from ..errors import CheckpointError, RecipeError
 from ..forecast import count, with_model_folders
 from ..records import Row, read_summary
-from ..report import ArmResult, Compared, StudyTable, Verdict, read_metrics
+from ..report import ArmResult, Compared, Ranks, StudyTable, Verdict, read_metrics
 from ..run import results
 from ..run_folder import RunFolder
+from ..search import rank_correlation
 from .jobs import LAST, Job, Plan
 from .study import Arm, Measure
 
@@ -42,7 +43,7 @@ def collect(plan: Plan) -> StudyTable:
     found = {name: _values(plan, name, arm) for name, arm in study.arms.items()}
     arms = [_arm(plan, name, found) for name in study.arms]
     first = plan.jobs[0].runs[0].recipe
-    return {
+    table: StudyTable = {
         "study": plan.name,
         "title": study.title,
         "claim": study.claim,
@@ -55,6 +56,9 @@ def collect(plan: Plan) -> StudyTable:
         "verdicts": [verdict for name in study.measures if (verdict := _verdict(plan, name, found))],
         "flips": list(_flips(arms, list(study.measures))),
     }
+    if study.ranks:
+        table["ranks"] = _ranks(arms, next(iter(study.measures)))
+    return table
 
 
 def _jobs(plan: Plan, arm: str) -> list[Job]:
@@ -78,7 +82,8 @@ def _value(rows: Mapping[str, Row], measure: Measure, arm: Arm, name: str) -> fl
     if model is None:
         return None
     row: Mapping[str, Any] = rows.get(model) or {}
-    columns = {**row, **(row.get("tasks") or {})}
+    sources = {f"loss of source {n}": loss for n, loss in enumerate((row.get("loss_by_source") or {}).values(), 1)}
+    columns = {**row, **(row.get("tasks") or {}), **sources}
     value = columns.get(measure.column)
     if not isinstance(value, int | float):
         raise RecipeError(
@@ -175,6 +180,23 @@ def _curve(jobs: Sequence[Job], stage: str | None) -> dict[int, float]:
         curves.append({line["done"]: line["validation_loss"] for line in lines if line.get("validation_loss")})
     steps = set.intersection(*map(set, curves)) if curves else set[int]()
     return {step: mean(curve[step] for curve in curves) for step in sorted(steps)}
+
+
+def _ranks(arms: Sequence[ArmResult], measure: str) -> Ranks:
+    """Return the rank of every arm by a measure, as step 0, and by the mean loss at each step that all curves have."""
+    steps = sorted(set.intersection(*(set(arm["curve"]) for arm in arms)))
+    losses = {
+        arm["arm"]: [arm["measures"][measure]["mean"] or 0.0, *(arm["curve"][step] for step in steps)] for arm in arms
+    }
+    columns = list(zip(*losses.values(), strict=True))
+    return {
+        "steps": [0, *steps],
+        "of": {
+            name: [1 + sum(other < own for other in column) for own, column in zip(of, columns, strict=True)]
+            for name, of in losses.items()
+        },
+        "with_last": [rank_correlation(column, columns[-1]) for column in columns],
+    }
 
 
 def _flips(arms: Sequence[ArmResult], measures: Sequence[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from minitron_megatron import recipe as package
 from minitron_megatron.data import prepare
 from minitron_megatron.errors import DataError, RecipeError
 from minitron_megatron.losses import KDLoss
-from minitron_megatron.recipe import json_schema, load_recipe, with_keys, with_keys_in_errors
+from minitron_megatron.recipe import json_schema, load_recipe, recipe_with, with_keys, with_keys_in_errors
 
 Write = Callable[..., Path]
 
@@ -86,6 +86,8 @@ def test_an_override_changes_one_block_of_those_that_an_alias_shares(tmp_path: P
         (["spec=te", "distill.states={outputs: ['3:2']}"], "set spec to local, or give only distill"),
         (["prune.hidden"], "does not have the form a.b=value"),
         (["out.x=1"], "--set 'out.x=1': the parent of x is a value, not a block of keys. Correct the key."),
+        (["data.sources.1.weight=2"], "--set 'data.sources.1.weight=2': the list has no entry 1. Use 0 to 0."),
+        (["data.sources.path=x"], "--set 'data.sources.path=x': the list has no entry path. Use 0 to 0."),
         (["prune.hidden=[1"], "is not a YAML value"),
     ],
 )
@@ -93,6 +95,13 @@ def test_a_wrong_key_or_value_is_named(recipe_file: Write, overrides: list[str],
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_file(), overrides)
     assert said in str(caught.value)
+
+
+def test_a_number_in_a_key_is_a_place_in_a_list(recipe_file: Write) -> None:
+    recipe = load_recipe(recipe_file(), ["data.sources.0.weight=2.5", "data.sources.0.validation=0.3"])
+    assert (recipe.data.sources[0].weight, recipe.data.sources[0].validation) == (2.5, 0.3)
+    assert recipe.data.sources[0].path == load_recipe(recipe_file()).data.sources[0].path
+    assert recipe_with(recipe, {"data.sources.0.weight": 3.0}).data.sources[0].weight == 3.0
 
 
 @pytest.mark.parametrize(

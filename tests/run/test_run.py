@@ -112,6 +112,7 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
         ("seed=2", "prepare"),
         ("correct.lr=1.0e-3", "correct"),
         ("score.samples=8", "score"),
+        ("prune.teacher=original", "score"),
         ("prune.ffn=32", "prune"),
         ("distill.lr=1.0e-3", "distill"),
         ("export.dtype=float32", "export"),

@@ -55,17 +55,27 @@ STUDY = {
 }
 
 
+def two_sources(material: Path, folder: Path) -> dict[str, Any]:
+    """Return a recipe's `data` with each half of the corpus as a source."""
+    lines = (material / "corpus.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("one", lines[::2]), ("other", lines[1::2])):
+        (folder / f"{name}.jsonl").write_text("".join(part))
+    sources = [{"path": str(folder / f"{name}.jsonl"), "validation": 0.2} for name in ("one", "other")]
+    return {"sequence": 16, "sources": sources, "repeat": True}
+
+
 @pytest.mark.parametrize("name", [name for name, _ in shipped()])
 def test_every_arm_of_every_study_passes_the_checks_of_a_run(
-    name: str, recipe_file: Callable[..., Path], tmp_path: Path
+    name: str, recipe_file: Callable[..., Path], material: Path, tmp_path: Path
 ) -> None:
-    plan = plan_study(name, load_study(name), recipe_file(), out=tmp_path / "studies", seeds=1)
+    recipe = recipe_file(**{"data": two_sources(material, tmp_path)} if name == "phases" else {})
+    plan = plan_study(name, load_study(name), recipe, out=tmp_path / "studies", seeds=1)
     for job in plan.jobs:
         check_job(job, planned(job.recipe, 1))
     made = [stage for _, runs in plan.executions() for run, stages in runs for stage in stages if run.until is None]
     assert len({job.recipe.out for job in plan.jobs}) == len(plan.jobs) == len(plan.study.arms)
     assert (made.count("prepare"), made.count("correct")) == (
-        1 + (name == "two-steps"),  # once for each model that is pruned
+        1 + (name in ("two-steps", "phases")),  # once for each model that is pruned
         3 if name == "correction" else 1,
     )
 
@@ -166,25 +176,65 @@ def _expect_table(folder: Path) -> None:
 
 def test_an_arm_may_be_a_family_of_runs(material: Path, tmp_path: Path) -> None:
     """The model between is made once for both arms that have one, and its costs are theirs."""
-    few = {"samples": 8, "micro_batch": 8}
-    training = tiny_recipe(material)["distill"] | {"tokens": 2 * 8 * 16, "warmup_steps": 1}
-    keys = tiny_recipe(material) | {"correct": training, "distill": training, "score": few, "evaluate": few}
-    keys["prune"] = {"hidden": 32, "ffn": 48, "heads": 4}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(keys | {"out": str(tmp_path / "run")}))
-    told = (tmp_path / "recipe.yaml", "two-steps", tmp_path / "out", tmp_path / "log.txt", "", 0, 1)
-    process = FORKS.Process(target=conduct, args=told)
-    process.start()
-    process.join(HANGS)
-    assert process.exitcode == 0
-    done = (tmp_path / "log.txt").read_text().split()
+    table, done = carried_out(of_few_steps(material), "two-steps", tmp_path)
     assert (done.count("correct"), done.count("distill"), done.count("prune")) == (1, 4, 3)
-    one, two, taught_between = read_json(tmp_path / "out" / "two-steps" / "table.json")["arms"]
+    one, two, taught_between = table["arms"]
     assert one["parameters"] == two["parameters"] == taught_between["parameters"]
     assert two["tokens"] == taught_between["tokens"] == one["tokens"] + 2 * 8 * 16
     assert two["flops"] > taught_between["flops"] > one["flops"]
     summary = read_json(tmp_path / "out/two-steps/two-steps-taught-by-the-largest/seed-1/last/summary.json")
     assert [summary[0]["model"], summary[-1]["model"]] == ["teacher", "distilled"]
     assert two["measures"]["after"]["values"] == [summary[-1]["loss_nats_per_token"]]
+
+
+def carried_out(keys: dict[str, Any], study: str, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return the table of a study of a recipe, with one seed, and the stages that were done."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(keys | {"out": str(folder / "run")}))
+    told = (folder / "recipe.yaml", study, folder / "out", folder / "log.txt", "", 0, 1)
+    process = FORKS.Process(target=conduct, args=told)
+    process.start()
+    process.join(HANGS)
+    assert process.exitcode == 0
+    return read_json(folder / "out" / study / "table.json"), (folder / "log.txt").read_text().split()
+
+
+def of_few_steps(material: Path) -> dict[str, Any]:
+    """Return a recipe whose trainings have two steps, with a validation each."""
+    few = {"samples": 8, "micro_batch": 8}
+    training = tiny_recipe(material)["distill"] | {"tokens": 2 * 8 * 16, "warmup_steps": 1, "validate_every": 1}
+    keys = tiny_recipe(material) | {"correct": training, "distill": training, "score": few, "evaluate": few}
+    return keys | {"prune": {"hidden": 32, "ffn": 48, "heads": 4}}
+
+
+@pytest.mark.filterwarnings("ignore:the students of:UserWarning")
+def test_candidates_are_ranked_at_every_validation(material: Path, tmp_path: Path) -> None:
+    table, done = carried_out(of_few_steps(material), "candidates", tmp_path)
+    ranks, arms = table["ranks"], {arm["arm"]: arm for arm in table["arms"]}
+    assert done.count("distill") == len(arms) == len(ranks["of"]) == 8
+    assert ranks["steps"] == [0, 1, 2] and ranks["with_last"][-1] == 1
+    for at, loss in ((0, lambda arm: arm["measures"]["before"]["mean"]), (2, lambda arm: arm["curve"]["2"])):
+        order = sorted(arms, key=lambda name: loss(arms[name]))
+        assert [ranks["of"][name][at] for name in order] == [*range(1, 9)]
+    page = (tmp_path / "out" / "candidates" / "table.md").read_text()
+    assert "| arm | before | step 1 | step 2 |" in page and "| correlation with the last | " in page
+
+
+def test_a_teacher_of_two_phases(material: Path, tmp_path: Path) -> None:
+    """Its second phase is the correction; the student of both phases is pruned before it, and trained in each."""
+    keys = of_few_steps(material) | {"data": two_sources(material, tmp_path)}
+    table, done = carried_out(keys, "phases", tmp_path)
+    assert (done.count("correct"), done.count("distill")) == (1, 4)
+    final, both, first = table["arms"]
+    assert final["parameters"] == both["parameters"] == first["parameters"]
+    assert both["tokens"] > final["tokens"] == first["tokens"]
+    out = tmp_path / "out" / "phases"
+    run = read_json(out / "first-checkpoint-phases-1-and-2" / "seed-1" / "phase-2" / "summary.json")
+    assert [row["model"] for row in run[:2]] == ["teacher", "corrected teacher"]
+    assert both["measures"]["phase 2"]["values"] == [list(run[-1]["loss_by_source"].values())[1]]
+    row = read_json(out / "first-checkpoint-phase-2" / "seed-1" / "summary.json")[-1]
+    assert [first["measures"][f"phase {n}"]["values"] for n in (1, 2)] == [
+        [each] for each in row["loss_by_source"].values()
+    ]
 
 
 def prepare_twice(topology: Topology, recipe: Path, folder: Path) -> None:

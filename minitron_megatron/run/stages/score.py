@@ -91,6 +91,13 @@ def depth_keys(recipe: Recipe) -> list[object] | None:
     return [layers, recipe.prune.contiguous, task]
 
 
+def score_inputs(recipe: Recipe) -> object:
+    """Return the inputs of the scores other than the keys `score`: those of layers, and which teacher is measured."""
+    of_layers = depth_keys(recipe)
+    original = recipe.corrects_first and recipe.prune.teacher == "original"
+    return [of_layers, "original"] if original else of_layers
+
+
 def load_scores(context: Context) -> Scores:
     """Load the scores of the score stage. Raises CheckpointError if they belong to another model or were edited."""
     return _loaded(context, Scores, context.folders.scores)
@@ -120,5 +127,5 @@ SCORE = Stage(
     reads=("score",),
     after=("prepare", "calibrate", "correct"),
     wanted=lambda recipe: recipe.needs_scores,
-    extra_inputs=depth_keys,
+    extra_inputs=score_inputs,
 )
