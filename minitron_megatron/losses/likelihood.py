@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from ..parallel import Group, all_reduce
-from .vocab import Vocabulary
+from .vocab import Vocabulary, found_at
 
 __all__ = ["token_likelihood"]
 
@@ -42,9 +42,12 @@ def _chunk(hidden: Tensor, rows: Tensor, labels: Tensor, start: int, vocabulary:
     logits = (hidden @ rows.t()).float()
     vocabulary.log_softmax_(logits)
     at = labels - start
-    local = ((at >= 0) & (at < logits.shape[1])).nonzero().flatten()
-    likelihood = logits.new_zeros(len(logits)).index_put_((local,), logits[local, at[local]])
-    best, place = logits.max(-1) if logits.shape[1] else (logits.new_full((len(logits),), -torch.inf), labels * 0)
+    if logits.shape[1]:
+        is_here, column = found_at(at, logits)
+        likelihood = torch.where(is_here, logits.gather(1, column), 0.0).squeeze(-1)
+        best, place = logits.max(-1)
+    else:  # this rank has only padding
+        likelihood, best, place = logits.new_zeros(len(logits)), logits.new_full((len(logits),), -torch.inf), labels * 0
     highest = all_reduce(best.clone(), vocabulary.group, "max")
     first = torch.where(
         best == highest, -(place + start), -vocabulary.size

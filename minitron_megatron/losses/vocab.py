@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Float32, Int64, Shaped
+from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from torch import Tensor
 
 from ..errors import RecipeError
 from ..parallel import Group, all_reduce, all_to_all, group_rank, group_size, one_kernel
 
-__all__ = ["CrossEntropy", "Entries", "Output", "Vocabulary"]
+__all__ = ["CrossEntropy", "Entries", "Output", "Vocabulary", "found_at"]
 
 
 class Entries(Protocol):
@@ -107,6 +107,16 @@ class Vocabulary:
         return all_reduce(part.clone(), self.group)
 
 
+def found_at(
+    label: Int64[Tensor, "chunk"], logits: Float32[Tensor, "chunk entries"]
+) -> tuple[Bool[Tensor, "chunk 1"], Int64[Tensor, "chunk 1"]]:
+    """Return (whether a label lies among a rank's entries, its column there or any other one); the host waits for
+    neither. label: counted from the rank's first entry."""
+    column = label.unsqueeze(-1)
+    last = logits.shape[1] - 1
+    return (column >= 0) & (column <= last), column.clamp(0, last)
+
+
 @one_kernel
 def _shifted(
     logits: Float32[Tensor, "chunk entries"], by: Float32[Tensor, "chunk"]
@@ -137,9 +147,8 @@ class CrossEntropy:
         """Return this rank's part of each token's loss, and the gradient. logits: overwritten."""
         self.vocabulary.log_softmax_(logits)
         label = self.labels[rows] - self.vocabulary.start(self.held)
-        local = ((label >= 0) & (label < logits.shape[1])).nonzero().flatten()
-        at = (local, label[local])
-        loss = logits.new_zeros(len(logits)).index_put_((local,), -logits[at])
-        gradient = logits.exp_()
-        gradient[at] -= 1
-        return loss, gradient
+        if not logits.shape[1]:  # this rank has only padding
+            return logits.new_zeros(len(logits)), logits
+        is_here, at = found_at(label, logits)
+        loss = torch.where(is_here, -logits.gather(1, at), 0.0).squeeze(-1)
+        return loss, logits.exp_().scatter_add_(1, at, -is_here.to(logits.dtype))

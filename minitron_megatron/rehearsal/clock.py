@@ -28,7 +28,7 @@ ASSUMED = (
     f"{ATTENTION[1]:.0%} for attention forward and backward ({CUDNN_ATTENTION[0]:.0%} and {CUDNN_ATTENTION[1]:.0%} by "
     f"cuDNN, on Hopper), {BANDWIDTH:.0%} of the memory's bandwidth, "
     f"{LINK:.0%} of the links' in groups of up to {NODE}, {NETWORK / 1e9:.0f} GB/s a GPU between nodes; only "
-    "collectives that are started early overlap with computing. Speeds in bf16 that others published are 1.2 to 1.6 "
+    "collectives that are started early overlap with computing. Speeds in bf16 that others published are 1.3 to 1.9 "
     "times lower than this model gives."
 )
 """The last sentence is what `benchmarks/rehearse_published.py` found."""

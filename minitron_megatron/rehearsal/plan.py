@@ -24,11 +24,11 @@ LONG = 8192
 """Tokens of a sample from which on context parallelism is tried."""
 PASSES = {"none": 3.0, "selective": 3.6, "full": 4.0}
 """Student's passes of a step, in forward passes: the backward pass is two, and recomputation part of one more."""
-LOSS_BYTES = 40
+LOSS_BYTES = 22
 """Bytes of memory that the loss touches for each token and entry of the vocabulary."""
-GRADIENT_BYTES, OUTPUT_BYTES = 10, 100
+GRADIENT_BYTES, OUTPUT_BYTES = 10, 50
 """Bytes of memory that a micro-batch touches for each parameter, whose gradient it adds up, and for each one of the
-output layer, to whose gradient the loss adds in about eight chunks."""
+output layer, to whose gradient the loss adds in about four chunks."""
 KERNELS = 30
 """Kernels of a layer's forward pass."""
 
@@ -186,8 +186,8 @@ class _Step:
 
     def seconds(self, layout: Layout) -> float:
         """Return the seconds of a step by formula, on the last pipeline stage, which has the output layers and the
-        loss: matrix products, other traffic of memory, communication of tp, cp and dp, pipeline bubbles; nothing
-        overlaps."""
+        loss: matrix products, other traffic of memory, communication of tp and cp, pipeline bubbles, gathering of
+        parameters; gradients are reduced meanwhile."""
         replicas = self.gpus // (layout.tp * layout.pp * layout.cp)
         tokens = self.batch * self.sequence / replicas / layout.cp
         micro_batches = self.batch / (replicas * layout.micro_batch)
@@ -209,7 +209,7 @@ class _Step:
         sent += 4 * tokens * (layout.cp - 1) * keys / (layout.tp * layout.pp)  # keys and values of the other ranks
         compute += sent / (LINK * self.gpu.link)
         rate = LINK * self.gpu.link if self.gpus <= NODE else NETWORK
-        return compute * (1 + (layout.pp - 1) / (layout.vp * micro_batches)) + 6 * held / rate  # fp32 and bf16
+        return compute * (1 + (layout.pp - 1) / (layout.vp * micro_batches)) + 2 * held / rate
 
     def activations(self, layout: Layout) -> float:
         """Return the bytes of the student's activations on the first pipeline stage, by formula."""
@@ -221,7 +221,7 @@ class _Step:
 
 def _touched(shape: Shape) -> float:
     """Return the bytes of a forward pass per token that its element-wise operations read and write."""
-    return 2 * shape.layers * (14 * shape.hidden + 6 * _heads(shape) + 8 * _neurons(shape))
+    return 2 * shape.layers * (14 * shape.hidden + 4 * _heads(shape) + 8 * _neurons(shape))
 
 
 def _heads(shape: Shape) -> int:
