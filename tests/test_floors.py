@@ -76,6 +76,8 @@ FORBIDDEN = ("transformer_engine", "apex", "triton", "tensorrt_llm")
 """Optional, and possibly broken, packages: likewise allowed only inside functions."""
 
 MOST_LINES_A_FILE, MOST_LINES_A_FUNCTION = 400, 60
+MOST_ANY = 8
+"""Times that the word Any may stand in 1,000 lines of the package, imports and texts included."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,14 @@ def test_files_and_functions_stay_small() -> None:
             ):
                 long.append(f"{name}.{node.name}: {lines} lines")
     assert not long, long
+
+
+def test_most_values_have_a_type() -> None:
+    sources = [(path.read_text(), name) for path, name in modules()]
+    words = {name: len(re.findall(r"\bAny\b", source)) for source, name in sources}
+    most = sorted(words, key=lambda name: -words[name])[:5]
+    share = 1000 * sum(words.values()) / sum(source.count("\n") for source, _ in sources)
+    assert share <= MOST_ANY, f"{share:.1f} Any in 1,000 lines; most in {', '.join(most)}"
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -20,7 +19,7 @@ from ..files import file_marks, write_json
 from ..model import Model
 from ..parallel import Topology, broadcast_object, fail_together, gather_objects, place_in_world
 from .reward_model import load_reward_model
-from .rewards import REWARDS, Rate
+from .rewards import REWARDS, Rate, Record
 from .sampling import MODEL, AnswerSettings, decoding_rules, prompt_ids, sample_answers
 
 __all__ = ["Answered", "Answering", "answering"]
@@ -113,7 +112,7 @@ class Answering:
     def _text(self, tokens: Sequence[int]) -> str:
         return self.codec.text(tokens[:-1] if tokens[-1] in self.rules.ends else tokens)
 
-    def _rewards(self, records: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> list[float]:
+    def _rewards(self, records: Sequence[Record], responses: Sequence[str]) -> list[float]:
         """Return the reward of each answer. Every rank rates a share by a reward model; others run on the first."""
         rank, world = place_in_world()
         shared = self.settings.reward == MODEL
@@ -128,7 +127,7 @@ class Answering:
         every = {at: reward for rated in gather_objects(local) for at, reward in rated.items()}
         return [every[at] for at in range(len(responses))]
 
-    def _rated(self, records: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> list[float]:
+    def _rated(self, records: Sequence[Record], responses: Sequence[str]) -> list[float]:
         """Return rewards, on this rank alone. Raises RecipeError where the reward fails, or gives what is no reward."""
         name = self.settings.reward
         try:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from typing_extensions import TypedDict
 
@@ -17,17 +17,18 @@ from ..files import read_as, whole_file
 from ..model import Model, evaluating
 from ..parallel import Topology, broadcast_object, fail_together
 from .answering import Answered, answering
+from .rewards import Record
 from .sampling import AnswerSettings
 
 __all__ = ["PairsSummary", "RatedPair", "make_pairs", "pair_of", "write_pairs"]
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 
 
 class RatedPair(NamedTuple):
     """The best and the worst response to a prompt."""
 
-    record: Mapping[str, Any]
+    record: Record
     """Record of the prompt."""
     chosen: Message
     rejected: Message
@@ -50,7 +51,7 @@ class PairsSummary(TypedDict):
     """Share of the answers that ended by themselves, before `max_tokens`; None if nothing was sampled."""
 
 
-def pair_of(record: Mapping[str, Any], responses: Sequence[Message], rewards: Sequence[float]) -> RatedPair | None:
+def pair_of(record: Record, responses: Sequence[Message], rewards: Sequence[float]) -> RatedPair | None:
     """Return the best and the worst of the responses to a prompt; None where no two differ in both text and reward.
 
     Among equal rewards the response with the lowest number counts. A worst response that equals the best one, which

@@ -29,13 +29,15 @@ REWARD_KEYS = ("chosen_reward", "rejected_reward")
 CHAT_KEYS = ("messages", "tools", "prompt", *RESPONSES, "chosen", "rejected", *REWARD_KEYS)
 """Keys of a record that are read; other ones are ignored."""
 
-Message = dict[str, Any]
+Message = dict[str, object]
 """`role`, one of `ROLES`, `content`, text, and whatever else the chat template may use, such as `tool_calls`."""
+Tool = dict[str, object]
+"""JSON schema of a function."""
 
 
 class Conversation(TypedDict):
     messages: list[Message]
-    tools: NotRequired[list[dict[str, Any]]]
+    tools: NotRequired[list[Tool]]
     """JSON schemas of the tools that the assistant may call."""
 
 
@@ -45,7 +47,7 @@ class Preference(TypedDict):
     prompt: list[Message]
     chosen: Message
     rejected: Message
-    tools: NotRequired[list[dict[str, Any]]]
+    tools: NotRequired[list[Tool]]
     rewards: NotRequired[tuple[float, float]]
     """Rewards of the chosen and the rejected response."""
 
@@ -54,7 +56,7 @@ class Prompt(TypedDict):
     """Messages that the assistant is to answer. The record's further keys, such as `answer`, stay beside these."""
 
     prompt: list[Message]
-    tools: NotRequired[list[dict[str, Any]]]
+    tools: NotRequired[list[Tool]]
 
 
 class Rated(Prompt):
@@ -80,7 +82,7 @@ def record_document(record: object, fields: Fields, size: int, place: str) -> Do
         raise DataError(f"{place} holds a value that JSON does not have: {error}. Correct it, or remove it.") from error
 
 
-def _conversation(record: dict[str, Any], place: str) -> Conversation:
+def _conversation(record: dict[str, object], place: str) -> Conversation:
     """Return a conversation: that under `messages`, or a prompt with its response."""
     if "messages" in record:
         messages = _messages(record["messages"], "messages", place)
@@ -94,7 +96,7 @@ def _conversation(record: dict[str, Any], place: str) -> Conversation:
     return Conversation(messages=messages) | _tools(record, place)
 
 
-def _preference(record: dict[str, Any], place: str) -> Preference:
+def _preference(record: dict[str, object], place: str) -> Preference:
     """Return a preference pair: `prompt`, `chosen` and `rejected`, or two conversations that differ in their end."""
     if missing := [key for key in ("chosen", "rejected") if key not in record]:
         raise DataError(f"{place} has no {missing[0]}; it holds {listed(record, 'key')}. A pair needs both.")
@@ -119,7 +121,7 @@ def _without(prompt: list[Message], conversation: list[Message]) -> list[Message
     return conversation[len(prompt) :] if conversation[: len(prompt)] == prompt else []
 
 
-def _rewards(record: dict[str, Any], place: str) -> Any:
+def _rewards(record: dict[str, object], place: str) -> Any:
     given = [record.get(key) for key in REWARD_KEYS]
     if given == [None, None]:
         return {}
@@ -132,7 +134,7 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _open_prompt(record: dict[str, Any], place: str) -> Prompt:
+def _open_prompt(record: dict[str, object], place: str) -> Prompt:
     """Return a record whose `prompt`, or else `messages`, awaits the assistant's answer."""
     key = next((key for key in ("prompt", "messages") if key in record), None)
     if key is None:
@@ -144,11 +146,15 @@ def _open_prompt(record: dict[str, Any], place: str) -> Prompt:
     return Prompt(**others | {"prompt": messages} | _tools(record, place))  # type: ignore[typeddict-item]
 
 
-def _rated(record: dict[str, Any], place: str) -> Rated:
+def _rated(record: dict[str, object], place: str) -> Rated:
     """Return a prompt with its `responses`, each text or messages, and their `rewards`."""
     responses, rewards = record.get("responses", []), record.get("rewards", [])
-    lists = isinstance(responses, list) and isinstance(rewards, list)
-    if not lists or not responses or len(responses) != len(rewards):
+    if (
+        not isinstance(responses, list)
+        or not isinstance(rewards, list)
+        or not responses
+        or len(responses) != len(rewards)
+    ):
         raise DataError(
             f"{place} needs two lists of one length, responses and rewards; it holds {listed(record, 'key')}. "
             "Correct it, or remove it."
@@ -162,7 +168,7 @@ def _rated(record: dict[str, Any], place: str) -> Rated:
     return Rated(**{**_open_prompt(record, place), **rated})  # type: ignore[typeddict-item]
 
 
-FORMS: dict[str, Callable[[dict[str, Any], str], Conversation | Preference | Prompt]] = {
+FORMS: dict[str, Callable[[dict[str, object], str], Conversation | Preference | Prompt]] = {
     "chat": _conversation,
     "preference": _preference,
     "prompt": _open_prompt,
@@ -227,7 +233,7 @@ def _text(content: object, place: str) -> str:
     return "".join(texts)
 
 
-def _tools(record: dict[str, Any], place: str) -> Any:
+def _tools(record: dict[str, object], place: str) -> Any:
     """Return the tools of a record, if any, under their key."""
     tools = record.get("tools")
     if tools is None or tools == []:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import DataError
 from .chat import CHAT_KEYS, record_document
@@ -109,7 +109,7 @@ def _rows(
             row += 1
 
 
-def _without_nulls(value: Any, place: str) -> Any:
+def _without_nulls(value: object, place: str) -> object:
     """Return a value of a row without the nulls of its structs: there a key that a record lacks is null."""
     if isinstance(value, dict):
         return {key: _without_nulls(held, place) for key, held in value.items() if held is not None}

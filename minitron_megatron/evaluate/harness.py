@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import DataError, first_line
 from ..events import Listener, silent
@@ -94,7 +94,7 @@ class HarnessMethods:
                 "Leave out `chat` or this task."
             ) from error
 
-    def conversation(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    def conversation(self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()) -> str:
         """Return a conversation as a server puts it to the model, up to where the assistant's next turn begins.
 
         tools: JSON schemas of functions. Raises DataError where the template refuses the conversation.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int64, Shaped
@@ -217,10 +217,18 @@ class _BySample:
         return of_chunk
 
 
+class _SampleContext(_Context, Protocol):
+    """The same, with the arguments that are no tensors."""
+
+    of_chunk: _BySample
+    vocabulary: Vocabulary
+    chunk: int
+
+
 class _SampleLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _SampleContext,
         hidden: Tensor,
         weight: Tensor,
         tokens: Tensor,
@@ -237,7 +245,7 @@ class _SampleLikelihood(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _SampleContext, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, tokens = ctx.saved_tensors
         states = _states(hidden, ctx.vocabulary)
         d_states, d_weight = torch.zeros_like(states), torch.zeros_like(weight, dtype=torch.float32)

@@ -21,9 +21,11 @@ WORDS = {**RENAMED, "layernorm_epsilon": "norm_epsilon", "layernorm_zero_centere
 OPTIONAL = {"window_size": None, "init_method_std": ModelConfig.init_std, "rotary_percent": 1.0}
 """Arguments that may be absent, and what they then mean."""
 NORM = "LayerNorm"
+Given = Mapping[str, Any]
+"""Megatron-LM's arguments by name, of any type: a Namespace of its parser."""
 
 
-def config_of_arguments(arguments: Mapping[str, Any], vocab: int | None = None) -> ModelConfig:
+def config_of_arguments(arguments: Given, vocab: int | None = None) -> ModelConfig:
     """Return the config of the model that Megatron-LM builds from its arguments.
 
     vocab: entries of the tokenizer, for arguments that do not say them. Raises CheckpointError, which names the
@@ -47,7 +49,7 @@ def config_of_arguments(arguments: Mapping[str, Any], vocab: int | None = None) 
     return config
 
 
-def _settings(given: Mapping[str, Any], vocab: int | None) -> dict[str, Any]:
+def _settings(given: Given, vocab: int | None) -> dict[str, object]:
     """Return mcore's name -> value of every setting in the table of names; in a dense model not those of experts."""
     experts = "num_experts" in given
     special = {
@@ -73,13 +75,13 @@ def _settings(given: Mapping[str, Any], vocab: int | None) -> dict[str, Any]:
     return found
 
 
-def _required(given: Mapping[str, Any], word: str) -> Any:
+def _required(given: Given, word: str) -> Any:
     if word not in given:
         raise CheckpointError(f"the checkpoint's arguments do not say {word}. Save it with Megatron-LM 0.8 or later.")
     return given[word]
 
 
-def _activation(given: Mapping[str, Any]) -> str:
+def _activation(given: Given) -> str:
     if given.get("swiglu"):
         return "silu"
     if given.get("squared_relu"):
@@ -87,7 +89,7 @@ def _activation(given: Mapping[str, Any]) -> str:
     raise _inexpressible("an activation other than --swiglu and --squared-relu")
 
 
-def _vocabulary(given: Mapping[str, Any], vocab: int | None) -> int:
+def _vocabulary(given: Given, vocab: int | None) -> int:
     """Return the vocabulary without padding."""
     found = given.get("vocab_size", vocab)
     if found is None:
@@ -98,7 +100,7 @@ def _vocabulary(given: Mapping[str, Any], vocab: int | None) -> int:
     return int(found)
 
 
-def _rotary_scaling(given: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rotary_scaling(given: Given) -> dict[str, object] | None:
     if given.get("use_rope_scaling"):
         factor = float(_required(given, "rope_scaling_factor"))
         if factor != FACTOR:
@@ -112,7 +114,7 @@ def _rotary_scaling(given: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"rope_type": "linear", "factor": float(factor)} if factor != 1 else None
 
 
-def _refuse_unexpressed(given: Mapping[str, Any], config: ModelConfig) -> None:
+def _refuse_unexpressed(given: Given, config: ModelConfig) -> None:
     """Raise CheckpointError for an argument by which Megatron-LM would compute something else than `config`."""
     positions = given.get("position_embedding_type")
     if positions != POSITIONS["position_embedding_type"] and not given.get("use_rotary_position_embeddings"):

@@ -1,7 +1,10 @@
-"""Processes and process groups: the only package that calls torch.distributed and mcore's parallel_state.
+"""Processes and process groups: the only package that calls mcore's parallel_state.
 
-Knows: ranks, groups, devices, the placement of layers on pipeline stages, the patches that mcore needs on a CPU, and
-the differences between mcore's versions. Must not know: scores, plans, losses, recipes.
+torch.distributed is called here, by `rehearsal`, which stands in for other ranks, and by the worker pool of `testing`.
+
+Knows: ranks, groups, devices, the placement of layers on pipeline stages, the patches that mcore needs on a CPU,
+functions that torch.compile makes one kernel of, and the differences between mcore's versions. Must not know: scores,
+plans, losses, recipes.
 """
 
 from . import kernels

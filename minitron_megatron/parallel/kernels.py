@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,22 +34,32 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     return torch.compile(function, dynamic=True)
 
 
+class _Context(Protocol):
+    """Autograd's context, from the forward to the backward pass."""
+
+    rotate: Callable[..., Tensor]
+    options: dict[str, object]
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rotate: Callable[..., Tensor], states: Tensor, angles: Tensor, options: dict[str, Any]
+        ctx: _Context, rotate: Callable[..., Tensor], states: Tensor, angles: Tensor, options: dict[str, object]
     ) -> Tensor:
         ctx.rotate, ctx.options = rotate, options
         ctx.save_for_backward(angles)
         return rotate(states, angles, **options)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx: _Context, *upstream: Tensor) -> tuple[None, Tensor, None, None]:
         [angles] = ctx.saved_tensors
         return None, ctx.rotate(upstream[0], -angles, **ctx.options), None, None
 
 
-def rotated(rotate: Callable[..., Tensor], states: Tensor, angles: Tensor, **options: Any) -> Tensor:
+def rotated(rotate: Callable[..., Tensor], states: Tensor, angles: Tensor, **options: object) -> Tensor:
     """Return `rotate(states, angles, **options)`, whose gradient is the rotation of the upstream one by -angles.
 
     rotate: mcore's plain function of rotary embeddings, or a compiled one. Only the angles are kept for backward.

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 P = ParamSpec("P")
+
+OptimizerState = MutableMapping[Any, Any]
+"""State dict of one of mcore's optimizers, or of a chain of them by their number."""
 
 FITS = ("0.16.1", "0.19.2")
 """Versions that this file and the patches support: the default (Python 3.11) and the one of `make test-latest`."""
@@ -102,7 +105,7 @@ def count_padding(wrapped: Sequence[DistributedDataParallel]) -> None:
                 bucket.numel_unpadded = bucket.grad_data.numel()
 
 
-def keep_own_states(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None:
+def keep_own_states(optimizer: MegatronOptimizer, state: OptimizerState) -> None:
     """Drop from a state dict to load the states of parameters of which this rank's optimizer holds no part.
 
     mcore asks for all states on every rank, 12 bytes a parameter of host memory, and uses its own part of them
@@ -116,7 +119,7 @@ def keep_own_states(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> None
         of_part["param_state"] = {at: each for at, each in of_part["param_state"].items() if every[at] in own}
 
 
-def drop_absent_states(state: dict[Any, Any]) -> None:
+def drop_absent_states(state: OptimizerState) -> None:
     """Drop from a state dict to save the empty place of states that another rank writes.
 
     mcore would warn on each save that the ranks differ there.
@@ -126,12 +129,12 @@ def drop_absent_states(state: dict[Any, Any]) -> None:
             del part["param_state"]
 
 
-def _parts(state: dict[Any, Any]) -> list[dict[Any, Any]]:
+def _parts(state: OptimizerState) -> list[OptimizerState]:
     """Return the state dicts of the optimizers that one of mcore's chains."""
     return [state] if "param_state" in state else list(state.values())
 
 
-def load_optimizer(optimizer: MegatronOptimizer, state: Mapping[Any, Any]) -> None:
+def load_optimizer(optimizer: MegatronOptimizer, state: OptimizerState) -> None:
     """Load a checkpoint's optimizer state, but keep the optimizer's own maximum and minimum learning rate.
 
     mcore would take both from the checkpoint, where its scheduler looks first (optimizer_param_scheduler.py, `get_lr`):

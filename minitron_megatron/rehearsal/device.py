@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork, PythonCallbackWork
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -28,6 +29,8 @@ from .operations import (
     NO_KERNEL,
     PRODUCTS,
     PUT,
+    Args,
+    Kwargs,
     bytes_of,
     group_of,
     has_mask,
@@ -39,6 +42,9 @@ from .places import Places
 from .values import Values, mutated
 
 __all__ = ["Device"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 aten = torch.ops.aten
 ASKS_DEVICE = torch.ops.prim.device.default
@@ -63,12 +69,14 @@ class Device(TorchDispatchMode):
         self.memo = Memo(self.fakes, clock)
         self.backends: dict[str, str] = {}
         """Name of each process group -> its backend on a GPU: `nccl`, `gloo` or `both`."""
-        self.reduces_by: Any = dist.ReduceOp.SUM
+        self.reduces_by: object = dist.ReduceOp.SUM
         """Operation of the all-reduce that is being run."""
         self._inside = False
         """Whether a kernel of several operations is being run, which is counted as a whole."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: OpOverload, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> object:
         if func is ASKS_DEVICE:
             return args[0].fake_device
         kwargs = kwargs or {}
@@ -101,7 +109,7 @@ class Device(TorchDispatchMode):
             return self._to_host(args[0], args[1])
         return self._run(func, args, kwargs, call)
 
-    def _run(self, func: Any, args: Any, kwargs: Any, call: Call | None = None) -> Any:
+    def _run(self, func: OpOverload, args: Args, kwargs: Kwargs, call: Call | None = None) -> object:
         """Run an operation on fake tensors, count it, carry known values along, and remember the call."""
         try:
             with self.fakes:
@@ -118,7 +126,7 @@ class Device(TorchDispatchMode):
             return type(out)(map(self._landed, out)) if type(out) in (list, tuple) else out
         return self._landed(out)
 
-    def _repeat(self, known: Known, inputs: Sequence[FakeTensor]) -> Any:
+    def _repeat(self, known: Known, inputs: Sequence[FakeTensor]) -> object:
         """Return and count what an operation returned before; at least one input's numbers are unknown."""
         made = self.memo.made(known, inputs)
         if self._inside:
@@ -135,13 +143,13 @@ class Device(TorchDispatchMode):
             self.values.forget(inputs[at])
         return known.container(made) if known.container else made[0]
 
-    def one_kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def one_kernel(self, function: Callable[P, R]) -> Callable[P, R]:
         """Return a function that torch.compile makes one kernel of: it reads its arguments and writes its results once.
 
         What is on the CPU runs as it is.
         """
 
-        def run(*args: Any, **options: Any) -> Any:
+        def run(*args: P.args, **options: P.kwargs) -> R:
             inputs = [each for each in args if isinstance(each, FakeTensor)]
             if not inputs or self._inside:
                 return function(*args, **options)
@@ -165,7 +173,7 @@ class Device(TorchDispatchMode):
 
     # ---- faults that torch's fake mode lets pass
 
-    def _check(self, func: Any, args: Any, leaves: Sequence[Any]) -> None:
+    def _check(self, func: OpOverload, args: Args, leaves: Sequence[object]) -> None:
         name, tensors = name_of(func), [each for each in leaves if isinstance(each, Tensor)]
         if name in INDEXING and not isinstance(args[0], FakeTensor):
             if any(isinstance(each, FakeTensor) for each in args[1]):
@@ -186,14 +194,14 @@ class Device(TorchDispatchMode):
         self.ledger.section.waits[f"{why} at {line}"] += 1
         return line
 
-    def _item(self, tensor: FakeTensor) -> Any:
+    def _item(self, tensor: FakeTensor) -> float:
         self.waits_for("item")
         found = self.values.of(tensor)
         if found is not None:
             return found.item()
         return True if tensor.dtype == torch.bool else 1.0 if tensor.dtype.is_floating_point else 1
 
-    def _as_index(self, index: Any) -> list[Any]:
+    def _as_index(self, index: object) -> list[object]:
         """Return a mask as the positions that are true; of an unknown one all are."""
         if not isinstance(index, Tensor) or index.dtype not in (torch.bool, torch.uint8):
             return [index]
@@ -201,13 +209,13 @@ class Device(TorchDispatchMode):
         found = torch.ones(index.shape, dtype=torch.bool) if found is None else found
         return [self._fake(each.contiguous()) for each in found.nonzero(as_tuple=True)]
 
-    def _put(self, args: Any) -> Any:
+    def _put(self, args: Args) -> Args:
         """Return the arguments of an index_put by a mask with positions; one number fills without a wait."""
         if args[2].numel() > 1 or isinstance(args[2], FakeTensor):
             self.waits_for("mask")
         return args[0], [part for each in args[1] for part in self._as_index(each)], *args[2:]
 
-    def _dynamic(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _dynamic(self, func: OpOverload, args: Args, kwargs: Kwargs) -> object:
         self.waits_for(name_of(func))
         if func is aten.index.Tensor:
             return self._run(func, (args[0], [part for each in args[1] for part in self._as_index(each)]), kwargs)
@@ -221,7 +229,7 @@ class Device(TorchDispatchMode):
     def _fake(self, value: Tensor) -> FakeTensor:
         """Return a tensor on the GPU with known values."""
         with self.fakes:
-            made: Any = torch.empty(value.shape, dtype=value.dtype, device="cuda")
+            made = cast(FakeTensor, torch.empty(value.shape, dtype=value.dtype, device="cuda"))
         self.ledger.allocate(made, self.places.here)
         self.values.renew(made)
         self.values.set(made, value)
@@ -232,7 +240,7 @@ class Device(TorchDispatchMode):
         found = self.values.of(source)
         return target.fill_(1) if found is None else target.copy_(found)
 
-    def _landed(self, value: Any) -> Any:
+    def _landed(self, value: object) -> object:
         """Return a result on the CPU as a real tensor, and any other as it is."""
         if not isinstance(value, FakeTensor) or value.device.type != "cpu":
             return value
@@ -242,7 +250,7 @@ class Device(TorchDispatchMode):
 
     # ---- counting
 
-    def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> Cost | None:
+    def _count(self, func: OpOverload, args: Args, kwargs: Kwargs, out: object) -> Cost | None:
         """Count what an operation allocated and cost; return its cost, None: it started no kernel."""
         results = [each for each in tree_leaves(out) if isinstance(each, FakeTensor) and each.device.type == "cuda"]
         here = cache(self.places.here)
@@ -258,7 +266,9 @@ class Device(TorchDispatchMode):
             self._book(cost, here().line)
         return cost
 
-    def _cost(self, func: Any, args: Any, kwargs: Any, out: Any, results: Sequence[FakeTensor]) -> Cost | None:
+    def _cost(
+        self, func: OpOverload, args: Args, kwargs: Kwargs, out: object, results: Sequence[FakeTensor]
+    ) -> Cost | None:
         name, written = name_of(func), mutated(func, args, kwargs)
         inputs = [each for each in tree_leaves((args, kwargs)) if isinstance(each, FakeTensor)]
         old = {each.untyped_storage()._cdata for each in inputs}
@@ -279,7 +289,7 @@ class Device(TorchDispatchMode):
         section.by_resource[cost.resource] += cost.seconds
         self.ledger.spend(cost.seconds)
 
-    def _flops(self, func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    def _flops(self, func: OpOverload, args: Args, kwargs: Kwargs, out: object) -> int:
         packet = func._overloadpacket
         if "attention" in packet.__name__:
             return attention_flops(packet.__name__, args)
@@ -288,7 +298,9 @@ class Device(TorchDispatchMode):
 
     # ---- collectives
 
-    def _collective(self, func: Any, args: Any, kwargs: Any, leaves: Sequence[Any], fakes: bool) -> Any:
+    def _collective(
+        self, func: OpOverload, args: Args, kwargs: Kwargs, leaves: Sequence[object], fakes: bool
+    ) -> object:
         name, tensors = name_of(func).rstrip("_"), [each for each in leaves if isinstance(each, Tensor)]
         group = next((found for each in leaves if (found := group_of(each)) is not None), None)
         size, backend = (group.size(), self.backends.get(group.group_name, "both")) if group else (1, "both")
@@ -341,7 +353,7 @@ class Device(TorchDispatchMode):
 
         return wait
 
-    def _spread(self, name: str, size: int, args: Any, tensors: Sequence[Tensor]) -> None:
+    def _spread(self, name: str, size: int, args: Args, tensors: Sequence[Tensor]) -> None:
         """Keep known values known: the other ranks are taken to have the same."""
         if name == "broadcast":
             return

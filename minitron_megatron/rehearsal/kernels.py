@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .fault import DeviceFault
+from .operations import Args
 from .places import Places
 
 __all__ = [
@@ -32,7 +33,9 @@ class LowerRight:
         pass
 
 
-def attention_choice(query: Tensor, key: Tensor, value: Tensor, attn_mask: object = None, *_: Any, **__: Any) -> int:
+def attention_choice(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: object = None, *_: object, **__: object
+) -> int:
     """Choose as aten/native/transformers/cuda/sdp_utils.cpp does. cuDNN's is asked for on Hopper; the sizes and strides
     that it refuses besides do not occur."""
     grouped = query.shape[1] != key.shape[1]
@@ -53,7 +56,7 @@ CAUSAL = {
 """Kernel -> place of `is_causal` among its arguments. Kernels skip what it leaves out, and nothing of a mask."""
 
 
-def attention_flops(name: str, args: Sequence[Any]) -> int:
+def attention_flops(name: str, args: Args) -> int:
     """Return the FLOPs of attention, of causal attention for queries at the last keys: two products forward, five
     backward."""
     backward = "backward" in name
@@ -71,7 +74,7 @@ def fused_attention(plain: Callable[..., Tensor], places: Places) -> Callable[..
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attn_mask: Any = None,
+        attn_mask: Tensor | LowerRight | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
@@ -104,17 +107,25 @@ def fused_attention(plain: Callable[..., Tensor], places: Places) -> Callable[..
     return attend
 
 
+class _Context(Protocol):
+    """Autograd's context, from the forward to the backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _FusedNorm(torch.autograd.Function):
     """One kernel each way, as on CUDA; it saves its input and a number a row."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: _Context, states: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(states, weight, states.new_empty((*states.shape[:-1], 1), dtype=torch.float32))
         out = torch.empty_like(states, memory_format=torch.contiguous_format)  # also in its strides of single rows
         return torch.ops.aten.mul.out(states, weight, out=out)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: _Context, *upstream: Tensor) -> tuple[Tensor, Tensor]:
         states, weight, _ = ctx.saved_tensors
         return torch.ops.aten.mul.Tensor(upstream[0], states), torch.empty_like(weight)
 
@@ -122,7 +133,9 @@ class _FusedNorm(torch.autograd.Function):
 def fused_rms_norm(plain: Callable[..., Tensor], places: Places) -> Callable[..., Tensor]:
     """Return rms_norm that is one kernel for fake tensors, as torch's is on CUDA from 2.8 on."""
 
-    def rms_norm(states: Tensor, shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    def rms_norm(
+        states: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
         if not isinstance(states, FakeTensor) or weight is None or weight.dtype != states.dtype:
             return plain(states, shape, weight, eps)
         if states.device != weight.device:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -74,13 +73,13 @@ class Section:
 
         Its bytes over time stay those of what was rehearsed.
         """
-        sums: dict[str, Any] = {"peak": self.peak + round(steps * max(0, self.peak - smaller.peak)), "over": self.over}
-        sums |= {"timeline": self.timeline, "elapsed": self.elapsed}
+        section = replace(self, peak=self.peak + round(steps * max(0, self.peak - smaller.peak)))
         for each in fields(self):
             mine, other = getattr(self, each.name), getattr(smaller, each.name)
             if isinstance(mine, Sums):
-                sums[each.name] = Sums({key: mine[key] + steps * max(0, mine[key] - other[key]) for key in mine})
-        return Section(**sums)
+                more = Sums({key: mine[key] + steps * max(0, mine[key] - other[key]) for key in mine})
+                setattr(section, each.name, more)
+        return section
 
 
 class Ledger:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import bias
@@ -28,12 +29,20 @@ from .stand_in import cuda_stand_in
 
 __all__ = ["rehearsed_rank"]
 
-Patch = tuple[Any, str, Any]
+T = TypeVar("T")
 
 SWIGLU = ("swiglu", "swiglu_back", "weighted_swiglu", "weighted_swiglu_back")
 """mcore's functions of SwiGLU that it compiles."""
 CUDNN_VERSION = 91900
 """cuDNN that torch 2.13 brings, at least: the one whose attention it takes by itself."""
+
+
+class Patch(NamedTuple):
+    """Attribute of a module or class, and its value inside a rehearsal."""
+
+    owner: object
+    name: str
+    value: object
 
 
 @contextmanager
@@ -82,31 +91,31 @@ class _Stream:
 
     cuda_stream, device = 0, torch.device("cuda", 0)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
     def synchronize(self) -> None:
         pass
 
-    def wait(self, stream: Any = None) -> None:
+    def wait(self, stream: object = None) -> None:
         pass
 
-    def wait_stream(self, other: Any) -> None:
+    def wait_stream(self, other: object) -> None:
         pass
 
-    def wait_event(self, event: Any) -> None:
+    def wait_event(self, event: object) -> None:
         pass
 
-    def record(self, stream: Any = None) -> None:
+    def record(self, stream: object = None) -> None:
         pass
 
-    def record_event(self, event: Any = None) -> _Stream:
+    def record_event(self, event: object = None) -> _Stream:
         return _Stream()
 
     def query(self) -> bool:
         return True
 
-    def elapsed_time(self, other: Any) -> float:
+    def elapsed_time(self, other: object) -> float:
         return 1.0
 
     def __enter__(self) -> _Stream:
@@ -116,7 +125,7 @@ class _Stream:
         pass
 
 
-def _returns(value: Any) -> Callable[..., Any]:
+def _returns(value: T) -> Callable[..., T]:
     return lambda *args, **kwargs: value
 
 
@@ -129,7 +138,7 @@ def _cuda(device: Device, gpu: str) -> list[Patch]:
     generator = SimpleNamespace(
         set_state=nothing, get_state=lambda: state.clone(), manual_seed=nothing, initial_seed=_returns(0)
     )
-    answers: dict[str, Any] = {
+    answers: dict[str, object] = {
         "_lazy_init": nothing,
         "_lazy_call": lambda function, **_: function(),
         "is_available": _returns(True),
@@ -164,41 +173,46 @@ def _cuda(device: Device, gpu: str) -> list[Patch]:
         "set_rng_state": nothing,
         "default_generators": (generator,),
     }
-    cudnn = [(torch.backends.cudnn, "version", _returns(CUDNN_VERSION))]
-    random = [(torch.cuda.random, "get_rng_state", answers["get_rng_state"])]
-    return [*((torch.cuda, name, answer) for name, answer in answers.items()), *random, *cudnn]
+    return [
+        *(Patch(torch.cuda, name, answer) for name, answer in answers.items()),
+        Patch(torch.cuda.random, "get_rng_state", answers["get_rng_state"]),
+        Patch(torch.backends.cudnn, "version", _returns(CUDNN_VERSION)),
+    ]
 
 
 def _distributed(device: Device) -> list[Patch]:
     """Return the patches of torch.distributed: objects of other ranks are like this one's, and groups cost nothing."""
-    new_group, all_reduce = dist.new_group, dist.all_reduce
+    new_group = dist.new_group
+    all_reduce: Callable[..., object] = dist.all_reduce
 
-    def make_group(ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **options: Any) -> Any:
+    def make_group(
+        ranks: Sequence[int] | None = None, timeout: object = None, backend: str | None = None, *_: object, **__: object
+    ) -> object:
         group = new_group(ranks, backend="fake")
         name = getattr(group, "group_name", None)
         if name is not None:  # a group of other ranks has none
             device.backends[name] = "nccl" if backend == "fake" else backend or "both"
         return group
 
-    def reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, *args: Any, **options: Any) -> Any:
+    def reduce(tensor: Tensor, op: object = dist.ReduceOp.SUM, *args: object, **options: object) -> object:
         device.reduces_by = op
         return all_reduce(tensor, op, *args, **options)
 
-    def gather(value: Any, out: list[Any] | None = None, *_: Any, **__: Any) -> None:
+    def gather(value: T, out: list[T] | None = None, *_: object, **__: object) -> None:
         if out is not None:
             out[:] = [value] * len(out)
 
-    def scatter(out: list[Any], values: Sequence[Any] | None, *_: Any, **__: Any) -> None:
+    def scatter(out: list[T], values: Sequence[T] | None, *_: object, **__: object) -> None:
         if values:
             out[0] = values[0]
 
     return [
-        (dist, "new_group", make_group),
-        (dist, "all_reduce", reduce),
-        (dist, "all_gather_object", lambda out, value, *_, **__: gather(value, out)),
-        (dist, "broadcast_object_list", _returns(None)),
-        (dist, "gather_object", gather),
-        (dist, "scatter_object_list", scatter),
+        Patch(dist, "new_group", make_group),
+        Patch(dist, "all_reduce", reduce),
+        Patch(dist, "all_gather_object", lambda out, value, *_, **__: gather(value, out)),
+        Patch(dist, "broadcast_object_list", _returns(None)),
+        Patch(dist, "gather_object", gather),
+        Patch(dist, "scatter_object_list", scatter),
     ]
 
 
@@ -207,27 +221,27 @@ def _tensors(device: Device) -> list[Patch]:
     tensor, numpy, tolist = torch.tensor, torch.Tensor.numpy, torch.Tensor.tolist
     generator = torch.Generator
 
-    def make(data: Any, *args: Any, **options: Any) -> Tensor:
+    def make(data: object, *args: Any, **options: Any) -> Tensor:
         if isinstance(data, (list, tuple)):
             data = tree_map(lambda x: x.item() if isinstance(x, FakeTensor) and x.dim() == 0 else x, data)
         return tensor(data, *args, **options)
 
-    def to_numpy(self: Tensor, *args: Any, **options: Any) -> Any:
+    def to_numpy(self: Tensor, *, force: bool = False) -> NDArray:
         if isinstance(self, FakeTensor):
             raise DeviceFault(f".numpy() of a tensor on the GPU, at {device.places.here().line}")
-        return numpy(self, *args, **options)
+        return numpy(self, force=force)
 
     class OnHost(generator):  # type: ignore[misc, valid-type]
-        def __new__(cls, device: Any = "cpu") -> Any:
+        def __new__(cls, device: object = "cpu") -> Any:
             return generator.__new__(generator, "cpu")  # type: ignore[call-arg]
 
     return [
-        (torch, "tensor", make),
-        (torch, "Generator", OnHost),
-        (torch, "compile", lambda function=None, **_: function or (lambda wrapped: wrapped)),
-        (torch.Tensor, "numpy", to_numpy),
-        (torch.Tensor, "tolist", lambda self: tolist(self.cpu() if isinstance(self, FakeTensor) else self)),
-        (torch.Tensor, "record_stream", lambda self, stream: None),
+        Patch(torch, "tensor", make),
+        Patch(torch, "Generator", OnHost),
+        Patch(torch, "compile", lambda function=None, **_: function or (lambda wrapped: wrapped)),
+        Patch(torch.Tensor, "numpy", to_numpy),
+        Patch(torch.Tensor, "tolist", lambda self: tolist(self.cpu() if isinstance(self, FakeTensor) else self)),
+        Patch(torch.Tensor, "record_stream", lambda self, stream: None),
     ]
 
 
@@ -235,9 +249,11 @@ def _kernels(device: Device) -> list[Patch]:
     """Return the patches of kernels; mcore is imported for them, and compiles nothing: torch.compile is patched."""
     functional, swiglu, places = torch.nn.functional, fused_swiglu(), device.places
     return [
-        *((swiglu, name, device.one_kernel(getattr(swiglu, name))) for name in SWIGLU),
-        (kernels, "compiled", device.one_kernel),
-        (bias, "causal_lower_right", LowerRight),
-        (functional, "scaled_dot_product_attention", fused_attention(functional.scaled_dot_product_attention, places)),
-        (functional, "rms_norm", fused_rms_norm(functional.rms_norm, places)),
+        *(Patch(swiglu, name, device.one_kernel(getattr(swiglu, name))) for name in SWIGLU),
+        Patch(kernels, "compiled", device.one_kernel),
+        Patch(bias, "causal_lower_right", LowerRight),
+        Patch(
+            functional, "scaled_dot_product_attention", fused_attention(functional.scaled_dot_product_attention, places)
+        ),
+        Patch(functional, "rms_norm", fused_rms_norm(functional.rms_norm, places)),
     ]

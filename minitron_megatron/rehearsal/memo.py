@@ -6,14 +6,16 @@ layouts and numbers that it was given, and a model runs the same ones in each la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .clock import Clock
+from .operations import Args, Kwargs
 from .values import LIKE, mutated
 
 __all__ = ["Call", "Cost", "Known", "Memo", "call_of"]
@@ -21,6 +23,10 @@ __all__ = ["Call", "Cost", "Known", "Memo", "call_of"]
 aten = torch.ops.aten
 NEVER = {aten.topk.default, aten.eq.Tensor, aten.ne.Scalar, aten._fused_sdp_choice.default, aten.equal.default}
 """Operations whose results are assumed, or read by the host."""
+
+
+Layout = tuple[torch.Size, tuple[int, ...], int | torch.SymInt]
+"""Shape, strides and offset of a tensor in its storage."""
 
 
 class Cost(NamedTuple):
@@ -36,9 +42,9 @@ class Cost(NamedTuple):
 class Call(NamedTuple):
     """An operation with its inputs."""
 
-    key: Any
+    key: Hashable
     """Equal for calls that return and cost the same."""
-    inputs: list[Any]
+    inputs: list[FakeTensor]
     """The fake tensors, in the order of the arguments."""
 
 
@@ -51,9 +57,9 @@ class _Output(NamedTuple):
 
     itself: int | None = None
     view_of: int | None = None
-    layout: Any = None
+    layout: Layout | None = None
     dtype: torch.dtype | None = None
-    constant: Any = None
+    constant: float | None = None
 
     @property
     def is_new(self) -> bool:
@@ -72,13 +78,13 @@ class Known(NamedTuple):
     cost: Cost | None
 
 
-def call_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Call | None:
+def call_of(func: OpOverload, args: Args, kwargs: Kwargs) -> Call | None:
     """Return a call that a memo may know; None: it has no fake tensor, or one on the CPU, or is never remembered."""
-    inputs: list[Any] = []
+    inputs: list[FakeTensor] = []
     if not _remembered(func):
         return None
     try:
-        key = (func, *(_described(each, inputs) for each in args))
+        key: tuple[Hashable, ...] = (func, *(_described(each, inputs) for each in args))
         if kwargs:
             key = (*key, *((name, _described(each, inputs)) for name, each in kwargs.items()))
     except _OnHost:
@@ -91,7 +97,7 @@ def call_of(func: Any, args: Any, kwargs: dict[str, Any]) -> Call | None:
     return Call(key, inputs)
 
 
-def _described(value: Any, inputs: list[Any]) -> Any:
+def _described(value: object, inputs: list[FakeTensor]) -> Hashable:
     """Return what a result may depend on, and append fake tensors to `inputs`. Raises _OnHost for one on the CPU."""
     if isinstance(value, Tensor):
         if not isinstance(value, FakeTensor):
@@ -103,10 +109,10 @@ def _described(value: Any, inputs: list[Any]) -> Any:
     return type(value), value
 
 
-_rules: dict[Any, bool] = {}
+_rules: dict[OpOverload, bool] = {}
 
 
-def _remembered(func: Any) -> bool:
+def _remembered(func: OpOverload) -> bool:
     found = _rules.get(func)
     if found is None:
         own_name = func._schema.name.split("::")[1]
@@ -115,7 +121,7 @@ def _remembered(func: Any) -> bool:
     return found
 
 
-_known_by: dict[Clock, dict[Any, Known]] = {}
+_known_by: dict[Clock, dict[Hashable, Known]] = {}
 
 
 class Memo:
@@ -130,12 +136,12 @@ class Memo:
     def find(self, call: Call) -> Known | None:
         return self._known.get(call.key)
 
-    def learn(self, call: Call, func: Any, args: Any, kwargs: dict[str, Any], out: Any, cost: Cost | None) -> None:
+    def learn(self, call: Call, func: OpOverload, args: Args, kwargs: Kwargs, out: object, cost: Cost | None) -> None:
         """Remember what a call returned and cost, unless a result is on the CPU or of another kind."""
         container = type(out) if isinstance(out, (list, tuple)) else None
         if container not in (None, list, tuple):
             return
-        values = tuple(out) if container else (out,)
+        values: tuple[Any, ...] = tuple(out) if isinstance(out, (list, tuple)) else (out,)
         outputs = tuple(each for each in (_output_of(value, call.inputs) for value in values) if each is not None)
         news = tuple(at for at, each in enumerate(outputs) if each.is_new)
         if len(outputs) < len(values) or len({values[at].untyped_storage()._cdata for at in news}) < len(news):
@@ -144,11 +150,11 @@ class Memo:
         written = tuple(at[id(each)] for each in mutated(func, args, kwargs))
         self._known[call.key] = Known(outputs, news, container, written, cost)
 
-    def made(self, known: Known, inputs: Sequence[Any]) -> list[Any]:
+    def made(self, known: Known, inputs: Sequence[FakeTensor]) -> list[Any]:
         """Return the results of an operation for these inputs."""
         return [self._made(each, inputs) for each in known.outputs]
 
-    def _made(self, output: _Output, inputs: Sequence[Any]) -> Any:
+    def _made(self, output: _Output, inputs: Sequence[FakeTensor]) -> FakeTensor | float | None:
         if output.itself is not None:
             return inputs[output.itself]
         if output.layout is None:
@@ -167,7 +173,7 @@ class Memo:
         return made
 
 
-def _output_of(value: Any, inputs: Sequence[Any]) -> _Output | None:
+def _output_of(value: object, inputs: Sequence[FakeTensor]) -> _Output | None:
     if not isinstance(value, Tensor):
         return _Output(constant=value) if value is None or isinstance(value, (int, float)) else None
     if not isinstance(value, FakeTensor) or value.device.type != "cuda":

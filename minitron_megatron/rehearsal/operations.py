@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._ops import OpOverload
 
 __all__ = [
     "DYNAMIC",
@@ -16,6 +18,8 @@ __all__ = [
     "NO_KERNEL",
     "PRODUCTS",
     "PUT",
+    "Args",
+    "Kwargs",
     "bytes_of",
     "group_of",
     "has_mask",
@@ -25,6 +29,10 @@ __all__ = [
 ]
 
 aten = torch.ops.aten
+
+Args = tuple[Any, ...]
+"""Arguments of an operation as torch gives them to a mode, untyped: its schema says what each is."""
+Kwargs = dict[str, Any]
 
 NCCL_DTYPES = {
     *(torch.int8, torch.uint8, torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16),
@@ -46,14 +54,14 @@ NO_KERNEL = {
 }
 
 
-def starts_early(func: Any, args: Any, kwargs: Any) -> bool:
+def starts_early(func: OpOverload, args: Args, kwargs: Kwargs) -> bool:
     """Return whether a collective is waited for later: its argument `async_op`."""
     names = [each.name for each in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     return "async_op" in names and bool(given.get("async_op", True))
 
 
-def name_of(func: Any) -> str:
+def name_of(func: OpOverload) -> str:
     return func._schema.name.split("::")[1]
 
 
@@ -61,11 +69,11 @@ def bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def has_mask(indices: Any) -> bool:
+def has_mask(indices: Sequence[object]) -> bool:
     return any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in indices)
 
 
-def group_of(value: Any) -> Any:
+def group_of(value: object) -> dist.ProcessGroup | None:
     """Return the process group that an argument of a collective is; None: it is none."""
     if not isinstance(value, torch.ScriptObject):
         return None
@@ -75,7 +83,7 @@ def group_of(value: Any) -> Any:
         return None
 
 
-def is_itself(target: Tensor, source: Any) -> bool:
+def is_itself(target: Tensor, source: object) -> bool:
     """Return whether both are the same view: torch copies nothing, as at the end of `a[some] += b`."""
     if not isinstance(source, Tensor) or target.untyped_storage()._cdata != source.untyped_storage()._cdata:
         return False

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from ..errors import RecipeError, TopologyError, did_you_mean, expect_number
 from ..events import Event, Listener, silent
@@ -120,13 +119,13 @@ class Rehearsal:
             + advice
         )
 
-    def detailed(self) -> dict[str, Any]:
+    def detailed(self) -> dict[str, object]:
         """Return the result as JSON, with each rank's seconds by line, and bytes over the seconds of the last step that
         was rehearsed."""
         ranks = [_rank_dict(each) | _rank_details(each.section) for each in self.ranks]
         return self.as_dict() | {"ranks": ranks}
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return the result as JSON."""
         return {
             "modelled, not measured": ASSUMED,
@@ -145,7 +144,7 @@ class Rehearsal:
         }
 
 
-def _rank_dict(found: RankResult) -> dict[str, Any]:
+def _rank_dict(found: RankResult) -> dict[str, object]:
     section = found.section
     return {
         "rank": found.kind.rank,
@@ -164,7 +163,7 @@ def _rank_dict(found: RankResult) -> dict[str, Any]:
     }
 
 
-def _rank_details(section: Section) -> dict[str, Any]:
+def _rank_details(section: Section) -> dict[str, object]:
     return {"seconds_by_line": section.seconds, "bytes_over_seconds": section.timeline.finished(section.elapsed)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import MinitronError
 from ..events import Listener, silent
@@ -23,7 +22,7 @@ class Remedy:
     """Change of one key of a recipe, with which a stage fits."""
 
     key: str
-    value: Any
+    value: int | str
     peak: int
     """Bytes of the fullest kind of rank with it."""
 
@@ -64,9 +63,9 @@ def advice(remedy: Remedy | None) -> str:
     )
 
 
-def _changes(recipe: Recipe, stage: str) -> Iterator[tuple[str, Any]]:
+def _changes(recipe: Recipe, stage: str) -> Iterator[tuple[str, int | str]]:
     """Yield (key, value) of single changes, from the one that costs least time on; what the recipe has is left out."""
-    layout, size = recipe.parallel, _value(recipe, f"{stage}.micro_batch")
+    layout, size = recipe.parallel, _micro_batch(recipe, stage)
     while size > 1:
         size //= 2
         yield f"{stage}.micro_batch", size
@@ -85,14 +84,11 @@ def _changes(recipe: Recipe, stage: str) -> Iterator[tuple[str, Any]]:
     yield "parallel.pp", 2 * layout.pp
 
 
-def _value(recipe: Recipe, key: str) -> Any:
-    found: Any = recipe
-    for name in key.split("."):
-        found = getattr(found, name)
-    return found
+def _micro_batch(recipe: Recipe, stage: str) -> int:
+    return getattr(recipe, stage).micro_batch
 
 
-def _with(recipe: Recipe, key: str, value: Any) -> Recipe | None:
+def _with(recipe: Recipe, key: str, value: int | str) -> Recipe | None:
     """Return the recipe with another value of a key; None: its schema refuses it."""
     *group, name = key.split(".")
     try:

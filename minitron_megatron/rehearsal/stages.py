@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ..convert import full_tensors, read_config
 from ..errors import RecipeError
@@ -75,7 +74,7 @@ def run_stage(recipe: Recipe, stage: str, topology: Topology, ledger: Ledger, ou
         short = keys.replaced(tokens=steps * keys.global_batch * recipe.data.sequence)
         recipe = recipe.replaced(**{stage: short})
     rehearsed.start = ledger.begin()
-    done: dict[str, dict[str, Any]] = {"prepare": {"model_hash": "", "sources": {}}, "correct": {"hash": ""}}
+    done: dict[str, dict[str, object]] = {"prepare": {"model_hash": "", "sources": {}}, "correct": {"hash": ""}}
     at_out = recipe.replaced(out=out)
     context = RehearsedContext(
         at_out, topology, silent, done, lambda _: "rehearsal" * 2, ledger=ledger, rehearsed=rehearsed

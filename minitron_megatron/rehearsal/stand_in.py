@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 
@@ -37,7 +37,7 @@ HOOK_ONES = (HOOK_IS_BUILT, 3, 4, 6, HOOK_HAS_CUDA)
 HOOK_ZEROS, HOOK_NOTHING = (8, 9, 10), (5, 7)
 """Hooks that answer 0 (the current device, exchanges of it), and that do nothing (init, set the device)."""
 
-Table = Any
+Table: TypeAlias = "ctypes.Array[ctypes.c_void_p] | ctypes._Pointer[ctypes.c_void_p]"
 
 
 @contextmanager
@@ -114,8 +114,8 @@ def _start(table: Table) -> int:
     return ctypes.addressof(table) + 2 * ctypes.sizeof(ctypes.c_void_p)
 
 
-def _expect(function: int, thing: int, value: int) -> None:
-    found = ctypes.CFUNCTYPE(ctypes.c_int8, ctypes.c_void_p)(function)(thing)
+def _expect(function: int | None, thing: int, value: int) -> None:
+    found = ctypes.CFUNCTYPE(ctypes.c_int8, ctypes.c_void_p)(function or 0)(thing)
     if found != value:
         raise TopologyError(
             f"torch {torch.__version__} has other tables of devices than a rehearsal knows ({found} is not {value}). "

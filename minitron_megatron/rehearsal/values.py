@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
+
+from .operations import Args, Kwargs
 
 __all__ = ["LIKE", "Values", "mutated"]
 
@@ -29,9 +31,9 @@ OVERWRITE = ("copy_", "fill_", "zero_")
 aten = torch.ops.aten
 
 
-def mutated(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[FakeTensor]:
+def mutated(func: OpOverload, args: Args, kwargs: Kwargs) -> list[FakeTensor]:
     """Return the fake tensors that an operation writes to."""
-    found: list[Any] = []
+    found: list[object] = []
     for at, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[at] if at < len(args) else kwargs.get(argument.name)
@@ -45,7 +47,7 @@ class Values:
     def __init__(self) -> None:
         self._unknown: set[int] = set()
 
-    def of(self, tensor: Any) -> Tensor | None:
+    def of(self, tensor: object) -> Tensor | None:
         """Return a tensor's values on the host; None: unknown."""
         if not isinstance(tensor, FakeTensor):
             return tensor if isinstance(tensor, Tensor) and tensor.device.type == "cpu" else None
@@ -56,9 +58,9 @@ class Values:
         """Return whether a number of one of them is not known."""
         return any("known_values" not in each.__dict__ or self.of(each) is None for each in tensors)
 
-    def set(self, tensor: Any, values: Tensor) -> None:
+    def set(self, tensor: FakeTensor, values: Tensor) -> None:
         """Record a tensor's values."""
-        tensor.known_values = values
+        vars(tensor)["known_values"] = values
 
     def forget(self, tensor: FakeTensor) -> None:
         """Make the values of a tensor's storage unknown."""
@@ -69,7 +71,7 @@ class Values:
         """Forget what was known of another storage with the same address."""
         self._unknown.discard(tensor.untyped_storage()._cdata)
 
-    def carry(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def carry(self, func: OpOverload, args: Args, kwargs: Kwargs, out: object) -> None:
         """Run an operation on the known values of its inputs, for those of its outputs."""
         results = [each for each in tree_leaves(out) if isinstance(each, FakeTensor)]
         written = mutated(func, args, kwargs)
@@ -91,7 +93,7 @@ class Values:
                 if each.numel() * each.element_size() == each.untyped_storage().nbytes():
                     self.renew(each)
 
-    def _is_assumed(self, func: Any, args: Any, results: Sequence[FakeTensor]) -> bool:
+    def _is_assumed(self, func: OpOverload, args: Args, results: Sequence[FakeTensor]) -> bool:
         """Set the results that follow from two assumptions: numbers are finite, and routers are balanced."""
         if func is aten.topk.default and self.of(args[0]) is None:
             chosen, experts = args[1], args[0].shape[-1]
@@ -107,7 +109,7 @@ class Values:
         return False
 
     def _on_host(
-        self, func: Any, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], results: Sequence[FakeTensor]
+        self, func: OpOverload, args: Args, kwargs: Kwargs, inputs: list[Tensor], results: Sequence[FakeTensor]
     ) -> list[Tensor] | None:
         """Return the outputs of an operation on known values; None where one is unknown or too large."""
         name = func._schema.name.split("::")[1]
@@ -120,7 +122,7 @@ class Values:
         if not inputs and name not in CONSTANTS:
             return None
 
-        def host(x: Any) -> Any:
+        def host(x: object) -> object:
             if isinstance(x, Tensor):
                 found = known[id(x)]
                 return torch.empty(x.shape, dtype=x.dtype) if found is None else found
@@ -133,5 +135,5 @@ class Values:
                 return None
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
+def _tensors(values: object) -> Iterator[Tensor]:
     return (each for each in tree_leaves(values) if isinstance(each, Tensor))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from .. import numbers
 from ..files import whole_file, write_json
 from .html import figure, section, table, whole_page
 from .plots.rehearsal import memory_over_time, time_by_line
-from .rehearsed import ASSUMED, MODELLED, PEAK, rank_rows, slowest, whole_rows
+from .rehearsed import ASSUMED, MODELLED, PEAK, RehearsalJson, rank_rows, slowest, whole_rows
 
 __all__ = ["write_rehearsal"]
 
@@ -19,7 +18,7 @@ LONG = (ASSUMED, PEAK)
 """Rows that the page says otherwise."""
 
 
-def write_rehearsal(found: Mapping[str, Any], folder: Path) -> Path:
+def write_rehearsal(found: RehearsalJson, folder: Path) -> Path:
     """Write a rehearsal's detailed JSON, its plots and its page into a folder; return the page's path.
 
     Raises FileError if the folder cannot be written.
@@ -45,7 +44,7 @@ def _table(rows: Mapping[str, str]) -> str:
     return table(["", MODELLED], ([name, text] for name, text in rows.items() if name not in LONG))
 
 
-def _by_kind(rank: Mapping[str, Any]) -> dict[str, str]:
+def _by_kind(rank: RehearsalJson) -> dict[str, str]:
     kinds: Mapping[str, float] = rank["peak_bytes_by_kind"]
     largest = sorted(kinds.items(), key=lambda each: -each[1])
     return {f"at the step's peak: {kind}": numbers.size(size) for kind, size in largest if size}

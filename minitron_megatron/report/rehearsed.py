@@ -14,12 +14,14 @@ from .terminal import bars
 
 __all__ = ["ASSUMED", "MODELLED", "PEAK", "rank_rows", "rehearsal_tables", "slowest", "whole_rows"]
 
+RehearsalJson = Mapping[str, Any]
+"""JSON of a rehearsal, or of one of its kinds of rank."""
 MODELLED = "modelled, not measured"
 ASSUMED, PEAK = "assumed", "at the step's peak"
 """Names of the rows with the longest texts."""
 
 
-def rehearsal_tables(found: Mapping[str, Any]) -> Iterator[Table]:
+def rehearsal_tables(found: RehearsalJson) -> Iterator[Table]:
     """Yield the tables of a rehearsal's JSON: the whole, each kind of rank, and the costliest lines of the slowest."""
     yield _pairs(f"{found['stage']} on {found['gpus']} {found['gpu']} ({MODELLED})", whole_rows(found))
     for rank in found["ranks"]:
@@ -29,13 +31,13 @@ def rehearsal_tables(found: Mapping[str, Any]) -> Iterator[Table]:
     yield _pairs(f"costliest lines of {slow['kind']} ({MODELLED})", lines)
 
 
-def slowest(found: Mapping[str, Any]) -> Mapping[str, Any]:
+def slowest(found: RehearsalJson) -> RehearsalJson:
     """Return the kind of rank with the most modelled seconds."""
-    ranks: list[Mapping[str, Any]] = found["ranks"]
+    ranks: list[RehearsalJson] = found["ranks"]
     return max(ranks, key=lambda each: sum(each["seconds"].values()))
 
 
-def whole_rows(found: Mapping[str, Any]) -> dict[str, str]:
+def whole_rows(found: RehearsalJson) -> dict[str, str]:
     """Return what is modelled of the whole cluster, by name."""
     share, tokens = found["utilisation"], found["tokens_of_a_step"]
     rows = {
@@ -49,7 +51,7 @@ def whole_rows(found: Mapping[str, Any]) -> dict[str, str]:
     return rows | {ASSUMED: found[MODELLED]}
 
 
-def rank_rows(rank: Mapping[str, Any]) -> dict[str, str]:
+def rank_rows(rank: RehearsalJson) -> dict[str, str]:
     """Return what is modelled of a kind of rank, by name."""
     sent = {
         name: f"{numbers.count(each['calls'])} x, {numbers.size(each['bytes'])}"

@@ -55,7 +55,7 @@ def parameters_of(recipe: Recipe) -> int:
     return parameters(student_shape(recipe, read_config(recipe.model).shape))
 
 
-def filled(value: Any, names: Mapping[str, float]) -> Any:
+def filled(value: object, names: Mapping[str, float]) -> Any:
     """Return a value with every text in braces computed; text that is nothing but braces becomes a number.
 
     Raises RecipeError for a name, function or operator that is not known.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -92,7 +92,7 @@ class Study(Settings):
         return tuple(tuple(name for name in printed if printed[name] == value) for value in values)
 
 
-def _known(where: str, names: Any, known: Any) -> None:
+def _known(where: str, names: Iterable[str], known: Collection[str]) -> None:
     for name in names:
         if name not in known:
             raise ValueError(f"{where} names {name!r}, which is not there.{did_you_mean(name, known)}")
@@ -124,7 +124,7 @@ def load_study(name: str) -> Study:
 def _read(path: Path) -> Study:
     text = read_text(path)
     try:
-        tree: Any = read_yaml(text)
+        tree: object = read_yaml(text)
         if not isinstance(tree, dict):
             raise RecipeError(f"it is not a mapping of keys. Start from a copy of {FOLDER / 'losses.yaml'}.")
         return Study(**tree)

@@ -239,9 +239,10 @@ def results_queue(topology: Topology) -> tuple[str, str]:
     """Return the type of queue with which mcore collects its writers' results: with the patch, and without."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    queue_of = getattr(filesystem_async, "get_write_results_queue" if AT_0_19 else "_get_write_results_queue")
     with writes_collected():
-        first = type(filesystem_async._get_write_results_queue()).__module__
-    source = inspect.getsource(filesystem_async._get_write_results_queue)
+        first = type(queue_of()).__module__
+    source = inspect.getsource(queue_of)
     return first, "a manager's" if "Manager()" in source else ""
 
 

@@ -106,7 +106,7 @@ def test_a_search_measures_every_candidate_on_all_samples(stage: Call) -> None:
     sizes = ("prune={}", "score.samples=32", "score.micro_batch=2")
     one, two = (
         f"search={{hidden: [{hidden}], ffn: [64], budget: {{params: 97000}}, light: null}}"
-        for hidden in ("32", "48, 32")
+        for hidden in ("32", "40, 32")
     )
     few, many = (stage(*sizes, keys, stage="search") for keys in (one, two))
     shared = stage(*sizes, two, stage="search", gpus=2)

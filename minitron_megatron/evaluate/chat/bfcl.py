@@ -31,10 +31,15 @@ JSON_TYPES: Mapping[str, str] = {"dict": "object", "float": "number", "tuple": "
 FLOAT_HINT = " This is a float type value."
 """Added to the description of a float, for JSON Schema has numbers alone; as BFCL does."""
 
+TrueCalls = list[dict[str, dict[str, list[object]]]]
+"""Function -> argument -> allowed values, of each call."""
+Truths = dict[str, TrueCalls]
+"""Question -> its true calls."""
+
 
 class Parameter(TypedDict):
     type: str
-    items: NotRequired[dict[str, Any]]
+    items: NotRequired[dict[str, object]]
 
 
 class Parameters(TypedDict):
@@ -47,19 +52,19 @@ class Parameters(TypedDict):
 class FunctionRecord(TypedDict):
     name: str
     description: NotRequired[str]
-    parameters: dict[str, Any]
+    parameters: dict[str, object]
 
 
 class QuestionRecord(TypedDict):
     id: str
     question: list[list[Message]]
     function: list[FunctionRecord]
-    ground_truth: NotRequired[list[dict[str, dict[str, list[Any]]]]]
+    ground_truth: NotRequired[TrueCalls]
 
 
 class AnswerRecord(TypedDict):
     id: str
-    ground_truth: list[dict[str, dict[str, list[Any]]]]
+    ground_truth: TrueCalls
 
 
 class Bfcl(ChatTask):
@@ -97,14 +102,14 @@ def _is_right(answered: Answered) -> bool:
 def _category(folder: Path, category: str) -> list[Question]:
     path = the_file(folder, f"*{category}.json*", f"file of {category}, such as BFCL_v3_{category}.json", SOURCE)
     records: list[QuestionRecord] = read_records(path, QuestionRecord)
-    truths: Mapping[str, Any] = {each["id"]: each["ground_truth"] for each in records if "ground_truth" in each}
+    truths: Truths = {each["id"]: each["ground_truth"] for each in records if "ground_truth" in each}
     if category in CALLED and not truths:
         found = the_file(folder, f"possible_answer/*{category}.json*", f"possible_answer/{path.name}", SOURCE)
         truths = {each["id"]: each["ground_truth"] for each in read_records(found, AnswerRecord)}
     return [_question(record, category, truths, f"{path}, question {record['id']}") for record in records]
 
 
-def _question(record: QuestionRecord, category: str, truths: Mapping[str, Any], place: str) -> Question:
+def _question(record: QuestionRecord, category: str, truths: Truths, place: str) -> Question:
     if len(record["question"]) != 1:
         raise DataError(f"{place} has {len(record['question'])} turns, but live questions have one. Correct it.")
     functions = {each["name"]: each for each in record["function"]}
@@ -141,13 +146,13 @@ def _check_function(function: FunctionRecord, place: str) -> None:
             )
 
 
-def _tool(function: FunctionRecord) -> dict[str, Any]:
+def _tool(function: FunctionRecord) -> dict[str, object]:
     """Return a function's JSON Schema in the form that chat templates take."""
     described = {**function, "name": plain_name(function["name"]), "parameters": _schema(function["parameters"])}
     return {"type": "function", "function": described}
 
 
-def _schema(parameter: Mapping[str, Any]) -> dict[str, Any]:
+def _schema(parameter: Mapping[str, Any]) -> dict[str, object]:
     found = dict(parameter)
     kind = parameter.get("type", "string")
     found["type"] = JSON_TYPES.get(kind, kind)

@@ -67,7 +67,7 @@ def _matches(call: Call, function: Function, allowed: Mapping[str, Sequence[obje
     return all(_fits(value, parameters["properties"][key], allowed[key]) for key, value in arguments.items())
 
 
-def _fits(value: object, parameter: Mapping[str, Any], allowed: Sequence[object]) -> bool:
+def _fits(value: object, parameter: Function, allowed: Sequence[object]) -> bool:
     """Return whether an argument has the parameter's type and one of the allowed values."""
     kind, wanted = parameter["type"], TYPES[parameter["type"]]
     inner = TYPES[parameter["items"]["type"]] if kind in LISTS else None
@@ -111,7 +111,7 @@ def _dict_fits(value: Mapping[str, object], allowed: Mapping[str, Sequence[objec
     return all(key in allowed and _standard(each) in map(_standard, allowed[key]) for key, each in value.items())
 
 
-def _dicts_fit(value: Sequence[Any], allowed: object) -> bool:
+def _dicts_fit(value: Sequence[object], allowed: object) -> bool:
     if not isinstance(allowed, list | str) or len(value) != len(allowed):
         return False
     return all(

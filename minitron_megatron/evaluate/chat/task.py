@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from typing_extensions import TypedDict
 
@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+RecordT = TypeVar("RecordT")
+
+
 class Message(TypedDict):
     """One message of a conversation, in the form that chat templates take."""
 
@@ -49,7 +52,7 @@ class Question:
     """Messages before each turn of the assistant; those of a later turn follow the answer before."""
     row: Mapping[str, Any]
     """Record of the question, with its true answers."""
-    tools: Sequence[Mapping[str, Any]] = ()
+    tools: Sequence[Mapping[str, object]] = ()
     """JSON schemas of the functions that the assistant may call."""
     temperature: float = 0.0
     """Sampling temperature that the task's authors use; 0 is greedy decoding."""
@@ -97,7 +100,7 @@ class ChatTask(ABC):
         """Grade answers. folder: the task's folder. file: JSON lines of an earlier, interrupted grading, if any."""
 
 
-def read_records(path: Path, kind: type[Any]) -> list[Any]:
+def read_records(path: Path, kind: type[RecordT]) -> list[RecordT]:
     """Return the records of a file, a JSON array or one object per line, each checked as a `kind` (a TypedDict).
 
     Raises DataError or FileError, which names the file and the record.

@@ -22,7 +22,7 @@ __all__ = ["CHARTS", "Chart", "charts_of"]
 
 CHARTS = ".charts.json"
 """Ending of the file of a figure's charts, beside its PNG."""
-Chart = dict[str, Any]
+Chart = dict[str, object]
 DASHES = {"-": "solid", "--": "dash", ":": "dot", "None": "solid"}
 MARKERS = {
     "o": "circle",
@@ -85,12 +85,12 @@ def _bars(bars: BarContainer, named: bool) -> Chart:
     }
 
 
-def _note(text: Text) -> dict[str, Any]:
+def _note(text: Text) -> Chart:
     x, y = text.get_position()
     return {"x": float(x), "y": float(y), "text": _plain(text.get_text()), "showarrow": False, "xanchor": "left"}
 
 
-def _trace(axes: Axes, line: Line2D, named: bool) -> dict[str, Any]:
+def _trace(axes: Axes, line: Line2D, named: bool) -> Chart:
     from matplotlib.colors import to_hex
 
     x, y = (_finite(values) for values in (line.get_xdata(orig=False), line.get_ydata(orig=False)))
@@ -120,12 +120,12 @@ def _trace(axes: Axes, line: Line2D, named: bool) -> dict[str, Any]:
     }
 
 
-def _axis(axis: Axis, label: str, limits: Sequence[float]) -> dict[str, Any]:
+def _axis(axis: Axis, label: str, limits: Sequence[float]) -> Chart:
     from matplotlib.category import StrCategoryLocator
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
     log = axis.get_scale() == "log"
-    found: dict[str, Any] = {
+    found: Chart = {
         "title": {"text": _plain(label)},
         "type": "log" if log else "linear",
         "exponentformat": "power" if log else "SI",

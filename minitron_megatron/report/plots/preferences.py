@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ... import numbers
 from .style import COLOURS, count_axis, legend_outside, new_figure
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 __all__ = ["preference_curves"]
 
+Line = Mapping[str, Any]
 PANELS = {
     "loss": ("Loss of the round", "loss per pair"),
     "preference_accuracy": ("Share of pairs whose chosen response gained more", "accuracy"),
@@ -20,7 +24,7 @@ PANELS = {
 """Metric -> title and axis label of its panel. Each has a counterpart on held-out pairs, `validation_...`."""
 
 
-def preference_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
+def preference_curves(metrics: Sequence[Line], path: Path) -> Path | None:
     """Plot the rounds that train on pairs against the pairs seen: training as a line, held-out pairs as dots."""
     lines = [line for line in metrics if line.get("pairs") is not None]
     stages = sorted({line["stage"] for line in lines}, key=lambda stage: (len(stage), stage))
@@ -39,7 +43,7 @@ def preference_curves(metrics: Sequence[Mapping[str, Any]], path: Path) -> Path 
     return path
 
 
-def _draw(axes: Any, lines: Sequence[Mapping[str, Any]], key: str, stage: str, colour: str) -> None:
+def _draw(axes: Axes, lines: Sequence[Line], key: str, stage: str, colour: str) -> None:
     trained = [(line["pairs"], line[key]) for line in lines if line.get(key) is not None]
     measured = f"validation_{key}"
     held_out = [(line["pairs"], line[measured]) for line in lines if line.get(measured) is not None]
