@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 __all__ = ["GPUS", "MFU", "Gpu", "gpu_of_name"]
 
-MFU = 0.37
+MFU = 0.45
 """Model FLOPs utilisation that estimates assume: about what the presets of `examples` reach when they are rehearsed.
 Modelled, not measured."""
 
