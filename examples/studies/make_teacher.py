@@ -97,7 +97,7 @@ STUDIES = Teacher(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains the teacher of the studies.")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=2400)
     args = parser.parse_args()
     teacher = args.work / "teacher"
     STUDIES.make(args.work, teacher, args.steps)

@@ -31,6 +31,7 @@ def one_kernel(function: Callable[P, R]) -> Callable[P, R]:
 
 @cache
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function as torch compiles it, at its first call and once a process."""
     return torch.compile(function, dynamic=True)
 
 

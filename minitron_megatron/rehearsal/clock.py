@@ -26,7 +26,7 @@ NODE = 8
 ASSUMED = (
     f"Modelled, not measured: {MATMUL:.0%} of the data sheet's peak for matrix products, {ATTENTION[0]:.0%} and "
     f"{ATTENTION[1]:.0%} for attention forward and backward ({CUDNN_ATTENTION[0]:.0%} and {CUDNN_ATTENTION[1]:.0%} by "
-    f"cuDNN, on Hopper), {BANDWIDTH:.0%} of the memory's bandwidth, "
+    f"cuDNN, on H100, H200 and B200), {BANDWIDTH:.0%} of the memory's bandwidth, "
     f"{LINK:.0%} of the links' in groups of up to {NODE}, {NETWORK / 1e9:.0f} GB/s a GPU between nodes; only "
     "collectives that are started early overlap with computing. Speeds in bf16 that others published are 1.3 to 1.9 "
     "times lower than this model gives."
