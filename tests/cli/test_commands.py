@@ -198,7 +198,7 @@ def test_init_makes_a_recipe_that_loads(material: Path, tmp_path: Path) -> None:
 
 def test_estimate_counts_what_is_built(recipe_file: Write) -> None:
     said = say("estimate", recipe_file(), "--gpus", "2")
-    assert "parameters" in said and "on 2 H100 GPUs at 37% of 989 TFLOP/s" in " ".join(said.split())
+    assert "parameters" in said and "on 2 H100 GPUs at 45% of 989 TFLOP/s" in " ".join(said.split())
     assert "MiB before activations" in said
 
 
