@@ -40,15 +40,17 @@ def slowest(found: RehearsalJson) -> RehearsalJson:
 def whole_rows(found: RehearsalJson) -> dict[str, str]:
     """Return what is modelled of the whole cluster, by name."""
     share, tokens = found["utilisation"], found["tokens_of_a_step"]
-    rows = {
-        "step": f"{numbers.duration(found['seconds_of_a_step'])}, {numbers.count(tokens)} tokens",
-        "tokens per second": (
-            f"{numbers.count(found['tokens_per_second'])}, {numbers.count(found['tokens_per_second_per_gpu'])} a GPU"
-        ),
-        "utilisation": numbers.ABSENT if share is None else f"{share:.2f} of the bf16 peak",
-    }
-    rows = (rows if tokens else {}) | {"time": numbers.duration(3600 * found["hours"])}
-    return rows | {ASSUMED: found[MODELLED]}
+    rows: dict[str, str] = {}
+    if share is not None:
+        rows["step"] = f"{numbers.duration(found['seconds_of_a_step'])}, {numbers.count(tokens)} tokens"
+    elif tokens:
+        rows["tokens"] = numbers.count(tokens)
+    if tokens:
+        speeds = (found["tokens_per_second"], found["tokens_per_second_per_gpu"])
+        rows["tokens per second"] = "{}, {} a GPU".format(*map(numbers.count, speeds))
+    if share is not None:
+        rows["utilisation"] = f"{share:.2f} of the bf16 peak"
+    return rows | {"time": numbers.duration(3600 * found["hours"]), ASSUMED: found[MODELLED]}
 
 
 def rank_rows(rank: RehearsalJson) -> dict[str, str]:
