@@ -102,14 +102,16 @@ def _prune(context: RehearsedContext) -> None:
 
 
 def _search(context: RehearsedContext) -> None:
-    """Measure the largest candidate; each replica measures a share of them, on all samples."""
+    """Measure the largest candidate on all samples; each replica measures a share of them, unless experts are spread
+    over replicas or candidates are refitted."""
     ledger, rehearsed, keys, topology = context.ledger, context.rehearsed, context.recipe.score, context.topology
     teacher = read_config(context.recipe.model).shape
     candidates = candidates_of(context.recipe, teacher)
     widths = {axis: size for axis, size in candidates[0].sizes.items() if axis != "layers"}
     plan = random_plan(teacher, 0, layers=tuple(range(candidates[0].shape.layers)), **widths)
     model = context.load_prune_source(DTYPES[keys.dtype])
-    rehearsed.repeats = -(-len(candidates) // (topology.dp if topology.ep == 1 else 1))
+    apart = topology.ep == 1 and context.recipe.prune.refit == "none"
+    rehearsed.repeats = -(-len(candidates) // (topology.dp if apart else 1))
     rehearsed.micro_batches = max(1, -(-keys.samples // keys.micro_batch))
     rehearsed.tokens = keys.micro_batch * context.recipe.data.sequence
     few = min(rehearsed.micro_batches, topology.pp)
@@ -147,7 +149,10 @@ def _generate(context: RehearsedContext) -> None:
 
 
 PARTS: Mapping[str, Callable[[RehearsedContext], None]] = {
-    **{"prune": _prune, "search": _search, "export": _export, "generate": _generate}
+    "prune": _prune,
+    "search": _search,
+    "export": _export,
+    "generate": _generate,
 }
 """Parts of a run that are rehearsed otherwise than by their stage."""
 

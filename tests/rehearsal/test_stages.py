@@ -102,7 +102,8 @@ def test_a_cut_and_its_refit_are_a_stage(stage: Call) -> None:
 
 
 def test_a_search_measures_every_candidate_on_all_samples(stage: Call) -> None:
-    """A grid of two candidates takes twice one's work, or what one takes where each of two replicas has one."""
+    """A grid of two candidates takes twice one's work, or what one takes where each of two replicas has one; all
+    replicas measure those that are refitted together."""
     sizes = ("prune={}", "score.samples=32", "score.micro_batch=2")
     one, two = (
         f"search={{hidden: [{hidden}], ffn: [64], budget: {{params: 97000}}, light: null}}"
@@ -110,7 +111,9 @@ def test_a_search_measures_every_candidate_on_all_samples(stage: Call) -> None:
     )
     few, many = (stage(*sizes, keys, stage="search") for keys in (one, two))
     shared = stage(*sizes, two, stage="search", gpus=2)
+    together = stage(*sizes, two, "prune.refit=outputs", "prune.refit_samples=8", stage="search", gpus=2)
     assert many["flops"] > 2 * few["flops"] > 0  # the rehearsed one is the largest
+    assert together["flops"] == many["flops"]
     assert shared["flops"] == many["flops"] / 2 and shared["peak_bytes"] == many["peak_bytes"]
 
 
@@ -129,6 +132,17 @@ def test_a_generated_token_costs_as_much_as_another(stage: Call) -> None:
     assert few["flops"] == pytest.approx(many["flops"] / 4, rel=0.01)
     assert few["peak_bytes"] < many["peak_bytes"]
     assert few["kernels"] > 20 * 32
+
+
+@pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2), (2, 2)])
+def test_a_search_an_export_and_generation_are_split_over_tp_and_pp(stage: Call, tp: int, pp: int) -> None:
+    split = (f"parallel.tp={tp}", f"parallel.sequence_parallel={str(tp > 1).lower()}", f"parallel.pp={pp}")
+    search = ("prune={}", "search={hidden: [32], ffn: [64], budget: {params: 97000}, light: null}")
+    short = ("data.sequence=64", "correct=null", "distill.warmup_steps=1", "evaluate.micro_batch=4")
+    for name, keys in {"search": search, "export": (), "generate": short}.items():
+        whole, part = stage(*keys, stage=name), stage(*keys, *split, gpus=tp * pp, stage=name)
+        assert part["peak_bytes"] < whole["peak_bytes"] and part["communication"]
+        assert part["flops"] < whole["flops"] or name == "export"
 
 
 @pytest.mark.parametrize("tp, pp", [(2, 1), (1, 2), (2, 2)])
