@@ -10,11 +10,11 @@ from ..gpus import GPUS
 from ..layout import Shape, flops_per_token
 from ..parallel import Topology
 from ..recipe import Recipe
-from ..refit import RIDGES
+from ..refit import MOMENT_ROWS, MOMENT_TOKENS, RIDGES
 from .memory import WEIGHT_BYTES, model_bytes
 from .sizes import Sizes
 
-__all__ = ["RefitCost", "refit_bytes", "refit_cost", "refit_flops"]
+__all__ = ["RefitCost", "host_bytes", "refit_bytes", "refit_cost", "refit_flops"]
 
 FP64_SHARE = (GPUS["H100"].fp64_flops or 0) / GPUS["H100"].flops
 """FP64 matrix products over dense bf16 ones, peak of an H100."""
@@ -52,7 +52,7 @@ def refit_cost(recipe: Recipe, sizes: Sizes, dp: int) -> RefitCost:
             (forward + exact / FP64_SHARE) * recipe.parallel.pp - forward - exact for forward, exact in (own, *others)
         ),
         rank_bytes=refit_bytes(recipe, teacher, student),
-        host_bytes=_host_bytes(recipe, teacher, student, dp),
+        host_bytes=host_bytes(recipe, teacher, student, dp),
     )
 
 
@@ -108,33 +108,42 @@ def refit_flops(recipe: Recipe, teacher: Shape, student: Shape) -> tuple[int, in
     ridges = 1 if keys.refit_ridge else len(RIDGES)
     exact = 0.0
     for site in _sites(teacher, student):
-        exact += site.copies * 2 * tokens * site.share * site.size**2
-        exact += site.copies * ridges * (site.inputs**3 / 3 + 6 * site.outputs * site.inputs**2)
+        exact += site.copies * tokens * site.share * site.size * (site.size + MOMENT_ROWS)
+        exact += site.copies * ridges * (site.inputs**3 / 3 + 4 * site.outputs * site.inputs**2)
     return forward * tokens, round(exact)
 
 
 def refit_bytes(recipe: Recipe, teacher: Shape, student: Shape) -> int:
-    """Return the most that a rank holds of weights and normal equations, activations not counted."""
+    """Return the most that a rank holds of weights, normal equations and the vectors they are made of; the activations
+    of a layer's own forward pass are not counted."""
     topology = Topology.of(recipe.parallel)
     both = zip(
         *(model_bytes(shape, topology, recipe.dtype) for shape in (teacher, student)),
         strict=True,
     )
+    tokens = recipe.score.micro_batch * recipe.data.sequence
     return max(sum(pair) for pair in both) + max(
-        _site_bytes(site, topology.tp, student.experts if site.share < 1 else 1) for site in _sites(teacher, student)
+        _site_bytes(site, tokens, topology.tp, student.experts if site.share < 1 else 1)
+        for site in _sites(teacher, student)
     )
 
 
-def _site_bytes(site: _Site, tp: int, together: int) -> int:
-    """Moments of the layers that are taken together, and a solve: the Gram matrix with its ridge and its factor."""
+def _site_bytes(site: _Site, tokens: int, tp: int, together: int) -> int:
+    """Moments of the layers that are taken together, and the larger of two: the vectors of a micro-batch, their inputs
+    and some in fp64; the gathered moments and a solve's Gram matrix with its ridge and factor."""
     moments = 2 * 8 * site.size**2
-    gathered = moments * (1 + 1 / tp) if tp > 1 else 0
-    return round(together * moments / tp + gathered + 2 * 8 * site.inputs**2)
+    chosen = round(tokens * site.share)
+    adding = chosen * (site.size + site.inputs) * 4 + min(chosen, MOMENT_TOKENS) * site.size * (4 + 8)
+    solving = (moments * (1 + 1 / tp) if tp > 1 else 0) + 2 * 8 * site.inputs**2
+    return round(together * moments / tp + max(adding, solving))
 
 
-def _host_bytes(recipe: Recipe, teacher: Shape, student: Shape, dp: int) -> int:
+def host_bytes(recipe: Recipe, teacher: Shape, student: Shape, dp: int) -> int:
     """Return the bytes of the residual streams of a rank's samples and what is kept of the teacher's layer at work."""
     tokens = recipe.prune.refit_samples * recipe.data.sequence // dp
     split = recipe.parallel.tp if recipe.parallel.sequence_parallel else 1
-    kept = 6 if student.hidden < teacher.hidden else 4
-    return tokens * (kept * teacher.hidden + 2 * student.hidden) * WEIGHT_BYTES[recipe.dtype] // split
+    narrow = student.hidden < teacher.hidden
+    read = 2 if narrow else int(student.experts > 0)
+    theirs = 3 + read + min(teacher.layers - student.layers, 2)
+    ours = 2 if recipe.prune.refit == "sequential" else 1
+    return tokens * (theirs * teacher.hidden + ours * student.hidden) * WEIGHT_BYTES[recipe.dtype] // split

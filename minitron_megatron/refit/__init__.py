@@ -3,8 +3,9 @@
 Knows: plans, plain models, activations, normal equations. Must not know: how a plan was chosen, losses, recipes.
 """
 
+from .moments import MOMENT_ROWS, MOMENT_TOKENS
 from .refit import Method, refit
 from .solve import RIDGES
 from .weights import SiteFit
 
-__all__ = ["RIDGES", "Method", "SiteFit", "refit"]
+__all__ = ["MOMENT_ROWS", "MOMENT_TOKENS", "RIDGES", "Method", "SiteFit", "refit"]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from ..layout import Param
 from ..parallel import Topology, all_reduce, gather_sequence
 
-__all__ = ["Moments", "share_of", "unshard"]
+__all__ = ["MOMENT_ROWS", "MOMENT_TOKENS", "Moments", "share_of", "unshard"]
 
-TOKENS = 4096
+MOMENT_TOKENS = 4096
 """Tokens that are added at a time: an fp64 copy of so many vectors exists."""
+
+MOMENT_ROWS = 64
+"""Rows that are added at a time."""
 
 
 def share_of(size: int, part: int, parts: int) -> range:
@@ -23,24 +28,33 @@ def share_of(size: int, part: int, parts: int) -> range:
 class Moments:
     """Sums of z z' over tokens, z = (target, input), apart for calibration tokens and held-out ones: fp64.
 
-    Each tensor-parallel rank adds up its part of the rows from whole vectors, which all of them have.
+    Each tensor-parallel rank adds up its part of the rows from whole vectors, which all of them have. The matrix is
+    symmetric, so a block of rows adds up the columns of its own and of the half of all blocks that follows, past the
+    last one from the first one on: all ranks do as much.
     """
 
     def __init__(self, size: int, topology: Topology) -> None:
         self.size, self.topology = size, topology
-        self.rows = share_of(size, topology.tp_rank, topology.tp)
+        parts = [share_of(size, rank, topology.tp) for rank in range(topology.tp)]
+        self.rows = parts[topology.tp_rank]
+        self.edges = [*(start for rows in parts for start in rows[::MOMENT_ROWS]), size]
+        self.half = (len(self.edges) + 1) // 2
+        """Blocks of columns that a block of rows adds up."""
         self.sums = torch.zeros(2, len(self.rows), size, dtype=torch.float64, device=topology.device)
         self.tokens = torch.zeros(2, dtype=torch.float64, device=topology.device)
 
     def add(self, vectors: Tensor, kind: Tensor) -> None:
         """vectors: [tokens, size]; kind: int8 [tokens], the place of each in the sums, or -1: it does not count."""
-        rows = slice(self.rows.start, self.rows.stop)
         for place in (0, 1):
             chosen = (kind == place).nonzero().flatten()
             self.tokens[place] += len(chosen)
-            for some in chosen.split(TOKENS):
+            for some in chosen.split(MOMENT_TOKENS):
                 z = vectors[some].double()
-                self.sums[place].addmm_(z[:, rows].T, z)
+                for block, (start, stop) in enumerate(pairwise(self.edges)):
+                    if start in self.rows:
+                        mine = self.sums[place, start - self.rows.start : stop - self.rows.start]
+                        for columns in self._following(block, self.half):
+                            mine[:, columns].addmm_(z[:, start:stop].T, z[:, columns])
 
     def total(self) -> tuple[Tensor, Tensor]:
         """(the whole matrix of all tokens: fp64 [2, size, size], tokens: fp64 [2]). Collective over tp and dp."""
@@ -51,7 +65,19 @@ class Moments:
             padded = sums.new_zeros(each, 2, self.size)
             padded[: len(self.rows)] = sums.transpose(0, 1)
             sums = gather_sequence(padded, self.topology.tp_group)[: self.size].transpose(0, 1)
+        for block, (start, stop) in enumerate(pairwise(self.edges)):
+            for columns in self._following(block + self.half, len(self.edges) - 1 - self.half):
+                sums[:, start:stop, columns] = sums[:, columns, start:stop].mT
         return sums, tokens
+
+    def _following(self, block: int, count: int) -> list[slice]:
+        """The columns of so many blocks, in a circle."""
+        blocks = len(self.edges) - 1
+        first = block % blocks
+        last = first + count
+        if last <= blocks:
+            return [slice(self.edges[first], self.edges[last])]
+        return [slice(self.edges[first], self.size), slice(0, self.edges[last - blocks])]
 
 
 def unshard(tensor: Tensor, axis: int, param: Param, dim: int, sizes: dict[str, int], topology: Topology) -> Tensor:

@@ -34,11 +34,10 @@ class Problem:
     square: Tensor
     """[2]: squares of (target - output with the present weights), over this rank's rows."""
 
-    def errors(self, step: Tensor) -> Tensor:
-        """Squared errors over this rank's rows once `step` is added to the weights: fp64 [2]."""
-        linear = (self.cross * step).flatten(1).sum(1)
-        quadratic = ((step @ self.gram) * step).flatten(1).sum(1)
-        return (self.square - 2 * linear + quadratic).clamp(min=0)
+    def error(self, step: Tensor, place: int) -> Tensor:
+        """Squared error of a kind of tokens over this rank's rows once `step` is added to the weights: a scalar."""
+        change = ((step @ self.gram[place] - 2 * self.cross[place]) * step).sum()
+        return (self.square[place] + change).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,17 @@ def solve(problem: Problem, ridges: Sequence[float], total: Callable[[Tensor], T
     total: sums a tensor in place over the ranks that solve for the other rows. Collective over them.
     """
     before = total(problem.square.clone())
-    best = Solution(None, None, before, before)
+    best, least = None, before[HELD_OUT]
     for ridge in ridges:
         step = ridge_step(problem.gram[CALIBRATION], problem.cross[CALIBRATION], ridge)
         if step is None:
             continue
-        after = total(problem.errors(step))
-        if bool(after[HELD_OUT] < best.after[HELD_OUT]):
-            best = Solution(step, ridge, before, after)
-    return best
+        error = total(problem.error(step, HELD_OUT))
+        if bool(error < least):
+            best, least = (step, ridge), error
+    if best is None:
+        return Solution(None, None, before, before)
+    return Solution(*best, before, torch.stack([total(problem.error(best[0], CALIBRATION)), least]))
 
 
 def ridge_step(gram: Tensor, cross: Tensor, ridge: float) -> Tensor | None:

@@ -21,7 +21,7 @@ from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import choose, trim
 from minitron_megatron.recipe import load_recipe
 from minitron_megatron.records import Plan, Scores
-from minitron_megatron.refit import refit
+from minitron_megatron.refit import MOMENT_ROWS, refit
 from minitron_megatron.report import report_run
 from minitron_megatron.run import dry_run, run
 from minitron_megatron.run.context import Context
@@ -137,7 +137,7 @@ def test_an_estimate_counts_a_refit(recipe_file: Write) -> None:
     doubled = load_recipe(recipe_file(prune=PRUNE), ["prune.refit_samples=96", "correct=null"])
     one, two = (refit_flops(each, SHAPE, student) for each in (recipe, doubled))
     assert two[0] == 2 * one[0]
-    moments = sum(copies * 2 * 48 * 16 * size**2 for copies, size in _moments(student))
+    moments = sum(copies * 48 * 16 * size * (size + MOMENT_ROWS) for copies, size in _moments(student))
     assert two[1] - one[1] == moments
     assert repaired.refit_bytes == refit_bytes(recipe, SHAPE, student)
     assert json.dumps(repaired.predictions())
