@@ -234,7 +234,7 @@ def main() -> None:
     args.recipe, args.work, args.topology = Path(args.recipe), Path(args.work), Topology.start()
     if args.untie:
         tied = load_recipe(args.recipe, args.overrides, args.work).model
-        args.overrides.append(f"model={untied(Path(tied), args.work / 'untied')}")
+        args.overrides.append(f"model={untied(Path(tied), args.work.with_name(f'{args.work.name}-untied'))}")
     for cut in args.cut:
         for samples in args.samples or ([] if args.steps else [args.calibration]):
             record("refit_study", model=_name(args), threads=torch.get_num_threads(), **untrained(args, cut, samples))
