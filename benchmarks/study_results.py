@@ -2,7 +2,7 @@
 
     python benchmarks/study_results.py runs/studies-studies losses width-depth
 
-Appends each study's `table.json` to `results/studies.jsonl`, writes its plot to `docs/studies/NAME.png` in 64 colours,
+Appends each study's `table.json` to `results/studies.jsonl`, writes its plot to `docs/studies/NAME.png` in 256 colours,
 and prints the command, the table and the plot as `docs/studies.md` has them.
 """
 
@@ -23,10 +23,10 @@ PLOTS = Path(__file__).parents[1] / "docs" / "studies"
 def table(found: dict[str, Any]) -> str:
     """An arm a row; of each measure the mean with its spread, and the difference from the first arm with its seeds."""
     arms, several = found["arms"], len(found["measures"]) > 1
-    first, heads = arms[0]["arm"], ["arm"]
+    heads = ["arm"]
     for name in found["measures"]:
         of = f"{name}: " if several else ""
-        heads += [f"{of}mean (spread)", f"{of}less {first}", "better : worse"]
+        heads += [f"{of}mean (spread)", f"{of}difference", "better : worse"]
         if _printed(found, name):
             heads.append("the paper's")
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
@@ -62,7 +62,11 @@ def main() -> None:
     for name in args.studies:
         found = read_json(args.folder / name / "table.json")
         record("studies", **found)
-        image = Image.open(args.folder / name / "table.png").convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        image = (
+            Image.open(args.folder / name / "table.png")
+            .convert("RGB")
+            .quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+        )
         image.save(PLOTS / f"{name}.png", optimize=True)
         print(f"\n{table(found)}\n\n![{found['title']}](studies/{name}.png)\n")
 
