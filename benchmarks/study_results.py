@@ -43,7 +43,7 @@ def _printed(found: dict[str, Any], name: str) -> bool:
 
 
 def _cells(of: dict[str, Any] | None, *, printed: bool) -> list[str]:
-    if of is None:
+    if of is None or of["mean"] is None:
         return [""] * (4 if printed else 3)
     cells = [f"{of['mean']:.3f} ({of['spread']:.3f})", "", ""]
     if of["difference"] is not None:
