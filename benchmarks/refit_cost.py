@@ -1,6 +1,6 @@
 """Cost of a refit of all sites, over one scoring pass on the same tokens and over the memory that `estimate` counts.
 
-    python benchmarks/refit_cost.py [--tokens 4096 16384]
+    python benchmarks/refit_cost.py [--tokens 4096 8192 16384]
 
 A Llama of 4 layers, hidden 256 to 192 and ffn 768 to 512, in float32, samples of 256 tokens, by both methods. Aims:
 CPU time of 6 scoring passes or less, and a peak of live memory within 10 % of `estimate`'s bytes of a refit with the
@@ -95,7 +95,7 @@ def measured(method: Method, tokens: int, topology: Topology) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A refit's time over scoring, and its memory over the estimate.")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384])
     torch.set_num_threads(1)
     topology = Topology.start()
     for tokens in parser.parse_args().tokens:

@@ -3,7 +3,7 @@
     python benchmarks/study_results.py runs/studies-studies losses width-depth
 
 Appends each study's `table.json` to `results/studies.jsonl`, writes its plot to `docs/studies/NAME.png` in 256 colours,
-and prints the command, the table and the plot as `docs/studies.md` has them.
+and prints the table and the link to the plot as `docs/studies.md` has them.
 """
 
 from __future__ import annotations
