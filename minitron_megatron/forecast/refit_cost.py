@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from ..gpus import GPUS
 from ..layout import Shape, flops_per_token
 from ..parallel import Topology
 from ..recipe import Recipe
-from ..refit import MOMENT_ROWS, MOMENT_TOKENS, RIDGES
+from ..refit import MOMENT_ROWS, MOMENT_TOKENS, RIDGES, SITES, cut_sites, known_sites, shared_sites
 from .memory import WEIGHT_BYTES, model_bytes
 from .sizes import Sizes
 
@@ -34,7 +34,8 @@ class RefitCost:
     rank_bytes: int
     """Bytes of the fullest rank: weights of both models and the largest layer's normal equations."""
     host_bytes: int
-    """Host memory per rank: the states of both models at one layer, of this rank's samples."""
+    """Host memory per rank: the states of both models at one layer, of this rank's samples, or the teacher's at one
+    layer and the second moments that a search's candidates share."""
 
 
 def refit_cost(recipe: Recipe, sizes: Sizes, dp: int) -> RefitCost:
@@ -43,16 +44,20 @@ def refit_cost(recipe: Recipe, sizes: Sizes, dp: int) -> RefitCost:
     if recipe.prune.refit == "none":
         return RefitCost(0, 0, 0.0, 0, 0)
     teacher, student, light = sizes.teacher, sizes.student, recipe.search.light if recipe.search else None
-    searched = [each.shape for each in (*sizes.candidates, *sizes.candidates[: light.top if light else 0])]
-    own, *others = (refit_flops(recipe, teacher, shape) for shape in (student, *searched))
+    shapes = [each.shape for each in sizes.candidates]
+    shared = shared_sites(recipe.prune.refit, teacher, shapes)
+    own = refit_flops(recipe, teacher, student)
+    others = [shared_flops(recipe, teacher, shared)] if shared else []
+    others += [refit_flops(recipe, teacher, shape, shared) for shape in shapes]
+    others += [refit_flops(recipe, teacher, shape) for shape in shapes[: light.top if light else 0]]
     return RefitCost(
         prune_flops=sum(own),
         search_flops=sum(map(sum, others)),
         delay=sum(
             (forward + exact / FP64_SHARE) * recipe.parallel.pp - forward - exact for forward, exact in (own, *others)
         ),
-        rank_bytes=refit_bytes(recipe, teacher, student),
-        host_bytes=host_bytes(recipe, teacher, student, dp),
+        rank_bytes=max(refit_bytes(recipe, teacher, student), shared_bytes(recipe, teacher, shared)),
+        host_bytes=max(host_bytes(recipe, teacher, student, dp), shared_host_bytes(recipe, teacher, shared, dp)),
     )
 
 
@@ -67,6 +72,8 @@ class _Site(NamedTuple):
     """Numbers of a token besides its inputs that moments are taken of."""
     share: float = 1.0
     """Tokens that each of them sees, of all."""
+    point: str = ""
+    """Of `SITES`, where it is there."""
 
     @property
     def size(self) -> int:
@@ -79,9 +86,9 @@ def _sites(teacher: Shape, student: Shape) -> Iterator[_Site]:
     sent = teacher.experts_per_token / student.experts if student.experts else 1.0
     mlps = [(student.ffn, layers, 1.0), (student.expert_ffn, layers * student.experts, sent)]
     mlps = [(size, count, share) for size, count, share in [*mlps, (student.shared_ffn, layers, 1.0)] if size and count]
-    yield _Site(layers, attention, hidden, hidden)
+    yield _Site(layers, attention, hidden, hidden, point="proj")
     for size, count, share in mlps:
-        yield _Site(count, size, hidden, hidden, share)
+        yield _Site(count, size, hidden, hidden, share, "" if student.experts else "fc2")
     if student.hidden == teacher.hidden:
         return
     yield _Site(layers, hidden, attention + 2 * student.kv_groups * student.head_dim, teacher.hidden)
@@ -90,27 +97,46 @@ def _sites(teacher: Shape, student: Shape) -> Iterator[_Site]:
     yield _Site(1, hidden, 1 if student.tied else student.padded_vocab, teacher.hidden)
 
 
-def refit_flops(recipe: Recipe, teacher: Shape, student: Shape) -> tuple[int, int]:
+def refit_flops(recipe: Recipe, teacher: Shape, student: Shape, shared: Collection[str] = ()) -> tuple[int, int]:
     """Return FLOPs of forward passes, and FLOPs of fp64 moments and solves.
 
     The teacher runs once. Of the student every layer runs to its output projection, where the residual stream was cut
-    to the MLP's input too, and to its end; `sequential` runs it once more with its new weights.
+    to the MLP's input too, and to its end; `sequential` runs it once more with its new weights. Nothing runs for a
+    projection that reads what the teacher's reads, where its moments are `shared` or no unit of it was cut.
     """
     keys = recipe.prune
+    assert keys.refit != "none"
+    known, cut = known_sites(keys.refit, teacher, student), cut_sites(teacher, student)
+    given = known & cut & set(shared)
+    free = known - cut | given
     tokens, sequence = keys.refit_samples * recipe.data.sequence, recipe.data.sequence
     one, two = (flops_per_token(student.resized(layers=layers), sequence) for layers in (1, 2))
     width = student.ffn or student.expert_ffn * student.experts_per_token + student.shared_ffn
     attention = two - one - 2 * (3 if student.gated else 2) * student.hidden * width
-    narrow, whole = student.hidden < teacher.hidden, 1 + (keys.refit == "sequential")
-    forward = flops_per_token(teacher, sequence) + student.layers * (
-        attention * (1 + narrow + (student.experts > 0)) + (two - one) * whole
-    )
+    to_projection = ("proj" not in free) + (student.hidden < teacher.hidden) + (student.experts > 0)
+    to_end = ("fc2" not in free) + (keys.refit == "sequential")
+    forward = student.layers * (attention * to_projection + (two - one) * to_end)
+    if free != set(SITES):
+        forward += flops_per_token(teacher, sequence)
     ridges = 1 if keys.refit_ridge else len(RIDGES)
     exact = 0.0
     for site in _sites(teacher, student):
-        exact += site.copies * tokens * site.share * site.size * (site.size + MOMENT_ROWS)
-        exact += site.copies * ridges * (site.inputs**3 / 3 + 4 * site.outputs * site.inputs**2)
+        if site.point not in free:
+            exact += site.copies * tokens * site.share * site.size * (site.size + MOMENT_ROWS)
+        if site.point not in known - cut:
+            exact += site.copies * ridges * (site.inputs**3 / 3 + 4 * site.outputs * site.inputs**2)
     return forward * tokens, round(exact)
+
+
+def shared_flops(recipe: Recipe, teacher: Shape, shared: Collection[str]) -> tuple[int, int]:
+    """Return FLOPs of the teacher's forward pass, and of the fp64 moments that the refits of its cuts share."""
+    tokens = recipe.prune.refit_samples * recipe.data.sequence
+    moments = sum(size * (size + MOMENT_ROWS) for size in _shared_sizes(teacher, shared))
+    return flops_per_token(teacher, recipe.data.sequence) * tokens, teacher.layers * tokens * moments
+
+
+def _shared_sizes(teacher: Shape, shared: Collection[str]) -> list[int]:
+    return [site.inputs for site in _sites(teacher, teacher) if site.point in shared]
 
 
 def refit_bytes(recipe: Recipe, teacher: Shape, student: Shape) -> int:
@@ -147,3 +173,28 @@ def host_bytes(recipe: Recipe, teacher: Shape, student: Shape, dp: int) -> int:
     theirs = 3 + read + min(teacher.layers - student.layers, 2)
     ours = 2 if recipe.prune.refit == "sequential" else 1
     return tokens * (theirs * teacher.hidden + ours * student.hidden) * WEIGHT_BYTES[recipe.dtype] // split
+
+
+def shared_bytes(recipe: Recipe, teacher: Shape, shared: Collection[str]) -> int:
+    """Return the most that a rank holds of the teacher and the shared moments of a layer, while they are made: the
+    moments and the vectors in fp64, or their rows twice."""
+    if not shared:
+        return 0
+    topology, tokens = Topology.of(recipe.parallel), recipe.score.micro_batch * recipe.data.sequence
+    sizes = _shared_sizes(teacher, shared)
+    moments = sum(2 * 8 * size**2 // topology.tp for size in sizes)
+    adding = tokens * sum(sizes) * 4 + min(tokens, MOMENT_TOKENS) * max(sizes) * (4 + 8)
+    weights = max(model_bytes(teacher, topology, recipe.score.dtype))
+    return weights + moments + max(adding, 2 * 8 * max(sizes) ** 2 // topology.tp)
+
+
+def shared_host_bytes(recipe: Recipe, teacher: Shape, shared: Collection[str], dp: int) -> int:
+    """Return the bytes of a rank's part of the shared moments, and of the teacher's states before and after a layer."""
+    if not shared:
+        return 0
+    keys = recipe.parallel
+    layers = -(-teacher.layers // keys.pp)
+    moments = sum(layers * 2 * 8 * size**2 // (keys.tp * dp) for size in _shared_sizes(teacher, shared))
+    tokens = recipe.prune.refit_samples * recipe.data.sequence // dp
+    states = 2 * tokens * teacher.hidden * WEIGHT_BYTES[recipe.score.dtype]
+    return moments + states // (keys.tp if keys.sequence_parallel else 1)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..data import Batch
 from ..errors import PlanError, expect_number
@@ -18,6 +19,7 @@ from ..parallel import Topology, fail_together, gather_objects
 from ..records import Plan
 from .mixture import Routed, refit_experts, routed
 from .moments import Moments, unshard
+from .shared import SITES, Method, SharedMoments, cut_sites, known_sites
 from .solve import RIDGES
 from .streams import Stream, Work
 from .weights import SiteFit, Weights
@@ -25,13 +27,9 @@ from .weights import SiteFit, Weights
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-__all__ = ["Method", "refit"]
+__all__ = ["refit"]
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-
-Method = Literal["outputs", "sequential"]
-"""`outputs`: each layer alone, fed with the teacher's states. `sequential`: each layer is fed with the student's own
-states so far and aims at the teacher's, which makes up for earlier errors and for dropped layers."""
 
 
 @torch.no_grad()
@@ -44,6 +42,7 @@ def refit(
     *,
     method: Method = "sequential",
     ridges: Sequence[float] = RIDGES,
+    shared: SharedMoments | None = None,
     listener: Listener = silent,
 ) -> list[SiteFit]:
     """Repair a trimmed model in place by least squares on calibration activations; returns each layer's errors.
@@ -52,21 +51,27 @@ def refit(
     MLP's output projections are fitted to the teacher's residual stream after them, layers whose input was cut to the
     teacher's outputs. Each fit is a ridge regression towards the trimmed weights, its strength the one of `ridges` with
     the least error on held-out samples, an eighth of all; a layer that none improves keeps its weights. A tied output
-    layer stays the embedding, and the final norm before it is scaled, channel by channel, instead. The result does
-    not depend on the parallel layout. Collective over the world. Raises PlanError for models that do not fit the plan
+    layer stays the embedding, and the final norm before it is scaled, channel by channel, instead. shared: the
+    teacher's moments on the same batches; `outputs` takes from them what it would find itself. The result does not
+    depend on the parallel layout. Collective over the world. Raises PlanError for models that do not fit the plan
     and activations that are not finite, and DataError for fewer than 2 samples.
     """
     students, teachers = chunks_of(student), chunks_of(teacher)
     with fail_together():
-        _check(students, teachers, plan, method, ridges)
+        _check(students, teachers, plan, method, ridges, shared)
     with evaluating([*students, *teachers]):
-        run = _Run(students, teachers, plan, batches, topology, method, ridges)
+        run = _Run(students, teachers, plan, batches, topology, method, ridges, shared)
         run.everything(listener)
     return [fit for stage in gather_objects(run.weights.fits, topology.pp_group) for fit in stage]
 
 
 def _check(
-    students: Sequence[Chunk], teachers: Sequence[Chunk], plan: Plan, method: str, ridges: Sequence[float]
+    students: Sequence[Chunk],
+    teachers: Sequence[Chunk],
+    plan: Plan,
+    method: str,
+    ridges: Sequence[float],
+    shared: SharedMoments | None = None,
 ) -> None:
     if method not in get_args(Method):
         raise PlanError(f"refit method {method!r} is not known. Use {' or '.join(get_args(Method))}.")
@@ -74,6 +79,8 @@ def _check(
         raise PlanError("a refit needs one ridge strength at least.")
     for ridge in ridges:
         expect_number("a ridge strength of a refit", ridge, above=0)
+    if shared and (unlike := shared.shape.differences(plan.shape)):
+        raise PlanError(f"the shared moments are another model's: it has {unlike}. Take those of the plan's teacher.")
     for chunks, shape, whose in ((students, plan.target, "student"), (teachers, plan.shape, "teacher")):
         for chunk in chunks:
             if not hasattr(chunk, "decoder"):
@@ -94,18 +101,32 @@ class _Run:
         topology: Topology,
         method: Method,
         ridges: Sequence[float],
+        shared: SharedMoments | None,
     ) -> None:
-        self.plan, self.topology, self.method = plan, topology, method
+        self.plan, self.topology, self.method, self.shared = plan, topology, method, shared
         self.weights = Weights(students, teachers, plan, topology, ridges)
         with fail_together():
             self.work = Work(students, teachers, batches, topology)
         hidden = plan.keep_at(None).get("hidden", torch.arange(plan.shape.hidden))
         self.channels = hidden.to(topology.device)
+        self.tokens = self.work.counted()
+        if shared and not shared.tokens.equal(self.tokens):
+            raise PlanError(
+                "the shared moments are of other samples. Give the refit the batches that they were made of."
+            )
         self.narrow = len(hidden) < plan.shape.hidden
         """Whether the layers that read the residual stream had their input cut."""
+        known = known_sites(method, plan.shape, plan.target)
+        self.whole = known - cut_sites(plan.shape, plan.target)
+        """Points where student and teacher have the same: nothing lacks there."""
+        self.given = (known - self.whole) & set(shared.points if shared else ())
+        """Points whose moments are `shared`."""
 
     def everything(self, listener: Listener) -> None:
         """Repair every layer in order, the states going from stage to stage, and then the output layer."""
+        if self.whole | self.given == set(SITES):
+            self._from_shared(listener)
+            return
         ours, theirs = self.work.begin()
         ours = ours if self.method == "sequential" else []
         layers, stage = self.plan.kept_layers, 0
@@ -122,6 +143,22 @@ class _Run:
             if self.narrow and self.topology.pp_rank == stage:
                 self._output_layer(self._fed(ours, theirs), theirs)
 
+    def _from_shared(self, listener: Listener) -> None:
+        """Repair every layer from the teacher's moments: no state has to be computed."""
+        layers = self.plan.kept_layers
+        for number, source in enumerate(layers):
+            stage = self.topology.stage_of(number, len(layers))
+            moments = self._shared_at(source, stage)
+            with self.work.teacher_layer(source, self.plan.shape.layers, stage) as teacher, fail_together():
+                if teacher is not None:
+                    for point in SITES:
+                        self._match_known(number, source, teacher.layer_number - 1, point, moments)
+            listener(Event("refit", number + 1, len(layers), "layers"))
+
+    def _shared_at(self, source: int, stage: int) -> dict[str, Tensor | None]:
+        """The moments of a teacher's layer that are given, on a stage. Collective over that stage and the layer's."""
+        return {point: self.shared.at(source, point, stage) for point in SITES if self.shared and point in self.given}
+
     def _fed(self, ours: Stream, theirs: Stream) -> Stream:
         """The states that the student's next layer is repaired on."""
         return ours if self.method == "sequential" else [states[..., self.channels.cpu()] for states in theirs]
@@ -132,11 +169,12 @@ class _Run:
         """Repair a layer; returns the states after it, the teacher's after the dropped layers too."""
         here, seen = self.topology.pp_rank == stage, dict[str, Stream]()
         fed: Stream = []
+        moments = self._shared_at(source, stage)
         with self.work.teacher_layer(source, self.plan.shape.layers, stage) as teacher, fail_together():
             if here:
                 fed = self._fed(ours, theirs)
                 seen = self._seen(teacher, theirs, self._points)
-                self._read_layer(number, source, teacher, fed, seen)
+                self._read_layer(number, source, teacher, fed, seen, moments)
         after = self._through(seen.get("out", theirs), range(source + 1, following), stage)
         with fail_together():
             if here:
@@ -174,13 +212,23 @@ class _Run:
         return run_layer(layer, self.work.arguments[batch], states, points)
 
     def _read_layer(
-        self, number: int, source: int, teacher: TransformerLayer, ours: Stream, seen: dict[str, Stream]
+        self,
+        number: int,
+        source: int,
+        teacher: TransformerLayer,
+        ours: Stream,
+        seen: dict[str, Stream],
+        moments: dict[str, Tensor | None],
     ) -> None:
         """Repair all of a layer but its last projection; the teacher's is on this stage."""
-        shell, at = teacher.layer_number - 1, f"decoder.layers.{number}."
+        shell = teacher.layer_number - 1
         if self.narrow:
             self._match_outputs(number, source, shell, "qkv", ours, seen["qkv"], ("self_attention.linear_qkv.weight",))
-        self._match_stream(number, "proj", "middle", f"{at}self_attention.linear_proj.weight", ours, seen["middle"])
+        if "proj" in self.whole | self.given:
+            self._match_known(number, source, shell, "proj", moments)
+        else:
+            name = f"decoder.layers.{number}.{SITES['proj']}"
+            self._match_stream(number, "proj", "middle", name, ours, seen["middle"])
         if self.narrow:
             self._match_outputs(number, source, shell, "mlp", ours, seen["mlp"], self._mlp_readers())
         if self.plan.shape.experts:
@@ -221,6 +269,16 @@ class _Run:
             target = self.weights.whole("teacher", f"decoder.layers.{shell}.{leaf}")
             present = self.weights.whole("student", name)
             self.weights.fit_to_outputs(name, self.weights.kept(target, name, source), sums, tokens, present)
+
+    def _match_known(self, number: int, source: int, shell: int, point: str, moments: dict[str, Tensor | None]) -> None:
+        """Fit an output projection whose input is the teacher's, of the units that stay, without running anything."""
+        name = f"decoder.layers.{number}.{SITES[point]}"
+        if point in self.whole:
+            self.weights.no_error(name, self.tokens)
+            return
+        target, given = self.weights.whole("teacher", f"decoder.layers.{shell}.{SITES[point]}"), moments[point]
+        assert given is not None
+        self.weights.fit_to_own_inputs(name, target, given, self.tokens, self.weights.whole("student", name), source)
 
     def _written(self, number: int, ours: Stream, aim: Stream) -> None:
         """Repair the last projection of a layer, where one projection gives its output."""

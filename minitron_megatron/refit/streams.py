@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data import Batch
 from ..errors import DataError
 from ..model import Arguments, Chunk, layer_arguments, layers_of
-from ..parallel import Topology, gather_sequence, move
+from ..parallel import Topology, all_reduce, gather_sequence, move
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -37,13 +37,21 @@ class Work:
         self.kinds = token_kinds(batches, topology)
         self.arguments: list[Arguments] = []
 
+    def counted(self) -> Tensor:
+        """Tokens of the calibration and the held-out samples: fp64 [2]. Collective over dp."""
+        every = torch.cat(self.kinds)
+        mine = torch.stack([(every == place).sum() for place in (0, 1)]).double()
+        return all_reduce(mine, self.topology.dp_group)
+
     def begin(self) -> tuple[Stream, Stream]:
         """Learn the arguments of this rank's layers; returns what enters the first layer of student and teacher, which
         means something on the first pipeline stage alone. Collective over the ranks of a stage."""
         streams: tuple[Stream, Stream] = ([], [])
+        models = [
+            (chunks[0], stream) for chunks, stream in zip((self.student, self.teacher), streams, strict=True) if chunks
+        ]
         for batch in self.batches:
-            for chunks, stream in ((self.student, streams[0]), (self.teacher, streams[1])):
-                chunk = chunks[0]
+            for chunk, stream in models:
                 entering = None if chunk.pre_process else self._zeros(chunk, batch)
                 arguments = dict(layer_arguments(chunk, batch, entering))
                 stream.append(self.kept(arguments.pop("hidden_states")))
@@ -75,7 +83,7 @@ class Work:
         """A stream that pipeline stage `source` has, on stage `target`; on the others what they had."""
         if source == target:
             return stream
-        here, there = self._same_place(source), self._same_place(target)
+        here, there = self.same_place(source), self.same_place(target)
         device, out = self.topology.device, []
         for states, batch in zip(stream, self.batches, strict=True):
             shape = (*self._zeros_shape(batch), hidden)
@@ -88,7 +96,8 @@ class Work:
         samples, sequence = batch.tokens.shape
         return sequence // (self.topology.tp if self.topology.sequence_parallel else 1), samples
 
-    def _same_place(self, stage: int) -> int:
+    def same_place(self, stage: int) -> int:
+        """The rank of another pipeline stage at this rank's place."""
         return self.topology.rank_at(stage, self.topology.tp_rank, self.topology.dp_rank)
 
     @contextmanager
@@ -105,7 +114,7 @@ class Work:
         layer = self.teacher_layers[number] if at == home else next(iter(self.teacher_layers.values()))
         own: list[tuple[nn.Parameter, Tensor]] = []
         for _, parameter in sorted(layer.named_parameters()):
-            there = (self._same_place(home), self._same_place(stage))
+            there = (self.same_place(home), self.same_place(stage))
             found = move(
                 parameter.data, parameter.shape, parameter.dtype, self.topology.device, source=there[0], target=there[1]
             )
@@ -123,7 +132,10 @@ def token_kinds(batches: Sequence[Batch], topology: Topology) -> list[Tensor]:
     """The place of each token in the sums, position by position as activations lie: int8 [seq * batch] a micro-batch;
     0 calibration, 1 held out, -1 masked. Whole samples are held out, whatever the layout. Raises DataError for one."""
     mine = sum(len(batch.tokens) for batch in batches)
-    total, number, kinds = mine * topology.dp, mine * topology.dp_rank, []
+    split = any(batch.attention_context and batch.attention_context.shard for batch in batches)
+    ranks = topology.cp if split else 1
+    """Ranks that have the same samples."""
+    total, number, kinds = mine * topology.dp // ranks, mine * (topology.dp_rank // ranks), []
     if total < 2:
         raise DataError("a refit needs 2 calibration samples at least, for one of them is held out.")
     every = min(HELD_OUT_EVERY, total)

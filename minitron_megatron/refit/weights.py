@@ -80,8 +80,30 @@ class Weights:
         sums: moments of (the teacher's input, the student's); target: the teacher's weight, rows as the student has
         them; present: the student's whole weight.
         """
-        split, rows = target.shape[1], self._rows(len(present))
-        teachers, between, gram = sums[:, :split, :split], sums[:, :split, split:], sums[:, split:, split:]
+        split = target.shape[1]
+        parts = sums[:, :split, :split], sums[:, :split, split:], sums[:, split:, split:]
+        self._fit_to_outputs(name, target, parts, tokens, present)
+
+    def fit_to_own_inputs(
+        self, name: str, target: Tensor, teachers: Tensor, tokens: Tensor, present: Tensor, source: int
+    ) -> None:
+        """Fit a layer whose input is the teacher's, of the units that stay, to its outputs. Collective over tp and dp.
+
+        teachers: moments of the teacher's input. The rest as of `fit_to_outputs`; source: the layer's number there.
+        """
+        stays = kept_rows(lookup(name), 1, self.plan.shape.sizes(), self.plan.keep_at(source)).to(teachers.device)
+        between = teachers[:, :, stays]
+        self._fit_to_outputs(name, target, (teachers, between, between[:, stays]), tokens, present)
+
+    def no_error(self, name: str, tokens: Tensor) -> None:
+        """Note that a layer gives what it should, for nothing that it reads was cut."""
+        self.fits.append(SiteFit(name, None, int(tokens.sum()), (0.0, 0.0), (0.0, 0.0)))
+
+    def _fit_to_outputs(
+        self, name: str, target: Tensor, moments: tuple[Tensor, Tensor, Tensor], tokens: Tensor, present: Tensor
+    ) -> None:
+        """moments: of the teacher's input, of it with the student's, of the student's."""
+        rows, (teachers, between, gram) = self._rows(len(present)), moments
         want, have = target[rows].double(), present[rows].double()
         cross = want @ between - have @ gram
         square = ((want @ teachers) * want).flatten(1).sum(1) - (cross * have).flatten(1).sum(1)

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from ..data import Batch
 from ..events import Listener, silent
 from ..files import write_json
-from ..model import Chunk
+from ..layout import Shape
+from ..model import Chunk, shape_of
 from ..parallel import fail_together
 from ..records import Plan
-from ..refit import RIDGES, SiteFit, refit
+from ..refit import RIDGES, SharedMoments, SiteFit, refit, shared_sites
 from .context import Context, Result
 
 __all__ = ["refit_candidate", "refitted", "refitted_models", "repair_of", "write_refit"]
@@ -40,14 +41,20 @@ def refit_candidate(context: Context, student: list[Chunk], plan: Plan) -> None:
         _repaired(context, student, context.load_prune_source(), plan, _samples(context))
 
 
-def repair_of(context: Context, teacher: list[Chunk]) -> Callable[[list[Chunk], Plan], None] | None:
-    """The repair of candidates of one teacher, on samples that are drawn once; None where the recipe wants none."""
-    if context.recipe.prune.refit == "none":
+def repair_of(
+    context: Context, teacher: list[Chunk], candidates: Sequence[Shape]
+) -> Callable[[list[Chunk], Plan], None] | None:
+    """The repair of candidates of one teacher, on samples that are drawn once; None where the recipe wants none. What
+    their refits have in common is computed once. Collective over the world."""
+    keys = context.recipe.prune
+    if keys.refit == "none":
         return None
     batches = _samples(context)
+    sites = shared_sites(keys.refit, shape_of(teacher[0]), candidates)
+    shared = SharedMoments(teacher, batches, context.topology, sites) if sites else None
 
     def repair(student: list[Chunk], plan: Plan) -> None:
-        _repaired(context, student, teacher, plan, batches)
+        _repaired(context, student, teacher, plan, batches, shared=shared)
 
     return repair
 
@@ -63,12 +70,22 @@ def _repaired(
     plan: Plan,
     batches: Sequence[Batch],
     listener: Listener = silent,
+    shared: SharedMoments | None = None,
 ) -> list[SiteFit]:
     keys = context.recipe.prune
     assert keys.refit != "none"
     ridges = RIDGES if keys.refit_ridge is None else (keys.refit_ridge,)
-    topology = context.topology
-    return refit(student, teacher, plan, batches, topology, method=keys.refit, ridges=ridges, listener=listener)
+    return refit(
+        student,
+        teacher,
+        plan,
+        batches,
+        context.topology,
+        method=keys.refit,
+        ridges=ridges,
+        shared=shared,
+        listener=listener,
+    )
 
 
 def write_refit(context: Context, fits: Sequence[SiteFit]) -> Result:

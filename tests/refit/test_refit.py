@@ -18,19 +18,22 @@ from minitron_megatron.model import named_shards
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import random_plan, trim
 from minitron_megatron.records import Plan
-from minitron_megatron.refit import SiteFit, refit
+from minitron_megatron.refit import SharedMoments, SiteFit, refit, shared_sites
 from minitron_megatron.refit.refit import _check
 from minitron_megatron.testing import Pool
 from tests.convert.conftest import make_folder
 from tests.refit.truth import Naive
-from tests.tiny import LAYOUTS, SHAPE, cross_entropy, samples, share
+from tests.tiny import CONTEXT, LAYOUTS, SHAPE, cross_entropy, samples, share
 
-SAMPLES = 48
+SAMPLES = 44
 CUTS: dict[str, dict[str, Any]] = {
     "llama": {"layers": (0, 1, 2, 4), "hidden": 24, "ffn": 40, "heads": 2},  # at pp 2 a layer's teacher is elsewhere
     "qwen3": {"hidden": 24, "heads": 2},
     "nemotron": {"layers": (1, 2), "hidden": 32, "ffn": 40},
     "qwen3_moe": {"hidden": 32, "experts": 2, "expert_ffn": 16},
+    "llama, hidden whole": {"layers": (0, 1, 2, 4), "ffn": 40},  # fc2 by the teacher's moments
+    "nemotron, hidden whole": {"heads": 2, "ffn": 40},  # proj by them
+    "qwen3_moe, hidden whole": {"heads": 2, "experts": 2},
 }
 CASES = [
     *(("llama", "sequential", layout) for layout in LAYOUTS if layout not in ("tp2", "pp2")),
@@ -39,6 +42,11 @@ CASES = [
     ("nemotron", "sequential", "tp2-sp"),
     ("qwen3_moe", "sequential", "ep2"),
     ("qwen3_moe", "outputs", "ep2-tp2-sp"),
+    *(("llama, hidden whole", "outputs", layout) for layout in ("tp1", "tp2-sp", "pp2-vp2", "tp2-pp2", "dp2")),
+    ("nemotron, hidden whole", "outputs", "tp2-pp2"),
+    ("llama", "sequential", "cp2-tp2-sp"),
+    ("llama, hidden whole", "outputs", "cp2-dp2"),
+    ("qwen3_moe, hidden whole", "outputs", "ep2"),
 ]
 EXPERTS = {"ep2": {"dp": 2, "ep": 2}, "ep2-tp2-sp": {"tp": 2, "ep": 2, "sequence_parallel": True}}
 
@@ -67,10 +75,12 @@ def case(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> Callable[[str,
 def naive(root: Path, family: str, method: str, pool: Pool) -> Case:
     from transformers import AutoModelForCausalLM
 
-    folder, student = root / family, root / f"{family}-{method}"
+    kind, student = family.partition(",")[0], root / f"{family}-{method}"
+    folder = root / kind
     if not folder.exists():
-        kind = {"qwen3": "qwen3-tied"}.get(family, family)
-        make_folder(folder, kind, **({"num_hidden_layers": 5} if family == "llama" else {}))
+        make_folder(
+            folder, {"qwen3": "qwen3-tied"}.get(kind, kind), **({"num_hidden_layers": 5} if kind == "llama" else {})
+        )
     plan = random_plan(read_config(folder).shape, 3, **CUTS[family])
     pool.run(cut, folder, plan, student)
     models = [AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32).eval() for each in (student, folder)]
@@ -86,10 +96,12 @@ def cut(topology: Topology, folder: Path, plan: Plan, to: Path) -> None:
 
 
 def repaired(topology: Topology, folder: Path, plan: Plan, method: Any, to: Path) -> list[SiteFit]:
-    """Cuts, refits and writes a student."""
+    """Cuts, refits and writes a student; from the teacher's moments, where refits of two such cuts share them."""
     teacher = load_hf(folder, topology, torch.float32)
     student = trim(load_hf(folder, topology, torch.float32), plan, topology)
-    fits = refit(student, teacher, plan, share(samples(SAMPLES), topology, 12), topology, method=method)
+    batches, sites = share(samples(SAMPLES), topology, 11), shared_sites(method, plan.shape, [plan.target] * 2)
+    shared = SharedMoments(teacher, batches, topology, sites) if sites else None
+    fits = refit(student, teacher, plan, batches, topology, method=method, shared=shared)
     save_hf(student, to, topology, files_from=folder)
     return fits
 
@@ -100,10 +112,11 @@ def test_every_layout_gives_the_naive_refit(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    truth, at = case(family, method), {**LAYOUTS, **EXPERTS}[layout]
+    truth, at = case(family, method), {**LAYOUTS, **CONTEXT, **EXPERTS}[layout]
     fits, *others = pool.run(repaired, truth.teacher, truth.plan, method, tmp_path / "student", **at)
     assert all(other == fits for other in others)
-    assert sum(fit.ridge is not None for fit in fits) > len(fits) / 2
+    tried = [fit for fit in fits if fit.calibration[0]]
+    assert sum(fit.ridge is not None for fit in tried) > len(tried) / 2
     assert all(fit.held_out[1] <= fit.held_out[0] for fit in fits)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
     for name, got in model.state_dict().items():

@@ -15,8 +15,9 @@ from minitron_megatron.errors import RecipeError
 from minitron_megatron.events import Event, silent
 from minitron_megatron.files import read_json
 from minitron_megatron.forecast import estimate
-from minitron_megatron.forecast.refit_cost import refit_bytes, refit_flops
-from minitron_megatron.layout import Shape
+from minitron_megatron.forecast.refit_cost import refit_bytes, refit_cost, refit_flops, shared_flops
+from minitron_megatron.forecast.sizes import sizes_of
+from minitron_megatron.layout import Shape, flops_per_token
 from minitron_megatron.parallel import Topology
 from minitron_megatron.prune import choose, trim
 from minitron_megatron.recipe import load_recipe
@@ -147,3 +148,21 @@ def _moments(student: Shape) -> list[tuple[int, int]]:
     """(layers, size of the vectors whose moments are taken)."""
     attention, both = student.heads * student.head_dim, SHAPE.hidden + student.hidden
     return [(4, attention + 32), (4, student.ffn + 32), (4, both), (4, both), (1, both)]
+
+
+def test_an_estimate_counts_what_candidates_share_once(recipe_file: Write) -> None:
+    prune = {"refit": "outputs", "refit_samples": 48}
+    recipe = load_recipe(recipe_file(prune=prune, search=SEARCH | {"heads": [4, 8]}, correct=None))
+    tokens, solves = 48 * 16, lambda size: 5 * 7 * (size**3 // 3 + 4 * 48 * size**2)
+    assert refit_flops(recipe, SHAPE, SHAPE.resized(ffn=40), ("fc2",)) == (0, pytest.approx(solves(40), abs=50))
+    assert refit_flops(recipe, SHAPE, SHAPE.resized(layers=4), ("fc2",)) == (0, 0)
+    assert shared_flops(recipe, SHAPE, ("proj", "fc2")) == (
+        flops_per_token(SHAPE, 16) * tokens,
+        2 * 5 * tokens * 64 * (64 + MOMENT_ROWS),
+    )
+    heads = SHAPE.resized(heads=4)
+    alone, spared = (refit_flops(recipe, SHAPE, heads, shared) for shared in ((), ("proj",)))
+    assert alone[0] - spared[0] > flops_per_token(heads, 16) * tokens / 5
+    assert alone[1] - spared[1] == 5 * tokens * (32 + 48) * (32 + 48 + MOMENT_ROWS)
+    cost = refit_cost(recipe, sizes_of(recipe, SHAPE), 2)
+    assert cost.host_bytes == 5 * 2 * 2 * 8 * 64**2 // 2 + 2 * tokens // 2 * 48 * 4

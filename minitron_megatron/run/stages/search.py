@@ -213,7 +213,7 @@ class _CandidateSearch:
             self.plan,
             [batch.to(context.topology.device) for batch in batches],
             topology=context.topology,
-            repair=repair_of(context, model),
+            repair=repair_of(context, model, [self.candidates[name].shape for name in names]),
             score=partial(score_of, context, name=self.keys.choose) if by_task else None,
             tell=lambda name, found: self._write(self._pruning_mark, name, found),
             listener=context.listener,

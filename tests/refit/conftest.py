@@ -1,0 +1,5 @@
+"""The tiny checkpoints."""
+
+from tests.tiny import checkpoints
+
+__all__ = ["checkpoints"]
