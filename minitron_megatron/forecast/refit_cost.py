@@ -73,7 +73,7 @@ class _Site(NamedTuple):
     share: float = 1.0
     """Tokens that each of them sees, of all."""
     point: str = ""
-    """Of `SITES`, where it is there."""
+    """Name in `SITES`, where it is there."""
 
     @property
     def size(self) -> int:

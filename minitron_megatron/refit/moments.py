@@ -26,7 +26,7 @@ def share_of(size: int, part: int, parts: int) -> range:
 
 
 class Blocks:
-    """Where the numbers of a symmetric matrix are added up.
+    """The places where the numbers of a symmetric matrix are added up.
 
     Each tensor-parallel rank has its part of the rows. A block of rows adds up the columns of its own and of the half
     of all blocks that follows, past the last one from the first one on: all ranks do as much.
@@ -118,7 +118,7 @@ class Moments:
         return self.blocks.whole(self._summed()), all_reduce(self.tokens, self.topology.dp_group)
 
     def part(self) -> Tensor:
-        """What this rank keeps of the sums of all tokens, as `Blocks.joined` takes it. Collective over dp."""
+        """This rank's part of the sums of all tokens, as `Blocks.joined` takes it. Collective over dp."""
         return self.blocks.part(self._summed())
 
     def _summed(self) -> Tensor:

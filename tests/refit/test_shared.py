@@ -30,7 +30,7 @@ CUTS: tuple[tuple[dict[str, Any], int, int], ...] = (
 
 
 def both_ways(topology: Topology, folder: Path) -> list[list[tuple[list[SiteFit], int]]]:
-    """Of each cut: the repairs and how many layers ran, without shared moments and with them."""
+    """For each cut: the repairs and how many layers ran, without shared moments and with them."""
     teacher, batches = load_hf(folder, topology, torch.float32), share(samples(16), topology, 16 // BATCHES)
     shared = SharedMoments(teacher, batches, topology, ("proj", "fc2"))
     found = []
