@@ -9,22 +9,20 @@ The family is `examples/presets/minitron.yaml`: 15B, 8B and 4B. Prints the table
 from __future__ import annotations
 
 import sys
+from math import isclose
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from pytest import approx  # noqa: E402
-
 from minitron_megatron.forecast import estimate_family  # noqa: E402
+from minitron_megatron.forecast.family import PRETRAINING  # noqa: E402
 from minitron_megatron.recipe import load_recipe  # noqa: E402
 from minitron_megatron.report.plots.style import CHARTS, legend_outside, new_figure  # noqa: E402
 from tests.forecast.test_presets import PRESETS, material_of  # noqa: E402
 
 PLOT = ROOT / "docs" / "studies" / "family.png"
-TOKENS = 40
-"""Tokens of pretraining over those of distillation ([A] 4.4)."""
 
 
 def main() -> None:
@@ -33,31 +31,29 @@ def main() -> None:
     teacher = found.runs["8b"].teacher_parameters
     sizes = {"15B": teacher, **{name.upper(): found.runs[name].student_parameters for name in ("8b", "4b")}}
     first, *others = sizes
-    cheap = {first: 1.0, **{name: sizes[name] / TOKENS / teacher for name in others}}
+    cheap = {first: 1.0, **{name: sizes[name] / PRETRAINING / teacher for name in others}}
     ways = {
         "all pretrained": {name: size / teacher for name, size in sizes.items()},
         "8B and 4B distilled, as the paper counts": cheap,
-        "the same, with the teacher's forward passes": {**cheap, "teacher's passes": len(others) / 3 / TOKENS},
+        "the same, with the teacher's forward passes": {**cheap, "teacher's passes": len(others) / 3 / PRETRAINING},
     }
     whole = sum(ways["all pretrained"].values())
     print("| way | FLOPs over those of the 15B | all pretrained, over it |\n| --- | ---: | ---: |")
     for way, parts in ways.items():
         print(f"| {way} | {sum(parts.values()):.3f} | {whole / sum(parts.values()):.2f} |")
-    assert found.saving == approx([whole / sum(parts.values()) for parts in [*ways.values()][1:]])
+    for saving, parts in zip(found.saving, [*ways.values()][1:], strict=True):
+        assert isclose(saving, whole / sum(parts.values()))
     with new_figure(PLOT, 8.5, 2.4) as figure:
         axes = figure.subplots()
+        starts = [0.0] * len(ways)
         for name in [*sizes, "teacher's passes"]:
-            starts = [sum(part for other, part in parts.items() if _before(other, name)) for parts in ways.values()]
-            axes.barh([*ways], [parts.get(name, 0) for parts in ways.values()], left=starts, label=name)
+            widths = [parts.get(name, 0.0) for parts in ways.values()]
+            axes.barh([*ways], widths, left=starts, label=name)
+            starts = [start + width for start, width in zip(starts, widths, strict=True)]
         axes.invert_yaxis()
         axes.set_xlabel("FLOPs over those of pretraining the 15B (counted)")
         legend_outside(axes)
     PLOT.with_suffix(CHARTS).unlink(missing_ok=True)
-
-
-def _before(other: str, name: str) -> bool:
-    order = ["15B", "8B", "4B", "teacher's passes"]
-    return order.index(other) < order.index(name)
 
 
 if __name__ == "__main__":
