@@ -56,7 +56,11 @@ def refit_cost(recipe: Recipe, sizes: Sizes, dp: int) -> RefitCost:
         delay=sum(
             (forward + exact / FP64_SHARE) * recipe.parallel.pp - forward - exact for forward, exact in (own, *others)
         ),
-        rank_bytes=max(refit_bytes(recipe, teacher, student), shared_bytes(recipe, teacher, shared)),
+        rank_bytes=max(
+            refit_bytes(recipe, teacher, student),
+            *(refit_bytes(recipe, teacher, shape, shared) for shape in shapes),
+            shared_bytes(recipe, teacher, shared),
+        ),
         host_bytes=max(host_bytes(recipe, teacher, student, dp), shared_host_bytes(recipe, teacher, shared, dp)),
     )
 
@@ -139,19 +143,37 @@ def _shared_sizes(teacher: Shape, shared: Collection[str]) -> list[int]:
     return [site.inputs for site in _sites(teacher, teacher) if site.point in shared]
 
 
-def refit_bytes(recipe: Recipe, teacher: Shape, student: Shape) -> int:
-    """Return the most that a rank holds of weights, normal equations and the vectors they are made of; the activations
-    of a layer's own forward pass are not counted."""
+def refit_bytes(recipe: Recipe, teacher: Shape, student: Shape, shared: Collection[str] = ()) -> int:
+    """Return the most that a rank holds of weights, normal equations, `shared` ones too, and the vectors they are made
+    of; the activations of a layer's own forward pass are not counted."""
     topology = Topology.of(recipe.parallel)
     both = zip(
         *(model_bytes(shape, topology, recipe.dtype) for shape in (teacher, student)),
         strict=True,
     )
     tokens = recipe.score.micro_batch * recipe.data.sequence
-    return max(sum(pair) for pair in both) + max(
+    sites = [
         _site_bytes(site, tokens, topology.tp, student.experts if site.share < 1 else 1)
         for site in _sites(teacher, student)
-    )
+    ]
+    sites += [
+        _given_bytes(*sizes, student.hidden // topology.tp, topology.tp)
+        for sizes in _given_sizes(teacher, student, shared)
+    ]
+    return max(sum(pair) for pair in both) + max(sites)
+
+
+def _given_sizes(teacher: Shape, student: Shape, shared: Collection[str]) -> list[tuple[int, int]]:
+    """(inputs of the teacher's projection, of the student's) where a refit takes shared moments."""
+    both = zip(*(_shared_sizes(shape, shared) for shape in (teacher, student)), strict=True)
+    return [(whole, kept) for whole, kept in both if kept < whole and student.hidden == teacher.hidden]
+
+
+def _given_bytes(whole: int, kept: int, rows: int, tp: int) -> int:
+    """The teacher's moments, a part of them once more where they are gathered, and the columns and rows that stay; a
+    solve's Gram matrix with its ridge and factor, and seven matrices of the rows that a rank solves for."""
+    gathered = whole**2 // tp if tp > 1 else 0
+    return 2 * 8 * (whole**2 + gathered + whole * kept + 2 * kept**2) + 7 * 8 * rows * kept
 
 
 def _site_bytes(site: _Site, tokens: int, tp: int, together: int) -> int:

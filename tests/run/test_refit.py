@@ -15,6 +15,7 @@ from minitron_megatron.errors import RecipeError
 from minitron_megatron.events import Event, silent
 from minitron_megatron.files import read_json
 from minitron_megatron.forecast import estimate
+from minitron_megatron.forecast.memory import model_bytes
 from minitron_megatron.forecast.refit_cost import refit_bytes, refit_cost, refit_flops, shared_flops
 from minitron_megatron.forecast.sizes import sizes_of
 from minitron_megatron.layout import Shape, flops_per_token
@@ -166,3 +167,12 @@ def test_an_estimate_counts_what_candidates_share_once(recipe_file: Write) -> No
     assert alone[1] - spared[1] == 5 * tokens * (32 + 48) * (32 + 48 + MOMENT_ROWS)
     cost = refit_cost(recipe, sizes_of(recipe, SHAPE), 2)
     assert cost.host_bytes == 5 * 2 * 2 * 8 * 64**2 // 2 + 2 * tokens // 2 * 48 * 4
+    wide, cut = SHAPE.resized(ffn=4096), SHAPE.resized(ffn=3584)
+    weights = max(
+        map(
+            sum,
+            zip(*(model_bytes(each, Topology.of(recipe.parallel), recipe.dtype) for each in (wide, cut)), strict=True),
+        )
+    )
+    given = 16 * (4096**2 + 4096 * 3584 + 2 * 3584**2) + 7 * 8 * 48 * 3584
+    assert refit_bytes(recipe, wide, cut, ("fc2",)) == weights + given > refit_bytes(recipe, wide, cut)
